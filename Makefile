@@ -1,0 +1,37 @@
+# make demo    from nothing to heat-maps: environment, data, support set, scoring
+# make test    from nothing to a tested tree: environment, lint, test suite
+PYTHON ?= python3
+BIN := .venv/bin
+WEIGHTS ?= none
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/runtime
+	$(BIN)/python -m datasets.synthetic --output $(DEMO)/data
+	$(BIN)/python make_support.py --obj ring --shots 4 --rounds 2 --data_type folder --data_path $(DEMO)/data \
+		--support_path $(DEMO)/support_set
+	$(BIN)/python test.py --obj ring --shot 4 --inferences 2 --data_type folder --data_path $(DEMO)/data \
+		--support_path $(DEMO)/support_set --untrained --weights $(WEIGHTS) --output $(DEMO)/results --save_images -1
+
+test: .venv/development lint
+	$(BIN)/python -m pytest
+
+lint: .venv/development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d; name another with make PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+.venv/runtime: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/development: requirements-dev.txt .venv/runtime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv $(DEMO)

@@ -1,0 +1,167 @@
+"""Times the scoring of one category by stages, beside one round of the plain definition in the same process.
+
+python -m benchmarks.scoring --shot 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
+from datasets.support import draw_support_images, read_support_images
+from evaluation.scoring import compute_test_features, score_rounds
+from models.regad import load_checkpoint
+from models.stn import STNResNet18, folded
+from tests import plain
+from tests.reference import DATA, GOLDEN_CHECKPOINT
+from utils.funcs import support_views
+from utils.utils import (
+    PROJECT_ROOT,
+    StageClock,
+    peak_memory_mb,
+    provenance,
+    resolve_device,
+    run_command,
+    seed_everything,
+    write_json,
+)
+
+STAGES = ("decode", "network", "gaussian", "distance", "smoothing", "metrics")
+NETWORK_REPEATS = 5  # timings of one batch, the median counts
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--obj", default="screw")
+    parser.add_argument("--shot", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="of stn_mode rotation_scale")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--no_plain", action="store_true", help="leave out the plain definition (minutes)")
+    parser.add_argument("--output", type=Path, default=PROJECT_ROOT / "benchmarks" / "results")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the measurements in turn, prints them as tables and writes one JSON file."""
+    args = get_args_parser().parse_args(argv)
+    device = resolve_device(args.device)
+    seed_everything(0)
+    folder = category_folder(args.data_path, "folder", args.obj)
+    items = list_test_items(folder)
+    draws = draw_support_images(folder, args.shot, args.rounds, seed=0)
+    network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn.eval()
+
+    fast = _time_fast(network, items, draws, device, args)
+    _print_seconds(f"{args.rounds} rounds, {len(items)} test pictures, K = {args.shot}", fast["seconds"], STAGES)
+    rest = fast["total"] - fast["seconds"]["decode"] - fast["seconds"]["network"]
+    print(f"outside decode and network: {rest / fast['total']:.1%} of {fast['total']:.1f} s")
+    print(f"peak resident memory: {fast['peak_memory_mb']:.0f} MB")
+    content = {"command": _command(args), **provenance(device), "fast": fast}
+    content["network"] = _time_network(network, device, args)
+    if not args.no_plain:
+        content["plain_round"] = _time_plain(network, items, draws[0], args)
+        seconds = content["plain_round"]["seconds"]
+        _print_seconds("one round of the plain definition", seconds, seconds)
+        content["times_faster"] = args.rounds * sum(seconds.values()) / fast["total"]
+        print(f"{args.rounds} rounds are {content['times_faster']:.1f} times faster than {args.rounds} plain rounds")
+        offset = abs(np.subtract(content["plain_round"]["aurocs"], fast["aurocs"][0])).max()
+        print(f"largest difference of an AUROC of round 0: {offset:.1e}")
+    target = args.output / f"scoring_{args.obj}_{args.shot}_{device.type}.json"
+    write_json(target, content)
+    print(f"written: {target}")
+
+
+def _time_fast(
+    network: STNResNet18,
+    items: list[LabelledImage],
+    draws: list[list[Path]],
+    device: torch.device,
+    args: argparse.Namespace,
+) -> dict:
+    """The project's own way, everything from picture files to AUROCs."""
+    clock = StageClock(device)
+    begin = time.perf_counter()
+    fast = folded(network.to(device))
+    with clock("decode"):
+        rounds = [read_support_images(paths, args.img_size) for paths in draws]
+    dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
+    test = compute_test_features(fast, dataset, labels, True, clock, args.batch_size, args.num_workers)
+    results = [result[:2] for result in score_rounds(fast, test, rounds, clock, args.batch_size)]
+    total = time.perf_counter() - begin
+    return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
+
+
+def _time_network(network: STNResNet18, device: torch.device, args: argparse.Namespace) -> dict:
+    """Milliseconds per picture of the forward with un-warping: plain eager NCHW against the folded copy."""
+    images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    fast, clock = folded(network), StageClock(device)
+    names = ("eager", "folded")
+    times = {name: [] for name in names}
+    for _ in range(NETWORK_REPEATS + 1):  # in turn, so that a busy machine slows both
+        for name, version in zip(names, (network, fast), strict=True):
+            clock.seconds.clear()
+            with clock(name):
+                version.features(images)
+            times[name].append(1000 * clock.seconds[name] / len(images))
+    eager, quick = (float(np.median(times[name][1:])) for name in names)  # the first call warms up
+    errors = [
+        float((a - b).norm() / b.norm()) for a, b in zip(fast.features(images), network.features(images), strict=True)
+    ]
+    print(f"network: eager {eager:.1f}, folded {quick:.1f} ms per picture: {eager / quick:.2f} times faster, ", end="")
+    print(f"largest relative difference of the features {max(errors):.1e}")
+    return {"eager_ms": eager, "folded_ms": quick, "times_faster": eager / quick, "relative_error": max(errors)}
+
+
+def _time_plain(
+    network: STNResNet18, items: list[LabelledImage], support: list[Path], args: argparse.Namespace
+) -> dict:
+    """One round in the release's order of work, on the CPU: all anew, test pictures one by one, views at once."""
+    network, clock = network.cpu(), StageClock()
+
+    def embed(images: torch.Tensor, batch_size: int) -> torch.Tensor:
+        batches = [network.features(batch) for batch in images.split(batch_size)]
+        return plain.embedding([torch.cat(layer) for layer in zip(*batches, strict=True)])
+
+    with clock("decode"):
+        pictures = [LabelledDataset(items, args.img_size)[index] for index in range(len(items))]
+        pictures = {key: torch.stack([picture[key] for picture in pictures]) for key in ("image", "mask")}
+        pictures_of_round = read_support_images(support, args.img_size)
+    with clock("network"):
+        test = embed(pictures["image"].float() / 255, batch_size=1)
+        views = embed(support_views(pictures_of_round), batch_size=22 * args.shot)
+    with clock("gaussian and distance"):
+        distances = plain.distances(views, test).unflatten(1, (args.img_size // 4, -1))
+    with clock("smoothing"):
+        maps = plain.score_maps(distances, args.img_size)
+    with clock("metrics"):
+        labels = np.array([item.label for item in items])
+        aurocs = plain.aurocs(maps, labels, pictures["mask"].numpy())
+    return {"seconds": clock.seconds, "aurocs": aurocs}
+
+
+def _print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] | dict) -> None:
+    total = sum(seconds.values())
+    print(f"\n{title}\n{'stage':24}{'seconds':>9}{'share':>8}")
+    for stage in stages:
+        print(f"{stage:24}{seconds[stage]:9.2f}{seconds[stage] / total:8.1%}")
+    print(f"{'all':24}{total:9.2f}")
+
+
+def _command(args: argparse.Namespace) -> str:
+    return " ".join(["python -m benchmarks.scoring", *(f"--{key} {value}" for key, value in vars(args).items())])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,121 @@
+"""RegAD's three networks together, and their files: the release's checkpoints and ImageNet trunks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import ResNet18_Weights
+
+from models.siamese import Encoder, Predictor
+from models.stn import STN_MODES, STNResNet18
+from utils.utils import UserError, load_tensors
+
+CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
+TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the part of ResNet-18 that is used
+
+
+class RegAD(nn.Module):
+    """Backbone with spatial transformers, encoder and predictor. Scoring uses the backbone only."""
+
+    def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
+        super().__init__()
+        self.stn_mode, self.img_size = stn_mode, img_size
+        self.stn = STNResNet18(stn_mode, img_size)
+        self.encoder = Encoder()
+        self.predictor = Predictor()
+
+
+def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
+    """Where the release keeps the weights of one category."""
+    return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_model.pt"
+
+
+def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
+    """The networks of a checkpoint in the release's format {'STN', 'ENC', 'PRED'}; all names and shapes must fit.
+
+    Raises:
+        UserError: missing, damaged or foreign file, or one of another STN mode or image size.
+    """
+    content = load_tensors(path, "checkpoint")
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
+        raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the parts {', '.join(CHECKPOINT_PARTS)}")
+    _refuse_other_mode(path, content["STN"], stn_mode)
+    model = RegAD(stn_mode, img_size)
+    for part, attribute in CHECKPOINT_PARTS.items():
+        try:
+            getattr(model, attribute).load_state_dict(content[part], strict=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(
+                f"checkpoint {path} does not fit --stn_mode {stn_mode} --img_size {img_size}: {part}, {reason}"
+            ) from error
+    return model
+
+
+def _refuse_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
+    """A release checkpoint does not say its STN mode, and modes of equal size load silently; so look for signs.
+
+    Signs: the mode in the file's name; the number of warp parameters; the last bias, which starts as the identity of
+    its mode and stays near it. (Of the equal-sized modes only translation and shear have the same identity.)
+    """
+    named = re.fullmatch(rf".+_\d+_({'|'.join(STN_MODES)})_model\.pt", path.name)
+    if named and named[1] != stn_mode:
+        raise UserError(f"checkpoint {path} is named after --stn_mode {named[1]}, not {stn_mode}")
+    bias = stn.get("stn1.fc.2.bias")
+    if not isinstance(bias, torch.Tensor):
+        return  # load_state_dict says which name is missing
+    offsets = {
+        name: (bias - torch.tensor(mode.identity)).abs().max().item()
+        for name, mode in STN_MODES.items()
+        if len(mode.identity) == bias.numel()
+    }
+    if stn_mode not in offsets:
+        likely = " or ".join(offsets) or "none of ours"
+        raise UserError(f"checkpoint {path} has {bias.numel()} warp parameters, --stn_mode {likely}, not {stn_mode}")
+    nearest = min(offsets, key=offsets.get)
+    if offsets[nearest] < offsets[stn_mode] and offsets[stn_mode] > 0.5:  # identities differ by 1 in some parameter
+        raise UserError(f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}: its warps show it")
+
+
+def untrained(weights: str, stn_mode: str, img_size: int) -> RegAD:
+    """Networks before registration training: the trunk from `weights`, warps at the identity, heads at random.
+
+    `weights`: "imagenet" (torchvision's file, downloaded once), "none" (random), or the path of a ResNet-18 state
+    dict, whole or only up to layer3.
+    """
+    model = RegAD(stn_mode, img_size)
+    if weights != "none":
+        state = _imagenet_state() if weights == "imagenet" else _trunk_state(Path(weights))
+        trunk = {name: value for name, value in state.items() if name.split(".")[0] in TRUNK_LAYERS}
+        missing, _ = model.stn.load_state_dict(trunk, strict=False)
+        missing = [name for name in missing if not name.startswith("stn") and not name.endswith("num_batches_tracked")]
+        if missing:
+            raise UserError(
+                f"weights {weights} are not those of a ResNet-18: {len(missing)} missing, e.g. {missing[0]}"
+            )
+    return model
+
+
+def _imagenet_state() -> dict[str, torch.Tensor]:
+    try:
+        return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network, no disk space, or a file with another hash
+        raise UserError(
+            f"torchvision's ImageNet ResNet-18 could not be had ({error}); download "
+            f"{ResNet18_Weights.IMAGENET1K_V1.url} elsewhere and give the file with --weights FILE, "
+            "or start from random weights with --weights none"
+        ) from error
+
+
+def _trunk_state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(
+            f"no weights file {path}; --weights takes imagenet, none, or the path of a ResNet-18 state dict"
+        )
+    state = load_tensors(path, "weights file")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"weights file {path} is not a state dict (names -> tensors)")
+    return state

@@ -1,0 +1,170 @@
+"""The backbone: ResNet-18 up to layer3 with a spatial transformer (STN) after each of layer1, layer2 and layer3.
+
+RegAD section 3.2 (feature registration). Layer names are torchvision's and the release's, because they are the
+checkpoint format; they may not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import resnet18
+
+from models.winograd import WinogradConv2d
+from utils.funcs import inverse_affine, warp
+
+FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
+FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position
+WINOGRAD_CHANNELS = 128
+SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids must nest, see models/gaussian.py
+
+
+class WarpMode(NamedTuple):
+    """One way to constrain the affine warp: its free parameters and the matrix they make."""
+
+    identity: tuple[float, ...]  # parameters of the warp that moves nothing
+    matrix: Callable[[tuple[torch.Tensor, ...]], tuple]  # parameters p -> the six entries of the 2x3 matrix, row by row
+
+
+# The release's nine modes. The matrix of `rotation_scale` is NOT a rotation times a scaling (p1 and p2 stand beside the
+# cosines only); released checkpoints fit it as it is.
+STN_MODES: dict[str, WarpMode] = {
+    "affine": WarpMode((1, 0, 0, 0, 1, 0), lambda p: p),
+    "translation": WarpMode((0, 0), lambda p: (1, 0, p[0], 0, 1, p[1])),
+    "rotation": WarpMode((0,), lambda p: (p[0].cos(), -p[0].sin(), 0, p[0].sin(), p[0].cos(), 0)),
+    "scale": WarpMode((1, 1), lambda p: (p[0], 0, 0, 0, p[1], 0)),
+    "shear": WarpMode((0, 0), lambda p: (1, p[0], 0, p[1], 1, 0)),
+    "rotation_scale": WarpMode(
+        (0, 1, 1), lambda p: (p[1] * p[0].cos(), -p[0].sin(), 0, p[0].sin(), p[2] * p[0].cos(), 0)
+    ),
+    "translation_scale": WarpMode((0, 0, 1, 1), lambda p: (p[2], 0, p[0], 0, p[3], p[1])),
+    "rotation_translation": WarpMode(
+        (0, 0, 0), lambda p: (p[0].cos(), -p[0].sin(), p[1], p[0].sin(), p[0].cos(), p[2])
+    ),
+    "rotation_translation_scale": WarpMode(
+        (0, 0, 0, 1, 1), lambda p: (p[3] * p[0].cos(), -p[0].sin(), p[1], p[0].sin(), p[4] * p[0].cos(), p[2])
+    ),
+}
+
+
+class SpatialTransformer(nn.Module):
+    """Predicts one 2x3 warp matrix per feature map; starts as the identity.
+
+    Convention:
+        - the matrix maps OUTPUT positions to INPUT positions, normalised to [-1, 1], align_corners False
+        - angles are radians; a positive angle turns the sampling grid clockwise as displayed (y points down)
+    """
+
+    def __init__(self, in_channels: int, grid: int, stn_mode: str) -> None:
+        super().__init__()
+        self.mode = STN_MODES[stn_mode]
+        side = _pooled(_pooled(grid))
+        # The indices in these Sequentials are the checkpoint's names: conv.0, conv.1, conv.4, conv.5, fc.0, fc.2.
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, 64, 3, padding=1, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.Conv2d(64, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.fc = nn.Sequential(
+            nn.Linear(16 * side * side, 1024), nn.ReLU(inplace=True), nn.Linear(1024, len(self.mode.identity))
+        )
+        nn.init.zeros_(self.fc[2].weight)
+        with torch.no_grad():
+            self.fc[2].bias.copy_(torch.tensor(self.mode.identity, dtype=self.fc[2].bias.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Warp matrices (B, 2, 3) of feature maps `x` (B, C, H, W)."""
+        parameters = self.fc(self.conv(x).flatten(1)).unbind(1)  # n tensors of (B,)
+        entries = self.mode.matrix(parameters)
+        columns = [e if isinstance(e, torch.Tensor) else torch.full_like(parameters[0], e) for e in entries]
+        return torch.stack(columns, dim=1).view(-1, 2, 3)
+
+
+def _pooled(side: int) -> int:
+    """Side of a map after MaxPool2d(3, stride 2, padding 1)."""
+    return (side + 1) // 2
+
+
+class Registered(NamedTuple):
+    """What one pass of the backbone gives: layer by layer the warped maps (B, C, H, W) and the warps (B, 2, 3)."""
+
+    maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    warps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class STNResNet18(nn.Module):
+    """ResNet-18 to layer3, registering its own feature maps layer by layer.
+
+    Takes images (B, 3, S, S) with values in [0, 1] (no ImageNet normalisation, as the release), S = `img_size`.
+    """
+
+    def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
+        super().__init__()
+        trunk = resnet18(weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
+        self.layer1, self.layer2, self.layer3 = trunk.layer1, trunk.layer2, trunk.layer3
+        heads = zip(FEATURE_CHANNELS, FEATURE_STRIDES, strict=True)
+        self.stn1, self.stn2, self.stn3 = (SpatialTransformer(c, img_size // s, stn_mode) for c, s in heads)
+
+    def forward(self, x: torch.Tensor) -> Registered:
+        """Registered maps of images (B, 3, S, S), 64 x S/4 x S/4, 128 x S/8 x S/8 and 256 x S/16 x S/16, with warps."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        maps, warps = [], []
+        for layer, stn in ((self.layer1, self.stn1), (self.layer2, self.stn2), (self.layer3, self.stn3)):
+            x = layer(x)
+            warps.append(stn(x))
+            x = warp(x, warps[-1])
+            maps.append(x)
+        return Registered(tuple(maps), tuple(warps))
+
+    def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Registered maps of images (B, 3, S, S), moved back to the frame of the picture; shapes as in `forward`.
+
+        Map i went through the warps of layers 1..i and goes back through their inverses in reverse order, one
+        resampling each, without gradient (release behaviour).
+        """
+        with torch.no_grad():
+            registered = self(x)
+            inverses = [inverse_affine(theta) for theta in registered.warps]
+            unwarped = []
+            for depth, feature in enumerate(registered.maps):
+                for theta in inverses[depth::-1]:
+                    feature = warp(feature, theta)
+                unwarped.append(feature)
+        return tuple(unwarped)
+
+
+def folded(network: STNResNet18) -> STNResNet18:
+    """A copy of `network` for inference: same features, less work.
+
+    Batch-norm is folded into the convolutions, memory is channels-last, and on the CPU wide 3x3 convolutions go
+    through Winograd's algorithm.
+    """
+    network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    for parent in list(network.modules()):
+        children = list(parent.named_children())
+        for (name, layer), (next_name, following) in itertools.pairwise(children):
+            if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
+                convolution = fuse_conv_bn_eval(layer, following)
+                parent.register_module(name, _inference_convolution(convolution))
+                parent.register_module(next_name, nn.Identity())
+    return network
+
+
+def _inference_convolution(convolution: nn.Conv2d) -> nn.Module:
+    """Winograd's algorithm where it is faster: below WINOGRAD_CHANNELS its transforms cost what it saves."""
+    on_cpu = convolution.weight.device.type == "cpu"
+    fits = convolution.kernel_size == (3, 3) and convolution.stride == (1, 1)
+    wide = min(convolution.in_channels, convolution.out_channels) >= WINOGRAD_CHANNELS
+    return WinogradConv2d(convolution) if on_cpu and fits and wide else convolution

@@ -1,0 +1,144 @@
+"""Command: few-shot scoring of one category, image and pixel AUROC over several support sets.
+
+python test.py --obj bottle --shot 2 --stn_mode rotation_scale
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, list_test_items
+from datasets.support import load_support_rounds, support_file
+from evaluation.report import choose_examples, format_summary, save_heat_maps, summary
+from evaluation.scoring import RoundResult, compute_test_features, score_rounds
+from models.regad import RegAD, checkpoint_file, load_checkpoint, untrained
+from models.stn import SIZE_DIVISOR, STN_MODES, folded
+from utils.utils import (
+    DEFAULT_SEED,
+    StageClock,
+    UserError,
+    peak_memory_mb,
+    provenance,
+    resolve_device,
+    run_command,
+    seed_everything,
+    sha256,
+    write_json,
+)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of test.py: the release's flags, and ours."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_argument_group("what is scored")
+    what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
+    what.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
+    what.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per round")
+    what.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
+    what.add_argument("--support_path", type=Path, default=Path("./support_set"), help="see support_set/README.md")
+    network = parser.add_argument_group("network")
+    network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
+    network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
+    network.add_argument("--untrained", action="store_true", help="score without any registration training")
+    network.add_argument("--weights", default="imagenet", help="trunk for --untrained: imagenet, none, or a file")
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    run.add_argument(
+        "--batch_size", type=int, default=32, help="pictures per network pass; changes memory, not results"
+    )
+    run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
+    run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
+    run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and pictures")
+    run.add_argument("--save_images", type=int, default=0, metavar="N", help="heat-maps of round 0; -1: all pictures")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks all input, scores every round, prints the numbers and writes the record."""
+    args = get_args_parser().parse_args(argv)
+    _check_numbers(args)
+    device = resolve_device(args.device)
+    seed_everything(args.seed)
+    items = list_test_items(category_folder(args.data_path, args.data_type, args.obj))
+    support = support_file(args.support_path, args.obj, args.shot, args.inferences)
+    rounds = load_support_rounds(support, args.shot, args.inferences, args.img_size)
+    model, checkpoint = _load_model(args)
+    name = f"{args.obj}_{args.shot}_{args.stn_mode}" + ("_untrained" if args.untrained else "")
+    print(f"scoring {args.obj}: {len(items)} test pictures, {checkpoint or f'untrained, weights {args.weights}'}")
+
+    clock = StageClock(device)
+    network = folded(model.stn.to(device))
+    has_masks = any(item.mask is not None for item in items)
+    dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
+    test = compute_test_features(network, dataset, labels, has_masks, clock, args.batch_size, args.num_workers)
+    results = []
+    for number, result in enumerate(score_rounds(network, test, rounds, clock, args.batch_size)):
+        pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
+        print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
+        if number == 0 and args.save_images:
+            _save_images(args, name, items, result)
+        results.append({"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc})
+
+    image, pixel = (summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc"))
+    print(
+        f"mean +- SD of {len(results)} rounds: image AUROC {format_summary(image)}, pixel AUROC {format_summary(pixel)}"
+    )
+    record = args.output / f"{name}.json"
+    content = {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        **provenance(device),
+        "checkpoint": _file_record(checkpoint),
+        "support_set": _file_record(support),
+        "test_pictures": len(items),
+        "rounds": results,
+        "image_auroc": image,
+        "pixel_auroc": pixel,
+        "seconds": clock.seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    write_json(record, content)
+    print(f"record: {record}")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for flag in ("shot", "inferences", "batch_size", "img_size"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    if args.img_size % SIZE_DIVISOR:
+        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers must not be negative, got {args.num_workers}")
+
+
+def _load_model(args: argparse.Namespace) -> tuple[RegAD, Path | None]:
+    """The model and the checkpoint it came from (None: untrained)."""
+    if args.untrained:
+        if args.checkpoint:
+            raise UserError("--untrained and --checkpoint exclude each other")
+        return untrained(args.weights, args.stn_mode, args.img_size), None
+    default = checkpoint_file(Path("./save_checkpoints"), args.stn_mode, args.shot, args.obj)
+    checkpoint = args.checkpoint or default
+    if not checkpoint.is_file():
+        raise UserError(
+            f"no checkpoint {checkpoint}; put the release's file there, name another with --checkpoint FILE, "
+            "or score the network before training with --untrained"
+        )
+    return load_checkpoint(checkpoint, args.stn_mode, args.img_size), checkpoint
+
+
+def _save_images(args: argparse.Namespace, name: str, items: list[LabelledImage], result: RoundResult) -> None:
+    folder = args.output / name
+    save_heat_maps(folder, items, result.maps.cpu().numpy(), choose_examples(items, args.save_images))
+    print(f"heat-maps: {folder}")
+
+
+def _file_record(path: Path | None) -> dict | None:
+    return None if path is None else {"path": str(path), "sha256": sha256(path)}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,32 @@
+"""Command line options and the small data set that tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.synthetic import write_dataset
+
+
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip_slow = pytest.mark.skip(reason="slow: give --runslow")
+    skip_cuda = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--runslow"):
+            item.add_marker(skip_slow)
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip_cuda)
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory) -> Path:
+    """Two synthetic categories, 64 px, in MVTec layout."""
+    root = tmp_path_factory.mktemp("demo data")  # with a space, as real folders have
+    write_dataset(root, categories=("ring", "weave"), train=5, good=3, defective=2, size=64)
+    return root

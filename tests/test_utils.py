@@ -1,0 +1,136 @@
+"""Book-keeping: whole files, errors, clock, provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from utils.utils import (
+    PROJECT_ROOT,
+    StageClock,
+    UserError,
+    git_commit,
+    load_tensors,
+    provenance,
+    resolve_device,
+    run_command,
+    seed_everything,
+    whole_file,
+    write_json,
+)
+
+
+def test_whole_file_leaves_nothing_after_an_error(tmp_path):
+    target = tmp_path / "deep" / "record.json"
+    with pytest.raises(RuntimeError), whole_file(target) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert list(target.parent.iterdir()) == []
+
+
+def test_whole_file_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    target = tmp_path / "record.json"
+    write_json(target, {"number": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(target, {"number": float("nan")})
+    assert json.loads(target.read_text()) == {"number": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+WRITER = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path; import torch; from utils.utils import whole_file
+torch.save(torch.ones(200_000), {path!r}); print("ready", flush=True)
+while True:
+    with whole_file(Path({path!r})) as aside: torch.save(torch.ones(200_000), aside)
+"""
+
+
+def test_killed_while_writing_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "weights.pt"
+    generator = random.Random(0)
+    for _ in range(3):
+        code = WRITER.format(root=str(PROJECT_ROOT), path=str(path))
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.05 + 0.1 * generator.random())
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert load_tensors(path, "file").sum() == 200_000
+
+
+def test_run_command_turns_user_errors_into_exit_code_2(capsys):
+    def main(argv):
+        raise UserError("no data here")
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: no data here\n"
+
+
+def test_run_command_lets_bugs_through():
+    def main(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command(main)
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"PK\x03\x04 broken zip"])
+def test_damaged_torch_files(content, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"checkpoint {path} cannot be read"):
+        load_tensors(path, "checkpoint")
+
+
+def test_pickles_that_run_code_are_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"STN": Payload()}, tmp_path / "hostile.pt")
+    with pytest.raises(UserError, match="could run code"):
+        load_tensors(tmp_path / "hostile.pt", "checkpoint")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_one_seed_governs_all():
+    def draw():
+        seed_everything(3)
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    assert draw() == draw()
+
+
+def test_clock_adds_up_by_stage():
+    clock = StageClock(torch.device("cpu"))
+    for stage in ("a", "b", "a"):
+        with clock(stage):
+            time.sleep(0.01)
+    assert clock.seconds["a"] >= 0.02
+    assert 0.01 <= clock.seconds["b"] < clock.seconds["a"]
+
+
+def test_provenance_names_commit_versions_and_device():
+    record = provenance(torch.device("cpu"))
+    assert record["commit"] == git_commit()
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["device"].startswith("cpu")
+    json.dumps(record, allow_nan=False)
+
+
+def test_devices():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
