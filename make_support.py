@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets.mvtec import CATEGORIES, category_folder
 from datasets.support import draw_support_images, read_support_images, save_support_rounds, support_file
-from utils.utils import run_command
+from utils.utils import require_positive, run_command
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -31,6 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes every requested support set and prints which pictures it is made of."""
     args = get_args_parser().parse_args(argv)
+    require_positive(args, "shots", "rounds", "img_size")
     for category in args.obj:
         folder = category_folder(args.data_path, args.data_type, category)
         for shot in args.shots:

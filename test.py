@@ -21,6 +21,7 @@ from utils.utils import (
     UserError,
     peak_memory_mb,
     provenance,
+    require_positive,
     resolve_device,
     run_command,
     seed_everything,
@@ -105,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for flag in ("shot", "inferences", "batch_size", "img_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    require_positive(args, "shot", "inferences", "batch_size", "img_size")
     if args.img_size % SIZE_DIVISOR:
         raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
     if args.num_workers < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -41,6 +42,15 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
 def _complain(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def require_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuses counts and sizes below 1, single or in a list: UserError."""
+    for name in names:
+        values = getattr(arguments, name)
+        smallest = min(values) if isinstance(values, list) else values
+        if smallest < 1:
+            raise UserError(f"--{name} must be at least 1, got {smallest}")
 
 
 def seed_everything(seed: int) -> None:
