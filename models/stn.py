@@ -16,12 +16,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet18
 
-from models.winograd import WinogradConv2d
 from utils.funcs import inverse_affine, warp
 
 FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position
-WINOGRAD_CHANNELS = 128
 SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids must nest, see models/gaussian.py
 
 
@@ -148,23 +146,13 @@ class STNResNet18(nn.Module):
 def folded(network: STNResNet18) -> STNResNet18:
     """A copy of `network` for inference: same features, less work.
 
-    Batch-norm is folded into the convolutions, memory is channels-last, and on the CPU wide 3x3 convolutions go
-    through Winograd's algorithm.
+    Batch-norm is folded into the convolutions and memory is channels-last (on the CPU, `warp` is faster for it too).
     """
     network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, layer), (next_name, following) in itertools.pairwise(children):
             if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
-                convolution = fuse_conv_bn_eval(layer, following)
-                parent.register_module(name, _inference_convolution(convolution))
+                parent.register_module(name, fuse_conv_bn_eval(layer, following))
                 parent.register_module(next_name, nn.Identity())
     return network
-
-
-def _inference_convolution(convolution: nn.Conv2d) -> nn.Module:
-    """Winograd's algorithm where it is faster: below WINOGRAD_CHANNELS its transforms cost what it saves."""
-    on_cpu = convolution.weight.device.type == "cpu"
-    fits = convolution.kernel_size == (3, 3) and convolution.stride == (1, 1)
-    wide = min(convolution.in_channels, convolution.out_channels) >= WINOGRAD_CHANNELS
-    return WinogradConv2d(convolution) if on_cpu and fits and wide else convolution
