@@ -1,11 +1,13 @@
 """Times the scoring of one category by stages, beside one round of the plain definition in the same process.
 
-python -m benchmarks.scoring --shot 2
+python -m benchmarks.scoring --shot 2    measures, writes benchmarks/results/scoring_<category>_<shot>_<device>.json
+python -m benchmarks.scoring --report    prints the table of what is written there
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from utils.utils import (
 )
 
 STAGES = ("decode", "network", "gaussian", "distance", "smoothing", "metrics")
+RESULTS = PROJECT_ROOT / "benchmarks" / "results"
 NETWORK_REPEATS = 5  # timings of one batch, the median counts
 
 
@@ -49,13 +52,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain definition (minutes)")
-    parser.add_argument("--output", type=Path, default=PROJECT_ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the JSON files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the measurements in turn, prints them as tables and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
+    if args.report:
+        print(report(args.output))
+        return
     device = resolve_device(args.device)
     seed_everything(0)
     folder = category_folder(args.data_path, "folder", args.obj)
@@ -81,6 +88,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = args.output / f"scoring_{args.obj}_{args.shot}_{device.type}.json"
     write_json(target, content)
     print(f"written: {target}")
+
+
+def report(results: Path) -> str:
+    """Markdown table of the JSON files in `results` that hold a plain round too."""
+    lines = ["| device | K | s per round | plain definition | times faster | outside decode and network | memory |"]
+    lines.append("|---" * 7 + "|")
+    for path in sorted(results.glob("scoring_*.json")):
+        content = json.loads(path.read_text())
+        fast, plain_seconds = content["fast"], sum(content["plain_round"]["seconds"].values())
+        seconds = fast["total"] / len(fast["aurocs"])
+        rest = 1 - (fast["seconds"]["decode"] + fast["seconds"]["network"]) / fast["total"]
+        cells = (content["device"], path.stem.split("_")[-2], f"{seconds:.2f}", f"{plain_seconds:.0f}")
+        cells += (f"{content['times_faster']:.0f}", f"{rest:.0%}", f"{fast['peak_memory_mb'] / 1024:.1f} GB")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _time_fast(
