@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 
 from utils.utils import UserError
 
@@ -39,6 +41,19 @@ def read_mask(path: Path, size: int) -> np.ndarray:
     """
     picture = _open(path).convert("L").resize((size, size), Image.Resampling.NEAREST)
     return np.asarray(picture) > MASK_THRESHOLD
+
+
+def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> Iterator:
+    """The items of `dataset` in order, in batches (None: one by one), read by `num_workers` processes (0: this one).
+
+    Raises:
+        ImageError: as the dataset does, on one line too where a worker process met it.
+    """
+    try:
+        yield from DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    except ImageError as error:
+        *traceback, last = str(error).strip().splitlines()  # torch puts the worker's traceback into the message
+        raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error
 
 
 def _open(path: Path) -> Image.Image:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from datasets.images import read_batches
 from evaluation.metrics import auroc
 from models.gaussian import CHUNK_BYTES, chunks, fit, from_nested, nested_layers, squared_distance
 from models.stn import STNResNet18
@@ -58,7 +59,7 @@ def compute_test_features(
     """
     layers: Layers = []
     masks = []
-    batches = iter(DataLoader(dataset, batch_size=batch_size, num_workers=num_workers))
+    batches = read_batches(dataset, batch_size, num_workers)
     for start in range(0, len(labels), batch_size):
         with clock("decode"):
             batch = next(batches)

@@ -107,8 +107,9 @@ def squared_distance(statistics: SupportStatistics, test: Layers) -> torch.Tenso
     squared.clamp_(min=0)  # rounding
     if not conditioned:
         return squared
-    predicted = (statistics.regression @ whitened).view_as(deltas[0].mT)  # X^T w: (P_1, C_1, B)
-    own = (statistics.residual @ (deltas[0].mT - predicted)).square().sum(dim=1)
+    finest = deltas[0].mT.unflatten(0, (-1, 4)).flatten(1, 2)  # the four positions one below the other: (P_j, 4 C_1, B)
+    unexplained = torch.baddbmm(finest, statistics.regression, whitened, alpha=-1).view_as(deltas[0].mT)  # d1 - X^T w
+    own = (statistics.residual @ unexplained).square().sum(dim=1)
     return own + squared.repeat_interleave(4, dim=0)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet18
 
@@ -155,4 +156,25 @@ def folded(network: STNResNet18) -> STNResNet18:
             if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
                 parent.register_module(name, fuse_conv_bn_eval(layer, following))
                 parent.register_module(next_name, nn.Identity())
+    network.conv1 = GreyAwareConv2d(network.conv1)
     return network
+
+
+class GreyAwareConv2d(nn.Module):
+    """A convolution (B, 3, H, W) -> (B, C, H', W') that, on the CPU, reads one channel where all three are equal.
+
+    Half the time of the full one; the comparison costs a twentieth. (On CUDA it would make the device wait.)
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.full, self.bias = convolution, convolution.bias
+        self.stride, self.padding = convolution.stride, convolution.padding
+        summed = convolution.weight.sum(dim=1, keepdim=True).contiguous(memory_format=torch.channels_last)
+        self.register_buffer("summed", summed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution of `x`."""
+        if x.device.type == "cpu" and (x[:, 1:] == x[:, :1]).all():
+            return functional.conv2d(x[:, :1], self.summed, self.bias, self.stride, self.padding)
+        return self.full(x)

@@ -103,6 +103,17 @@ def test_folded_gives_the_same_features(stn_mode, batch):
         assert (slow - quick).norm() / slow.norm() < 1e-5
 
 
+def test_grey_pictures_take_the_short_way_to_the_same_features(monkeypatch):
+    network = shaken()
+    fast, grey = folded(network), pictures(3)[:, :1].expand(-1, 3, -1, -1)
+    for slow, quick in zip(network.features(grey), fast.features(grey), strict=True):
+        assert (slow - quick).norm() / slow.norm() < 1e-5
+    monkeypatch.setattr(fast.conv1, "full", None)
+    fast.features(grey)  # does without the full convolution
+    with pytest.raises(TypeError):
+        fast.features(pictures(3))
+
+
 def test_folding_leaves_the_network_as_it_was():
     network = shaken().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
