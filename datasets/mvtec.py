@@ -95,6 +95,35 @@ def list_test_items(category: Path) -> list[LabelledImage]:
     return items
 
 
+def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str, list[Path]]:
+    """The normal training pictures of every category but `target`: what meta-training sees.
+
+    `folder`: every sub-folder with train/good is a category, and `target` need not be one of them.
+
+    Raises:
+        UserError: missing folders, no source category, or one with a single picture (a query needs another one).
+    """
+    names = CATEGORIES[data_type]
+    if names is None:
+        folders = sorted(data_path.iterdir()) if data_path.is_dir() else []
+        names = [entry.name for entry in folders if (entry / "train" / "good").is_dir()]
+    sources = {
+        name: list_images(category_folder(data_path, data_type, name) / "train" / "good")
+        for name in names
+        if name != target
+    }
+    if not sources:
+        raise UserError(
+            f"no category to train on in {data_path}: it needs sub-folders with train/good besides {target}"
+        )
+    for images in sources.values():
+        if len(images) < 2:
+            raise UserError(
+                f"{images[0].parent} has one picture; training needs at least two to register to each other"
+            )
+    return sources
+
+
 class LabelledDataset(Dataset):
     """Test pictures as dicts: image (3, S, S) uint8, mask (S, S) bool (all False without a mask file)."""
 

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
+from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
 from models.stn import STN_MODES, STNResNet18
-from utils.utils import UserError, load_tensors
+from utils.utils import UserError, load_tensors, whole_file
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
+RECIPE = "recipe"  # key of our own checkpoints that the release's loader ignores
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the part of ResNet-18 that is used
 
 
@@ -27,10 +29,28 @@ class RegAD(nn.Module):
         self.encoder = Encoder()
         self.predictor = Predictor()
 
+    def forward(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+        """The registration loss of queries (B, 3, S, S) and K support pictures for each (B, K, 3, S, S), in [0, 1].
+
+        Queries and support pictures go through the backbone apart, because each pass has its own batch-norm
+        statistics; the K registered maps of a query's support are averaged (release behaviour).
+        """
+        query_map = self.stn(query).maps[-1]  # (B, 256, H, W)
+        support_map = self.stn(support.flatten(0, 1)).maps[-1].unflatten(0, support.shape[:2]).mean(dim=1)
+        z_query, z_support = self.encoder(query_map), self.encoder(support_map)
+        return registration_loss(self.predictor(z_query), z_query, self.predictor(z_support), z_support)
+
 
 def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
     """Where the release keeps the weights of one category."""
     return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_model.pt"
+
+
+def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
+    """Writes the release's format, and beside it `recipe`, plain values that say how the weights came about."""
+    parts = {part: getattr(model, attribute).state_dict() for part, attribute in CHECKPOINT_PARTS.items()}
+    with whole_file(path) as aside:
+        torch.save({**parts, RECIPE: recipe}, aside)
 
 
 def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
@@ -42,6 +62,7 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
     content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the parts {', '.join(CHECKPOINT_PARTS)}")
+    _refuse_other_recipe(path, content.get(RECIPE), stn_mode, img_size)
     _refuse_other_mode(path, content["STN"], stn_mode)
     model = RegAD(stn_mode, img_size)
     for part, attribute in CHECKPOINT_PARTS.items():
@@ -53,6 +74,15 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
                 f"checkpoint {path} does not fit --stn_mode {stn_mode} --img_size {img_size}: {part}, {reason}"
             ) from error
     return model
+
+
+def _refuse_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: int) -> None:
+    """Our own checkpoints say what they are."""
+    trained = recipe.get("arguments") if isinstance(recipe, dict) else None
+    if isinstance(trained, dict):
+        for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
+            if trained.get(name, asked) != asked:
+                raise UserError(f"checkpoint {path} was trained with --{name} {trained[name]}, not {asked}")
 
 
 def _refuse_other_mode(path: Path, stn: dict, stn_mode: str) -> None:

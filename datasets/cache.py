@@ -1,0 +1,133 @@
+"""Decode once: the pictures of a folder as one memory-mapped uint8 array, shared by epochs, runs and processes.
+
+File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path,
+`what` one of the pictures' names, sizes and times of change, of the image size and of the way to resize. A changed
+picture gives another name, and the file of the old state is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from datasets.episodes import Episode
+from datasets.images import read_batches, read_image
+from utils.utils import UserError, whole_file
+
+RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # changes whenever `read_image` gives other values
+DIGEST_LETTERS = 16
+RESIDENT_BYTES = 4 * 2**30  # up to this, all source pictures are kept on a CUDA device
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/regad, by default ~/.cache/regad."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regad"
+
+
+def decoded_images(paths: Sequence[Path], size: int, cache_dir: Path | None, num_workers: int) -> np.ndarray:
+    """The pictures `paths` of one folder as (N, size, size, 3) uint8, each decoded at most once per machine.
+
+    Memory-mapped and read-only from `cache_dir`; with None, decoded into memory.
+
+    Raises:
+        UserError: a picture that cannot be read, or a cache folder that cannot be written.
+    """
+    if cache_dir is None:
+        pictures = np.empty((len(paths), size, size, 3), np.uint8)
+        _decode(paths, pictures, num_workers)
+        return pictures
+    file = _cache_file(paths, size, cache_dir)
+    if not file.is_file():
+        try:
+            with whole_file(file) as aside:
+                _decode(
+                    paths, np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3)), num_workers
+                )
+        except OSError as error:
+            raise UserError(
+                f"cannot write the cache of decoded pictures {file}: {error.strerror}; "
+                "name another folder with --cache_dir, or do without: --cache_dir none"
+            ) from error
+        _remove_outdated(file)
+    return np.load(file, mmap_mode="r")
+
+
+def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path) -> Path:
+    folder = paths[0].parent.resolve()
+    states = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
+    what = hashlib.sha256(repr((size, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
+    return cache_dir / f"{folder.parent.parent.name}_{size}_{where}_{what}.npy"
+
+
+def _remove_outdated(file: Path) -> None:
+    """Removes files of earlier states of the same folder; a process that still reads one keeps it until it ends."""
+    same_folder = file.name.rsplit("_", 1)[0] + "_"
+    for other in file.parent.iterdir():
+        if other.name.startswith(same_folder) and other.suffix == ".npy" and other != file:
+            with suppress(OSError):
+                other.unlink()
+
+
+class _Pictures(Dataset):
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.from_numpy(read_image(self.paths[number], self.size).copy())
+
+
+def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int) -> None:
+    """Reads the pictures into the rows of `into`."""
+    pictures = read_batches(_Pictures(paths, into.shape[1]), None, num_workers)
+    progress = tqdm(pictures, f"decoding {paths[0].parent}", len(paths), unit=" pictures", leave=False)
+    for number, picture in enumerate(progress):
+        into[number] = picture.numpy()
+
+
+class SourcePictures:
+    """The decoded pictures of the source categories, ready to be gathered into batches on `device`."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Sequence[Path]],
+        size: int,
+        cache_dir: Path | None,
+        num_workers: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.rows = {name: {p.name: row for row, p in enumerate(paths)} for name, paths in sources.items()}
+        self.pictures = {name: decoded_images(paths, size, cache_dir, num_workers) for name, paths in sources.items()}
+        fits = sum(array.nbytes for array in self.pictures.values()) <= RESIDENT_BYTES
+        self.resident = {}
+        if device.type == "cuda" and fits:
+            self.resident = {name: torch.tensor(array, device=device) for name, array in self.pictures.items()}
+
+    def episode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries (B, 3, S, S) and support pictures (B, K, 3, S, S) of an episode, in [0, 1], channels-last memory."""
+        query = self._gather(episode.category, episode.query)
+        support = self._gather(episode.category, [name for of_query in episode.support for name in of_query])
+        return query, support.unflatten(0, (len(episode.query), -1))
+
+    def _gather(self, category: str, names: Sequence[str]) -> torch.Tensor:
+        rows = [self.rows[category][name] for name in names]
+        if self.resident:
+            pictures = self.resident[category][torch.tensor(rows, device=self.device)]
+        else:
+            pictures = torch.from_numpy(self.pictures[category][rows])
+            if self.device.type == "cuda":
+                pictures = pictures.pin_memory().to(self.device, non_blocking=True)
+        return pictures.permute(0, 3, 1, 2).to(torch.float32).div_(255).to(self.dtype)

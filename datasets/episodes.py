@@ -1,0 +1,112 @@
+"""Training episodes: which pictures are registered to which (RegAD section 3.2, release behaviour).
+
+An epoch shows every normal picture of the source categories once as a query. An episode holds up to `batch_size`
+queries of one category and, for each, K support pictures of the same category, never the query itself.
+
+Draws are ranks of SHA-256 digests of what is drawn for (seed, epoch, names), so there is no generator whose state could
+be lost: an epoch's episodes are the same on every machine, with any number of workers, and after a resume.
+
+python -m datasets.episodes --obj screw --data_type folder --data_path DATA --epoch 1      prints them as JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.mvtec import CATEGORIES, list_source_images
+from utils.utils import DEFAULT_SEED, UserError, require_positive, run_command
+
+
+class Episode(NamedTuple):
+    """One training step's pictures, by name: B queries and for each of them K supports."""
+
+    category: str
+    query: tuple[str, ...]
+    support: tuple[tuple[str, ...], ...]
+
+
+def draw_episodes(
+    names: Mapping[str, Sequence[str]], shot: int, batch_size: int, seed: int, epoch: int
+) -> list[Episode]:
+    """The episodes of an epoch, in the order of training. `names`: at least two pictures for each source category."""
+    episodes = []
+    for category, of_category in names.items():
+        ordered = sorted(of_category)
+        index = {name: number for number, name in enumerate(ordered)}
+        queries = sorted(ordered, key=lambda name: _digest(seed, epoch, category, "query", name))
+        for start in range(0, len(queries), batch_size):
+            batch = tuple(queries[start : start + batch_size])
+            support = tuple(
+                tuple(
+                    _other(ordered, index[name], _digest(seed, epoch, category, "support", name, k))
+                    for k in range(shot)
+                )
+                for name in batch
+            )
+            episodes.append(Episode(category, batch, support))
+    return sorted(episodes, key=lambda episode: _digest(seed, epoch, "order", episode.category, episode.query[0]))
+
+
+def _digest(*what: object) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(what).encode()).digest(), "big")
+
+
+def _other(ordered: Sequence[str], own: int, draw: int) -> str:
+    """One of `ordered` but the one numbered `own`, each with the same chance (up to 2**-240)."""
+    number = draw % (len(ordered) - 1)
+    return ordered[number + (number >= own)]
+
+
+def write_episodes(episodes: Sequence[Episode]) -> str:
+    """Episodes as JSON text: a list of {"category", "query", "support"}."""
+    return json.dumps([episode._asdict() for episode in episodes], indent=1)
+
+
+def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episode]:
+    """Episodes from a file as `write_episodes` makes it.
+
+    Raises:
+        UserError: missing, not such a file, or naming pictures that are not in `names`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        episodes = [Episode(e["category"], tuple(e["query"]), tuple(map(tuple, e["support"]))) for e in content]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the episodes {path}: {' '.join(str(error).split())}") from error
+    for number, episode in enumerate(episodes):
+        unknown = {*episode.query, *(name for k in episode.support for name in k)} - {*names.get(episode.category, ())}
+        if unknown or len({len(k) for k in episode.support}) != 1 or len(episode.support) != len(episode.query):
+            reason = f"unknown picture {min(unknown)} of {episode.category}" if unknown else "uneven support lists"
+            raise UserError(f"episode {number} of {path} does not fit: {reason}")
+    return episodes
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line that prints an epoch's episodes."""
+    parser = argparse.ArgumentParser(description="Print the episodes of one training epoch as JSON.")
+    parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the target category, which is left out")
+    parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec")
+    parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"))
+    parser.add_argument("--shot", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
+    parser.add_argument("--epoch", type=int, default=1, help="counted from 1")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the episodes that train.py draws with the same arguments."""
+    args = get_args_parser().parse_args(argv)
+    require_positive(args, "shot", "batch_size", "epoch")
+    sources = list_source_images(args.data_path, args.data_type, args.obj)
+    names = {category: [path.name for path in paths] for category, paths in sources.items()}
+    print(write_episodes(draw_episodes(names, args.shot, args.batch_size, args.seed, args.epoch)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,18 @@
+"""The training objective: registered maps of the same category should agree (RegAD section 3.2, after SimSiam)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """N(p, z): minus the cosine over channels of maps (B, C, H, W), its mean over pictures and positions, in [-1, 1]."""
+    return -F.cosine_similarity(p, z, dim=1).mean()
+
+
+def registration_loss(
+    p_query: torch.Tensor, z_query: torch.Tensor, p_support: torch.Tensor, z_support: torch.Tensor
+) -> torch.Tensor:
+    """1/2 N(p_query, stop(z_support)) + 1/2 N(p_support, stop(z_query)); p = predictor(z), all (B, C, H, W)."""
+    return (negative_cosine(p_query, z_support.detach()) + negative_cosine(p_support, z_query.detach())) / 2

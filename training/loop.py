@@ -1,0 +1,138 @@
+"""The training step and an epoch of it; where a run stands, so that it can be saved and continued."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from datasets.cache import SourcePictures
+from datasets.episodes import Episode
+from models.regad import RegAD
+from utils.utils import StageClock, UserError, load_tensors, whole_file
+
+REPORT_SECONDS = 1.0  # the loss is fetched from the device no more often than this
+SAVE_SECONDS = 300.0  # of an epoch, no more than this is lost when a run is killed
+
+
+def learning_rate(base: float, epoch: int, epochs: int) -> float:
+    """The rate of an epoch, counted from 1: half a cosine down to 0 in the last one (release behaviour)."""
+    return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@dataclass
+class Progress:
+    """Where a run stands: `step` of `epoch` comes next; epoch 0 is the scoring of the untrained network."""
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # of the current epoch's steps so far
+    history: list[dict] = field(default_factory=list)  # one entry per finished epoch
+    best: int | None = None  # the epoch with the highest score so far
+
+
+class Trainer:
+    """A model, its optimizer and its progress."""
+
+    def __init__(self, model: RegAD, lr: float, momentum: float, bf16: bool = False, compiled: bool = False) -> None:
+        self.model = model.to(memory_format=torch.channels_last)
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
+        self.lr, self.bf16 = lr, bf16
+        self.loss = torch.compile(model) if compiled else model
+        self.progress = Progress()
+
+    def step(self, query: torch.Tensor, support: torch.Tensor, clock: StageClock) -> torch.Tensor:
+        """One update from queries (B, 3, S, S) and their support (B, K, 3, S, S); the loss before it, on the device."""
+        with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(query, support)
+        with clock("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with clock("optimizer"):
+            self.optimizer.step()
+        return loss.detach()
+
+    def train_epoch(
+        self,
+        episodes: Sequence[Episode],
+        pictures: SourcePictures,
+        epochs: int,
+        clock: StageClock,
+        save: Callable[[], None],
+    ) -> None:
+        """The rest of the current epoch, from `progress.step`; calls `save` every SAVE_SECONDS, with `progress` set.
+
+        Raises:
+            UserError: a loss that is not finite; the message names the episode.
+        """
+        progress, pending = self.progress, []
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.lr, progress.epoch, epochs)
+        reported = saved = time.monotonic()
+        bar = tqdm(episodes[progress.step :], f"epoch {progress.epoch}/{epochs}", unit=" steps", leave=False)
+        for episode in bar:
+            with clock("batch"):
+                query, support = pictures.episode(episode)
+            pending.append(self.step(query, support, clock))
+            now = time.monotonic()
+            if now - reported > REPORT_SECONDS:
+                reported = now
+                self._fetch(pending, episodes)
+                bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
+            if now - saved > SAVE_SECONDS:
+                saved = now
+                self._fetch(pending, episodes)
+                save()
+        self._fetch(pending, episodes)
+
+    def _fetch(self, pending: list[torch.Tensor], episodes: Sequence[Episode]) -> None:
+        """Moves the losses of the steps since the last call from the device to `progress`."""
+        progress = self.progress
+        values = torch.stack(pending).tolist() if pending else []
+        pending.clear()
+        for loss in values:
+            if not math.isfinite(loss):
+                episode = episodes[progress.step]
+                raise UserError(
+                    f"the loss is {loss} in epoch {progress.epoch}, step {progress.step}: category {episode.category}, "
+                    f"queries {', '.join(episode.query)}. A lower --lr may help; the last good state is kept"
+                )
+            progress.losses.append(loss)
+            progress.step += 1
+
+    def save(self, path: Path, arguments: dict) -> None:
+        """Writes all that `load` needs to continue to the same bits."""
+        content = {
+            "arguments": arguments,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+        }
+        with whole_file(path) as aside:
+            torch.save(content, aside)
+
+    def load(self, path: Path, arguments: dict) -> None:
+        """Continues from a file of `save`.
+
+        Raises:
+            UserError: damaged or foreign file, or one of a run with other arguments.
+        """
+        content = load_tensors(path, "training state")
+        if not isinstance(content, dict) or set(content) != {"arguments", "model", "optimizer", "progress"}:
+            raise UserError(f"{path} is not a training state; start anew without --resume")
+        for name, value in arguments.items():
+            if content["arguments"].get(name) != value:
+                raise UserError(
+                    f"the run to resume, {path}, has {name} {content['arguments'].get(name)}, not {value}; give the "
+                    "same arguments, or start anew without --resume"
+                )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.progress = Progress(**content["progress"])
