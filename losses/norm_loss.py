@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """N(p, z): minus the cosine over channels of maps (B, C, H, W), its mean over pictures and positions, in [-1, 1]."""
+    """N(p, z): minus the cosine over channels of maps (B, C, H, W), averaged over all but channels; in [-1, 1]."""
     return -F.cosine_similarity(p, z, dim=1).mean()
 
 
