@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arguments": plain_arguments(args),
         **provenance(device),
         "checkpoint": _file_record(checkpoint),
-        "support_set": {"source": support.source, "names": support.names, "file": _file_record(support.file)},
+        "support_set": {"source": support.source, "names": support.names} | (_file_record(support.file) or {}),
         "test_pictures": len(items),
         "rounds": results,
         "image_auroc": image,
