@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,7 +51,8 @@ def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> 
         ImageError: as the dataset does, on one line too where a worker process met it.
     """
     try:
-        yield from DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+        own = torch.Generator()  # reading must not advance the generator that the weights are drawn from
+        yield from DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=own)
     except ImageError as error:
         *traceback, last = str(error).strip().splitlines()  # torch puts the worker's traceback into the message
         raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error

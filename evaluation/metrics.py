@@ -34,7 +34,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
         twice_above_all = sum(pool.map(lambda chunk: _twice_below(chunk, few), chunks))
     twice_above = twice_above_all - _twice_below(few, few)  # against the other class only
     pairs = 2 * positives * negatives
-    return (twice_above if few_are_positive else pairs - twice_above) / pairs
+    return float((twice_above if few_are_positive else pairs - twice_above) / pairs)
 
 
 def _twice_below(chunk: np.ndarray, few: np.ndarray) -> int:
