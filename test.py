@@ -1,4 +1,4 @@
-"""Command: few-shot scoring of one category, image and pixel AUROC over several support sets.
+"""Command: few-shot scoring of one category, image and pixel metrics over several support sets.
 
 python test.py --obj bottle --shot 2 --stn_mode rotation_scale
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import load_support_rounds, support_file
+from evaluation.metrics import METRIC_NAMES
 from evaluation.report import choose_examples, format_summary, save_heat_maps, summary
 from evaluation.scoring import RoundResult, compute_test_features, score_rounds
 from models.regad import RegAD, checkpoint_file, load_checkpoint, untrained
@@ -53,6 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
     run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
+    run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and pictures")
     run.add_argument("--save_images", type=int, default=0, metavar="N", help="heat-maps of round 0; -1: all pictures")
     return parser
@@ -77,17 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
     test = compute_test_features(network, dataset, labels, has_masks, clock, args.batch_size, args.num_workers)
     results = []
-    for number, result in enumerate(score_rounds(network, test, rounds, clock, args.batch_size)):
+    scored = score_rounds(network, test, rounds, clock, args.batch_size, args.metrics == "all")
+    for number, result in enumerate(scored):
         pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
         print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
         if number == 0 and args.save_images:
             _save_images(args, name, items, result)
-        results.append({"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc})
+        results.append(result.numbers)
 
-    image, pixel = (summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc"))
-    print(
-        f"mean +- SD of {len(results)} rounds: image AUROC {format_summary(image)}, pixel AUROC {format_summary(pixel)}"
-    )
+    summaries = {name: summary([numbers[name] for numbers in results]) for name in results[0]}
+    print(f"mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
+    for name, numbers in summaries.items():
+        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers)}")
     record = args.output / f"{name}.json"
     content = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -96,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "support_set": _file_record(support),
         "test_pictures": len(items),
         "rounds": results,
-        "image_auroc": image,
-        "pixel_auroc": pixel,
+        **summaries,
         "seconds": clock.seconds,
         "peak_memory_mb": peak_memory_mb(),
     }

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import make_support
 from datasets.images import read_image
 from datasets.mvtec import list_test_items
+from evaluation.metrics import METRIC_NAMES
+from evaluation.report import format_summary
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
 from tests.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
 from utils.utils import PROJECT_ROOT, UserError, sha256
@@ -84,9 +87,13 @@ def test_record(arguments, capsys):
     assert record["support_set"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
     assert set(record["seconds"]) == {"decode", "network", "gaussian", "distance", "smoothing", "metrics"}
     assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_pictures"] == 9
-    for key in ("image_auroc", "pixel_auroc"):
+    for key, name in METRIC_NAMES.items():
         values = [one[key] for one in record["rounds"]]
-        assert record[key] == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1)})
+        interval = scipy.stats.t.interval(0.95, 1, np.mean(values), scipy.stats.sem(values))
+        expected = {"mean": np.mean(values), "sd": np.std(values, ddof=1), "interval95": pytest.approx(interval)}
+        assert record[key]["interval95"] == expected.pop("interval95")
+        assert {part: record[key][part] for part in expected} == pytest.approx(expected)
+        assert f"  {name:14}{format_summary(record[key])}" in printed
     for number, one in enumerate(record["rounds"]):
         assert f"round {number}: image AUROC {one['image_auroc']:.4f}, pixel AUROC {one['pixel_auroc']:.4f}" in printed
 
