@@ -1,26 +1,29 @@
 """Command: few-shot scoring of one category, image and pixel metrics over several support sets.
 
 python test.py --obj bottle --shot 2 --stn_mode rotation_scale
+python test.py --obj bottle --shot 2 4 8 --untrained        several support sets; test features once per set of weights
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, list_test_items
-from datasets.support import load_support_rounds, support_file
+from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.report import choose_examples, format_summary, save_heat_maps, summary
-from evaluation.scoring import RoundResult, compute_test_features, score_rounds
-from models.regad import RegAD, checkpoint_file, load_checkpoint, untrained
+from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
+from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, read_recipe, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, folded
 from utils.utils import (
     DEFAULT_SEED,
     StageClock,
     UserError,
     peak_memory_mb,
+    plain_arguments,
     provenance,
     require_positive,
     resolve_device,
@@ -38,19 +41,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
     what.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
     what.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
-    what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per round")
+    what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support pictures per round")
     what.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
-    what.add_argument("--support_path", type=Path, default=Path("./support_set"), help="see support_set/README.md")
+    what.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
     network = parser.add_argument_group("network")
     network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
     network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    network.add_argument(
+        "--save_dir", type=Path, default=Path("./save_checkpoints"), help="train.py's and the release's"
+    )
     network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
+    network.add_argument("--last", action="store_true", help="score train.py's weights after the last epoch instead")
     network.add_argument("--untrained", action="store_true", help="score without any registration training")
     network.add_argument("--weights", default="imagenet", help="trunk for --untrained: imagenet, none, or a file")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument(
-        "--batch_size", type=int, default=32, help="pictures per network pass; changes memory, not results"
+        "--batch_size", type=int, default=SCORING_BATCH, help="pictures per network pass; changes memory, not results"
     )
     run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
     run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
@@ -66,69 +73,117 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check_numbers(args)
     device = resolve_device(args.device)
     seed_everything(args.seed)
-    items = list_test_items(category_folder(args.data_path, args.data_type, args.obj))
-    support = support_file(args.support_path, args.obj, args.shot, args.inferences)
-    rounds = load_support_rounds(support, args.shot, args.inferences, args.img_size)
-    model, checkpoint = _load_model(args)
-    name = f"{args.obj}_{args.shot}_{args.stn_mode}" + ("_untrained" if args.untrained else "")
-    print(f"scoring {args.obj}: {len(items)} test pictures, {checkpoint or f'untrained, weights {args.weights}'}")
-
-    clock = StageClock(device)
-    network = folded(model.stn.to(device))
+    folder = category_folder(args.data_path, args.data_type, args.obj)
+    items = list_test_items(folder)
+    supports = {
+        shot: find_support_rounds(args.support_path, folder, shot, args.inferences, args.img_size) for shot in args.shot
+    }
     has_masks = any(item.mask is not None for item in items)
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(network, dataset, labels, has_masks, clock, args.batch_size, args.num_workers)
-    results = []
-    scored = score_rounds(network, test, rounds, clock, args.batch_size, args.metrics == "all")
-    for number, result in enumerate(scored):
-        pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
-        print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
-        if number == 0 and args.save_images:
-            _save_images(args, name, items, result)
-        results.append(result.numbers)
+    for weights, shots in _find_weights(args).items():
+        print(f"scoring {args.obj}: {len(items)} test pictures, {weights.file or f'untrained, weights {args.weights}'}")
+        network, clock = folded(_load_model(args, weights).stn.to(device)), StageClock(device)
+        test = compute_test_features(network, dataset, labels, has_masks, clock, args.batch_size, args.num_workers)
+        shared_seconds = clock.seconds
+        for shot in shots:
+            print(f"support: {supports[shot].source}")
+            clock.seconds = dict(shared_seconds)
+            pictures, with_more = supports[shot].pictures, args.metrics == "all"
+            scored = score_rounds(network, test, pictures, clock, args.batch_size, with_more)
+            name = f"{args.obj}_{shot}_{args.stn_mode}" + ("" if weights.kind == "best" else f"_{weights.kind}")
+            results = _print_rounds(scored, args, name, items)
+            content = {
+                "arguments": plain_arguments(args) | {"shot": shot},
+                **provenance(device),
+                **{"weights": weights.kind, "epoch": weights.epoch, "checkpoint": _file_record(weights.file)},
+                "support_set": _support_record(supports[shot]),
+                "test_pictures": len(items),
+                "rounds": results,
+                **_print_summaries(results),
+                "seconds": clock.seconds,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+            write_json(args.output / f"{name}.json", content)
+            print(f"record: {args.output / name}.json")
 
-    summaries = {name: summary([numbers[name] for numbers in results]) for name in results[0]}
-    print(f"mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
-    for name, numbers in summaries.items():
-        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers)}")
-    record = args.output / f"{name}.json"
-    content = {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        **provenance(device),
-        "checkpoint": _file_record(checkpoint),
-        "support_set": _file_record(support),
-        "test_pictures": len(items),
-        "rounds": results,
-        **summaries,
-        "seconds": clock.seconds,
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    write_json(record, content)
-    print(f"record: {record}")
+
+class Weights(NamedTuple):
+    """What is scored. `kind` is a key of evaluation.tables.WEIGHTS. `file`: None for an untrained network."""
+
+    file: Path | None
+    sha256: str | None
+    kind: str
+    epoch: int | None
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "inferences", "batch_size", "img_size")
     if args.img_size % SIZE_DIVISOR:
         raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
+    if args.untrained + args.last + bool(args.checkpoint) > 1:
+        raise UserError("--untrained, --last and --checkpoint exclude each other")
     if args.num_workers < 0:
         raise UserError(f"--num_workers must not be negative, got {args.num_workers}")
 
 
-def _load_model(args: argparse.Namespace) -> tuple[RegAD, Path | None]:
-    """The model and the checkpoint it came from (None: untrained)."""
+def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
+    """Each set of weights, with the shots it is scored for."""
     if args.untrained:
-        if args.checkpoint:
-            raise UserError("--untrained and --checkpoint exclude each other")
-        return untrained(args.weights, args.stn_mode, args.img_size), None
-    default = checkpoint_file(Path("./save_checkpoints"), args.stn_mode, args.shot, args.obj)
-    checkpoint = args.checkpoint or default
-    if not checkpoint.is_file():
-        raise UserError(
-            f"no checkpoint {checkpoint}; put the release's file there, name another with --checkpoint FILE, "
-            "or score the network before training with --untrained"
-        )
-    return load_checkpoint(checkpoint, args.stn_mode, args.img_size), checkpoint
+        return {Weights(None, None, "untrained", 0): args.shot}
+    found: dict[str, tuple[Weights, list[int]]] = {}
+    default = last_file if args.last else checkpoint_file
+    for shot in args.shot:
+        file = args.checkpoint or default(args.save_dir, args.stn_mode, shot, args.obj)
+        if not file.is_file():
+            raise UserError(
+                f"no checkpoint {file}; make it with: python train.py --obj {args.obj} --shot {shot} "
+                f"--stn_mode {args.stn_mode} --data_path <data folder>. Or put the release's file there, name another "
+                "with --checkpoint FILE, or score the network before training with --untrained"
+            )
+        digest = sha256(file)
+        if digest not in found:
+            found[digest] = Weights(file, digest, *_kind_and_epoch(args, file)), []
+        found[digest][1].append(shot)
+    return dict(found.values())
+
+
+def _kind_and_epoch(args: argparse.Namespace, file: Path) -> tuple[str, int | None]:
+    """The rule by which the weights were chosen; the release's were chosen by the target's test labels."""
+    recipe = read_recipe(file)
+    chosen_by = recipe.get("arguments", {}).get("select", "best")
+    return "last" if args.last else chosen_by, recipe.get("epoch")
+
+
+def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
+    if weights.file is None:
+        return untrained(args.weights, args.stn_mode, args.img_size)
+    return load_checkpoint(weights.file, args.stn_mode, args.img_size)
+
+
+def _print_rounds(
+    scored: Iterable[RoundResult], args: argparse.Namespace, name: str, items: list[LabelledImage]
+) -> list[dict]:
+    """The numbers of every round, printed as they come; heat-maps of the first one where asked for."""
+    results = []
+    for number, result in enumerate(scored):
+        pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
+        print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
+        if number == 0 and args.save_images:
+            _save_images(args, name, items, result)
+        results.append(result.numbers)
+    return results
+
+
+def _print_summaries(results: list[dict]) -> dict[str, dict | None]:
+    summaries = {name: summary([numbers[name] for numbers in results]) for name in results[0]}
+    print(f"mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
+    for name, numbers in summaries.items():
+        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers)}")
+    return summaries
+
+
+def _support_record(support: SupportRounds) -> dict:
+    return {"source": support.source, "names": support.names, "file": _file_record(support.file)}
 
 
 def _save_images(args: argparse.Namespace, name: str, items: list[LabelledImage], result: RoundResult) -> None:

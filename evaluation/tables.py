@@ -6,6 +6,7 @@ All numbers of a table are percent, as in the paper.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ PRINTED_DIGITS = 0.05  # a published average is rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc")
 OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS)
 GRID_FILE = "grid.json"  # what reproduce.py was asked for, so that what is missing can be shown
+DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to tell two apart
 MISSING, NOT_PUBLISHED = "missing", ""
 
 
@@ -212,9 +214,10 @@ def header(results: Results) -> list[tuple[str, str]]:
 
 
 def support_name(record: dict) -> str:
-    """A short name of the pictures of all rounds: the file's, and the beginning of its SHA-256."""
-    support = record["support_set"]
-    return f"{Path(support['path']).name} {support['sha256'][:8]}"
+    """A short name of the pictures of all rounds: the file's, or `drawn`, and the beginning of a SHA-256."""
+    file, names = record["support_set"]["file"], record["support_set"]["names"]
+    digest = file["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return f"{Path(file['path']).name if file else 'drawn'} {digest[:DIGEST_LETTERS]}"
 
 
 def _epochs(results: Results, weights: str) -> str:
@@ -261,10 +264,14 @@ def write_csv(path: Path, tables: Sequence[Table]) -> None:
         for table in tables:
             for category, entries in table.rows.items():
                 for column, entry in zip(table.columns, entries, strict=True):
-                    numbers = (
-                        ("", "", "") if entry is None else (entry.mean, entry.sd, " ".join(map(str, entry.rounds)))
-                    )
-                    writer.writerow([table.shot, table.metric, category, column, *numbers])
+                    writer.writerow([table.shot, table.metric, category, column, *_csv_numbers(entry)])
+
+
+def _csv_numbers(entry: Entry | None) -> list[object]:
+    if entry is None:
+        return [""] * 5
+    interval = summary(entry.rounds)["interval95"] if entry.rounds else None
+    return [entry.mean, entry.sd, *(interval or ("", "")), " ".join(map(str, entry.rounds))]
 
 
 def to_latex(results: Results, tables: Sequence[Table]) -> str:

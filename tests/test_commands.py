@@ -72,9 +72,13 @@ def arguments(demo_data, support_path, checkpoint, tmp_path) -> dict[str, str]:
     }
 
 
+def flat(arguments: dict[str, str]) -> list[str]:
+    return [part for pair in arguments.items() for part in pair]
+
+
 def call(arguments: dict[str, str], *extra: str) -> dict:
     """Runs test.py's main and returns its record."""
-    test_command.main([part for pair in arguments.items() for part in pair] + list(extra))
+    test_command.main(flat(arguments) + list(extra))
     (record,) = Path(arguments["--output"]).glob("*.json")
     return json.loads(record.read_text())
 
@@ -84,7 +88,7 @@ def test_record(arguments, capsys):
     printed = capsys.readouterr().out
     assert record["arguments"]["obj"] == "ring" and record["arguments"]["seed"] == 668
     assert record["checkpoint"]["sha256"] == sha256(Path(arguments["--checkpoint"]))
-    assert record["support_set"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
+    assert record["support_set"]["file"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
     assert set(record["seconds"]) == {"decode", "network", "gaussian", "distance", "smoothing", "metrics"}
     assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_pictures"] == 9
     for key, name in METRIC_NAMES.items():
@@ -117,6 +121,45 @@ def test_single_shot_and_untrained(arguments):
     assert record["checkpoint"] is None and len(record["rounds"]) == 2
     again = call(arguments | {"--shot": "1", "--weights": "none"}, "--untrained")
     assert again["rounds"] == record["rounds"]
+
+
+def test_several_shots_share_the_test_features(arguments, monkeypatch):
+    """Records as of single runs; features once for the weights that all shots share, here the untrained ones."""
+    del arguments["--checkpoint"]
+    shots, output = ("1", "2"), Path(arguments["--output"])
+    for shot in shots:
+        test_command.main(flat(arguments | {"--shot": shot, "--weights": "none"}) + ["--untrained"])
+    alone = [json.loads((output / f"ring_{shot}_affine_untrained.json").read_text()) for shot in shots]
+    calls, original = [], test_command.compute_test_features
+    monkeypatch.setattr(test_command, "compute_test_features", lambda *a: calls.append(1) or original(*a))
+    test_command.main(flat(arguments | {"--weights": "none"}) + ["--untrained", "--shot", *shots])
+    for shot, expected in zip(shots, alone, strict=True):
+        record = json.loads((output / f"ring_{shot}_affine_untrained.json").read_text())
+        assert record["rounds"] == expected["rounds"] and record["arguments"]["shot"] == int(shot)
+        assert record["weights"] == "untrained"
+    assert len(calls) == 1
+
+
+def test_weights_of_every_kind_have_their_record(arguments, checkpoint, tmp_path):
+    """The release's weights count as `best`; ours say by which rule they were chosen."""
+    record = call(arguments)
+    assert record["weights"] == "best" and record["epoch"] is None
+    content = torch.load(checkpoint, weights_only=True)
+    for kind in ("last", "source", "best"):
+        recipe = {"arguments": {"select": kind, "stn_mode": "affine", "img_size": SIZE}, "epoch": 3}
+        torch.save(content | {"recipe": recipe}, tmp_path / "ours.pt")
+        call(arguments | {"--checkpoint": str(tmp_path / "ours.pt"), "--output": str(tmp_path / kind)})
+        name = "ring_2_affine" + ("" if kind == "best" else f"_{kind}")
+        record = json.loads((tmp_path / kind / f"{name}.json").read_text())
+        assert (record["weights"], record["epoch"]) == (kind, 3)
+
+
+def test_only_the_aurocs(arguments):
+    record = call(arguments)
+    fewer = call(arguments | {"--metrics": "auroc"})
+    assert set(fewer["rounds"][0]) == {"image_auroc", "pixel_auroc"} < set(record["rounds"][0]) == set(METRIC_NAMES)
+    for one, other in zip(fewer["rounds"], record["rounds"], strict=True):
+        assert all(one[key] == other[key] for key in one)
 
 
 def test_heat_maps(arguments, demo_data):

@@ -32,7 +32,9 @@ from utils.utils import UserError
 PUBLISHED_CELLS = REFERENCE / "reference" / "published_mvtec.csv"
 
 
-def write_record(folder, category, shot, weights, rounds, data_type="mvtec", support="0" * 64, stn_mode="affine"):
+def write_record(
+    folder, category, shot, weights, rounds, data_type="mvtec", support="0" * 64, stn_mode="affine", names=None
+):
     """A record as test.py leaves it, with the AUROCs `rounds`: (image, pixel) pairs."""
     numbers = [{"image_auroc": image, "pixel_auroc": pixel} for image, pixel in rounds]
     record = {
@@ -40,7 +42,11 @@ def write_record(folder, category, shot, weights, rounds, data_type="mvtec", sup
         | {"img_size": 224, "seed": 668},
         **{"weights": weights, "epoch": {"last": 50, "best": 7}.get(weights), "commit": "abc", "device": "cpu"},
         **{"date": "2026-01-01T00:00:00+0000", "rounds": numbers},
-        "support_set": {"path": f"support_set/{category}/{shot}_{len(rounds)}.pt", "sha256": support},
+        "support_set": {
+            "source": "",
+            "names": names,
+            "file": None if names else {"path": "s/2_2.pt", "sha256": support},
+        },
     }
     folder.mkdir(exist_ok=True)
     (folder / f"{category}_{shot}_{stn_mode}_{weights}.json").write_text(json.dumps(record))
@@ -146,7 +152,7 @@ def test_markdown(folder):
     results = read_results(folder)
     text = to_markdown(results, make_tables(results))
     assert "- commit: abc\n" in text and "target's own test labels" in text and "too good" in text
-    assert "- last: epoch 50: the last" in text and "- support sets: 8_2.pt 00000000\n" in text
+    assert "- last: epoch 50: the last" in text and "- support sets: 2_2.pt 00000000\n" in text
     row = re.search(r"\| bottle \|.*", text[text.index("image AUROC, K = 8") :])[0]
     assert row == "| bottle | 96.0 ± 1.4 | 97.0 ± 1.4 | 98.0 ± 1.4 | 99.8 | 99.8 | -1.8 | -1.8 |"
     assert "| screw | 53.0 ± 4.2 | missing |" in text and "| 75.5 ± 1.4 (2 of 15) |" in text
@@ -237,6 +243,10 @@ def test_comparison_needs_the_same_support_sets(tmp_path):
     write_record(tmp_path / "b", "bottle", 2, "last", [(0.9, 0.5)], support="1" * 64)
     with pytest.raises(UserError, match="other support sets"):
         compare(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+    for letter in "de":
+        write_record(tmp_path / letter, "bottle", 2, "last", [(0.9, 0.5)], names=[[f"{letter}.png"]])
+    with pytest.raises(UserError, match=r"other support sets: drawn \w{8} and drawn \w{8}"):
+        compare(read_results(tmp_path / "d"), read_results(tmp_path / "e"))
     write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
     with pytest.raises(UserError, match="in common"):
         compare(read_results(tmp_path / "a"), read_results(tmp_path / "c"))
