@@ -16,21 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.cache import default_cache_dir
-from datasets.mvtec import CATEGORIES, category_folder, list_source_images, list_test_items
+from datasets.mvtec import (
+    CATEGORIES,
+    category_folder,
+    held_out_category,
+    list_images,
+    list_source_images,
+    list_test_items,
+)
 from datasets.support import DEFAULT_PATH
 from evaluation.engines import Cluster, run_local, run_on_cluster, visible_gpus
 from evaluation.grid import Cell, Fingerprints, code_version, digest, is_begun, is_finished
-from evaluation.tables import (
-    GRID_FILE,
-    compare,
-    format_comparison,
-    make_tables,
-    read_results,
-    to_latex,
-    to_markdown,
-    write_csv,
-)
-from evaluation.tables_page import to_html
+from evaluation.tables import GRID_FILE, compare, format_comparison, read_results
+from evaluation.tables_page import write_tables
 from models.regad import checkpoint_file, last_file
 from models.stn import STN_MODES
 from training.estimate import Speed, format_duration, measure, scoring_seconds, training_seconds
@@ -40,12 +38,10 @@ from utils.utils import (
     require_positive,
     resolve_device,
     run_command,
-    whole_file,
     write_json,
 )
 
 SLURM_CLUSTER = "slurm"  # submitit's name; tests put "local" here
-README_MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -148,7 +144,10 @@ class Plan:
         self.args = args
         self.categories = _categories(args)
         self.tests = {name: list_test_items(self._folder(name)) for name in self.categories}
-        self.sources = list_source_images(args.data_path, args.data_type, target="")
+        if args.eval_only:
+            self.sources = {name: list_images(self._folder(name) / "train" / "good") for name in self.categories}
+        else:
+            self.sources = list_source_images(args.data_path, args.data_type, target="")
         self.files, self.code = Fingerprints(), code_version()
 
     def cells(self) -> list[Cell]:
@@ -208,7 +207,8 @@ class Plan:
         records = tuple(self._record(category, shot, "_untrained") for shot in self.args.shots)
         command = self._test(category, self.args.shots, "--untrained")
         name = f"{category}_{'-'.join(map(str, self.args.shots))}_{self.args.stn_mode}_untrained"
-        return Cell(name, (command,), self._key(category, self.args.shots, "untrained"), None, records)
+        shots, key = tuple(self.args.shots), self._key(category, self.args.shots, "untrained")
+        return Cell(name, category, shots, (command,), key, None, records)
 
     def _trained_cell(self, category: str, shot: int, select: str) -> Cell:
         args, which = self.args, "" if select == "best" else "_source"
@@ -223,7 +223,8 @@ class Plan:
             records.append(self._record(category, shot, "_last"))
         weights = checkpoint_file(save_dir, args.stn_mode, shot, category)
         key = self._key(category, [shot], select, args.epochs, args.batch_size, args.eval_every)
-        return Cell(weights.stem.removesuffix("_model") + which, tuple(commands), key, weights.parent, tuple(records))
+        name = weights.stem.removesuffix("_model") + which
+        return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records))
 
     def _found_cells(self, category: str) -> list[Cell]:
         """Existing weights of a category: one cell for all shots, so that equal files are scored together."""
@@ -239,7 +240,8 @@ class Plan:
                 records = tuple(self._record(category, shot, kind) for shot in found)
                 key = self._key(category, found, kind, self.files.of([files[shot] for shot in found]))
                 name = f"{category}_{'-'.join(map(str, found))}_{args.stn_mode}{kind}_eval"
-                cells.append(Cell(name, (self._test(category, found, *flags),), key, None, records))
+                command = self._test(category, found, *flags)
+                cells.append(Cell(name, category, tuple(found), (command,), key, None, records))
         return cells
 
     def _key(self, category: str, shots: Sequence[int], *decisive: object) -> str:
@@ -249,7 +251,9 @@ class Plan:
         support = [file for shot in shots for file in self._support_files(category, shot)]
         trains = "best" in decisive or "source" in decisive
         pictures = self.sources if trains else {category: self.sources[category]}
-        test = self.tests[category]
+        test = list(self.tests[category])
+        if "source" in decisive:
+            test += list_test_items(self._folder(held_out_category(self.sources, category)))
         data = {name: files.of(paths) for name, paths in pictures.items()}
         return digest(
             {
@@ -272,13 +276,11 @@ class Plan:
     def _seconds(self, cell: Cell, speed: Speed) -> float:
         """Estimated from the cell's commands."""
         args, total = self.args, 0.0
-        category = cell.commands[0][cell.commands[0].index("--obj") + 1]
-        for script, *flags in cell.commands:
-            shots = [shot for shot in args.shots if str(shot) in flags[flags.index("--shot") + 1 :]]
-            scoring = scoring_seconds(speed, len(self.tests[category]), shots, args.inferences)
+        scoring = scoring_seconds(speed, len(self.tests[cell.category]), cell.shots, args.inferences)
+        for script, *_ in cell.commands:
             if script == "train.py":
-                pictures = sum(len(paths) for name, paths in self.sources.items() if name != category)
-                total += training_seconds(speed, pictures, shots[0], args.epochs, scoring / args.eval_every)
+                pictures = sum(len(paths) for name, paths in self.sources.items() if name != cell.category)
+                total += training_seconds(speed, pictures, cell.shots[0], args.epochs, scoring / args.eval_every)
             else:
                 total += scoring
         return total
@@ -330,38 +332,6 @@ def _run(args: argparse.Namespace, cells: list[Cell]) -> dict[str, str]:
         )
         run_on_cluster(args.output, cells, _jobs(args), cluster, report)
     return failed
-
-
-def write_tables(folder: Path, readme: Path | None = None) -> None:
-    """Prints the tables of a results folder and writes them beside the records, in four formats.
-
-    Raises:
-        UserError: no records, or no place for them in `readme`.
-    """
-    results = read_results(folder)
-    tables = make_tables(results)
-    markdown = to_markdown(results, tables)
-    print(markdown)
-    texts = {"md": markdown, "tex": to_latex(results, tables), "html": to_html(results, tables)}
-    for ending, text in texts.items():
-        with whole_file(folder / f"tables.{ending}") as aside:
-            aside.write_text(text, encoding="utf-8")
-    with whole_file(folder / "tables.csv") as aside:
-        write_csv(aside, tables)
-    print(f"written: {folder}/tables.md, .csv, .tex, .html")
-    if readme:
-        _put_into(readme, markdown)
-
-
-def _put_into(readme: Path, markdown: str) -> None:
-    """Replaces what stands between the two marks."""
-    text = readme.read_text(encoding="utf-8")
-    begin, end = README_MARKS
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise UserError(f"{readme} needs a line {begin} and a line {end}; the tables go between them")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    with whole_file(readme) as aside:
-        aside.write_text(f"{before}{begin}\n{markdown}{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ DECISIVE_CODE += ("evaluation/metrics.py", "evaluation/scoring.py")
 
 
 class Cell(NamedTuple):
-    """One unit of work.
+    """One unit of work, for one category and some shots.
 
     commands: each a script of the project and its arguments. key: a digest of all that decides the numbers: arguments,
     data, code. trained: the folder that train.py fills, None where nothing is trained. records: names of the files in
@@ -38,6 +38,8 @@ class Cell(NamedTuple):
     """
 
     name: str
+    category: str
+    shots: tuple[int, ...]
     commands: tuple[tuple[str, ...], ...]
     key: str
     trained: Path | None

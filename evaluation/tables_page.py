@@ -1,17 +1,34 @@
-"""The tables as one HTML file that needs nothing else: header, a picture per metric and shot, tables."""
+"""The tables as files; as HTML with a picture per metric and shot, in one file that needs nothing else."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # pictures go to files; no screen is needed
 from matplotlib.figure import Figure
 
-from evaluation.tables import MISSING, PUBLISHED, TABLE_METRICS, Results, Table, format_entry, header
+from evaluation.tables import (
+    MISSING,
+    PUBLISHED,
+    TABLE_METRICS,
+    Results,
+    Table,
+    format_entry,
+    header,
+    make_tables,
+    read_results,
+    to_latex,
+    to_markdown,
+    write_csv,
+)
+from utils.utils import UserError, whole_file
+
+README_MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; published numbers are hollow.
 MARKS = {
@@ -104,3 +121,35 @@ def _as_svg(figure: Figure) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def write_tables(folder: Path, readme: Path | None = None) -> None:
+    """Prints the tables of a results folder and writes them beside the records, in four formats.
+
+    Raises:
+        UserError: no records, or no place for them in `readme`.
+    """
+    results = read_results(folder)
+    tables = make_tables(results)
+    markdown = to_markdown(results, tables)
+    print(markdown)
+    texts = {"md": markdown, "tex": to_latex(results, tables), "html": to_html(results, tables)}
+    for ending, text in texts.items():
+        with whole_file(folder / f"tables.{ending}") as aside:
+            aside.write_text(text, encoding="utf-8")
+    with whole_file(folder / "tables.csv") as aside:
+        write_csv(aside, tables)
+    print(f"written: {folder}/tables.md, .csv, .tex, .html")
+    if readme:
+        _put_into(readme, markdown)
+
+
+def _put_into(readme: Path, markdown: str) -> None:
+    """Replaces what stands between the two marks."""
+    text = readme.read_text(encoding="utf-8")
+    begin, end = README_MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{readme} needs a line {begin} and a line {end}; the tables go between them")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    with whole_file(readme) as aside:
+        aside.write_text(f"{before}{begin}\n{markdown}{end}{after}", encoding="utf-8")
