@@ -112,7 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     device = resolve_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    seed_everything(args.seed)
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj)
     sources = list_source_images(args.data_path, args.data_type, args.obj)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
@@ -122,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     replayed = read_episodes(args.episodes, names) if args.episodes else None
     target = _load_target(args, scored) if args.eval_every else None
+    seed_everything(args.seed)  # after all that may draw numbers: epoch 0 is what test.py --untrained scores
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
     pictures = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from evaluation.grid import BUSY, Cell, Report, is_finished, log_file, run_cell
-from utils.utils import PROJECT_ROOT, UserError
+from utils.utils import PROJECT_ROOT, UserError, whole_file
 
 if TYPE_CHECKING:
     import submitit
@@ -102,7 +102,8 @@ def run_on_cluster(output: Path, cells: Sequence[Cell], jobs: int, cluster: Clus
     fresh = [cell for cell in cells if cell not in waiting]
     submitted = executor.submit_array([_OnNode(output, cell) for cell in fresh]) if fresh else []
     for cell, job in zip(fresh, submitted, strict=True):
-        _id_file(output, cell).write_text(job.job_id)
+        with whole_file(_id_file(output, cell)) as aside:
+            aside.write_text(job.job_id)
         waiting[cell] = job.job_id
     handles = dict(zip(fresh, submitted, strict=True))
     print(f"{len(fresh)} submitted, {len(waiting) - len(fresh)} in the queue from before", flush=True)

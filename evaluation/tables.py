@@ -206,7 +206,7 @@ def header(results: Results) -> list[tuple[str, str]]:
     for name in ("data_type", "stn_mode", "img_size", "seed"):
         lines.append((name.replace("_", " "), _distinct(record["arguments"][name] for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
-    lines.append(("support sets", _distinct(support_name(record) for record in records)))
+    lines.append(("support sets", _support_sets(results)))
     lines.append(("spread", "mean ± sample standard deviation over the rounds' support sets, in percent"))
     shown = [name for name in WEIGHTS if any(key[2] == name for key in results.records)]
     lines += [(name, f"{_epochs(results, name)}{WEIGHTS[name]}.") for name in shown]
@@ -218,6 +218,14 @@ def support_name(record: dict) -> str:
     file, names = record["support_set"]["file"], record["support_set"]["names"]
     digest = file["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
     return f"{Path(file['path']).name if file else 'drawn'} {digest[:DIGEST_LETTERS]}"
+
+
+def _support_sets(results: Results) -> str:
+    """Where they came from and one SHA-256 for all of them; the records name every picture that is known by name."""
+    names = {key[:2]: support_name(record) for key, record in sorted(results.records.items())}
+    digest = hashlib.sha256(json.dumps(list(names.values())).encode()).hexdigest()[:DIGEST_LETTERS]
+    kinds = _distinct(name.split()[0] for name in names.values())
+    return f"{len(names)} ({kinds}), together {digest}"
 
 
 def _epochs(results: Results, weights: str) -> str:
