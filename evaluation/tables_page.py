@@ -80,10 +80,12 @@ def _cell(entry: object, column: str) -> str:
 
 
 def _picture(table: Table) -> str:
-    """An SVG: a line per category, a mark per column, bars of one SD over rounds."""
+    """An SVG: a line per category, a mark per column, bars of one SD over rounds. Empty where all is missing."""
+    shown = [name for name in table.columns if name in MARKS and any(_of_column(table, name))]
+    if not shown:
+        return ""
     figure = Figure(figsize=(WIDTH_INCHES, FRAME_INCHES + CATEGORY_INCHES * len(table.rows)), layout="constrained")
     axis = figure.subplots()
-    shown = [name for name in table.columns if name in MARKS and any(_of_column(table, name))]
     for number, name in enumerate(shown):
         shift = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
         points = [(y + shift, entry) for y, entry in enumerate(_of_column(table, name)) if entry is not None]
