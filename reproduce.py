@@ -29,7 +29,7 @@ from evaluation.engines import Cluster, run_local, run_on_cluster, visible_gpus
 from evaluation.grid import Cell, Fingerprints, code_version, digest, is_begun, is_finished
 from evaluation.tables import GRID_FILE, compare, format_comparison, read_results
 from evaluation.tables_page import write_tables
-from models.regad import checkpoint_file, last_file
+from models.regad import checkpoint_file, last_file, selection
 from models.stn import STN_MODES
 from training.estimate import Speed, format_duration, measure, scoring_seconds, training_seconds
 from utils.utils import (
@@ -228,21 +228,25 @@ class Plan:
 
     def _found_cells(self, category: str) -> list[Cell]:
         """Existing weights of a category: one cell for all shots, so that equal files are scored together."""
-        args, cells = self.args, []
-        for kind, place in (("", checkpoint_file), ("_last", last_file)):
-            files = {shot: place(args.eval_only, args.stn_mode, shot, category) for shot in args.shots}
-            found = [shot for shot, file in files.items() if file.is_file()]
-            for shot in sorted(set(args.shots) - set(found)):
-                if not kind:
-                    print(f"no weights {files[shot]}: the table will show the cell as missing")
-            if found:
-                flags = ("--save_dir", str(args.eval_only), *(["--last"] if kind else []))
-                records = tuple(self._record(category, shot, kind) for shot in found)
-                key = self._key(category, found, kind, self.files.of([files[shot] for shot in found]))
-                name = f"{category}_{'-'.join(map(str, found))}_{args.stn_mode}{kind}_eval"
-                command = self._test(category, found, *flags)
-                cells.append(Cell(name, category, tuple(found), (command,), key, None, records))
-        return cells
+        args = self.args
+        found: dict[tuple[str, str], dict[int, Path]] = {}  # (rule, flag for test.py) -> shot -> file
+        for flag, place in (("--last", last_file), ("", checkpoint_file)):
+            for shot in args.shots:
+                file = place(args.eval_only, args.stn_mode, shot, category)
+                rule = selection(file)[0] if file.is_file() else None
+                if rule and shot not in found.get((rule, "--last"), {}):
+                    found.setdefault((rule, flag), {})[shot] = file
+                elif not rule and not flag:
+                    print(f"no weights {file}: the table will show the cell as missing")
+        return [self._found_cell(category, *kind, files) for kind, files in found.items()]
+
+    def _found_cell(self, category: str, rule: str, flag: str, files: dict[int, Path]) -> Cell:
+        shots, ending = tuple(files), "" if rule == "best" else f"_{rule}"
+        flags = ["--save_dir", str(self.args.eval_only), *filter(None, [flag])]
+        records = tuple(self._record(category, shot, ending) for shot in shots)
+        key = self._key(category, shots, flag, self.files.of(list(files.values())))
+        name = f"{category}_{'-'.join(map(str, shots))}_{self.args.stn_mode}{ending}{flag.replace('--', '_')}_eval"
+        return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records)
 
     def _key(self, category: str, shots: Sequence[int], *decisive: object) -> str:
         """A digest of what the numbers depend on: arguments, data, code. Not of where the data lie."""

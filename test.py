@@ -16,7 +16,7 @@ from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.report import choose_examples, format_summary, save_heat_maps, summary
 from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
-from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, read_recipe, untrained
+from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, folded
 from utils.utils import (
     DEFAULT_SEED,
@@ -142,16 +142,9 @@ def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
             )
         digest = sha256(file)
         if digest not in found:
-            found[digest] = Weights(file, digest, *_kind_and_epoch(args, file)), []
+            found[digest] = Weights(file, digest, *selection(file)), []
         found[digest][1].append(shot)
     return dict(found.values())
-
-
-def _kind_and_epoch(args: argparse.Namespace, file: Path) -> tuple[str, int | None]:
-    """The rule by which the weights were chosen; the release's were chosen by the target's test labels."""
-    recipe = read_recipe(file)
-    chosen_by = recipe.get("arguments", {}).get("select", "best")
-    return "last" if args.last else chosen_by, recipe.get("epoch")
 
 
 def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:

@@ -58,11 +58,16 @@ def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
         torch.save({**parts, RECIPE: recipe}, aside)
 
 
-def read_recipe(path: Path) -> dict:
-    """How the weights of one of our checkpoints came about, see `save_checkpoint`; {} for the release's."""
+def selection(path: Path) -> tuple[str, int | None]:
+    """By which rule the weights of a checkpoint were chosen (train.py's --select), and their epoch where it is known.
+
+    The release's were chosen by the target's test labels: `best`.
+    """
     content = load_tensors(path, "checkpoint")
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
-    return recipe if isinstance(recipe, dict) else {}
+    recipe = recipe if isinstance(recipe, dict) else {}
+    rule = "last" if path.stem.endswith("_last") else recipe.get("arguments", {}).get("select", "best")
+    return rule, recipe.get("epoch")
 
 
 def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:

@@ -171,7 +171,7 @@ def test_weights_that_are_there(arguments, in_process, tmp_path, monkeypatch, ca
     source = tmp_path / "found"
     train.main(
         [*flat({flag: arguments[flag] for flag in ("--data_type", "--data_path", "--weights", "--img_size")})]
-        + ["--obj", "ring", "--shot", "1", "--epochs", "1", "--eval_every", "0", "--select", "last"]
+        + ["--obj", "ring", "--shot", "1", "--epochs", "1", "--inferences", "2"]
         + ["--num_workers", "0", "--device", "cpu", "--cache_dir", "none", "--save_dir", str(source)]
     )
     other = source / "rotation_scale" / "2" / "ring"
@@ -183,7 +183,11 @@ def test_weights_that_are_there(arguments, in_process, tmp_path, monkeypatch, ca
     reproduce.main(flat(arguments))
     printed = capsys.readouterr().out
     assert "ring_3_rotation_scale_model.pt: the table will show the cell as missing" in printed
-    # shots 1 and 2 share one file; the last weights of shot 1 are another cell
+    # shots 1 and 2 share one file, chosen by `best`; the last weights of shot 1 are another cell
+    assert {name: what[2] for name, what in records(arguments["--output"][0]).items()} == {
+        **{f"ring_{shot}_rotation_scale.json": "best" for shot in (1, 2)},
+        "ring_1_rotation_scale_last.json": "last",
+    }
     assert len(passes) == 2 and {command[0] for command in in_process} == {"test.py"}
     reproduce.main(flat(arguments))
     assert len(passes) == 2
@@ -223,7 +227,9 @@ def test_readme_section(arguments, in_process, tmp_path):
         reproduce.main(["--report", output, "--readme", str(readme)])
         text = readme.read_text()
         assert (
-            text.startswith("before\n<!-- results: begin -->\n- commit: ") and "| ring |" in text and "outdated" not in text
+            text.startswith("before\n<!-- results: begin -->\n- commit: ")
+            and "| ring |" in text
+            and "outdated" not in text
         )
         assert text.endswith("<!-- results: end -->\nafter\n")
     readme.write_text("no marks")
