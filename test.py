@@ -14,7 +14,7 @@ from typing import NamedTuple
 from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
-from evaluation.report import choose_examples, format_summary, save_heat_maps, summary
+from evaluation.report import choose_examples, format_interval, format_summary, save_heat_maps, summary
 from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
 from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, folded
@@ -171,7 +171,7 @@ def _print_summaries(results: list[dict]) -> dict[str, dict | None]:
     summaries = {name: summary([numbers[name] for numbers in results]) for name in results[0]}
     print(f"mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
     for name, numbers in summaries.items():
-        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers)}")
+        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{format_interval(numbers)}".rstrip())
     return summaries
 
 

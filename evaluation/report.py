@@ -36,13 +36,16 @@ def summary(values: Sequence[float | None]) -> dict | None:
 
 
 def format_summary(numbers: dict | None) -> str:
-    """`0.6596 +- 0.0123 (95 %: 0.6508 to 0.6684)`, or `n/a`."""
+    """`0.6596 +- 0.0123`, or `n/a`."""
     if numbers is None:
         return "n/a"
-    if numbers["sd"] is None:
-        return f"{numbers['mean']:.4f}"
-    low, high = numbers["interval95"]
-    return f"{numbers['mean']:.4f} +- {numbers['sd']:.4f} (95 %: {low:.4f} to {high:.4f})"
+    return f"{numbers['mean']:.4f}" + ("" if numbers["sd"] is None else f" +- {numbers['sd']:.4f}")
+
+
+def format_interval(numbers: dict | None) -> str:
+    """`0.6508 to 0.6684`, the 95 % interval; empty where there is none."""
+    interval = numbers and numbers["interval95"]
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
 
 
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
