@@ -135,9 +135,9 @@ def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecuto
     executor.update_parameters(
         name="regad",
         timeout_min=cluster.minutes,
-        gpus_per_node=cluster.gpus,
         cpus_per_task=cluster.cpus,
         slurm_array_parallelism=jobs,
+        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
         **({"slurm_partition": cluster.partition} if cluster.partition else {}),
     )
     return executor
