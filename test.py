@@ -176,7 +176,7 @@ def _print_summaries(results: list[dict]) -> dict[str, dict | None]:
 
 
 def _support_record(support: SupportRounds) -> dict:
-    return {"source": support.source, "names": support.names, "file": _file_record(support.file)}
+    return {"source": support.source, "names": support.names} | (_file_record(support.file) or {})
 
 
 def _save_images(args: argparse.Namespace, name: str, items: list[LabelledImage], result: RoundResult) -> None:

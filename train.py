@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run = {"arguments": plain_arguments(args), **provenance(device)}
     save = partial(trainer.save, files.state, decisive)
+    started = time.perf_counter()
     while (epoch := trainer.progress.epoch) <= args.epochs:
         clock = StageClock()  # on CUDA it counts the host's time only: waiting would slow the loop
         if epoch:
@@ -141,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         entry = _entry(trainer, args, episodes if epoch else [], clock)
         if target and (epoch % args.eval_every == 0 or epoch == args.epochs):
             entry |= _score(trainer, target, device)
+        entry["elapsed_seconds"] = time.perf_counter() - started  # with the saving of the epoch before
+        started = time.perf_counter()
         is_selected = _is_selected(entry, trainer.progress.history, trainer.progress.selected, args)
         if is_selected:
             save_checkpoint(files.selected, trainer.model, {**run, **entry})

@@ -215,9 +215,10 @@ def header(results: Results) -> list[tuple[str, str]]:
 
 def support_name(record: dict) -> str:
     """A short name of the pictures of all rounds: the file's, or `drawn`, and the beginning of a SHA-256."""
-    file, names = record["support_set"]["file"], record["support_set"]["names"]
-    digest = file["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    return f"{Path(file['path']).name if file else 'drawn'} {digest[:DIGEST_LETTERS]}"
+    support = record["support_set"]
+    names, file = support["names"], support.get("path")
+    digest = support["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return f"{Path(file).name if file else 'drawn'} {digest[:DIGEST_LETTERS]}"
 
 
 def _support_sets(results: Results) -> str:

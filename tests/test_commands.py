@@ -88,7 +88,7 @@ def test_record(arguments, capsys):
     printed = capsys.readouterr().out
     assert record["arguments"]["obj"] == "ring" and record["arguments"]["seed"] == 668
     assert record["checkpoint"]["sha256"] == sha256(Path(arguments["--checkpoint"]))
-    assert record["support_set"]["file"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
+    assert record["support_set"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
     assert set(record["seconds"]) == {"decode", "network", "gaussian", "distance", "smoothing", "metrics"}
     assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_pictures"] == 9
     for key, name in METRIC_NAMES.items():

@@ -42,11 +42,7 @@ def write_record(
         | {"img_size": 224, "seed": 668},
         **{"weights": weights, "epoch": {"last": 50, "best": 7}.get(weights), "commit": "abc", "device": "cpu"},
         **{"date": "2026-01-01T00:00:00+0000", "rounds": numbers},
-        "support_set": {
-            "source": "",
-            "names": names,
-            "file": None if names else {"path": "s/2_2.pt", "sha256": support},
-        },
+        "support_set": {"source": "", "names": names} | ({} if names else {"path": "s/2_2.pt", "sha256": support}),
     }
     folder.mkdir(exist_ok=True)
     (folder / f"{category}_{shot}_{stn_mode}_{weights}.json").write_text(json.dumps(record))
