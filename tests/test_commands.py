@@ -16,10 +16,12 @@ import scipy.stats
 import torch
 
 import make_support
+import reproduce
 from datasets.images import read_image
 from datasets.mvtec import list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.report import format_summary
+from evaluation.tables import make_tables, read_results, to_markdown
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
 from tests.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
 from utils.utils import PROJECT_ROOT, UserError, sha256
@@ -280,7 +282,14 @@ def test_every_flag_is_used():
     for file, parser in (
         ("test.py", test_command.get_args_parser()),
         ("make_support.py", make_support.get_args_parser()),
+        ("reproduce.py", reproduce.get_args_parser()),
     ):
         code = (PROJECT_ROOT / file).read_text()
         for action in parser._actions:
             assert action.dest == "help" or f"args.{action.dest}" in code, f"{file} never reads --{action.dest}"
+
+
+@pytest.mark.skipif(not (PROJECT_ROOT / "results/published/trial").is_dir(), reason="no published results")
+def test_results_in_the_readme_are_those_of_the_files():
+    results = read_results(PROJECT_ROOT / "results/published/trial")
+    assert to_markdown(results, make_tables(results)) in (PROJECT_ROOT / "README.md").read_text()
