@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from datasets.cache import default_cache_dir
 from datasets.mvtec import (
     CATEGORIES,
@@ -25,13 +27,13 @@ from datasets.mvtec import (
     list_test_items,
 )
 from datasets.support import DEFAULT_PATH
-from evaluation.engines import Cluster, run_local, run_on_cluster, visible_gpus
+from evaluation.engines import Cluster, cores_per_job, run_local, run_on_cluster, visible_gpus
 from evaluation.grid import Cell, Fingerprints, code_version, digest, is_begun, is_finished
 from evaluation.tables import GRID_FILE, compare, format_comparison, read_results
 from evaluation.tables_page import write_tables
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import STN_MODES
-from training.estimate import Speed, format_duration, measure, scoring_seconds, training_seconds
+from training.estimate import format_duration, measure, scoring_seconds, training_seconds
 from utils.utils import (
     DEFAULT_SEED,
     UserError,
@@ -82,10 +84,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     training.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="how often an epoch is scored")
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, default=Path("./results/grid"), help="records, tables, weights, logs")
-    run.add_argument("--jobs", type=int, help="cells at a time; default: the number of GPUs, or 1")
+    run.add_argument("--jobs", type=int, help="cells at a time; default: the number of GPUs, or 1; slurm: all")
     run.add_argument("--engine", choices=("local", "slurm"), default="local")
     run.add_argument("--shard", metavar="I/N", help="only every N-th cell, from the I-th (0 to N-1) on")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--num_workers", type=int, default=2, help="processes per cell that decode pictures")
     run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded pictures, shared by all cells")
     run.add_argument("--dry_run", action="store_true", help="print the plan and an estimate, run nothing")
@@ -169,19 +171,14 @@ class Plan:
         """Prints one line per cell and an estimate of the time; gives the cells that are to be run."""
         output = self.args.output
         to_run = [cell for cell in cells if not is_finished(output, cell)]
-        speed = measure(resolve_device(self.args.device), self.args.stn_mode, self.args.img_size) if to_run else None
-        total = 0.0
+        seconds = self._seconds(to_run) if to_run and self.args.engine == "local" else {}
         for cell in cells:
-            if cell not in to_run:
-                print(f"  finished  {cell.name}")
-                continue
-            seconds = self._seconds(cell, speed)
-            total += seconds
-            state = "goes on" if is_begun(output, cell) else "new"
-            print(f"  {state:9} {cell.name}: about {format_duration(seconds)}")
+            state = "finished" if cell not in to_run else "goes on" if is_begun(output, cell) else "new"
+            about = f": about {format_duration(seconds[cell])}" if cell in seconds else ""
+            print(f"  {state:9} {cell.name}{about}")
         print(f"{len(cells)} cells, {len(cells) - len(to_run)} finished, {len(to_run)} to run", end="")
-        jobs = _jobs(self.args)
-        print(f": about {format_duration(total / min(jobs, len(to_run)))} with --jobs {jobs}" if to_run else "")
+        jobs = min(_jobs(self.args), max(1, len(to_run)))
+        print(f": about {format_duration(sum(seconds.values()) / jobs)} with --jobs {jobs}" if seconds else "")
         return to_run
 
     def _folder(self, category: str) -> Path:
@@ -277,17 +274,21 @@ class Plan:
         folder = (self.args.support_path or DEFAULT_PATH) / category
         return sorted(file for file in folder.glob(f"{shot}_{self.args.inferences}*") if file.is_file())
 
-    def _seconds(self, cell: Cell, speed: Speed) -> float:
-        """Estimated from the cell's commands."""
-        args, total = self.args, 0.0
-        scoring = scoring_seconds(speed, len(self.tests[cell.category]), cell.shots, args.inferences)
-        for script, *_ in cell.commands:
-            if script == "train.py":
+    def _seconds(self, cells: Sequence[Cell]) -> dict[Cell, float]:
+        """Estimated from a measurement on this machine, with a job's share of its cores."""
+        args = self.args
+        torch.set_num_threads(cores_per_job(_jobs(args)))
+        speed = measure(resolve_device(args.device), args.stn_mode, args.img_size)
+        seconds = {}
+        for cell in cells:
+            scoring = scoring_seconds(speed, len(self.tests[cell.category]), cell.shots, args.inferences)
+            trainings = sum(script == "train.py" for script, *_ in cell.commands)
+            seconds[cell] = (len(cell.commands) - trainings) * scoring
+            if trainings:
                 pictures = sum(len(paths) for name, paths in self.sources.items() if name != cell.category)
-                total += training_seconds(speed, pictures, cell.shots[0], args.epochs, scoring / args.eval_every)
-            else:
-                total += scoring
-        return total
+                scored = scoring / args.eval_every
+                seconds[cell] += training_seconds(speed, pictures, cell.shots[0], args.epochs, scored)
+        return seconds
 
 
 def _categories(args: argparse.Namespace) -> list[str]:
@@ -334,7 +335,7 @@ def _run(args: argparse.Namespace, cells: list[Cell]) -> dict[str, str]:
             *(SLURM_CLUSTER, args.slurm_partition, args.slurm_minutes),
             *(args.slurm_gpus, args.slurm_cpus, args.slurm_requeue),
         )
-        run_on_cluster(args.output, cells, _jobs(args), cluster, report)
+        run_on_cluster(args.output, cells, args.jobs or len(cells), cluster, report)
     return failed
 
 

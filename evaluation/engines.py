@@ -30,15 +30,20 @@ def visible_gpus(device: str) -> list[str]:
     return listed.split(",") if listed else [str(number) for number in range(torch.cuda.device_count())]
 
 
+def cores_per_job(jobs: int) -> int:
+    """The share of each of `jobs` in the cores of this machine that the process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // jobs)
+
+
 def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str], report: Report) -> None:
     """Runs the cells, `jobs` at a time, each on a GPU of its own where there are enough, with its share of the cores.
 
     Cells that another driver works on come last.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for number in range(jobs):
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+        environment = {"OMP_NUM_THREADS": str(cores_per_job(jobs))}
         slots.put(environment | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}))
 
     def run(cell: Cell, wait: bool) -> str | None:

@@ -152,9 +152,11 @@ def _lock(lock: int, wait: bool) -> bool:
 
 
 def _begin(output: Path, cell: Cell) -> None:
-    """Notes that the cell is begun; weights of an earlier, different cell of that name are moved aside."""
+    """Notes that the cell is begun. Of an earlier, different one of that name, weights are moved aside, records go."""
     if is_begun(output, cell):
         return
+    for name in cell.records:
+        (output / name).unlink(missing_ok=True)  # or a table would show them if this cell fails
     if cell.trained is not None and cell.trained.is_dir():
         number = 1
         while (aside := cell.trained.with_name(f"{cell.trained.name}.old{number}")).exists():

@@ -112,8 +112,10 @@ def test_weights_of_another_cell_are_moved_aside_and_those_of_this_one_stay(outp
     assert not trained.exists() and (output / "weights" / "ring.old1" / "state.pt").read_text() == "old"
     trained.mkdir()  # by the killed command
     assert run_cell(output, cell, {}) is None and trained.exists()
+    (output / "work.py").write_text("raise SystemExit(1)")
     run_cell(output, cell._replace(key="other"), {})
     assert not trained.exists() and (output / "weights" / "ring.old2").exists()
+    assert not (output / "a.json").exists()
 
 
 def test_two_drivers_do_no_cell_twice(output):
