@@ -31,7 +31,9 @@ def visible_gpus(device: str) -> list[str]:
 
 
 def cores_per_job(jobs: int) -> int:
-    """The share of each of `jobs` in the cores of this machine that the process may use."""
+    """What OMP_NUM_THREADS says, or the share of each of `jobs` in the cores that the process may use."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // jobs)
 
