@@ -308,7 +308,7 @@ def _escape_latex(text: str) -> str:
         text = text.replace(letter, " ")
     for old, new in replaced.items():
         text = text.replace(old, new)
-    return f"${text}$" if text[:1] in ("+", "-") else text
+    return f"${text[0]}${text[1:]}" if text[:1] in ("+", "-") else text
 
 
 class Comparison(NamedTuple):
