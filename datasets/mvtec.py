@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,6 +123,15 @@ def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str
                 f"{images[0].parent} has one picture; training needs at least two to register to each other"
             )
     return sources
+
+
+def held_out_category(sources: Iterable[str], target: str) -> str:
+    """The source category to choose an epoch by: the one after `target` in order of names, the first after the last.
+
+    Over all targets, each category is held out once.
+    """
+    ordered = sorted(set(sources) - {target})
+    return next((name for name in ordered if name > target), ordered[0])
 
 
 class LabelledDataset(Dataset):

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
-from sklearn.metrics import roc_auc_score
+from skimage.measure import label
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from models.regad import RegAD
 from models.stn import STNResNet18
 
 COVARIANCE_EPS = 0.01
 SIGMA = 4
+FPR_LIMIT = 0.3
 
 
 def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -100,3 +102,39 @@ def aurocs(maps: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> tuple[flo
     """Image AUROC (score: the map's maximum) and pixel AUROC."""
     image = roc_auc_score(labels, maps.reshape(len(maps), -1).max(axis=1))
     return float(image), float(roc_auc_score(masks.ravel(), maps.ravel()))
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    return float(average_precision_score(positive.ravel(), scores.ravel()))
+
+
+def f1_max(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The highest F1 over all points of scikit-learn's curve."""
+    precision, recall, _ = precision_recall_curve(positive.ravel(), scores.ravel())
+    return float(np.max(2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)))
+
+
+def pro(maps: np.ndarray, masks: np.ndarray, thresholds: np.ndarray | None = None) -> float:
+    """Area under the per-region-overlap curve up to FPR_LIMIT, over FPR_LIMIT: a point for each threshold (None: each
+    score), a loop over 8-connected regions, a straight line between points, cut at the limit."""
+    thresholds = np.unique(maps) if thresholds is None else thresholds
+    normal = np.sort(maps[~masks])
+    regions = []
+    for scores, mask in zip(maps, masks, strict=True):
+        numbered = label(mask, connectivity=2)
+        regions += [np.sort(scores[numbered == number]) for number in range(1, numbered.max() + 1)]
+
+    def share_found(ordered: np.ndarray) -> np.ndarray:
+        return np.append(1 - np.searchsorted(ordered, thresholds) / len(ordered), 0)[::-1]  # from (0, 0) up
+
+    rates, overlaps = share_found(normal), np.mean([share_found(region) for region in regions], axis=0)
+    inside = rates <= FPR_LIMIT
+    x = np.append(rates[inside], FPR_LIMIT)
+    y = np.append(overlaps[inside], overlap_at_limit(rates, overlaps, inside))
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / FPR_LIMIT)
+
+
+def overlap_at_limit(rates: np.ndarray, overlaps: np.ndarray, inside: np.ndarray) -> float:
+    last = np.flatnonzero(inside)[-1]
+    (x0, x1), (y0, y1) = rates[last : last + 2], overlaps[last : last + 2]
+    return y0 + (y1 - y0) * (FPR_LIMIT - x0) / (x1 - x0)
