@@ -82,10 +82,11 @@ def test_golden_trace(path, trace, monkeypatch):
     final = {name: value.double() for name, value in states(trainer.model).items()}
     assert final.keys() == recorded["final"].keys()
     for name, value in final.items():
-        bound = 1e-8 if exact else 2e-2 if ".stn" in name else 1e-6
+        bound = 1e-8 if exact else 2e-2 if ".stn" in name else 1e-5
         expected, scale = recorded["final"][name], value.norm().item()
         assert scale == pytest.approx(expected["norm"], rel=bound), name
-        assert value.sum().item() == pytest.approx(expected["sum"], rel=bound, abs=bound * scale), name
+        spread = 1 if exact else math.sqrt(value.numel())  # how much more than the norm a sum can move
+        assert value.sum().item() == pytest.approx(expected["sum"], rel=bound, abs=bound * scale * spread), name
         change = (value - start[name].double()).norm().item()
         assert change == pytest.approx(expected["change"], rel=bound, abs=bound * scale), name
         assert value.flatten()[:3].tolist() == pytest.approx(expected["first"], rel=bound, abs=bound * scale), name
