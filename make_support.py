@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.mvtec import CATEGORIES, category_folder
-from datasets.support import draw_support_images, read_support_images, save_support_rounds, support_file
+from datasets.support import (
+    DEFAULT_PATH,
+    DRAW_SEED,
+    draw_support_images,
+    read_support_images,
+    save_support_rounds,
+    support_file,
+)
 from utils.utils import require_positive, run_command
 
 
@@ -22,9 +29,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=10, help="rounds per support set (test.py's --inferences)")
     parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec")
     parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
-    parser.add_argument("--support_path", type=Path, default=Path("./support_set"), help="where the sets are written")
+    parser.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where the sets are written")
     parser.add_argument("--img_size", type=int, default=224, help="side of the stored pictures in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
+    parser.add_argument("--seed", type=int, default=DRAW_SEED, help="another seed draws other pictures")
     return parser
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.images import IMAGE_SUFFIXES, read_image, read_mask
+from datasets.images import IMAGE_SUFFIXES, read_batches, read_image, read_mask
 from utils.utils import UserError
 
 CATEGORIES = {
@@ -139,3 +139,16 @@ class LabelledDataset(Dataset):
         no_defect = np.zeros((self.size, self.size), dtype=bool)
         mask = no_defect if item.mask is None else read_mask(item.mask, self.size)
         return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask.copy())}
+
+
+class Preloaded(Dataset):
+    """The items of another dataset, all read once and kept in memory, for scoring the same pictures many times."""
+
+    def __init__(self, dataset: Dataset, num_workers: int) -> None:
+        self.items = list(read_batches(dataset, None, num_workers))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.items[index]

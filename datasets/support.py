@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,44 @@ from datasets.images import read_image
 from datasets.mvtec import list_images
 from utils.utils import UserError, load_tensors, whole_file
 
+DEFAULT_PATH = Path("./support_set")
+DRAW_SEED = 0  # of support sets, unless another one is asked for
+
 
 def support_file(support_path: Path, category: str, shot: int, rounds: int) -> Path:
     """Where the release keeps a support set (its code, not its README)."""
     return support_path / category / f"{shot}_{rounds}.pt"
+
+
+class SupportRounds(NamedTuple):
+    """The support pictures of every round, and where they come from.
+
+    pictures: per round (K, 3, S, S) in [0, 1]. names: per round the K file names, None where a .pt file does not say.
+    source: a phrase for logs and records. file: what was read, if anything.
+    """
+
+    pictures: list[torch.Tensor]
+    names: list[list[str]] | None
+    source: str
+    file: Path | None
+
+
+def find_support_rounds(support_path: Path | None, folder: Path, shot: int, rounds: int, size: int) -> SupportRounds:
+    """The support set of the category in `folder`.
+
+    With a `support_path`, the file there. With None, the file under DEFAULT_PATH or, where there is none, pictures
+    drawn from train/good with DRAW_SEED.
+
+    Raises:
+        UserError: as `load_support_rounds` and `draw_support_images`.
+    """
+    file = support_file(support_path or DEFAULT_PATH, folder.name, shot, rounds)
+    if support_path or file.is_file():
+        return SupportRounds(load_support_rounds(file, shot, rounds, size), None, str(file), file)
+    draws = draw_support_images(folder, shot, rounds, DRAW_SEED)
+    source = f"drawn from {folder / 'train' / 'good'} with seed {DRAW_SEED} (there is no {file})"
+    names = [[path.name for path in paths] for paths in draws]
+    return SupportRounds([read_support_images(paths, size) for paths in draws], names, source, None)
 
 
 def load_support_rounds(path: Path, shot: int, rounds: int, size: int) -> list[torch.Tensor]:

@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 from datasets.images import read_batches
 from evaluation.metrics import auroc
 from models.gaussian import CHUNK_BYTES, chunks, fit, from_nested, nested_layers, squared_distance
-from models.stn import STNResNet18
+from models.stn import STNResNet18, folded
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
 from utils.utils import StageClock, UserError
 
+SCORING_BATCH = 32  # pictures per network pass; changes memory and the last digits, nothing else
 KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support pictures that come again in a later round
 
 Layers = list[torch.Tensor]  # per layer (P_l, N, C_l), nested order, see models/gaussian.py
@@ -42,6 +43,25 @@ class RoundResult(NamedTuple):
     pixel_auroc: float | None
     distances: torch.Tensor
     maps: torch.Tensor
+
+
+def score_category(
+    network: STNResNet18,
+    dataset: Dataset,
+    labels: Sequence[int],
+    has_masks: bool,
+    rounds: Sequence[torch.Tensor],
+    clock: StageClock,
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[RoundResult]:
+    """Scores a category with `network` as it is (it is not changed): test features once, then round after round.
+
+    The arguments are those of `compute_test_features` and `score_rounds`, which see.
+    """
+    network = folded(network.to(clock.device))
+    test = compute_test_features(network, dataset, labels, has_masks, clock, batch_size, num_workers)
+    yield from score_rounds(network, test, rounds, clock, batch_size)
 
 
 def compute_test_features(

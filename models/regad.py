@@ -46,6 +46,11 @@ def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str) -> Path
     return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_model.pt"
 
 
+def last_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
+    """Where train.py keeps the weights after the last epoch, beside `checkpoint_file`."""
+    return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_last.pt"
+
+
 def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
     """Writes the release's format, and beside it `recipe`, plain values that say how the weights came about."""
     parts = {part: getattr(model, attribute).state_dict() for part, attribute in CHECKPOINT_PARTS.items()}
@@ -91,7 +96,7 @@ def _refuse_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     Signs: the mode in the file's name; the number of warp parameters; the last bias, which starts as the identity of
     its mode and stays near it. (Of the equal-sized modes only translation and shear have the same identity.)
     """
-    named = re.fullmatch(rf".+_\d+_({'|'.join(STN_MODES)})_model\.pt", path.name)
+    named = re.fullmatch(rf".+_\d+_({'|'.join(STN_MODES)})_(?:model|last)\.pt", path.name)
     if named and named[1] != stn_mode:
         raise UserError(f"checkpoint {path} is named after --stn_mode {named[1]}, not {stn_mode}")
     bias = stn.get("stn1.fc.2.bias")

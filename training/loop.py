@@ -16,13 +16,17 @@ from datasets.episodes import Episode
 from models.regad import RegAD
 from utils.utils import StageClock, UserError, load_tensors, whole_file
 
-REPORT_SECONDS = 1.0  # the loss is fetched from the device no more often than this
-SAVE_SECONDS = 300.0  # of an epoch, no more than this is lost when a run is killed
+REPORT_SECONDS = 1.0  # the losses are fetched from the device, which makes the host wait, no more often than this
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
     """The rate of an epoch, counted from 1: half a cosine down to 0 in the last one (release behaviour)."""
     return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def count_pictures(episode: Episode) -> int:
+    """Pictures that pass through the network in a step: queries and their support."""
+    return len(episode.query) + sum(map(len, episode.support))
 
 
 @dataclass
@@ -32,8 +36,8 @@ class Progress:
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of the current epoch's steps so far
-    history: list[dict] = field(default_factory=list)  # one entry per finished epoch
-    best: int | None = None  # the epoch with the highest score so far
+    history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see train.py
+    selected: int = 0  # the epoch of the weights in the selected checkpoint
 
 
 class Trainer:
@@ -65,8 +69,9 @@ class Trainer:
         epochs: int,
         clock: StageClock,
         save: Callable[[], None],
+        save_every: float,
     ) -> None:
-        """The rest of the current epoch, from `progress.step`; calls `save` every SAVE_SECONDS, with `progress` set.
+        """The rest of the current epoch, from `progress.step`; calls `save` every `save_every` seconds.
 
         Raises:
             UserError: a loss that is not finite; the message names the episode.
@@ -76,20 +81,24 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.lr, progress.epoch, epochs)
         reported = saved = time.monotonic()
-        bar = tqdm(episodes[progress.step :], f"epoch {progress.epoch}/{epochs}", unit=" steps", leave=False)
-        for episode in bar:
-            with clock("batch"):
-                query, support = pictures.episode(episode)
-            pending.append(self.step(query, support, clock))
-            now = time.monotonic()
-            if now - reported > REPORT_SECONDS:
-                reported = now
-                self._fetch(pending, episodes)
-                bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}")
-            if now - saved > SAVE_SECONDS:
-                saved = now
-                self._fetch(pending, episodes)
-                save()
+        todo = episodes[progress.step :]
+        with tqdm(total=sum(map(count_pictures, todo)), unit=" pictures", leave=False, disable=None) as bar:
+            bar.set_description(f"epoch {progress.epoch}/{epochs}, lr {self.optimizer.param_groups[0]['lr']:.1e}")
+            for episode in todo:
+                with clock("batch"):
+                    query, support = pictures.episode(episode)
+                pending.append(self.step(query, support, clock))
+                bar.update(count_pictures(episode))
+                now = time.monotonic()
+                if now - reported > REPORT_SECONDS:
+                    reported = now
+                    self._fetch(pending, episodes)
+                    bar.set_postfix(loss=f"{progress.losses[-1]:.4f}")
+                if now - saved > save_every:
+                    saved = now
+                    self._fetch(pending, episodes)
+                    with clock("save"):
+                        save()
         self._fetch(pending, episodes)
 
     def _fetch(self, pending: list[torch.Tensor], episodes: Sequence[Episode]) -> None:
@@ -102,10 +111,18 @@ class Trainer:
                 episode = episodes[progress.step]
                 raise UserError(
                     f"the loss is {loss} in epoch {progress.epoch}, step {progress.step}: category {episode.category}, "
-                    f"queries {', '.join(episode.query)}. A lower --lr may help; the last good state is kept"
+                    f"queries {', '.join(episode.query)}. A lower --lr may help; what was saved before is kept"
                 )
             progress.losses.append(loss)
             progress.step += 1
+
+    def finish_epoch(self, entry: dict, is_selected: bool) -> None:
+        """Puts the epoch's entry into the history and moves on to the next one."""
+        progress = self.progress
+        progress.history.append(entry)
+        if is_selected:
+            progress.selected = progress.epoch
+        progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
 
     def save(self, path: Path, arguments: dict) -> None:
         """Writes all that `load` needs to continue to the same bits."""

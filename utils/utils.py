@@ -56,6 +56,11 @@ def require_positive(arguments: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name} must be at least 1, got {smallest}")
 
 
+def plain_arguments(arguments: argparse.Namespace) -> dict:
+    """A command's arguments for a record: paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+
+
 def seed_everything(seed: int) -> None:
     """One seed for Python's, numpy's and torch's generators, on every device."""
     random.seed(seed)

@@ -1,0 +1,261 @@
+"""Command: meta-train the registration network on every category but the target.
+
+python train.py --obj bottle --shot 2 --stn_mode rotation_scale
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from datasets.cache import SourcePictures, default_cache_dir
+from datasets.episodes import Episode, draw_episodes, read_episodes
+from datasets.mvtec import CATEGORIES, LabelledDataset, Preloaded, category_folder, list_source_images, list_test_items
+from datasets.support import find_support_rounds
+from evaluation.report import format_summary, summary
+from evaluation.scoring import SCORING_BATCH, score_category
+from models.regad import save_checkpoint, untrained
+from models.stn import SIZE_DIVISOR, STN_MODES
+from training.loop import Trainer, learning_rate
+from training.records import RunFiles, format_outcomes, outcomes, refuse_to_overwrite, save_history
+from utils.utils import (
+    DEFAULT_SEED,
+    StageClock,
+    UserError,
+    plain_arguments,
+    provenance,
+    require_positive,
+    resolve_device,
+    run_command,
+    seed_everything,
+    write_json,
+)
+
+MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value of a single picture
+# Arguments that decide the weights or which are kept: a run is resumed only with the same ones.
+DECISIVE = (
+    *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
+    *("momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
+)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of train.py: the release's flags, and ours."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_argument_group("what is trained on")
+    what.add_argument("--obj", required=True, metavar="CATEGORY", help="the target: left out of training, scored")
+    what.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
+    what.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    what.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per query")
+    what.add_argument(
+        "--episodes", type=Path, metavar="FILE", help="train on these in every epoch (datasets/episodes.py)"
+    )
+    how = parser.add_argument_group("training")
+    how.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
+    how.add_argument("--weights", default="imagenet", help="trunk to start from: imagenet, none, or a file")
+    how.add_argument("--epochs", type=int, default=50)
+    how.add_argument("--batch_size", type=int, default=32, help="queries per step")
+    how.add_argument("--lr", type=float, default=0.0001, help="learning rate, falls to 0 on a half cosine")
+    how.add_argument("--momentum", type=float, default=0.9)
+    how.add_argument("--seed", type=int, default=DEFAULT_SEED)
+    score = parser.add_argument_group("scoring of the target")
+    score.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
+    score.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
+    score.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="0: never (needs --select last)")
+    score.add_argument("--select", choices=("best", "last"), default="best", help="best: by the target's test labels")
+    run = parser.add_argument_group("run")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
+    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded pictures; none: keep in memory")
+    run.add_argument(
+        "--save_dir", type=Path, default=Path("./save_checkpoints"), help="where test.py looks for weights"
+    )
+    run.add_argument("--resume", action="store_true", help="go on where a killed run stopped; start if there is none")
+    run.add_argument(
+        "--save_every", type=float, default=300, metavar="SECONDS", help="at most this is lost when killed"
+    )
+    run.add_argument("--amp", choices=("off", "bf16"), default="off", help="bf16: other numbers, for CUDA")
+    run.add_argument("--tf32", action="store_true", help="CUDA arithmetic in TF32: other numbers, faster")
+    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks all input, then trains, scores and saves, epoch by epoch."""
+    args = get_args_parser().parse_args(argv)
+    _check(args)
+    device = resolve_device(args.device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    seed_everything(args.seed)
+    files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj)
+    sources = list_source_images(args.data_path, args.data_type, args.obj)
+    names = {category: [path.name for path in paths] for category, paths in sources.items()}
+    decisive = {name: plain_arguments(args)[name] for name in DECISIVE} | {"pictures": _digest(names)}
+    if args.resume and _is_finished(files, decisive):
+        return
+    replayed = read_episodes(args.episodes, names) if args.episodes else None
+    target = _load_target(args) if args.eval_every else None
+    trainer = _start_or_resume(args, files, decisive, device)
+    cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
+    pictures = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device)
+    print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} pictures; target {args.obj}")
+    if args.select == "best":
+        print("note: --select best chooses the epoch by the target's test labels, as the published protocol does")
+
+    run = {"arguments": plain_arguments(args), **provenance(device)}
+    save = partial(trainer.save, files.state, decisive)
+    while (epoch := trainer.progress.epoch) <= args.epochs:
+        clock = StageClock()  # on CUDA it counts the host's time only: waiting would slow the loop
+        if epoch:
+            episodes = replayed or draw_episodes(names, args.shot, args.batch_size, args.seed, epoch)
+            trainer.train_epoch(episodes, pictures, args.epochs, clock, save, args.save_every)
+        entry = _entry(trainer, args, episodes if epoch else [], clock)
+        if target and (epoch % args.eval_every == 0 or epoch == args.epochs):
+            entry |= _score(trainer, target, device)
+        is_selected = _is_selected(entry, trainer.progress.history, trainer.progress.selected, args)
+        if is_selected:
+            save_checkpoint(files.selected, trainer.model, {**run, **entry})
+        if epoch == args.epochs:
+            save_checkpoint(files.last, trainer.model, {**run, **entry})
+        trainer.finish_epoch(entry, is_selected)
+        save_history(files, trainer.progress.history)
+        save()
+        print(_format_entry(entry, args.epochs, is_selected), flush=True)
+    _finish(files, trainer, run, decisive)
+
+
+class Target(NamedTuple):
+    """The left-out category, decoded."""
+
+    dataset: Preloaded
+    labels: list[int]
+    has_masks: bool
+    rounds: list[torch.Tensor]
+
+
+def _check(args: argparse.Namespace) -> None:
+    require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size")
+    if args.img_size % SIZE_DIVISOR or args.img_size < MIN_IMG_SIZE:
+        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR} from {MIN_IMG_SIZE} on, got {args.img_size}")
+    for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")
+    if args.select == "best" and not args.eval_every:
+        raise UserError("--select best needs scores to choose by; give --select last with --eval_every 0")
+
+
+def _digest(names: Mapping[str, Sequence[str]]) -> str:
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
+
+
+def _is_finished(files: RunFiles, decisive: dict) -> bool:
+    """Whether this very run has been completed; says so."""
+    if files.state.is_file() or not files.record.is_file():
+        return False
+    record = json.loads(files.record.read_text(encoding="utf-8"))
+    if record.get("decisive") != decisive:
+        raise UserError(f"{files.record} is of a run with other arguments; start anew without --resume")
+    print(f"already finished: {files.record}\n{format_outcomes(record['epochs'], record['selected_epoch'])}")
+    return True
+
+
+def _load_target(args: argparse.Namespace) -> Target:
+    folder = category_folder(args.data_path, args.data_type, args.obj)
+    items = list_test_items(folder)
+    support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
+    print(f"support: {support.source}")
+    dataset = Preloaded(LabelledDataset(items, args.img_size), args.num_workers)
+    has_masks = any(item.mask is not None for item in items)
+    return Target(dataset, [item.label for item in items], has_masks, support.pictures)
+
+
+def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, device: torch.device) -> Trainer:
+    resumed = args.resume and files.state.is_file()
+    if not resumed:
+        refuse_to_overwrite(files)
+    model = untrained("none" if resumed else args.weights, args.stn_mode, args.img_size).to(device)
+    trainer = Trainer(model, args.lr, args.momentum, bf16=args.amp == "bf16", compiled=args.compile)
+    if resumed:
+        trainer.load(files.state, decisive)
+        print(f"resumed at epoch {trainer.progress.epoch}, step {trainer.progress.step}: {files.state}")
+    elif args.resume:
+        print(f"nothing to resume at {files.state}: a new run")
+    return trainer
+
+
+def _entry(trainer: Trainer, args: argparse.Namespace, episodes: Sequence[Episode], clock: StageClock) -> dict:
+    """What is known of an epoch after its training."""
+    progress = trainer.progress
+    if not progress.epoch:
+        return {"epoch": 0, "loss": None, "lr": None, "steps": 0, "seconds": {}}
+    return {
+        "epoch": progress.epoch,
+        "loss": sum(progress.losses) / len(progress.losses),
+        "lr": learning_rate(args.lr, progress.epoch, args.epochs),
+        "steps": len(episodes),
+        "seconds": clock.seconds,
+    }
+
+
+def _score(trainer: Trainer, target: Target, device: torch.device) -> dict:
+    """The target's numbers with the weights as they are."""
+    clock = StageClock(device)
+    results = [
+        {"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc}
+        for result in score_category(
+            trainer.model.stn, target.dataset, target.labels, target.has_masks, target.rounds, clock, SCORING_BATCH
+        )
+    ]
+    numbers = {key: summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc")}
+    return {**numbers, "rounds": results, "scoring_seconds": clock.seconds}
+
+
+def _is_selected(entry: dict, history: Sequence[dict], selected: int, args: argparse.Namespace) -> bool:
+    """Whether the weights of this epoch are to be kept: `last` keeps every epoch's until the next one's."""
+    if args.select == "last":
+        return True
+    return bool(entry.get("image_auroc")) and (not history or _merit(entry) > _merit(history[selected]))
+
+
+def _merit(entry: dict) -> float:
+    """What --select best maximises: image AUROC + pixel AUROC (where there is one), means over rounds."""
+    return sum(entry[key]["mean"] for key in ("image_auroc", "pixel_auroc") if entry[key])
+
+
+def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
+    text = f"epoch {entry['epoch']}/{epochs}: "
+    text += (
+        "untrained" if entry["loss"] is None else f"loss {entry['loss']:.4f}, {sum(entry['seconds'].values()):.0f} s"
+    )
+    if entry.get("image_auroc"):
+        text += f"; image AUROC {format_summary(entry['image_auroc'])}, pixel {format_summary(entry['pixel_auroc'])}"
+        text += f" ({sum(entry['scoring_seconds'].values()):.0f} s)"
+    return text + (" *" if is_selected else "")
+
+
+def _finish(files: RunFiles, trainer: Trainer, run: dict, decisive: dict) -> None:
+    """Writes the record, prints the outcome and removes the state."""
+    history, selected = trainer.progress.history, trainer.progress.selected
+    record = {
+        **run,
+        "decisive": decisive,
+        "selected_epoch": selected,
+        "outcomes": outcomes(history, selected),
+        "epochs": history,
+    }
+    write_json(files.record, record)
+    files.state.unlink()
+    print(f"\n{format_outcomes(history, selected)}\nweights: {files.selected}\nrecord: {files.record}")
+
+
+if __name__ == "__main__":
+    run_command(main)
