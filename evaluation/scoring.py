@@ -34,6 +34,7 @@ class TestFeatures(NamedTuple):
     layers: Layers
     labels: np.ndarray  # (B,) bool, True for defective
     masks: np.ndarray | None  # (B, S, S) bool; None: no ground truth, so no pixel metric
+    counted: np.ndarray | None  # (B, S, S) bool, the pixels for pixel metrics; None: all
 
 
 class RoundResult(NamedTuple):
