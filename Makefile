@@ -1,4 +1,4 @@
-# make demo    from nothing to heat-maps: environment, data, support set, scoring
+# make demo    from nothing to heat-maps: environment, data, support set, training, scoring
 # make test    from nothing to a tested tree: environment, lint, test suite
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,10 +9,14 @@ DEMO := demo
 
 demo: .venv/runtime
 	$(BIN)/python -m datasets.synthetic --output $(DEMO)/data
-	$(BIN)/python make_support.py --obj ring --shots 4 --rounds 2 --data_type folder --data_path $(DEMO)/data \
+	$(BIN)/python make_support.py --obj ring --shots 2 --rounds 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set
-	$(BIN)/python test.py --obj ring --shot 4 --inferences 2 --data_type folder --data_path $(DEMO)/data \
-		--support_path $(DEMO)/support_set --untrained --weights $(WEIGHTS) --output $(DEMO)/results --save_images -1
+	rm -rf $(DEMO)/save_checkpoints
+	$(BIN)/python train.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
+		--support_path $(DEMO)/support_set --epochs 2 --weights $(WEIGHTS) --save_dir $(DEMO)/save_checkpoints \
+		--cache_dir $(DEMO)/cache
+	$(BIN)/python test.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
+		--support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints --output $(DEMO)/results --save_images -1
 
 test: .venv/development lint
 	$(BIN)/python -m pytest

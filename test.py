@@ -1,20 +1,23 @@
-"""Command: few-shot scoring of one category, image and pixel AUROC over several support sets.
+"""Command: few-shot scoring of one category, image and pixel metrics over several support sets.
 
 python test.py --obj bottle --shot 2 --stn_mode rotation_scale
+python test.py --obj bottle --shot 2 4 8 --untrained        several support sets; test features once per set of weights
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, list_test_items
-from datasets.support import find_support_rounds
-from evaluation.report import choose_examples, format_summary, save_heat_maps, summary
-from evaluation.scoring import SCORING_BATCH, RoundResult, score_category
-from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES
+from datasets.support import SupportRounds, find_support_rounds
+from evaluation.metrics import METRIC_NAMES
+from evaluation.report import choose_examples, format_interval, format_summary, save_heat_maps, summary
+from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
+from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
+from models.stn import SIZE_DIVISOR, STN_MODES, folded
 from utils.utils import (
     DEFAULT_SEED,
     StageClock,
@@ -38,12 +41,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
     what.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
     what.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
-    what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per round")
+    what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support pictures per round")
     what.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
     what.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
     network = parser.add_argument_group("network")
     network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
     network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    network.add_argument(
+        "--save_dir", type=Path, default=Path("./save_checkpoints"), help="train.py's and the release's"
+    )
     network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
     network.add_argument("--last", action="store_true", help="score train.py's weights after the last epoch instead")
     network.add_argument("--untrained", action="store_true", help="score without any registration training")
@@ -55,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
     run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
+    run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and pictures")
     run.add_argument("--save_images", type=int, default=0, metavar="N", help="heat-maps of round 0; -1: all pictures")
     return parser
@@ -68,46 +75,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = list_test_items(folder)
-    support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
-    model, checkpoint = _load_model(args)
-    which = "_untrained" if args.untrained else "_last" if args.last else ""
-    name = f"{args.obj}_{args.shot}_{args.stn_mode}{which}"
-    print(f"scoring {args.obj}: {len(items)} test pictures, {checkpoint or f'untrained, weights {args.weights}'}")
-    print(f"support: {support.source}")
-
-    clock = StageClock(device)
+    supports = {
+        shot: find_support_rounds(args.support_path, folder, shot, args.inferences, args.img_size) for shot in args.shot
+    }
     has_masks = any(item.mask is not None for item in items)
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    scored = score_category(
-        model.stn, dataset, labels, has_masks, support.pictures, clock, args.batch_size, args.num_workers
-    )
-    results = []
-    for number, result in enumerate(scored):
-        pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
-        print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
-        if number == 0 and args.save_images:
-            _save_images(args, name, items, result)
-        results.append({"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc})
+    for weights, shots in _find_weights(args).items():
+        print(f"scoring {args.obj}: {len(items)} test pictures, {weights.file or f'untrained, weights {args.weights}'}")
+        network, clock = folded(_load_model(args, weights).stn.to(device)), StageClock(device)
+        test = compute_test_features(network, dataset, labels, has_masks, clock, args.batch_size, args.num_workers)
+        shared_seconds = clock.seconds
+        for shot in shots:
+            print(f"support: {supports[shot].source}")
+            clock.seconds = dict(shared_seconds)
+            pictures, with_more = supports[shot].pictures, args.metrics == "all"
+            scored = score_rounds(network, test, pictures, clock, args.batch_size, with_more)
+            name = f"{args.obj}_{shot}_{args.stn_mode}" + ("" if weights.kind == "best" else f"_{weights.kind}")
+            results = _print_rounds(scored, args, name, items)
+            content = {
+                "arguments": plain_arguments(args) | {"shot": shot},
+                **provenance(device),
+                **{"weights": weights.kind, "epoch": weights.epoch, "checkpoint": _file_record(weights.file)},
+                "support_set": _support_record(supports[shot]),
+                "test_pictures": len(items),
+                "rounds": results,
+                **_print_summaries(results),
+                "seconds": clock.seconds,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+            write_json(args.output / f"{name}.json", content)
+            print(f"record: {args.output / name}.json")
 
-    image, pixel = (summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc"))
-    print(
-        f"mean +- SD of {len(results)} rounds: image AUROC {format_summary(image)}, pixel AUROC {format_summary(pixel)}"
-    )
-    record = args.output / f"{name}.json"
-    content = {
-        "arguments": plain_arguments(args),
-        **provenance(device),
-        "checkpoint": _file_record(checkpoint),
-        "support_set": {"source": support.source, "names": support.names, "file": _file_record(support.file)},
-        "test_pictures": len(items),
-        "rounds": results,
-        "image_auroc": image,
-        "pixel_auroc": pixel,
-        "seconds": clock.seconds,
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    write_json(record, content)
-    print(f"record: {record}")
+
+class Weights(NamedTuple):
+    """What is scored. `kind` is a key of evaluation.tables.WEIGHTS. `file`: None for an untrained network."""
+
+    file: Path | None
+    sha256: str | None
+    kind: str
+    epoch: int | None
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -120,19 +126,57 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--num_workers must not be negative, got {args.num_workers}")
 
 
-def _load_model(args: argparse.Namespace) -> tuple[RegAD, Path | None]:
-    """The model and the checkpoint it came from (None: untrained)."""
+def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
+    """Each set of weights, with the shots it is scored for."""
     if args.untrained:
-        return untrained(args.weights, args.stn_mode, args.img_size), None
+        return {Weights(None, None, "untrained", 0): args.shot}
+    found: dict[str, tuple[Weights, list[int]]] = {}
     default = last_file if args.last else checkpoint_file
-    checkpoint = args.checkpoint or default(Path("./save_checkpoints"), args.stn_mode, args.shot, args.obj)
-    if not checkpoint.is_file():
-        raise UserError(
-            f"no checkpoint {checkpoint}; make it with: python train.py --obj {args.obj} --shot {args.shot} "
-            f"--stn_mode {args.stn_mode} --data_path <data folder>. Or put the release's file there, name another "
-            "with --checkpoint FILE, or score the network before training with --untrained"
-        )
-    return load_checkpoint(checkpoint, args.stn_mode, args.img_size), checkpoint
+    for shot in args.shot:
+        file = args.checkpoint or default(args.save_dir, args.stn_mode, shot, args.obj)
+        if not file.is_file():
+            raise UserError(
+                f"no checkpoint {file}; make it with: python train.py --obj {args.obj} --shot {shot} "
+                f"--stn_mode {args.stn_mode} --data_path <data folder>. Or put the release's file there, name another "
+                "with --checkpoint FILE, or score the network before training with --untrained"
+            )
+        digest = sha256(file)
+        if digest not in found:
+            found[digest] = Weights(file, digest, *selection(file)), []
+        found[digest][1].append(shot)
+    return dict(found.values())
+
+
+def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
+    if weights.file is None:
+        return untrained(args.weights, args.stn_mode, args.img_size)
+    return load_checkpoint(weights.file, args.stn_mode, args.img_size)
+
+
+def _print_rounds(
+    scored: Iterable[RoundResult], args: argparse.Namespace, name: str, items: list[LabelledImage]
+) -> list[dict]:
+    """The numbers of every round, printed as they come; heat-maps of the first one where asked for."""
+    results = []
+    for number, result in enumerate(scored):
+        pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
+        print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
+        if number == 0 and args.save_images:
+            _save_images(args, name, items, result)
+        results.append(result.numbers)
+    return results
+
+
+def _print_summaries(results: list[dict]) -> dict[str, dict | None]:
+    summaries = {name: summary([numbers[name] for numbers in results]) for name in results[0]}
+    print(f"mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
+    for name, numbers in summaries.items():
+        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{format_interval(numbers)}".rstrip())
+    return summaries
+
+
+def _support_record(support: SupportRounds) -> dict:
+    return {"source": support.source, "names": support.names} | (_file_record(support.file) or {})
 
 
 def _save_images(args: argparse.Namespace, name: str, items: list[LabelledImage], result: RoundResult) -> None:

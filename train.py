@@ -1,6 +1,7 @@
 """Command: meta-train the registration network on every category but the target.
 
 python train.py --obj bottle --shot 2 --stn_mode rotation_scale
+python train.py --obj bottle --shot 2 --select source       the epoch is chosen without looking at bottle
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,15 @@ import torch
 
 from datasets.cache import SourcePictures, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.mvtec import CATEGORIES, LabelledDataset, Preloaded, category_folder, list_source_images, list_test_items
+from datasets.mvtec import (
+    CATEGORIES,
+    LabelledDataset,
+    Preloaded,
+    category_folder,
+    held_out_category,
+    list_source_images,
+    list_test_items,
+)
 from datasets.support import find_support_rounds
 from evaluation.report import format_summary, summary
 from evaluation.scoring import SCORING_BATCH, score_category
@@ -67,11 +77,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     how.add_argument("--lr", type=float, default=0.0001, help="learning rate, falls to 0 on a half cosine")
     how.add_argument("--momentum", type=float, default=0.9)
     how.add_argument("--seed", type=int, default=DEFAULT_SEED)
-    score = parser.add_argument_group("scoring of the target")
+    score = parser.add_argument_group("scoring, and the choice of an epoch")
     score.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
     score.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
     score.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="0: never (needs --select last)")
-    score.add_argument("--select", choices=("best", "last"), default="best", help="best: by the target's test labels")
+    score.add_argument(
+        "--select",
+        choices=("best", "last", "source"),
+        default="best",
+        help="best: by the target's test labels; source: by a held-out source category, the target is never read",
+    )
+    score.add_argument(
+        "--held_out", metavar="CATEGORY", help="for --select source; default: the next one after the target by name"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
@@ -95,24 +113,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     device = resolve_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    seed_everything(args.seed)
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj)
     sources = list_source_images(args.data_path, args.data_type, args.obj)
+    scored = _hold_out(args, sources) if args.select == "source" else args.obj
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     decisive = {name: plain_arguments(args)[name] for name in DECISIVE} | {"pictures": _digest(names)}
     if args.resume and _is_finished(files, decisive):
         return
     replayed = read_episodes(args.episodes, names) if args.episodes else None
-    target = _load_target(args) if args.eval_every else None
+    target = _load_target(args, scored) if args.eval_every else None
+    seed_everything(args.seed)  # after all that may draw numbers: epoch 0 is what test.py --untrained scores
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
     pictures = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device)
     print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} pictures; target {args.obj}")
     if args.select == "best":
         print("note: --select best chooses the epoch by the target's test labels, as the published protocol does")
+    if args.select == "source":
+        print(f"the epoch is chosen by {scored}, which is not trained on; {args.obj} is not read. test.py scores it")
 
     run = {"arguments": plain_arguments(args), **provenance(device)}
     save = partial(trainer.save, files.state, decisive)
+    started = time.perf_counter()
     while (epoch := trainer.progress.epoch) <= args.epochs:
         clock = StageClock()  # on CUDA it counts the host's time only: waiting would slow the loop
         if epoch:
@@ -121,20 +143,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         entry = _entry(trainer, args, episodes if epoch else [], clock)
         if target and (epoch % args.eval_every == 0 or epoch == args.epochs):
             entry |= _score(trainer, target, device)
+        entry["elapsed_seconds"] = time.perf_counter() - started  # with the saving of the epoch before
+        started = time.perf_counter()
         is_selected = _is_selected(entry, trainer.progress.history, trainer.progress.selected, args)
         if is_selected:
             save_checkpoint(files.selected, trainer.model, {**run, **entry})
         if epoch == args.epochs:
             save_checkpoint(files.last, trainer.model, {**run, **entry})
         trainer.finish_epoch(entry, is_selected)
-        save_history(files, trainer.progress.history)
+        save_history(files, trainer.progress.history, scored)
         save()
         print(_format_entry(entry, args.epochs, is_selected), flush=True)
     _finish(files, trainer, run, decisive)
 
 
 class Target(NamedTuple):
-    """The left-out category, decoded."""
+    """The left-out category that is scored, decoded."""
 
     dataset: Preloaded
     labels: list[int]
@@ -149,8 +173,10 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")
-    if args.select == "best" and not args.eval_every:
-        raise UserError("--select best needs scores to choose by; give --select last with --eval_every 0")
+    if args.select != "last" and not args.eval_every:
+        raise UserError(f"--select {args.select} needs scores to choose by; give --select last with --eval_every 0")
+    if args.held_out and args.select != "source":
+        raise UserError("--held_out is for --select source")
 
 
 def _digest(names: Mapping[str, Sequence[str]]) -> str:
@@ -168,8 +194,19 @@ def _is_finished(files: RunFiles, decisive: dict) -> bool:
     return True
 
 
-def _load_target(args: argparse.Namespace) -> Target:
-    folder = category_folder(args.data_path, args.data_type, args.obj)
+def _hold_out(args: argparse.Namespace, sources: dict[str, list[Path]]) -> str:
+    """Takes the category that the epoch is chosen by out of the sources, and notes it in the arguments."""
+    if len(sources) < 2:
+        raise UserError(f"--select source needs two source categories, one to hold out; there is {', '.join(sources)}")
+    args.held_out = args.held_out or held_out_category(sources, args.obj)
+    if args.held_out not in sources:
+        raise UserError(f"--held_out {args.held_out} is no source category; they are {', '.join(sources)}")
+    del sources[args.held_out]
+    return args.held_out
+
+
+def _load_target(args: argparse.Namespace, category: str) -> Target:
+    folder = category_folder(args.data_path, args.data_type, category)
     items = list_test_items(folder)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
     print(f"support: {support.source}")

@@ -91,7 +91,7 @@ class _Pictures(Dataset):
 def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int) -> None:
     """Reads the pictures into the rows of `into`."""
     pictures = read_batches(_Pictures(paths, into.shape[1]), None, num_workers)
-    progress = tqdm(pictures, f"decoding {paths[0].parent}", len(paths), unit=" pictures", leave=False)
+    progress = tqdm(pictures, f"decoding {paths[0].parent}", len(paths), unit=" pictures", leave=False, disable=None)
     for number, picture in enumerate(progress):
         into[number] = picture.numpy()
 

@@ -78,9 +78,12 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
         episodes = [Episode(e["category"], tuple(e["query"]), tuple(map(tuple, e["support"]))) for e in content]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the episodes {path}: {' '.join(str(error).split())}") from error
+    if not episodes:
+        raise UserError(f"the list of episodes {path} holds no episode")
     for number, episode in enumerate(episodes):
         unknown = {*episode.query, *(name for k in episode.support for name in k)} - {*names.get(episode.category, ())}
-        if unknown or len({len(k) for k in episode.support}) != 1 or len(episode.support) != len(episode.query):
+        shots = {len(k) for k in episode.support}
+        if unknown or len(shots) != 1 or 0 in shots or len(episode.support) != len(episode.query):
             reason = f"unknown picture {min(unknown)} of {episode.category}" if unknown else "uneven support lists"
             raise UserError(f"episode {number} of {path} does not fit: {reason}")
     return episodes

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
@@ -108,7 +109,8 @@ def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> 
     """
     limit = partial(_limit_pixels_of_worker, Image.MAX_IMAGE_PIXELS)
     try:
-        yield from DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, worker_init_fn=limit)
+        own = torch.Generator()  # reading must not advance the generator that the weights are drawn from
+        yield from DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=limit, generator=own)
     except ImageError as error:
         *traceback, last = str(error).strip().splitlines()  # torch puts the worker's traceback into the message
         raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error

@@ -245,6 +245,15 @@ def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str
     return sources
 
 
+def held_out_category(sources: Iterable[str], target: str) -> str:
+    """The source category to choose an epoch by: the one after `target` in order of names, the first after the last.
+
+    Over all targets, each category is held out once.
+    """
+    ordered = sorted(set(sources) - {target})
+    return next((name for name in ordered if name > target), ordered[0])
+
+
 class LabelledDataset(Dataset):
     """Test pictures as dicts of image (3, S, S) uint8, mask and counted (S, S) bool.
 

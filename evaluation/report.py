@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy.special import stdtrit
 
 matplotlib.use("Agg")  # pictures go to files; no screen is needed
 from matplotlib.figure import Figure
@@ -20,11 +21,18 @@ COLOUR_MAP = "inferno"  # its lightness rises evenly, so it reads in grey and wi
 
 
 def summary(values: Sequence[float | None]) -> dict | None:
-    """Mean and sample standard deviation over rounds (None for a single round); None where the metric is absent."""
+    """Mean, sample standard deviation and 95 % interval over rounds; None where the metric is absent.
+
+    The interval [low, high] is Student's t for the mean of another set of as many rounds. A single round has no spread.
+    """
     if any(value is None for value in values):
         return None
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": spread}
+    mean, rounds = float(np.mean(values)), len(values)
+    if rounds == 1:
+        return {"mean": mean, "sd": None, "interval95": None}
+    spread = float(np.std(values, ddof=1))
+    reach = float(stdtrit(rounds - 1, 0.975)) * spread / rounds**0.5
+    return {"mean": mean, "sd": spread, "interval95": [mean - reach, mean + reach]}
 
 
 def format_summary(numbers: dict | None) -> str:
@@ -32,6 +40,12 @@ def format_summary(numbers: dict | None) -> str:
     if numbers is None:
         return "n/a"
     return f"{numbers['mean']:.4f}" + ("" if numbers["sd"] is None else f" +- {numbers['sd']:.4f}")
+
+
+def format_interval(numbers: dict | None) -> str:
+    """`0.6508 to 0.6684`, the 95 % interval; empty where there is none."""
+    interval = numbers and numbers["interval95"]
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
 
 
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:

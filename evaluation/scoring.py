@@ -1,4 +1,4 @@
-"""The one evaluation: network + support rounds + test pictures -> score maps and AUROCs of every round.
+"""The one evaluation: network + support rounds + test pictures -> score maps and metrics of every round.
 
 Test features depend neither on the round nor on the support set: they are computed once and used by all rounds.
 """
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import read_batches
-from evaluation.metrics import auroc
+from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
 from models.gaussian import CHUNK_BYTES, chunks, fit, from_nested, nested_layers, squared_distance
 from models.stn import STNResNet18, folded
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
@@ -44,6 +44,12 @@ class RoundResult(NamedTuple):
     pixel_auroc: float | None
     distances: torch.Tensor
     maps: torch.Tensor
+    more: dict[str, float | None]  # the other metrics, where asked for; None where there is no ground truth
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """Every metric by its name in the records."""
+        return {"image_auroc": self.image_auroc, "pixel_auroc": self.pixel_auroc, **self.more}
 
 
 def score_category(
@@ -92,15 +98,23 @@ def compute_test_features(
 
 
 def score_rounds(
-    network: STNResNet18, test: TestFeatures, rounds: Sequence[torch.Tensor], clock: StageClock, batch_size: int
+    network: STNResNet18,
+    test: TestFeatures,
+    rounds: Sequence[torch.Tensor],
+    clock: StageClock,
+    batch_size: int,
+    all_metrics: bool = False,
 ) -> Iterator[RoundResult]:
     """Scores the test features against each round's support pictures (K, 3, S, S) in [0, 1], one round at a time.
+
+    all_metrics: average precision, F1-max and PRO too, not only the AUROCs.
 
     Raises:
         UserError: scores that are not finite.
     """
     grid, size = math.isqrt(test.layers[0].shape[0]), rounds[0].shape[-1]
     enlarge_and_smooth = score_map_matrix(grid, size).to(clock.device)  # (S, H)
+    regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
     supports = _support_features(network, rounds, clock, batch_size)
     for support in supports:
         distances = _distance_maps(support, test.layers, clock)
@@ -110,9 +124,21 @@ def score_rounds(
         if not np.isfinite(image_scores).all():
             raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
         with clock("metrics"):
-            image_auroc = auroc(image_scores, test.labels)
-            pixel_auroc = None if test.masks is None else auroc(maps.cpu().numpy(), test.masks)
-        yield RoundResult(image_auroc, pixel_auroc, distances, maps)
+            image = rank(image_scores, test.labels)
+            pixel = None if test.masks is None else rank(maps if maps.is_cuda else maps.numpy(), test.masks)
+            pixel_auroc = None if pixel is None else auroc(pixel)
+            more = _more_metrics(image, pixel, regions) if all_metrics else {}
+        yield RoundResult(auroc(image), pixel_auroc, distances, maps, more)
+
+
+def _more_metrics(image: Ranking, pixel: Ranking | None, regions: np.ndarray | None) -> dict[str, float | None]:
+    return {
+        "image_ap": average_precision(image),
+        "image_f1_max": f1_max(image),
+        "pixel_ap": None if pixel is None else average_precision(pixel),
+        "pixel_f1_max": None if pixel is None else f1_max(pixel),
+        "pro": None if pixel is None else pro(pixel, regions),
+    }
 
 
 def _distance_maps(support: Layers, test: Layers, clock: StageClock) -> torch.Tensor:

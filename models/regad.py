@@ -58,6 +58,18 @@ def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
         torch.save({**parts, RECIPE: recipe}, aside)
 
 
+def selection(path: Path) -> tuple[str, int | None]:
+    """By which rule the weights of a checkpoint were chosen (train.py's --select), and their epoch where it is known.
+
+    The release's were chosen by the target's test labels: `best`.
+    """
+    content = load_tensors(path, "checkpoint")
+    recipe = content.get(RECIPE) if isinstance(content, dict) else None
+    recipe = recipe if isinstance(recipe, dict) else {}
+    rule = "last" if path.stem.endswith("_last") else recipe.get("arguments", {}).get("select", "best")
+    return rule, recipe.get("epoch")
+
+
 def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
     """The networks of a checkpoint in the release's format {'STN', 'ENC', 'PRED'}; all names and shapes must fit.
 

@@ -1,21 +1,75 @@
-"""The plain definition of few-shot scoring, in the release's order of work: slow, obvious, the oracle of the fast path.
+"""The plain definition of training and scoring, in the release's order of work: slow, obvious, the fast path's oracle.
 
-Also the baseline of benchmarks/scoring.py. Works in the dtype of its input.
+Also the baseline of the benchmarks. Works in the dtype of its input.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
-from sklearn.metrics import roc_auc_score
+from skimage.measure import label
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from models.regad import RegAD
+from models.stn import STNResNet18
 
 COVARIANCE_EPS = 0.01
 SIGMA = 4
+FPR_LIMIT = 0.3
 
 
-def embedding(features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def forward(stn: STNResNet18, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The last registered map, and the un-warped features; the release computes both in training and in scoring."""
+    x = stn.maxpool(stn.relu(stn.bn1(stn.conv1(x))))
+    inverses, features = [], []
+    for layer, head in ((stn.layer1, stn.stn1), (stn.layer2, stn.stn2), (stn.layer3, stn.stn3)):
+        x = layer(x)
+        theta = head(x)
+        x = warp(x, theta)
+        last_row = np.tile(np.array([[[0, 0, 1]]]), (len(x), 1, 1))
+        inverse = np.linalg.inv(np.concatenate([theta.detach().numpy(), last_row], axis=1))[:, :2]
+        inverses.append(torch.from_numpy(inverse).to(x.dtype))
+        feature = x.detach()
+        for back in reversed(inverses):
+            feature = warp(feature, back)
+        features.append(feature)
+    return x, features
+
+
+def optimizers(model: RegAD, lr: float, momentum: float) -> list[torch.optim.Optimizer]:
+    """The release has one for each network."""
+    networks = (model.stn, model.encoder, model.predictor)
+    return [torch.optim.SGD(network.parameters(), lr=lr, momentum=momentum) for network in networks]
+
+
+def training_step(
+    model: RegAD, three_optimizers: list[torch.optim.Optimizer], query: torch.Tensor, support: torch.Tensor
+) -> float:
+    """One update from queries (B, 3, S, S) and support pictures (B, K, 3, S, S); the loss before it."""
+    for optimizer in three_optimizers:
+        optimizer.zero_grad()
+    batch, shot = support.shape[:2]
+    x_q = forward(model.stn, query)[0]
+    x_s = forward(model.stn, support.flatten(0, 1))[0].view(batch, shot, *x_q.shape[1:]).mean(dim=1)
+    z_q, z_s = model.encoder(x_q), model.encoder(x_s)
+    p_q, p_s = model.predictor(z_q), model.predictor(z_s)
+    loss = sum(-F.cosine_similarity(p, z.detach(), dim=1).mean() / 2 for p, z in ((p_q, z_s), (p_s, z_q)))
+    loss.backward()
+    for optimizer in three_optimizers:
+        optimizer.step()
+    return loss.item()
+
+
+def embedding(features: Sequence[torch.Tensor]) -> torch.Tensor:
     """Layers (N, C_l, H_l, W_l), finest first -> the joined embedding (N, C, P)."""
     size = features[0].shape[-2:]
     return torch.cat([F.interpolate(f, size=size, mode="nearest") for f in features], dim=1).flatten(2)
@@ -48,3 +102,39 @@ def aurocs(maps: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> tuple[flo
     """Image AUROC (score: the map's maximum) and pixel AUROC."""
     image = roc_auc_score(labels, maps.reshape(len(maps), -1).max(axis=1))
     return float(image), float(roc_auc_score(masks.ravel(), maps.ravel()))
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    return float(average_precision_score(positive.ravel(), scores.ravel()))
+
+
+def f1_max(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The highest F1 over all points of scikit-learn's curve."""
+    precision, recall, _ = precision_recall_curve(positive.ravel(), scores.ravel())
+    return float(np.max(2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)))
+
+
+def pro(maps: np.ndarray, masks: np.ndarray, thresholds: np.ndarray | None = None) -> float:
+    """Area under the per-region-overlap curve up to FPR_LIMIT, over FPR_LIMIT: a point for each threshold (None: each
+    score), a loop over 8-connected regions, a straight line between points, cut at the limit."""
+    thresholds = np.unique(maps) if thresholds is None else thresholds
+    normal = np.sort(maps[~masks])
+    regions = []
+    for scores, mask in zip(maps, masks, strict=True):
+        numbered = label(mask, connectivity=2)
+        regions += [np.sort(scores[numbered == number]) for number in range(1, numbered.max() + 1)]
+
+    def share_found(ordered: np.ndarray) -> np.ndarray:
+        return np.append(1 - np.searchsorted(ordered, thresholds) / len(ordered), 0)[::-1]  # from (0, 0) up
+
+    rates, overlaps = share_found(normal), np.mean([share_found(region) for region in regions], axis=0)
+    inside = rates <= FPR_LIMIT
+    x = np.append(rates[inside], FPR_LIMIT)
+    y = np.append(overlaps[inside], overlap_at_limit(rates, overlaps, inside))
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / FPR_LIMIT)
+
+
+def overlap_at_limit(rates: np.ndarray, overlaps: np.ndarray, inside: np.ndarray) -> float:
+    last = np.flatnonzero(inside)[-1]
+    (x0, x1), (y0, y1) = rates[last : last + 2], overlaps[last : last + 2]
+    return y0 + (y1 - y0) * (FPR_LIMIT - x0) / (x1 - x0)

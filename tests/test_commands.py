@@ -12,11 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import make_support
+import reproduce
 from datasets.images import read_image
 from datasets.mvtec import list_test_items
+from evaluation.metrics import METRIC_NAMES
+from evaluation.report import format_summary
+from evaluation.tables import make_tables, read_results, to_markdown
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
 from tests.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
 from utils.utils import PROJECT_ROOT, UserError, sha256
@@ -69,9 +74,13 @@ def arguments(demo_data, support_path, checkpoint, tmp_path) -> dict[str, str]:
     }
 
 
+def flat(arguments: dict[str, str]) -> list[str]:
+    return [part for pair in arguments.items() for part in pair]
+
+
 def call(arguments: dict[str, str], *extra: str) -> dict:
     """Runs test.py's main and returns its record."""
-    test_command.main([part for pair in arguments.items() for part in pair] + list(extra))
+    test_command.main(flat(arguments) + list(extra))
     (record,) = Path(arguments["--output"]).glob("*.json")
     return json.loads(record.read_text())
 
@@ -84,9 +93,14 @@ def test_record(arguments, capsys):
     assert record["support_set"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
     assert set(record["seconds"]) == {"decode", "network", "gaussian", "distance", "smoothing", "metrics"}
     assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_pictures"] == 9
-    for key in ("image_auroc", "pixel_auroc"):
+    for key, name in METRIC_NAMES.items():
         values = [one[key] for one in record["rounds"]]
-        assert record[key] == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1)})
+        interval = scipy.stats.t.interval(0.95, 1, np.mean(values), scipy.stats.sem(values))
+        expected = {"mean": np.mean(values), "sd": np.std(values, ddof=1), "interval95": pytest.approx(interval)}
+        assert record[key]["interval95"] == expected.pop("interval95")
+        assert {part: record[key][part] for part in expected} == pytest.approx(expected)
+        low, high = record[key]["interval95"]
+        assert f"  {name:14}{format_summary(record[key])}    {low:.4f} to {high:.4f}\n" in printed
     for number, one in enumerate(record["rounds"]):
         assert f"round {number}: image AUROC {one['image_auroc']:.4f}, pixel AUROC {one['pixel_auroc']:.4f}" in printed
 
@@ -110,6 +124,45 @@ def test_single_shot_and_untrained(arguments):
     assert record["checkpoint"] is None and len(record["rounds"]) == 2
     again = call(arguments | {"--shot": "1", "--weights": "none"}, "--untrained")
     assert again["rounds"] == record["rounds"]
+
+
+def test_several_shots_share_the_test_features(arguments, monkeypatch):
+    """Records as of single runs; features once for the weights that all shots share, here the untrained ones."""
+    del arguments["--checkpoint"]
+    shots, output = ("1", "2"), Path(arguments["--output"])
+    for shot in shots:
+        test_command.main(flat(arguments | {"--shot": shot, "--weights": "none"}) + ["--untrained"])
+    alone = [json.loads((output / f"ring_{shot}_affine_untrained.json").read_text()) for shot in shots]
+    calls, original = [], test_command.compute_test_features
+    monkeypatch.setattr(test_command, "compute_test_features", lambda *a: calls.append(1) or original(*a))
+    test_command.main(flat(arguments | {"--weights": "none"}) + ["--untrained", "--shot", *shots])
+    for shot, expected in zip(shots, alone, strict=True):
+        record = json.loads((output / f"ring_{shot}_affine_untrained.json").read_text())
+        assert record["rounds"] == expected["rounds"] and record["arguments"]["shot"] == int(shot)
+        assert record["weights"] == "untrained"
+    assert len(calls) == 1
+
+
+def test_weights_of_every_kind_have_their_record(arguments, checkpoint, tmp_path):
+    """The release's weights count as `best`; ours say by which rule they were chosen."""
+    record = call(arguments)
+    assert record["weights"] == "best" and record["epoch"] is None
+    content = torch.load(checkpoint, weights_only=True)
+    for kind in ("last", "source", "best"):
+        recipe = {"arguments": {"select": kind, "stn_mode": "affine", "img_size": SIZE}, "epoch": 3}
+        torch.save(content | {"recipe": recipe}, tmp_path / "ours.pt")
+        call(arguments | {"--checkpoint": str(tmp_path / "ours.pt"), "--output": str(tmp_path / kind)})
+        name = "ring_2_affine" + ("" if kind == "best" else f"_{kind}")
+        record = json.loads((tmp_path / kind / f"{name}.json").read_text())
+        assert (record["weights"], record["epoch"]) == (kind, 3)
+
+
+def test_only_the_aurocs(arguments):
+    record = call(arguments)
+    fewer = call(arguments | {"--metrics": "auroc"})
+    assert set(fewer["rounds"][0]) == {"image_auroc", "pixel_auroc"} < set(record["rounds"][0]) == set(METRIC_NAMES)
+    for one, other in zip(fewer["rounds"], record["rounds"], strict=True):
+        assert all(one[key] == other[key] for key in one)
 
 
 def test_heat_maps(arguments, demo_data):
@@ -229,7 +282,14 @@ def test_every_flag_is_used():
     for file, parser in (
         ("test.py", test_command.get_args_parser()),
         ("make_support.py", make_support.get_args_parser()),
+        ("reproduce.py", reproduce.get_args_parser()),
     ):
         code = (PROJECT_ROOT / file).read_text()
         for action in parser._actions:
             assert action.dest == "help" or f"args.{action.dest}" in code, f"{file} never reads --{action.dest}"
+
+
+@pytest.mark.skipif(not (PROJECT_ROOT / "results/published/trial").is_dir(), reason="no published results")
+def test_results_in_the_readme_are_those_of_the_files():
+    results = read_results(PROJECT_ROOT / "results/published/trial")
+    assert to_markdown(results, make_tables(results)) in (PROJECT_ROOT / "README.md").read_text()

@@ -11,7 +11,7 @@ import torch
 from datasets.images import read_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from datasets.support import load_support_rounds, support_file
-from evaluation.metrics import auroc
+from evaluation.metrics import auroc, rank
 from evaluation.scoring import compute_test_features, score_rounds
 from models.regad import RegAD, load_checkpoint
 from models.stn import STN_MODES, folded
@@ -116,4 +116,4 @@ def test_aurocs(scored, shot, number):
 def test_our_ranking_of_the_release_s_scores(scored):
     """The recorded image AUROC comes out of the recorded image scores: labels and order are the release's."""
     golden = np.load(GOLDEN / "screw_2_round0.npz")["image_score"]
-    assert auroc(golden, scored[1]) == pytest.approx(golden_rounds()["2"][0]["image_auroc"], abs=1e-9)
+    assert auroc(rank(golden, scored[1])) == pytest.approx(golden_rounds()["2"][0]["image_auroc"], abs=1e-9)

@@ -54,14 +54,14 @@ def refuse_to_overwrite(files: RunFiles) -> None:
             )
 
 
-def save_history(files: RunFiles, history: Sequence[dict]) -> None:
-    """One JSON line per finished epoch, and the curve of them."""
+def save_history(files: RunFiles, history: Sequence[dict], scored: str) -> None:
+    """One JSON line per finished epoch, and the curve of them; `scored`: the category that was scored."""
     with whole_file(files.epochs) as aside:
         aside.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in history), encoding="utf-8")
-    _save_curve(files.curve, history)
+    _save_curve(files.curve, history, scored)
 
 
-def _save_curve(target: Path, history: Sequence[dict]) -> None:
+def _save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
     """Loss, and image and pixel AUROC (mean, and a band of one standard deviation over rounds), against the epoch."""
     figure = Figure(figsize=(7.2, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -70,7 +70,7 @@ def _save_curve(target: Path, history: Sequence[dict]) -> None:
     above.set_ylabel("registration loss")
     for metric, colour in (("image_auroc", "#c05010"), ("pixel_auroc", "#1060a0")):
         _plot_metric(below, [entry for entry in history if entry.get(metric)], metric, colour)
-    below.set_ylabel("AUROC on the target")
+    below.set_ylabel(f"AUROC on {scored}")
     below.set_xlabel("epoch (0: untrained)")
     below.xaxis.get_major_locator().set_params(integer=True)
     for axis in (above, below):

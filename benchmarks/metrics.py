@@ -1,0 +1,111 @@
+"""Times all metrics of one category beside scikit-learn and a loop over regions, on one core.
+
+python -m benchmarks.metrics    160 drawn score maps of 224 x 224; writes benchmarks/results/metrics_<device>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import roc_auc_score
+
+from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
+from tests import plain
+from utils.utils import StageClock, provenance, require_positive, resolve_device, run_command, write_json
+
+RESULTS = Path(__file__).parent / "results"
+PRO_THRESHOLDS = 2000  # of the plain loop, spread evenly over the normal pixels; each score would take hours
+METRICS: dict[str, Callable[[Ranking], float]] = {"auroc": auroc, "ap": average_precision, "f1_max": f1_max}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--size", type=int, default=224, help="side of the score maps in pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of ours, the median counts")
+    parser.add_argument("--device", default="cpu", help="where the score maps are; cuda: sorted there")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures both ways on one core, prints the times and the differences, writes them down."""
+    args = get_args_parser().parse_args(argv)
+    require_positive(args, "pictures", "size", "repeats")
+    device = resolve_device(args.device)
+    one_core()
+    maps, masks = draw_maps(args.pictures, args.size)
+    ours = [_time_ours(maps, masks, device) for _ in range(args.repeats)]
+    seconds = {name: float(np.median([run[0][name] for run in ours])) for name in ours[0][0]}
+    values = ours[0][1]
+    plain_seconds, plain_values = _time_plain(maps, masks)
+    print(f"{'':22}{'seconds':>9}{'plain':>9}{'difference':>12}")
+    for name in ("auroc", "ap", "f1_max", "pro"):
+        print(f"{name:22}{seconds[name]:9.3f}{plain_seconds[name]:9.2f}{abs(values[name] - plain_values[name]):12.1e}")
+    for name in ("sort and count", "regions"):
+        print(f"{name:22}{seconds[name]:9.3f}")
+    print(f"{'all':22}{sum(seconds.values()):9.3f}{sum(plain_seconds.values()):9.2f}")
+    print(f"plain: scikit-learn; PRO: a loop over regions with {PRO_THRESHOLDS} thresholds, so an approximation")
+    content = {**provenance(device), "pictures": args.pictures, "size": args.size, "seconds": seconds}
+    content |= {"plain_seconds": plain_seconds, "values": values, "plain_values": plain_values}
+    target = args.output / f"metrics_{device.type}.json"
+    write_json(target, content)
+    print(f"written: {target}")
+
+
+def one_core() -> None:
+    """Keeps this process on one core, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
+def draw_maps(pictures: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth score maps (B, S, S) float32, and masks with a disc in three of four, found by the scores in part."""
+    rng = np.random.default_rng(0)
+    maps = gaussian_filter(rng.gamma(3, size=(pictures, size, size)).astype(np.float32), (0, 4, 4))
+    y, x = np.mgrid[:size, :size]
+    centres = rng.uniform(0, size, (pictures, 2, 1, 1))
+    discs = np.hypot(y - centres[:, 0], x - centres[:, 1]) < size / 14
+    discs[::4] = False
+    return maps + rng.uniform(0, 0.6, (pictures, 1, 1)).astype(np.float32) * discs, discs
+
+
+def _time_ours(maps: np.ndarray, masks: np.ndarray, device: torch.device) -> tuple[dict, dict]:
+    """Seconds and values of every metric; `regions` is needed once for all rounds of a category."""
+    clock, values = StageClock(), {}
+    placed = maps if device.type == "cpu" else torch.from_numpy(maps).to(device)
+    with clock("sort and count"):
+        ranking = rank(placed, masks)
+    with clock("regions"):
+        weights = region_weights(masks)
+    for name, metric in METRICS.items():
+        with clock(name):
+            values[name] = metric(ranking)
+    with clock("pro"):
+        values["pro"] = pro(ranking, weights)
+    return clock.seconds, values
+
+
+def _time_plain(maps: np.ndarray, masks: np.ndarray) -> tuple[dict, dict]:
+    clock, values = StageClock(), {}
+    with clock("auroc"):
+        values["auroc"] = float(roc_auc_score(masks.ravel(), maps.ravel()))
+    with clock("ap"):
+        values["ap"] = plain.average_precision(maps, masks)
+    with clock("f1_max"):
+        values["f1_max"] = plain.f1_max(maps, masks)
+    with clock("pro"):
+        thresholds = np.quantile(maps[~masks], np.linspace(0, 1, PRO_THRESHOLDS))
+        values["pro"] = plain.pro(maps, masks, thresholds)
+    return clock.seconds, values
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,98 @@
+"""Training episodes: what they hold, that they can be replayed, and lists that must be refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datasets import episodes as command
+from datasets.episodes import draw_episodes, read_episodes, write_episodes
+from utils.utils import UserError
+
+SOURCES = {
+    "ring": [f"{n:03d}.png" for n in range(37)],
+    "weave": ["a.png", "b.png"],
+    "teeth": ["x.jpg", "y.jpg", "z"],
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**63), st.integers(1, 10**6))
+def test_every_picture_is_a_query_once_and_never_its_own_support(shot, batch_size, seed, epoch):
+    drawn = draw_episodes(SOURCES, shot, batch_size, seed, epoch)
+    for category, names in SOURCES.items():
+        own = [e for e in drawn if e.category == category]
+        assert sorted(name for e in own for name in e.query) == sorted(names)
+        assert all(1 <= len(e.query) <= batch_size for e in own)
+        assert len(own) == -(-len(names) // batch_size)
+        for e in own:
+            assert len(e.support) == len(e.query)
+            for query, support in zip(e.query, e.support, strict=True):
+                assert len(support) == shot and query not in support and set(support) <= set(names)
+
+
+def test_drawn_the_same_everywhere():
+    """This literal must never change: it makes a run repeatable on another machine and after a resume."""
+    (first, *_), again = (draw_episodes(SOURCES, 2, 4, 668, 1) for _ in range(2))
+    assert first == again[0]
+    assert (first.category, first.query[0], first.support[0]) == ("ring", "017.png", ("016.png", "020.png"))
+
+
+def test_order_of_listing_does_not_matter_and_epochs_differ():
+    turned = {name: names[::-1] for name, names in reversed(SOURCES.items())}
+    assert draw_episodes(turned, 2, 4, 1, 1) == draw_episodes(SOURCES, 2, 4, 1, 1)
+    assert (
+        draw_episodes(SOURCES, 2, 4, 1, 2) != draw_episodes(SOURCES, 2, 4, 1, 1) != draw_episodes(SOURCES, 2, 4, 2, 1)
+    )
+
+
+def test_draws_are_uniform():
+    """Support of one query over many epochs: 36 others, 7,200 draws; 5 standard deviations around 200."""
+    counts = Counter()
+    for epoch in range(1, 3601):
+        (e,) = draw_episodes({"ring": SOURCES["ring"][:5]}, 2, 5, 0, epoch)
+        counts.update(e.support[e.query.index("002.png")])
+    assert set(counts) == {"000.png", "001.png", "003.png", "004.png"}
+    assert all(abs(count - 1800) < 5 * (7200 * 0.25 * 0.75) ** 0.5 for count in counts.values())
+
+
+def test_printed_and_given_back(tmp_path, demo_data, capsys):
+    command.main(["--obj", "ring", "--data_type", "folder", "--data_path", str(demo_data), "--shot", "3"])
+    file = tmp_path / "episodes.json"
+    file.write_text(capsys.readouterr().out)
+    names = {"weave": sorted(path.name for path in (demo_data / "weave/train/good").iterdir())}
+    assert read_episodes(file, names) == draw_episodes(names, 3, 32, 668, 1)
+    assert json.loads(write_episodes(read_episodes(file, names))) == json.loads(file.read_text())
+
+
+WRONG = {
+    "no JSON": ("hello", "cannot read the episodes"),
+    "no list": ('{"a": 1}', "cannot read the episodes"),
+    "empty": ("[]", "holds no episode"),
+    "lacks a key": ('[{"category": "ring", "query": ["000.png"]}]', "cannot read the episodes"),
+    "unknown category": ('[{"category": "b", "query": ["1"], "support": [["2"]]}]', "unknown picture 1 of b"),
+    "unknown picture": (
+        '[{"category": "ring", "query": ["000.png"], "support": [["q.png"]]}]',
+        r"episode 0 of .* does not fit: unknown picture q\.png of ring",
+    ),
+    "uneven": (
+        '[{"category": "ring", "query": ["000.png", "001.png"], "support": [["002.png"], ["003.png", "004.png"]]}]',
+        "uneven support lists",
+    ),
+    "no support": ('[{"category": "ring", "query": ["000.png"], "support": [[]]}]', "uneven support lists"),
+    "no queries": ('[{"category": "ring", "query": [], "support": []}]', "uneven support lists"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_lists_are_refused(case, tmp_path):
+    content, sentence = WRONG[case]
+    file = tmp_path / "episodes.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_episodes(file, SOURCES)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
