@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files, and on large ones
             with Image.open(path) as picture:
                 picture.load()
-                return _eight_bit(_upright(picture))
+                return eight_bit(_upright(picture))
     except Exception as error:  # on damaged files Pillow raises anything: OSError, SyntaxError, TypeError, struct.error
         raise ImageError(f"cannot read the picture {path}: {_reason(error)}") from error
 
@@ -94,6 +96,51 @@ def restore_map(scores: np.ndarray, width: int, height: int, keep_aspect: bool =
     left, top, right, bottom = content_box(width, height, len(scores), keep_aspect)
     inner = Image.fromarray(np.ascontiguousarray(scores[top:bottom, left:right], dtype=np.float32))
     return np.asarray(inner.resize((width, height), Image.Resampling.BILINEAR))
+
+
+class Header(NamedTuple):
+    """What a picture's file says of it before its pixels are decoded; sizes as stored, not turned upright."""
+
+    width: int
+    height: int
+    mode: str
+
+
+def read_header(path: Path) -> Header:
+    """The header of a picture; cheap, and finds most files that are no picture, too large, or of a refused kind.
+
+    Raises:
+        ImageError: as `read_picture`, as far as a header shows it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                _refuse_floats(picture)
+                return Header(*picture.size, picture.mode)
+    except Exception as error:  # as in read_picture
+        raise ImageError(f"cannot read the picture {path}: {_reason(error)}") from error
+
+
+def check_headers(paths: Sequence[Path]) -> None:
+    """Looks at the headers of pictures that are about to be read, several at a time.
+
+    Raises:
+        ImageError: the first one that `read_header` refuses, and how many more there are.
+    """
+    with ThreadPoolExecutor() as pool:
+        problems = [problem for problem in pool.map(_header_problem, paths) if problem]
+    if problems:
+        more = f" (and {len(problems) - 1} more; python check_data.py lists them)" if len(problems) > 1 else ""
+        raise ImageError(f"{problems[0]}{more}")
+
+
+def _header_problem(path: Path) -> str | None:
+    try:
+        read_header(path)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def limit_pixels(count: int) -> None:
@@ -145,13 +192,20 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Grey stays grey (resizing it before copying it to three channels gives the same values at half the cost)."""
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """A decoded picture of any mode in mode L or RGB.
+
+    Grey stays grey: resizing it before copying it to three channels gives the same values at half the cost.
+    """
     if picture.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > FULL_SCALE_16BIT:
             raise ValueError(f"its values {values.min()}..{values.max()} do not fit 16 bits")
         return Image.fromarray(np.rint(values * (255 / FULL_SCALE_16BIT)).astype(np.uint8))
+    _refuse_floats(picture)
+    return picture if picture.mode == "L" else picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+
+
+def _refuse_floats(picture: Image.Image) -> None:
     if picture.mode == "F":
         raise ValueError("floating-point pictures have no fixed value range; save it with 8 or 16 bits")
-    return picture if picture.mode == "L" else picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
