@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,8 @@ def read_image(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
 def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
     """A ground-truth mask as (size, size) bool, True on the defect; NEAREST resize, as the release does.
 
-    True where the brightest channel is above one half. A mask that nowhere reaches it holds numbers of classes (VisA's):
-    True where it is not 0.
+    True where the brightest channel is above one half. A mask that nowhere reaches it holds numbers of classes, as
+    VisA's: True where it is not 0.
 
     Raises:
         ImageError: as `read_picture`.
@@ -141,6 +142,14 @@ def _header_problem(path: Path) -> str | None:
     except ImageError as error:
         return str(error)
     return None
+
+
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads a data set: how pictures are taken."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
+    group.add_argument("--strict", action="store_true", help="refuse a defective test picture without a mask")
+    group.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
 
 
 def limit_pixels(count: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.images import IMAGE_SUFFIXES, content_box, read_batches, read_mask, read_picture, to_square
+from datasets.images import IMAGE_SUFFIXES, check_headers, content_box, read_batches, read_mask, read_picture, to_square
 from utils.utils import UserError
 
 TRAINING_PICTURES = {  # MVTec AD: number of normal training pictures, called 000.png upwards
@@ -159,6 +159,22 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
             f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected like "
             f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png); without --strict these "
             "pictures only leave the pixel metrics"
+        )
+    return items
+
+
+def checked_test_items(category: Path, strict: bool) -> list[LabelledImage]:
+    """`list_test_items`, with the headers of all pictures and masks looked at; says how many lack their mask.
+
+    Raises:
+        UserError: as `list_test_items`, and pictures that cannot be read.
+    """
+    items = list_test_items(category, strict)
+    check_headers([path for item in items for path in (item.image, item.mask) if path])
+    unknown = without_truth(items)
+    if unknown and any(item.mask for item in items):
+        print(
+            f"note: {len(unknown)} defective picture(s) without a mask leave the pixel metrics, e.g. {unknown[0].image}"
         )
     return items
 
