@@ -1,4 +1,4 @@
-"""Command: draw support sets (K normal pictures per round) and write them in the release's format.
+"""Command: draw support sets (K normal pictures per round), or find and check the pictures of given ones.
 
 python make_support.py --obj screw --shots 2 4 8 --rounds 10 --data_path ./MVTec/
 """
@@ -9,45 +9,120 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.mvtec import CATEGORIES, category_folder
-from datasets.support import (
+from datasets.images import MAX_PIXELS, limit_pixels
+from datasets.manifest import (
     DEFAULT_PATH,
     DRAW_SEED,
-    draw_support_images,
-    read_support_images,
-    save_support_rounds,
-    support_file,
+    Manifest,
+    draw_from_folder,
+    load_manifest,
+    save_manifest,
+    verify,
+    with_hashes,
 )
-from utils.utils import require_positive, run_command
+from datasets.mvtec import CATEGORIES, category_folder
+from datasets.support import find_names, read_rounds, save_support_rounds, support_file
+from utils.utils import UserError, require_positive, run_command, sha256
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of make_support.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--obj", nargs="+", required=True, metavar="CATEGORY", help="categories to draw from")
-    parser.add_argument("--shots", nargs="+", type=int, default=[2], metavar="K", help="pictures per round")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds per support set (test.py's --inferences)")
-    parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec")
-    parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
-    parser.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where the sets are written")
-    parser.add_argument("--img_size", type=int, default=224, help="side of the stored pictures in pixels")
-    parser.add_argument("--seed", type=int, default=DRAW_SEED, help="another seed draws other pictures")
+    task = parser.add_argument_group("task: draw, or one of --from_pt and --verify")
+    task.add_argument("--obj", nargs="+", metavar="CATEGORY", help="categories to draw from; not needed to --verify")
+    task.add_argument("--shots", nargs="+", type=int, default=[2], metavar="K", help="pictures per round")
+    task.add_argument("--rounds", type=int, default=10, help="rounds per support set (test.py's --inferences)")
+    task.add_argument("--seed", type=int, default=DRAW_SEED, help="another seed draws other pictures")
+    task.add_argument("--names_only", action="store_true", help="write manifests without tensors; test.py reads both")
+    task.add_argument("--from_pt", type=Path, metavar="FILE", help="find which training pictures a .pt file is made of")
+    task.add_argument("--verify", nargs="+", type=Path, metavar="MANIFEST", help="check manifests against the data")
+    task.add_argument("--write_hashes", action="store_true", help="with --verify: add SHA-256 where there are none yet")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec")
+    data.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    data.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where the sets are written")
+    data.add_argument("--img_size", type=int, default=224, help="side of the stored pictures in pixels")
+    data.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
+    data.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes every requested support set and prints which pictures it is made of."""
+    """Writes support sets and prints which pictures they are made of."""
     args = get_args_parser().parse_args(argv)
-    require_positive(args, "shots", "rounds", "img_size")
-    for category in args.obj:
-        folder = category_folder(args.data_path, args.data_type, category)
-        for shot in args.shots:
-            draws = draw_support_images(folder, shot, args.rounds, args.seed)
-            target = support_file(args.support_path, category, shot, args.rounds)
-            save_support_rounds(target, [read_support_images(paths, args.img_size) for paths in draws])
-            print(f"wrote {target}")
-            for number, paths in enumerate(draws):
-                print(f"  round {number}: {' '.join(path.name for path in paths)}")
+    require_positive(args, "shots", "rounds", "img_size", "max_pixels")
+    limit_pixels(args.max_pixels)
+    tasks = {"--obj": args.obj and not args.from_pt, "--from_pt": args.from_pt, "--verify": args.verify}
+    if sum(map(bool, tasks.values())) != 1:
+        raise UserError("give --obj CATEGORY ... to draw from, or --from_pt FILE, or --verify MANIFEST ...")
+    if args.verify:
+        _verify(args)
+    elif args.from_pt:
+        _find_names(args)
+    else:
+        for category in args.obj:
+            _draw(args, category)
+
+
+def _draw(args: argparse.Namespace, category: str) -> None:
+    """Draws the largest set; the others are its beginnings."""
+    folder = category_folder(args.data_path, args.data_type, category)
+    drawn = with_hashes(draw_from_folder(folder, max(args.shots), args.rounds, args.seed), folder)
+    pictures = [] if args.names_only else read_rounds(folder, drawn, args.img_size, args.keep_aspect)
+    for shot in args.shots:
+        target = support_file(args.support_path, category, shot, args.rounds)
+        _refuse_to_overwrite(target)
+        part = drawn.part(shot, args.rounds)
+        if pictures:
+            save_support_rounds(target, [of_round[:shot].clone() for of_round in pictures])
+            part = part._replace(tensors=sha256(target), keep_aspect=args.keep_aspect)
+        save_manifest(target.with_suffix(".json"), part)
+        print(f"wrote {target if pictures else target.with_suffix('.json')}")
+        _print_rounds(part)
+
+
+def _refuse_to_overwrite(target: Path) -> None:
+    """A tensor file that this command did not write, such as the release's, is not replaced."""
+    beside = target.with_suffix(".json")
+    if target.is_file() and not (beside.is_file() and load_manifest(beside).tensors == sha256(target)):
+        raise UserError(f"{target} was not written by this command; remove it or give another --support_path")
+
+
+def _find_names(args: argparse.Namespace) -> None:
+    category = args.obj[0] if args.obj else args.from_pt.absolute().parent.name
+    folder = category_folder(args.data_path, args.data_type, category)
+    manifest, differences = find_names(args.from_pt, folder, args.keep_aspect)
+    target = args.support_path / category / args.from_pt.with_suffix(".json").name
+    save_manifest(target, manifest)
+    _print_rounds(manifest)
+    print(manifest.origin)
+    for name, difference in differences.items():
+        print(f"  {name}: nearest, mean difference {difference:.3f} of 255")
+    print(f"wrote {target}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    bad = 0
+    for file in args.verify:
+        manifest = load_manifest(file)
+        folder = category_folder(args.data_path, args.data_type, manifest.category)
+        problems = verify(manifest, folder)
+        bad += bool(problems)
+        count = len(manifest.names())
+        if args.write_hashes and not problems:
+            manifest = manifest._replace(sha256=with_hashes(manifest, folder).sha256)
+            save_manifest(file, manifest)
+        state = f"{count} pictures are there, {len(manifest.sha256)} with their SHA-256"
+        print(f"{file}: {state if not problems else f'{len(problems)} problem(s)'}")
+        for problem in problems:
+            print(f"  {problem}")
+    if bad:
+        raise UserError(f"{bad} of {len(args.verify)} manifest(s) do not fit the data in {args.data_path}")
+
+
+def _print_rounds(manifest: Manifest) -> None:
+    for number, names in enumerate(manifest.rounds):
+        print(f"  round {number}: {' '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, list_test_items
+from datasets.images import add_picture_flags, limit_pixels
+from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.report import choose_examples, format_interval, format_summary, save_heat_maps, summary
@@ -44,6 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support pictures per round")
     what.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
     what.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
+    add_picture_flags(parser)
     network = parser.add_argument_group("network")
     network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
     network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
@@ -71,19 +73,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Checks all input, scores every round, prints the numbers and writes the record."""
     args = get_args_parser().parse_args(argv)
     _check_numbers(args)
+    limit_pixels(args.max_pixels)
     device = resolve_device(args.device)
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
-    items = list_test_items(folder)
+    items = checked_test_items(folder, args.strict)
     supports = {
-        shot: find_support_rounds(args.support_path, folder, shot, args.inferences, args.img_size) for shot in args.shot
+        shot: find_support_rounds(
+            args.support_path, folder, shot, args.inferences, args.img_size, keep_aspect=args.keep_aspect
+        )
+        for shot in args.shot
     }
-    has_masks = any(item.mask is not None for item in items)
-    dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
+    dataset = LabelledDataset(items, args.img_size, args.keep_aspect)
+    labels = [item.label for item in items]
     for weights, shots in _find_weights(args).items():
         print(f"scoring {args.obj}: {len(items)} test pictures, {weights.file or f'untrained, weights {args.weights}'}")
         network, clock = folded(_load_model(args, weights).stn.to(device)), StageClock(device)
-        test = compute_test_features(network, dataset, labels, has_masks, clock, args.batch_size, args.num_workers)
+        test = compute_test_features(network, dataset, labels, clock, args.batch_size, args.num_workers)
         shared_seconds = clock.seconds
         for shot in shots:
             print(f"support: {supports[shot].source}")
@@ -117,7 +123,7 @@ class Weights(NamedTuple):
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    require_positive(args, "shot", "inferences", "batch_size", "img_size")
+    require_positive(args, "shot", "inferences", "batch_size", "img_size", "max_pixels")
     if args.img_size % SIZE_DIVISOR:
         raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
     if args.untrained + args.last + bool(args.checkpoint) > 1:

@@ -20,14 +20,15 @@ import torch
 
 from datasets.cache import SourcePictures, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
+from datasets.images import add_picture_flags, limit_pixels
 from datasets.mvtec import (
     CATEGORIES,
     LabelledDataset,
     Preloaded,
     category_folder,
+    checked_test_items,
     held_out_category,
     list_source_images,
-    list_test_items,
 )
 from datasets.support import find_support_rounds
 from evaluation.report import format_summary, summary
@@ -53,7 +54,7 @@ MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value
 # Arguments that decide the weights or which are kept: a run is resumed only with the same ones.
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
-    *("momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
+    *("keep_aspect", "momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
 )
 
 
@@ -69,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--episodes", type=Path, metavar="FILE", help="train on these in every epoch (datasets/episodes.py)"
     )
+    add_picture_flags(parser)
     how = parser.add_argument_group("training")
     how.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
     how.add_argument("--weights", default="imagenet", help="trunk to start from: imagenet, none, or a file")
@@ -111,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Checks all input, then trains, scores and saves, epoch by epoch."""
     args = get_args_parser().parse_args(argv)
     _check(args)
+    limit_pixels(args.max_pixels)
     device = resolve_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj)
@@ -125,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)  # after all that may draw numbers: epoch 0 is what test.py --untrained scores
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
-    pictures = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device)
+    pictures = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
     print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} pictures; target {args.obj}")
     if args.select == "best":
         print("note: --select best chooses the epoch by the target's test labels, as the published protocol does")
@@ -162,12 +165,11 @@ class Target(NamedTuple):
 
     dataset: Preloaded
     labels: list[int]
-    has_masks: bool
     rounds: list[torch.Tensor]
 
 
 def _check(args: argparse.Namespace) -> None:
-    require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size")
+    require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
     if args.img_size % SIZE_DIVISOR or args.img_size < MIN_IMG_SIZE:
         raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR} from {MIN_IMG_SIZE} on, got {args.img_size}")
     for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
@@ -207,12 +209,13 @@ def _hold_out(args: argparse.Namespace, sources: dict[str, list[Path]]) -> str:
 
 def _load_target(args: argparse.Namespace, category: str) -> Target:
     folder = category_folder(args.data_path, args.data_type, category)
-    items = list_test_items(folder)
-    support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
+    items = checked_test_items(folder, args.strict)
+    support = find_support_rounds(
+        args.support_path, folder, args.shot, args.inferences, args.img_size, args.keep_aspect
+    )
     print(f"support: {support.source}")
-    dataset = Preloaded(LabelledDataset(items, args.img_size), args.num_workers)
-    has_masks = any(item.mask is not None for item in items)
-    return Target(dataset, [item.label for item in items], has_masks, support.pictures)
+    dataset = Preloaded(LabelledDataset(items, args.img_size, args.keep_aspect), args.num_workers)
+    return Target(dataset, [item.label for item in items], support.pictures)
 
 
 def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, device: torch.device) -> Trainer:
@@ -249,7 +252,7 @@ def _score(trainer: Trainer, target: Target, device: torch.device) -> dict:
     results = [
         {"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc}
         for result in score_category(
-            trainer.model.stn, target.dataset, target.labels, target.has_masks, target.rounds, clock, SCORING_BATCH
+            trainer.model.stn, target.dataset, target.labels, target.rounds, clock, SCORING_BATCH
         )
     ]
     numbers = {key: summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc")}

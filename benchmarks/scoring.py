@@ -119,7 +119,7 @@ def _time_fast(
     with clock("decode"):
         rounds = [read_support_images(paths, args.img_size) for paths in draws]
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(fast, dataset, labels, True, clock, args.batch_size, args.num_workers)
+    test = compute_test_features(fast, dataset, labels, clock, args.batch_size, args.num_workers)
     results = [result[:2] for result in score_rounds(fast, test, rounds, clock, args.batch_size)]
     total = time.perf_counter() - begin
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.episodes import Episode
-from datasets.images import read_batches, read_image
+from datasets.images import check_headers, read_batches, read_image
 from utils.utils import UserError, whole_file
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # changes whenever `read_image` gives other values
@@ -32,7 +32,9 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regad"
 
 
-def decoded_images(paths: Sequence[Path], size: int, cache_dir: Path | None, num_workers: int) -> np.ndarray:
+def decoded_images(
+    paths: Sequence[Path], size: int, cache_dir: Path | None, num_workers: int, keep_aspect: bool = False
+) -> np.ndarray:
     """The pictures `paths` of one folder as (N, size, size, 3) uint8, each decoded at most once per machine.
 
     Memory-mapped and read-only from `cache_dir`; with None, decoded into memory.
@@ -42,15 +44,14 @@ def decoded_images(paths: Sequence[Path], size: int, cache_dir: Path | None, num
     """
     if cache_dir is None:
         pictures = np.empty((len(paths), size, size, 3), np.uint8)
-        _decode(paths, pictures, num_workers)
+        _decode(paths, pictures, num_workers, keep_aspect)
         return pictures
-    file = _cache_file(paths, size, cache_dir)
+    file = _cache_file(paths, size, cache_dir, keep_aspect)
     if not file.is_file():
         try:
             with whole_file(file) as aside:
-                _decode(
-                    paths, np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3)), num_workers
-                )
+                pictures = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
+                _decode(paths, pictures, num_workers, keep_aspect)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache of decoded pictures {file}: {error.strerror}; "
@@ -60,11 +61,11 @@ def decoded_images(paths: Sequence[Path], size: int, cache_dir: Path | None, num
     return np.load(file, mmap_mode="r")
 
 
-def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path) -> Path:
+def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: bool) -> Path:
     folder = paths[0].parent.resolve()
     states = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = hashlib.sha256(repr((size, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
+    what = hashlib.sha256(repr((size, keep_aspect, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{size}_{where}_{what}.npy"
 
 
@@ -78,19 +79,19 @@ def _remove_outdated(file: Path) -> None:
 
 
 class _Pictures(Dataset):
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths, self.size = paths, size
+    def __init__(self, paths: Sequence[Path], size: int, keep_aspect: bool) -> None:
+        self.paths, self.size, self.keep_aspect = paths, size, keep_aspect
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(read_image(self.paths[number], self.size).copy())
+        return torch.from_numpy(read_image(self.paths[number], self.size, self.keep_aspect).copy())
 
 
-def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int) -> None:
+def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspect: bool) -> None:
     """Reads the pictures into the rows of `into`."""
-    pictures = read_batches(_Pictures(paths, into.shape[1]), None, num_workers)
+    pictures = read_batches(_Pictures(paths, into.shape[1], keep_aspect), None, num_workers)
     progress = tqdm(pictures, f"decoding {paths[0].parent}", len(paths), unit=" pictures", leave=False, disable=None)
     for number, picture in enumerate(progress):
         into[number] = picture.numpy()
@@ -107,10 +108,17 @@ class SourcePictures:
         num_workers: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        keep_aspect: bool = False,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.rows = {name: {p.name: row for row, p in enumerate(paths)} for name, paths in sources.items()}
-        self.pictures = {name: decoded_images(paths, size, cache_dir, num_workers) for name, paths in sources.items()}
+        to_decode = [
+            p for p in sources.values() if not cache_dir or not _cache_file(p, size, cache_dir, keep_aspect).is_file()
+        ]
+        check_headers([path for paths in to_decode for path in paths])  # before minutes of decoding
+        self.pictures = {
+            name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect) for name, paths in sources.items()
+        }
         fits = sum(array.nbytes for array in self.pictures.values()) <= RESIDENT_BYTES
         self.resident = {}
         if device.type == "cuda" and fits:

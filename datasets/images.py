@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,32 +20,141 @@ from utils.utils import UserError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 FULL_SCALE_16BIT = 65535  # 16-bit pictures are scaled by their full range, not by their brightest pixel
 MASK_THRESHOLD = 127  # of 255: a mask pixel is defective above one half, as in the release
+PILLOW_REFUSES_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; between once and twice it only warns
+MAX_PIXELS = 178_956_970  # Pillow's own limit: larger pictures can be bombs, a few KB that take all memory
 
 
 class ImageError(UserError):
     """A picture that cannot be used; the message names its path and the reason."""
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The picture as RGB, (size, size, 3) uint8.
+def read_image(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
+    """The picture as RGB, (size, size, 3) uint8, see `read_picture` and `to_square`."""
+    return to_square(read_picture(path), size, keep_aspect)
 
-    Resized by Pillow's LANCZOS with antialiasing, as the release does; a picture that is not square is squeezed. Grey,
-    palette, RGBA (alpha dropped), CMYK and 16-bit pictures become 8-bit RGB; an EXIF orientation is obeyed.
+
+def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
+    """A ground-truth mask as (size, size) bool, True on the defect; NEAREST resize, as the release does.
+
+    True where the brightest channel is above one half. A mask that nowhere reaches it holds numbers of classes, as
+    VisA's: True where it is not 0.
+
+    Raises:
+        ImageError: as `read_picture`.
+    """
+    picture = read_picture(path)
+    grey = picture if picture.mode == "L" else Image.fromarray(np.asarray(picture).max(axis=2))
+    threshold = MASK_THRESHOLD if grey.getextrema()[1] > MASK_THRESHOLD else 0
+    return _fit(grey, size, keep_aspect, Image.Resampling.NEAREST) > threshold
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The decoded picture, upright, in mode L or RGB. Of several frames or pages, the first.
+
+    Grey and 1-bit pictures are L; palette, RGBA (alpha dropped) and CMYK pictures become RGB; 16-bit grey is scaled by
+    its full range to 8 bits; an EXIF orientation is obeyed.
 
     Raises:
         ImageError: missing, damaged, not a picture, too large, or of a kind without a fixed value range (float TIFF).
     """
-    return np.asarray(_open(path).resize((size, size), Image.Resampling.LANCZOS).convert("RGB"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files, and on large ones
+            with Image.open(path) as picture:
+                picture.load()
+                return eight_bit(_upright(picture))
+    except Exception as error:  # on damaged files Pillow raises anything: OSError, SyntaxError, TypeError, struct.error
+        raise ImageError(f"cannot read the picture {path}: {_reason(error)}") from error
 
 
-def read_mask(path: Path, size: int) -> np.ndarray:
-    """A ground-truth mask as (size, size) bool, True on the defect; NEAREST resize, as the release does.
+def to_square(picture: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
+    """A picture from `read_picture` as the network's RGB input, (size, size, 3) uint8.
+
+    Resized by Pillow's LANCZOS with antialiasing, as the release does. A picture that is not square is squeezed; with
+    `keep_aspect` its longer side becomes `size` and the rest is its own reflection, see `content_box`.
+    """
+    square = _fit(picture, size, keep_aspect, Image.Resampling.LANCZOS)
+    return square if square.ndim == 3 else square[..., None].repeat(3, axis=2)
+
+
+def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[int, int, int, int]:
+    """Where a picture of `width` x `height` lies in its square of side `size`: left, top, right, bottom, in pixels.
+
+    Convention: right and bottom are exclusive; with `keep_aspect` the picture is centred, else it fills the square.
+    """
+    if not keep_aspect:
+        return 0, 0, size, size
+    inner = [max(1, round(size * side / max(width, height))) for side in (width, height)]
+    left, top = ((size - side) // 2 for side in inner)
+    return left, top, left + inner[0], top + inner[1]
+
+
+def restore_map(scores: np.ndarray, width: int, height: int, keep_aspect: bool = False) -> np.ndarray:
+    """A score map (S, S) float32 in the frame of its picture, (height, width) float32.
+
+    Without the padding of `keep_aspect`; enlarged bilinearly, averaged where the picture is smaller than the map.
+    """
+    left, top, right, bottom = content_box(width, height, len(scores), keep_aspect)
+    inner = Image.fromarray(np.ascontiguousarray(scores[top:bottom, left:right], dtype=np.float32))
+    return np.asarray(inner.resize((width, height), Image.Resampling.BILINEAR))
+
+
+class Header(NamedTuple):
+    """What a picture's file says of it before its pixels are decoded; sizes as stored, not turned upright."""
+
+    width: int
+    height: int
+    mode: str
+
+
+def read_header(path: Path) -> Header:
+    """The header of a picture; cheap, and finds most files that are no picture, too large, or of a refused kind.
 
     Raises:
-        ImageError: as `read_image`.
+        ImageError: as `read_picture`, as far as a header shows it.
     """
-    picture = _open(path).convert("L").resize((size, size), Image.Resampling.NEAREST)
-    return np.asarray(picture) > MASK_THRESHOLD
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                _refuse_floats(picture)
+                return Header(*picture.size, picture.mode)
+    except Exception as error:  # as in read_picture
+        raise ImageError(f"cannot read the picture {path}: {_reason(error)}") from error
+
+
+def check_headers(paths: Sequence[Path]) -> None:
+    """Looks at the headers of pictures that are about to be read, several at a time.
+
+    Raises:
+        ImageError: the first one that `read_header` refuses, and how many more there are.
+    """
+    with ThreadPoolExecutor() as pool:
+        problems = [problem for problem in pool.map(_header_problem, paths) if problem]
+    if problems:
+        more = f" (and {len(problems) - 1} more; python check_data.py lists them)" if len(problems) > 1 else ""
+        raise ImageError(f"{problems[0]}{more}")
+
+
+def _header_problem(path: Path) -> str | None:
+    try:
+        read_header(path)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def add_picture_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that reads a data set: how pictures are taken."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
+    group.add_argument("--strict", action="store_true", help="refuse a defective test picture without a mask")
+    group.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
+
+
+def limit_pixels(count: int) -> None:
+    """Refuses pictures of more than `count` pixels (rounded up to an even number) from now on, here and in workers."""
+    Image.MAX_IMAGE_PIXELS = -(-count // PILLOW_REFUSES_ABOVE)
 
 
 def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> Iterator:
@@ -50,25 +163,35 @@ def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> 
     Raises:
         ImageError: as the dataset does, on one line too where a worker process met it.
     """
+    limit = partial(_limit_pixels_of_worker, Image.MAX_IMAGE_PIXELS)
     try:
         own = torch.Generator()  # reading must not advance the generator that the weights are drawn from
-        yield from DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, generator=own)
+        yield from DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=limit, generator=own)
     except ImageError as error:
         *traceback, last = str(error).strip().splitlines()  # torch puts the worker's traceback into the message
         raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error
 
 
-def _open(path: Path) -> Image.Image:
-    """The decoded picture, upright, in mode L or RGB."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files, and on large ones
-            with Image.open(path) as picture:
-                picture.load()
-                return _eight_bit(_upright(picture))
-    except Exception as error:  # on damaged files Pillow raises anything: OSError, SyntaxError, TypeError, struct.error
-        reason = "not a picture or damaged" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ImageError(f"cannot read the picture {path}: {' '.join(str(reason).split()) or repr(error)}") from error
+def _limit_pixels_of_worker(limit: float, _worker: int) -> None:
+    Image.MAX_IMAGE_PIXELS = limit  # where processes are not forked, they start with Pillow's own
+
+
+def _fit(picture: Image.Image, size: int, keep_aspect: bool, resampling: Image.Resampling) -> np.ndarray:
+    """`picture` resized into its place in the square and reflected around it, (size, size[, 3]) uint8."""
+    left, top, right, bottom = content_box(*picture.size, size, keep_aspect)
+    inner = np.asarray(picture.resize((right - left, bottom - top), resampling))
+    around = ((top, size - bottom), (left, size - right), (0, 0))
+    return np.pad(inner, around[: inner.ndim], mode="symmetric") if inner.shape[:2] != (size, size) else inner
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong with a picture, on one line and never empty."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture or damaged"
+    reason = " ".join(str(error).split()) or repr(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{reason} If it is what it should be, give a larger --max_pixels"
+    return reason
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -78,13 +201,20 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Grey stays grey (resizing it before copying it to three channels gives the same values at half the cost)."""
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """A decoded picture of any mode in mode L or RGB.
+
+    Grey stays grey: resizing it before copying it to three channels gives the same values at half the cost.
+    """
     if picture.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > FULL_SCALE_16BIT:
             raise ValueError(f"its values {values.min()}..{values.max()} do not fit 16 bits")
         return Image.fromarray(np.rint(values * (255 / FULL_SCALE_16BIT)).astype(np.uint8))
+    _refuse_floats(picture)
+    return picture if picture.mode == "L" else picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+
+
+def _refuse_floats(picture: Image.Image) -> None:
     if picture.mode == "F":
         raise ValueError("floating-point pictures have no fixed value range; save it with 8 or 16 bits")
-    return picture if picture.mode == "L" else picture.convert("L" if picture.mode in ("1", "LA") else "RGB")

@@ -1,12 +1,17 @@
-"""Data sets in MVTec AD's layout: listing a category's files and reading its test side.
+"""Data sets: which categories there are, and a category's training and test pictures, masks and labels.
 
-<data_path>/<category>/train/good/*.png
-<data_path>/<category>/test/good/*.png, test/<defect>/*.png
-<data_path>/<category>/ground_truth/<defect>/<name>_mask.png
+MVTec AD's layout (MPDD's too, and that of any folder):
+    <data_path>/<category>/train/good/*.png
+    <data_path>/<category>/test/good/*.png, test/<defect>/*.png
+    <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any picture's suffix
+VisA's, as it is distributed:
+    <data_path>/split_csv/1cls.csv      columns object, split, label, image, mask; paths below <data_path>
+A category's folder tells which it is: VisA's has no train folder, but the file of splits beside it.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,20 +20,31 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.images import IMAGE_SUFFIXES, read_batches, read_image, read_mask
+from datasets.images import IMAGE_SUFFIXES, check_headers, content_box, read_batches, read_mask, read_picture, to_square
 from utils.utils import UserError
 
+TRAINING_PICTURES = {  # MVTec AD: number of normal training pictures, called 000.png upwards
+    **{"bottle": 209, "cable": 224, "capsule": 219, "carpet": 280, "grid": 264, "hazelnut": 391, "leather": 245},
+    **{"metal_nut": 220, "pill": 267, "screw": 320, "tile": 230, "toothbrush": 60, "transistor": 213, "wood": 247},
+    "zipper": 240,
+}
 CATEGORIES = {
-    "mvtec": (
-        *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw"),
-        *("tile", "toothbrush", "transistor", "wood", "zipper"),
+    "mvtec": tuple(TRAINING_PICTURES),
+    "mpdd": ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
+    "visa": (
+        *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3"),
+        *("pcb4", "pipe_fryum"),
     ),
     "folder": None,  # any sub-folder of the data folder
 }
+ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
+GOOD = "good"  # the folder of normal pictures
+VISA_SPLIT = Path("split_csv") / "1cls.csv"
+VISA_DEFECT = "anomaly"  # VisA does not tell its kinds of defects apart
 
 
 class LabelledImage(NamedTuple):
-    """One test picture. `mask` is None for a normal picture and where the category has no ground truth."""
+    """One test picture. `mask` is None for a normal picture and for a defective one without ground truth."""
 
     image: Path
     mask: Path | None
@@ -36,7 +52,22 @@ class LabelledImage(NamedTuple):
 
     @property
     def label(self) -> int:
-        return int(self.defect != "good")
+        return int(self.defect != GOOD)
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether it is known which pixels are defective: of a normal picture none is."""
+        return not self.label or self.mask is not None
+
+
+def category_names(data_path: Path, data_type: str) -> list[str]:
+    """The categories of a data folder: those of the data type, or every sub-folder with train/good.
+
+    Raises:
+        UserError: no such folder.
+    """
+    names = CATEGORIES[data_type]
+    return list(names) if names else [entry.name for entry in _entries(data_path) if _is_category(entry)]
 
 
 def category_folder(data_path: Path, data_type: str, category: str) -> Path:
@@ -55,45 +86,150 @@ def category_folder(data_path: Path, data_type: str, category: str) -> Path:
         raise UserError(f"no data folder {data_path}; give the folder that holds the categories with --data_path")
     folder = data_path / category
     if not folder.is_dir():
-        found = sorted(entry.name for entry in data_path.iterdir() if (entry / "train" / "good").is_dir())
-        has = f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
-        raise UserError(f"no category folder {folder}; {has}. Give another --obj or --data_path")
+        raise UserError(f"no category folder {folder}; {_what_there_is(data_path, category)}")
     return folder
+
+
+def _what_there_is(data_path: Path, category: str) -> str:
+    """What a data folder without the category holds instead, and what to do."""
+    deeper = [entry for entry in _entries(data_path) if entry.is_dir() and (entry / category).is_dir()]
+    if deeper:
+        return f"but there is {deeper[0] / category}: give --data_path {deeper[0]}"
+    archives = [entry.name for entry in _entries(data_path) if entry.suffix in ARCHIVE_SUFFIXES and entry.is_file()]
+    if archives:
+        return f"{archives[0]} lies there packed: unpack it first"
+    found = [entry.name for entry in _entries(data_path) if _is_category(entry)]
+    has = f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
+    return f"{has}. Give another --obj or --data_path"
+
+
+def _is_category(folder: Path) -> bool:
+    return (folder / "train" / GOOD).is_dir()
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted by name, without what begins with a dot: UserError if it cannot be listed."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
 
 
 def list_images(folder: Path) -> list[Path]:
     """The pictures directly in `folder`, sorted by name; UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder} (expected layout: <category>/train/good, <category>/test/<defect>)")
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    images = [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise UserError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
     return images
 
 
-def list_test_items(category: Path) -> list[LabelledImage]:
-    """Every picture under `category`/test, by defect and name. Labels come from the folder's own name only.
+def list_train_images(category: Path) -> list[Path]:
+    """The normal training pictures of the category in the folder `category`, sorted by name.
 
     Raises:
-        UserError: no test folder, normal or defective pictures missing, or some (not all) masks missing.
+        UserError: no folder train/good, or no pictures in it.
     """
+    if not _is_visa(category):
+        return list_images(category / "train" / GOOD)
+    images = [row.image for row in _visa_rows(category, "train") if row.defect == GOOD]
+    if not images:
+        raise UserError(f"{category.parent / VISA_SPLIT} has no training pictures of {category.name}")
+    return sorted(images)
+
+
+def list_test_items(category: Path, strict: bool = False, need_both: bool = True) -> list[LabelledImage]:
+    """Every test picture of the category in the folder `category`, by defect and name.
+
+    Labels come from the folder's own name, or VisA's file of splits. strict: a defective picture without a mask is
+    refused, otherwise its mask is None. need_both: so is a test set without normal or without defective pictures.
+
+    Raises:
+        UserError: no test pictures, or what is said above.
+    """
+    items = _visa_rows(category, "test") if _is_visa(category) else _test_folders(category)
+    labels = {item.label for item in items}
+    if not items or (need_both and labels != {0, 1}):
+        lacking = f"normal pictures (test/{GOOD})" if 0 not in labels else "defective pictures (test/<defect>)"
+        raise UserError(f"{category / 'test'} has no {lacking}; an AUROC needs both kinds")
+    lacking_mask = without_truth(items)
+    if strict and lacking_mask:
+        raise UserError(
+            f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected like "
+            f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png); without --strict these "
+            "pictures only leave the pixel metrics"
+        )
+    return items
+
+
+def checked_test_items(category: Path, strict: bool) -> list[LabelledImage]:
+    """`list_test_items`, with the headers of all pictures and masks looked at; says how many lack their mask.
+
+    Raises:
+        UserError: as `list_test_items`, and pictures that cannot be read.
+    """
+    items = list_test_items(category, strict)
+    check_headers([path for item in items for path in (item.image, item.mask) if path])
+    unknown = without_truth(items)
+    if unknown and any(item.mask for item in items):
+        print(
+            f"note: {len(unknown)} defective picture(s) without a mask leave the pixel metrics, e.g. {unknown[0].image}"
+        )
+    return items
+
+
+def without_truth(items: Iterable[LabelledImage]) -> list[LabelledImage]:
+    """The defective pictures without a mask."""
+    return [item for item in items if not item.has_truth]
+
+
+def _test_folders(category: Path) -> list[LabelledImage]:
     test, truth = category / "test", category / "ground_truth"
     if not test.is_dir():
-        raise UserError(f"no folder {test}: scoring needs test/good and test/<defect> under the category")
+        raise UserError(f"no folder {test}: scoring needs test/{GOOD} and test/<defect> under the category")
     items = []
-    for folder in sorted(entry for entry in test.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        has_masks = truth.is_dir() and folder.name != "good"
+    for folder in (entry for entry in _entries(test) if entry.is_dir()):
+        masks = _masks(truth / folder.name) if folder.name != GOOD else {}
         for image in list_images(folder):
-            mask = truth / folder.name / f"{image.stem}_mask.png" if has_masks else None
+            mask = masks.get(f"{image.stem}_mask") or masks.get(image.stem)
             items.append(LabelledImage(image, mask, folder.name))
-    labels = {item.label for item in items}
-    if labels != {0, 1}:
-        lacking = "normal pictures (test/good)" if 0 not in labels else "defective pictures (test/<defect>)"
-        raise UserError(f"{test} has no {lacking}; an AUROC needs both kinds")
-    missing = [item.mask for item in items if item.mask is not None and not item.mask.is_file()]
-    if missing:
-        raise UserError(f"{len(missing)} mask(s) missing, the first is {missing[0]} for a picture of {test}")
     return items
+
+
+def _masks(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder of masks by name without suffix; of several with one name the PNG."""
+    if not folder.is_dir():
+        return {}
+    masks = (entry for entry in _entries(folder) if entry.suffix.lower() in IMAGE_SUFFIXES)
+    return {mask.stem: mask for mask in sorted(masks, key=lambda mask: mask.suffix.lower() == ".png")}
+
+
+def _is_visa(category: Path) -> bool:
+    return not (category / "train").is_dir() and (category.parent / VISA_SPLIT).is_file()
+
+
+def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
+    """The pictures that VisA's file of splits gives to `split` (train or test) of a category, by defect and name.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column or a value, or names a file outside the data folder.
+    """
+    file, root = category.parent / VISA_SPLIT, category.parent
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            rows = [row for row in csv.DictReader(stream) if (row["object"], row["split"]) == (category.name, split)]
+        named = [Path(row[column]) for row in rows for column in ("image", "mask")]
+        defects = [GOOD if row["label"] == "normal" else VISA_DEFECT for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"cannot read VisA's splits {file}: {' '.join(repr(error).split())}") from error
+    if outside := [path for path in named if path.is_absolute() or ".." in path.parts]:
+        raise UserError(f"{file} names {outside[0]}, which is not below {root}")
+    items = [
+        LabelledImage(root / row["image"], root / row["mask"] if row["mask"] else None, defect)
+        for row, defect in zip(rows, defects, strict=True)
+    ]
+    return sorted(items, key=lambda item: (item.defect, item.image.name))
 
 
 def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str, list[Path]]:
@@ -104,15 +240,15 @@ def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str
     Raises:
         UserError: missing folders, no source category, or one with a single picture (a query needs another one).
     """
-    names = CATEGORIES[data_type]
-    if names is None:
-        folders = sorted(data_path.iterdir()) if data_path.is_dir() else []
-        names = [entry.name for entry in folders if (entry / "train" / "good").is_dir()]
-    sources = {
-        name: list_images(category_folder(data_path, data_type, name) / "train" / "good")
-        for name in names
-        if name != target
-    }
+    if not data_path.is_dir():
+        raise UserError(f"no data folder {data_path}; give the folder that holds the categories with --data_path")
+    names = [name for name in category_names(data_path, data_type) if name != target]
+    if missing := [name for name in names if not (data_path / name).is_dir()]:
+        raise UserError(
+            f"{data_path} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
+            f"{_what_there_is(data_path, missing[0])}"
+        )
+    sources = {name: list_train_images(data_path / name) for name in names}
     if not sources:
         raise UserError(
             f"no category to train on in {data_path}: it needs sub-folders with train/good besides {target}"
@@ -135,20 +271,31 @@ def held_out_category(sources: Iterable[str], target: str) -> str:
 
 
 class LabelledDataset(Dataset):
-    """Test pictures as dicts: image (3, S, S) uint8, mask (S, S) bool (all False without a mask file)."""
+    """Test pictures as dicts of image (3, S, S) uint8, mask and counted (S, S) bool.
 
-    def __init__(self, items: list[LabelledImage], size: int) -> None:
-        self.items, self.size = items, size
+    `counted` are the pixels for the pixel metrics: not the padding of `keep_aspect`, and none of a defective picture
+    without a mask file. `mask` is False outside.
+    """
+
+    def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False) -> None:
+        self.items, self.size, self.keep_aspect = items, size, keep_aspect
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.items[index]
-        image = np.ascontiguousarray(read_image(item.image, self.size).transpose(2, 0, 1))
-        no_defect = np.zeros((self.size, self.size), dtype=bool)
-        mask = no_defect if item.mask is None else read_mask(item.mask, self.size)
-        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask.copy())}
+        picture = read_picture(item.image)
+        image = to_square(picture, self.size, self.keep_aspect).transpose(2, 0, 1)
+        counted = np.zeros((self.size, self.size), dtype=bool)
+        if item.has_truth:
+            left, top, right, bottom = content_box(*picture.size, self.size, self.keep_aspect)
+            counted[top:bottom, left:right] = True
+        mask = (
+            np.zeros_like(counted) if item.mask is None else counted & read_mask(item.mask, self.size, self.keep_aspect)
+        )
+        arrays = {"image": np.ascontiguousarray(image), "mask": mask, "counted": counted}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Preloaded(Dataset):

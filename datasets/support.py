@@ -1,11 +1,12 @@
-"""Support sets: the K normal pictures of each round, in the release's format.
+"""Support sets: the K normal pictures of each round as tensors, from a file, a manifest's names or a draw.
 
 File: <support_path>/<category>/<shot>_<rounds>.pt, a list of `rounds` tensors (K, 3, S, S), float32 in [0, 1].
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,21 @@ import numpy as np
 import torch
 
 from datasets.images import read_image
-from datasets.mvtec import list_images
-from utils.utils import UserError, load_tensors, whole_file
+from datasets.manifest import (
+    DEFAULT_PATH,
+    DRAW_SEED,
+    Manifest,
+    category_manifest,
+    draw_from_folder,
+    load_manifest,
+    training_files,
+    verify,
+    with_hashes,
+)
+from datasets.mvtec import list_train_images
+from utils.utils import VERSION, UserError, load_tensors, sha256, whole_file
 
-DEFAULT_PATH = Path("./support_set")
-DRAW_SEED = 0  # of support sets, unless another one is asked for
+NEAREST_TOLERANCE = 4.0  # of 255, mean difference: allows another decoder or a JPEG copy, not another picture
 
 
 def support_file(support_path: Path, category: str, shot: int, rounds: int) -> Path:
@@ -38,22 +49,58 @@ class SupportRounds(NamedTuple):
     file: Path | None
 
 
-def find_support_rounds(support_path: Path | None, folder: Path, shot: int, rounds: int, size: int) -> SupportRounds:
-    """The support set of the category in `folder`.
+def find_support_rounds(
+    support_path: Path | None, folder: Path, shot: int, rounds: int, size: int, keep_aspect: bool = False
+) -> SupportRounds:
+    """The support set of the category in `folder`: the tensors under `support_path`, else a manifest's pictures.
 
-    With a `support_path`, the file there. With None, the file under DEFAULT_PATH or, where there is none, pictures
-    drawn from train/good with DRAW_SEED.
+    With None, those under DEFAULT_PATH or, where nothing there fits, pictures drawn with DRAW_SEED.
 
     Raises:
-        UserError: as `load_support_rounds` and `draw_support_images`.
+        UserError: no support set, or one that does not fit, pictures missing, changed or damaged, or too few of them.
     """
-    file = support_file(support_path or DEFAULT_PATH, folder.name, shot, rounds)
-    if support_path or file.is_file():
-        return SupportRounds(load_support_rounds(file, shot, rounds, size), None, str(file), file)
-    draws = draw_support_images(folder, shot, rounds, DRAW_SEED)
-    source = f"drawn from {folder / 'train' / 'good'} with seed {DRAW_SEED} (there is no {file})"
-    names = [[path.name for path in paths] for paths in draws]
-    return SupportRounds([read_support_images(paths, size) for paths in draws], names, source, None)
+    tensors = support_file(support_path or DEFAULT_PATH, folder.name, shot, rounds)
+    if tensors.is_file():
+        return _stored_rounds(tensors, shot, rounds, size, keep_aspect)
+    file = _find_manifest(tensors, shot, rounds)
+    if file is None and support_path:
+        load_support_rounds(tensors, shot, rounds, size)  # says what is missing and how it is made
+    reason = f"there is no {tensors}"
+    if file:
+        manifest = load_manifest(file).part(shot, rounds)
+        problems = verify(manifest, folder)
+        if not problems:
+            pictures = read_rounds(folder, manifest, size, keep_aspect)
+            return SupportRounds(pictures, manifest.rounds, f"pictures named in {file}", file)
+        if support_path or manifest.sha256:
+            raise UserError(f"{file} does not fit the data, {len(problems)} problem(s), the first: {problems[0]}")
+        reason = f"{file} is of other data: {problems[0]}"
+    drawn = draw_from_folder(folder, shot, rounds, DRAW_SEED)
+    source = f"drawn from {folder} with seed {DRAW_SEED} ({reason})"
+    return SupportRounds(read_rounds(folder, drawn, size, keep_aspect), drawn.rounds, source, None)
+
+
+def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
+    """The manifest beside where the tensors would be, or the category's: the first one that is large enough."""
+    for file in (tensors.with_suffix(".json"), category_manifest(tensors.parent.parent, tensors.parent.name)):
+        if file.is_file():
+            manifest = load_manifest(file)
+            if manifest.shot >= shot and len(manifest.rounds) >= rounds:
+                return file
+    return None
+
+
+def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: bool) -> SupportRounds:
+    """The tensors, and their names if the manifest beside them is about this very file."""
+    pictures = load_support_rounds(file, shot, rounds, size)
+    beside = file.with_suffix(".json")
+    manifest = load_manifest(beside) if beside.is_file() else None
+    if manifest is None or manifest.tensors != sha256(file):
+        return SupportRounds(pictures, None, f"{file} (names not known; make_support.py --from_pt finds them)", file)
+    if manifest.keep_aspect != keep_aspect:
+        made = "with" if manifest.keep_aspect else "without"
+        raise UserError(f"support set {file} was made {made} --keep_aspect; remove it or give another --support_path")
+    return SupportRounds(pictures, manifest.rounds, f"{file}, names in {beside.name}", file)
 
 
 def load_support_rounds(path: Path, shot: int, rounds: int, size: int) -> list[torch.Tensor]:
@@ -83,40 +130,76 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int) -> list[t
     return [pictures.float() for pictures in content]
 
 
-def draw_support_names(names: list[str], shot: int, round_number: int, seed: int, category: str) -> list[str]:
-    """K distinct names for one round. A round's 2 pictures are the first 2 of its 8.
-
-    Names are ordered by the SHA-256 of "seed/category/round/name", so a draw is the same on every machine and version.
-    """
-
-    def key(name: str) -> bytes:
-        return hashlib.sha256(f"{seed}/{category}/{round_number}/{name}".encode()).digest()
-
-    return sorted(names, key=key)[:shot]
-
-
 def draw_support_images(category: Path, shot: int, rounds: int, seed: int) -> list[list[Path]]:
-    """The pictures of `category`/train/good for each round, see `draw_support_names`.
-
-    Raises:
-        UserError: fewer pictures than `shot`.
-    """
-    images = {path.name: path for path in list_images(category / "train" / "good")}
-    if len(images) < shot:
-        raise UserError(
-            f"{category / 'train' / 'good'} has {len(images)} picture(s), {shot} are needed for --shots {shot}"
-        )
-    draws = (draw_support_names(list(images), shot, number, seed, category.name) for number in range(rounds))
-    return [[images[name] for name in names] for names in draws]
+    """The training pictures of the category in the folder `category` for each round, see `draw_from_folder`."""
+    drawn = draw_from_folder(category, shot, rounds, seed)
+    files = training_files(category, drawn)
+    return [[files[name] for name in names] for names in drawn.rounds]
 
 
-def read_support_images(paths: list[Path], size: int) -> torch.Tensor:
+def read_rounds(category: Path, manifest: Manifest, size: int, keep_aspect: bool = False) -> list[torch.Tensor]:
+    """The pictures that a manifest names, per round (K, 3, S, S) in [0, 1]."""
+    files = training_files(category, manifest)
+    return [read_support_images([files[name] for name in names], size, keep_aspect) for names in manifest.rounds]
+
+
+def read_support_images(paths: Sequence[Path], size: int, keep_aspect: bool = False) -> torch.Tensor:
     """Pictures as one round of a support set, (K, 3, S, S) in [0, 1]."""
-    pictures = np.stack([read_image(path, size) for path in paths])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float() / 255
+    pictures = torch.from_numpy(_read_all(paths, size, keep_aspect))
+    return pictures.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool) -> np.ndarray:
+    """(N, S, S, 3) uint8; Pillow decodes and resizes without the interpreter lock."""
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(lambda path: read_image(path, size, keep_aspect), paths)))
 
 
 def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
     """Writes a support set in the release's format."""
     with whole_file(path) as aside:
         torch.save(rounds, aside)
+
+
+def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Manifest, dict[str, float]]:
+    """The names behind a tensor file, and the mean difference (of 255) of those that were not found bit for bit.
+
+    An exact match comes first, else the training picture nearest in mean difference, within NEAREST_TOLERANCE.
+
+    Raises:
+        UserError: not a support set, or a picture that is like none of the training pictures.
+    """
+    content = load_tensors(file, "support set")
+    first = content[0] if isinstance(content, list | tuple) and content else None
+    if not isinstance(first, torch.Tensor) or first.ndim != 4:
+        raise UserError(f"support set {file} is not a list of tensors (K, 3, S, S), one per round")
+    rounds = load_support_rounds(file, len(first), len(content), first.shape[-1])
+    paths = list_train_images(folder)
+    pictures = _read_all(paths, first.shape[-1], keep_aspect)
+    by_content = {picture.tobytes(): index for index, picture in reversed(list(enumerate(pictures)))}
+    names, differences = [], {}
+    for number, of_round in enumerate(rounds):
+        found = [_most_alike(stored, pictures, by_content) for stored in of_round.permute(0, 2, 3, 1).numpy()]
+        worst = max(difference for _, difference in found)
+        if worst > NEAREST_TOLERANCE:
+            raise UserError(
+                f"round {number} of {file} holds a picture that is none of {paths[0].parent}: the nearest differs by "
+                f"{worst:.1f} of 255 on average, more than {NEAREST_TOLERANCE:.0f} are not taken for the same"
+            )
+        names.append([paths[index].name for index, _ in found])
+        differences |= {paths[index].name: difference for index, difference in found if difference}
+    origin = f"found in {file.name}: {len(differences)} picture(s) as the nearest, all others bit for bit"
+    shot, tool = len(first), f"regad {VERSION}"
+    manifest = Manifest(folder.name, shot, None, origin, tool, sha256(file), keep_aspect, names, {})
+    return with_hashes(manifest, folder), differences
+
+
+def _most_alike(stored: np.ndarray, pictures: np.ndarray, by_content: dict[bytes, int]) -> tuple[int, float]:
+    """The index of the picture nearest to `stored` (S, S, 3) in [0, 1] and its mean difference of 255, 0 if equal."""
+    levels = np.rint(stored * np.float32(255)).astype(np.uint8)
+    index = by_content.get(levels.tobytes())
+    if index is not None and (levels / np.float32(255) == stored).all():
+        return index, 0.0
+    differences = [float(np.abs(picture / np.float32(255) - stored).mean()) * 255 for picture in pictures]
+    nearest = int(np.argmin(differences))
+    return nearest, differences[nearest]

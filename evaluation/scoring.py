@@ -33,7 +33,8 @@ class TestFeatures(NamedTuple):
 
     layers: Layers
     labels: np.ndarray  # (B,) bool, True for defective
-    masks: np.ndarray | None  # (B, S, S) bool; None: no ground truth, so no pixel metric
+    masks: np.ndarray | None  # (B, S, S) bool; None: no pixel is known to be defective, so there is no pixel metric
+    counted: np.ndarray | None  # (B, S, S) bool, the pixels whose truth is known; None: all
 
 
 class RoundResult(NamedTuple):
@@ -55,7 +56,6 @@ def score_category(
     network: STNResNet18,
     dataset: Dataset,
     labels: Sequence[int],
-    has_masks: bool,
     rounds: Sequence[torch.Tensor],
     clock: StageClock,
     batch_size: int,
@@ -66,7 +66,7 @@ def score_category(
     The arguments are those of `compute_test_features` and `score_rounds`, which see.
     """
     network = folded(network.to(clock.device))
-    test = compute_test_features(network, dataset, labels, has_masks, clock, batch_size, num_workers)
+    test = compute_test_features(network, dataset, labels, clock, batch_size, num_workers)
     yield from score_rounds(network, test, rounds, clock, batch_size)
 
 
@@ -74,26 +74,29 @@ def compute_test_features(
     network: STNResNet18,
     dataset: Dataset,
     labels: Sequence[int],
-    has_masks: bool,
     clock: StageClock,
     batch_size: int,
     num_workers: int,
 ) -> TestFeatures:
-    """Features and ground truth of the test pictures in `dataset` (items: image (3, S, S) uint8, mask (S, S) bool).
+    """Features and ground truth of the test pictures in `dataset`, whose items are datasets.mvtec.LabelledDataset's.
 
     `network` comes from `models.stn.folded`, on the clock's device.
     """
     layers: Layers = []
-    masks = []
+    truth: dict[str, list[np.ndarray]] = {"mask": [], "counted": []}
     batches = read_batches(dataset, batch_size, num_workers)
     for start in range(0, len(labels), batch_size):
         with clock("decode"):
             batch = next(batches)
-            masks.append(batch["mask"].numpy())
+            for name, batches_of_truth in truth.items():
+                batches_of_truth.append(batch[name].numpy())
         with clock("network"):
             images = batch["image"].to(clock.device).float() / 255
             _write(layers, start, len(labels), nested_layers(network.features(images)))
-    return TestFeatures(layers, np.array(labels, dtype=bool), np.concatenate(masks) if has_masks else None)
+    masks, counted = map(np.concatenate, truth.values())
+    return TestFeatures(
+        layers, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted
+    )
 
 
 def score_rounds(
@@ -124,10 +127,18 @@ def score_rounds(
             raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
         with clock("metrics"):
             image = rank(image_scores, test.labels)
-            pixel = None if test.masks is None else rank(maps if maps.is_cuda else maps.numpy(), test.masks)
+            pixel = None if test.masks is None else _rank_pixels(maps, test)
             pixel_auroc = None if pixel is None else auroc(pixel)
             more = _more_metrics(image, pixel, regions) if all_metrics else {}
         yield RoundResult(auroc(image), pixel_auroc, distances, maps, more)
+
+
+def _rank_pixels(maps: torch.Tensor, test: TestFeatures) -> Ranking:
+    """The defective pixels among those whose truth is known."""
+    if test.counted is None:
+        return rank(maps if maps.is_cuda else maps.numpy(), test.masks)
+    known = maps[torch.from_numpy(test.counted).to(maps.device)]
+    return rank(known if known.is_cuda else known.numpy(), test.masks[test.counted])
 
 
 def _more_metrics(image: Ranking, pixel: Ranking | None, regions: np.ndarray | None) -> dict[str, float | None]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import random
 import struct
+import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -12,7 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.images import ImageError, read_image, read_mask
+from datasets.images import (
+    MAX_PIXELS,
+    ImageError,
+    content_box,
+    limit_pixels,
+    read_batches,
+    read_image,
+    read_mask,
+    read_picture,
+    restore_map,
+    to_square,
+)
+from datasets.mvtec import LabelledDataset, LabelledImage
 from tests.reference import DATA, needs_reference
 
 BLOCK = 16  # pixels; a test picture is 2 x 2 blocks of one colour each
@@ -296,14 +311,130 @@ def test_no_file_is_refused_by_name(read, tmp_path):
     assert_refused(read, tmp_path / "dangling.png", "No such file")
 
 
+@pytest.fixture
+def pixel_limit():
+    """The limit is Pillow's, hence the process's; it comes back after the test."""
+    yield limit_pixels
+    limit_pixels(MAX_PIXELS)
+
+
 @pytest.mark.parametrize("read", [read_image, read_mask])
-def test_decompression_bombs(read, tmp_path, monkeypatch):
-    """Pillow warns above its limit, where large pictures still are right, and refuses above twice the limit."""
+def test_decompression_bombs(read, tmp_path, pixel_limit):
     grey().save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)
+    pixel_limit(SIDE * SIDE)
     assert read(tmp_path / "x.png", 16).any()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE // 2 - 1)
-    assert_refused(read, tmp_path / "x.png", "decompression bomb")
+    pixel_limit(SIDE * SIDE - 2)
+    sentence = r"\(1024 pixels\) exceeds limit of 1022 pixels, .*bomb.* If it is what it should be, give a larger --m"
+    assert_refused(read, tmp_path / "x.png", sentence)
+
+
+def test_limit_without_a_flag_is_pillow_s():
+    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
+    limit_pixels(MAX_PIXELS)
+    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
+
+
+def test_a_bomb_takes_no_memory(tmp_path):
+    """196 million pixels in 24 KB of file are refused before they are decoded."""
+    Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size < 30_000
+    tracemalloc.start()
+    assert_refused(read_image, tmp_path / "x.png", "exceeds limit of 178956970 pixels")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.fixture(params=[None, "fork", "spawn"])
+def workers(request):
+    """How many workers read, and how they start: forked they inherit the limit, spawned they know nothing."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield 0 if request.param is None else 1
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes fork on Linux")
+def test_workers_obey_the_limit_and_name_the_file(workers, tmp_path, pixel_limit):
+    grey().save(tmp_path / "a.png")
+    Image.new("L", (SIDE, SIDE + 1)).save(tmp_path / "b.png")
+    pixel_limit(SIDE * SIDE)
+    items = [LabelledImage(tmp_path / name, None, "good") for name in ("a.png", "b.png")]
+    pictures = read_batches(LabelledDataset(items, 8), 1, workers)
+    assert next(pictures)["image"].shape == (1, 3, 8, 8)
+    with pytest.raises(ImageError, match=r"cannot read the picture .*b\.png: .*limit of 1024 pixels") as caught:
+        next(pictures)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first(kind, tmp_path):
+    frames = [coloured(), Image.fromarray(noise(SIDE, SIDE, 3)), Image.fromarray(255 - COLOURS)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:], **options)
+    with Image.open(tmp_path / "x") as stored:
+        assert stored.n_frames == 3
+    assert difference(read_image(tmp_path / "x", SIDE), COLOURS) <= 2  # a GIF's palette
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 9), (50, 20000), (7, 7), (1, 1)])
+def test_keeping_the_aspect_pads_by_reflection(shape, tmp_path):
+    """Against the definition: the longer side becomes the size, outside the picture it is mirrored at its edge."""
+    stored, size = noise(*shape, 3), 20
+    Image.fromarray(stored).save(tmp_path / "x.png")
+    height, width = (max(1, round(size * side / max(shape))) for side in shape)
+    inner = np.asarray(Image.fromarray(stored).resize((width, height), Image.Resampling.LANCZOS))
+    rows, columns = (reflected(size, side) for side in (height, width))
+    found = read_image(tmp_path / "x.png", size, keep_aspect=True)
+    np.testing.assert_array_equal(found, inner[rows][:, columns])
+
+
+def reflected(size: int, inner: int) -> list[int]:
+    """For each of `size` places the cell of 0..inner-1 it shows when those stand in the middle: ..1 0 0 1 .. n n .."""
+    places = [(place - (size - inner) // 2) % (2 * inner) for place in range(size)]
+    return [place if place < inner else 2 * inner - 1 - place for place in places]
+
+
+def test_a_mask_is_padded_like_its_picture(tmp_path):
+    stored = (noise(12, 30) > 127) * np.uint8(255)
+    Image.fromarray(stored).save(tmp_path / "x.png")
+    mask = read_mask(tmp_path / "x.png", 30, keep_aspect=True)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, stored[reflected(30, 12)] > 127)
+
+
+def test_squares_do_not_depend_on_keeping_the_aspect(tmp_path):
+    Image.fromarray(noise(50, 50, 3)).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", 22, True), read_image(tmp_path / "x.png", 22))
+
+
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (64, 64), (500, 3), (1, 1)])
+def test_a_map_finds_back_to_its_picture(width, height, keep_aspect):
+    """Where the picture is bright, the map is, in the picture's own frame."""
+    values = np.full((height, width), 10, np.uint8)
+    values[: height if height < 10 else height // 3, width // 2 :] = 250
+    square = to_square(Image.fromarray(values), 64, keep_aspect)[..., 0].astype(np.float32)
+    restored = restore_map(square, width, height, keep_aspect)
+    assert restored.shape == (height, width) and restored.dtype == np.float32
+    assert np.abs(restored - values).mean() < 8
+
+
+def test_restored_map_literally():
+    """A picture of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
+    scores = np.zeros((6, 6), np.float32)
+    scores[0] = scores[5] = 99  # padding
+    scores[1:5, :3] = 4
+    assert content_box(3, 2, 6, True) == (0, 1, 6, 5) and content_box(3, 2, 6, False) == (0, 0, 6, 6)
+    restored = restore_map(scores, 12, 8, keep_aspect=True)
+    assert restored[:, :5].tolist() == [[4] * 5] * 8 and not restored[:, 7:].any() and (restored[:, 5] == 3).all()
+
+
+@pytest.mark.parametrize("kind", ["RGB", "grey", "1 bit", "palette", "RGBA", "16-bit grey", "CMYK JPEG"])
+def test_pictures_are_grey_or_rgb(kind, tmp_path):
+    suffix, picture, options, values, tolerance = KINDS[kind]
+    picture().save(tmp_path / f"x.{suffix}", **options)
+    found = read_picture(tmp_path / f"x.{suffix}")
+    assert found.mode == ("L" if values.ndim == 2 else "RGB") and difference(np.asarray(found), values) <= tolerance
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
@@ -353,6 +484,7 @@ def with_right_checksums(png: bytes) -> bytes:
     return b"".join(parts) + png[at:]
 
 
+MUTATIONS = 250  # of each file
 FUZZED = {
     "RGB.png": lambda: encoded(coloured(), "PNG", exif=SIDEWAYS),
     "palette.png": lambda: encoded(palette(), "PNG", transparency=bytes([0, 10, 200, 3])),
@@ -368,12 +500,12 @@ FUZZED = {
 
 
 @pytest.mark.parametrize("name", FUZZED)
-def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, monkeypatch):
+def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, pixel_limit):
     """And no warning, which would be an error here."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**5)  # a flipped bit in the width must not take seconds
+    pixel_limit(2 * 10**5)  # a flipped bit in the width must not take seconds
     whole, generator, path = FUZZED[name](), random.Random(0), tmp_path / name
     refused = 0
-    for number in range(80):
+    for number in range(MUTATIONS):
         content = damaged(generator, whole)
         path.write_bytes(with_right_checksums(content) if name.endswith("png") and number % 2 else content)
         try:
@@ -382,7 +514,7 @@ def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, monkeypa
         except ImageError as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > 5 and (refused < 80 or name == "float.tif")
+    assert refused > 5 and (refused < MUTATIONS or name == "float.tif")
 
 
 @needs_reference

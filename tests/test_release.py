@@ -82,7 +82,7 @@ def scored():
     network, clock = folded(load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn), StageClock(CPU)
     items = list_test_items(DATA / "screw")
     labels = [item.label for item in items]
-    test = compute_test_features(network, LabelledDataset(items, 224), labels, True, clock, 16, 0)
+    test = compute_test_features(network, LabelledDataset(items, 224), labels, clock, 16, 0)
     found = {}
     for shot, recorded in golden_rounds().items():
         file = support_file(GOLDEN / "support_set", "screw", int(shot), len(recorded))

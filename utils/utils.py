@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+VERSION = "0.1.0"  # as in pyproject.toml
 DEFAULT_SEED = 668  # the release's
 RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
 
