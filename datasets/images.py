@@ -53,7 +53,7 @@ def read_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files, and on large ones
             with Image.open(path) as picture:
                 picture.load()
-                return _eight_bit(_upright(picture))
+                return eight_bit(_upright(picture))
     except Exception as error:  # on damaged files Pillow raises anything: OSError, SyntaxError, TypeError, struct.error
         raise ImageError(f"cannot read the picture {path}: {_reason(error)}") from error
 
@@ -138,8 +138,11 @@ def _upright(picture: Image.Image) -> Image.Image:
         return picture
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Grey stays grey (resizing it before copying it to three channels gives the same values at half the cost)."""
+def eight_bit(picture: Image.Image) -> Image.Image:
+    """`picture` in mode L or RGB; ValueError where its kind has no fixed value range.
+
+    Grey stays grey (resizing it before copying it to three channels gives the same values at half the cost).
+    """
     if picture.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > FULL_SCALE_16BIT:

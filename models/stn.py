@@ -110,6 +110,7 @@ class STNResNet18(nn.Module):
 
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
         super().__init__()
+        self.stn_mode, self.img_size = stn_mode, img_size
         trunk = resnet18(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
         self.layer1, self.layer2, self.layer3 = trunk.layer1, trunk.layer2, trunk.layer3
@@ -149,14 +150,20 @@ def folded(network: STNResNet18) -> STNResNet18:
 
     Batch-norm is folded into the convolutions and memory is channels-last (on the CPU, `warp` is faster for it too).
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network = without_batch_norm(network).to(memory_format=torch.channels_last)
+    network.conv1 = GreyAwareConv2d(network.conv1)
+    return network
+
+
+def without_batch_norm(network: STNResNet18) -> STNResNet18:
+    """A copy of `network` in eval mode with batch-norm folded into the convolutions."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, layer), (next_name, following) in itertools.pairwise(children):
             if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
                 parent.register_module(name, fuse_conv_bn_eval(layer, following))
                 parent.register_module(next_name, nn.Identity())
-    network.conv1 = GreyAwareConv2d(network.conv1)
     return network
 
 
