@@ -202,9 +202,9 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
-    """A decoded picture of any mode in mode L or RGB.
+    """`picture` in mode L or RGB; ValueError where its kind has no fixed value range.
 
-    Grey stays grey: resizing it before copying it to three channels gives the same values at half the cost.
+    Grey stays grey (resizing it before copying it to three channels gives the same values at half the cost).
     """
     if picture.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey
         values = np.asarray(picture).astype(np.int64)

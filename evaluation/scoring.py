@@ -17,15 +17,14 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_batches
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from models.gaussian import CHUNK_BYTES, chunks, fit, from_nested, nested_layers, squared_distance
+from models.detector import Layers, distance_maps, fit_rows, score_maps, write_features, write_views
+from models.gaussian import nested_layers
 from models.stn import STNResNet18, folded
-from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
+from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
 from utils.utils import StageClock, UserError
 
 SCORING_BATCH = 32  # pictures per network pass; changes memory and the last digits, nothing else
 KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support pictures that come again in a later round
-
-Layers = list[torch.Tensor]  # per layer (P_l, N, C_l), nested order, see models/gaussian.py
 
 
 class TestFeatures(NamedTuple):
@@ -92,7 +91,7 @@ def compute_test_features(
                 batches_of_truth.append(batch[name].numpy())
         with clock("network"):
             images = batch["image"].to(clock.device).float() / 255
-            _write(layers, start, len(labels), nested_layers(network.features(images)))
+            write_features(layers, start, len(labels), nested_layers(network.features(images)))
     masks, counted = map(np.concatenate, truth.values())
     return TestFeatures(
         layers, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted
@@ -119,10 +118,11 @@ def score_rounds(
     regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
     supports = _support_features(network, rounds, clock, batch_size)
     for support in supports:
-        distances = _distance_maps(support, test.layers, clock)
+        fitted = fit_rows(support, test.layers[0].shape[1], clock)
+        distances = distance_maps(fitted, test.layers, clock)
         with clock("smoothing"):
-            maps = enlarge_and_smooth @ distances @ enlarge_and_smooth.T
-            image_scores = maps.flatten(1).amax(dim=1).cpu().numpy()  # method: the map's maximum
+            image_scores, maps = score_maps(distances, enlarge_and_smooth)
+            image_scores = image_scores.cpu().numpy()
         if not np.isfinite(image_scores).all():
             raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
         with clock("metrics"):
@@ -151,17 +151,6 @@ def _more_metrics(image: Ranking, pixel: Ranking | None, regions: np.ndarray | N
     }
 
 
-def _distance_maps(support: Layers, test: Layers, clock: StageClock) -> torch.Tensor:
-    """Mahalanobis distances (B, H, W) of `test` to the Gaussians of `support`, a chunk of positions at a time."""
-    squared = test[0].new_empty(test[0].shape[:2])
-    for rows in chunks(support, test[0].shape[1], CHUNK_BYTES[squared.device.type]):
-        with clock("gaussian"):
-            statistics = fit([layer[r] for layer, r in zip(support, rows, strict=True)])
-        with clock("distance"):
-            squared[rows[0]] = squared_distance(statistics, [layer[r] for layer, r in zip(test, rows, strict=True)])
-    return from_nested(squared.sqrt_(), depth=len(support) - 1)
-
-
 def _support_features(
     network: STNResNet18, rounds: Sequence[torch.Tensor], clock: StageClock, batch_size: int
 ) -> Iterator[Layers]:
@@ -178,9 +167,9 @@ def _support_features(
             for number, (picture, key) in enumerate(zip(pictures, of_round, strict=True)):
                 start, count = number * VIEWS_PER_IMAGE, len(pictures) * VIEWS_PER_IMAGE
                 if key in kept:
-                    _write(layers, start, count, kept[key])
+                    write_features(layers, start, count, kept[key])
                 else:
-                    _write_views(layers, start, count, network, picture.to(clock.device), batch_size)
+                    write_views(layers, start, count, network, picture.to(clock.device), batch_size)
                 to_come[key] -= 1
                 if not to_come[key]:
                     kept.pop(key, None)
@@ -192,25 +181,3 @@ def _support_features(
 def _size(layers: Layers) -> int:
     """Bytes of one round's features."""
     return sum(layer.nbytes for layer in layers)
-
-
-def _write_views(
-    layers: Layers, start: int, count: int, network: STNResNet18, picture: torch.Tensor, batch_size: int
-) -> None:
-    """Puts the features of a picture's views at columns start..; the grey view of a grey picture is the picture."""
-    views = support_views(picture[None])
-    is_grey = bool((picture == picture[:1]).all())
-    different = views[: len(views) - is_grey]
-    for number, batch in enumerate(different.split(batch_size)):
-        _write(layers, start + number * batch_size, count, nested_layers(network.features(batch)))
-    if is_grey:
-        for layer in layers:
-            layer[:, start + len(different)] = layer[:, start]
-
-
-def _write(layers: Layers, start: int, count: int, features: Layers) -> None:
-    """Puts features (P_l, N, C_l) at columns start.. of `layers`, which are made for `count` pictures on first use."""
-    if not layers:
-        layers.extend(layer.new_empty(layer.shape[0], count, layer.shape[2]) for layer in features)
-    for layer, new in zip(layers, features, strict=True):
-        layer[:, start : start + new.shape[1]] = new

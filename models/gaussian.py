@@ -44,8 +44,8 @@ Layers = Sequence[torch.Tensor]
 class SupportStatistics(NamedTuple):
     """The Gaussians of a support set at some positions, built by `fit`.
 
-    means: per layer (P_l, 1, C_l). centred: A, per layer (P_l, V, C_l). joint: R of the layers treated together,
-    (P_j, k, k), k = min(V, their channels). regression: X^T (P_j, 4 C_1, k) and residual: R1 (P_1, C_1, C_1) of the
+    means: per layer (P_l, 1, C_l). centred: A, per layer treated together (P_l, V, C_l). joint: their R, (P_j, k, k),
+    k = min(V, their channels). regression: X^T (P_j, 4 C_1, k) and residual: R1 (P_1, C_1, C_1) of the
     finest layer, None where all layers are treated together.
     """
 
@@ -75,7 +75,7 @@ def fit(support: Layers) -> SupportStatistics:
     regression = residual = None
     if conditioned:
         regression, residual = _condition_finest(centred[0], joint, joined)
-    return SupportStatistics(means, centred, joint, regression, residual)
+    return SupportStatistics(means, together, joint, regression, residual)
 
 
 def _condition_finest(
@@ -96,7 +96,7 @@ def squared_distance(statistics: SupportStatistics, test: Layers) -> torch.Tenso
     """Squared Mahalanobis distances (P, B) of test features (P_l, B, C_l). No unit, 0 at the mean, never negative."""
     deltas = [layer - mean for layer, mean in zip(test, statistics.means, strict=True)]
     conditioned = statistics.regression is not None
-    together, centred = deltas[conditioned:], statistics.centred[conditioned:]
+    together, centred = deltas[conditioned:], statistics.centred
     if _views_are_fewer(centred):
         whitened = statistics.joint @ _sum_on_finest([a @ d.mT for a, d in zip(centred, together, strict=True)])
         norms = _sum_on_finest([d.square().sum(dim=2) for d in together])  # |d|^2: (P_j, B)

@@ -10,9 +10,20 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from losses.norm_loss import registration_loss
+from models.detector import FewShotDetector
 from models.siamese import Encoder, Predictor
 from models.stn import STN_MODES, STNResNet18
 from utils.utils import UserError, load_tensors, whole_file
+
+__all__ = [
+    "FewShotDetector",
+    "RegAD",
+    "checkpoint_file",
+    "last_file",
+    "load_checkpoint",
+    "save_checkpoint",
+    "untrained",
+]
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # key of our own checkpoints that the release's loader ignores
@@ -127,7 +138,7 @@ def _refuse_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
         raise UserError(f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}: its warps show it")
 
 
-def untrained(weights: str, stn_mode: str, img_size: int) -> RegAD:
+def untrained(weights: str, stn_mode: str = "rotation_scale", img_size: int = 224) -> RegAD:
     """Networks before registration training: the trunk from `weights`, warps at the identity, heads at random.
 
     `weights`: "imagenet" (torchvision's file, downloaded once), "none" (random), or the path of a ResNet-18 state

@@ -111,6 +111,7 @@ class STNResNet18(nn.Module):
 
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
         super().__init__()
+        self.stn_mode, self.img_size = stn_mode, img_size
         trunk = resnet18(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
         self.layer1, self.layer2, self.layer3 = trunk.layer1, trunk.layer2, trunk.layer3
@@ -162,7 +163,12 @@ def folded(network: STNResNet18) -> STNResNet18:
 
     Batch-norm is folded into the convolutions and memory is channels-last (on the CPU, `warp` is faster for it too).
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return without_batch_norm(network).to(memory_format=torch.channels_last)
+
+
+def without_batch_norm(network: STNResNet18) -> STNResNet18:
+    """A copy of `network` in eval mode with batch-norm folded into the convolutions."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, layer), (next_name, following) in itertools.pairwise(children):

@@ -12,11 +12,15 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +29,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 VERSION = "0.1.0"  # as in pyproject.toml
 DEFAULT_SEED = 668  # the release's
 RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
+
+In, Out = TypeVar("In"), TypeVar("Out")
 
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -103,10 +109,14 @@ def _keep_freed_memory() -> None:
 
 
 class StageClock:
-    """Seconds spent per stage: `with clock("network"): ...`. Waits for the device's queue, so that CUDA counts too."""
+    """Seconds spent per stage: `with clock("network"): ...`. Waits for the device's queue, so that CUDA counts too.
+
+    Threads may share one; their seconds add up.
+    """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
+        self._lock = threading.Lock()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -115,7 +125,20 @@ class StageClock:
         yield
         if self.device is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        with self._lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def in_threads(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
+    """`map(function, items)` in order, in `workers` threads; at most twice as many items are under way or waiting."""
+    with ThreadPoolExecutor(workers) as pool:
+        under_way: deque[Future[Out]] = deque()
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) == 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 @contextmanager

@@ -1,0 +1,89 @@
+"""Unlabelled pictures to score: listing files and folders, decoding ahead of the network, waiting for new ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.images import IMAGE_SUFFIXES, ImageError, read_picture, to_square
+from utils.utils import StageClock, UserError, in_threads
+
+POLL_SECONDS = 0.5  # between looks into a watched folder
+
+
+class InputPicture(NamedTuple):
+    """A decoded picture (H, W[, 3]) uint8 and the same as the network's square (S, S, 3), or why there is none."""
+
+    path: Path
+    picture: np.ndarray | None
+    square: np.ndarray | None
+    error: str | None
+
+
+def list_inputs(sources: Sequence[Path]) -> list[Path]:
+    """The pictures among files and folders, folders searched to any depth, in order and each once.
+
+    Files named outright are taken whatever their ending, hidden ones in folders are not.
+
+    Raises:
+        UserError: a source is missing, or there is no picture at all.
+    """
+    found: dict[Path, None] = {}
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"no such file or folder: {source}")
+        found.update(dict.fromkeys(sorted(filter(is_picture, source.rglob("*"))) if source.is_dir() else [source]))
+    if not found:
+        raise UserError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
+    return list(found)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a picture, and not a hidden one."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def read_inputs(
+    paths: Iterable[Path], size: int, keep_aspect: bool, workers: int, clock: StageClock
+) -> Iterator[InputPicture]:
+    """Decoded pictures in the order of `paths`, a few ahead; one that cannot be read comes with its error instead."""
+    return in_threads(partial(_read, size=size, keep_aspect=keep_aspect, clock=clock), paths, workers)
+
+
+def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock) -> InputPicture:
+    try:
+        with clock("decode"):
+            picture = read_picture(path)
+            return InputPicture(path, np.asarray(picture), to_square(picture, size, keep_aspect), None)
+    except ImageError as error:
+        return InputPicture(path, None, None, str(error))
+
+
+def watch(folder: Path, output: Path) -> Iterator[list[Path]]:
+    """Pictures as they arrive in `folder`, without end; those already there come first, those in `output` never.
+
+    A file counts as arrived once its size stayed the same from one look to the next.
+    """
+    sizes: dict[Path, int] = {}
+    done: set[Path] = set()
+    while True:
+        seen = {path: _size(path) for path in filter(is_picture, folder.rglob("*")) if output not in path.parents}
+        arrived = sorted(path for path, size in seen.items() if path not in done and size and sizes.get(path) == size)
+        sizes = {path: size for path, size in seen.items() if size}
+        done.update(arrived)
+        if arrived:
+            yield arrived
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # taken away meanwhile
+        return None

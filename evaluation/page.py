@@ -1,0 +1,51 @@
+"""The HTML report: one self-contained page that opens from disk; no network, nothing to install."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from utils.utils import whole_file
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows have their numbers
+PREVIEW_WIDTH, PREVIEW_QUALITY = 720, 75  # pixels of all panels together, of JPEG
+
+
+class PageRow(NamedTuple):
+    """One picture of the page. kind: its folder (good or a defect), None without labels. image: a data URI or ""."""
+
+    name: str
+    score: float
+    kind: str | None
+    image: str
+
+
+def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[PageRow], threshold: float | None) -> None:
+    """Histogram, threshold slider and sortable table of `rows`; with kinds also the ROC curve and a table by kind."""
+    data = json.dumps({"rows": [row._asdict() for row in rows], "threshold": threshold}, allow_nan=False)
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title),
+        notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
+        data=data.replace("<", "\\u003c"),  # so that no name can end the script element
+    )
+    with whole_file(path) as aside:
+        aside.write_text(page, encoding="utf-8")
+
+
+def as_data_uri(image: np.ndarray) -> str:
+    """An image (H, W, 3) uint8, at most PREVIEW_WIDTH wide, as a JPEG in a data URI."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((PREVIEW_WIDTH, PREVIEW_WIDTH), reducing_gap=2)
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,133 @@
+"""Unlabelled pictures through a fitted detector: a stream of pictures in, one row of results and its files each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.images import restore_map
+from datasets.inputs import InputPicture, read_inputs
+from evaluation.page import as_data_uri
+from evaluation.pictures import beside, colour_limits, outline, overlay, save_picture
+from models.detector import DISTANCE_GROUP, FewShotDetector
+from utils.utils import UserError, in_threads, whole_file
+
+CSV_COLUMNS = ("path", "score", "decision", "error")
+MAP_SCALE_16BIT = 256  # a 16-bit PNG map holds score * 256, so scores up to 255.99; .npy holds the scores themselves
+
+
+class Prediction(NamedTuple):
+    """One picture's result. decision: defective, normal, or None without a threshold. error: why there is no score."""
+
+    path: str
+    score: float | None
+    decision: str | None
+    error: str | None
+    preview: str = ""  # for the page: the panels, small, as a data URI
+
+
+class Outputs(NamedTuple):
+    """What is written per picture, and where: pictures/ and maps/ in `folder`, named as below `root`."""
+
+    folder: Path
+    root: Path
+    pictures: bool
+    maps: str  # "none", "png" or "npy"
+
+    def place(self, kind: str, path: Path, ending: str) -> Path:
+        """The file of `kind` for the picture `path`; its whole name stays, as a.png and a.jpg may lie together."""
+        return self.folder / kind / path.resolve().relative_to(self.root).with_name(path.name + ending)
+
+
+def predict(
+    detector: FewShotDetector, paths: Iterable[Path], outputs: Outputs, workers: int, previews: int
+) -> Iterator[Prediction]:
+    """Results in the order of `paths`; memory does not grow with their number. At most `previews` previews."""
+    numbered = enumerate(_scored(detector, paths, workers))
+    return in_threads(partial(_finish, detector, outputs, previews), numbered, workers)
+
+
+def _scored(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[tuple]:
+    """Inputs with score and map, in groups as the detector takes them."""
+    group: list[InputPicture] = []
+    for item in read_inputs(paths, detector.size, detector.keep_aspect, workers, detector.clock):
+        group.append(item)
+        if len(group) == DISTANCE_GROUP:
+            yield from _score_group(detector, group)
+            group = []
+    yield from _score_group(detector, group)
+
+
+def _score_group(detector: FewShotDetector, group: list[InputPicture]) -> Iterator[tuple]:
+    scores, maps = detector.score([item.square for item in group if item.error is None])
+    results = iter(zip(scores, maps, strict=True))
+    for item in group:
+        yield (item, *(next(results) if item.error is None else (None, None)))
+
+
+def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, numbered: tuple) -> Prediction:
+    """Writes a picture's files and makes its row."""
+    number, (item, score, scores) = numbered
+    if item.error is not None:
+        return Prediction(str(item.path), None, None, item.error)
+    threshold = None if detector.threshold is None else detector.threshold.value
+    preview = ""
+    with detector.clock("pictures"):
+        height, width = item.picture.shape[:2]
+        restored = restore_map(scores, width, height, detector.keep_aspect)
+        if outputs.maps != "none":
+            _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
+        if outputs.pictures or number < previews:
+            panels = beside(_panels(item.picture, restored, threshold))
+            if outputs.pictures:
+                save_picture(outputs.place("pictures", item.path, ".jpg"), panels)
+            if number < previews:
+                preview = as_data_uri(panels)
+    decision = None if threshold is None else "defective" if score > threshold else "normal"
+    return Prediction(str(item.path), float(score), decision, None, preview)
+
+
+def _panels(picture: np.ndarray, scores: np.ndarray, threshold: float | None) -> list[np.ndarray]:
+    """Input, heat-map over it, outline of what lies above the threshold; (H, W, 3) each."""
+    image = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
+    if threshold is None:  # colours cannot be compared between pictures then
+        return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
+    return [image, overlay(image, scores, colour_limits(threshold)), outline(image, scores > threshold)]
+
+
+def _save_map(path: Path, scores: np.ndarray) -> None:
+    """The raw map as .npy (float32) or 16-bit .png."""
+    if path.suffix == ".npy":
+        with whole_file(path) as aside, open(aside, "wb") as stream:
+            np.save(stream, scores)
+    else:
+        save_picture(path, np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16))
+
+
+class ScoreTable:
+    """scores.csv, written row by row, so that nothing computed is lost; `append` goes on with a file that exists."""
+
+    def __init__(self, path: Path, append: bool) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not (append and path.is_file())
+        try:
+            self._stream = path.open("w" if is_new else "a", newline="", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        self._writer = csv.writer(self._stream)
+        if is_new:
+            self._writer.writerow(CSV_COLUMNS)
+
+    def add(self, row: Prediction) -> None:
+        """Writes one row, at once."""
+        score = "" if row.score is None else f"{row.score:.9g}"  # 9 digits give a float32 back exactly
+        self._writer.writerow((row.path, score, row.decision or "", row.error or ""))
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()

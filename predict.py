@@ -1,0 +1,194 @@
+"""Command: score your own pictures against a few normal ones, with heat-maps, decisions and a report.
+
+python predict.py --support good_1.png good_2.png --input photos/ --output out
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.inputs import list_inputs, watch
+from evaluation.page import PAGE_PICTURES, PageRow, write_page
+from evaluation.predictions import Outputs, Prediction, ScoreTable, predict
+from models.regad import FewShotDetector, load_checkpoint, untrained
+from models.stn import SIZE_DIVISOR, STN_MODES
+from models.threshold import Threshold
+from utils.utils import (
+    DEFAULT_SEED,
+    UserError,
+    peak_memory_mb,
+    plain_arguments,
+    provenance,
+    require_positive,
+    run_command,
+    seed_everything,
+    sha256,
+    write_json,
+)
+
+DEFAULT_FALSE_ALARM = 0.01
+SOME_FAILED = 1  # exit code where inputs could not be read, all others being done
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of predict.py."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_argument_group("pictures")
+    what.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal pictures: files or folders")
+    what.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="pictures to score: files or folders")
+    what.add_argument("--watch", type=Path, metavar="DIR", help="score pictures as they arrive here, until Ctrl-C")
+    what.add_argument("--output", type=Path, default=Path("./predictions"), help="folder of everything written")
+    network = parser.add_argument_group("network")
+    network.add_argument("--detector", type=Path, metavar="FILE", help="made with --save; replaces --support")
+    network.add_argument("--save", type=Path, metavar="FILE", help="write the detector into one file, e.g. part.regad")
+    network.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
+    network.add_argument("--weights", default="imagenet", help="without --checkpoint: imagenet, none, or a file")
+    network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
+    network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    network.add_argument("--keep_aspect", action="store_true", help="do not squeeze pictures that are not square")
+    decide = parser.add_argument_group("threshold")
+    decide.add_argument("--false_alarm", type=float, help="share of normal pictures that may be called; default 0.01")
+    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal pictures for it")
+    decide.add_argument("--threshold", type=float, help="a fixed score; wins over calibration")
+    run = parser.add_argument_group("run")
+    run.add_argument("--maps", choices=("none", "png", "npy"), default="none", help="raw maps; png: score * 256")
+    run.add_argument("--no_pictures", action="store_true", help="write numbers and the report only")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    run.add_argument("--num_workers", type=int, default=2, help="threads that decode and draw")
+    run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fits or loads the detector, scores everything, writes table, record and report."""
+    args = get_args_parser().parse_args(argv)
+    _check(args)
+    seed_everything(args.seed)
+    paths = list_inputs(args.input) if args.input else []
+    detector = FewShotDetector.load(args.detector, args.device) if args.detector else _fit(args)
+    _set_threshold(detector, args)
+    print(f"threshold: {_describe(detector.threshold)}")
+    if args.save:
+        detector.save(args.save)
+        print(f"detector: {args.save}")
+    if args.watch:
+        _watch(detector, args)
+    elif paths:
+        failed = _predict(detector, paths, args)
+        for row in failed:
+            print(f"failed: {row.error}", file=sys.stderr)
+        if failed:
+            sys.exit(SOME_FAILED)
+
+
+def _check(args: argparse.Namespace) -> None:
+    require_positive(args, "img_size", "num_workers")
+    if args.img_size % SIZE_DIVISOR:
+        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
+    if bool(args.support) == bool(args.detector):
+        raise UserError("give either normal pictures with --support, or a saved detector with --detector")
+    if args.input and args.watch:
+        raise UserError("--input and --watch exclude each other; pictures already in the watched folder come first")
+    if not (args.input or args.watch or args.save):
+        raise UserError("nothing to do: give pictures with --input or --watch, or a file to --save the detector in")
+    if args.watch and not args.watch.is_dir():
+        raise UserError(f"no folder {args.watch} to watch")
+
+
+def _fit(args: argparse.Namespace) -> FewShotDetector:
+    """A detector of the support pictures."""
+    support = list_inputs(args.support)
+    if args.checkpoint:
+        network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
+    else:
+        network = untrained(args.weights, args.stn_mode, args.img_size).stn
+    detector = FewShotDetector(network, args.device, args.keep_aspect)
+    print(f"fitting on {len(support)} normal picture(s)")
+    detector.fit(support, leave_one_out=args.threshold is None and not args.calibrate)
+    weights = f"not trained, weights {args.weights}"
+    detector.origin = {
+        "support": [{"path": str(path), "sha256": sha256(path)} for path in support],
+        "network": f"{args.checkpoint} {sha256(args.checkpoint)}" if args.checkpoint else weights,
+    }
+    return detector
+
+
+def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
+    """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
+    false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
+    if args.threshold is not None:
+        detector.threshold = Threshold(args.threshold, "given with --threshold")
+    elif args.calibrate:
+        detector.calibrate(false_alarm, list_inputs(args.calibrate))
+    elif (detector.threshold is None and detector.support_scores is not None) or args.false_alarm is not None:
+        detector.calibrate(false_alarm)
+
+
+def _describe(threshold: Threshold | None) -> str:
+    if threshold is None:
+        return "none, so nothing is decided; give two support pictures or more, --calibrate, or --threshold"
+    return f"{threshold.value:.3f} ({threshold.how})"
+
+
+def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Namespace) -> list[Prediction]:
+    """Scores `paths`, writes everything; returns the rows that failed."""
+    root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    detector.clock.seconds.clear()  # of fitting
+    rows = list(_rows(detector, tqdm(paths, unit="picture", disable=None), root, args, PAGE_PICTURES, False))
+    _finish(detector, rows, args)
+    failed = [row for row in rows if row.error]
+    calls = sum(row.decision == "defective" for row in rows)
+    print(f"{len(rows) - len(failed)} pictures scored, {calls} called defective, {len(failed)} failed: {args.output}")
+    total = sum(detector.clock.seconds.values())
+    print("work:", ", ".join(f"{stage} {s / total:.0%}" for stage, s in detector.clock.seconds.items()))
+    return failed
+
+
+def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
+    """Scores pictures as they arrive; table, record and report are brought up to date after each lot."""
+    rows: list[Prediction] = []
+    print(f"watching {args.watch}; Ctrl-C ends")
+    for arrived in watch(args.watch, args.output):
+        for row in _rows(detector, arrived, args.watch.resolve(), args, PAGE_PICTURES - len(rows), True):
+            rows.append(row)
+            print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
+        _finish(detector, rows, args)
+
+
+def _rows(
+    detector: FewShotDetector, paths: Iterable[Path], root: Path, args: argparse.Namespace, previews: int, append: bool
+) -> Iterator[Prediction]:
+    outputs = Outputs(args.output, root, not args.no_pictures, args.maps)
+    with closing(ScoreTable(args.output / "scores.csv", append)) as table:
+        for row in predict(detector, paths, outputs, args.num_workers, previews):
+            table.add(row)
+            yield row
+
+
+def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argparse.Namespace) -> None:
+    """scores.json and report.html."""
+    threshold = detector.threshold
+    content = {
+        "arguments": plain_arguments(args),
+        **provenance(detector.clock.device),
+        "detector": detector.origin,
+        "threshold": None if threshold is None else threshold._asdict(),
+        "pictures": [{key: value for key, value in row._asdict().items() if key != "preview"} for row in rows],
+        "seconds": detector.clock.seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    write_json(args.output / "scores.json", content)
+    notes = [f"Threshold: {_describe(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    shown = [PageRow(row.path, row.score, None, row.preview) for row in rows if row.score is not None]
+    write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,171 @@
+"""The few-shot detector: the evaluation's own numbers, the same bits alone as in a batch, files, thresholds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+
+from datasets.images import read_image, read_picture
+from datasets.support import read_support_images
+from evaluation import scoring
+from models.gaussian import nested_layers
+from models.regad import FewShotDetector, RegAD, save_checkpoint
+from models.stn import folded
+from models.threshold import PRIOR_SPREAD, PRIOR_WEIGHT, normal_threshold
+from utils.utils import StageClock, UserError
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = RegAD("affine", SIZE)
+    for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
+        torch.nn.init.normal_(stn.fc[2].weight, std=0.01)  # warps that move something
+    return model.stn.eval()
+
+
+@pytest.fixture(scope="module")
+def files(demo_data):
+    """Three normal pictures, then nineteen others."""
+    ring = demo_data / "ring"
+    others = [p for folder in sorted((ring / "test").iterdir()) for p in sorted(folder.iterdir())]
+    others += sorted((demo_data / "weave" / "test/good").iterdir())
+    return sorted((ring / "train/good").iterdir())[:3], others
+
+
+@pytest.fixture(scope="module")
+def detector(network, files):
+    return FewShotDetector(network, "cpu").fit(files[0])
+
+
+def test_same_maps_as_the_evaluation(detector, network, files):
+    images = read_support_images(files[1], SIZE)
+    test = scoring.TestFeatures(nested_layers(folded(network).features(images)), np.arange(len(images)) > 2, None)
+    (result,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], StageClock(), 32)
+    scores, maps = detector.score(files[1])
+    np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)
+    assert (scores == maps.max(axis=(1, 2))).all() and maps.shape == (len(images), SIZE, SIZE)
+
+
+def test_a_picture_alone_gets_the_bits_it_gets_among_others(detector, files):
+    grey = Image.open(files[1][0]).convert("L")
+    pictures = [*files[1][:3], grey, *files[1][3:], grey] + files[1][:7]
+    scores, maps = detector.score(pictures)
+    assert len(pictures) > 16  # more than one group
+    for index in (0, 3, 5, len(pictures) - 1):
+        alone, own_map = detector.score([pictures[index]])
+        assert alone[0] == scores[index] and (own_map[0] == maps[index]).all()
+    backwards, _ = detector.score(pictures[::-1])
+    assert (backwards[::-1] == scores).all()
+
+
+def test_kinds_of_pictures_agree(detector, files):
+    path = files[1][0]
+    array = read_image(path, SIZE)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [path, str(path), read_picture(path), array, tensor, tensor.float() / 255]
+    scores, _ = detector.score(kinds)
+    assert (scores == scores[0]).all()
+    assert detector.score(torch.stack([tensor, tensor]))[0].tolist() == scores[:2].tolist()
+    with pytest.raises(TypeError, match="a list of pictures"):
+        detector.score(path)
+    with pytest.raises(TypeError, match="uint8"):
+        detector.score([array / 255.0])
+    assert detector.score([])[1].shape == (0, SIZE, SIZE)
+
+
+def test_leave_one_out_is_fitting_without_the_picture(detector, network, files):
+    for index, left_out in enumerate(files[0]):
+        others = [path for path in files[0] if path != left_out]
+        score, _ = FewShotDetector(network, "cpu").fit(others).score([left_out])
+        assert score[0] == pytest.approx(detector.support_scores[index], rel=1e-4)
+
+
+def test_one_support_picture(network, files):
+    detector = FewShotDetector(network, "cpu").fit(files[0][:1])
+    assert detector.support_scores is None and np.isfinite(detector.score(files[1][:1])[0]).all()
+    with pytest.raises(UserError, match=r"scores of two normal pictures.*--calibrate.*--threshold"):
+        detector.calibrate(0.05)
+    assert detector.calibrate(0.05, files[0][1:]).value > 0
+
+
+def test_saved_and_loaded(detector, files, tmp_path):
+    detector.calibrate(0.05)
+    detector.origin = {"support": [path.name for path in files[0]]}
+    detector.save(tmp_path / "part.regad")
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert loaded.threshold == detector.threshold and loaded.origin == detector.origin
+    for one, other in zip(loaded.score(files[1][:2]), detector.score(files[1][:2]), strict=True):
+        assert (one == other).all()
+
+
+def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
+    whole = tmp_path / "part.regad"
+    detector.save(whole)
+    content = bytearray(whole.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped").write_bytes(content)
+    (tmp_path / "short").write_bytes(content[: len(content) // 2])
+    (tmp_path / "page").write_text("<html>")
+    save_checkpoint(tmp_path / "checkpoint", RegAD("affine", SIZE), {})
+    plain = torch.load(whole, weights_only=True)
+    torch.save(plain | {"version": 99}, tmp_path / "later")
+    torch.save({key: value for key, value in plain.items() if key != "statistics"}, tmp_path / "lacking")
+    sentences = {
+        "flipped": "is damaged",
+        "short": "damaged or not a detector",
+        "page": "damaged or not a detector",
+        "checkpoint": "is not a detector",
+        "later": "has version 99",
+        "lacking": "incomplete.*KeyError.*statistics",
+        "missing": "no detector file",
+    }
+    for name, sentence in sentences.items():
+        with pytest.raises(UserError, match=sentence):
+            FewShotDetector.load(tmp_path / name, "cpu")
+    with pytest.raises(UserError, match="must be fitted"):
+        FewShotDetector(network, "cpu").score([])
+
+
+def test_threshold_of_few_scores_by_the_definition():
+    logs = np.array([3.0, 3.2, 3.4])
+    freedom = PRIOR_WEIGHT + 2
+    scale = np.sqrt((1 + 1 / 3) * (PRIOR_WEIGHT * PRIOR_SPREAD**2 + 0.08) / freedom)
+    expected = np.exp(3.2 + stats.t.ppf(0.99, freedom) * scale)
+    assert normal_threshold(np.exp(logs), 0.01, "").value == pytest.approx(expected)
+
+
+def test_threshold_of_many_scores_is_an_order_statistic():
+    scores = np.random.default_rng(0).permutation(np.arange(1, 20, dtype=float))
+    assert normal_threshold(scores, 0.05, "").value == 19  # (19 + 1) 0.95 = 19
+    assert normal_threshold(scores, 0.5, "").value == 10
+    assert normal_threshold(scores, 0.04, "").value > 19
+
+
+@given(st.lists(st.floats(1, 100), min_size=2, max_size=30), st.floats(0.001, 0.5), st.floats(0.1, 10))
+def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, share, factor):
+    value = normal_threshold(np.array(scores), share, "").value
+    assert normal_threshold(factor * np.array(scores), share, "").value == pytest.approx(factor * value)
+    assert normal_threshold(np.array(scores), share / 2, "").value >= value * (1 - 1e-9) or len(scores) * share >= 0.5
+
+
+def test_false_alarms_of_log_normal_scores_are_as_asked():
+    """On average over many draws of 4 and 40 scores whose spread is the prior's."""
+    rng = np.random.default_rng(0)
+    for count in (4, 40):
+        draws = np.exp(rng.normal(3, PRIOR_SPREAD, (4000, count + 1)))
+        alarms = [draw[-1] > normal_threshold(draw[:-1], 0.05, "").value for draw in draws]
+        assert 0.025 < np.mean(alarms) < 0.06
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_impossible_shares(share):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        normal_threshold(np.ones(3), share, "")
