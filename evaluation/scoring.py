@@ -33,7 +33,7 @@ class TestFeatures(NamedTuple):
     layers: Layers
     labels: np.ndarray  # (B,) bool, True for defective
     masks: np.ndarray | None  # (B, S, S) bool; None: no pixel is known to be defective, so there is no pixel metric
-    counted: np.ndarray | None  # (B, S, S) bool, the pixels whose truth is known; None: all
+    counted: np.ndarray | None = None  # (B, S, S) bool, the pixels whose truth is known; None: all
 
 
 class RoundResult(NamedTuple):
