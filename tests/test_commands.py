@@ -16,7 +16,6 @@ import scipy.stats
 import torch
 
 import make_support
-import reproduce
 from datasets.images import read_image
 from datasets.mvtec import list_test_items
 from evaluation.metrics import METRIC_NAMES

@@ -101,9 +101,9 @@ MISSING = {
     "test/good": "{category}/test has no normal pictures (test/good)",
     "test/good/*": "no pictures (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {category}/test/good",
     "test/bent/*": "in {category}/test/bent",
-    "ground_truth/bent/001_mask.png": "1 mask(s) missing, the first is {category}/ground_truth/bent/001_mask.png",
-    "ground_truth/bent": "2 mask(s) missing, the first is {category}/ground_truth/bent/000_mask.png",
-    "ground_truth/*": "3 mask(s) missing, the first is {category}/ground_truth/bent/000_mask.png",
+    "ground_truth/bent/001_mask.png": "1 mask(s) missing, the first is that of {category}/test/bent/001.png",
+    "ground_truth/bent": "2 mask(s) missing, the first is that of {category}/test/bent/000.png",
+    "ground_truth/*": "3 mask(s) missing, the first is that of {category}/test/bent/000.png",
 }
 
 
@@ -113,7 +113,7 @@ def test_what_is_missing_is_named(removed, category):
         for path in list(category.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(UserError, match=re.escape(MISSING[removed].format(category=category))):
-        list_test_items(category)
+        list_test_items(category, strict=True)
 
 
 def test_no_training_pictures(category):
@@ -162,7 +162,7 @@ def test_dataset_gives_what_the_reader_reads(category, size):
     dataset = LabelledDataset(items, size)
     assert len(dataset) == len(items) == 6
     for item, found in zip(items, (dataset[number] for number in range(6)), strict=True):
-        assert set(found) == {"image", "mask"}
+        assert set(found) == {"image", "mask", "counted"} and found["counted"].all()
         assert (found["image"].shape, found["image"].dtype) == ((3, size, size), torch.uint8)
         assert (found["mask"].shape, found["mask"].dtype) == ((size, size), torch.bool)
         np.testing.assert_array_equal(found["image"].permute(1, 2, 0), read_image(item.image, size))

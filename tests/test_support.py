@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import make_support
+from datasets.manifest import draw_support_names
 from datasets.support import (
     draw_support_images,
-    draw_support_names,
     load_support_rounds,
     read_support_images,
     save_support_rounds,
@@ -223,7 +223,8 @@ def test_command_writes_what_it_prints(demo_data, tmp_path, capsys):
             pictures = [demo_data / category / "train/good" / name for name in names]
             assert torch.equal(saved, read_support_images(pictures, SIZE))
     assert not printed
-    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 4
+    files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted([f"{shot}_{ROUNDS}.{ending}" for shot in (1, 2) for ending in ("pt", "json")] * 2)
 
 
 def test_command_repeats_itself_and_obeys_the_seed(demo_data, tmp_path, capsys):
