@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +46,11 @@ class Entry(NamedTuple):
     of: str = ""  # "3 of 15": a mean over some categories only
 
 
+NO_TRUTH = Entry(math.nan)  # scored, but the metric does not exist: pictures without ground truth
+
+
 class Table(NamedTuple):
-    """`rows`: the categories, then "mean"; each with one entry per column, None where there is none."""
+    """`rows`: the categories, then "mean"; each with one entry per column, None where nothing was scored."""
 
     title: str
     metric: str
@@ -144,7 +148,7 @@ def _other_table(results: Results, shot: int) -> list[Table]:
     """AP, F1-max and PRO of the most honest weights that were scored with them; nothing where none were."""
     for weights in ("last", "source", "best", "untrained"):
         columns = {METRIC_NAMES[metric]: _column(results, metric, shot, weights) for metric in OTHER_METRICS}
-        if any(columns.values()):
+        if any(_known(column) for column in columns.values()):
             title = f"Other metrics, {weights} weights, K = {shot}"
             return [Table(title, "other", shot, list(columns), _rows(results.categories, columns), [])]
     return []
@@ -154,10 +158,14 @@ def _column(results: Results, metric: str, shot: int, weights: str) -> dict[str,
     column = {}
     for category in results.categories:
         record = results.records.get((category, shot, weights))
-        values = [] if record is None else [numbers.get(metric) for numbers in record["rounds"]]
-        if values and None not in values:
-            column[category] = _entry([100 * value for value in values])
+        if record is not None and metric in record["rounds"][0]:
+            values = [numbers[metric] for numbers in record["rounds"]]
+            column[category] = NO_TRUTH if None in values else _entry([100 * value for value in values])
     return column
+
+
+def _known(column: dict[str, Entry]) -> dict[str, Entry]:
+    return {category: entry for category, entry in column.items() if entry is not NO_TRUTH}
 
 
 def _entry(rounds: Sequence[float], of: str = "") -> Entry:
@@ -178,9 +186,9 @@ def _rows(categories: Sequence[str], columns: dict[str, dict[str, Entry]]) -> di
 
 def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
     """Mean over categories; its SD is that over rounds of the rounds' means, so it needs equally many rounds."""
-    entries = list(column.values())
+    entries = list(_known(column).values())
     if not entries:
-        return None
+        return NO_TRUTH if column else None
     of = "" if len(entries) == categories else f"{len(entries)} of {categories}"
     counts = {len(entry.rounds) for entry in entries}
     if len(counts) == 1 and counts != {0}:
@@ -242,9 +250,11 @@ def _distinct(values: Iterable[object]) -> str:
 
 
 def format_entry(entry: Entry | None, column: str, plus_minus: str = " ± ") -> str:
-    """`93.9 ± 0.4`, `+0.3` for a difference, `missing` for a cell of ours that was not run."""
+    """`93.9 ± 0.4`, `+0.3` for a difference, `missing` for a cell of ours that was not run, `n/a` without truth."""
     if entry is None:
         return NOT_PUBLISHED if column in PUBLISHED or " - " in column else MISSING
+    if entry is NO_TRUTH:
+        return "n/a"
     text = f"{entry.mean:+.1f}" if " - " in column else f"{entry.mean:.1f}"
     text += "" if entry.sd is None else f"{plus_minus}{entry.sd:.1f}"
     return text + (f" ({entry.of})" if entry.of else "")
@@ -277,8 +287,8 @@ def write_csv(path: Path, tables: Sequence[Table]) -> None:
 
 
 def _csv_numbers(entry: Entry | None) -> list[object]:
-    if entry is None:
-        return [""] * 5
+    if entry is None or entry is NO_TRUTH:
+        return ["" if entry is None else "n/a", *[""] * 4]
     interval = summary(entry.rounds)["interval95"] if entry.rounds else None
     return [entry.mean, entry.sd, *(interval or ("", "")), " ".join(map(str, entry.rounds))]
 
@@ -339,7 +349,7 @@ def compare(a: Results, b: Results) -> list[Comparison]:
     comparisons = []
     for metric in METRIC_NAMES:
         for shot, weights in sorted({key[1:] for key in common}):
-            columns = [_column(results, metric, shot, weights) for results in (a, b)]
+            columns = [_known(_column(results, metric, shot, weights)) for results in (a, b)]
             pairs = [(columns[0][name], columns[1][name]) for name in columns[0] if name in columns[1]]
             if pairs:
                 comparisons.append(_compare(metric, shot, weights, pairs))

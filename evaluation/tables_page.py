@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 from evaluation.tables import (
     MISSING,
+    NO_TRUTH,
     PUBLISHED,
     TABLE_METRICS,
+    Entry,
     Results,
     Table,
     format_entry,
@@ -74,7 +76,7 @@ def _section(table: Table) -> str:
     return f'<h2>{escape(table.title)}</h2>\n{picture}<div class="scroll">{body}</div>{notes}\n'
 
 
-def _cell(entry: object, column: str) -> str:
+def _cell(entry: Entry | None, column: str) -> str:
     text = format_entry(entry, column)
     return f"<td{' class=missing' if text == MISSING else ''}>{escape(text)}</td>"
 
@@ -88,7 +90,7 @@ def _picture(table: Table) -> str:
     axis = figure.subplots()
     for number, name in enumerate(shown):
         shift = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
-        points = [(y + shift, entry) for y, entry in enumerate(_of_column(table, name)) if entry is not None]
+        points = [(y + shift, entry) for y, entry in enumerate(_of_column(table, name)) if entry]
         shape, colour = MARKS[name]
         axis.errorbar(
             [entry.mean for _, entry in points],
@@ -111,9 +113,10 @@ def _picture(table: Table) -> str:
     return _as_svg(figure)
 
 
-def _of_column(table: Table, name: str) -> list:
-    place = table.columns.index(name)
-    return [entries[place] for entries in table.rows.values()]
+def _of_column(table: Table, name: str) -> list[Entry | None]:
+    """A column's entries, None where there is no number to draw."""
+    entries = (row[table.columns.index(name)] for row in table.rows.values())
+    return [None if entry is NO_TRUTH else entry for entry in entries]
 
 
 def _as_svg(figure: Figure) -> str:

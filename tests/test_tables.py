@@ -14,6 +14,7 @@ from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
 from evaluation.tables import (
     GRID_FILE,
+    NO_TRUTH,
     Entry,
     compare,
     format_comparison,
@@ -117,7 +118,20 @@ def test_other_data_have_no_published_columns(tmp_path):
     write_record(tmp_path, "screw", 2, "best", [(0.9, None)], data_type="folder")
     made = table(tmp_path, "image AUROC, K = 2")
     assert made.columns == ["untrained", "last", "best"] and list(made.rows) == ["screw", "mean"]
-    assert entry(table(tmp_path, "pixel AUROC, K = 2"), "screw", "best") is None
+
+
+def test_pictures_without_ground_truth(tmp_path):
+    """What cannot be measured is told apart from what was not run, and is in no mean and no comparison."""
+    write_record(tmp_path, "screw", 2, "best", [(0.9, 0.8)], data_type="folder")
+    write_record(tmp_path, "solar", 2, "best", [(0.9, None)], data_type="folder")
+    results = read_results(tmp_path)
+    made = table(tmp_path, "pixel AUROC, K = 2")
+    assert entry(made, "mean", "best") == Entry(80, None, (80.0,), "1 of 2")
+    assert "| solar | missing | missing | n/a |" in to_markdown(results, [made])
+    assert "nan" not in to_html(results, [made]) and "nan" not in to_latex(results, [made])
+    assert [one.categories for one in compare(results, results)] == [2, 1]
+    write_csv(tmp_path / "tables.csv", [made])
+    assert "solar,best,n/a,,,," in (tmp_path / "tables.csv").read_text()
 
 
 def test_what_was_asked_for_and_failed_is_shown(tmp_path):
@@ -141,7 +155,7 @@ def test_other_metrics_come_from_the_last_weights(tmp_path):
         record["rounds"][0] |= {"image_ap": value, "image_f1_max": value, "pixel_ap": None, "pro": value}
         (tmp_path / f"ring_2_affine_{weights}.json").write_text(json.dumps(record))
     made = table(tmp_path, "Other metrics, last weights, K = 2")
-    assert entry(made, "ring", "PRO").mean == 50 and entry(made, "ring", "pixel AP") is None
+    assert entry(made, "ring", "PRO").mean == 50 and entry(made, "ring", "pixel AP") is NO_TRUTH
 
 
 def test_markdown(folder):
