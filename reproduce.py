@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from datasets.cache import default_cache_dir
+from datasets.manifest import DEFAULT_PATH, category_manifest
 from datasets.mvtec import (
     CATEGORIES,
     category_folder,
     held_out_category,
-    list_images,
     list_source_images,
     list_test_items,
+    list_train_images,
 )
-from datasets.support import DEFAULT_PATH
 from evaluation.engines import Cluster, cores_per_job, run_local, run_on_cluster, visible_gpus
 from evaluation.grid import Cell, Fingerprints, code_version, digest, is_begun, is_finished
 from evaluation.tables import GRID_FILE, compare, format_comparison, read_results
@@ -147,7 +147,7 @@ class Plan:
         self.categories = _categories(args)
         self.tests = {name: list_test_items(self._folder(name)) for name in self.categories}
         if args.eval_only:
-            self.sources = {name: list_images(self._folder(name) / "train" / "good") for name in self.categories}
+            self.sources = {name: list_train_images(self._folder(name)) for name in self.categories}
         else:
             self.sources = list_source_images(args.data_path, args.data_type, target="")
         self.files, self.code = Fingerprints(), code_version()
@@ -271,8 +271,9 @@ class Plan:
         )
 
     def _support_files(self, category: str, shot: int) -> list[Path]:
-        folder = (self.args.support_path or DEFAULT_PATH) / category
-        return sorted(file for file in folder.glob(f"{shot}_{self.args.inferences}*") if file.is_file())
+        root = self.args.support_path or DEFAULT_PATH
+        files = [*(root / category).glob(f"{shot}_{self.args.inferences}*"), category_manifest(root, category)]
+        return sorted(file for file in files if file.is_file())
 
     def _seconds(self, cells: Sequence[Cell]) -> dict[Cell, float]:
         """Estimated from a measurement on this machine, with a job's share of its cores."""

@@ -28,6 +28,11 @@ class ImageError(UserError):
     """A picture that cannot be used; the message names its path and the reason."""
 
 
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a picture, and not a hidden one."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
 def read_image(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
     """The picture as RGB, (size, size, 3) uint8, see `read_picture` and `to_square`."""
     return to_square(read_picture(path), size, keep_aspect)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.images import IMAGE_SUFFIXES, ImageError, read_picture, to_square
+from datasets.images import IMAGE_SUFFIXES, ImageError, is_picture, read_picture, to_square
 from utils.utils import StageClock, UserError, in_threads
 
 POLL_SECONDS = 0.5  # between looks into a watched folder
@@ -41,11 +41,6 @@ def list_inputs(sources: Sequence[Path]) -> list[Path]:
     if not found:
         raise UserError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
     return list(found)
-
-
-def is_picture(path: Path) -> bool:
-    """Whether the name is that of a picture, and not a hidden one."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def read_inputs(

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.images import IMAGE_SUFFIXES, check_headers, content_box, read_batches, read_mask, read_picture, to_square
+from datasets.images import (
+    IMAGE_SUFFIXES,
+    check_headers,
+    content_box,
+    is_picture,
+    read_batches,
+    read_mask,
+    read_picture,
+    to_square,
+)
 from utils.utils import UserError
 
 TRAINING_PICTURES = {  # MVTec AD: number of normal training pictures, called 000.png upwards
@@ -119,7 +128,7 @@ def list_images(folder: Path) -> list[Path]:
     """The pictures directly in `folder`, sorted by name; UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder} (expected layout: <category>/train/good, <category>/test/<defect>)")
-    images = [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGE_SUFFIXES]
+    images = list(filter(is_picture, _entries(folder)))
     if not images:
         raise UserError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
     return images
@@ -201,7 +210,7 @@ def _masks(folder: Path) -> dict[str, Path]:
     """The pictures in a folder of masks by name without suffix; of several with one name the PNG."""
     if not folder.is_dir():
         return {}
-    masks = (entry for entry in _entries(folder) if entry.suffix.lower() in IMAGE_SUFFIXES)
+    masks = filter(is_picture, _entries(folder))
     return {mask.stem: mask for mask in sorted(masks, key=lambda mask: mask.suffix.lower() == ".png")}
 
 

@@ -103,8 +103,8 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
     return SupportRounds(pictures, manifest.rounds, f"{file}, names in {beside.name}", file)
 
 
-def load_support_rounds(path: Path, shot: int, rounds: int, size: int) -> list[torch.Tensor]:
-    """The rounds of a support file, each (K, 3, S, S) in [0, 1]; every property is checked.
+def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) -> list[torch.Tensor]:
+    """The rounds of a support file, each (K, 3, S, S) in [0, 1]; every property is checked. size: None for any.
 
     Raises:
         UserError: missing or damaged file, or one of other shot, rounds, size or value range.
@@ -119,6 +119,7 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int) -> list[t
         raise UserError(f"support set {path} is not a list of tensors, one per round")
     if len(content) != rounds:
         raise UserError(f"support set {path} has {len(content)} rounds, not {rounds}; give --inferences {len(content)}")
+    size = size or content[0].shape[-1]
     for number, pictures in enumerate(content):
         if pictures.shape != (shot, 3, size, size):
             raise UserError(

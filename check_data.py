@@ -1,0 +1,62 @@
+"""Command: look at every picture and mask of a data set; a table of what there is, and every problem with its file.
+
+python check_data.py --data_type folder --data_path ./my_data
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datasets.check import check_category, check_support, count_files, format_reports
+from datasets.images import MAX_PIXELS, limit_pixels
+from datasets.manifest import DEFAULT_PATH
+from datasets.mvtec import CATEGORIES, category_names
+from utils.utils import UserError, require_positive, run_command
+
+PROBLEMS = 1  # exit code where there are any; 2 is a mistake in the call
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of check_data.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Exit code: 0 clean, 1 problems, 2 a mistake in the call."
+    )
+    parser.add_argument("--obj", nargs="+", metavar="CATEGORY", help="default: all of the data type")
+    parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
+    parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    parser.add_argument("--support", action="store_true", help="check support sets and manifests too")
+    parser.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where they are")
+    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are a problem")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table and the problems; exits with PROBLEMS if there are any."""
+    args = get_args_parser().parse_args(argv)
+    require_positive(args, "max_pixels")
+    limit_pixels(args.max_pixels)
+    if not args.data_path.is_dir():
+        raise UserError(f"no data folder {args.data_path}; give the folder that holds the categories with --data_path")
+    names = args.obj or category_names(args.data_path, args.data_type)
+    if not names:
+        raise UserError(f"{args.data_path} holds no folder with train/good in it, so no category")
+    with tqdm(total=count_files(args.data_path, names), unit=" files", leave=False, disable=None) as bar:
+        reports = [check_category(args.data_path, args.data_type, name, bar.update) for name in names]
+    print(format_reports(reports))
+    problems = [problem for report in reports for problem in report.problems]
+    if args.support:
+        problems += [problem for name in names for problem in check_support(args.support_path, args.data_path, name)]
+    print(f"{len(problems)} problem(s)" if problems else "no problems")
+    for problem in problems:
+        print(f"  {problem}")
+    if problems:
+        sys.exit(PROBLEMS)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,189 @@
+"""A look at every file of a data set before anything depends on it: what there is, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.images import ImageError, is_picture, read_header, read_mask, read_picture
+from datasets.manifest import category_manifest, load_manifest, verify
+from datasets.mvtec import GOOD, LabelledImage, category_folder, list_test_items, list_train_images
+from datasets.support import load_support_rounds
+from utils.utils import UserError
+
+
+class Seen(NamedTuple):
+    """A picture that was read. size: width and height, upright; mode: Pillow's, as stored; empty: a mask of zeros."""
+
+    size: tuple[int, int]
+    mode: str
+    empty: bool
+
+
+class CategoryReport(NamedTuple):
+    """What a category holds; `problems` are sentences that name a file or folder."""
+
+    name: str
+    train: int
+    good: int
+    defects: dict[str, int]  # pictures per kind
+    masks: int
+    sizes: list[tuple[int, int]]  # of pictures, smallest first
+    modes: list[str]
+    problems: list[str]
+
+
+Progress = Callable[[], None]  # called once per file that was read
+
+
+def check_category(data_path: Path, data_type: str, name: str, progress: Progress) -> CategoryReport:
+    """Reads every picture and mask of a category, on all cores. No problem of the data is raised as an error."""
+    problems: list[str] = []
+    train, test = _list_files(data_path, data_type, name, problems)
+    masks = [item.mask for item in test if item.mask]
+    pictures = [*train, *(item.image for item in test)]
+    seen = {path: found for path, found in _read_all(pictures, masks, progress)}
+    problems += [found for found in seen.values() if isinstance(found, str)]
+    if len(train) == 1:
+        problems.append(f"{train[0].parent} has one picture; training needs at least two")
+    problems += _same_names(pictures)
+    problems += _mask_problems(test, seen)
+    problems += _masks_of_nothing(data_path / name, set(masks))
+    good = [found for path in pictures if isinstance(found := seen[path], Seen)]
+    defects = Counter(item.defect for item in test)
+    return CategoryReport(
+        name,
+        len(train),
+        defects.pop(GOOD, 0),
+        dict(sorted(defects.items())),
+        len(masks),
+        sorted({found.size for found in good}),
+        sorted({found.mode for found in good}),
+        problems,
+    )
+
+
+def _list_files(
+    data_path: Path, data_type: str, name: str, problems: list[str]
+) -> tuple[list[Path], list[LabelledImage]]:
+    """Training and test pictures; a folder `test` may be missing, but one without both kinds is a problem."""
+    try:
+        folder = category_folder(data_path, data_type, name)
+        train = list_train_images(folder)
+    except UserError as error:
+        problems.append(str(error))
+        return [], []
+    if (folder / "train").is_dir() and not (folder / "test").exists():
+        return train, []
+    try:
+        test = list_test_items(folder, need_both=False)
+    except UserError as error:
+        problems.append(str(error))
+        return train, []
+    if {item.label for item in test} != {0, 1}:
+        problems.append(f"{folder / 'test'} has no {'defective' if not test[0].label else 'normal'} pictures to score")
+    return train, test
+
+
+def _read_all(pictures: Sequence[Path], masks: Sequence[Path], progress: Progress) -> Iterator[tuple[Path, Seen | str]]:
+    def look(path: Path) -> tuple[Path, Seen | str]:
+        found = _look(path, path in are_masks)
+        progress()
+        return path, found
+
+    are_masks = set(masks)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
+        yield from pool.map(look, dict.fromkeys([*pictures, *masks]))
+
+
+def _look(path: Path, is_mask: bool) -> Seen | str:
+    try:
+        header, picture = read_header(path), read_picture(path)
+        empty = is_mask and not read_mask(path, max(picture.size)).any()
+        return Seen(picture.size, header.mode, empty)
+    except ImageError as error:
+        return str(error)
+
+
+def _same_names(pictures: Iterable[Path]) -> list[str]:
+    """Pictures of one folder that differ in the suffix only: which one a mask belongs to cannot be told."""
+    count = Counter((path.parent, path.stem) for path in pictures)
+    return [f"{folder} has {times} pictures called {stem}" for (folder, stem), times in count.items() if times > 1]
+
+
+def _mask_problems(test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
+    """Masks that are missing where others are there, of another size than their picture, or without any defect."""
+    problems, some_have_one = [], any(item.mask for item in test)
+    for item in test:
+        picture, mask = seen[item.image], seen.get(item.mask)
+        if some_have_one and not item.has_truth:
+            problems.append(f"{item.image} has no mask")
+        if isinstance(picture, Seen) and isinstance(mask, Seen):
+            if mask.size != picture.size:
+                sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, picture.size))
+                problems.append(f"{item.mask} is {sizes} pixels, as its picture")
+            if mask.empty:
+                problems.append(f"{item.mask} marks no pixel")
+    return problems
+
+
+def _masks_of_nothing(category: Path, masks: set[Path]) -> list[str]:
+    truth = category / "ground_truth"
+    files = sorted(filter(is_picture, truth.rglob("*"))) if truth.is_dir() else []
+    return [f"{path} is the mask of no test picture" for path in files if path not in masks]
+
+
+def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
+    """What is wrong with the support sets and manifests of a category, a sentence each."""
+    problems, folder = [], data_path / name
+    manifests = [category_manifest(support_path, name), *sorted((support_path / name).glob("*.json"))]
+    for file in filter(Path.is_file, manifests):
+        try:
+            problems += [f"{file}: {problem}" for problem in verify(load_manifest(file), folder)]
+        except UserError as error:
+            problems.append(str(error))
+    for file in sorted((support_path / name).glob("*.pt")):
+        shot, _, rounds = file.stem.partition("_")
+        if not (shot.isdecimal() and rounds.isdecimal()):
+            problems.append(f"{file} is not called <shot>_<rounds>.pt")
+            continue
+        try:
+            load_support_rounds(file, int(shot), int(rounds), None)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def count_files(data_path: Path, names: Sequence[str]) -> int:
+    """About how many files `check_category` reads, for a progress bar."""
+    return sum(sum(map(is_picture, (data_path / name).rglob("*"))) for name in names)
+
+
+def format_reports(reports: Sequence[CategoryReport]) -> str:
+    """The table for people, one line per category."""
+    header = ("category", "train", "test good", "test defective", "masks", "sizes", "modes")
+    rows = [header, *map(_cells, reports)]
+    widths = np.array([[len(cell) for cell in row] for row in rows]).max(axis=0)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _cells(report: CategoryReport) -> tuple[str, ...]:
+    defects = ", ".join(f"{kind} {count}" for kind, count in report.defects.items())
+    total = sum(report.defects.values())
+    few = [f"{width}x{height}" for width, height in report.sizes]
+    sizes = " ".join(few) if len(few) <= 2 else f"{few[0]} ... {few[-1]} ({len(few)} sizes)"
+    return (
+        report.name,
+        str(report.train),
+        str(report.good),
+        f"{total} ({defects})" if defects else "0",
+        str(report.masks),
+        sizes or "-",
+        " ".join(report.modes) or "-",
+    )
