@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.episodes import Episode
-from datasets.images import check_headers, read_batches, read_image
+from datasets.images import ImageError, check_headers, read_batches, read_image
 from utils.utils import UserError, whole_file
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # changes whenever `read_image` gives other values
@@ -63,10 +63,19 @@ def decoded_images(
 
 def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: bool) -> Path:
     folder = paths[0].parent.resolve()
-    states = [(path.name, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [path.stat()]]
+    states = [_state(path) for path in paths]
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
     what = hashlib.sha256(repr((size, keep_aspect, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{size}_{where}_{what}.npy"
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """What changes when a picture does: name, size in bytes, time of change."""
+    try:
+        stat = path.stat()
+    except OSError as error:  # a link to nothing
+        raise ImageError(f"cannot read the picture {path}: {error.strerror}") from error
+    return path.name, stat.st_size, stat.st_mtime_ns
 
 
 def _remove_outdated(file: Path) -> None:

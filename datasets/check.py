@@ -47,13 +47,13 @@ def check_category(data_path: Path, data_type: str, name: str, progress: Progres
     train, test = _list_files(data_path, data_type, name, problems)
     masks = [item.mask for item in test if item.mask]
     pictures = [*train, *(item.image for item in test)]
-    seen = {path: found for path, found in _read_all(pictures, masks, progress)}
+    seen = dict(_read_all(pictures, masks, progress))
     problems += [found for found in seen.values() if isinstance(found, str)]
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one picture; training needs at least two")
     problems += _same_names(pictures)
     problems += _mask_problems(test, seen)
-    problems += _masks_of_nothing(data_path / name, set(masks))
+    problems += _masks_of_nothing(data_path / name, set(masks)) if test else []
     good = [found for path in pictures if isinstance(found := seen[path], Seen)]
     defects = Counter(item.defect for item in test)
     return CategoryReport(

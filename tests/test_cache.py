@@ -88,7 +88,7 @@ def test_sizes_and_folders_are_apart(paths, tmp_path):
 def test_a_killed_writer_leaves_nothing_that_is_trusted(paths, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from datasets import cache\n"
-        "def slow(path, size): time.sleep(0.2); return original(path, size)\n"
+        "def slow(*a): time.sleep(0.2); return original(*a)\n"
         "original, cache.read_image = cache.read_image, slow\n"
         f"cache.decoded_images([Path(p) for p in sys.argv[2:]], {SIZE}, Path(sys.argv[1]), 0)\n"
     )
