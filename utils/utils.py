@@ -64,8 +64,14 @@ def require_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def plain_arguments(arguments: argparse.Namespace) -> dict:
-    """A command's arguments for a record: paths as text."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    """A command's arguments for a record: paths as text, alone or in lists."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(arguments).items()}
 
 
 def seed_everything(seed: int) -> None:
