@@ -12,7 +12,16 @@ import numpy as np
 
 from datasets.images import ImageError, is_picture, read_header, read_mask, read_picture
 from datasets.manifest import category_manifest, load_manifest, verify
-from datasets.mvtec import GOOD, LabelledImage, category_folder, list_test_items, list_train_images
+from datasets.mvtec import (
+    GOOD,
+    LabelledImage,
+    category_folder,
+    defect_folders,
+    is_visa,
+    list_folder_items,
+    list_test_items,
+    list_train_images,
+)
 from datasets.support import load_support_rounds
 from utils.utils import UserError
 
@@ -74,20 +83,34 @@ def _list_files(
     """Training and test pictures; a folder `test` may be missing, but one without both kinds is a problem."""
     try:
         folder = category_folder(data_path, data_type, name)
-        train = list_train_images(folder)
     except UserError as error:
         problems.append(str(error))
         return [], []
-    if (folder / "train").is_dir() and not (folder / "test").exists():
-        return train, []
+    train = _or_problem(list_train_images, folder, problems)
+    return train, _list_test(folder, problems)
+
+
+def _list_test(folder: Path, problems: list[str]) -> list[LabelledImage]:
+    """Test pictures, folder by folder, so that an empty one does not hide what is wrong in the others."""
+    if is_visa(folder):
+        return _or_problem(list_test_items, folder, problems)
+    if not (folder / "test").exists():
+        return []
+    before = len(problems)
+    folders = _or_problem(defect_folders, folder, problems)
+    test = [item for entry in folders for item in _or_problem(list_folder_items, entry, problems)]
+    labels = {item.label for item in test}
+    if labels != {0, 1} and len(problems) == before:
+        problems.append(f"{folder / 'test'} has no {'defective' if labels == {0} else 'normal'} pictures to score")
+    return test
+
+
+def _or_problem(list_files: Callable[[Path], list], folder: Path, problems: list[str]) -> list:
     try:
-        test = list_test_items(folder, need_both=False)
+        return list_files(folder)
     except UserError as error:
         problems.append(str(error))
-        return train, []
-    if {item.label for item in test} != {0, 1}:
-        problems.append(f"{folder / 'test'} has no {'defective' if not test[0].label else 'normal'} pictures to score")
-    return train, test
+        return []
 
 
 def _read_all(pictures: Sequence[Path], masks: Sequence[Path], progress: Progress) -> Iterator[tuple[Path, Seen | str]]:

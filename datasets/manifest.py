@@ -60,7 +60,8 @@ def draw_support_names(names: Sequence[str], shot: int, round_number: int, seed:
     """
 
     def key(name: str) -> bytes:
-        return hashlib.sha256(f"{seed}/{category}/{round_number}/{name}".encode()).digest()
+        text = f"{seed}/{category}/{round_number}/{name}"
+        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # names need not be UTF-8
 
     return sorted(names, key=key)[:shot]
 
@@ -136,7 +137,7 @@ def load_manifest(path: Path) -> Manifest:
     """
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"cannot read the manifest {path}: {' '.join(str(error).split())}") from error
     if not _is_sound(manifest):
         raise UserError(f"manifest {path} does not list plain file names per round, and SHA-256 of files by name")

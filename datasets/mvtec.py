@@ -140,7 +140,7 @@ def list_train_images(category: Path) -> list[Path]:
     Raises:
         UserError: no folder train/good, or no pictures in it.
     """
-    if not _is_visa(category):
+    if not is_visa(category):
         return list_images(category / "train" / GOOD)
     images = [row.image for row in _visa_rows(category, "train") if row.defect == GOOD]
     if not images:
@@ -157,7 +157,10 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
     Raises:
         UserError: no test pictures, or what is said above.
     """
-    items = _visa_rows(category, "test") if _is_visa(category) else _test_folders(category)
+    if is_visa(category):
+        items = _visa_rows(category, "test")
+    else:
+        items = [item for folder in defect_folders(category) for item in list_folder_items(folder)]
     labels = {item.label for item in items}
     if not items or (need_both and labels != {0, 1}):
         lacking = f"normal pictures (test/{GOOD})" if 0 not in labels else "defective pictures (test/<defect>)"
@@ -193,17 +196,21 @@ def without_truth(items: Iterable[LabelledImage]) -> list[LabelledImage]:
     return [item for item in items if not item.has_truth]
 
 
-def _test_folders(category: Path) -> list[LabelledImage]:
-    test, truth = category / "test", category / "ground_truth"
+def defect_folders(category: Path) -> list[Path]:
+    """The folders test/good and test/<defect>, sorted by name; UserError if there is no folder test."""
+    test = category / "test"
     if not test.is_dir():
         raise UserError(f"no folder {test}: scoring needs test/{GOOD} and test/<defect> under the category")
-    items = []
-    for folder in (entry for entry in _entries(test) if entry.is_dir()):
-        masks = _masks(truth / folder.name) if folder.name != GOOD else {}
-        for image in list_images(folder):
-            mask = masks.get(f"{image.stem}_mask") or masks.get(image.stem)
-            items.append(LabelledImage(image, mask, folder.name))
-    return items
+    return [entry for entry in _entries(test) if entry.is_dir()]
+
+
+def list_folder_items(folder: Path) -> list[LabelledImage]:
+    """The test pictures in <category>/test/<defect>; UserError if there are none."""
+    masks = _masks(folder.parent.parent / "ground_truth" / folder.name) if folder.name != GOOD else {}
+    images = list_images(folder)
+    return [
+        LabelledImage(image, masks.get(f"{image.stem}_mask") or masks.get(image.stem), folder.name) for image in images
+    ]
 
 
 def _masks(folder: Path) -> dict[str, Path]:
@@ -214,7 +221,8 @@ def _masks(folder: Path) -> dict[str, Path]:
     return {mask.stem: mask for mask in sorted(masks, key=lambda mask: mask.suffix.lower() == ".png")}
 
 
-def _is_visa(category: Path) -> bool:
+def is_visa(category: Path) -> bool:
+    """Whether the category's pictures are those that VisA's file of splits lists."""
     return not (category / "train").is_dir() and (category.parent / VISA_SPLIT).is_file()
 
 

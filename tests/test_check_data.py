@@ -21,6 +21,7 @@ from datasets.manifest import category_manifest, draw_manifest, save_manifest
 from tests.reference import DATA, needs_reference
 from tests.test_commands import test_command
 from tests.test_images import COLOURS, GREYS, SIDEWAYS, coloured, encoded, grey, palette, sixteen_bit, with_alpha
+from tests.test_layouts import visa  # noqa: F401
 from utils.utils import PROJECT_ROOT, UserError
 
 SIZE = 64
@@ -193,6 +194,52 @@ def test_faults_are_found(fault, data, capsys):
     assert check(data) == 1
     printed = capsys.readouterr().out
     assert sentence in printed and "1 problem(s)" in printed
+
+
+def test_an_empty_folder_hides_nothing(data, capsys):
+    """Neither the pictures of other folders nor what is wrong with them."""
+    (data / "ring/test/dent").mkdir()
+    (data / "ring/test/rust/001.png").write_bytes(b"x")
+    for path in (data / "ring/train/good").iterdir():
+        path.unlink()
+    assert check(data) == 1
+    printed = capsys.readouterr().out
+    assert "3 problem(s)" in printed and "(chip 2, rust 2, scratch 2)" in printed
+    assert all(text in printed for text in ("ring/test/dent", "ring/test/rust/001.png", "ring/train/good"))
+
+
+def test_a_test_folder_without_anything(data, capsys):
+    shutil.rmtree(data / "ring/test")
+    (data / "ring/test").mkdir()
+    shutil.rmtree(data / "ring/ground_truth")
+    assert check(data) == 1 and "1 problem(s)" in capsys.readouterr().out
+
+
+def test_visa(visa, capsys):  # noqa: F811
+    flags = ["--data_type", "visa", "--data_path", str(visa), "--obj", "candle"]
+    check_data.main(flags)
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row == ["candle", "3", "1", "1", "(anomaly", "1)", "1", "30x20", "RGB"]
+    (visa / "candle/Data/Images/Normal/0003.JPG").unlink()
+    with pytest.raises(SystemExit):
+        check_data.main(flags)
+    assert "cannot read the picture" in capsys.readouterr().out
+
+
+def test_a_name_that_the_terminal_cannot_show(data):
+    """Not UTF-8, as in an archive from an old system; file systems that refuse it cannot have the problem."""
+    try:
+        (data / "ring/test/rust/gr\udcfcn.png").write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    done = subprocess.run(
+        [sys.executable, "check_data.py", "--data_type", "folder", "--data_path", str(data)],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert done.returncode == 1 and "gr\\udcfcn.png" in done.stdout and not done.stderr, done.stderr
 
 
 def test_test_and_ground_truth_may_be_missing(data, capsys):

@@ -41,6 +41,11 @@ def test_draws_are_nested_distinct_and_do_not_depend_on_order(names, rounds, see
     assert drawn.part(fewer, 1).rounds == draw_manifest("bolt", names, fewer, 1, seed).rounds
 
 
+def test_names_that_are_not_utf_8_are_drawn_too():
+    names = ["gr\udcfcn.png", "b.png"]
+    assert set(draw_manifest("bolt", names, 2, 1, 0).rounds[0]) == set(names)
+
+
 def test_draw_is_the_same_on_every_machine():
     """SHA-256 is specified; these literals must never change, or support sets of the same seed would differ."""
     drawn = draw_manifest("bottle", [f"{number:03d}.png" for number in range(209)], 3, 2, 0)
@@ -63,6 +68,7 @@ def test_saved_manifests_come_back(tmp_path_factory, rounds):
 RIGHT = draw_manifest("bolt", ["a.png", "b.png", "c.png"], 2, 2, 0)._asdict()
 WRONG = {
     "no JSON": ("{", "cannot read the manifest"),
+    "nested without end": ("[" * 100_000, "cannot read the manifest"),
     "a list": ("[]", "cannot read the manifest"),
     "lacks an entry": ({key: value for key, value in RIGHT.items() if key != "seed"}, "cannot read the manifest"),
     "a further entry": (RIGHT | {"more": 1}, "cannot read the manifest"),
@@ -83,6 +89,26 @@ def test_wrong_manifests_are_refused(case, tmp_path):
     with pytest.raises(UserError, match=sentence) as caught:
         load_manifest(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["category", "shot", "rounds", "sha256"]), ANYTHING)
+def test_any_value_gives_a_manifest_or_an_error_for_people(tmp_path_factory, key, value):
+    file = tmp_path_factory.mktemp("manifest") / "2_2.json"
+    file.write_text(json.dumps(RIGHT | {key: value}))
+    try:
+        found = load_manifest(file)
+    except UserError as error:
+        assert str(file) in str(error)
+        return
+    assert found.part(1, 1).names() and all(len(names) == found.shot for names in found.rounds)
 
 
 @pytest.fixture
@@ -147,6 +173,28 @@ def test_a_manifest_that_does_not_fit_the_data(category, tmp_path):
     save_manifest(file, draw_manifest("ring", ["000.png", "9.png", "8.png"], 3, 2, 0))
     with pytest.raises(UserError, match=r"ring\.json does not fit the data, 2 problem\(s\), the first: 8\.png is not"):
         find(tmp_path, category, shot=3)
+
+
+def test_the_default_manifests_give_way_only_where_they_have_no_hashes(category, tmp_path, monkeypatch):
+    """Those of MVTec AD must not keep a category of the same name from being scored."""
+    monkeypatch.chdir(tmp_path)
+    file = category_manifest(Path("support_set"), "ring")
+    other = draw_manifest("ring", ["8.png", "9.png"], 2, 2, 0)
+    save_manifest(file, other)
+    found = find(None, category)
+    assert found.file is None and f"{file} is of other data: 8.png is not" in found.source
+    assert found.names == draw_from_folder(category, 2, 2, 0).rounds
+    save_manifest(file, other._replace(sha256={"8.png": "00"}))
+    with pytest.raises(UserError, match="does not fit the data"):
+        find(None, category)
+
+
+def test_tensors_made_here_have_names_and_one_aspect(category, tmp_path):
+    make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2", "--keep_aspect")
+    found = find_support_rounds(tmp_path, category, 2, 2, SIZE, keep_aspect=True)
+    assert found.names == draw_from_folder(category, 2, 2, 0).rounds and "names in 2_2.json" in found.source
+    with pytest.raises(UserError, match="was made with --keep_aspect; remove it or give another --support_path"):
+        find(tmp_path, category)
 
 
 def make(category: Path, folder: Path, *flags: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import io
 import json
 import os
 import platform
@@ -41,6 +42,8 @@ class UserError(Exception):
 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     """Runs a command's `main` on sys.argv; a UserError or Ctrl-C ends it in one line with exit code 2 or 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(None)
     except UserError as error:
