@@ -39,18 +39,8 @@ def read_image(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
 
 
 def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A ground-truth mask as (size, size) bool, True on the defect; NEAREST resize, as the release does.
-
-    True where the brightest channel is above one half. A mask that nowhere reaches it holds numbers of classes, as
-    VisA's: True where it is not 0.
-
-    Raises:
-        ImageError: as `read_picture`.
-    """
-    picture = read_picture(path)
-    grey = picture if picture.mode == "L" else Image.fromarray(np.asarray(picture).max(axis=2))
-    threshold = MASK_THRESHOLD if grey.getextrema()[1] > MASK_THRESHOLD else 0
-    return _fit(grey, size, keep_aspect, Image.Resampling.NEAREST) > threshold
+    """A ground-truth mask as (size, size) bool, True on the defect, see `read_picture` and `to_mask`."""
+    return to_mask(read_picture(path), size, keep_aspect)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -80,6 +70,17 @@ def to_square(picture: Image.Image, size: int, keep_aspect: bool = False) -> np.
     """
     square = _fit(picture, size, keep_aspect, Image.Resampling.LANCZOS)
     return square if square.ndim == 3 else square[..., None].repeat(3, axis=2)
+
+
+def to_mask(picture: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
+    """A mask from `read_picture` as (size, size) bool, True on the defect; NEAREST resize, as the release does.
+
+    True where the brightest channel is above one half. A mask that nowhere reaches it holds numbers of classes, as
+    VisA's: True where it is not 0.
+    """
+    grey = picture if picture.mode == "L" else Image.fromarray(np.asarray(picture).max(axis=2))
+    threshold = MASK_THRESHOLD if grey.getextrema()[1] > MASK_THRESHOLD else 0
+    return _fit(grey, size, keep_aspect, Image.Resampling.NEAREST) > threshold
 
 
 def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[int, int, int, int]:

@@ -18,16 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.images import (
     IMAGE_SUFFIXES,
+    ImageError,
     check_headers,
     content_box,
     is_picture,
     read_batches,
-    read_mask,
     read_picture,
+    to_mask,
     to_square,
 )
 from utils.utils import UserError
@@ -292,6 +294,8 @@ class LabelledDataset(Dataset):
 
     `counted` are the pixels for the pixel metrics: not the padding of `keep_aspect`, and none of a defective picture
     without a mask file. `mask` is False outside.
+
+    Reading an item raises ImageError if a file cannot be read or a mask is not as large as its picture.
     """
 
     def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False) -> None:
@@ -308,11 +312,20 @@ class LabelledDataset(Dataset):
         if item.has_truth:
             left, top, right, bottom = content_box(*picture.size, self.size, self.keep_aspect)
             counted[top:bottom, left:right] = True
-        mask = (
-            np.zeros_like(counted) if item.mask is None else counted & read_mask(item.mask, self.size, self.keep_aspect)
-        )
+        mask = np.zeros_like(counted)
+        if item.mask is not None:
+            mask = counted & to_mask(_mask_of(item.mask, picture), self.size, self.keep_aspect)
         arrays = {"image": np.ascontiguousarray(image), "mask": mask, "counted": counted}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _mask_of(path: Path, picture: Image.Image) -> Image.Image:
+    """The mask, which must be as large as its upright picture: else it would mark other places."""
+    mask = read_picture(path)
+    if mask.size != picture.size:
+        sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, picture.size))
+        raise ImageError(f"the mask {path} is {sizes} pixels, the size of its picture")
+    return mask
 
 
 class Preloaded(Dataset):

@@ -23,6 +23,7 @@ from datasets.mvtec import (
     without_truth,
 )
 from tests.test_commands import test_command
+from tests.test_images import SIDEWAYS
 from utils.utils import UserError
 
 WIDTH, HEIGHT = 30, 20
@@ -157,8 +158,22 @@ def test_pictures_without_a_mask_leave_the_pixel_metrics_and_are_counted(categor
         checked_test_items(category, strict=True)
 
 
-def score(category: Path, tmp_path: Path) -> dict:
-    flags = "--obj part --shot 2 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers 0"
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_mask_of_another_size_is_refused_before_any_score(workers, category, tmp_path, capsys):
+    """Also one whose stored size fits, when the picture is turned upright and the mask is not."""
+    mask(category / "ground_truth/dent/e_mask.png")
+    Image.open(category / "test/dent/e.tif").save(category / "test/dent/e.jpg", exif=SIDEWAYS)
+    (category / "test/dent/e.tif").unlink()
+    with pytest.raises(UserError, match=r"the mask .*e_mask\.png is 30x20 instead of 20x30 pixels") as caught:
+        score(category, tmp_path, workers)
+    assert "\n" not in str(caught.value) and "round 0" not in capsys.readouterr().out
+    with Image.open(category / "ground_truth/dent/e_mask.png") as lying:
+        lying.save(category / "ground_truth/dent/e_mask.png", exif=SIDEWAYS)
+    assert score(category, tmp_path, workers)["pixel_auroc"]
+
+
+def score(category: Path, tmp_path: Path, workers: str = "0") -> dict:
+    flags = f"--obj part --shot 2 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers {workers}"
     test_command.main(
         [*flags.split(), "--untrained", "--weights", "none", "--data_path", str(category.parent)]
         + ["--output", str(tmp_path / "out")]
