@@ -154,7 +154,8 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and (x[:, 1:] == x[:, :1]).all():
         weight = convolution.weight.sum(dim=1, keepdim=True)
-        return F.conv2d(x[:, :1], weight, convolution.bias, convolution.stride, convolution.padding)
+        grey = x[:, :1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, and so is what comes out
+        return F.conv2d(grey, weight, convolution.bias, convolution.stride, convolution.padding)
     return convolution(x)
 
 

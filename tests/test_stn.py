@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
-from models.stn import STN_MODES, STNResNet18, folded
+from models.stn import STN_MODES, STNResNet18, _first_convolution, folded
 from tests.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
 from utils.utils import UserError, resolve_device
 
@@ -118,6 +118,15 @@ def test_grey_pictures_take_the_short_way_to_the_same_maps(make, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the long way
     for quick, slow in zip(short, maps_and_gradient(), strict=True):
         assert 0 < (slow - quick).norm() / slow.norm() < 1e-12  # not 0: another order of summation shows it was short
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_grey_pictures_stay_channels_last(channels_last):
+    """Else pooling, and all that follows, takes several times as long."""
+    grey = pictures(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
+    grey = grey.to(memory_format=torch.channels_last) if channels_last else grey
+    found = _first_convolution(folded(shaken()).conv1, grey)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_folding_leaves_the_network_as_it_was():
