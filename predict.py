@@ -15,25 +15,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.inputs import list_inputs, watch
+from evaluation.detector_flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
 from evaluation.page import PAGE_PICTURES, PageRow, write_page
 from evaluation.predictions import Outputs, Prediction, ScoreTable, predict
-from models.regad import FewShotDetector, load_checkpoint, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES
-from models.threshold import Threshold
+from models.detector import FewShotDetector
 from utils.utils import (
-    DEFAULT_SEED,
     UserError,
     peak_memory_mb,
     plain_arguments,
     provenance,
     require_positive,
     run_command,
-    seed_everything,
-    sha256,
     write_json,
 )
 
-DEFAULT_FALSE_ALARM = 0.01
 SOME_FAILED = 1  # exit code where inputs could not be read, all others being done
 
 
@@ -41,28 +36,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of predict.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("pictures")
-    what.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal pictures: files or folders")
     what.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="pictures to score: files or folders")
     what.add_argument("--watch", type=Path, metavar="DIR", help="score pictures as they arrive here, until Ctrl-C")
     what.add_argument("--output", type=Path, default=Path("./predictions"), help="folder of everything written")
-    network = parser.add_argument_group("network")
-    network.add_argument("--detector", type=Path, metavar="FILE", help="made with --save; replaces --support")
-    network.add_argument("--save", type=Path, metavar="FILE", help="write the detector into one file, e.g. part.regad")
-    network.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
-    network.add_argument("--weights", default="imagenet", help="without --checkpoint: imagenet, none, or a file")
-    network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
-    network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
-    network.add_argument("--keep_aspect", action="store_true", help="do not squeeze pictures that are not square")
-    decide = parser.add_argument_group("threshold")
-    decide.add_argument("--false_alarm", type=float, help="share of normal pictures that may be called; default 0.01")
-    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal pictures for it")
-    decide.add_argument("--threshold", type=float, help="a fixed score; wins over calibration")
+    add_detector_flags(parser)
     run = parser.add_argument_group("run")
+    run.add_argument("--save", type=Path, metavar="FILE", help="write the detector into one file, e.g. part.regad")
     run.add_argument("--maps", choices=("none", "png", "npy"), default="none", help="raw maps; png: score * 256")
     run.add_argument("--no_pictures", action="store_true", help="write numbers and the report only")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--num_workers", type=int, default=2, help="threads that decode and draw")
-    run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
     return parser
 
 
@@ -70,11 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, scores everything, writes table, record and report."""
     args = get_args_parser().parse_args(argv)
     _check(args)
-    seed_everything(args.seed)
     paths = list_inputs(args.input) if args.input else []
-    detector = FewShotDetector.load(args.detector, args.device) if args.detector else _fit(args)
-    _set_threshold(detector, args)
-    print(f"threshold: {_describe(detector.threshold)}")
+    detector = make_detector(args, args.device)
     if args.save:
         detector.save(args.save)
         print(f"detector: {args.save}")
@@ -89,52 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    require_positive(args, "img_size", "num_workers")
-    if args.img_size % SIZE_DIVISOR:
-        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
-    if bool(args.support) == bool(args.detector):
-        raise UserError("give either normal pictures with --support, or a saved detector with --detector")
+    check_detector_flags(args)
+    require_positive(args, "num_workers")
     if args.input and args.watch:
         raise UserError("--input and --watch exclude each other; pictures already in the watched folder come first")
     if not (args.input or args.watch or args.save):
         raise UserError("nothing to do: give pictures with --input or --watch, or a file to --save the detector in")
     if args.watch and not args.watch.is_dir():
         raise UserError(f"no folder {args.watch} to watch")
-
-
-def _fit(args: argparse.Namespace) -> FewShotDetector:
-    """A detector of the support pictures."""
-    support = list_inputs(args.support)
-    if args.checkpoint:
-        network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
-    else:
-        network = untrained(args.weights, args.stn_mode, args.img_size).stn
-    detector = FewShotDetector(network, args.device, args.keep_aspect)
-    print(f"fitting on {len(support)} normal picture(s)")
-    detector.fit(support, leave_one_out=args.threshold is None and not args.calibrate)
-    weights = f"not trained, weights {args.weights}"
-    detector.origin = {
-        "support": [{"path": str(path), "sha256": sha256(path)} for path in support],
-        "network": f"{args.checkpoint} {sha256(args.checkpoint)}" if args.checkpoint else weights,
-    }
-    return detector
-
-
-def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
-    """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
-    false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
-    if args.threshold is not None:
-        detector.threshold = Threshold(args.threshold, "given with --threshold")
-    elif args.calibrate:
-        detector.calibrate(false_alarm, list_inputs(args.calibrate))
-    elif (detector.threshold is None and detector.support_scores is not None) or args.false_alarm is not None:
-        detector.calibrate(false_alarm)
-
-
-def _describe(threshold: Threshold | None) -> str:
-    if threshold is None:
-        return "none, so nothing is decided; give two support pictures or more, --calibrate, or --threshold"
-    return f"{threshold.value:.3f} ({threshold.how})"
 
 
 def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Namespace) -> list[Prediction]:
@@ -185,7 +127,7 @@ def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argpars
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)
-    notes = [f"Threshold: {_describe(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
     shown = [PageRow(row.path, row.score, None, row.preview) for row in rows if row.score is not None]
     write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
 

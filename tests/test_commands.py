@@ -284,6 +284,8 @@ def test_every_flag_is_used(file):
     """A flag that parses but is never read would be a silent no-op."""
     parser, _ = command_parser(["python", file])
     code = (PROJECT_ROOT / file).read_text()
+    if "add_detector_flags(parser)" in code:
+        code += (PROJECT_ROOT / "evaluation/detector_flags.py").read_text()
     for action in parser._actions:
         assert action.dest == "help" or f"args.{action.dest}" in code, f"{file} never reads --{action.dest}"
 

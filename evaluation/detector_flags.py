@@ -1,0 +1,91 @@
+"""A detector as a command line asks for it: saved earlier, or fitted on normal pictures, and with a threshold."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from datasets.inputs import list_inputs
+from models.regad import FewShotDetector, load_checkpoint, untrained
+from models.stn import SIZE_DIVISOR, STN_MODES
+from models.threshold import Threshold
+from utils.utils import DEFAULT_SEED, UserError, require_positive, seed_everything, sha256
+
+DEFAULT_FALSE_ALARM = 0.01
+
+
+def add_detector_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that takes or makes a detector."""
+    detector = parser.add_argument_group("detector")
+    detector.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal pictures: files or folders")
+    detector.add_argument("--detector", type=Path, metavar="FILE", help="of predict.py --save; replaces --support")
+    detector.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
+    detector.add_argument("--weights", default="imagenet", help="without --checkpoint: imagenet, none, or a file")
+    detector.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
+    detector.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    detector.add_argument("--keep_aspect", action="store_true", help="do not squeeze pictures that are not square")
+    detector.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic"
+    )
+    decide = parser.add_argument_group("threshold")
+    decide.add_argument("--false_alarm", type=float, help="share of normal pictures that may be called; default 0.01")
+    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal pictures for it")
+    decide.add_argument("--threshold", type=float, help="a fixed score; wins over calibration")
+
+
+def check_detector_flags(args: argparse.Namespace) -> None:
+    """UserError where the flags of `add_detector_flags` do not fit together."""
+    require_positive(args, "img_size")
+    if args.img_size % SIZE_DIVISOR:
+        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
+    if bool(args.support) == bool(args.detector):
+        raise UserError("give either normal pictures with --support, or a saved detector with --detector")
+
+
+def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
+    """The detector that the flags of `add_detector_flags` ask for, on `device`, with its threshold; says what it is.
+
+    Raises:
+        UserError: a file or folder that is missing or unfit.
+    """
+    seed_everything(args.seed)
+    detector = FewShotDetector.load(args.detector, device) if args.detector else _fit(args, device)
+    _set_threshold(detector, args)
+    print(f"threshold: {describe_threshold(detector.threshold)}")
+    return detector
+
+
+def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
+    """A detector of the support pictures."""
+    support = list_inputs(args.support)
+    if args.checkpoint:
+        network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
+    else:
+        network = untrained(args.weights, args.stn_mode, args.img_size).stn
+    detector = FewShotDetector(network, device, args.keep_aspect)
+    print(f"fitting on {len(support)} normal picture(s)")
+    detector.fit(support, leave_one_out=args.threshold is None and not args.calibrate)
+    weights = f"not trained, weights {args.weights}"
+    detector.origin = {
+        "support": [{"path": str(path), "sha256": sha256(path)} for path in support],
+        "network": f"{args.checkpoint} {sha256(args.checkpoint)}" if args.checkpoint else weights,
+    }
+    return detector
+
+
+def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
+    """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
+    false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
+    if args.threshold is not None:
+        detector.threshold = Threshold(args.threshold, "given with --threshold")
+    elif args.calibrate:
+        detector.calibrate(false_alarm, list_inputs(args.calibrate))
+    elif (detector.threshold is None and detector.support_scores is not None) or args.false_alarm is not None:
+        detector.calibrate(false_alarm)
+
+
+def describe_threshold(threshold: Threshold | None) -> str:
+    """Value and origin of a threshold in words."""
+    if threshold is None:
+        return "none, so nothing is decided; give two support pictures or more, --calibrate, or --threshold"
+    return f"{threshold.value:.3f} ({threshold.how})"
