@@ -34,8 +34,11 @@ class ExportedDetector(nn.Module):
         self.means = nn.ParameterList(nn.Parameter(mean, requires_grad=False) for mean in means)
         self.centred = nn.ParameterList(nn.Parameter(layer, requires_grad=False) for layer in centred)
         self.register_buffer("joint", joint)
-        self.register_buffer("regression", regression)
-        self.register_buffer("residual", residual)
+        for name, value in (("regression", regression), ("residual", residual)):
+            if value is None:
+                setattr(self, name, None)  # torch.export cannot count buffers that are None
+            else:
+                self.register_buffer(name, value)
         self.register_buffer("matrix", detector.matrix.cpu())
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ from PIL import Image
 import export
 import models.export
 from datasets.images import read_image
+from datasets.inputs import list_inputs
 from evaluation.export_check import CHECK_BATCHES, OPENERS, TOLERANCE, compare, refuse_differences
 from models.export import METADATA_FILE, WRITERS, ExportedDetector
 from models.regad import FewShotDetector, RegAD, load_checkpoint
@@ -192,7 +193,7 @@ def test_twenty_real_pictures(tmp_path):
     network = load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn
     normal = sorted((DATA / "screw/train/good").iterdir())[:2]
     detector = FewShotDetector(network, "cpu").fit(normal, leave_one_out=False)
-    found = [sorted((DATA / category / "test").rglob("*.png")) for category in ("screw", "magnetic_tile")]
+    found = [list_inputs([DATA / category / "test"]) for category in ("screw", "magnetic_tile")]
     chosen = [path for paths in found for path in paths[:: len(paths) // 10][:10]]
     pictures = np.stack([read_image(path, 224) for path in chosen])
     files = {kind: tmp_path / f"part.{kind}" for kind in WRITERS}
