@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--obj", nargs="+", default=["screw", "magnetic_tile", "solar_mono", "solar_poly"])
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--draws", type=int, default=10, help="of support pictures, seed 0")
+    parser.add_argument("--draws", type=int, default=5, help="of support pictures, seed 0")
     parser.add_argument("--false_alarm", type=float, default=0.05)
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
