@@ -30,10 +30,14 @@ PRIOR_WEIGHT = 4  # in pictures: as if the spread had been seen on so many befor
 
 
 class Threshold(NamedTuple):
-    """A score above `value` (a distance) is called defective; `how` says where the value came from."""
+    """A score above `value` (a distance) is called defective; `how` says where the value came from.
+
+    typical: the median normal score, or `value` where no normal score is known; heat-maps are coloured by it.
+    """
 
     value: float
     how: str
+    typical: float
 
 
 def normal_threshold(scores: np.ndarray, false_alarm: float, source: str) -> Threshold:
@@ -52,7 +56,8 @@ def normal_threshold(scores: np.ndarray, false_alarm: float, source: str) -> Thr
         value, rule = float(np.sort(scores)[rank - 1]), f"the {rank}-th smallest of {count} scores"
     else:
         value, rule = _predictive_bound(np.log(np.asarray(scores, np.float64)), false_alarm), "log-normal bound"
-    return Threshold(value, f"{rule} for a false-alarm rate of {false_alarm:g}, {source}")
+    how = f"{rule} for a false-alarm rate of {false_alarm:g}, {source}"
+    return Threshold(value, how, float(np.median(scores)))
 
 
 def _predictive_bound(logs: np.ndarray, false_alarm: float) -> float:
