@@ -190,7 +190,8 @@ def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argpars
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)
-    notes = [f"Threshold: {_describe(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    failed = (row.error.encode(errors="backslashreplace").decode() for row in rows if row.error)  # names of any bytes
+    notes = [f"Threshold: {_describe(threshold)}", *(f"Failed: {error}" for error in failed)]
     shown = [PageRow(row.path, row.score, None, row.preview) for row in rows if row.score is not None]
     write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
 

@@ -216,7 +216,11 @@ class FewShotDetector:
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
 
     def save(self, path: Path | str) -> None:
-        """Writes network, statistics, preprocessing and threshold into one file of tensors and plain values."""
+        """Writes network, statistics, preprocessing and threshold into one file of tensors and plain values.
+
+        Raises:
+            UserError: not fitted, or the file cannot be written.
+        """
         if not self.fitted:
             raise UserError("only a fitted detector can be saved")
         content = {
@@ -231,8 +235,11 @@ class FewShotDetector:
             "threshold": None if self.threshold is None else tuple(self.threshold),
             "origin": self.origin,
         }
-        with whole_file(Path(path)) as aside, open(aside, "wb") as stream:
-            torch.save(content, stream)
+        try:
+            with whole_file(Path(path)) as aside, open(aside, "wb") as stream:
+                torch.save(content, stream)
+        except OSError as error:
+            raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto") -> FewShotDetector:
