@@ -25,12 +25,11 @@ from evaluation.scoring import SCORING_BATCH, TestFeatures, compute_test_feature
 from models.detector import Layers, distance_maps, fit_rows, leave_one_out_scores, score_maps, write_views
 from models.regad import load_checkpoint, untrained
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import normal_threshold
+from models.threshold import as_of_all, normal_threshold
 from tests.reference import DATA, TRUNK
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
 from utils.utils import StageClock, plain_arguments, provenance, resolve_device, run_command, write_json
 
-# of each row of the table, all but the last over the draws
 COLUMNS = {
     "false_alarms": "false alarms",
     "worst": "of the worst draw",
@@ -38,7 +37,7 @@ COLUMNS = {
     "defects_at_rate": "at a rate as asked",
     "auroc": "AUROC",
     "normal_spread": "spread of normal logs",
-    "left_out_shift": "left out minus normal",
+    "left_out_excess": "K times excess of left-out logs",
 }
 PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
 
@@ -48,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--obj", nargs="+", default=["screw", "magnetic_tile", "solar_mono", "solar_poly"])
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--draws", type=int, default=5, help="of support pictures, seed 0")
+    parser.add_argument("--draws", type=int, default=4, help="of support pictures, seed 0")
     parser.add_argument("--false_alarm", type=float, default=0.05)
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
@@ -121,13 +120,14 @@ def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argpars
     """The threshold of one support set on the test pictures.
 
     normal_spread: standard deviation of the logarithms of the normal test scores, which PRIOR_SPREAD guesses.
-    left_out_shift: mean logarithm of the left-out scores minus that of the normal test scores.
+    left_out_excess: K times (mean logarithm of the left-out scores minus that of the normal test scores), which
+        LEFT_OUT_EXCESS guesses.
     """
     matrix = score_map_matrix(args.img_size // FEATURE_STRIDES[0], args.img_size, clock.device)
     distances = distance_maps(fit_rows(support, test.layers[0].shape[1], clock), test.layers, clock)
     scores = score_maps(distances, matrix)[0].cpu().numpy()
     left_out = leave_one_out_scores(support, matrix, clock)
-    threshold = normal_threshold(left_out, args.false_alarm, "").value
+    threshold = normal_threshold(as_of_all(left_out), args.false_alarm, "").value
     normal, defective = scores[~test.labels], scores[test.labels]
     exact = np.quantile(normal, 1 - args.false_alarm)
     return {
@@ -138,7 +138,7 @@ def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argpars
         "defects_at_rate": float((defective > exact).mean()),
         "auroc": auroc(rank(scores, test.labels)),
         "normal_spread": float(np.log(normal).std(ddof=1)),
-        "left_out_shift": float(np.log(left_out).mean() - np.log(normal).mean()),
+        "left_out_excess": float(np.log(left_out).mean() - np.log(normal).mean()) * len(left_out),
     }
 
 

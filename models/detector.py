@@ -18,7 +18,7 @@ from PIL import Image
 from datasets.images import eight_bit, read_picture, to_square
 from models.gaussian import CHUNK_BYTES, SupportStatistics, chunks, fit, from_nested, nested_layers, squared_distance
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import Threshold, normal_threshold
+from models.threshold import Threshold, as_of_all, normal_threshold
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
 from utils.utils import StageClock, UserError, load_tensors, resolve_device, whole_file
 
@@ -155,7 +155,10 @@ class FewShotDetector:
         if normal is not None:
             scores, source = self.score(normal)[0], f"{len(normal)} further normal pictures"
         elif self.support_scores is not None:
-            scores, source = self.support_scores, f"leave-one-out over {len(self.support_scores)} support pictures"
+            scores, source = (
+                as_of_all(self.support_scores),
+                f"leave-one-out over {len(self.support_scores)} support pictures",
+            )
         else:
             raise UserError(
                 "a threshold needs the scores of two normal pictures: give two support pictures or more, "
