@@ -6,6 +6,7 @@ python predict.py --support good_1.png good_2.png --input photos/ --output out
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.inputs import list_inputs, watch
+from datasets.inputs import absolute, list_inputs, watch
 from evaluation.page import PAGE_PICTURES, PageRow, write_page
 from evaluation.predictions import Outputs, Prediction, ScoreTable, predict
 from models.regad import FewShotDetector, load_checkpoint, untrained
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     _check(args)
     seed_everything(args.seed)
-    paths = list_inputs(args.input) if args.input else []
+    paths = list_inputs(args.input, args.output) if args.input else []
     detector = FewShotDetector.load(args.detector, args.device) if args.detector else _fit(args)
     _set_threshold(detector, args)
     print(f"threshold: {_describe(detector.threshold)}")
@@ -98,6 +99,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--input and --watch exclude each other; pictures already in the watched folder come first")
     if not (args.input or args.watch or args.save):
         raise UserError("nothing to do: give pictures with --input or --watch, or a file to --save the detector in")
+    if absolute(args.output) in [absolute(path) for path in (args.input or []) + [args.watch or Path("/")]]:
+        raise UserError(f"--output {args.output} is also where the pictures come from; give another folder")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise UserError(f"--threshold must be a number, got {args.threshold}")
     if args.watch and not args.watch.is_dir():
         raise UserError(f"no folder {args.watch} to watch")
 
@@ -124,7 +129,7 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     if args.threshold is not None:
-        detector.threshold = Threshold(args.threshold, "given with --threshold")
+        detector.threshold = Threshold(args.threshold, "given with --threshold", args.threshold)
     elif args.calibrate:
         detector.calibrate(false_alarm, list_inputs(args.calibrate))
     elif (detector.threshold is None and detector.support_scores is not None) or args.false_alarm is not None:
@@ -139,7 +144,7 @@ def _describe(threshold: Threshold | None) -> str:
 
 def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Namespace) -> list[Prediction]:
     """Scores `paths`, writes everything; returns the rows that failed."""
-    root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    root = Path(os.path.commonpath([absolute(path).parent for path in paths]))
     detector.clock.seconds.clear()  # of fitting
     rows = list(_rows(detector, tqdm(paths, unit="picture", disable=None), root, args, PAGE_PICTURES, False))
     _finish(detector, rows, args)
@@ -156,7 +161,7 @@ def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
     rows: list[Prediction] = []
     print(f"watching {args.watch}; Ctrl-C ends")
     for arrived in watch(args.watch, args.output):
-        for row in _rows(detector, arrived, args.watch.resolve(), args, PAGE_PICTURES - len(rows), True):
+        for row in _rows(detector, arrived, absolute(args.watch), args, PAGE_PICTURES - len(rows), True):
             rows.append(row)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
         _finish(detector, rows, args)
@@ -185,7 +190,8 @@ def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argpars
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)
-    notes = [f"Threshold: {_describe(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    failed = (row.error.encode(errors="backslashreplace").decode() for row in rows if row.error)  # names of any bytes
+    notes = [f"Threshold: {_describe(threshold)}", *(f"Failed: {error}" for error in failed)]
     shown = [PageRow(row.path, row.score, None, row.preview) for row in rows if row.score is not None]
     write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
 
