@@ -37,7 +37,7 @@ COLUMNS = {
     "defects_at_rate": "at a rate as asked",
     "auroc": "AUROC",
     "normal_spread": "spread of normal logs",
-    "left_out_excess": "K times excess of left-out logs",
+    "left_out_shift": "left out minus normal",
 }
 PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
 
@@ -120,7 +120,7 @@ def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argpars
     """The threshold of one support set on the test pictures.
 
     normal_spread: standard deviation of the logarithms of the normal test scores, which PRIOR_SPREAD guesses.
-    left_out_excess: K times (mean logarithm of the left-out scores minus that of the normal test scores), which
+    left_out_shift: mean logarithm of the left-out scores minus that of the normal test scores; times K, what
         LEFT_OUT_EXCESS guesses.
     """
     matrix = score_map_matrix(args.img_size // FEATURE_STRIDES[0], args.img_size, clock.device)
@@ -138,7 +138,7 @@ def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argpars
         "defects_at_rate": float((defective > exact).mean()),
         "auroc": auroc(rank(scores, test.labels)),
         "normal_spread": float(np.log(normal).std(ddof=1)),
-        "left_out_excess": float(np.log(left_out).mean() - np.log(normal).mean()) * len(left_out),
+        "left_out_shift": float(np.log(left_out).mean() - np.log(normal).mean()),
     }
 
 
