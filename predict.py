@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.inputs import list_inputs, watch
+from datasets.inputs import absolute, list_inputs, watch
 from evaluation.detector_flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
 from evaluation.page import PAGE_PICTURES, PageRow, write_page
 from evaluation.predictions import Outputs, Prediction, ScoreTable, predict
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, scores everything, writes table, record and report."""
     args = get_args_parser().parse_args(argv)
     _check(args)
-    paths = list_inputs(args.input) if args.input else []
+    paths = list_inputs(args.input, args.output) if args.input else []
     detector = make_detector(args, args.device)
     if args.save:
         detector.save(args.save)
@@ -75,13 +75,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--input and --watch exclude each other; pictures already in the watched folder come first")
     if not (args.input or args.watch or args.save):
         raise UserError("nothing to do: give pictures with --input or --watch, or a file to --save the detector in")
+    if absolute(args.output) in [absolute(path) for path in (args.input or []) + [args.watch or Path("/")]]:
+        raise UserError(f"--output {args.output} is also where the pictures come from; give another folder")
     if args.watch and not args.watch.is_dir():
         raise UserError(f"no folder {args.watch} to watch")
 
 
 def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Namespace) -> list[Prediction]:
     """Scores `paths`, writes everything; returns the rows that failed."""
-    root = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    root = Path(os.path.commonpath([absolute(path).parent for path in paths]))
     detector.clock.seconds.clear()  # of fitting
     rows = list(_rows(detector, tqdm(paths, unit="picture", disable=None), root, args, PAGE_PICTURES, False))
     _finish(detector, rows, args)
@@ -98,7 +100,7 @@ def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
     rows: list[Prediction] = []
     print(f"watching {args.watch}; Ctrl-C ends")
     for arrived in watch(args.watch, args.output):
-        for row in _rows(detector, arrived, args.watch.resolve(), args, PAGE_PICTURES - len(rows), True):
+        for row in _rows(detector, arrived, absolute(args.watch), args, PAGE_PICTURES - len(rows), True):
             rows.append(row)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
         _finish(detector, rows, args)
@@ -127,7 +129,8 @@ def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argpars
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)
-    notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    failed = (row.error.encode(errors="backslashreplace").decode() for row in rows if row.error)  # names of any bytes
+    notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {error}" for error in failed)]
     shown = [PageRow(row.path, row.score, None, row.preview) for row in rows if row.score is not None]
     write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -25,22 +26,34 @@ class InputPicture(NamedTuple):
     error: str | None
 
 
-def list_inputs(sources: Sequence[Path]) -> list[Path]:
+def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Path]:
     """The pictures among files and folders, folders searched to any depth, in order and each once.
 
-    Files named outright are taken whatever their ending, hidden ones in folders are not.
+    Files named outright are taken whatever their ending, hidden ones in folders and what lies in `output` are not.
 
     Raises:
         UserError: a source is missing, or there is no picture at all.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for source in sources:
         if not source.exists():
             raise UserError(f"no such file or folder: {source}")
-        found.update(dict.fromkeys(sorted(filter(is_picture, source.rglob("*"))) if source.is_dir() else [source]))
+        for path in _pictures_below(source, output) if source.is_dir() else [source]:
+            found.setdefault(absolute(path), path)
     if not found:
         raise UserError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
-    return list(found)
+    return list(found.values())
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root on, without `..`; links stay, so two links to one file are two pictures."""
+    return Path(os.path.abspath(path))
+
+
+def _pictures_below(folder: Path, output: Path | None) -> list[Path]:
+    """The pictures in a folder, at any depth, sorted; without those in `output`, where that lies in the folder."""
+    own = absolute(output) if output and absolute(folder) in absolute(output).parents else None
+    return sorted(path for path in folder.rglob("*") if is_picture(path) and own not in absolute(path).parents)
 
 
 def read_inputs(
@@ -67,7 +80,7 @@ def watch(folder: Path, output: Path) -> Iterator[list[Path]]:
     sizes: dict[Path, int] = {}
     done: set[Path] = set()
     while True:
-        seen = {path: _size(path) for path in filter(is_picture, folder.rglob("*")) if output not in path.parents}
+        seen = {path: _size(path) for path in _pictures_below(folder, output)}
         arrived = sorted(path for path, size in seen.items() if path not in done and size and sizes.get(path) == size)
         sizes = {path: size for path, size in seen.items() if size}
         done.update(arrived)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from datasets.inputs import list_inputs
@@ -40,6 +41,8 @@ def check_detector_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
     if bool(args.support) == bool(args.detector):
         raise UserError("give either normal pictures with --support, or a saved detector with --detector")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise UserError(f"--threshold must be a number, got {args.threshold}")
 
 
 def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
@@ -77,7 +80,7 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     if args.threshold is not None:
-        detector.threshold = Threshold(args.threshold, "given with --threshold")
+        detector.threshold = Threshold(args.threshold, "given with --threshold", args.threshold)
     elif args.calibrate:
         detector.calibrate(false_alarm, list_inputs(args.calibrate))
     elif (detector.threshold is None and detector.support_scores is not None) or args.false_alarm is not None:

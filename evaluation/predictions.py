@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.images import restore_map
-from datasets.inputs import InputPicture, read_inputs
+from datasets.inputs import InputPicture, absolute, read_inputs
 from evaluation.page import as_data_uri
 from evaluation.pictures import beside, colour_limits, outline, overlay, save_picture
 from models.detector import DISTANCE_GROUP, FewShotDetector
+from models.threshold import Threshold
 from utils.utils import UserError, in_threads, whole_file
 
 CSV_COLUMNS = ("path", "score", "decision", "error")
@@ -41,7 +42,7 @@ class Outputs(NamedTuple):
 
     def place(self, kind: str, path: Path, ending: str) -> Path:
         """The file of `kind` for the picture `path`; its whole name stays, as a.png and a.jpg may lie together."""
-        return self.folder / kind / path.resolve().relative_to(self.root).with_name(path.name + ending)
+        return self.folder / kind / absolute(path).relative_to(self.root).with_name(path.name + ending)
 
 
 def predict(
@@ -75,29 +76,38 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, numbered
     number, (item, score, scores) = numbered
     if item.error is not None:
         return Prediction(str(item.path), None, None, item.error)
-    threshold = None if detector.threshold is None else detector.threshold.value
-    preview = ""
-    with detector.clock("pictures"):
-        height, width = item.picture.shape[:2]
-        restored = restore_map(scores, width, height, detector.keep_aspect)
-        if outputs.maps != "none":
-            _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
-        if outputs.pictures or number < previews:
-            panels = beside(_panels(item.picture, restored, threshold))
-            if outputs.pictures:
-                save_picture(outputs.place("pictures", item.path, ".jpg"), panels)
-            if number < previews:
-                preview = as_data_uri(panels)
-    decision = None if threshold is None else "defective" if score > threshold else "normal"
-    return Prediction(str(item.path), float(score), decision, None, preview)
+    threshold = detector.threshold
+    decision = None if threshold is None else "defective" if score > threshold.value else "normal"
+    row = Prediction(str(item.path), float(score), decision, None)
+    try:
+        with detector.clock("pictures"):
+            return row._replace(preview=_write(detector, outputs, item, scores, number < previews))
+    except OSError as error:  # no room, or too wide for a JPEG; the score stays
+        return row._replace(error=f"scored, but its files cannot be written: {item.path} ({error})")
 
 
-def _panels(picture: np.ndarray, scores: np.ndarray, threshold: float | None) -> list[np.ndarray]:
+def _write(
+    detector: FewShotDetector, outputs: Outputs, item: InputPicture, scores: np.ndarray, with_preview: bool
+) -> str:
+    """Writes a picture's files from its score map (S, S); returns the preview, or nothing."""
+    height, width = item.picture.shape[:2]
+    restored = restore_map(scores, width, height, detector.keep_aspect)
+    if outputs.maps != "none":
+        _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
+    if not (outputs.pictures or with_preview):
+        return ""
+    panels = beside(_panels(item.picture, restored, detector.threshold))
+    if outputs.pictures:
+        save_picture(outputs.place("pictures", item.path, ".jpg"), panels)
+    return as_data_uri(panels) if with_preview else ""
+
+
+def _panels(picture: np.ndarray, scores: np.ndarray, threshold: Threshold | None) -> list[np.ndarray]:
     """Input, heat-map over it, outline of what lies above the threshold; (H, W, 3) each."""
     image = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
     if threshold is None:  # colours cannot be compared between pictures then
         return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
-    return [image, overlay(image, scores, colour_limits(threshold)), outline(image, scores > threshold)]
+    return [image, overlay(image, scores, colour_limits(threshold.typical)), outline(image, scores > threshold.value)]
 
 
 def _save_map(path: Path, scores: np.ndarray) -> None:
@@ -113,10 +123,10 @@ class ScoreTable:
     """scores.csv, written row by row, so that nothing computed is lost; `append` goes on with a file that exists."""
 
     def __init__(self, path: Path, append: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not (append and path.is_file())
         try:
-            self._stream = path.open("w" if is_new else "a", newline="", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("w" if is_new else "a", newline="", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         self._writer = csv.writer(self._stream)

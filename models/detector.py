@@ -18,7 +18,7 @@ from PIL import Image
 from datasets.images import eight_bit, read_picture, to_square
 from models.gaussian import CHUNK_BYTES, SupportStatistics, chunks, fit, from_nested, nested_layers, squared_distance
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import Threshold, normal_threshold
+from models.threshold import Threshold, as_of_all, normal_threshold
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
 from utils.utils import StageClock, UserError, load_tensors, resolve_device, whole_file
 
@@ -84,6 +84,17 @@ def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Ten
     return maps.flatten(1).amax(dim=1), maps  # method: the image's score is the map's maximum
 
 
+def leave_one_out_scores(views: Layers, matrix: torch.Tensor, clock: StageClock) -> np.ndarray:
+    """Scores (K,) of support pictures, each by the Gaussians of the K - 1 others; `views` as from `write_views`."""
+    scores = []
+    for start in range(0, views[0].shape[1], VIEWS_PER_IMAGE):
+        others = [torch.cat([layer[:, :start], layer[:, start + VIEWS_PER_IMAGE :]], dim=1) for layer in views]
+        picture = [layer[:, start : start + 1] for layer in views]  # the first view is the picture itself
+        distances = distance_maps(fit_rows(others, 1, clock), picture, clock)
+        scores.append(score_maps(distances, matrix)[0].item())
+    return np.array(scores, dtype=np.float32)
+
+
 class FewShotDetector:
     """Scores pictures of a part by their distance to a few normal pictures of it.
 
@@ -128,19 +139,10 @@ class FewShotDetector:
                 start, count = number * VIEWS_PER_IMAGE, len(inputs) * VIEWS_PER_IMAGE
                 write_views(views, start, count, self._folded, picture, VIEWS_PER_IMAGE)
         self.fitted = list(fit_rows(views, DISTANCE_GROUP, self.clock))
-        self.threshold = None
-        self.support_scores = self._leave_one_out(views) if leave_one_out and len(inputs) > 1 else None
+        self.threshold, self.support_scores = None, None
+        if leave_one_out and len(inputs) > 1:
+            self.support_scores = leave_one_out_scores(views, self.matrix, self.clock)
         return self
-
-    def _leave_one_out(self, views: Layers) -> np.ndarray:
-        """Scores (K,) of the support pictures, each by the Gaussians of the K - 1 others."""
-        scores = []
-        for start in range(0, views[0].shape[1], VIEWS_PER_IMAGE):
-            others = [torch.cat([layer[:, :start], layer[:, start + VIEWS_PER_IMAGE :]], dim=1) for layer in views]
-            picture = [layer[:, start : start + 1] for layer in views]  # the first view is the picture itself
-            distances = distance_maps(fit_rows(others, 1, self.clock), picture, self.clock)
-            scores.append(score_maps(distances, self.matrix)[0].item())
-        return np.array(scores, dtype=np.float32)
 
     def calibrate(self, false_alarm: float, normal: Sequence[Picture] | None = None) -> Threshold:
         """Sets the threshold at which a share of `false_alarm` normal pictures is expected, see models/threshold.py.
@@ -153,7 +155,10 @@ class FewShotDetector:
         if normal is not None:
             scores, source = self.score(normal)[0], f"{len(normal)} further normal pictures"
         elif self.support_scores is not None:
-            scores, source = self.support_scores, f"leave-one-out over {len(self.support_scores)} support pictures"
+            scores, source = (
+                as_of_all(self.support_scores),
+                f"leave-one-out over {len(self.support_scores)} support pictures",
+            )
         else:
             raise UserError(
                 "a threshold needs the scores of two normal pictures: give two support pictures or more, "
@@ -214,7 +219,11 @@ class FewShotDetector:
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
 
     def save(self, path: Path | str) -> None:
-        """Writes network, statistics, preprocessing and threshold into one file of tensors and plain values."""
+        """Writes network, statistics, preprocessing and threshold into one file of tensors and plain values.
+
+        Raises:
+            UserError: not fitted, or the file cannot be written.
+        """
         if not self.fitted:
             raise UserError("only a fitted detector can be saved")
         content = {
@@ -229,8 +238,11 @@ class FewShotDetector:
             "threshold": None if self.threshold is None else tuple(self.threshold),
             "origin": self.origin,
         }
-        with whole_file(Path(path)) as aside, open(aside, "wb") as stream:
-            torch.save(content, stream)
+        try:
+            with whole_file(Path(path)) as aside, open(aside, "wb") as stream:
+                torch.save(content, stream)
+        except OSError as error:
+            raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto") -> FewShotDetector:

@@ -142,6 +142,12 @@ def test_threshold_of_few_scores_by_the_definition():
     assert normal_threshold(np.exp(logs), 0.01, "").value == pytest.approx(expected)
 
 
+def test_left_out_scores_are_lowered_by_their_number(detector):
+    assert detector.calibrate(0.05).typical == pytest.approx(np.median(detector.support_scores) * np.exp(-0.4 / 3))
+    value = normal_threshold(np.exp(-0.4 / 3) * detector.support_scores, 0.05, "").value
+    assert detector.threshold.value == pytest.approx(value)
+
+
 def test_threshold_of_many_scores_is_an_order_statistic():
     scores = np.random.default_rng(0).permutation(np.arange(1, 20, dtype=float))
     assert normal_threshold(scores, 0.05, "").value == 19  # (19 + 1) 0.95 = 19

@@ -120,7 +120,7 @@ def test_metadata_without_a_threshold(network, normal):
     detector = FewShotDetector(network, "cpu", keep_aspect=True).fit(normal[:1])
     about = models.export.export_metadata(detector)
     assert about["threshold"] == "" and about["keep_aspect"] == "true"
-    detector.threshold = Threshold(np.float64(1) / 3, "given")
+    detector.threshold = Threshold(np.float64(1) / 3, "given", 1.0)
     assert float(models.export.export_metadata(detector)["threshold"]) == 1 / 3
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +19,7 @@ from PIL import Image
 
 import predict
 from models.regad import FewShotDetector, untrained
-from utils.utils import UserError, seed_everything
+from utils.utils import PROJECT_ROOT, UserError, seed_everything
 
 SIZE = 64
 
@@ -98,3 +105,199 @@ def test_foreign_detector_files_are_refused(content, demo_data, tmp_path):
     with pytest.raises(UserError, match=r"part\.regad") as caught:
         predict.main(["--detector", str(file), "--input", str(demo_data / "ring/test/good")])
     assert "\n" not in str(caught.value)
+
+
+def test_every_picture_has_its_own_files(support, demo_data, tmp_path):
+    """Same names in different folders, same names with different endings, links to one file, names of any letters."""
+    good = sorted((demo_data / "ring/test/good").iterdir())
+    for name in ("x/a.png", "y/a.png", "x/größe 7 部品.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(good[0].read_bytes())
+    with Image.open(good[1]) as picture:
+        picture.save(tmp_path / "in/x/a.jpg")
+    (tmp_path / "in/link.png").symlink_to(good[1])
+    inputs = [tmp_path / "in", tmp_path / "in/x/a.png", tmp_path / "in/../in/y/a.png"]
+    record = run(support, inputs, tmp_path / "out", "--maps", "png")
+    names = sorted(str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*g"))
+    assert len(record["pictures"]) == len(names) == 5
+    for kind, ending in (("pictures", ".jpg"), ("maps", ".png")):
+        folder = tmp_path / "out" / kind
+        assert sorted(str(f.relative_to(folder)) for f in folder.rglob("*.*g")) == [name + ending for name in names]
+    assert "größe 7 部品.png" in (tmp_path / "out/scores.csv").read_text(encoding="utf-8")
+
+
+def test_a_name_that_is_no_text(support, demo_data, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")  # Latin-1, as old cameras and archives leave it
+    try:
+        (tmp_path / name).write_bytes(b"broken")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    good = demo_data / "ring/test/good/000.png"
+    (tmp_path / ("n" + name)).write_bytes(good.read_bytes())
+    with pytest.raises(SystemExit):
+        run(support, [tmp_path], tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text(encoding="utf-8").splitlines()))
+    assert [bool(row["score"]) for row in rows] == [False, True] and (tmp_path / "out/report.html").is_file()
+
+
+def test_maps_hold_the_scores(support, demo_data, tmp_path):
+    picture = demo_data / "ring/test/good/000.png"
+    score = run(support, [picture], tmp_path / "a", "--maps", "npy", "--no_pictures")["pictures"][0]["score"]
+    run(support, [picture], tmp_path / "b", "--maps", "png", "--no_pictures")
+    with Image.open(tmp_path / "b/maps/000.png.png") as image:
+        coarse = np.asarray(image) / 256
+    scores = np.load(tmp_path / "a/maps/000.png.npy")
+    assert coarse.shape == scores.shape == (64, 64)
+    np.testing.assert_allclose(coarse, np.minimum(scores, 65535 / 256), atol=1 / 512 + 1e-4)
+    assert scores.max() == pytest.approx(score)
+    assert not (tmp_path / "a/pictures").exists() and not (tmp_path / "b/pictures").exists()
+
+
+def test_alone_as_among_others(support, demo_data, tmp_path):
+    inputs = sorted((demo_data / "ring/test").rglob("*.png")) + sorted((demo_data / "weave/test").rglob("*.png"))
+    assert len(inputs) > 16  # more than one group
+    together = run(support, inputs, tmp_path / "all", "--no_pictures", "--maps", "npy")["pictures"]
+    for number in (0, len(inputs) - 1):
+        alone = run(support, [inputs[number]], tmp_path / str(number), "--no_pictures", "--maps", "npy")["pictures"]
+        assert alone == [together[number]]
+        (own,) = (tmp_path / str(number) / "maps").rglob("*.npy")
+        below = inputs[number].relative_to(demo_data)
+        assert own.read_bytes() == (tmp_path / "all/maps" / f"{below}.npy").read_bytes()
+
+
+def test_heat_maps_are_seen(support, demo_data, tmp_path):
+    """Whatever the threshold says: on a picture as normal as the support, the hottest place has colour."""
+    record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")
+    assert record["threshold"]["typical"] < record["threshold"]["value"] / 2  # three pictures: a cautious threshold
+    for row in record["pictures"]:
+        with Image.open(
+            tmp_path
+            / "pictures"
+            / Path(row["path"]).relative_to(demo_data / "ring/test").with_name(Path(row["path"]).name + ".jpg")
+        ) as image:
+            panels = np.asarray(image).astype(int)
+        with Image.open(row["path"]) as image:
+            width = image.width
+        change = np.abs(panels[:, width + 6 : 2 * width + 6] - panels[:, :width]).max()
+        assert change > 25, row
+
+
+def test_thresholds_of_further_pictures_and_of_another_rate(support, demo_data, tmp_path):
+    normal = sorted((demo_data / "ring/test/good").iterdir())
+    record = run(support, normal, tmp_path / "a", "--calibrate", *map(str, normal), "--save", str(tmp_path / "x.regad"))
+    assert "3 further normal pictures" in record["threshold"]["how"] and "0.01" in record["threshold"]["how"]
+    assert record["threshold"]["typical"] == sorted(row["score"] for row in record["pictures"])[1]
+    loose = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"]
+    strict = run(support, normal, tmp_path / "c", "--false_alarm", "0.02")["threshold"]
+    assert loose["value"] < strict["value"] and "leave-one-out over 3" in strict["how"]
+    predict.main(
+        ["--detector", str(tmp_path / "x.regad"), "--input", str(normal[0]), "--output", str(tmp_path / "d")]
+        + ["--threshold", "5", "--device", "cpu"]
+    )
+    assert json.loads((tmp_path / "d/scores.json").read_text())["threshold"]["value"] == 5
+
+
+def test_own_output_is_not_scored(support, demo_data, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+    for _ in range(2):
+        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out")["pictures"]) == 1
+    (tmp_path / "out/in").mkdir(parents=True)
+    (tmp_path / "in/a.png").rename(tmp_path / "out/in/a.png")
+    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["pictures"]) == 1  # above the inputs is no harm
+
+
+def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/000.png.jpg").mkdir()  # in the way
+    with pytest.raises(SystemExit) as ended:
+        run(support, [demo_data / "ring/test/good"], tmp_path)
+    rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
+    assert ended.value.code == 1 and all(row["score"] > 0 for row in rows)
+    assert [bool(row["error"]) for row in rows] == [True, False, False]
+    assert "files cannot be written" in capsys.readouterr().err
+
+
+def test_watching(support, demo_data, tmp_path):
+    """Pictures that arrive one after the other, in the watched folder that also holds the output; ended by Ctrl-C."""
+    pictures = sorted((demo_data / "ring/test").rglob("*.png"))
+    folder, output = tmp_path / "in", tmp_path / "in/out"
+    folder.mkdir()
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--watch", str(folder)]
+    command = [sys.executable, "predict.py", *flags, "--output", str(output), "--support", *map(str, support)]
+    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            for number in range(3):
+                (folder / f"{number}.png").write_bytes(pictures[number].read_bytes() if number != 1 else b"broken")
+                _wait_for_rows(number + 1, output, process)
+            time.sleep(1.2)  # two more looks: would it score its own pictures?
+        finally:
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.decode().splitlines() == ["error: interrupted"]
+    record = run(support, [pictures[0], pictures[2]], tmp_path / "direct")["pictures"]
+    rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
+    assert [row["score"] and float(row["score"]) for row in rows] == [
+        pytest.approx(record[0]["score"], rel=1e-6), "", pytest.approx(record[1]["score"], rel=1e-6)
+    ]  # fmt: skip
+    assert "cannot read" in rows[1]["error"] and (output / "report.html").is_file()
+    assert len(list((output / "pictures").iterdir())) == 2
+
+
+def _watched_rows(output: Path) -> list:
+    record = output / "scores.json"
+    return json.loads(record.read_text())["pictures"] if record.is_file() else []
+
+
+def _wait_for_rows(count: int, output: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while len(_watched_rows(output)) < count:
+        assert process.poll() is None and time.monotonic() < end, "predict.py ended or scored nothing"
+        time.sleep(0.1)
+
+
+MISTAKES = {
+    "--input in": "either normal pictures with --support, or a saved detector",
+    "--support in --detector x --input in": "either normal pictures",
+    "--support in": "nothing to do",
+    "--support in --input in --watch in": "exclude each other",
+    "--support in --watch nowhere": "no folder nowhere to watch",
+    "--support nowhere --input in": "no such file or folder: nowhere",
+    "--support in --input empty": "no pictures",
+    "--support empty --input in": "no pictures",
+    "--support in --input in --img_size 50": "multiple of 16",
+    "--support in --input in --num_workers 0": "--num_workers must be at least 1",
+    "--support in --input in --threshold nan": "--threshold must be a number",
+    "--support in --input in --output in": "--output in is also where the pictures come from",
+    "--support in --input in --output in/a.png": "cannot write in/a.png",
+    "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal pictures",
+    "--support in in2 --input in --false_alarm 5": "a share between 0 and 1, got 5",
+    "--support broken.png --input in": "cannot read the picture broken.png",
+    "--detector nowhere --input in": "no detector file nowhere",
+    "--support in --save in --checkpoint x": "x",
+    "--support in --save in": "cannot write the detector in",
+    "--support in --input in --device tpu9": "device 'tpu9' cannot be used",
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), MISTAKES.items())
+def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = (demo_data / "ring/test/good/000.png").read_bytes()
+    for folder in ("in", "in2", "empty"):
+        Path(folder).mkdir()
+    Path("in/a.png").write_bytes(picture)
+    Path("in2/b.png").write_bytes(picture)
+    Path("broken.png").write_bytes(b"broken")
+    size = [] if "--img_size" in flags else ["--img_size", str(SIZE)]
+    device = [] if "--device" in flags else ["--device", "cpu"]
+    with pytest.raises(UserError) as caught:
+        predict.main([*flags.split(), "--weights", "none", *size, *device])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_flag_is_read():
+    source = (PROJECT_ROOT / "predict.py").read_text()
+    for action in predict.get_args_parser()._actions:
+        if not isinstance(action, argparse._HelpAction):
+            assert re.search(rf"args\.{action.dest}\b", source), action.dest

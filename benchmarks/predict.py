@@ -1,0 +1,90 @@
+"""Measures predict.py's memory and where its time goes, over many real pictures; Linux only.
+
+python -m benchmarks.predict    prints both, writes benchmarks/results/predict_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.scoring import RESULTS, print_seconds
+from datasets.images import is_picture
+from tests.reference import DATA, TRUNK
+from utils.utils import PROJECT_ROOT, UserError, plain_arguments, provenance, run_command, write_json
+
+SETTLED_AFTER = 50  # pictures, when every buffer has been used once
+LOOK_SECONDS = 0.2  # between readings of the memory
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=2000, help="those of --data_path, over and over")
+    parser.add_argument("--support", default="screw/train/good", help="below --data_path; its first four pictures")
+    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--weights", default=str(TRUNK))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to predict.py")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs predict.py once, watching its memory."""
+    args = get_args_parser().parse_args(argv)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        memory = _run(Path(folder), args)
+        record = json.loads((Path(folder) / "out/scores.json").read_text())
+    settled = next(megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER)
+    highest = max(megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER)
+    seconds = record["seconds"]
+    print_seconds(f"{args.pictures} pictures, {time.perf_counter() - begin:.0f} s by the clock", seconds, seconds)
+    share = (seconds["decode"] + seconds["network"]) / sum(seconds.values())
+    print(f"decode and network: {share:.0%} of the work (seconds of all threads)")
+    print(f"memory: {settled:.0f} MB after {SETTLED_AFTER} pictures, at most {highest:.0f} MB later")
+    content = {"arguments": plain_arguments(args), **provenance(torch.device("cpu")), "seconds": seconds}
+    content |= {"decode_and_network": share, "settled_mb": settled, "highest_mb": highest, "memory": memory[::25]}
+    write_json(args.output / "predict_cpu.json", content)
+
+
+def _run(folder: Path, args: argparse.Namespace) -> list[tuple[int, float]]:
+    """Pictures scored and resident MB, reading by reading, of a predict.py over links to the pictures."""
+    (folder / "in").mkdir()
+    pictures = sorted(filter(is_picture, args.data_path.glob("*/*/*/*")))
+    for number, path in zip(range(args.pictures), itertools.cycle(pictures), strict=False):
+        (folder / "in" / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
+    support = sorted(filter(is_picture, (args.data_path / args.support).iterdir()))[:4]
+    command = [sys.executable, "predict.py", "--support", *map(str, support), "--input", str(folder / "in")]
+    command += ["--output", str(folder / "out"), "--weights", args.weights, "--device", "cpu", *args.flags]
+    readings = []
+    with subprocess.Popen(command, cwd=PROJECT_ROOT) as process:
+        while process.poll() is None:
+            readings.append((_rows(folder / "out/scores.csv"), _resident_mb(process.pid)))
+            time.sleep(LOOK_SECONDS)
+    if process.returncode:
+        raise UserError(f"predict.py ended with exit code {process.returncode}")
+    return readings
+
+
+def _rows(table: Path) -> int:
+    return table.read_bytes().count(b"\n") - 1 if table.is_file() else 0
+
+
+def _resident_mb(process_id: int) -> float:
+    """Resident memory of another process, in MB of 2**20 bytes; 0 once it has ended."""
+    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
+
+
+if __name__ == "__main__":
+    run_command(main)

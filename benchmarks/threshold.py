@@ -1,0 +1,146 @@
+"""Measures how many normal pictures predict.py's threshold really calls, on real categories, network not trained.
+
+Per category the test features are computed once. Each draw of the largest K gives one detector per K, of its first
+pictures; the threshold comes from leaving one out, as in predict.py.
+
+python -m benchmarks.threshold             prints the table, writes benchmarks/results/threshold_cpu.json
+python -m benchmarks.threshold --report    prints the table of that file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.scoring import RESULTS
+from datasets.mvtec import LabelledDataset, category_folder, list_test_items
+from datasets.support import draw_support_images, read_support_images
+from evaluation.metrics import auroc, rank
+from evaluation.scoring import SCORING_BATCH, TestFeatures, compute_test_features
+from models.detector import Layers, distance_maps, fit_rows, leave_one_out_scores, score_maps, write_views
+from models.regad import load_checkpoint, untrained
+from models.stn import FEATURE_STRIDES, STNResNet18, folded
+from models.threshold import as_of_all, normal_threshold
+from tests.reference import DATA, TRUNK
+from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
+from utils.utils import StageClock, plain_arguments, provenance, resolve_device, run_command, write_json
+
+COLUMNS = {
+    "false_alarms": "false alarms",
+    "worst": "of the worst draw",
+    "defects_called": "defects called",
+    "defects_at_rate": "at a rate as asked",
+    "auroc": "AUROC",
+    "normal_spread": "spread of normal logs",
+    "left_out_shift": "left out minus normal",
+}
+PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--obj", nargs="+", default=["screw", "magnetic_tile", "solar_mono", "solar_poly"])
+    parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--draws", type=int, default=4, help="of support pictures, seed 0")
+    parser.add_argument("--false_alarm", type=float, default=0.05)
+    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--weights", default=str(TRUNK))
+    parser.add_argument("--checkpoint", type=Path, help="of stn_mode rotation_scale, instead of --weights")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the JSON file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures category by category, prints the table and writes one JSON file."""
+    args = get_args_parser().parse_args(argv)
+    device = resolve_device(args.device)
+    target = args.output / f"threshold_{device.type}.json"
+    if args.report:
+        print(report(json.loads(target.read_text())))
+        return
+    begin = time.perf_counter()
+    if args.checkpoint:
+        network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
+    else:
+        network = untrained(args.weights, img_size=args.img_size).stn
+    network, clock = folded(network.to(device)), StageClock(device)
+    rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
+    content = {"arguments": plain_arguments(args), **provenance(device), "rounds": rounds, "seconds": clock.seconds}
+    content["total_seconds"] = time.perf_counter() - begin
+    write_json(target, content)
+    print(report(content))
+    print(f"{content['total_seconds']:.0f} s; written: {target}")
+
+
+def report(content: dict) -> str:
+    """Markdown table of a result: means over the draws, one row per category and K."""
+    lines = [f"| category | K | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    keys = dict.fromkeys((row["category"], row["shot"]) for row in content["rounds"])
+    for key in keys:
+        rows = [row for row in content["rounds"] if (row["category"], row["shot"]) == key]
+        values = {name: np.mean([row[name] for row in rows]) for name in COLUMNS if name != "worst"}
+        values["worst"] = max(row["false_alarms"] for row in rows)
+        cells = [f"{values[name]:.0%}" if name in PERCENT else f"{values[name]:.2f}" for name in COLUMNS]
+        lines.append(f"| {' | '.join([key[0], str(key[1]), *cells])} |")
+    return "\n".join(lines)
+
+
+def _measure(category: str, network: STNResNet18, clock: StageClock, args: argparse.Namespace) -> Iterator[dict]:
+    """One row per draw and K."""
+    folder = category_folder(args.data_path, "folder", category)
+    items = list_test_items(folder)
+    dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
+    test = compute_test_features(network, dataset, labels, clock, SCORING_BATCH, args.num_workers)
+    largest = max(args.shots)
+    for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
+        views: Layers = []
+        pictures = read_support_images(paths, args.img_size).to(clock.device)
+        with clock("network"):
+            for at, picture in enumerate(pictures):
+                count = largest * VIEWS_PER_IMAGE
+                write_views(views, at * VIEWS_PER_IMAGE, count, network, picture, SCORING_BATCH)
+        for shot in args.shots:
+            support = [layer[:, : shot * VIEWS_PER_IMAGE].contiguous() for layer in views]
+            row = _judge(support, test, clock, args)
+            print(f"{category}, K = {shot}, draw {number}: {row['false_alarms']:.0%} false alarms", flush=True)
+            yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}
+
+
+def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
+    """The threshold of one support set on the test pictures.
+
+    normal_spread: standard deviation of the logarithms of the normal test scores, which PRIOR_SPREAD guesses.
+    left_out_shift: mean logarithm of the left-out scores minus that of the normal test scores; times K, what
+        LEFT_OUT_EXCESS guesses.
+    """
+    matrix = score_map_matrix(args.img_size // FEATURE_STRIDES[0], args.img_size, clock.device)
+    distances = distance_maps(fit_rows(support, test.layers[0].shape[1], clock), test.layers, clock)
+    scores = score_maps(distances, matrix)[0].cpu().numpy()
+    left_out = leave_one_out_scores(support, matrix, clock)
+    threshold = normal_threshold(as_of_all(left_out), args.false_alarm, "").value
+    normal, defective = scores[~test.labels], scores[test.labels]
+    exact = np.quantile(normal, 1 - args.false_alarm)
+    return {
+        "threshold": threshold,
+        "left_out": left_out.tolist(),
+        "false_alarms": float((normal > threshold).mean()),
+        "defects_called": float((defective > threshold).mean()),
+        "defects_at_rate": float((defective > exact).mean()),
+        "auroc": auroc(rank(scores, test.labels)),
+        "normal_spread": float(np.log(normal).std(ddof=1)),
+        "left_out_shift": float(np.log(left_out).mean() - np.log(normal).mean()),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
