@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -294,10 +292,3 @@ def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkey
     with pytest.raises(UserError) as caught:
         predict.main([*flags.split(), "--weights", "none", *size, *device])
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_every_flag_is_read():
-    source = (PROJECT_ROOT / "predict.py").read_text()
-    for action in predict.get_args_parser()._actions:
-        if not isinstance(action, argparse._HelpAction):
-            assert re.search(rf"args\.{action.dest}\b", source), action.dest
