@@ -20,7 +20,7 @@ from datasets.manifest import (
     verify,
     with_hashes,
 )
-from datasets.mvtec import CATEGORIES, category_folder
+from datasets.mvtec import add_data_flags, category_folder
 from datasets.support import find_names, read_rounds, save_support_rounds, support_file
 from utils.utils import UserError, require_positive, run_command, sha256
 
@@ -38,8 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     task.add_argument("--verify", nargs="+", type=Path, metavar="MANIFEST", help="check manifests against the data")
     task.add_argument("--write_hashes", action="store_true", help="with --verify: add SHA-256 where there are none yet")
     data = parser.add_argument_group("data")
-    data.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec")
-    data.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    add_data_flags(data)
     data.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where the sets are written")
     data.add_argument("--img_size", type=int, default=224, help="side of the stored pictures in pixels")
     data.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")

@@ -21,6 +21,7 @@ from datasets.cache import default_cache_dir
 from datasets.manifest import DEFAULT_PATH, category_manifest
 from datasets.mvtec import (
     CATEGORIES,
+    add_data_flags,
     category_folder,
     held_out_category,
     list_source_images,
@@ -56,8 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     grid.add_argument("--objs", nargs="+", default=["all"], metavar="CATEGORY", help="all, or names")
     grid.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], metavar="K")
     grid.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
-    grid.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
-    grid.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    add_data_flags(grid)
     grid.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
     grid.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds per support set")
     grid.add_argument(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.images import add_picture_flags, limit_pixels
-from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, checked_test_items
+from datasets.mvtec import LabelledDataset, LabelledImage, add_data_flags, category_folder, checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.report import choose_examples, format_interval, format_summary, save_heat_maps, summary
 from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
 from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES, folded
+from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size, folded
 from utils.utils import (
     DEFAULT_SEED,
     StageClock,
@@ -40,8 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is scored")
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
-    what.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
-    what.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    add_data_flags(what)
     what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support pictures per round")
     what.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
     what.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
@@ -124,8 +123,7 @@ class Weights(NamedTuple):
 
 def _check_numbers(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "inferences", "batch_size", "img_size", "max_pixels")
-    if args.img_size % SIZE_DIVISOR:
-        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
+    check_img_size(args.img_size)
     if args.untrained + args.last + bool(args.checkpoint) > 1:
         raise UserError("--untrained, --last and --checkpoint exclude each other")
     if args.num_workers < 0:

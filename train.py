@@ -22,9 +22,9 @@ from datasets.cache import SourcePictures, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
 from datasets.images import add_picture_flags, limit_pixels
 from datasets.mvtec import (
-    CATEGORIES,
     LabelledDataset,
     Preloaded,
+    add_data_flags,
     category_folder,
     checked_test_items,
     held_out_category,
@@ -34,7 +34,7 @@ from datasets.support import find_support_rounds
 from evaluation.report import format_summary, summary
 from evaluation.scoring import SCORING_BATCH, score_category
 from models.regad import save_checkpoint, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES
+from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
 from training.loop import Trainer, learning_rate
 from training.records import RunFiles, format_outcomes, outcomes, refuse_to_overwrite, save_history
 from utils.utils import (
@@ -63,8 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is trained on")
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the target: left out of training, scored")
-    what.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
-    what.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
+    add_data_flags(what)
     what.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
     what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per query")
     what.add_argument(
@@ -170,8 +169,7 @@ class Target(NamedTuple):
 
 def _check(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
-    if args.img_size % SIZE_DIVISOR or args.img_size < MIN_IMG_SIZE:
-        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR} from {MIN_IMG_SIZE} on, got {args.img_size}")
+    check_img_size(args.img_size, MIN_IMG_SIZE)
     for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rest = fast["total"] - fast["seconds"]["decode"] - fast["seconds"]["network"]
     print(f"outside decode and network: {rest / fast['total']:.1%} of {fast['total']:.1f} s")
     print(f"peak resident memory: {fast['peak_memory_mb']:.0f} MB")
-    content = {"command": _command(args), **provenance(device), "fast": fast}
+    content = {"command": command_line("benchmarks.scoring", args), **provenance(device), "fast": fast}
     content["network"] = _time_network(network, device, args)
     if not args.no_plain:
         # in a process of its own, where memory is handled as torch does by default
@@ -187,6 +187,7 @@ def _time_plain_anew(
 
 
 def print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] | dict) -> None:
+    """Prints seconds and shares of `stages`, in their order, and the sum of all `seconds`."""
     total = sum(seconds.values())
     print(f"\n{title}\n{'stage':24}{'seconds':>9}{'share':>8}")
     for stage in stages:
@@ -194,8 +195,9 @@ def print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] |
     print(f"{'all':24}{total:9.2f}")
 
 
-def _command(args: argparse.Namespace) -> str:
-    return " ".join(["python -m benchmarks.scoring", *(f"--{key} {value}" for key, value in vars(args).items())])
+def command_line(module: str, args: argparse.Namespace) -> str:
+    """What a record says of how it was made: the module and every argument, given or not."""
+    return " ".join([f"python -m {module}", *(f"--{key} {value}" for key, value in vars(args).items())])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import train
-from benchmarks.scoring import RESULTS, print_seconds, time_plain
+from benchmarks.scoring import RESULTS, command_line, print_seconds, time_plain
 from datasets.cache import SourcePictures
 from datasets.episodes import Episode, draw_episodes
 from datasets.images import read_image
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = resolve_device(args.device)
     seed_everything(0)
-    command = "python -m benchmarks.training " + " ".join(f"--{key} {value}" for key, value in vars(args).items())
     with tempfile.TemporaryDirectory() as scratch:
-        content = {"command": command, **provenance(device), "steps": _time_steps(args, device, Path(scratch))}
+        content = {"command": command_line("benchmarks.training", args), **provenance(device)}
+        content |= {"steps": _time_steps(args, device, Path(scratch))}
         content |= {"epochs": _time_epochs(args, Path(scratch)), "evaluation": _time_evaluation(args)}
     ours = sum(content["epochs"][-1]["scoring_seconds"].values())
     content["evaluation"]["times_faster"] = content["evaluation"]["plain"] / ours

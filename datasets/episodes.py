@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.mvtec import CATEGORIES, list_source_images
+from datasets.mvtec import add_data_flags, list_source_images
 from utils.utils import DEFAULT_SEED, UserError, require_positive, run_command
 
 
@@ -93,8 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line that prints an epoch's episodes."""
     parser = argparse.ArgumentParser(description="Print the episodes of one training epoch as JSON.")
     parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the target category, which is left out")
-    parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec")
-    parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"))
+    add_data_flags(parser)
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)

@@ -11,6 +11,7 @@ A category's folder tells which it is: VisA's has no train folder, but the file 
 
 from __future__ import annotations
 
+import argparse
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,6 +70,12 @@ class LabelledImage(NamedTuple):
     def has_truth(self) -> bool:
         """Whether it is known which pixels are defective: of a normal picture none is."""
         return not self.label or self.mask is not None
+
+
+def add_data_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The flags of every command that takes a data set: which kind, and where it lies."""
+    parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
+    parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets.inputs import list_inputs
 from models.regad import FewShotDetector, load_checkpoint, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES
+from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
 from models.threshold import Threshold
 from utils.utils import DEFAULT_SEED, UserError, require_positive, seed_everything, sha256
 
@@ -37,8 +37,7 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
 def check_detector_flags(args: argparse.Namespace) -> None:
     """UserError where the flags of `add_detector_flags` do not fit together."""
     require_positive(args, "img_size")
-    if args.img_size % SIZE_DIVISOR:
-        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}, got {args.img_size}")
+    check_img_size(args.img_size)
     if bool(args.support) == bool(args.detector):
         raise UserError("give either normal pictures with --support, or a saved detector with --detector")
     if args.threshold is not None and not math.isfinite(args.threshold):

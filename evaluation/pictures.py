@@ -21,9 +21,9 @@ JPEG_QUALITY = 90
 CAPTION_HEIGHT = 22  # pixels
 
 
-def colour_limits(threshold: float) -> tuple[float, float]:
-    """The scores at which colours begin and end; they depend on the threshold only, so pictures can be compared."""
-    return threshold / 2, threshold * 1.5
+def colour_limits(typical: float) -> tuple[float, float]:
+    """The scores at which colours begin and end, from the typical score of normal pictures alone: one scale for all."""
+    return typical / 2, typical * 1.5
 
 
 def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> np.ndarray:

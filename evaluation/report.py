@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from scipy.special import stdtrit
-
-matplotlib.use("Agg")  # pictures go to files; no screen is needed
 from matplotlib.figure import Figure
+from scipy.special import stdtrit
 
 from datasets.images import read_image, read_mask
 from datasets.mvtec import LabelledImage
+from evaluation.pictures import COLOUR_MAP
 from utils.utils import whole_file
-
-COLOUR_MAP = "inferno"  # its lightness rises evenly, so it reads in grey and with colour blindness
 
 
 def summary(values: Sequence[float | None]) -> dict | None:

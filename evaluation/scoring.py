@@ -116,6 +116,7 @@ def score_rounds(
     grid, size = math.isqrt(test.layers[0].shape[0]), rounds[0].shape[-1]
     enlarge_and_smooth = score_map_matrix(grid, size).to(clock.device)  # (S, H)
     regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
+    truth, counted = _known_truth(test, clock.device)
     supports = _support_features(network, rounds, clock, batch_size)
     for support in supports:
         fitted = fit_rows(support, test.layers[0].shape[1], clock)
@@ -127,18 +128,21 @@ def score_rounds(
             raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
         with clock("metrics"):
             image = rank(image_scores, test.labels)
-            pixel = None if test.masks is None else _rank_pixels(maps, test)
+            pixel = None if truth is None else _rank_pixels(maps if counted is None else maps[counted], truth)
             pixel_auroc = None if pixel is None else auroc(pixel)
             more = _more_metrics(image, pixel, regions) if all_metrics else {}
         yield RoundResult(auroc(image), pixel_auroc, distances, maps, more)
 
 
-def _rank_pixels(maps: torch.Tensor, test: TestFeatures) -> Ranking:
-    """The defective pixels among those whose truth is known."""
-    if test.counted is None:
-        return rank(maps if maps.is_cuda else maps.numpy(), test.masks)
-    known = maps[torch.from_numpy(test.counted).to(maps.device)]
-    return rank(known if known.is_cuda else known.numpy(), test.masks[test.counted])
+def _known_truth(test: TestFeatures, device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:
+    """Which of the counted pixels are defective, and which pixels are counted, on `device`; None as in `test`."""
+    if test.masks is None or test.counted is None:
+        return test.masks, None
+    return test.masks[test.counted], torch.from_numpy(test.counted).to(device)
+
+
+def _rank_pixels(scores: torch.Tensor, truth: np.ndarray) -> Ranking:
+    return rank(scores if scores.is_cuda else scores.numpy(), truth)
 
 
 def _more_metrics(image: Ranking, pixel: Ranking | None, regions: np.ndarray | None) -> dict[str, float | None]:

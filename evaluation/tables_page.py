@@ -8,8 +8,6 @@ from html import escape
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files; no screen is needed
 from matplotlib.figure import Figure
 
 from evaluation.tables import (

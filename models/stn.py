@@ -18,10 +18,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet18
 
 from utils.funcs import inverse_affine, warp
+from utils.utils import UserError
 
 FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position
 SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids must nest, see models/gaussian.py
+
+
+def check_img_size(size: int, smallest: int = SIZE_DIVISOR) -> None:
+    """UserError where --img_size is no multiple of SIZE_DIVISOR, or below `smallest`."""
+    if size % SIZE_DIVISOR or size < smallest:
+        least = "" if smallest == SIZE_DIVISOR else f" from {smallest} on"
+        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}{least}, got {size}")
 
 
 class WarpMode(NamedTuple):

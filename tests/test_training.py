@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def trace(tmp_path_factory):
     sources = list_source_images(DATA, "folder", target="")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     episodes = read_episodes(file, names)
-    wanted = {e.category: {*e.query, *(n for k in e.support for n in k)} for e in episodes}
+    wanted = defaultdict(set)
     for e in episodes:
         wanted[e.category] |= {*e.query, *(n for k in e.support for n in k)}
     few = {c: [path for path in sources[c] if path.name in of_category] for c, of_category in wanted.items()}

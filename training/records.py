@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # pictures go to files; no screen is needed
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
