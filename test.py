@@ -16,7 +16,7 @@ from datasets.mvtec import LabelledDataset, LabelledImage, add_data_flags, categ
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.report import choose_examples, format_interval, format_summary, save_heat_maps, summary
-from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
+from evaluation.scoring import RoundResult, compute_test_features, score_rounds
 from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size, folded
 from utils.utils import (
@@ -57,9 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     network.add_argument("--weights", default="imagenet", help="trunk for --untrained: imagenet, none, or a file")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    run.add_argument(
-        "--batch_size", type=int, default=SCORING_BATCH, help="pictures per network pass; changes memory, not results"
-    )
+    run.add_argument("--batch_size", type=int, help="pictures per network pass; changes time and memory, not results")
     run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
     run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")

@@ -32,7 +32,7 @@ from datasets.mvtec import (
 )
 from datasets.support import find_support_rounds
 from evaluation.report import format_summary, summary
-from evaluation.scoring import SCORING_BATCH, score_category
+from evaluation.scoring import score_category
 from models.regad import save_checkpoint, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
 from training.loop import Trainer, learning_rate
@@ -249,9 +249,7 @@ def _score(trainer: Trainer, target: Target, device: torch.device) -> dict:
     clock = StageClock(device)
     results = [
         {"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc}
-        for result in score_category(
-            trainer.model.stn, target.dataset, target.labels, target.rounds, clock, SCORING_BATCH
-        )
+        for result in score_category(trainer.model.stn, target.dataset, target.labels, target.rounds, clock)
     ]
     numbers = {key: summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc")}
     return {**numbers, "rounds": results, "scoring_seconds": clock.seconds}

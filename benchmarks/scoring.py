@@ -19,7 +19,7 @@ import torch
 
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import draw_support_images, read_support_images
-from evaluation.scoring import compute_test_features, score_rounds
+from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from models.regad import load_checkpoint
 from models.stn import STNResNet18, folded
 from tests import plain
@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="of stn_mode rotation_scale")
     parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain definition (minutes)")
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report(args.output))
         return
     device = resolve_device(args.device)
+    args.batch_size = args.batch_size or SCORING_BATCH[device.type]
     seed_everything(0)
     folder = category_folder(args.data_path, "folder", args.obj)
     items = list_test_items(folder)

@@ -21,7 +21,7 @@ from benchmarks.scoring import RESULTS
 from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import draw_support_images, read_support_images
 from evaluation.metrics import auroc, rank
-from evaluation.scoring import SCORING_BATCH, TestFeatures, compute_test_features
+from evaluation.scoring import TestFeatures, compute_test_features
 from models.detector import Layers, distance_maps, fit_rows, leave_one_out_scores, score_maps, write_views
 from models.regad import load_checkpoint, untrained
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
@@ -100,7 +100,7 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(network, dataset, labels, clock, SCORING_BATCH, args.num_workers)
+    test = compute_test_features(network, dataset, labels, clock, None, args.num_workers)
     largest = max(args.shots)
     for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
         views: Layers = []
@@ -108,7 +108,7 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
         with clock("network"):
             for at, picture in enumerate(pictures):
                 count = largest * VIEWS_PER_IMAGE
-                write_views(views, at * VIEWS_PER_IMAGE, count, network, picture, SCORING_BATCH)
+                write_views(views, at * VIEWS_PER_IMAGE, count, network, picture, VIEWS_PER_IMAGE)
         for shot in args.shots:
             support = [layer[:, : shot * VIEWS_PER_IMAGE].contiguous() for layer in views]
             row = _judge(support, test, clock, args)

@@ -58,11 +58,11 @@ def _complain(message: object, code: int) -> int:
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuses counts and sizes below 1, single or in a list: UserError."""
+    """Refuses counts and sizes below 1, single or in a list: UserError. None, for a default, passes."""
     for name in names:
         values = getattr(arguments, name)
         smallest = min(values) if isinstance(values, list) else values
-        if smallest < 1:
+        if smallest is not None and smallest < 1:
             raise UserError(f"--{name} must be at least 1, got {smallest}")
 
 
