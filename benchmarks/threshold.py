@@ -22,10 +22,10 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import draw_support_images, read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
-from models.detector import Layers, distance_maps, fit_rows, leave_one_out_scores, score_maps, write_views
+from models.detector import Layers, distance_maps, fit_rows, leave_one_out, score_maps, write_views
 from models.regad import load_checkpoint, untrained
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import as_of_all, normal_threshold
+from models.threshold import normal_threshold
 from tests.reference import DATA, TRUNK
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
 from utils.utils import StageClock, plain_arguments, provenance, resolve_device, run_command, write_json
@@ -37,6 +37,7 @@ COLUMNS = {
     "defects_at_rate": "at a rate as asked",
     "auroc": "AUROC",
     "normal_spread": "spread of normal logs",
+    "left_out_spread": "of left-out logs",
     "left_out_shift": "left out minus normal",
 }
 PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
@@ -119,15 +120,15 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
 def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
     """The threshold of one support set on the test pictures.
 
-    normal_spread: standard deviation of the logarithms of the normal test scores, which PRIOR_SPREAD guesses.
-    left_out_shift: mean logarithm of the left-out scores minus that of the normal test scores; times K, what
-        LEFT_OUT_EXCESS guesses.
+    normal_spread: standard deviation of the logarithms of the normal test scores; left_out_spread: that of the left-out
+        views, from which the threshold comes.
+    left_out_shift: mean logarithm of the left-out views' scores minus that of the normal test scores.
     """
     matrix = score_map_matrix(args.img_size // FEATURE_STRIDES[0], args.img_size, clock.device)
     distances = distance_maps(fit_rows(support, test.layers[0].shape[1], clock), test.layers, clock)
     scores = score_maps(distances, matrix)[0].cpu().numpy()
-    left_out = leave_one_out_scores(support, matrix, clock)
-    threshold = normal_threshold(as_of_all(left_out), args.false_alarm, "").value
+    left_out, left_out_maps = leave_one_out(support, matrix, clock)
+    threshold = normal_threshold(left_out, left_out_maps, args.false_alarm, "").value
     normal, defective = scores[~test.labels], scores[test.labels]
     exact = np.quantile(normal, 1 - args.false_alarm)
     return {
@@ -138,6 +139,7 @@ def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argpars
         "defects_at_rate": float((defective > exact).mean()),
         "auroc": auroc(rank(scores, test.labels)),
         "normal_spread": float(np.log(normal).std(ddof=1)),
+        "left_out_spread": float(np.log(left_out).std()),
         "left_out_shift": float(np.log(left_out).mean() - np.log(normal).mean()),
     }
 

@@ -66,7 +66,7 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
         network = untrained(args.weights, args.stn_mode, args.img_size).stn
     detector = FewShotDetector(network, device, args.keep_aspect)
     print(f"fitting on {len(support)} normal picture(s)")
-    detector.fit(support, leave_one_out=args.threshold is None and not args.calibrate)
+    detector.fit(support, for_threshold=args.threshold is None and not args.calibrate)
     weights = f"not trained, weights {args.weights}"
     detector.origin = {
         "support": [{"path": str(path), "sha256": sha256(path)} for path in support],
@@ -79,10 +79,10 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     if args.threshold is not None:
-        detector.threshold = Threshold(args.threshold, "given with --threshold", args.threshold)
+        detector.threshold = Threshold(args.threshold, "given with --threshold", args.threshold, args.threshold)
     elif args.calibrate:
         detector.calibrate(false_alarm, list_inputs(args.calibrate))
-    elif (detector.threshold is None and detector.support_scores is not None) or args.false_alarm is not None:
+    elif (detector.threshold is None and detector.left_out is not None) or args.false_alarm is not None:
         detector.calibrate(false_alarm)
 
 

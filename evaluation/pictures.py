@@ -15,7 +15,9 @@ from utils.utils import whole_file
 
 COLOUR_MAP = "inferno"  # its lightness rises evenly, so it reads in grey and with colour blindness
 OPACITY = 0.75  # of the heat-map at its brightest; it fades to nothing at the lower limit
-OUTLINE = (0, 230, 255)  # a colour that neither the colour map nor most parts have
+# Outlines, in colours that neither the colour map nor most parts have.
+HOT = (255, 190, 0)  # around what is hot, see models.threshold.Threshold.region
+CALLED = (0, 230, 255)  # around what lies above the threshold
 GAP = 6  # pixels between panels
 JPEG_QUALITY = 90
 CAPTION_HEIGHT = 22  # pixels
@@ -38,12 +40,13 @@ def overlay(image: np.ndarray, scores: np.ndarray, limits: tuple[float, float]) 
     return ((image * (256 - opacity) + _colours()[levels] * opacity) >> 8).astype(np.uint8)
 
 
-def outline(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+def outline(image: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """The image (H, W, 3) with a line along the inside of the border of `region` (H, W) bool."""
+    if not region.any():
+        return image
     drawn = image.copy()
-    if region.any():
-        width = max(1, round(max(region.shape) / 250))
-        drawn[region & ~binary_erosion(region, iterations=width, border_value=1)] = OUTLINE
+    width = max(1, round(max(region.shape) / 250))
+    drawn[region & ~binary_erosion(region, iterations=width, border_value=1)] = colour
     return drawn
 
 

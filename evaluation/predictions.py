@@ -13,7 +13,7 @@ import numpy as np
 from datasets.images import restore_map
 from datasets.inputs import InputPicture, absolute, read_inputs
 from evaluation.page import as_data_uri
-from evaluation.pictures import beside, colour_limits, outline, overlay, save_picture
+from evaluation.pictures import CALLED, HOT, beside, colour_limits, outline, overlay, save_picture
 from models.detector import DISTANCE_GROUP, FewShotDetector
 from models.threshold import Threshold
 from utils.utils import UserError, in_threads, whole_file
@@ -103,11 +103,12 @@ def _write(
 
 
 def _panels(picture: np.ndarray, scores: np.ndarray, threshold: Threshold | None) -> list[np.ndarray]:
-    """Input, heat-map over it, outline of what lies above the threshold; (H, W, 3) each."""
+    """Input, heat-map over it, outlines of what is hot and of what lies above the threshold; (H, W, 3) each."""
     image = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
     if threshold is None:  # colours cannot be compared between pictures then
         return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
-    return [image, overlay(image, scores, colour_limits(threshold.typical)), outline(image, scores > threshold.value)]
+    outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
+    return [image, overlay(image, scores, colour_limits(threshold.typical)), outlined]
 
 
 def _save_map(path: Path, scores: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from datasets.images import eight_bit, read_picture, to_square
 from models.gaussian import CHUNK_BYTES, SupportStatistics, chunks, fit, from_nested, nested_layers, squared_distance
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import Threshold, as_of_all, normal_threshold
+from models.threshold import Threshold, is_order_statistic, normal_threshold
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
 from utils.utils import StageClock, UserError, load_tensors, resolve_device, whole_file
 
@@ -26,7 +26,7 @@ from utils.utils import StageClock, UserError, load_tensors, resolve_device, who
 # through the same arithmetic alone as among others. More are quicker each, but then one alone waits longer.
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}
 DISTANCE_GROUP = 16
-FILE_FORMAT, FILE_VERSION = "RegAD detector", 1
+FILE_FORMAT, FILE_VERSION = "RegAD detector", 2
 
 Layers = list[torch.Tensor]
 Picture = Path | str | Image.Image | np.ndarray | torch.Tensor
@@ -84,15 +84,28 @@ def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Ten
     return maps.flatten(1).amax(dim=1), maps  # method: the image's score is the map's maximum
 
 
-def leave_one_out_scores(views: Layers, matrix: torch.Tensor, clock: StageClock) -> np.ndarray:
-    """Scores (K,) of support pictures, each by the Gaussians of the K - 1 others; `views` as from `write_views`."""
-    scores = []
+class NormalScores(NamedTuple):
+    """What a threshold comes from: scores (n, views) of normal pictures, the first view being the picture itself, and
+    score maps (n, S, S) of the pictures themselves.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray
+
+
+def leave_one_out(views: Layers, matrix: torch.Tensor, clock: StageClock) -> NormalScores:
+    """Scores of all support `views`, see `write_views`; those of a picture by the Gaussians of the K - 1 others."""
+    scores, maps = [], []
     for start in range(0, views[0].shape[1], VIEWS_PER_IMAGE):
-        others = [torch.cat([layer[:, :start], layer[:, start + VIEWS_PER_IMAGE :]], dim=1) for layer in views]
-        picture = [layer[:, start : start + 1] for layer in views]  # the first view is the picture itself
-        distances = distance_maps(fit_rows(others, 1, clock), picture, clock)
-        scores.append(score_maps(distances, matrix)[0].item())
-    return np.array(scores, dtype=np.float32)
+        end = start + VIEWS_PER_IMAGE
+        others = [torch.cat([layer[:, :start], layer[:, end:]], dim=1) for layer in views]
+        distances = distance_maps(
+            fit_rows(others, VIEWS_PER_IMAGE, clock), [layer[:, start:end] for layer in views], clock
+        )
+        of_views, maps_of_views = score_maps(distances, matrix)
+        scores.append(of_views.cpu().numpy())
+        maps.append(maps_of_views[0].cpu().numpy())
+    return NormalScores(np.stack(scores), np.stack(maps))
 
 
 class FewShotDetector:
@@ -106,8 +119,8 @@ class FewShotDetector:
     any size. Scores are distances without a unit: 0 at the mean of the normal pictures, without upper bound, and never
     set in relation to the other pictures of a call: on the CPU a picture gets the same bits alone as among others.
 
-    threshold: set by `calibrate`, or by hand; None before. support_scores: (K,), each support picture against the
-    others, None where K is 1. origin: plain values that say where the detector came from. clock: seconds by stage.
+    threshold: set by `calibrate`, or by hand; None before. left_out: the support pictures against each other, None
+    where K is 1. origin: plain values that say where the detector came from. clock: seconds by stage.
     """
 
     def __init__(self, network: STNResNet18, device: str = "auto", keep_aspect: bool = False) -> None:
@@ -115,14 +128,14 @@ class FewShotDetector:
         self.network, self.keep_aspect = network.to(self.clock.device), keep_aspect
         self.size = network.img_size
         self.threshold: Threshold | None = None
-        self.support_scores: np.ndarray | None = None
+        self.left_out: NormalScores | None = None
         self.origin: dict = {}
         self.fitted: list[FittedRows] = []
         self.matrix = score_map_matrix(self.size // FEATURE_STRIDES[0], self.size, self.clock.device)
         self._folded = folded(self.network)
 
-    def fit(self, pictures: Sequence[Picture], leave_one_out: bool = True) -> FewShotDetector:
-        """Learns what is normal from K >= 1 pictures; with `leave_one_out` also scores each against the others.
+    def fit(self, pictures: Sequence[Picture], for_threshold: bool = True) -> FewShotDetector:
+        """Learns what is normal from K >= 1 pictures; with `for_threshold` also scores each against the others.
 
         Raises:
             UserError: no pictures; ImageError: a file that cannot be read.
@@ -139,33 +152,38 @@ class FewShotDetector:
                 start, count = number * VIEWS_PER_IMAGE, len(inputs) * VIEWS_PER_IMAGE
                 write_views(views, start, count, self._folded, picture, VIEWS_PER_IMAGE)
         self.fitted = list(fit_rows(views, DISTANCE_GROUP, self.clock))
-        self.threshold, self.support_scores = None, None
-        if leave_one_out and len(inputs) > 1:
-            self.support_scores = leave_one_out_scores(views, self.matrix, self.clock)
+        self.threshold, self.left_out = None, None
+        if for_threshold and len(inputs) > 1:
+            self.left_out = leave_one_out(views, self.matrix, self.clock)
         return self
 
     def calibrate(self, false_alarm: float, normal: Sequence[Picture] | None = None) -> Threshold:
         """Sets the threshold at which a share of `false_alarm` normal pictures is expected, see models/threshold.py.
 
-        From the scores of the pictures `normal`; without them, from `support_scores`.
+        From the scores of the pictures `normal`; without them, from `left_out`.
 
         Raises:
             UserError: fewer than two normal scores, or a share outside (0, 1).
         """
         if normal is not None:
-            scores, source = self.score(normal)[0], f"{len(normal)} further normal pictures"
-        elif self.support_scores is not None:
-            scores, source = (
-                as_of_all(self.support_scores),
-                f"leave-one-out over {len(self.support_scores)} support pictures",
-            )
+            seen, source = self._normal_scores(normal, false_alarm), f"{len(normal)} further normal pictures"
+        elif self.left_out is not None:
+            seen, source = self.left_out, f"leave-one-out over {len(self.left_out.scores)} support pictures"
         else:
             raise UserError(
                 "a threshold needs the scores of two normal pictures: give two support pictures or more, "
                 "further normal pictures (--calibrate DIR), or the threshold itself (--threshold)"
             )
-        self.threshold = normal_threshold(scores, false_alarm, source)
+        self.threshold = normal_threshold(seen.scores, seen.maps, false_alarm, source)
         return self.threshold
+
+    def _normal_scores(self, pictures: Sequence[Picture], false_alarm: float) -> NormalScores:
+        """Normal pictures as they are, or with their views where the threshold needs them."""
+        scores, maps = self.score(pictures)
+        if is_order_statistic(len(pictures), false_alarm):
+            return NormalScores(scores[:, None], maps)
+        views = (support_views(self._inputs([picture])) for picture in pictures)
+        return NormalScores(np.array([self.score(of_picture)[0] for of_picture in views]), maps)
 
     def score(self, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """Image scores (B,) and score maps (B, S, S), float32, of pictures; `datasets.images.restore_map` brings a map
@@ -234,7 +252,7 @@ class FewShotDetector:
             "img_size": self.size,
             "keep_aspect": self.keep_aspect,
             "statistics": [_to_plain(part.statistics, "cpu") for part in self.fitted],
-            "support_scores": None if self.support_scores is None else self.support_scores.tolist(),
+            "left_out": None if self.left_out is None else [torch.from_numpy(part) for part in self.left_out],
             "threshold": None if self.threshold is None else tuple(self.threshold),
             "origin": self.origin,
         }
@@ -257,8 +275,8 @@ class FewShotDetector:
             network.load_state_dict(content["network"])
             detector = cls(network.eval(), device, content["keep_aspect"])
             detector.fitted = _from_plain(content["statistics"], detector.clock.device)
-            scores, threshold = content["support_scores"], content["threshold"]
-            detector.support_scores = None if scores is None else np.array(scores, dtype=np.float32)
+            left_out, threshold = content["left_out"], content["threshold"]
+            detector.left_out = None if left_out is None else NormalScores(*(part.numpy() for part in left_out))
             detector.threshold = None if threshold is None else Threshold(*threshold)
             detector.origin = dict(content["origin"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -1,19 +1,19 @@
 """From the scores of a few normal pictures to a threshold, with no defect seen.
 
-The rule. Logarithms of normal scores are taken as normally distributed, mean and spread unknown. With n scores x_i,
-m and SS the mean and the sum of squared deviations of log x_i, the next normal score stays below
+Each of n normal pictures is scored in all its 22 views, which stand in for the pictures that were not taken.
 
-    exp(m + t sqrt((1 + 1/n) (PRIOR_WEIGHT PRIOR_SPREAD^2 + SS) / (PRIOR_WEIGHT + n - 1)))
+The rule. For a false-alarm rate a with (n + 1) a >= 1, the ceil((n + 1)(1 - a))-th smallest score of the pictures
+themselves: it assumes no distribution (split conformal prediction). Rarer alarms cannot be read off n pictures. Then
+the logarithms of the n x 22 view scores are taken as normally distributed with their own mean and standard deviation,
+and the threshold is that distribution's quantile 1 - a, or the largest score of a picture if that is higher.
 
-with probability 1 - false_alarm, t being that quantile of Student's distribution with PRIOR_WEIGHT + n - 1 degrees of
-freedom: the predictive bound when the spread has a scaled inverse chi-square prior. Where n is so large that an order
-statistic does (n + 1 >= 1 / false_alarm), the ceil((n + 1)(1 - false_alarm))-th smallest score is taken, which assumes
-no distribution (split conformal prediction).
+A region has a lower bound of its own: what the hottest share a of a normal picture's area exceeds, the median over the
+normal pictures. On normal pictures too some area is hotter; it shows where to look and decides nothing.
 
-Its weakness: two to eight scores say next to nothing about the upper tail, so with few pictures the prior decides, and
-the promise holds on average over support sets, not for one. Leave-one-out scores come from K - 1 pictures instead of K,
-so they are too high; `as_of_all` takes that off by a rule of thumb that was measured on the very categories on which
-the false alarms were measured. And they depend on each other.
+Its weakness: views of one picture resemble each other, so two to eight pictures still say little about the spread
+between pictures and next to nothing about rare odd ones; the rate holds on average over parts at best, not for each.
+Scores of a support picture come from the K - 1 others instead of K, and rotated or shifted views are a little odd in
+themselves: both make the threshold too high. benchmarks/threshold.py measures what comes of it.
 """
 
 from __future__ import annotations
@@ -22,54 +22,54 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtri
 
 from utils.utils import UserError
-
-PRIOR_SPREAD = 0.25  # of log scores; on four real categories normal pictures have 0.10 to 0.40 (benchmarks.threshold)
-PRIOR_WEIGHT = 4  # in pictures: as if the spread had been seen on so many before
-LEFT_OUT_EXCESS = 0.4  # of log scores, times K; 0.36 to 0.51 on those categories, network not trained
 
 
 class Threshold(NamedTuple):
     """A score above `value` (a distance) is called defective; `how` says where the value came from.
 
-    typical: the median normal score, or `value` where no normal score is known; heat-maps are coloured by it.
+    typical: the median score of the normal pictures; heat-maps are coloured by it. region: places above it are
+    outlined. Both are `value` where no normal picture is known.
     """
 
     value: float
     how: str
     typical: float
+    region: float
 
 
-def normal_threshold(scores: np.ndarray, false_alarm: float, source: str) -> Threshold:
-    """The threshold that about a share `false_alarm` of normal pictures exceeds, from normal `scores` (n,) above 0.
+def is_order_statistic(count: int, false_alarm: float) -> bool:
+    """Whether the scores of `count` normal pictures alone give the threshold, without their views."""
+    return _order(count, false_alarm) <= count
+
+
+def normal_threshold(scores: np.ndarray, maps: np.ndarray, false_alarm: float, source: str) -> Threshold:
+    """The threshold that about a share `false_alarm` of normal pictures exceeds, by the module's rule.
+
+    scores: (n, views) above 0, of normal pictures; the first view is the picture itself, maps: (n, S, S) its score map.
 
     Raises:
-        UserError: fewer than two scores, or a share outside (0, 1).
+        UserError: fewer than two pictures, or a share outside (0, 1).
     """
     if not 0 < false_alarm < 1:
         raise UserError(f"--false_alarm is a share between 0 and 1, got {false_alarm}")
-    count = len(scores)
+    pictures = np.sort(scores[:, 0])
+    count = len(pictures)
     if count < 2:
-        raise UserError(f"a threshold needs at least 2 normal scores, got {count}")
-    rank = math.ceil((count + 1) * (1 - false_alarm) - 1e-9)  # 20 * 0.95 must not become 19.000000000000004
-    if rank <= count:
-        value, rule = float(np.sort(scores)[rank - 1]), f"the {rank}-th smallest of {count} scores"
+        raise UserError(f"a threshold needs the scores of at least 2 normal pictures, got {count}")
+    if is_order_statistic(count, false_alarm):
+        order = _order(count, false_alarm)
+        value, rule = float(pictures[order - 1]), f"the {order}-th smallest of {count} scores"
     else:
-        value, rule = _predictive_bound(np.log(np.asarray(scores, np.float64)), false_alarm), "log-normal bound"
+        logs = np.log(scores.astype(np.float64))
+        bound = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
+        value, rule = max(bound, float(pictures[-1])), f"log-normal bound of {scores.size} views"
+    region = np.median(np.quantile(maps.reshape(count, -1), 1 - false_alarm, axis=1))
     how = f"{rule} for a false-alarm rate of {false_alarm:g}, {source}"
-    return Threshold(value, how, float(np.median(scores)))
+    return Threshold(value, how, float(np.median(pictures)), float(region))
 
 
-def as_of_all(left_out: np.ndarray) -> np.ndarray:
-    """What scores (K,) from K - 1 support pictures each would be, on average, had there been K."""
-    return left_out * np.exp(-LEFT_OUT_EXCESS / len(left_out))
-
-
-def _predictive_bound(logs: np.ndarray, false_alarm: float) -> float:
-    """The bound of the module's docstring."""
-    freedom = PRIOR_WEIGHT + len(logs) - 1
-    variance = (PRIOR_WEIGHT * PRIOR_SPREAD**2 + np.square(logs - logs.mean()).sum()) / freedom
-    quantile = stdtrit(freedom, 1 - false_alarm)
-    return float(np.exp(logs.mean() + quantile * np.sqrt((1 + 1 / len(logs)) * variance)))
+def _order(count: int, false_alarm: float) -> int:
+    return math.ceil((count + 1) * (1 - false_alarm) - 1e-9)  # 20 * 0.95 must not become 19.000000000000004

@@ -16,7 +16,8 @@ from evaluation import scoring
 from models.gaussian import nested_layers
 from models.regad import FewShotDetector, RegAD, save_checkpoint
 from models.stn import folded
-from models.threshold import PRIOR_SPREAD, PRIOR_WEIGHT, normal_threshold
+from models.threshold import Threshold, normal_threshold
+from utils.funcs import support_views
 from utils.utils import StageClock, UserError
 
 SIZE = 64
@@ -84,13 +85,15 @@ def test_kinds_of_pictures_agree(detector, files):
 def test_leave_one_out_is_fitting_without_the_picture(detector, network, files):
     for index, left_out in enumerate(files[0]):
         others = [path for path in files[0] if path != left_out]
-        score, _ = FewShotDetector(network, "cpu").fit(others).score([left_out])
-        assert score[0] == pytest.approx(detector.support_scores[index], rel=1e-4)
+        views = support_views(read_support_images([left_out], SIZE))
+        scores, maps = FewShotDetector(network, "cpu").fit(others).score(views)
+        np.testing.assert_allclose(maps[0], detector.left_out.maps[index], rtol=1e-4)
+        np.testing.assert_allclose(scores, detector.left_out.scores[index], rtol=1e-4)
 
 
 def test_one_support_picture(network, files):
     detector = FewShotDetector(network, "cpu").fit(files[0][:1])
-    assert detector.support_scores is None and np.isfinite(detector.score(files[1][:1])[0]).all()
+    assert detector.left_out is None and np.isfinite(detector.score(files[1][:1])[0]).all()
     with pytest.raises(UserError, match=r"scores of two normal pictures.*--calibrate.*--threshold"):
         detector.calibrate(0.05)
     assert detector.calibrate(0.05, files[0][1:]).value > 0
@@ -134,44 +137,61 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
         FewShotDetector(network, "cpu").score([])
 
 
-def test_threshold_of_few_scores_by_the_definition():
-    logs = np.array([3.0, 3.2, 3.4])
-    freedom = PRIOR_WEIGHT + 2
-    scale = np.sqrt((1 + 1 / 3) * (PRIOR_WEIGHT * PRIOR_SPREAD**2 + 0.08) / freedom)
-    expected = np.exp(3.2 + stats.t.ppf(0.99, freedom) * scale)
-    assert normal_threshold(np.exp(logs), 0.01, "").value == pytest.approx(expected)
+def threshold_of(scores, share: float) -> Threshold:
+    """The threshold where maps play no part; scores: (n,) or (n, views)."""
+    scores = np.array(scores, float).reshape(len(scores), -1)
+    return normal_threshold(scores, np.zeros((len(scores), 2, 2)), share, "")
 
 
-def test_left_out_scores_are_lowered_by_their_number(detector):
-    assert detector.calibrate(0.05).typical == pytest.approx(np.median(detector.support_scores) * np.exp(-0.4 / 3))
-    value = normal_threshold(np.exp(-0.4 / 3) * detector.support_scores, 0.05, "").value
-    assert detector.threshold.value == pytest.approx(value)
+def test_threshold_of_few_pictures_by_the_definition():
+    logs = np.array([[3.0, 3.1], [3.2, 3.5]])
+    expected = np.exp(stats.norm(3.2, np.sqrt(0.035)).ppf(0.99))  # (0.04 + 0.01 + 0 + 0.09) / 4
+    assert threshold_of(np.exp(logs), 0.01).value == pytest.approx(expected)
+    same_views = np.exp(logs[:, :1].repeat(22, axis=1))
+    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest picture's
+    assert threshold_of(np.exp(logs), 0.01).typical == pytest.approx(np.exp([3.0, 3.2]).mean())
+
+
+def test_region_is_the_hottest_share_of_the_area_of_a_typical_picture():
+    maps = np.random.default_rng(0).permutation(3 * 100).reshape(3, 10, 10) + 1.0
+    threshold = normal_threshold(maps.max(axis=(1, 2))[:, None], maps, 0.2, "")
+    shares = sorted((maps > threshold.region).mean(axis=(1, 2)))
+    assert shares[1] == pytest.approx(0.2) and shares[0] < 0.2 < shares[2]
+
+
+def test_calibration_takes_views_where_pictures_are_too_few(detector, files):
+    normal = files[1][:3]
+    views = [support_views(read_support_images([path], SIZE)) for path in normal]
+    scores = np.stack([detector.score(picture)[0] for picture in views])
+    assert detector.calibrate(0.05, normal).value == pytest.approx(threshold_of(scores, 0.05).value)
+    assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max())
+    assert detector.calibrate(0.05).value == threshold_of(detector.left_out.scores, 0.05).value
 
 
 def test_threshold_of_many_scores_is_an_order_statistic():
-    scores = np.random.default_rng(0).permutation(np.arange(1, 20, dtype=float))
-    assert normal_threshold(scores, 0.05, "").value == 19  # (19 + 1) 0.95 = 19
-    assert normal_threshold(scores, 0.5, "").value == 10
-    assert normal_threshold(scores, 0.04, "").value > 19
+    scores = np.random.default_rng(0).permutation(np.arange(1, 20))
+    assert threshold_of(scores, 0.05).value == 19  # (19 + 1) 0.95 = 19
+    assert threshold_of(scores, 0.5).value == 10
+    assert threshold_of(scores, 0.04).value > 19
 
 
 @given(st.lists(st.floats(1, 100), min_size=2, max_size=30), st.floats(0.001, 0.5), st.floats(0.1, 10))
 def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, share, factor):
-    value = normal_threshold(np.array(scores), share, "").value
-    assert normal_threshold(factor * np.array(scores), share, "").value == pytest.approx(factor * value)
-    assert normal_threshold(np.array(scores), share / 2, "").value >= value * (1 - 1e-9) or len(scores) * share >= 0.5
+    value = threshold_of(scores, share).value
+    assert threshold_of(factor * np.array(scores), share).value == pytest.approx(factor * value)
+    assert threshold_of(scores, share / 2).value >= value * (1 - 1e-9)
 
 
 def test_false_alarms_of_log_normal_scores_are_as_asked():
-    """On average over many draws of 4 and 40 scores whose spread is the prior's."""
+    """On average over many draws, where the views of a picture differ as pictures do."""
     rng = np.random.default_rng(0)
     for count in (4, 40):
-        draws = np.exp(rng.normal(3, PRIOR_SPREAD, (4000, count + 1)))
-        alarms = [draw[-1] > normal_threshold(draw[:-1], 0.05, "").value for draw in draws]
-        assert 0.025 < np.mean(alarms) < 0.06
+        draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
+        alarms = [draw[-1, 0] > threshold_of(draw[:-1], 0.05).value for draw in draws]
+        assert 0.025 < np.mean(alarms) < 0.065
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])
 def test_impossible_shares(share):
     with pytest.raises(UserError, match="between 0 and 1"):
-        normal_threshold(np.ones(3), share, "")
+        threshold_of(np.ones(3), share)

@@ -79,7 +79,7 @@ def test_module_is_the_detector(network, normal, pictures, shots):
     generator = np.random.default_rng(0)
     support = [read_image(path, SIZE) for path in normal[:shots]]
     support += [generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(shots - len(support))]
-    detector = FewShotDetector(network, "cpu").fit(support, leave_one_out=False)
+    detector = FewShotDetector(network, "cpu").fit(support, for_threshold=False)
     with torch.no_grad():
         maps, scores = ExportedDetector(detector)(torch.from_numpy(pictures))
     expected_scores, expected_maps = detector.score(list(pictures))
@@ -120,7 +120,7 @@ def test_metadata_without_a_threshold(network, normal):
     detector = FewShotDetector(network, "cpu", keep_aspect=True).fit(normal[:1])
     about = models.export.export_metadata(detector)
     assert about["threshold"] == "" and about["keep_aspect"] == "true"
-    detector.threshold = Threshold(np.float64(1) / 3, "given", 1.0)
+    detector.threshold = Threshold(np.float64(1) / 3, "given", 1.0, 1.0)
     assert float(models.export.export_metadata(detector)["threshold"]) == 1 / 3
 
 
@@ -192,7 +192,7 @@ def test_twenty_real_pictures(tmp_path):
     """Screws and tiles at 224 pixels, with warps as trained; the detector knows screws only."""
     network = load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn
     normal = sorted((DATA / "screw/train/good").iterdir())[:2]
-    detector = FewShotDetector(network, "cpu").fit(normal, leave_one_out=False)
+    detector = FewShotDetector(network, "cpu").fit(normal, for_threshold=False)
     found = [list_inputs([DATA / category / "test"]) for category in ("screw", "magnetic_tile")]
     chosen = [path for paths in found for path in paths[:: len(paths) // 10][:10]]
     pictures = np.stack([read_image(path, 224) for path in chosen])
