@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.images import add_picture_flags, limit_pixels
-from datasets.mvtec import LabelledDataset, LabelledImage, add_data_flags, category_folder, checked_test_items
+from datasets.mvtec import LabelledDataset, add_data_flags, category_folder, checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
+from evaluation.gallery import save_gallery, with_own_threshold
 from evaluation.metrics import METRIC_NAMES
-from evaluation.report import choose_examples, format_interval, format_summary, save_heat_maps, summary
+from evaluation.report import format_interval, format_summary, summary
 from evaluation.scoring import RoundResult, compute_test_features, score_rounds
 from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size, folded
@@ -62,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and pictures")
-    run.add_argument("--save_images", type=int, default=0, metavar="N", help="heat-maps of round 0; -1: all pictures")
+    run.add_argument("--save_images", type=int, default=0, metavar="N", help="of round 0, with a report; -1: all")
     return parser
 
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pictures, with_more = supports[shot].pictures, args.metrics == "all"
             scored = score_rounds(network, test, pictures, clock, args.batch_size, with_more)
             name = f"{args.obj}_{shot}_{args.stn_mode}" + ("" if weights.kind == "best" else f"_{weights.kind}")
-            results = _print_rounds(scored, args, name, items)
+            results = _print_rounds(scored, args, name, dataset)
             content = {
                 "arguments": plain_arguments(args) | {"shot": shot},
                 **provenance(device),
@@ -156,15 +157,15 @@ def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
 
 
 def _print_rounds(
-    scored: Iterable[RoundResult], args: argparse.Namespace, name: str, items: list[LabelledImage]
+    scored: Iterable[RoundResult], args: argparse.Namespace, name: str, dataset: LabelledDataset
 ) -> list[dict]:
-    """The numbers of every round, printed as they come; heat-maps of the first one where asked for."""
+    """The numbers of every round, printed as they come; pictures of the first one where asked for."""
     results = []
     for number, result in enumerate(scored):
         pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
         print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
         if number == 0 and args.save_images:
-            _save_images(args, name, items, result)
+            _save_images(args, name, dataset, result)
         results.append(result.numbers)
     return results
 
@@ -181,10 +182,10 @@ def _support_record(support: SupportRounds) -> dict:
     return {"source": support.source, "names": support.names} | (_file_record(support.file) or {})
 
 
-def _save_images(args: argparse.Namespace, name: str, items: list[LabelledImage], result: RoundResult) -> None:
-    folder = args.output / name
-    save_heat_maps(folder, items, result.maps.cpu().numpy(), choose_examples(items, args.save_images))
-    print(f"heat-maps: {folder}")
+def _save_images(args: argparse.Namespace, name: str, dataset: LabelledDataset, result: RoundResult) -> None:
+    folder, scored = args.output / name, with_own_threshold(dataset, result.maps.cpu().numpy())
+    save_gallery(folder, f"{name}, round 0", scored, args.save_images, args.num_workers)
+    print(f"pictures: {folder}, with contact_sheet.jpg, curves.png and report.html")
 
 
 def _file_record(path: Path | None) -> dict | None:

@@ -56,10 +56,10 @@ def beside(panels: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
 
 
-def captioned(image: np.ndarray, text: str) -> np.ndarray:
+def captioned(image: np.ndarray, text: str, colour: str = "black") -> np.ndarray:
     """The image (H, W, 3) with a line of text above it; text that is too long is cut."""
     strip = Image.new("RGB", (image.shape[1], CAPTION_HEIGHT), "white")
-    ImageDraw.Draw(strip).text((4, 3), text, fill="black", font=_font())
+    ImageDraw.Draw(strip).text((4, 3), text, fill=colour, font=_font())
     return np.concatenate([np.asarray(strip), image])
 
 

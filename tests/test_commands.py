@@ -164,13 +164,16 @@ def test_only_the_aurocs(arguments):
         assert all(one[key] == other[key] for key in one)
 
 
-def test_heat_maps(arguments, demo_data):
+def test_pictures(arguments, demo_data):
     call(arguments, "--save_images", "5")
-    pictures = sorted(Path(arguments["--output"]).rglob("*.png"))
+    (report,) = Path(arguments["--output"]).rglob("report.html")
+    pictures = sorted(report.parent.glob("*/*.jpg"))
     assert len(pictures) == 5
-    assert {path.parent.name for path in pictures} == {item.defect for item in list_test_items(demo_data / "ring")}
-    colours = read_image(pictures[0], 200).reshape(-1, 3)
-    assert len(np.unique(colours, axis=0)) > 100  # not an empty page
+    items = list_test_items(demo_data / "ring")
+    assert {path.parent.name for path in pictures} == {item.defect for item in items}
+    for path in (*pictures, report.parent / "contact_sheet.jpg", report.parent / "curves.png"):
+        assert len(np.unique(read_image(path, 200).reshape(-1, 3), axis=0)) > 100  # not an empty page
+    assert report.read_text().count("data:image/jpeg") == len(items)
 
 
 def test_without_ground_truth_pixel_numbers_are_absent(arguments, demo_data, tmp_path, capsys):

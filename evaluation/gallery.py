@@ -1,0 +1,155 @@
+"""A scored category for the eye: panels of each test picture, a contact sheet, curves, and one page with all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from datasets.mvtec import LabelledDataset, LabelledImage
+from evaluation.page import PAGE_PICTURES, PageRow, as_data_uri, write_page
+from evaluation.pictures import CALLED, beside, captioned, colour_limits, heat_map, outline, overlay, save_picture
+from utils.utils import in_threads, whole_file
+
+SHEET_PICTURES, SHEET_COLUMNS = 40, 4
+TILE = 160  # pixels, of either picture of a tile of the contact sheet
+WRONG = "#c4420a"  # of captions
+NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # in curves, as in page.html
+
+
+class Scored(NamedTuple):
+    """Test pictures with what one round gave them.
+
+    scores: (B,), maps: (B, S, S), labels: (B,) bool. threshold: where the share of defects found exceeds that of
+    false alarms most on these very pictures (Youden), for want of another; it sorts right from wrong in captions, and is
+    too good to be expected of new pictures.
+    """
+
+    dataset: LabelledDataset
+    maps: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    threshold: float
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """Which pictures are missed or false alarms, (B,) bool."""
+        return (self.scores > self.threshold) != self.labels
+
+    def worst_first(self) -> np.ndarray:
+        """Indices by how far the score lies on the wrong side of the threshold."""
+        excess = self.scores - self.threshold
+        return np.argsort(np.where(self.labels, excess, -excess), kind="stable")
+
+    def name(self, index: int) -> str:
+        """Folder and file of a picture."""
+        item = self.dataset.items[index]
+        return f"{item.defect}/{item.image.name}"
+
+    def caption(self, index: int) -> str:
+        """Name, score, label and mistake."""
+        truth, mistake = ("defective", ", missed") if self.labels[index] else ("normal", ", false alarm")
+        mistake = mistake if self.wrong[index] else ""
+        return f"{self.name(index)}  {self.scores[index]:.2f}  {truth}{mistake}"
+
+
+def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
+    """`Scored` from the score maps (B, S, S) of a data set with normal and defective pictures."""
+    scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
+    false_alarms, found, thresholds = roc_curve(labels, scores)
+    lowest_called = thresholds[1:][(found - false_alarms)[1:].argmax()]
+    return Scored(dataset, maps, scores, labels, float(np.nextafter(lowest_called, -np.inf)))
+
+
+def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
+    """Indices of `count` test pictures, taken in turn from each defect and the normal ones; -1: all."""
+    if count < 0:
+        return list(range(len(items)))
+    folders: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        folders.setdefault(item.defect, []).append(index)
+    in_turn = [index for turn in zip_longest(*folders.values()) for index in turn if index is not None]
+    return sorted(in_turn[:count])
+
+
+def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: int) -> None:
+    """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` pictures (-1: all) into `folder`."""
+    worst = scored.worst_first()
+    chosen = set(choose_examples(scored.dataset.items, count))
+    indices = sorted(chosen | set(worst[:PAGE_PICTURES].tolist()))
+    drawn = dict(
+        zip(indices, in_threads(partial(_draw, folder, scored, chosen), indices, max(1, workers)), strict=True)
+    )
+    missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
+    verdict = f"threshold {scored.threshold:.2f} (best of these very pictures): {missed} missed, {alarms} false alarms"
+    sheet = _sheet([drawn[index].tile for index in worst[:SHEET_PICTURES]])
+    save_picture(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
+    _save_curves(folder / "curves.png", scored)
+    notes = (f"At the start: {verdict}", "Pictures: input, ground truth, heat-map, heat-map over the input")
+    rows = [_page_row(scored, index, drawn) for index in range(len(scored.scores))]
+    write_page(folder / "report.html", title, notes, rows, scored.threshold)
+
+
+class _Drawn(NamedTuple):
+    preview: str  # data URI of all panels, for the page
+    tile: np.ndarray  # for the contact sheet
+
+
+def _draw(folder: Path, scored: Scored, chosen: set[int], index: int) -> _Drawn:
+    """Draws a picture, and writes its panels where it is one of the chosen."""
+    of_item = scored.dataset[index]
+    image, mask = of_item["image"].permute(1, 2, 0).numpy(), of_item["mask"].numpy()
+    limits = colour_limits(float(np.median(scored.scores[~scored.labels])))
+    truth, over = outline(image, mask, CALLED), overlay(image, scored.maps[index], limits)
+    panels = beside([image, truth, heat_map(scored.maps[index], limits), over])
+    caption, colour = scored.caption(index), WRONG if scored.wrong[index] else "black"
+    if index in chosen:
+        save_picture(folder / f"{scored.name(index)}.jpg", captioned(panels, caption, colour))
+    return _Drawn(as_data_uri(panels), captioned(beside([_small(truth), _small(over)]), caption, colour))
+
+
+def _small(panel: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(panel).resize((TILE, TILE), Image.Resampling.LANCZOS))
+
+
+def _page_row(scored: Scored, index: int, drawn: dict[int, _Drawn]) -> PageRow:
+    kind = scored.dataset.items[index].defect if scored.labels[index] else "good"
+    preview = drawn[index].preview if index in drawn else ""
+    return PageRow(scored.name(index), float(scored.scores[index]), kind, preview)
+
+
+def _sheet(tiles: Sequence[np.ndarray]) -> np.ndarray:
+    """Tiles of one size row by row."""
+    blank = np.full_like(tiles[0], 255)
+    rows = [list(tiles[at : at + SHEET_COLUMNS]) for at in range(0, len(tiles), SHEET_COLUMNS)]
+    rows[-1] += [blank] * (SHEET_COLUMNS - len(rows[-1]))
+    return np.concatenate([beside(row) for row in rows])
+
+
+def _save_curves(path: Path, scored: Scored) -> None:
+    """ROC curve of the image scores and histogram of normal and defective ones."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    roc, histogram = figure.subplots(1, 2)
+    false_alarms, found, _ = roc_curve(scored.labels, scored.scores, drop_intermediate=False)
+    roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    roc.plot(false_alarms, found, color=DEFECTIVE_COLOUR)
+    auroc = roc_auc_score(scored.labels, scored.scores)
+    roc.set(title=f"image AUROC {auroc:.4f}", xlabel="normal pictures called", ylabel="defective pictures called")
+    roc.set_aspect("equal")
+    bins = np.histogram_bin_edges(scored.scores, 30)
+    histogram.hist(scored.scores[~scored.labels], bins, color=NORMAL_COLOUR, alpha=0.7, label="normal")
+    histogram.hist(scored.scores[scored.labels], bins, color=DEFECTIVE_COLOUR, alpha=0.6, label="defective")
+    histogram.axvline(
+        scored.threshold, color="black", linestyle="--", linewidth=1, label="best threshold of these pictures"
+    )
+    histogram.set(title="image scores", xlabel="score (distance)", ylabel="pictures")
+    histogram.legend()
+    with whole_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=100)
