@@ -19,7 +19,7 @@ from evaluation.pictures import CALLED, beside, captioned, colour_limits, heat_m
 from utils.utils import in_threads, whole_file
 
 SHEET_PICTURES, SHEET_COLUMNS = 40, 4
-TILE = 160  # pixels, of either picture of a tile of the contact sheet
+TILE = 180  # pixels, of either picture of a tile of the contact sheet
 WRONG = "#c4420a"  # of captions
 NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # in curves, as in page.html
 
@@ -27,9 +27,9 @@ NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # in curves, as in page.
 class Scored(NamedTuple):
     """Test pictures with what one round gave them.
 
-    scores: (B,), maps: (B, S, S), labels: (B,) bool. threshold: where the share of defects found exceeds that of
-    false alarms most on these very pictures (Youden), for want of another; it sorts right from wrong in captions, and is
-    too good to be expected of new pictures.
+    scores: (B,), maps: (B, S, S), labels: (B,) bool. threshold: where the share of defects found exceeds that of false
+    alarms most on these very pictures (Youden), for want of another; it sorts right from wrong in captions, and is too
+    good to be expected of new pictures.
     """
 
     dataset: LabelledDataset
@@ -65,7 +65,7 @@ def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
     scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
     false_alarms, found, thresholds = roc_curve(labels, scores)
     lowest_called = thresholds[1:][(found - false_alarms)[1:].argmax()]
-    return Scored(dataset, maps, scores, labels, float(np.nextafter(lowest_called, -np.inf)))
+    return Scored(dataset, maps, scores, labels, float(np.nextafter(np.float32(lowest_called), np.float32(-np.inf))))
 
 
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
@@ -146,9 +146,7 @@ def _save_curves(path: Path, scored: Scored) -> None:
     bins = np.histogram_bin_edges(scored.scores, 30)
     histogram.hist(scored.scores[~scored.labels], bins, color=NORMAL_COLOUR, alpha=0.7, label="normal")
     histogram.hist(scored.scores[scored.labels], bins, color=DEFECTIVE_COLOUR, alpha=0.6, label="defective")
-    histogram.axvline(
-        scored.threshold, color="black", linestyle="--", linewidth=1, label="best threshold of these pictures"
-    )
+    histogram.axvline(scored.threshold, color="black", linestyle="--", linewidth=1, label="their best threshold")
     histogram.set(title="image scores", xlabel="score (distance)", ylabel="pictures")
     histogram.legend()
     with whole_file(path) as aside:
