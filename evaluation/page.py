@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -45,7 +46,7 @@ def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Page
 def as_data_uri(image: np.ndarray) -> str:
     """An image (H, W, 3) uint8, at most PREVIEW_WIDTH wide, as a JPEG in a data URI."""
     picture = Image.fromarray(image)
-    picture.thumbnail((PREVIEW_WIDTH, PREVIEW_WIDTH), reducing_gap=2)
+    picture = picture.reduce(max(1, math.ceil(picture.width / PREVIEW_WIDTH)))  # much faster than any other resize
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

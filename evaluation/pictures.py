@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_erosion
 
 from utils.utils import whole_file
 
@@ -35,19 +34,22 @@ def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
 
 def overlay(image: np.ndarray, scores: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
     """The heat-map of scores (H, W) over an image (H, W, 3) uint8; the higher a score, the less of the image shows."""
-    levels = _levels(scores, limits)
-    opacity = (levels * (OPACITY * 256 / 255)).astype(np.uint16)[..., None]  # of 256
-    return ((image * (256 - opacity) + _colours()[levels] * opacity) >> 8).astype(np.uint8)
+    levels = Image.fromarray(_levels(scores, limits))
+    opacity = levels.point([round(OPACITY * level) for level in range(256)])
+    levels.putpalette(_colours().tobytes())
+    return np.asarray(Image.composite(levels.convert("RGB"), Image.fromarray(image), opacity))
 
 
 def outline(image: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """The image (H, W, 3) with a line along the inside of the border of `region` (H, W) bool."""
     if not region.any():
         return image
-    drawn = image.copy()
-    width = max(1, round(max(region.shape) / 250))
-    drawn[region & ~binary_erosion(region, iterations=width, border_value=1)] = colour
-    return drawn
+    drawn, width = Image.fromarray(image), max(1, round(max(region.shape) / 250))
+    padded = np.pad(region, width, mode="edge")
+    across, down = padded[width:-width], padded[:, width:-width]
+    inside = across[:, : -2 * width] & across[:, 2 * width :] & down[: -2 * width] & down[2 * width :]
+    drawn.paste(colour, mask=Image.fromarray((region & ~inside).astype(np.uint8) * 255))
+    return np.asarray(drawn)
 
 
 def beside(panels: Sequence[np.ndarray]) -> np.ndarray:
