@@ -270,6 +270,22 @@ def test_nothing_is_fetched(browser, tmp_path):
     assert browser.get_log("browser") == []
 
 
+def test_a_long_table_is_cut(browser, tmp_path):
+    """Not the counts and drawings: they hold all rows."""
+    rows = [row._replace(image="") for row in make_rows(True, 2100)]
+    show(browser, tmp_path, rows)
+    assert find(browser, "#left-out").text.startswith("The first 2000 ") and round(bars(browser).sum()) == 2100
+    tab_to(browser, "#slider").send_keys(webdriver.Keys.LEFT * 3)
+    limit = float(find(browser, "#number").get_property("value"))
+    called = sum(row.score > limit for row in rows)
+    assert find(browser, "#counts").text.startswith(f"{called} of 2100 called defective")
+    names = sorted(row.name for row in rows)
+    decisions = {row.name: "defective" if row.score > limit else "normal" for row in rows}
+    for expected in (names[:2000], names[:-2001:-1]):
+        find(browser, "#pictures th button").send_keys(webdriver.Keys.ENTER)
+        assert [(row[1], row[-1]) for row in cells(browser, "#pictures")] == [(n, decisions[n]) for n in expected]
+
+
 ONE = make_rows(True, 1)
 ODD_TABLES = {
     "empty": ([], 3.0),
