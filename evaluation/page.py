@@ -31,7 +31,10 @@ class PageRow(NamedTuple):
 
 
 def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[PageRow], threshold: float | None) -> None:
-    """Histogram, threshold slider and sortable table of `rows`; with kinds also the ROC curve and a table by kind."""
+    """Histogram, threshold slider and sortable table of `rows`; with kinds also the ROC curve and a table by kind.
+
+    Without a threshold the page decides nothing until its reader chooses one.
+    """
     data = json.dumps({"rows": [row._asdict() for row in rows], "threshold": threshold}, allow_nan=False)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),

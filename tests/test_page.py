@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,10 @@ def make_rows(with_kinds: bool, count: int = 12) -> list[PageRow]:
     scores = rng.normal(15, 3, count) + 2 * (np.arange(count) % len(KINDS))
     scores[1:9:2] = scores[-1]  # equal scores, normal and defective ones
     pictures = rng.integers(0, 256, (count, 8, 24, 3), dtype=np.uint8)
-    names = rng.permutation(count)
+    rows = zip(rng.permutation(count), scores.tolist(), [*KINDS] * count, pictures, strict=False)
     return [
-        PageRow(
-            f"part {name:03}.png", float(score), KINDS[i % len(KINDS)] if with_kinds else None, as_data_uri(picture)
-        )
-        for i, (name, score, picture) in enumerate(zip(names, scores, pictures, strict=True))
+        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(picture))
+        for name, score, kind, picture in rows
     ]
 
 
@@ -96,7 +94,7 @@ def tab_to(browser, selector: str):
 def bars(browser, selector: str = "rect") -> np.ndarray:
     """Pictures in each bar of the histogram, from what is drawn: its height beside the axis."""
     script = "return [...document.querySelectorAll('#histogram ' + arguments[0])].map(r => +r.getAttribute('height'))"
-    top = int(find(browser, "#histogram text").get_attribute("textContent"))
+    top = int(find(browser, "#histogram text").get_attribute("textContent").split()[0])
     return np.array(browser.execute_script(script, selector)) / 150 * top
 
 
@@ -169,7 +167,9 @@ def test_the_drawings_hold_the_scores(browser, tmp_path):
         drawn = bars(browser, f"rect[fill='var(--{fill})']")
         np.testing.assert_allclose(drawn, np.histogram(scores[chosen], 40, reach)[0], atol=1e-9)
     ticks = "return [...document.querySelectorAll('#histogram text')].map(t => [+t.textContent, +t.getAttribute('x')])"
-    values, places = np.array([tick for tick in browser.execute_script(ticks)[2:] if tick[0] is not None]).T
+    values, places = np.array(
+        [tick for tick in browser.execute_script(ticks)[2:] if tick[0] is not None]
+    ).T  # in JSON no NaN
     assert len(values) > 2
     np.testing.assert_allclose(places, 30 + 380 * (values - reach[0]) / (reach[1] - reach[0]))
     assert float(find(browser, "#mark").get_attribute("x1")) == pytest.approx(np.interp(16, reach, (30, 410)))
@@ -303,6 +303,15 @@ ODD_TABLES = {
 }
 
 
+def check_labels(browser) -> None:
+    """No text of the histogram leaves the drawing or runs into the next one of its line."""
+    script = """return [...document.querySelectorAll("#histogram, #histogram text")].map(
+        e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right, e.getAttribute("y")])"""
+    (first, last, _), *texts = browser.execute_script(script)
+    assert all(first <= left and right <= last for left, right, _ in texts)
+    assert all(right < left or line != other for (_, right, line), (left, _, other) in pairwise(texts))
+
+
 @pytest.mark.parametrize("case", ODD_TABLES)
 def test_odd_tables(case, browser, tmp_path):
     rows, threshold = ODD_TABLES[case]
@@ -320,5 +329,6 @@ def test_odd_tables(case, browser, tmp_path):
         decisions = {row[1]: row[-1] for row in cells(browser, "#pictures")}
         assert decisions == {row.name: "defective" if row.score > limit else "normal" for row in rows}
     assert len({row[-2] for row in cells(browser, "#pictures")}) == len({row.score for row in rows})
+    check_labels(browser)
     drawn = "return [...document.querySelectorAll('svg *')].filter(e => e.outerHTML.match(/NaN|Infinity/)).length"
     assert browser.execute_script(drawn) == 0 and browser.get_log("browser") == []
