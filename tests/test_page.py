@@ -136,7 +136,7 @@ def test_every_threshold_recounts(with_kinds, browser, tmp_path):
     keys = webdriver.Keys
     for key, times, rises in (
         (keys.RIGHT, 1, True),
-        (keys.LEFT, 160, False),
+        (keys.LEFT, 60, False),
         (keys.HOME, 1, False),
         (keys.END, 1, True),
     ):
@@ -224,7 +224,7 @@ def phone(browser) -> Iterator:
 
 
 @pytest.mark.parametrize("with_kinds", [True, False])
-@pytest.mark.parametrize("part", ["x" * 300, "part 7/" * 40, "Oberfläche_" * 30, "部品" * 100])
+@pytest.mark.parametrize("part", ["x" * 300, "Oberfläche 7/部品_" * 30])
 def test_a_phone_needs_no_sideways_scrolling(part, with_kinds, phone, tmp_path):
     rows = [
         row._replace(name=part + row.name, kind=row.kind and row.kind + part, score=row.score + 1000)
@@ -275,10 +275,10 @@ def test_a_long_table_is_cut(browser, tmp_path):
     rows = [row._replace(image="") for row in make_rows(True, 2100)]
     show(browser, tmp_path, rows)
     assert find(browser, "#left-out").text.startswith("The first 2000 ") and round(bars(browser).sum()) == 2100
-    tab_to(browser, "#slider").send_keys(webdriver.Keys.LEFT * 3)
+    tab_to(browser, "#slider").send_keys(webdriver.Keys.HOME)
+    assert find(browser, "#counts").text.startswith("2100 of 2100 called defective")
+    press(browser, webdriver.Keys.PAGE_UP * 4)
     limit = float(find(browser, "#number").get_property("value"))
-    called = sum(row.score > limit for row in rows)
-    assert find(browser, "#counts").text.startswith(f"{called} of 2100 called defective")
     names = sorted(row.name for row in rows)
     decisions = {row.name: "defective" if row.score > limit else "normal" for row in rows}
     for expected in (names[:2000], names[:-2001:-1]):
@@ -320,7 +320,7 @@ def test_odd_tables(case, browser, tmp_path):
     goods = sum(row.kind in ("good", None) for row in rows)
     assert find(browser, "#roc-part").is_displayed() == (0 < goods < len(rows))
     if threshold is None:
-        assert {row[-1] for row in cells(browser, "#pictures")} <= {""}
+        assert {row[-1] for table in ("#pictures", "#kinds") for row in cells(browser, table)} <= {""}
         assert find(browser, "#counts").text.startswith("nothing is decided")
     slider = find(browser, "#slider")
     for key in (webdriver.Keys.HOME, webdriver.Keys.END, webdriver.Keys.ARROW_LEFT):
