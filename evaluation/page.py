@@ -18,7 +18,7 @@ from PIL import Image
 from utils.utils import whole_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
-PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows have their numbers
+PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted
 PREVIEW_WIDTH, PREVIEW_QUALITY = 720, 75  # pixels of all panels together, of JPEG
 
 
@@ -32,7 +32,10 @@ class PageRow(NamedTuple):
 
 
 def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[PageRow], threshold: float | None) -> None:
-    """Histogram, threshold slider and sortable table of `rows`; with kinds also the ROC curve and a table by kind."""
+    """Histogram, threshold slider and sortable table of `rows`; with kinds also the ROC curve and a table by kind.
+
+    Without a threshold the page decides nothing until its reader chooses one.
+    """
     data = json.dumps({"rows": [row._asdict() for row in rows], "threshold": threshold}, allow_nan=False)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
