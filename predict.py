@@ -17,7 +17,7 @@ from tqdm import tqdm
 from datasets.inputs import absolute, list_inputs, watch
 from evaluation.detector_flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
 from evaluation.page import PAGE_PICTURES, PageRow, write_page
-from evaluation.predictions import Outputs, Prediction, ScoreTable, predict
+from evaluation.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
 from models.detector import FewShotDetector
 from utils.utils import (
     UserError,
@@ -86,7 +86,7 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
     root = Path(os.path.commonpath([absolute(path).parent for path in paths]))
     detector.clock.seconds.clear()  # of fitting
     rows = list(_rows(detector, tqdm(paths, unit="picture", disable=None), root, args, PAGE_PICTURES, False))
-    _finish(detector, rows, args)
+    _finish(detector, rows, root, args)
     failed = [row for row in rows if row.error]
     calls = sum(row.decision == "defective" for row in rows)
     print(f"{len(rows) - len(failed)} pictures scored, {calls} called defective, {len(failed)} failed: {args.output}")
@@ -96,14 +96,17 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
 
 
 def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
-    """Scores pictures as they arrive; table, record and report are brought up to date after each lot."""
-    rows: list[Prediction] = []
-    print(f"watching {args.watch}; Ctrl-C ends")
-    for arrived in watch(args.watch, args.output):
-        for row in _rows(detector, arrived, absolute(args.watch), args, PAGE_PICTURES - len(rows), True):
+    """Scores pictures as they arrive; table, record and report are brought up to date after each lot.
+
+    Goes on where an earlier watch with the same output ended.
+    """
+    rows, root = read_scores(args.output / "scores.csv"), absolute(args.watch)
+    print(f"watching {args.watch}; Ctrl-C ends" + (f"; {len(rows)} pictures scored before" if rows else ""))
+    for arrived in watch(args.watch, args.output, done={absolute(Path(row.path)) for row in rows}):
+        for row in _rows(detector, arrived, root, args, PAGE_PICTURES - len(rows), True):
             rows.append(row)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
-        _finish(detector, rows, args)
+        _finish(detector, rows, root, args)
 
 
 def _rows(
@@ -116,8 +119,8 @@ def _rows(
             yield row
 
 
-def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argparse.Namespace) -> None:
-    """scores.json and report.html."""
+def _finish(detector: FewShotDetector, rows: Sequence[Prediction], root: Path, args: argparse.Namespace) -> None:
+    """scores.json and report.html, which names pictures as below `root`."""
     threshold = detector.threshold
     content = {
         "arguments": plain_arguments(args),
@@ -129,10 +132,15 @@ def _finish(detector: FewShotDetector, rows: Sequence[Prediction], args: argpars
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)
-    failed = (row.error.encode(errors="backslashreplace").decode() for row in rows if row.error)  # names of any bytes
-    notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {error}" for error in failed)]
-    shown = [PageRow(row.path, row.score, None, row.preview) for row in rows if row.score is not None]
+    notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    shown = [PageRow(_below(root, row.path), row.score, None, row.preview) for row in rows if row.score is not None]
     write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
+
+
+def _below(root: Path, path: str) -> str:
+    """The shorter name, where the picture lies there; rows of an earlier watch may not."""
+    full = absolute(Path(path))
+    return str(full.relative_to(root)) if full.is_relative_to(root) else path
 
 
 if __name__ == "__main__":

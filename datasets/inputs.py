@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -72,18 +72,18 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock) -> InputP
         return InputPicture(path, None, None, str(error))
 
 
-def watch(folder: Path, output: Path) -> Iterator[list[Path]]:
+def watch(folder: Path, output: Path, done: Collection[Path] = ()) -> Iterator[list[Path]]:
     """Pictures as they arrive in `folder`, without end; those already there come first, those in `output` never.
 
-    A file counts as arrived once its size stayed the same from one look to the next.
+    A file counts as arrived once its size stayed the same from one look to the next. done: absolute paths to leave out.
     """
     sizes: dict[Path, int] = {}
-    done: set[Path] = set()
+    seen_before = set(done)
     while True:
-        seen = {path: _size(path) for path in _pictures_below(folder, output)}
-        arrived = sorted(path for path, size in seen.items() if path not in done and size and sizes.get(path) == size)
+        seen = {path: _size(path) for path in _pictures_below(folder, output) if absolute(path) not in seen_before}
+        arrived = sorted(path for path, size in seen.items() if size and sizes.get(path) == size)
         sizes = {path: size for path, size in seen.items() if size}
-        done.update(arrived)
+        seen_before.update(map(absolute, arrived))
         if arrived:
             yield arrived
         else:

@@ -43,7 +43,7 @@ def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Page
         data=data.replace("<", "\\u003c"),  # so that no name can end the script element
     )
     with whole_file(path) as aside:
-        aside.write_text(page, encoding="utf-8")
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be of any bytes
 
 
 def as_data_uri(image: np.ndarray) -> str:

@@ -120,6 +120,22 @@ def _save_map(path: Path, scores: np.ndarray) -> None:
         save_picture(path, np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16))
 
 
+def read_scores(path: Path) -> list[Prediction]:
+    """The rows with a score in a table of `ScoreTable`; none where there is no such file.
+
+    Raises:
+        UserError: the file is not such a table.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [[row[name] or None for name in CSV_COLUMNS] for row in csv.DictReader(stream)]
+        return [Prediction(name, float(score), decision, error) for name, score, decision, error in rows if score]
+    except (KeyError, ValueError, csv.Error) as fault:
+        raise UserError(f"{path} is not a table of scores by predict.py; give another --output") from fault
+
+
 class ScoreTable:
     """scores.csv, written row by row, so that nothing computed is lost; `append` goes on with a file that exists."""
 

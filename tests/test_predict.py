@@ -242,6 +242,33 @@ def test_watching(support, demo_data, tmp_path):
     assert len(list((output / "pictures").iterdir())) == 2
 
 
+def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypatch, capsys):
+    """Interrupted between two pictures and started again: every picture once, in table, record and report."""
+    folder, pictures = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
+    folder.mkdir()
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--watch", str(folder)]
+    flags += ["--output", str(tmp_path / "out"), "--support", *map(str, support)]
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(pictures[number].read_bytes())
+        looks = iter([None])  # the first look sees the file's size, the second that it stayed
+        monkeypatch.setattr("datasets.inputs.time.sleep", lambda _, looks=looks: _next_or_interrupt(looks))
+        with pytest.raises(KeyboardInterrupt):
+            predict.main(flags)
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines()))
+    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    record = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
+    assert [row["score"] for row in record] == [np.float32(row["score"]) for row in rows]
+    assert "2 pictures scored before" in capsys.readouterr().out
+    (tmp_path / "out/scores.csv").write_text("something else\n1\n")
+    with pytest.raises(UserError, match="not a table of scores"):
+        predict.main(flags)
+
+
+def _next_or_interrupt(looks) -> None:
+    if next(looks, "end") == "end":
+        raise KeyboardInterrupt
+
+
 def _watched_rows(output: Path) -> list:
     record = output / "scores.json"
     return json.loads(record.read_text())["pictures"] if record.is_file() else []
