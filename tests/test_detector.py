@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,7 @@ from models.regad import FewShotDetector, RegAD, save_checkpoint
 from models.stn import folded
 from models.threshold import Threshold, normal_threshold
 from utils.funcs import support_views
-from utils.utils import StageClock, UserError
+from utils.utils import PROJECT_ROOT, StageClock, UserError
 
 SIZE = 64
 
@@ -195,3 +198,20 @@ def test_false_alarms_of_log_normal_scores_are_as_asked():
 def test_impossible_shares(share):
     with pytest.raises(UserError, match="between 0 and 1"):
         threshold_of(np.ones(3), share)
+
+
+def test_the_readme_s_python(files, tmp_path, monkeypatch):
+    """The README's own lines, beside the pictures they name; no weights are downloaded."""
+    block = re.search(
+        r"```python\n(from models\.regad import FewShotDetector.*?)```",
+        (PROJECT_ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )[1]
+    for number, path in enumerate(files[0], start=1):
+        shutil.copy(path, tmp_path / f"good_{number}.png")
+    shutil.copy(files[1][0], tmp_path / "new.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block.replace('"imagenet"', '"none"'), names)
+    assert names["scores"].shape == (1,) and names["maps"].shape == (1, 224, 224)
+    assert names["detector"].threshold.value > 0
