@@ -19,7 +19,7 @@ from utils.utils import whole_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted
-PREVIEW_WIDTH, PREVIEW_QUALITY = 720, 75  # pixels of all panels together, of JPEG
+PREVIEW_WIDTH, PREVIEW_QUALITY = 960, 75  # pixels of all panels together, of JPEG
 
 
 class PageRow(NamedTuple):
