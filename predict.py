@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -85,11 +86,14 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
     """Scores `paths`, writes everything; returns the rows that failed."""
     root = Path(os.path.commonpath([absolute(path).parent for path in paths]))
     detector.clock.seconds.clear()  # of fitting
+    begin = time.perf_counter()
     rows = list(_rows(detector, tqdm(paths, unit="picture", disable=None), root, args, PAGE_PICTURES, False))
-    _finish(detector, rows, root, args)
+    seconds = time.perf_counter() - begin
+    _finish(detector, rows, root, args, seconds)
     failed = [row for row in rows if row.error]
     calls = sum(row.decision == "defective" for row in rows)
     print(f"{len(rows) - len(failed)} pictures scored, {calls} called defective, {len(failed)} failed: {args.output}")
+    print(f"{seconds:.1f} s, {1000 * seconds / len(rows):.0f} ms per picture")
     total = sum(detector.clock.seconds.values())
     print("work:", ", ".join(f"{stage} {s / total:.0%}" for stage, s in detector.clock.seconds.items()))
     return failed
@@ -119,7 +123,13 @@ def _rows(
             yield row
 
 
-def _finish(detector: FewShotDetector, rows: Sequence[Prediction], root: Path, args: argparse.Namespace) -> None:
+def _finish(
+    detector: FewShotDetector,
+    rows: Sequence[Prediction],
+    root: Path,
+    args: argparse.Namespace,
+    total_seconds: float | None = None,
+) -> None:
     """scores.json and report.html, which names pictures as below `root`."""
     threshold = detector.threshold
     content = {
@@ -129,6 +139,7 @@ def _finish(detector: FewShotDetector, rows: Sequence[Prediction], root: Path, a
         "threshold": None if threshold is None else threshold._asdict(),
         "pictures": [{key: value for key, value in row._asdict().items() if key != "preview"} for row in rows],
         "seconds": detector.clock.seconds,
+        "total_seconds": total_seconds,
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)

@@ -36,14 +36,16 @@ def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Page
 
     Without a threshold the page decides nothing until its reader chooses one.
     """
-    data = json.dumps({"rows": [row._asdict() for row in rows], "threshold": threshold}, allow_nan=False)
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        notes="".join(f"<li>{html.escape(note)}</li>" for note in notes),
-        data=data.replace("<", "\\u003c"),  # so that no name can end the script element
-    )
-    with whole_file(path) as aside:
-        aside.write_text(page, encoding="utf-8", errors="backslashreplace")  # names may be of any bytes
+    texts = {"title": html.escape(title), "notes": "".join(f"<li>{html.escape(note)}</li>" for note in notes)}
+    before, after = (Template(half) for half in TEMPLATE.read_text(encoding="utf-8").split("$data"))
+    # names may be of any bytes; row by row, because all previews together are large
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(before.substitute(texts) + f'{{"threshold": {json.dumps(threshold, allow_nan=False)}, "rows": [')
+        for number, row in enumerate(rows):
+            data = json.dumps(row._asdict(), allow_nan=False)
+            data = data.replace("<", "\\u003c")  # so that no name can end the script element
+            stream.write("," * (number > 0) + data)
+        stream.write("]}" + after.substitute(texts))
 
 
 def as_data_uri(image: np.ndarray) -> str:

@@ -42,14 +42,15 @@ def overlay(image: np.ndarray, scores: np.ndarray, limits: tuple[float, float]) 
 
 def outline(image: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """The image (H, W, 3) with a line along the inside of the border of `region` (H, W) bool."""
-    if not region.any():
-        return image
-    drawn, width = Image.fromarray(image), max(1, round(max(region.shape) / 250))
-    padded = np.pad(region, width, mode="edge")
-    across, down = padded[width:-width], padded[:, width:-width]
-    inside = across[:, : -2 * width] & across[:, 2 * width :] & down[: -2 * width] & down[2 * width :]
-    drawn.paste(colour, mask=Image.fromarray((region & ~inside).astype(np.uint8) * 255))
-    return np.asarray(drawn)
+    width = max(1, round(max(region.shape) / 250))
+    inside = region.copy()
+    inside[:, :-width] &= region[:, width:]
+    inside[:, width:] &= region[:, :-width]
+    inside[:-width] &= region[width:]
+    inside[width:] &= region[:-width]
+    drawn = image.copy()
+    drawn.reshape(-1, 3)[np.flatnonzero(region & ~inside)] = colour
+    return drawn
 
 
 def beside(panels: Sequence[np.ndarray]) -> np.ndarray:

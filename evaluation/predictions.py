@@ -50,7 +50,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Results in the order of `paths`; memory does not grow with their number. At most `previews` previews."""
     numbered = enumerate(_scored(detector, paths, workers))
-    return in_threads(partial(_finish, detector, outputs, previews), numbered, workers)
+    # a whole group may wait, so that it is drawn while the network works on the next one
+    return in_threads(partial(_finish, detector, outputs, previews), numbered, workers, ahead=DISTANCE_GROUP)
 
 
 def _scored(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[tuple]:

@@ -25,7 +25,7 @@ from utils.utils import StageClock, UserError, load_tensors, resolve_device, who
 # Pictures per network pass and per distance product. Both are always filled up to this number, so a picture goes
 # through the same arithmetic alone as among others. More are quicker each, but then one alone waits longer.
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}
-DISTANCE_GROUP = 16
+DISTANCE_GROUP = 32
 FILE_FORMAT, FILE_VERSION = "RegAD detector", 2
 
 Layers = list[torch.Tensor]
@@ -206,17 +206,20 @@ class FewShotDetector:
 
     def _score_group(self, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """Scores and maps of at most DISTANCE_GROUP pictures."""
+        distances = distance_maps(self.fitted, self.features(pictures), self.clock)
+        with self.clock("smoothing"):
+            scores, maps = score_maps(distances, self.matrix)
+            return scores[: len(pictures)].cpu().numpy(), maps[: len(pictures)].cpu().numpy()
+
+    def features(self, pictures: Sequence[Picture]) -> Layers:
+        """Features of at most DISTANCE_GROUP pictures, as so many columns; those beyond B repeat other pictures."""
         with self.clock("decode"):
             inputs = self._inputs(pictures)
         with self.clock("network"):
-            features = self._features(inputs)
-        distances = distance_maps(self.fitted, features, self.clock)
-        with self.clock("smoothing"):
-            scores, maps = score_maps(distances, self.matrix)
-            return scores[: len(inputs)].cpu().numpy(), maps[: len(inputs)].cpu().numpy()
+            return self._features(inputs)
 
     def _features(self, inputs: torch.Tensor) -> Layers:
-        """Features of pictures (B, 3, S, S) as DISTANCE_GROUP columns; those beyond B repeat other pictures.
+        """`features` of inputs (B, 3, S, S).
 
         Grey and coloured pictures go apart, because the network takes a shorter way where all of a pass are grey.
         """

@@ -138,13 +138,18 @@ class StageClock:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def in_threads(function: Callable[[In], Out], items: Iterable[In], workers: int) -> Iterator[Out]:
-    """`map(function, items)` in order, in `workers` threads; at most twice as many items are under way or waiting."""
+def in_threads(
+    function: Callable[[In], Out], items: Iterable[In], workers: int, ahead: int | None = None
+) -> Iterator[Out]:
+    """`map(function, items)` in order, in `workers` threads; at most `ahead` items, or two per worker, wait or are done
+    and not yet taken.
+    """
+    ahead = ahead or 2 * workers
     with ThreadPoolExecutor(workers) as pool:
         under_way: deque[Future[Out]] = deque()
         for item in items:
             under_way.append(pool.submit(function, item))
-            if len(under_way) == 2 * workers:
+            if len(under_way) == ahead:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
