@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.inputs import absolute, list_inputs, watch
+from datasets.inputs import absolute, full_name, list_inputs, watch
 from evaluation.detector_flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
 from evaluation.page import PAGE_PICTURES, PageRow, write_page
 from evaluation.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
@@ -91,8 +91,8 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
     seconds = time.perf_counter() - begin
     _finish(detector, rows, root, args, seconds)
     failed = [row for row in rows if row.error]
-    calls = sum(row.decision == "defective" for row in rows)
-    print(f"{len(rows) - len(failed)} pictures scored, {calls} called defective, {len(failed)} failed: {args.output}")
+    scored, calls = sum(row.score is not None for row in rows), sum(row.decision == "defective" for row in rows)
+    print(f"{scored} pictures scored, {calls} called defective, {len(failed)} failed: {args.output}")
     print(f"{seconds:.1f} s, {1000 * seconds / len(rows):.0f} ms per picture")
     total = sum(detector.clock.seconds.values())
     print("work:", ", ".join(f"{stage} {s / total:.0%}" for stage, s in detector.clock.seconds.items()))
@@ -102,12 +102,14 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
 def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
     """Scores pictures as they arrive; table, record and report are brought up to date after each lot.
 
-    Goes on where an earlier watch with the same output ended.
+    Goes on where an earlier watch with the same output ended: its pictures, broken ones included, are not scored again,
+    but decided by the threshold of now.
     """
-    rows, root = read_scores(args.output / "scores.csv"), absolute(args.watch)
+    rows, root = read_scores(args.output / "scores.csv", detector.threshold), absolute(args.watch)
     print(f"watching {args.watch}; Ctrl-C ends" + (f"; {len(rows)} pictures scored before" if rows else ""))
-    for arrived in watch(args.watch, args.output, done={absolute(Path(row.path)) for row in rows}):
-        for row in _rows(detector, arrived, root, args, PAGE_PICTURES - len(rows), True):
+    for arrived in watch(args.watch, args.output, done={row.path for row in rows}):
+        previews = PAGE_PICTURES - sum(bool(row.preview) for row in rows)
+        for row in _rows(detector, arrived, root, args, previews, True):
             rows.append(row)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
         _finish(detector, rows, root, args)
@@ -150,8 +152,7 @@ def _finish(
 
 def _below(root: Path, path: str) -> str:
     """The shorter name, where the picture lies there; rows of an earlier watch may not."""
-    full = absolute(Path(path))
-    return str(full.relative_to(root)) if full.is_relative_to(root) else path
+    return path.removeprefix(f"{full_name(root).rstrip('/')}/")
 
 
 if __name__ == "__main__":

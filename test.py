@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from datasets.images import add_picture_flags, limit_pixels
 from datasets.mvtec import LabelledDataset, add_data_flags, category_folder, checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
@@ -58,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     network.add_argument("--weights", default="imagenet", help="trunk for --untrained: imagenet, none, or a file")
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    run.add_argument("--batch_size", type=int, help="pictures per network pass; changes time and memory, not results")
+    run.add_argument("--batch_size", type=int, help="pictures per network pass; changes time, memory, last digits")
     run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
     run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pictures, with_more = supports[shot].pictures, args.metrics == "all"
             scored = score_rounds(network, test, pictures, clock, args.batch_size, with_more)
             name = f"{args.obj}_{shot}_{args.stn_mode}" + ("" if weights.kind == "best" else f"_{weights.kind}")
-            results = _print_rounds(scored, args, name, dataset)
+            results, first = _print_rounds(scored)
             content = {
                 "arguments": plain_arguments(args) | {"shot": shot},
                 **provenance(device),
@@ -109,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
             write_json(args.output / f"{name}.json", content)
             print(f"record: {args.output / name}.json")
+            if args.save_images:
+                _save_images(args, name, dataset, first)
 
 
 class Weights(NamedTuple):
@@ -156,18 +160,15 @@ def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
     return load_checkpoint(weights.file, args.stn_mode, args.img_size)
 
 
-def _print_rounds(
-    scored: Iterable[RoundResult], args: argparse.Namespace, name: str, dataset: LabelledDataset
-) -> list[dict]:
-    """The numbers of every round, printed as they come; pictures of the first one where asked for."""
-    results = []
+def _print_rounds(scored: Iterable[RoundResult]) -> tuple[list[dict], np.ndarray]:
+    """The numbers of every round, printed as they come, and the score maps of the first one."""
+    results, first = [], None
     for number, result in enumerate(scored):
         pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
         print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
-        if number == 0 and args.save_images:
-            _save_images(args, name, dataset, result)
+        first = result.maps.cpu().numpy() if number == 0 else first
         results.append(result.numbers)
-    return results
+    return results, first
 
 
 def _print_summaries(results: list[dict]) -> dict[str, dict | None]:
@@ -182,9 +183,12 @@ def _support_record(support: SupportRounds) -> dict:
     return {"source": support.source, "names": support.names} | (_file_record(support.file) or {})
 
 
-def _save_images(args: argparse.Namespace, name: str, dataset: LabelledDataset, result: RoundResult) -> None:
-    folder, scored = args.output / name, with_own_threshold(dataset, result.maps.cpu().numpy())
-    save_gallery(folder, f"{name}, round 0", scored, args.save_images, args.num_workers)
+def _save_images(args: argparse.Namespace, name: str, dataset: LabelledDataset, maps: np.ndarray) -> None:
+    folder = args.output / name
+    try:
+        save_gallery(folder, f"{name}, round 0", with_own_threshold(dataset, maps), args.save_images, args.num_workers)
+    except OSError as error:
+        raise UserError(f"the record is written, but the pictures in {folder} cannot be: {error}") from error
     print(f"pictures: {folder}, with contact_sheet.jpg, curves.png and report.html")
 
 

@@ -133,7 +133,6 @@ def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argpars
     exact = np.quantile(normal, 1 - args.false_alarm)
     return {
         "threshold": threshold,
-        "left_out": left_out.tolist(),
         "false_alarms": float((normal > threshold).mean()),
         "defects_called": float((defective > threshold).mean()),
         "defects_at_rate": float((defective > exact).mean()),

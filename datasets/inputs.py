@@ -50,10 +50,16 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
+def full_name(path: Path) -> str:
+    """The absolute path as text for tables, the same from wherever the picture is named and whatever bytes it holds."""
+    return str(absolute(path)).encode(errors="backslashreplace").decode()
+
+
 def _pictures_below(folder: Path, output: Path | None) -> list[Path]:
     """The pictures in a folder, at any depth, sorted; without those in `output`, where that lies in the folder."""
-    own = absolute(output) if output and absolute(folder) in absolute(output).parents else None
-    return sorted(path for path in folder.rglob("*") if is_picture(path) and own not in absolute(path).parents)
+    own = output.resolve() if output and folder.resolve() in output.resolve().parents else None
+    found = sorted(filter(is_picture, folder.rglob("*")))
+    return found if own is None else [path for path in found if own not in path.parent.resolve().parents]
 
 
 def read_inputs(
@@ -72,18 +78,18 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock) -> InputP
         return InputPicture(path, None, None, str(error))
 
 
-def watch(folder: Path, output: Path, done: Collection[Path] = ()) -> Iterator[list[Path]]:
+def watch(folder: Path, output: Path, done: Collection[str] = ()) -> Iterator[list[Path]]:
     """Pictures as they arrive in `folder`, without end; those already there come first, those in `output` never.
 
-    A file counts as arrived once its size stayed the same from one look to the next. done: absolute paths to leave out.
+    A file counts as arrived once its size stayed the same from one look to the next. done: full names to leave out.
     """
     sizes: dict[Path, int] = {}
     seen_before = set(done)
     while True:
-        seen = {path: _size(path) for path in _pictures_below(folder, output) if absolute(path) not in seen_before}
+        seen = {path: _size(path) for path in _pictures_below(folder, output) if full_name(path) not in seen_before}
         arrived = sorted(path for path, size in seen.items() if size and sizes.get(path) == size)
         sizes = {path: size for path, size in seen.items() if size}
-        seen_before.update(map(absolute, arrived))
+        seen_before.update(map(full_name, arrived))
         if arrived:
             yield arrived
         else:

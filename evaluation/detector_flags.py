@@ -59,14 +59,14 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
 
 def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
     """A detector of the support pictures."""
-    support = list_inputs(args.support)
+    support = list_inputs(args.support, args.output)
     if args.checkpoint:
         network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
     else:
         network = untrained(args.weights, args.stn_mode, args.img_size).stn
     detector = FewShotDetector(network, device, args.keep_aspect)
     print(f"fitting on {len(support)} normal picture(s)")
-    detector.fit(support, for_threshold=args.threshold is None and not args.calibrate)
+    detector.fit(support)
     weights = f"not trained, weights {args.weights}"
     detector.origin = {
         "support": [{"path": str(path), "sha256": sha256(path)} for path in support],
@@ -78,12 +78,17 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
 def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
+    normal = list_inputs(args.calibrate, args.output) if args.calibrate else None
+    has_scores = detector.threshold is None and detector.left_out is not None
+    if normal or args.false_alarm is not None or has_scores:
+        try:
+            detector.calibrate(false_alarm, normal)
+        except UserError:
+            if args.threshold is None:  # else only the colours would have come from it
+                raise
     if args.threshold is not None:
-        detector.threshold = Threshold(args.threshold, "given with --threshold", args.threshold, args.threshold)
-    elif args.calibrate:
-        detector.calibrate(false_alarm, list_inputs(args.calibrate))
-    elif (detector.threshold is None and detector.left_out is not None) or args.false_alarm is not None:
-        detector.calibrate(false_alarm)
+        known = detector.threshold or Threshold(0.0, "", args.threshold, args.threshold)
+        detector.threshold = known._replace(value=args.threshold, how="given with --threshold")
 
 
 def describe_threshold(threshold: Threshold | None) -> str:

@@ -81,15 +81,15 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
 
 def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: int) -> None:
     """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` pictures (-1: all) into `folder`."""
-    worst = scored.worst_first()
-    chosen = set(choose_examples(scored.dataset.items, count))
-    indices = sorted(chosen | set(worst[:PAGE_PICTURES].tolist()))
-    drawn = dict(
-        zip(indices, in_threads(partial(_draw, folder, scored, chosen), indices, max(1, workers)), strict=True)
-    )
+    worst = scored.worst_first().tolist()
+    written = set(choose_examples(scored.dataset.items, count))
+    shown, tiled = set(worst[:PAGE_PICTURES]), worst[:SHEET_PICTURES]
+    indices = sorted(written | shown | set(tiled))
+    draw = partial(_draw, folder, scored, written, shown, set(tiled))
+    drawn = dict(zip(indices, in_threads(draw, indices, max(1, workers)), strict=True))
     missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
     verdict = f"threshold {scored.threshold:.2f} (best of these very pictures): {missed} missed, {alarms} false alarms"
-    sheet = _sheet([drawn[index].tile for index in worst[:SHEET_PICTURES]])
+    sheet = _sheet([drawn[index].tile for index in tiled])
     save_picture(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
     _save_curves(folder / "curves.png", scored)
     notes = (f"At the start: {verdict}", "Pictures: input, ground truth, heat-map, heat-map over the input")
@@ -99,20 +99,21 @@ def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: 
 
 class _Drawn(NamedTuple):
     preview: str  # data URI of all panels, for the page
-    tile: np.ndarray  # for the contact sheet
+    tile: np.ndarray | None  # for the contact sheet
 
 
-def _draw(folder: Path, scored: Scored, chosen: set[int], index: int) -> _Drawn:
-    """Draws a picture, and writes its panels where it is one of the chosen."""
+def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tiled: set[int], index: int) -> _Drawn:
+    """Draws a picture: into its file, for the page and for the contact sheet, wherever it is asked for."""
     of_item = scored.dataset[index]
     image, mask = of_item["image"].permute(1, 2, 0).numpy(), of_item["mask"].numpy()
     limits = colour_limits(float(np.median(scored.scores[~scored.labels])))
     truth, over = outline(image, mask, CALLED), overlay(image, scored.maps[index], limits)
     panels = beside([image, truth, heat_map(scored.maps[index], limits), over])
     caption, colour = scored.caption(index), WRONG if scored.wrong[index] else "black"
-    if index in chosen:
+    if index in written:
         save_picture(folder / f"{scored.name(index)}.jpg", captioned(panels, caption, colour))
-    return _Drawn(as_data_uri(panels), captioned(beside([_small(truth), _small(over)]), caption, colour))
+    tile = captioned(beside([_small(truth), _small(over)]), caption, colour) if index in tiled else None
+    return _Drawn(as_data_uri(panels) if index in shown else "", tile)
 
 
 def _small(panel: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from utils.utils import whole_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted
-PREVIEW_WIDTH, PREVIEW_QUALITY = 960, 75  # pixels of all panels together, of JPEG
+PREVIEW_WIDTH, PREVIEW_HEIGHT, PREVIEW_QUALITY = 960, 2000, 75  # pixels of all panels together, of JPEG
 
 
 class PageRow(NamedTuple):
@@ -49,9 +49,10 @@ def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Page
 
 
 def as_data_uri(image: np.ndarray) -> str:
-    """An image (H, W, 3) uint8, at most PREVIEW_WIDTH wide, as a JPEG in a data URI."""
-    picture = Image.fromarray(image)
-    picture = picture.reduce(max(1, math.ceil(picture.width / PREVIEW_WIDTH)))  # much faster than any other resize
+    """An image (H, W, 3) uint8, at most PREVIEW_WIDTH wide and PREVIEW_HEIGHT high, as a JPEG in a data URI."""
+    height, width = image.shape[:2]
+    factor = math.ceil(max(1, width / PREVIEW_WIDTH, height / PREVIEW_HEIGHT))
+    picture = Image.fromarray(image).reduce(factor)  # much faster than any other resize
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

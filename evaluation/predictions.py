@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from datasets.images import restore_map
-from datasets.inputs import InputPicture, absolute, read_inputs
+from datasets.inputs import InputPicture, absolute, full_name, read_inputs
 from evaluation.page import as_data_uri
 from evaluation.pictures import CALLED, HOT, beside, colour_limits, outline, overlay, save_picture
 from models.detector import DISTANCE_GROUP, FewShotDetector
@@ -50,8 +51,12 @@ def predict(
 ) -> Iterator[Prediction]:
     """Results in the order of `paths`; memory does not grow with their number. At most `previews` previews."""
     numbered = enumerate(_scored(detector, paths, workers))
-    # a whole group may wait, so that it is drawn while the network works on the next one
-    return in_threads(partial(_finish, detector, outputs, previews), numbered, workers, ahead=DISTANCE_GROUP)
+    finish = partial(_finish, detector, outputs, previews)
+    if detector.clock.device.type != "cpu":  # a group is kept, and drawn while the network works on the next one
+        return in_threads(finish, numbered, workers, ahead=DISTANCE_GROUP)
+    # on the CPU one after the other: the network's threads wait for each other, so drawing would hold up all of them
+    groups = iter(lambda: list(islice(numbered, DISTANCE_GROUP)), [])
+    return (row for group in groups for row in in_threads(finish, group, workers))
 
 
 def _scored(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[tuple]:
@@ -76,10 +81,8 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, numbered
     """Writes a picture's files and makes its row."""
     number, (item, score, scores) = numbered
     if item.error is not None:
-        return Prediction(str(item.path), None, None, item.error)
-    threshold = detector.threshold
-    decision = None if threshold is None else "defective" if score > threshold.value else "normal"
-    row = Prediction(str(item.path), float(score), decision, None)
+        return Prediction(full_name(item.path), None, None, item.error)
+    row = Prediction(full_name(item.path), float(score), _decide(float(score), detector.threshold), None)
     try:
         with detector.clock("pictures"):
             return row._replace(preview=_write(detector, outputs, item, scores, number < previews))
@@ -97,13 +100,14 @@ def _write(
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
     if not (outputs.pictures or with_preview):
         return ""
-    panels = beside(_panels(item.picture, restored, detector.threshold))
+    panels = beside(draw_panels(item.picture, restored, detector.threshold))
+    preview = as_data_uri(panels) if with_preview else ""
     if outputs.pictures:
         save_picture(outputs.place("pictures", item.path, ".jpg"), panels)
-    return as_data_uri(panels) if with_preview else ""
+    return preview
 
 
-def _panels(picture: np.ndarray, scores: np.ndarray, threshold: Threshold | None) -> list[np.ndarray]:
+def draw_panels(picture: np.ndarray, scores: np.ndarray, threshold: Threshold | None) -> list[np.ndarray]:
     """Input, heat-map over it, outlines of what is hot and of what lies above the threshold; (H, W, 3) each."""
     image = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
     if threshold is None:  # colours cannot be compared between pictures then
@@ -121,8 +125,8 @@ def _save_map(path: Path, scores: np.ndarray) -> None:
         save_picture(path, np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16))
 
 
-def read_scores(path: Path) -> list[Prediction]:
-    """The rows with a score in a table of `ScoreTable`; none where there is no such file.
+def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:
+    """The rows in a table of `ScoreTable`, decided anew by `threshold`; none where there is no such file.
 
     Raises:
         UserError: the file is not such a table.
@@ -131,10 +135,20 @@ def read_scores(path: Path) -> list[Prediction]:
         return []
     try:
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = [[row[name] or None for name in CSV_COLUMNS] for row in csv.DictReader(stream)]
-        return [Prediction(name, float(score), decision, error) for name, score, decision, error in rows if score]
-    except (KeyError, ValueError, csv.Error) as fault:
+            rows = [[row[name] for name in ("path", "score", "error")] for row in csv.DictReader(stream)]
+            scores = [float(score) if score else None for _, score, _ in rows]
+    except (KeyError, TypeError, ValueError, csv.Error) as fault:
         raise UserError(f"{path} is not a table of scores by predict.py; give another --output") from fault
+    return [
+        Prediction(name, score, _decide(score, threshold), error or None)
+        for (name, _, error), score in zip(rows, scores, strict=True)
+    ]
+
+
+def _decide(score: float | None, threshold: Threshold | None) -> str | None:
+    if score is None or threshold is None:
+        return None
+    return "defective" if score > threshold.value else "normal"
 
 
 class ScoreTable:

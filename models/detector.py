@@ -18,7 +18,7 @@ from PIL import Image
 from datasets.images import eight_bit, read_picture, to_square
 from models.gaussian import CHUNK_BYTES, SupportStatistics, chunks, fit, from_nested, nested_layers, squared_distance
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import Threshold, is_order_statistic, normal_threshold
+from models.threshold import Threshold, check_calibration, is_order_statistic, normal_threshold
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix, support_views
 from utils.utils import StageClock, UserError, load_tensors, resolve_device, whole_file
 
@@ -120,7 +120,8 @@ class FewShotDetector:
     set in relation to the other pictures of a call: on the CPU a picture gets the same bits alone as among others.
 
     threshold: set by `calibrate`, or by hand; None before. left_out: the support pictures against each other, None
-    where K is 1. origin: plain values that say where the detector came from. clock: seconds by stage.
+    where K is 1 or where `fit` was told to do without. origin: plain values that say where the detector came from.
+    clock: seconds by stage.
     """
 
     def __init__(self, network: STNResNet18, device: str = "auto", keep_aspect: bool = False) -> None:
@@ -166,6 +167,7 @@ class FewShotDetector:
             UserError: fewer than two normal scores, or a share outside (0, 1).
         """
         if normal is not None:
+            check_calibration(len(normal), false_alarm)
             seen, source = self._normal_scores(normal, false_alarm), f"{len(normal)} further normal pictures"
         elif self.left_out is not None:
             seen, source = self.left_out, f"leave-one-out over {len(self.left_out.scores)} support pictures"

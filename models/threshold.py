@@ -1,6 +1,7 @@
 """From the scores of a few normal pictures to a threshold, with no defect seen.
 
-Each of n normal pictures is scored in all its 22 views, which stand in for the pictures that were not taken.
+Where n normal pictures are few, each is scored in all its 22 views, which stand in for the pictures that were not
+taken.
 
 The rule. For a false-alarm rate a with (n + 1) a >= 1, the ceil((n + 1)(1 - a))-th smallest score of the pictures
 themselves: it assumes no distribution (split conformal prediction). Rarer alarms cannot be read off n pictures. Then
@@ -11,9 +12,9 @@ A region has a lower bound of its own: what the hottest share a of a normal pict
 normal pictures. On normal pictures too some area is hotter; it shows where to look and decides nothing.
 
 Its weakness: views of one picture resemble each other, so two to eight pictures still say little about the spread
-between pictures and next to nothing about rare odd ones; the rate holds on average over parts at best, not for each.
-Scores of a support picture come from the K - 1 others instead of K, and rotated or shifted views are a little odd in
-themselves: both make the threshold too high. benchmarks/threshold.py measures what comes of it.
+between pictures and next to nothing about rare odd ones, which makes the threshold too low. Scores of a support picture
+come from the K - 1 others instead of K, and rotated or shifted views are a little odd in themselves, which makes it too
+high. So the rate holds on average over parts at best, not for each; benchmarks/threshold.py measures what comes of it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Threshold(NamedTuple):
     """A score above `value` (a distance) is called defective; `how` says where the value came from.
 
     typical: the median score of the normal pictures; heat-maps are coloured by it. region: places above it are
-    outlined. Both are `value` where no normal picture is known.
+    outlined. Both are `value` where no normal score is known.
     """
 
     value: float
@@ -51,24 +52,33 @@ def normal_threshold(scores: np.ndarray, maps: np.ndarray, false_alarm: float, s
     scores: (n, views) above 0, of normal pictures; the first view is the picture itself, maps: (n, S, S) its score map.
 
     Raises:
-        UserError: fewer than two pictures, or a share outside (0, 1).
+        UserError: fewer than two pictures, a score of 0, or a share outside (0, 1).
     """
-    if not 0 < false_alarm < 1:
-        raise UserError(f"--false_alarm is a share between 0 and 1, got {false_alarm}")
+    count = len(scores)
+    check_calibration(count, false_alarm)
+    if scores.min() <= 0:
+        raise UserError("normal pictures that are all alike give no threshold; give other ones, or --threshold")
     pictures = np.sort(scores[:, 0])
-    count = len(pictures)
-    if count < 2:
-        raise UserError(f"a threshold needs the scores of at least 2 normal pictures, got {count}")
     if is_order_statistic(count, false_alarm):
         order = _order(count, false_alarm)
         value, rule = float(pictures[order - 1]), f"the {order}-th smallest of {count} scores"
     else:
         logs = np.log(scores.astype(np.float64))
-        bound = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
-        value, rule = max(bound, float(pictures[-1])), f"log-normal bound of {scores.size} views"
+        value = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
+        rule = f"log-normal bound of {scores.size} views"
+        if value < pictures[-1]:
+            value, rule = float(pictures[-1]), f"the largest of {count} scores"
     region = np.median(np.quantile(maps.reshape(count, -1), 1 - false_alarm, axis=1))
     how = f"{rule} for a false-alarm rate of {false_alarm:g}, {source}"
     return Threshold(value, how, float(np.median(pictures)), float(region))
+
+
+def check_calibration(count: int, false_alarm: float) -> None:
+    """UserError where `count` normal pictures and that share can give no threshold."""
+    if not 0 < false_alarm < 1:
+        raise UserError(f"--false_alarm is a share between 0 and 1, got {false_alarm}")
+    if count < 2:
+        raise UserError(f"a threshold needs the scores of at least 2 normal pictures, got {count}")
 
 
 def _order(count: int, false_alarm: float) -> int:

@@ -176,6 +176,15 @@ def test_pictures(arguments, demo_data):
     assert report.read_text().count("data:image/jpeg") == len(items)
 
 
+def test_pictures_that_cannot_be_written_cost_no_number(arguments, capsys):
+    output = Path(arguments["--output"])
+    output.mkdir(parents=True)
+    (output / "ring_2_affine").write_text("in the way")
+    with pytest.raises(UserError, match=r"the record is written, but the pictures in .*ring_2_affine cannot be"):
+        call(arguments, "--save_images", "5")
+    assert len(list(output.glob("*.json"))) == 1
+
+
 def test_without_ground_truth_pixel_numbers_are_absent(arguments, demo_data, tmp_path, capsys):
     (tmp_path / "ring").mkdir()
     for half in ("train", "test"):

@@ -194,8 +194,12 @@ def test_false_alarms_of_log_normal_scores_are_as_asked():
         assert 0.025 < np.mean(alarms) < 0.065
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.1])
-def test_impossible_shares(share):
+@pytest.mark.parametrize("share", [0, 1, -0.1, float("nan"), float("inf")])
+def test_impossible_shares(share, detector, files):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        detector.calibrate(share, files[1][:3])
+    with pytest.raises(UserError, match="at least 2 normal pictures, got 0"):
+        detector.calibrate(0.05, [])
     with pytest.raises(UserError, match="between 0 and 1"):
         threshold_of(np.ones(3), share)
 

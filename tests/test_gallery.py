@@ -57,16 +57,17 @@ def test_examples_come_from_every_folder(scored):
     assert choose_examples(items, -1) == list(range(len(items)))
 
 
-def test_files(scored, tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "PAGE_PICTURES", 5)
-    monkeypatch.setattr(gallery, "SHEET_PICTURES", 4)
-    save_gallery(tmp_path, "ring", scored, 3, workers=2)
-    assert len(list(tmp_path.glob("*/*.jpg"))) == 3
+@pytest.mark.parametrize("count", [3, -1])
+def test_files(scored, tmp_path, monkeypatch, count):
+    monkeypatch.setattr(gallery, "PAGE_PICTURES", 2)
+    save_gallery(tmp_path, "ring", scored, count, workers=2)
+    assert len(list(tmp_path.glob("*/*.jpg"))) == (3 if count == 3 else len(scored.scores))
     sheet = read_picture(tmp_path / "contact_sheet.jpg")
     assert sheet.width == SHEET_COLUMNS * (2 * TILE + 2 * GAP) - GAP
     page = (tmp_path / "report.html").read_text()
     rows = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])["rows"]
-    assert len(rows) == len(scored.scores) and sum(bool(row["image"]) for row in rows) == 5
+    assert [row["score"] for row in rows] == scored.scores.tolist()
+    assert [index for index, row in enumerate(rows) if row["image"]] == sorted(scored.worst_first()[:2])
     assert [row["kind"] == "good" for row in rows] == (~scored.labels).tolist()
     assert f"{(scored.wrong & scored.labels).sum()} missed" in page
 

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import binary_erosion, gaussian_filter
 
 import predict
+from evaluation.pictures import CALLED, HOT
+from evaluation.predictions import draw_panels
 from models.regad import FewShotDetector, untrained
+from models.threshold import Threshold
 from utils.utils import PROJECT_ROOT, UserError, seed_everything
 
 SIZE = 64
@@ -180,6 +186,46 @@ def test_heat_maps_are_seen(support, demo_data, tmp_path):
         assert change > 25, row
 
 
+def test_page_shows_so_many_pictures(support, demo_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("predict.PAGE_PICTURES", 2)
+    run(support, [demo_data / "ring/test"], tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data:image") == 2
+    assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9
+
+
+@given(st.integers(1, 12), st.integers(1, 700), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_outlines_run_inside_the_border(height, width, seed):
+    """Amber around what is above the region's limit, cyan above the threshold; a region ends at the picture's edge."""
+    rng = np.random.default_rng(seed)
+    picture = rng.integers(0, 255, (height, width), dtype=np.uint8)
+    scores = gaussian_filter(rng.normal(size=(height, width)), 2).astype(np.float32)
+    low, high = np.quantile(scores, rng.random(2)) * [1, 2] - [0.1, 0]
+    image, _, outlined = draw_panels(picture, scores, Threshold(high, "", 1.0, low))
+    expected = image.copy()
+    for limit, colour in ((low, HOT), (high, CALLED)):
+        line = max(1, round(max(height, width) / 250))
+        expected[(scores > limit) & ~binary_erosion(scores > limit, iterations=line)] = colour
+    np.testing.assert_array_equal(outlined, expected)
+
+
+def test_support_pictures_without_any_difference(tmp_path):
+    for name in "ab":
+        Image.new("L", (80, 60)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match="all alike"):
+        run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out")
+    rows = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out", "--threshold", "1")
+    assert rows["pictures"][0]["decision"] == "normal"
+
+
+def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
+    for path in support:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for _ in range(2):
+        run([tmp_path], [tmp_path], tmp_path / "out")
+        assert "fitting on 3 normal picture(s)" in capsys.readouterr().out
+
+
 def test_thresholds_of_further_pictures_and_of_another_rate(support, demo_data, tmp_path):
     normal = sorted((demo_data / "ring/test/good").iterdir())
     record = run(support, normal, tmp_path / "a", "--calibrate", *map(str, normal), "--save", str(tmp_path / "x.regad"))
@@ -213,7 +259,8 @@ def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path
     rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
     assert ended.value.code == 1 and all(row["score"] > 0 for row in rows)
     assert [bool(row["error"]) for row in rows] == [True, False, False]
-    assert "files cannot be written" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "files cannot be written" in said.err and "3 pictures scored" in said.out and "1 failed" in said.out
 
 
 def test_watching(support, demo_data, tmp_path):
@@ -243,25 +290,50 @@ def test_watching(support, demo_data, tmp_path):
 
 
 def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypatch, capsys):
-    """Interrupted between two pictures and started again: every picture once, in table, record and report."""
+    """Interrupted and started again, from elsewhere and with another threshold: every picture once, a broken one too,
+    whatever bytes a name has.
+    """
     folder, pictures = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
     folder.mkdir()
-    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--watch", str(folder)]
-    flags += ["--output", str(tmp_path / "out"), "--support", *map(str, support)]
-    for number in range(3):
-        (folder / f"{number}.png").write_bytes(pictures[number].read_bytes())
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--output", str(tmp_path / "out")]
+    flags += ["--support", *map(str, support), "--watch"]
+    monkeypatch.setattr("predict.PAGE_PICTURES", 3)
+    names = ["0.png", "1.png", os.fsdecode(b"2\xe9.png"), "3.png"]
+    contents = [pictures[0].read_bytes(), b"broken", pictures[1].read_bytes(), pictures[2].read_bytes()]
+    monkeypatch.chdir(folder)
+    watched = [(str(folder), "0.001"), (".", "0.001"), ("../in", "0.001"), (str(folder), "1000")]
+    for name, content, (place, threshold) in zip(names, contents, watched, strict=True):
+        try:
+            (folder / name).write_bytes(content)
+        except OSError:
+            pytest.skip("this file system takes only UTF-8 names")
         looks = iter([None])  # the first look sees the file's size, the second that it stayed
         monkeypatch.setattr("datasets.inputs.time.sleep", lambda _, looks=looks: _next_or_interrupt(looks))
         with pytest.raises(KeyboardInterrupt):
-            predict.main(flags)
+            predict.main([*flags, place, "--threshold", threshold])
     rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines()))
-    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    assert [row["path"] for row in rows] == [f"{folder}/{name}" for name in ("0.png", "1.png", "2\\udce9.png", "3.png")]
+    assert [bool(row["score"]) for row in rows] == [True, False, True, True] and "cannot read" in rows[1]["error"]
     record = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
-    assert [row["score"] for row in record] == [np.float32(row["score"]) for row in rows]
-    assert "2 pictures scored before" in capsys.readouterr().out
+    assert [row["score"] for row in record] == [(row["score"] and np.float32(row["score"])) or None for row in rows]
+    assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the threshold of now
+    assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # of the newest; the others' are gone
+    assert "3 pictures scored before" in capsys.readouterr().out
     (tmp_path / "out/scores.csv").write_text("something else\n1\n")
     with pytest.raises(UserError, match="not a table of scores"):
-        predict.main(flags)
+        predict.main([*flags, "."])
+
+
+def test_own_output_is_not_watched_through_a_link(support, demo_data, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+    (tmp_path / "alias").symlink_to(tmp_path / "in")
+    looks = iter([None] * 5)
+    monkeypatch.setattr("datasets.inputs.time.sleep", lambda _: _next_or_interrupt(looks))
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--support", *map(str, support)]
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([*flags, "--watch", str(tmp_path / "alias"), "--output", str(tmp_path / "in/out")])
+    assert len((tmp_path / "in/out/scores.csv").read_text().splitlines()) == 2
 
 
 def _next_or_interrupt(looks) -> None:
