@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from datasets.images import IMAGE_SUFFIXES, ImageError, is_picture, read_picture, to_square
 from utils.utils import StageClock, UserError, in_threads
@@ -18,10 +19,10 @@ POLL_SECONDS = 0.5  # between looks into a watched folder
 
 
 class InputPicture(NamedTuple):
-    """A decoded picture (H, W[, 3]) uint8 and the same as the network's square (S, S, 3), or why there is none."""
+    """A decoded picture and the same as the network's square (S, S, 3) uint8, or why there is none."""
 
     path: Path
-    picture: np.ndarray | None
+    picture: Image.Image | None
     square: np.ndarray | None
     error: str | None
 
@@ -73,7 +74,7 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock) -> InputP
     try:
         with clock("decode"):
             picture = read_picture(path)
-            return InputPicture(path, np.asarray(picture), to_square(picture, size, keep_aspect), None)
+            return InputPicture(path, picture, to_square(picture, size, keep_aspect), None)
     except ImageError as error:
         return InputPicture(path, None, None, str(error))
 

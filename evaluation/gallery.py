@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from datasets.mvtec import LabelledDataset, LabelledImage
 from evaluation.page import PAGE_PICTURES, PageRow, as_data_uri, write_page
-from evaluation.pictures import CALLED, beside, captioned, colour_limits, heat_map, outline, overlay, save_picture
+from evaluation.pictures import CALLED, GAP, beside, captioned, colour_limits, heat_map, outline, overlay, save_picture
 from utils.utils import in_threads, whole_file
 
 SHEET_PICTURES, SHEET_COLUMNS = 40, 4
@@ -99,13 +100,13 @@ def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: 
 
 class _Drawn(NamedTuple):
     preview: str  # data URI of all panels, for the page
-    tile: np.ndarray | None  # for the contact sheet
+    tile: Image.Image | None  # for the contact sheet
 
 
 def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tiled: set[int], index: int) -> _Drawn:
     """Draws a picture: into its file, for the page and for the contact sheet, wherever it is asked for."""
     of_item = scored.dataset[index]
-    image, mask = of_item["image"].permute(1, 2, 0).numpy(), of_item["mask"].numpy()
+    image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
     limits = colour_limits(float(np.median(scored.scores[~scored.labels])))
     truth, over = outline(image, mask, CALLED), overlay(image, scored.maps[index], limits)
     panels = beside([image, truth, heat_map(scored.maps[index], limits), over])
@@ -116,8 +117,8 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     return _Drawn(as_data_uri(panels) if index in shown else "", tile)
 
 
-def _small(panel: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(panel).resize((TILE, TILE), Image.Resampling.LANCZOS))
+def _small(panel: Image.Image) -> Image.Image:
+    return panel.resize((TILE, TILE), Image.Resampling.LANCZOS)
 
 
 def _page_row(scored: Scored, index: int, drawn: dict[int, _Drawn]) -> PageRow:
@@ -126,12 +127,15 @@ def _page_row(scored: Scored, index: int, drawn: dict[int, _Drawn]) -> PageRow:
     return PageRow(scored.name(index), float(scored.scores[index]), kind, preview)
 
 
-def _sheet(tiles: Sequence[np.ndarray]) -> np.ndarray:
+def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
     """Tiles of one size row by row."""
-    blank = np.full_like(tiles[0], 255)
-    rows = [list(tiles[at : at + SHEET_COLUMNS]) for at in range(0, len(tiles), SHEET_COLUMNS)]
-    rows[-1] += [blank] * (SHEET_COLUMNS - len(rows[-1]))
-    return np.concatenate([beside(row) for row in rows])
+    width, height = tiles[0].width + GAP, tiles[0].height
+    rows = math.ceil(len(tiles) / SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * width - GAP, rows * height), "white")
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, SHEET_COLUMNS)
+        sheet.paste(tile, (column * width, row * height))
+    return sheet
 
 
 def _save_curves(path: Path, scored: Scored) -> None:

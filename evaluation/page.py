@@ -12,7 +12,6 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from utils.utils import whole_file
@@ -48,11 +47,10 @@ def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Page
         stream.write("]}" + after.substitute(texts))
 
 
-def as_data_uri(image: np.ndarray) -> str:
-    """An image (H, W, 3) uint8, at most PREVIEW_WIDTH wide and PREVIEW_HEIGHT high, as a JPEG in a data URI."""
-    height, width = image.shape[:2]
-    factor = math.ceil(max(1, width / PREVIEW_WIDTH, height / PREVIEW_HEIGHT))
-    picture = Image.fromarray(image).reduce(factor)  # much faster than any other resize
+def as_data_uri(image: Image.Image) -> str:
+    """An image in RGB, at most PREVIEW_WIDTH wide and PREVIEW_HEIGHT high, as a JPEG in a data URI."""
+    factor = math.ceil(max(1, image.width / PREVIEW_WIDTH, image.height / PREVIEW_HEIGHT))
+    picture = image.reduce(factor)  # much faster than any other resize
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

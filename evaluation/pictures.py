@@ -1,4 +1,4 @@
-"""Pictures of scores: heat-maps laid over inputs, outlines, panels side by side. Arrays in, arrays out."""
+"""Pictures of scores: heat-maps laid over inputs, outlines, panels side by side; all in RGB, by Pillow."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ def colour_limits(typical: float) -> tuple[float, float]:
     return typical / 2, typical * 1.5
 
 
-def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """Scores (H, W) as colours (H, W, 3) uint8; `limits`: the scores of the first and the last colour."""
-    return _colours()[_levels(scores, limits)]
+def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """Scores (H, W) as colours; `limits`: the scores of the first and the last colour."""
+    levels = _levels(scores, limits)
+    levels.putpalette(_colours())
+    return levels.convert("RGB")
 
 
-def overlay(image: np.ndarray, scores: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """The heat-map of scores (H, W) over an image (H, W, 3) uint8; the higher a score, the less of the image shows."""
-    levels = Image.fromarray(_levels(scores, limits))
-    opacity = levels.point([round(OPACITY * level) for level in range(256)])
-    levels.putpalette(_colours().tobytes())
-    return np.asarray(Image.composite(levels.convert("RGB"), Image.fromarray(image), opacity))
+def overlay(image: Image.Image, scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """The heat-map of scores (H, W) over an image in RGB; the higher a score, the less of the image shows."""
+    opacity = _levels(scores, limits).point([round(OPACITY * level) for level in range(256)])
+    return Image.composite(heat_map(scores, limits), image, opacity)
 
 
-def outline(image: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """The image (H, W, 3) with a line along the inside of the border of `region` (H, W) bool."""
+def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in RGB with a line along the inside of the border of `region` (H, W) bool."""
+    if not region.any():
+        return image
     inside = region
     for _ in range(max(1, round(max(region.shape) / 250))):
         inside = _eroded(inside)
     drawn = image.copy()
-    drawn.reshape(-1, 3)[np.flatnonzero(region & ~inside)] = colour
+    drawn.paste(colour, mask=Image.fromarray((region & ~inside).view(np.uint8) * np.uint8(255)))
     return drawn
 
 
@@ -57,35 +59,40 @@ def _eroded(region: np.ndarray) -> np.ndarray:
     return inner
 
 
-def beside(panels: Sequence[np.ndarray]) -> np.ndarray:
-    """Panels (H, W, 3) uint8 in a row with white gaps."""
-    gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)
-    return np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels of one size in a row with white gaps."""
+    width, height = panels[0].size
+    row = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height), "white")
+    for number, panel in enumerate(panels):
+        row.paste(panel, (number * (width + GAP), 0))
+    return row
 
 
-def captioned(image: np.ndarray, text: str, colour: str = "black") -> np.ndarray:
-    """The image (H, W, 3) with a line of text above it; text that is too long is cut."""
-    strip = Image.new("RGB", (image.shape[1], CAPTION_HEIGHT), "white")
-    ImageDraw.Draw(strip).text((4, 3), text, fill=colour, font=_font())
-    return np.concatenate([np.asarray(strip), image])
+def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Image:
+    """The image with a line of text above it; text that is too long is cut."""
+    drawn = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
+    drawn.paste(image, (0, CAPTION_HEIGHT))
+    ImageDraw.Draw(drawn).text((4, 3), text, fill=colour, font=_font())
+    return drawn
 
 
-def save_picture(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W[, 3]) uint8 or (H, W) uint16 as JPEG or PNG, by the name's ending."""
+def save_picture(path: Path, image: Image.Image) -> None:
+    """Writes an image as JPEG or PNG, by the name's ending."""
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
     with whole_file(path) as aside:
-        Image.fromarray(image).save(aside, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
+        image.save(aside, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
 
 
-def _levels(scores: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+def _levels(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
     low, high = limits
-    return np.clip((scores - low) * (255 / max(high - low, 1e-12)), 0, 255).astype(np.uint8)
+    levels = np.clip((scores - low) * (255 / max(high - low, 1e-12)), 0, 255)
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 @functools.cache
-def _colours() -> np.ndarray:
-    """The colour map as a table (256, 3) uint8."""
-    return matplotlib.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3]
+def _colours() -> bytes:
+    """The colour map as a palette."""
+    return matplotlib.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tobytes()
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from datasets.images import restore_map
 from datasets.inputs import InputPicture, absolute, full_name, read_inputs
@@ -94,8 +95,7 @@ def _write(
     detector: FewShotDetector, outputs: Outputs, item: InputPicture, scores: np.ndarray, with_preview: bool
 ) -> str:
     """Writes a picture's files from its score map (S, S); returns the preview, or nothing."""
-    height, width = item.picture.shape[:2]
-    restored = restore_map(scores, width, height, detector.keep_aspect)
+    restored = restore_map(scores, *item.picture.size, detector.keep_aspect)
     if outputs.maps != "none":
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
     if not (outputs.pictures or with_preview):
@@ -107,9 +107,9 @@ def _write(
     return preview
 
 
-def draw_panels(picture: np.ndarray, scores: np.ndarray, threshold: Threshold | None) -> list[np.ndarray]:
-    """Input, heat-map over it, outlines of what is hot and of what lies above the threshold; (H, W, 3) each."""
-    image = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
+def draw_panels(picture: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> list[Image.Image]:
+    """Input, heat-map over it, outlines of what is hot and of what lies above the threshold; scores: (H, W)."""
+    image = picture.convert("RGB")
     if threshold is None:  # colours cannot be compared between pictures then
         return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
     outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
@@ -122,7 +122,7 @@ def _save_map(path: Path, scores: np.ndarray) -> None:
         with whole_file(path) as aside, open(aside, "wb") as stream:
             np.save(stream, scores)
     else:
-        save_picture(path, np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16))
+        save_picture(path, Image.fromarray(np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16)))
 
 
 def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:

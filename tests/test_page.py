@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_curve
 
 from evaluation.page import PageRow, as_data_uri, write_page
@@ -51,7 +52,7 @@ def make_rows(with_kinds: bool, count: int = 12) -> list[PageRow]:
     pictures = rng.integers(0, 256, (count, 8, 24, 3), dtype=np.uint8)
     rows = zip(rng.permutation(count), scores.tolist(), [*KINDS] * count, pictures, strict=False)
     return [
-        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(picture))
+        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(Image.fromarray(picture)))
         for name, score, kind, picture in rows
     ]
 

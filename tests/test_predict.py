@@ -198,10 +198,10 @@ def test_page_shows_so_many_pictures(support, demo_data, tmp_path, monkeypatch):
 def test_outlines_run_inside_the_border(height, width, seed):
     """Amber around what is above the region's limit, cyan above the threshold; a region ends at the picture's edge."""
     rng = np.random.default_rng(seed)
-    picture = rng.integers(0, 255, (height, width), dtype=np.uint8)
+    picture = Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8))
     scores = gaussian_filter(rng.normal(size=(height, width)), 2).astype(np.float32)
     low, high = np.quantile(scores, rng.random(2)) * [1, 2] - [0.1, 0]
-    image, _, outlined = draw_panels(picture, scores, Threshold(high, "", 1.0, low))
+    image, _, outlined = map(np.array, draw_panels(picture, scores, Threshold(high, "", 1.0, low)))
     expected = image.copy()
     for limit, colour in ((low, HOT), (high, CALLED)):
         line = max(1, round(max(height, width) / 250))
