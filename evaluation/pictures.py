@@ -29,15 +29,14 @@ def colour_limits(typical: float) -> tuple[float, float]:
 
 def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
     """Scores (H, W) as colours; `limits`: the scores of the first and the last colour."""
-    levels = _levels(scores, limits)
-    levels.putpalette(_colours())
-    return levels.convert("RGB")
+    return _coloured(_levels(scores, limits))
 
 
 def overlay(image: Image.Image, scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
     """The heat-map of scores (H, W) over an image in RGB; the higher a score, the less of the image shows."""
-    opacity = _levels(scores, limits).point([round(OPACITY * level) for level in range(256)])
-    return Image.composite(heat_map(scores, limits), image, opacity)
+    levels = _levels(scores, limits)
+    opacity = levels.point([round(OPACITY * level) for level in range(256)])
+    return Image.composite(_coloured(levels), image, opacity)
 
 
 def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
@@ -85,8 +84,14 @@ def save_picture(path: Path, image: Image.Image) -> None:
 
 def _levels(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
     low, high = limits
-    levels = np.clip((scores - low) * (255 / max(high - low, 1e-12)), 0, 255)
-    return Image.fromarray(levels.astype(np.uint8))
+    levels = (scores - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8))
+
+
+def _coloured(levels: Image.Image) -> Image.Image:
+    """Levels 0..255 (mode L, changed) in the colours of the colour map."""
+    levels.putpalette(_colours())
+    return levels.convert("RGB")
 
 
 @functools.cache
