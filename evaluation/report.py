@@ -31,6 +31,6 @@ def format_summary(numbers: dict | None) -> str:
 
 
 def format_interval(numbers: dict | None) -> str:
-    """`0.6508 to 0.6684`, the 95 % interval; empty where there is none."""
+    """`0.6508 to 0.6684`, the 95 % interval as far as it lies in [0, 1]; empty where there is none."""
     interval = numbers and numbers["interval95"]
-    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+    return f"{max(interval[0], 0):.4f} to {min(interval[1], 1):.4f}" if interval else ""
