@@ -98,7 +98,7 @@ def test_record(arguments, capsys):
         expected = {"mean": np.mean(values), "sd": np.std(values, ddof=1), "interval95": pytest.approx(interval)}
         assert record[key]["interval95"] == expected.pop("interval95")
         assert {part: record[key][part] for part in expected} == pytest.approx(expected)
-        low, high = record[key]["interval95"]
+        low, high = np.clip(record[key]["interval95"], 0, 1)
         assert f"  {name:14}{format_summary(record[key])}    {low:.4f} to {high:.4f}\n" in printed
     for number, one in enumerate(record["rounds"]):
         assert f"round {number}: image AUROC {one['image_auroc']:.4f}, pixel AUROC {one['pixel_auroc']:.4f}" in printed
