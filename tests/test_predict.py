@@ -16,13 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.ndimage import binary_erosion, gaussian_filter
+from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
+from skimage.filters import threshold_otsu
 
 import predict
 from evaluation.pictures import CALLED, HOT
 from evaluation.predictions import draw_panels
 from models.regad import FewShotDetector, untrained
 from models.threshold import Threshold
+from tests.reference import DATA, TRUNK, needs_reference
 from utils.utils import PROJECT_ROOT, UserError, seed_everything
 
 SIZE = 64
@@ -207,6 +209,25 @@ def test_outlines_run_inside_the_border(height, width, seed):
         line = max(1, round(max(height, width) / 250))
         expected[(scores > limit) & ~binary_erosion(scores > limit, iterations=line)] = colour
     np.testing.assert_array_equal(outlined, expected)
+
+
+@needs_reference
+def test_marked_places_lie_on_the_real_part(tmp_path):
+    """Four screws, not trained: nearly all of what is outlined on damaged ones is screw, not background."""
+    screws = sorted((DATA / "screw/test").glob("*_[fnt]*/00*.png"))  # manipulated_front, scratch_neck, thread_top
+    predict.main(
+        ["--support", *(str(DATA / f"screw/train/good/00{number}.png") for number in range(4)), "--device", "cpu"]
+        + ["--input", *map(str, screws), "--weights", str(TRUNK), "--output", str(tmp_path), "--maps", "npy"]
+    )
+    limit = json.loads((tmp_path / "scores.json").read_text())["threshold"]["region"]
+    on_screw, marked, pictures = 0, 0, 0
+    for path in screws:
+        with Image.open(path) as picture:
+            grey = np.asarray(picture.convert("L"))
+        hot = np.load(tmp_path / "maps" / path.parent.name / f"{path.name}.npy") > limit
+        on_screw += (hot & binary_fill_holes(grey < threshold_otsu(grey))).sum()
+        marked, pictures = marked + hot.sum(), pictures + hot.any()
+    assert len(screws) == 30 and pictures >= 10 and on_screw > 0.8 * marked
 
 
 def test_support_pictures_without_any_difference(tmp_path):
