@@ -58,9 +58,12 @@ def full_name(path: Path) -> str:
 
 def _pictures_below(folder: Path, output: Path | None) -> list[Path]:
     """The pictures in a folder, at any depth, sorted; without those in `output`, where that lies in the folder."""
-    own = output.resolve() if output and folder.resolve() in output.resolve().parents else None
     found = sorted(filter(is_picture, folder.rglob("*")))
-    return found if own is None else [path for path in found if own not in path.parent.resolve().parents]
+    own = output.resolve() if output else None
+    if own is None or folder.resolve() not in own.parents:
+        return found
+    in_own = {place for place in {path.parent for path in found} if place.resolve().is_relative_to(own)}
+    return [path for path in found if path.parent not in in_own]
 
 
 def read_inputs(

@@ -347,7 +347,9 @@ def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypat
 
 def test_own_output_is_not_watched_through_a_link(support, demo_data, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+    (tmp_path / "in/out").mkdir()
+    for name in ("a.png", "out/b.png"):
+        (tmp_path / "in" / name).write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
     (tmp_path / "alias").symlink_to(tmp_path / "in")
     looks = iter([None] * 5)
     monkeypatch.setattr("datasets.inputs.time.sleep", lambda _: _next_or_interrupt(looks))
