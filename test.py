@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pictures, with_more = supports[shot].pictures, args.metrics == "all"
             scored = score_rounds(network, test, pictures, clock, args.batch_size, with_more)
             name = f"{args.obj}_{shot}_{args.stn_mode}" + ("" if weights.kind == "best" else f"_{weights.kind}")
-            results, first = _print_rounds(scored)
+            results, first_maps = _print_rounds(scored, keep_maps=args.save_images != 0)
             content = {
                 "arguments": plain_arguments(args) | {"shot": shot},
                 **provenance(device),
@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
             write_json(args.output / f"{name}.json", content)
             print(f"record: {args.output / name}.json")
-            if args.save_images:
-                _save_images(args, name, dataset, first)
+            if first_maps is not None:
+                _save_images(args, name, dataset, first_maps)
 
 
 class Weights(NamedTuple):
@@ -160,15 +160,16 @@ def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
     return load_checkpoint(weights.file, args.stn_mode, args.img_size)
 
 
-def _print_rounds(scored: Iterable[RoundResult]) -> tuple[list[dict], np.ndarray]:
-    """The numbers of every round, printed as they come, and the score maps of the first one."""
-    results, first = [], None
+def _print_rounds(scored: Iterable[RoundResult], keep_maps: bool) -> tuple[list[dict], np.ndarray | None]:
+    """The numbers of every round, printed as they come; with `keep_maps` also the score maps of the first one."""
+    results, first_maps = [], None
     for number, result in enumerate(scored):
         pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
         print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
-        first = result.maps.cpu().numpy() if number == 0 else first
+        if keep_maps and number == 0:
+            first_maps = result.maps.cpu().numpy()
         results.append(result.numbers)
-    return results, first
+    return results, first_maps
 
 
 def _print_summaries(results: list[dict]) -> dict[str, dict | None]:

@@ -12,17 +12,18 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 
 from datasets.mvtec import LabelledDataset, LabelledImage
+from evaluation.metrics import auroc, rank
 from evaluation.page import PAGE_PICTURES, PageRow, as_data_uri, write_page
 from evaluation.pictures import CALLED, GAP, beside, captioned, colour_limits, heat_map, outline, overlay, save_picture
 from utils.utils import in_threads, whole_file
 
 SHEET_PICTURES, SHEET_COLUMNS = 40, 4
 TILE = 180  # pixels, of either picture of a tile of the contact sheet
-WRONG = "#c4420a"  # of captions
 NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # in curves, as in page.html
+WRONG_COLOUR = DEFECTIVE_COLOUR  # of captions
 
 
 class Scored(NamedTuple):
@@ -43,6 +44,11 @@ class Scored(NamedTuple):
     def wrong(self) -> np.ndarray:
         """Which pictures are missed or false alarms, (B,) bool."""
         return (self.scores > self.threshold) != self.labels
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The scores at which colours begin and end, the same for all pictures."""
+        return colour_limits(float(np.median(self.scores[~self.labels])))
 
     def worst_first(self) -> np.ndarray:
         """Indices by how far the score lies on the wrong side of the threshold."""
@@ -107,10 +113,10 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     """Draws a picture: into its file, for the page and for the contact sheet, wherever it is asked for."""
     of_item = scored.dataset[index]
     image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
-    limits = colour_limits(float(np.median(scored.scores[~scored.labels])))
+    limits = scored.limits
     truth, over = outline(image, mask, CALLED), overlay(image, scored.maps[index], limits)
     panels = beside([image, truth, heat_map(scored.maps[index], limits), over])
-    caption, colour = scored.caption(index), WRONG if scored.wrong[index] else "black"
+    caption, colour = scored.caption(index), WRONG_COLOUR if scored.wrong[index] else "black"
     if index in written:
         save_picture(folder / f"{scored.name(index)}.jpg", captioned(panels, caption, colour))
     tile = captioned(beside([_small(truth), _small(over)]), caption, colour) if index in tiled else None
@@ -145,8 +151,8 @@ def _save_curves(path: Path, scored: Scored) -> None:
     false_alarms, found, _ = roc_curve(scored.labels, scored.scores, drop_intermediate=False)
     roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
     roc.plot(false_alarms, found, color=DEFECTIVE_COLOUR)
-    auroc = roc_auc_score(scored.labels, scored.scores)
-    roc.set(title=f"image AUROC {auroc:.4f}", xlabel="normal pictures called", ylabel="defective pictures called")
+    area = auroc(rank(scored.scores, scored.labels))
+    roc.set(title=f"image AUROC {area:.4f}", xlabel="normal pictures called", ylabel="defective pictures called")
     roc.set_aspect("equal")
     bins = np.histogram_bin_edges(scored.scores, 30)
     histogram.hist(scored.scores[~scored.labels], bins, color=NORMAL_COLOUR, alpha=0.7, label="normal")
