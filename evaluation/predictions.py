@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,36 +51,25 @@ def predict(
     detector: FewShotDetector, paths: Iterable[Path], outputs: Outputs, workers: int, previews: int
 ) -> Iterator[Prediction]:
     """Results in the order of `paths`; memory does not grow with their number. At most `previews` previews."""
-    numbered = enumerate(_scored(detector, paths, workers))
+    groups = _scored_groups(detector, paths, workers)
     finish = partial(_finish, detector, outputs, previews)
     if detector.clock.device.type != "cpu":  # a group is kept, and drawn while the network works on the next one
-        return in_threads(finish, numbered, workers, ahead=DISTANCE_GROUP)
+        return in_threads(finish, chain.from_iterable(groups), workers, ahead=DISTANCE_GROUP)
     # on the CPU one after the other: the network's threads wait for each other, so drawing would hold up all of them
-    groups = iter(lambda: list(islice(numbered, DISTANCE_GROUP)), [])
     return (row for group in groups for row in in_threads(finish, group, workers))
 
 
-def _scored(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[tuple]:
-    """Inputs with score and map, in groups as the detector takes them."""
-    group: list[InputPicture] = []
-    for item in read_inputs(paths, detector.size, detector.keep_aspect, workers, detector.clock):
-        group.append(item)
-        if len(group) == DISTANCE_GROUP:
-            yield from _score_group(detector, group)
-            group = []
-    yield from _score_group(detector, group)
+def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
+    """Inputs with number, score and map, in groups as the detector takes them."""
+    inputs = enumerate(read_inputs(paths, detector.size, detector.keep_aspect, workers, detector.clock))
+    while group := list(islice(inputs, DISTANCE_GROUP)):
+        results = zip(*detector.score([item.square for _, item in group if item.error is None]), strict=True)
+        yield [(number, item, *(next(results) if item.error is None else (None, None))) for number, item in group]
 
 
-def _score_group(detector: FewShotDetector, group: list[InputPicture]) -> Iterator[tuple]:
-    scores, maps = detector.score([item.square for item in group if item.error is None])
-    results = iter(zip(scores, maps, strict=True))
-    for item in group:
-        yield (item, *(next(results) if item.error is None else (None, None)))
-
-
-def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, numbered: tuple) -> Prediction:
+def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
     """Writes a picture's files and makes its row."""
-    number, (item, score, scores) = numbered
+    number, item, score, scores = scored
     if item.error is not None:
         return Prediction(full_name(item.path), None, None, item.error)
     row = Prediction(full_name(item.path), float(score), _decide(float(score), detector.threshold), None)
