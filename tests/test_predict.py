@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +285,15 @@ def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path
     assert "files cannot be written" in said.err and "3 pictures scored" in said.out and "1 failed" in said.out
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job in the background ignores Ctrl-C, and so would the programs it starts; a handler here is not inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_watching(support, demo_data, tmp_path):
     """Pictures that arrive one after the other, in the watched folder that also holds the output; ended by Ctrl-C."""
     pictures = sorted((demo_data / "ring/test").rglob("*.png"))
@@ -299,7 +309,11 @@ def test_watching(support, demo_data, tmp_path):
             time.sleep(1.2)  # two more looks: would it score its own pictures?
         finally:
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
+            try:
+                _, errors = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()  # or leaving the block would wait for ever
+                raise
     assert process.returncode == 130 and errors.decode().splitlines() == ["error: interrupted"]
     record = run(support, [pictures[0], pictures[2]], tmp_path / "direct")["pictures"]
     rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
