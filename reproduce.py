@@ -320,6 +320,7 @@ def _run(args: argparse.Namespace, cells: list[Cell]) -> dict[str, str]:
     begin, done = time.monotonic(), 0
 
     def report(cell: Cell, reason: str | None) -> None:
+        """Counts and prints a cell that ended, with the reason if it failed, and the time since the start."""
         nonlocal done
         done += 1
         if reason:

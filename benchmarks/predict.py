@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import predict
 from benchmarks.scoring import RESULTS, command_line, print_seconds
 from datasets.images import is_picture
 from datasets.inputs import read_inputs
@@ -28,7 +29,6 @@ from tests.reference import DATA, TRUNK
 from utils.utils import PROJECT_ROOT, UserError, provenance, run_command, write_json
 
 SETTLED_AFTER = 50  # pictures, when every buffer has been used once
-DECODERS = 2  # threads, predict.py's default
 LOOK_SECONDS = 0.2  # between readings of the memory
 
 
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         memory = _run(Path(folder), pictures, args)
         record = json.loads((Path(folder) / "out/scores.json").read_text())
         bare = (first + pool.submit(_decode_and_network, pictures, args.weights).result()) / 2
-    settled = next(megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER)
-    highest = max(megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER)
+    later = [megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER]
+    settled, highest = later[0], max(later)
     total, seconds = record["total_seconds"], record["seconds"]
     print_seconds(f"{args.pictures} pictures, {total:.1f} s; below: all threads, waiting included", seconds, seconds)
     print(f"decode and network alone, before and after: {bare:.1f} s, {bare / total:.0%} of predict.py's time")
@@ -76,7 +76,8 @@ def _pictures(args: argparse.Namespace) -> list[Path]:
 def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
     """Seconds of what predict.py cannot do without: decoding ahead in threads, the network in its groups."""
     detector = FewShotDetector(untrained(weights).stn, "cpu")
-    read = (item.square for item in read_inputs(paths, detector.size, False, DECODERS, detector.clock))
+    workers = predict.get_args_parser().get_default("num_workers")
+    read = (item.square for item in read_inputs(paths, detector.size, False, workers, detector.clock))
     begin = time.perf_counter()
     while group := list(itertools.islice(read, DISTANCE_GROUP)):
         detector.features(group)

@@ -79,8 +79,8 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     normal = list_inputs(args.calibrate, args.output) if args.calibrate else None
-    has_scores = detector.threshold is None and detector.left_out is not None
-    if normal or args.false_alarm is not None or has_scores:
+    is_fresh = detector.threshold is None and detector.left_out is not None
+    if normal or args.false_alarm is not None or is_fresh:
         try:
             detector.calibrate(false_alarm, normal)
         except UserError:

@@ -52,7 +52,7 @@ def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]
 
 
 def _eroded(region: np.ndarray) -> np.ndarray:
-    """The region (H, W) bool without its outermost pixels, as scipy's binary_erosion, in a tenth of the time."""
+    """The region (H, W) bool without its outermost pixels, as scipy's binary_erosion, but much quicker."""
     inner = np.zeros_like(region)
     inner[1:-1, 1:-1] = region[1:-1, 1:-1] & region[:-2, 1:-1] & region[2:, 1:-1] & region[1:-1, :-2] & region[1:-1, 2:]
     return inner

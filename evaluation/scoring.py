@@ -23,8 +23,8 @@ from models.stn import STNResNet18, folded
 from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
 from utils.utils import StageClock, UserError
 
-# Pictures per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide: 12
-# was the fastest of 1..32 at 224 pixels, a tenth faster than 32.
+# Pictures per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide:
+# benchmarks/scoring.py --batch_size N prints the milliseconds per picture.
 SCORING_BATCH = {"cpu": 12, "cuda": 64}
 KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support pictures that come again in a later round
 

@@ -34,7 +34,7 @@ import torch
 
 COVARIANCE_EPS = 0.01  # on the covariance's diagonal, release behaviour (and PaDiM's)
 # Largest temporary of one chunk of positions. CPU: the freed memory of small blocks is used again at once, that of
-# large ones goes back to the system; 12 MiB was the fastest of 8..64 at K = 2 and 4. CUDA: few large kernels.
+# large ones goes back to the system. CUDA: few large kernels.
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 CHOLESKY_BASE = 16  # largest matrix given to LAPACK, larger ones are split; fastest of 8..44 at sizes 44, 64 and 176
 
