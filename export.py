@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from datasets.images import read_image
-from datasets.inputs import list_inputs
-from evaluation.detector_flags import add_detector_flags, check_detector_flags, make_detector
-from evaluation.export_check import CHECK_PICTURES, compare, refuse_differences
-from models.detector import FewShotDetector
-from models.export import WRITERS, require_packages
+from inspection.detector import FewShotDetector
+from inspection.export import WRITERS, require_packages
+from inspection.export_check import CHECK_PICTURES, compare, refuse_differences
+from inspection.flags import add_detector_flags, check_detector_flags, make_detector
+from inspection.inputs import list_inputs
 from utils.utils import UserError, run_command
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.inputs import absolute, full_name, list_inputs, watch
-from evaluation.detector_flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
-from evaluation.page import PAGE_PICTURES, PageRow, write_page
-from evaluation.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
-from models.detector import FewShotDetector
+from inspection.detector import FewShotDetector
+from inspection.flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
+from inspection.inputs import absolute, full_name, list_inputs, watch
+from inspection.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
+from reports.page import PAGE_PICTURES, PageRow, write_page
 from utils.utils import (
     UserError,
     peak_memory_mb,

@@ -28,13 +28,13 @@ from datasets.mvtec import (
     list_test_items,
     list_train_images,
 )
-from evaluation.engines import Cluster, cores_per_job, run_local, run_on_cluster, visible_gpus
-from evaluation.grid import Cell, Fingerprints, code_version, digest, is_begun, is_finished
-from evaluation.tables import GRID_FILE, compare, format_comparison, read_results
-from evaluation.tables_page import write_tables
+from grid.cells import Cell, Fingerprints, code_version, digest, is_begun, is_finished
+from grid.engines import Cluster, cores_per_job, run_local, run_on_cluster, visible_gpus
+from grid.estimate import format_duration, measure, scoring_seconds, training_seconds
+from grid.tables import GRID_FILE, compare, format_comparison, read_results
+from grid.tables_page import write_tables
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import STN_MODES
-from training.estimate import format_duration, measure, scoring_seconds, training_seconds
 from utils.utils import (
     DEFAULT_SEED,
     UserError,

@@ -16,12 +16,12 @@ import numpy as np
 from datasets.images import add_picture_flags, limit_pixels
 from datasets.mvtec import LabelledDataset, add_data_flags, category_folder, checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
-from evaluation.gallery import save_gallery, with_own_threshold
 from evaluation.metrics import METRIC_NAMES
-from evaluation.report import format_interval, format_summary, summary
 from evaluation.scoring import RoundResult, compute_test_features, score_rounds
+from evaluation.statistics import format_interval, format_summary, summary
 from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size, folded
+from reports.gallery import save_gallery, with_own_threshold
 from utils.utils import (
     DEFAULT_SEED,
     StageClock,
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Weights(NamedTuple):
-    """What is scored. `kind` is a key of evaluation.tables.WEIGHTS. `file`: None for an untrained network."""
+    """What is scored. `kind` is a key of grid.tables.WEIGHTS. `file`: None for an untrained network."""
 
     file: Path | None
     sha256: str | None

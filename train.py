@@ -31,8 +31,8 @@ from datasets.mvtec import (
     list_source_images,
 )
 from datasets.support import find_support_rounds
-from evaluation.report import format_summary, summary
 from evaluation.scoring import score_category
+from evaluation.statistics import format_summary, summary
 from models.regad import save_checkpoint, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
 from training.loop import Trainer, learning_rate

@@ -15,8 +15,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
+from benchmarks import plain
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from tests import plain
 from utils.utils import StageClock, provenance, require_positive, resolve_device, run_command, write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 import predict
+from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds
 from datasets.images import is_picture
-from datasets.inputs import read_inputs
-from models.detector import DISTANCE_GROUP, FewShotDetector
+from inspection.detector import DISTANCE_GROUP, FewShotDetector
+from inspection.inputs import read_inputs
 from models.regad import untrained
-from tests.reference import DATA, TRUNK
 from utils.utils import PROJECT_ROOT, UserError, provenance, run_command, write_json
 
 SETTLED_AFTER = 50  # pictures, when every buffer has been used once

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import plain
+from benchmarks.reference import DATA, GOLDEN_CHECKPOINT
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import draw_support_images, read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from models.regad import load_checkpoint
 from models.stn import STNResNet18, folded
-from tests import plain
-from tests.reference import DATA, GOLDEN_CHECKPOINT
-from utils.funcs import support_views
+from scorers.views import support_views
 from utils.utils import (
     PROJECT_ROOT,
     StageClock,

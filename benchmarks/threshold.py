@@ -17,17 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS
 from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import draw_support_images, read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
-from models.detector import Layers, distance_maps, fit_rows, leave_one_out, score_maps, write_views
+from inspection.detector import Layers, distance_maps, fit_rows, leave_one_out, score_maps, write_views
+from inspection.threshold import normal_threshold
 from models.regad import load_checkpoint, untrained
 from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from models.threshold import normal_threshold
-from tests.reference import DATA, TRUNK
-from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
+from scorers.views import VIEWS_PER_IMAGE, score_map_matrix
 from utils.utils import StageClock, plain_arguments, provenance, resolve_device, run_command, write_json
 
 COLUMNS = {

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 import train
+from benchmarks import plain
+from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds, time_plain
 from datasets.cache import SourcePictures
 from datasets.episodes import Episode, draw_episodes
@@ -24,8 +26,6 @@ from datasets.images import read_image
 from datasets.mvtec import category_folder, list_source_images, list_test_items
 from datasets.support import draw_support_images
 from models.regad import untrained
-from tests import plain
-from tests.reference import DATA, TRUNK
 from training.loop import Trainer
 from training.records import RunFiles
 from utils.utils import StageClock, provenance, resolve_device, run_command, seed_everything, write_json

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_batches
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from models.detector import Layers, distance_maps, fit_rows, score_maps, write_features, write_views
-from models.gaussian import nested_layers
+from inspection.detector import Layers, distance_maps, fit_rows, score_maps, write_features, write_views
 from models.stn import STNResNet18, folded
-from utils.funcs import VIEWS_PER_IMAGE, score_map_matrix
+from scorers.gaussian import nested_layers
+from scorers.views import VIEWS_PER_IMAGE, score_map_matrix
 from utils.utils import StageClock, UserError
 
 # Pictures per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide:

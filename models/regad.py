@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
+from inspection.detector import FewShotDetector
 from losses.norm_loss import registration_loss
-from models.detector import FewShotDetector
 from models.siamese import Encoder, Predictor
 from models.stn import STN_MODES, STNResNet18
 from utils.utils import UserError, load_tensors, whole_file

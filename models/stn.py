@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet18
 
-from utils.funcs import inverse_affine, warp
+from scorers.views import inverse_affine, warp
 from utils.utils import UserError
 
 FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position
-SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids must nest, see models/gaussian.py
+SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids must nest, see scorers/gaussian.py
 
 
 def check_img_size(size: int, smallest: int = SIZE_DIVISOR) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.report import format_summary
+from evaluation.statistics import format_summary
 from models.regad import RECIPE, checkpoint_file, last_file
 from utils.utils import UserError, load_tensors, whole_file
 

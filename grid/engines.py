@@ -1,0 +1,174 @@
+"""Where cells run: a pool of processes on this machine, or a cluster through submitit."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from grid.cells import BUSY, Cell, Report, is_finished, log_file, run_cell
+from utils.utils import PROJECT_ROOT, UserError, whole_file
+
+if TYPE_CHECKING:
+    import submitit
+
+POLL_SECONDS = 10  # between looks at the cluster's queue
+
+
+def visible_gpus(device: str) -> list[str]:
+    """Names, for CUDA_VISIBLE_DEVICES, of the devices that jobs may use; none with --device cpu."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return []
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",") if listed else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def cores_per_job(jobs: int) -> int:
+    """What OMP_NUM_THREADS says, or the share of each of `jobs` in the cores that the process may use."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // jobs)
+
+
+def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str], report: Report) -> None:
+    """Runs the cells, `jobs` at a time, each on a GPU of its own where there are enough, with its share of the cores.
+
+    Cells that another driver works on come last.
+    """
+    slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for number in range(jobs):
+        environment = {"OMP_NUM_THREADS": str(cores_per_job(jobs))}
+        slots.put(environment | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}))
+
+    def run(cell: Cell, wait: bool) -> str | None:
+        environment = slots.get()
+        try:
+            return run_cell(output, cell, environment, wait)
+        finally:
+            slots.put(environment)
+
+    busy = []
+    with ThreadPoolExecutor(jobs) as pool:  # a thread waits for each command, which is a process of its own
+        try:
+            for wait, now in ((False, cells), (True, busy)):
+                running = {pool.submit(run, cell, wait): cell for cell in now}
+                for future in as_completed(running):
+                    if future.result() == BUSY:
+                        print(f"{running[future].name}: {BUSY}; its end is awaited", flush=True)
+                        busy.append(running[future])
+                    else:
+                        report(running[future], future.result())
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Cluster(NamedTuple):
+    """What the cluster is asked for. name: submitit's, `slurm`; `local` runs the same on this machine, for tests."""
+
+    name: str
+    partition: str | None
+    minutes: int
+    gpus: int
+    cpus: int
+    requeues: int
+
+
+class _OnNode:
+    """A cell as submitit's pickle; a job that runs out of time is queued again and goes on where it stopped."""
+
+    def __init__(self, output: Path, cell: Cell) -> None:
+        self.output, self.cell = output, cell
+
+    def __call__(self) -> str | None:
+        return run_cell(self.output, self.cell, {})
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def run_on_cluster(output: Path, cells: Sequence[Cell], jobs: int, cluster: Cluster, report: Report) -> None:
+    """Submits the cells as one array of which `jobs` run at a time, and waits; cells still in the queue are kept.
+
+    Raises:
+        UserError: submitit or the cluster's commands are missing.
+    """
+    executor = _executor(output, jobs, cluster)
+    queued = _queued_ids() if cluster.name == "slurm" else set()
+    waiting = {cell: kept for cell in cells if (kept := _read_id(output, cell)) in queued}
+    fresh = [cell for cell in cells if cell not in waiting]
+    submitted = executor.submit_array([_OnNode(output, cell) for cell in fresh]) if fresh else []
+    for cell, job in zip(fresh, submitted, strict=True):
+        with whole_file(_id_file(output, cell)) as aside:
+            aside.write_text(job.job_id)
+        waiting[cell] = job.job_id
+    handles = dict(zip(fresh, submitted, strict=True))
+    print(f"{len(fresh)} submitted, {len(waiting) - len(fresh)} in the queue from before", flush=True)
+    while waiting:
+        time.sleep(POLL_SECONDS if cluster.name == "slurm" else 1)
+        queued = (
+            _queued_ids()
+            if cluster.name == "slurm"
+            else {handles[cell].job_id for cell in waiting if not handles[cell].done()}
+        )
+        for cell in [cell for cell, job_id in waiting.items() if job_id not in queued]:
+            job_id = waiting.pop(cell)
+            report(cell, None if is_finished(output, cell) else _what_happened(output, cell, job_id))
+
+
+def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecutor:
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--engine slurm needs submitit: pip install -r requirements-cluster.txt") from error
+    paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # a job finds this module from any folder
+    try:
+        executor = submitit.AutoExecutor(output / "slurm", cluster=cluster.name, slurm_max_num_timeout=cluster.requeues)
+    except RuntimeError as error:
+        raise UserError(
+            f"no Slurm on this machine ({error}); submit from a login node, or use --engine local"
+        ) from error
+    executor.update_parameters(
+        name="regad",
+        timeout_min=cluster.minutes,
+        cpus_per_task=cluster.cpus,
+        slurm_array_parallelism=jobs,
+        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
+        **({"slurm_partition": cluster.partition} if cluster.partition else {}),
+    )
+    return executor
+
+
+def _queued_ids() -> set[str]:
+    """The user's jobs that wait or run, array tasks one by one."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    for attempt in range(5):  # the controller may be busy or restarting
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return set(done.stdout.split())
+        time.sleep(POLL_SECONDS * attempt)
+    raise UserError(f"squeue fails ({done.stderr.strip()}); the jobs go on, run the same command again later")
+
+
+def _id_file(output: Path, cell: Cell) -> Path:
+    return output / "jobs" / f"{cell.name}.slurm"
+
+
+def _read_id(output: Path, cell: Cell) -> str | None:
+    file = _id_file(output, cell)
+    return file.read_text() if file.is_file() else None
+
+
+def _what_happened(output: Path, cell: Cell, job_id: str) -> str:
+    return f"job {job_id} left it unfinished ({log_file(output, cell)}, and {output / 'slurm'} for the job's own log)"

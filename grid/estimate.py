@@ -1,0 +1,59 @@
+"""How long a grid will take, from a measurement of seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from models.regad import RegAD
+from models.stn import folded
+from scorers.views import VIEWS_PER_IMAGE
+from training.loop import Trainer
+from utils.utils import StageClock
+
+MEASURED_PICTURES = 8  # in a step, half of them queries
+NETWORK_SHARE = 0.77  # of scoring's time on the CPU: benchmarks/results/scoring_screw_2_cpu.json
+
+
+class Speed(NamedTuple):
+    """Seconds per picture, queries and support alike."""
+
+    training: float
+    network: float
+
+
+def measure(device: torch.device, stn_mode: str, img_size: int) -> Speed:
+    """Times one training step and one pass of the scoring network, after a first one of each."""
+    model, clock = RegAD(stn_mode, img_size).to(device), StageClock(device)
+    pictures = torch.rand(MEASURED_PICTURES // 2, 3, img_size, img_size, device=device)
+    network = folded(model.stn)
+    trainer = Trainer(model, lr=0.0, momentum=0.9)
+    for _ in range(2):
+        clock.seconds.clear()
+        with clock("training"):
+            trainer.model.train()
+            trainer.step(pictures, pictures[:, None], StageClock(device))
+        with clock("network"), torch.no_grad():
+            network.features(torch.cat([pictures, pictures]))
+    return Speed(*(clock.seconds[name] / MEASURED_PICTURES for name in ("training", "network")))
+
+
+def scoring_seconds(speed: Speed, test_pictures: int, shots: Sequence[int], rounds: int) -> float:
+    """Of one set of weights, over the support sets of all `shots`."""
+    pictures = test_pictures + sum(rounds * shot * VIEWS_PER_IMAGE for shot in shots)
+    return pictures * speed.network / NETWORK_SHARE
+
+
+def training_seconds(speed: Speed, source_pictures: int, shot: int, epochs: int, scoring: float) -> float:
+    """Of one run of train.py; `scoring`: seconds of each of its scorings, before the first epoch and after each."""
+    return epochs * source_pictures * (1 + shot) * speed.training + (epochs + 1) * scoring
+
+
+def format_duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,378 @@
+"""Records of test.py -> tables beside the published numbers, as Markdown, CSV, LaTeX and an HTML page; comparisons.
+
+All numbers of a table are percent, as in the paper.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.mvtec import CATEGORIES
+from evaluation.metrics import METRIC_NAMES
+from evaluation.statistics import summary
+from utils.utils import UserError
+
+WEIGHTS = {  # which weights a record is of, in the order of the columns, and the rule that chose them
+    "untrained": "before registration training: the trunk as downloaded",
+    "last": "the last epoch; nothing is chosen",
+    "source": "chosen by held-out source categories; no picture of the target is read",
+    "best": "chosen by the image + pixel AUROC on the target's own test labels, as in the published protocol. "
+    "Nobody has these labels in use, so this column is too good; it is here to be compared with the published numbers",
+}
+PUBLISHED_FILE = Path(__file__).with_name("published_mvtec.csv")
+PUBLISHED = ("paper", "release")
+PRINTED_DIGITS = 0.05  # a published average is rounded to one decimal
+TABLE_METRICS = ("image_auroc", "pixel_auroc")
+OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS)
+GRID_FILE = "grid.json"  # what reproduce.py was asked for, so that what is missing can be shown
+DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to tell two apart
+MISSING, NOT_PUBLISHED = "missing", ""
+
+
+class Entry(NamedTuple):
+    """Numbers of one table cell, in percent. `rounds` is empty for a published number."""
+
+    mean: float
+    sd: float | None = None
+    rounds: tuple[float, ...] = ()
+    of: str = ""  # "3 of 15": a mean over some categories only
+
+
+NO_TRUTH = Entry(math.nan)  # scored, but the metric does not exist: pictures without ground truth
+
+
+class Table(NamedTuple):
+    """`rows`: the categories, then "mean"; each with one entry per column, None where nothing was scored."""
+
+    title: str
+    metric: str
+    shot: int
+    columns: list[str]
+    rows: dict[str, list[Entry | None]]
+    notes: list[str]
+
+
+class Results(NamedTuple):
+    """The records of a folder by (category, shot, weights), and what the rows and the tables of them are."""
+
+    records: dict[tuple[str, int, str], dict]
+    categories: list[str]
+    shots: list[int]
+    data_type: str
+
+
+def read_results(folder: Path) -> Results:
+    """All records of test.py directly in `folder`.
+
+    Raises:
+        UserError: no folder, no record, a damaged one, or records of several data types, STN modes or image sizes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no results folder {folder}; python reproduce.py --output {folder} makes one")
+    contents = [(path, _read_json(path)) for path in sorted(folder.glob("*.json")) if path.name != GRID_FILE]
+    records = {}
+    for path, content in contents:
+        arguments = content.get("arguments", {})
+        if not {"rounds", "weights"} <= set(content) or not {"obj", "shot", "data_type"} <= set(arguments):
+            raise UserError(f"{path} is not a record of test.py; keep only those in {folder}")
+        records[arguments["obj"], arguments["shot"], content["weights"]] = content
+    if not records:
+        raise UserError(f"no records of test.py in {folder}")
+    for name in ("data_type", "stn_mode", "img_size"):
+        found = {content["arguments"][name] for content in records.values()}
+        if len(found) > 1:
+            raise UserError(f"{folder} mixes records of --{name} {' and '.join(map(str, sorted(found)))}")
+    asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"objs": [], "shots": []}
+    data_type = next(iter(records.values()))["arguments"]["data_type"]
+    found = {category for category, _, _ in records} | set(asked["objs"])
+    order = CATEGORIES[data_type] if data_type == "mvtec" else ()
+    categories = [*order, *sorted(found - set(order))]
+    return Results(records, categories, sorted({shot for _, shot, _ in records} | set(asked["shots"])), data_type)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the record {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a record of test.py")
+    return content
+
+
+def read_published() -> dict[tuple[str, str, int], dict[str, float]]:
+    """(source, metric, shot) -> category -> percent, with the printed "average"."""
+    lines = [line for line in PUBLISHED_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    rows = {}
+    for row in csv.DictReader(lines):
+        key = row.pop("source"), row.pop("metric"), int(row.pop("shot"))
+        rows[key] = {category: float(value) for category, value in row.items()}
+    return rows
+
+
+def make_tables(results: Results) -> list[Table]:
+    """For each shot: image AUROC and pixel AUROC beside the published ones, then the other metrics of one column."""
+    tables = []
+    for metric in TABLE_METRICS:
+        tables += [_compared_table(results, metric, shot) for shot in results.shots]
+    for shot in results.shots:
+        tables += _other_table(results, shot)
+    return tables
+
+
+def _compared_table(results: Results, metric: str, shot: int) -> Table:
+    weights = [w for w in WEIGHTS if w != "source" or any(key[2] == "source" for key in results.records)]
+    columns = {name: _column(results, metric, shot, name) for name in weights}
+    notes = []
+    if results.data_type == "mvtec":
+        for source in PUBLISHED:
+            cells = dict(read_published().get((source, metric, shot), {}))
+            printed = cells.pop("average", None)
+            columns[source] = {category: Entry(value) for category, value in cells.items()}
+            notes += _average_note(source, metric, shot, printed, list(cells.values()))
+        for source in PUBLISHED:
+            columns[f"best - {source}"] = _difference(columns["best"], columns[source])
+    title = f"{METRIC_NAMES[metric]}, K = {shot}"
+    return Table(title, metric, shot, list(columns), _rows(results.categories, columns), notes)
+
+
+def _other_table(results: Results, shot: int) -> list[Table]:
+    """AP, F1-max and PRO of the most honest weights that were scored with them; nothing where none were."""
+    for weights in ("last", "source", "best", "untrained"):
+        columns = {METRIC_NAMES[metric]: _column(results, metric, shot, weights) for metric in OTHER_METRICS}
+        if any(_known(column) for column in columns.values()):
+            title = f"Other metrics, {weights} weights, K = {shot}"
+            return [Table(title, "other", shot, list(columns), _rows(results.categories, columns), [])]
+    return []
+
+
+def _column(results: Results, metric: str, shot: int, weights: str) -> dict[str, Entry]:
+    column = {}
+    for category in results.categories:
+        record = results.records.get((category, shot, weights))
+        if record is not None and metric in record["rounds"][0]:
+            values = [numbers[metric] for numbers in record["rounds"]]
+            column[category] = NO_TRUTH if None in values else _entry([100 * value for value in values])
+    return column
+
+
+def _known(column: dict[str, Entry]) -> dict[str, Entry]:
+    return {category: entry for category, entry in column.items() if entry is not NO_TRUTH}
+
+
+def _entry(rounds: Sequence[float], of: str = "") -> Entry:
+    numbers = summary(rounds)
+    return Entry(numbers["mean"], numbers["sd"], tuple(rounds), of)
+
+
+def _difference(ours: dict[str, Entry], published: dict[str, Entry]) -> dict[str, Entry]:
+    return {
+        category: Entry(ours[category].mean - published[category].mean) for category in ours if category in published
+    }
+
+
+def _rows(categories: Sequence[str], columns: dict[str, dict[str, Entry]]) -> dict[str, list[Entry | None]]:
+    rows = {category: [column.get(category) for column in columns.values()] for category in categories}
+    return rows | {"mean": [_mean(column, len(categories)) for column in columns.values()]}
+
+
+def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
+    """Mean over categories; its SD is that over rounds of the rounds' means, so it needs equally many rounds."""
+    entries = list(_known(column).values())
+    if not entries:
+        return NO_TRUTH if column else None
+    of = "" if len(entries) == categories else f"{len(entries)} of {categories}"
+    counts = {len(entry.rounds) for entry in entries}
+    if len(counts) == 1 and counts != {0}:
+        return _entry(np.mean([entry.rounds for entry in entries], axis=0).tolist(), of)
+    return Entry(float(np.mean([entry.mean for entry in entries])), of=of)
+
+
+def _average_note(source: str, metric: str, shot: int, printed: float | None, cells: list[float]) -> list[str]:
+    mean = float(np.mean(cells)) if cells else 0.0
+    if printed is None or abs(mean - printed) <= PRINTED_DIGITS:
+        return []
+    where = f"The {source} prints {printed:.1f} as its average of {METRIC_NAMES[metric]} at K = {shot}"
+    return [f"{where}; its own cells give {mean:.1f} (here)."]
+
+
+def header(results: Results) -> list[tuple[str, str]]:
+    """What a reader must know of the records: (name, value) pairs."""
+    records = list(results.records.values())
+    lines = [("commit", _distinct(record["commit"] for record in records))]
+    dates = sorted(record["date"] for record in records)
+    lines.append(("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"))
+    lines.append(("device", _distinct(record["device"] for record in records)))
+    for name in ("data_type", "stn_mode", "img_size", "seed"):
+        lines.append((name.replace("_", " "), _distinct(record["arguments"][name] for record in records)))
+    lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
+    lines.append(("support sets", _support_sets(results)))
+    lines.append(("spread", "mean ± sample standard deviation over the rounds' support sets, in percent"))
+    shown = [name for name in WEIGHTS if any(key[2] == name for key in results.records)]
+    lines += [(name, f"{_epochs(results, name)}{WEIGHTS[name]}.") for name in shown]
+    return lines
+
+
+def support_name(record: dict) -> str:
+    """A short name of the pictures of all rounds: the file's, or `drawn`, and the beginning of a SHA-256."""
+    support = record["support_set"]
+    names, file = support["names"], support.get("path")
+    digest = support["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return f"{Path(file).name if file else 'drawn'} {digest[:DIGEST_LETTERS]}"
+
+
+def _support_sets(results: Results) -> str:
+    """Where they came from and one SHA-256 for all of them; the records name every picture that is known by name."""
+    names = {key[:2]: support_name(record) for key, record in sorted(results.records.items())}
+    digest = hashlib.sha256(json.dumps(list(names.values())).encode()).hexdigest()[:DIGEST_LETTERS]
+    kinds = _distinct(name.split()[0] for name in names.values())
+    return f"{len(names)} ({kinds}), together {digest}"
+
+
+def _epochs(results: Results, weights: str) -> str:
+    epochs = {record.get("epoch") for key, record in results.records.items() if key[2] == weights} - {None}
+    if not epochs or weights == "untrained":
+        return ""
+    return f"epoch {min(epochs)}: " if len(epochs) == 1 else f"epochs {min(epochs)} to {max(epochs)}: "
+
+
+def _distinct(values: Iterable[object]) -> str:
+    """The values that occur, each once, in the order they come."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def format_entry(entry: Entry | None, column: str, plus_minus: str = " ± ") -> str:
+    """`93.9 ± 0.4`, `+0.3` for a difference, `missing` for a cell of ours that was not run, `n/a` without truth."""
+    if entry is None:
+        return NOT_PUBLISHED if column in PUBLISHED or " - " in column else MISSING
+    if entry is NO_TRUTH:
+        return "n/a"
+    text = f"{entry.mean:+.1f}" if " - " in column else f"{entry.mean:.1f}"
+    text += "" if entry.sd is None else f"{plus_minus}{entry.sd:.1f}"
+    return text + (f" ({entry.of})" if entry.of else "")
+
+
+def to_markdown(results: Results, tables: Sequence[Table]) -> str:
+    """Header and tables as Markdown."""
+    lines = [f"- {name}: {value}" for name, value in header(results)]
+    for table in tables:
+        lines += ["", f"### {table.title}", "", f"| category | {' | '.join(table.columns)} |"]
+        lines.append("|---" + "|---:" * len(table.columns) + "|")
+        lines += [f"| {name} | {' | '.join(_texts(table, entries))} |" for name, entries in table.rows.items()]
+        lines += ["", *table.notes] if table.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def _texts(table: Table, entries: Sequence[Entry | None], plus_minus: str = " ± ") -> list[str]:
+    return [format_entry(entry, name, plus_minus) for entry, name in zip(entries, table.columns, strict=True)]
+
+
+def write_csv(path: Path, tables: Sequence[Table]) -> None:
+    """One line per table cell, unrounded: mean, SD, Student's 95 % interval and each round, in percent."""
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["shot", "metric", "category", "column", "percent", "sd", "low95", "high95", "rounds"])
+        for table in tables:
+            for category, entries in table.rows.items():
+                for column, entry in zip(table.columns, entries, strict=True):
+                    writer.writerow([table.shot, table.metric, category, column, *_csv_numbers(entry)])
+
+
+def _csv_numbers(entry: Entry | None) -> list[object]:
+    if entry is None or entry is NO_TRUTH:
+        return ["" if entry is None else "n/a", *[""] * 4]
+    interval = summary(entry.rounds)["interval95"] if entry.rounds else None
+    return [entry.mean, entry.sd, *(interval or ("", "")), " ".join(map(str, entry.rounds))]
+
+
+def to_latex(results: Results, tables: Sequence[Table]) -> str:
+    """The tables for a document that loads booktabs; the header as comments."""
+    lines = [f"% {name}: {value}" for name, value in header(results)] + ["% needs \\usepackage{booktabs}"]
+    for table in tables:
+        lines += ["", "\\begin{table}", "\\centering", f"\\caption{{{_escape_latex(table.title)}, percent.}}"]
+        lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", "\\toprule"]
+        lines.append(_latex_row(["category", *table.columns]) + " \\midrule")
+        for name, entries in table.rows.items():
+            rule = "\\midrule\n" if name == "mean" else ""
+            lines.append(rule + _latex_row([name, *_texts(table, entries)]))
+        lines += ["\\bottomrule", "\\end{tabular}", *(f"\\\\ {_escape_latex(note)}" for note in table.notes)]
+        lines.append("\\end{table}")
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_escape_latex, cells)) + " \\\\"
+
+
+def _escape_latex(text: str) -> str:
+    replaced = {"_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "$": "\\$", "±": "$\\pm$", " - ": " $-$ "}
+    for letter in ("\\", "{", "}", "~", "^"):
+        text = text.replace(letter, " ")
+    for old, new in replaced.items():
+        text = text.replace(old, new)
+    return f"${text[0]}${text[1:]}" if text[:1] in ("+", "-") else text
+
+
+class Comparison(NamedTuple):
+    """Two folders' numbers for one metric, shot and kind of weights, category by category; percent, B - A."""
+
+    metric: str
+    shot: int
+    weights: str
+    categories: int
+    better: int
+    difference: dict  # as evaluation.statistics.summary gives it, over categories
+    sd_of_rounds: float | None  # of a category's paired differences over its rounds, mean over categories
+
+
+def compare(a: Results, b: Results) -> list[Comparison]:
+    """Paired comparison of the records that both folders have, made on the same support sets.
+
+    Raises:
+        UserError: nothing in common, or other support sets.
+    """
+    common = [key for key in a.records if key in b.records]
+    if not common:
+        raise UserError("the two results folders have no category, shot and kind of weights in common")
+    for key in common:
+        names = [support_name(results.records[key]) for results in (a, b)]
+        if names[0] != names[1]:
+            raise UserError(f"{key[0]}, K = {key[1]} was scored on other support sets: {names[0]} and {names[1]}")
+    comparisons = []
+    for metric in METRIC_NAMES:
+        for shot, weights in sorted({key[1:] for key in common}):
+            columns = [_known(_column(results, metric, shot, weights)) for results in (a, b)]
+            pairs = [(columns[0][name], columns[1][name]) for name in columns[0] if name in columns[1]]
+            if pairs:
+                comparisons.append(_compare(metric, shot, weights, pairs))
+    return comparisons
+
+
+def _compare(metric: str, shot: int, weights: str, pairs: list[tuple[Entry, Entry]]) -> Comparison:
+    differences = [b.mean - a.mean for a, b in pairs]
+    over_rounds = [np.subtract(b.rounds, a.rounds).std(ddof=1) for a, b in pairs if len(a.rounds) > 1]
+    better = sum(difference > 0 for difference in differences)
+    of_rounds = float(np.mean(over_rounds)) if over_rounds else None
+    return Comparison(metric, shot, weights, len(pairs), better, summary(differences), of_rounds)
+
+
+def format_comparison(comparisons: Sequence[Comparison]) -> str:
+    """A Markdown table of `compare`."""
+    lines = ["| metric | K | weights | mean difference B - A | SD over categories | 95 % interval (Student t) | "]
+    lines[0] += "SD over rounds | B better |"
+    lines.append("|---|---:|---|---:|---:|---|---:|---|")
+    for one in comparisons:
+        sd, interval = one.difference["sd"], one.difference["interval95"]
+        spread = ("", "") if sd is None else (f"{sd:.2f}", f"{interval[0]:+.2f} to {interval[1]:+.2f}")
+        rounds = "" if one.sd_of_rounds is None else f"{one.sd_of_rounds:.2f}"
+        cells = (METRIC_NAMES[one.metric], one.shot, one.weights, f"{one.difference['mean']:+.2f}", *spread, rounds)
+        lines.append(f"| {' | '.join(map(str, cells))} | {one.better} of {one.categories} |")
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""A fitted detector as one module without Python around it, and as files for other runtimes: ONNX and torch.export."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from inspection.detector import FewShotDetector, score_maps
+from models.stn import without_batch_norm
+from scorers.gaussian import SupportStatistics, from_nested, nested_layers, squared_distance
+from utils.utils import UserError, whole_file
+
+ONNX_OPSET = 20  # the first with affine grids; GridSample is older
+ONNX_LIMIT = 2**31 - 1  # bytes of one ONNX file (a protocol buffer)
+METADATA_FILE = "metadata.json"  # inside a .pt2
+EXAMPLE_BATCH = 2  # a batch of one would be taken for a fixed size
+
+
+class ExportedDetector(nn.Module):
+    """The chain of FewShotDetector.score on the CPU, for a batch of any size.
+
+    Takes pictures (B, S, S, 3) uint8 RGB, resized as `export_metadata` says; gives maps (B, S, S) and scores (B,).
+    Nothing depends on values, and memory is contiguous, so that warps stay grid_sample (see scorers.views.warp).
+    """
+
+    def __init__(self, detector: FewShotDetector) -> None:
+        super().__init__()
+        self.network = without_batch_norm(detector.network).cpu()
+        means, centred, joint, regression, residual = _joined(detector)
+        self.means = nn.ParameterList(nn.Parameter(mean, requires_grad=False) for mean in means)
+        self.centred = nn.ParameterList(nn.Parameter(layer, requires_grad=False) for layer in centred)
+        self.register_buffer("joint", joint)
+        for name, value in (("regression", regression), ("residual", residual)):
+            if value is None:
+                setattr(self, name, None)  # torch.export cannot count buffers that are None
+            else:
+                self.register_buffer(name, value)
+        self.register_buffer("matrix", detector.matrix.cpu())
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps (B, S, S) and scores (B,), float32, of pictures (B, S, S, 3) uint8."""
+        x = image.permute(0, 3, 1, 2).contiguous().float() / 255
+        layers = nested_layers(self.network.features(x))
+        statistics = SupportStatistics(list(self.means), list(self.centred), self.joint, self.regression, self.residual)
+        distances = from_nested(squared_distance(statistics, layers).sqrt(), depth=len(layers) - 1)
+        scores, maps = score_maps(distances, self.matrix)
+        return maps, scores
+
+
+def _joined(detector: FewShotDetector) -> SupportStatistics:
+    """The statistics of all positions at once, on the CPU: fitting's chunks exist for its large temporaries."""
+
+    def joined(values: tuple) -> list[torch.Tensor] | torch.Tensor | None:
+        if isinstance(values[0], list):
+            return [joined(layer) for layer in zip(*values, strict=True)]
+        return None if values[0] is None else torch.cat(values).cpu()
+
+    if not detector.fitted:
+        raise UserError("only a fitted detector can be exported")
+    parts = [part.statistics for part in detector.fitted]
+    return SupportStatistics(*(joined(values) for values in zip(*parts, strict=True)))
+
+
+def export_metadata(detector: FewShotDetector) -> dict[str, str]:
+    """What a program needs beside the file: how to make its input, and above which score a picture is defective.
+
+    `threshold` is empty where the detector has none.
+    """
+    threshold = detector.threshold
+    return {
+        "input": "uint8 RGB (batch, size, size, 3)",
+        "size": str(detector.size),
+        "keep_aspect": str(detector.keep_aspect).lower(),
+        "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
+        "threshold": "" if threshold is None else repr(float(threshold.value)),
+        "threshold_rule": "" if threshold is None else threshold.how,
+    }
+
+
+def write_onnx(detector: FewShotDetector, path: Path) -> None:
+    """The detector as one ONNX file; input `image`, outputs `map` and `score` (see ExportedDetector).
+
+    Raises:
+        UserError: the file would exceed what ONNX can hold.
+    """
+    module = ExportedDetector(detector).eval()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    if size > ONNX_LIMIT:
+        raise UserError(
+            f"the detector has {size / 2**30:.1f} GB, one ONNX file holds 2 GB: "
+            "give fewer support pictures, a smaller --img_size, or --format pt2"
+        )
+    program = torch.onnx.export(
+        *(module, _example(detector)),
+        dynamo=True,
+        opset_version=ONNX_OPSET,
+        input_names=["image"],
+        output_names=["map", "score"],
+        dynamic_shapes=_dynamic_batch(),
+        verbose=False,
+    )
+    program.model.metadata_props.update(export_metadata(detector))
+    with whole_file(path) as aside:
+        program.save(aside, external_data=False)
+
+
+def write_pt2(detector: FewShotDetector, path: Path) -> None:
+    """The detector as a torch.export file, with the metadata as JSON in its extra file METADATA_FILE."""
+    module = ExportedDetector(detector).eval()
+    with torch.no_grad():
+        program = torch.export.export(module, _example(detector), dynamic_shapes=_dynamic_batch())
+    with whole_file(path) as aside, open(aside, "wb") as stream:
+        torch.export.save(program, stream, extra_files={METADATA_FILE: json.dumps(export_metadata(detector))})
+
+
+WRITERS = {"onnx": write_onnx, "pt2": write_pt2}
+
+
+def require_packages(*names: str) -> None:
+    """UserError where one of the optional packages is missing."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(f"no package {' and '.join(missing)}: run pip install -r requirements-export.txt")
+
+
+def _example(detector: FewShotDetector) -> tuple[torch.Tensor]:
+    return (torch.zeros(EXAMPLE_BATCH, detector.size, detector.size, 3, dtype=torch.uint8),)
+
+
+def _dynamic_batch() -> tuple[dict]:
+    return ({0: torch.export.Dim("batch")},)

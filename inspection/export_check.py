@@ -1,0 +1,115 @@
+"""Exported detectors beside the one they came from: how much the maps differ, and how long a picture takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from inspection.detector import FewShotDetector
+from utils.utils import UserError
+
+TOLERANCE = 1e-3  # largest relative difference of a pixel; above it a file is refused
+CHECK_BATCHES = (1, 4)  # pictures per call
+CHECK_PICTURES = 20  # of a folder, evenly spread over its names
+
+REFERENCE = "PyTorch"
+
+Runtime = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # pictures (B, S, S, 3) uint8 -> maps, scores
+
+
+class Result(NamedTuple):
+    """What one call gave: maps (B, S, S), scores (B,), and the seconds it took."""
+
+    maps: np.ndarray
+    scores: np.ndarray
+    seconds: float
+
+
+class Comparison(NamedTuple):
+    """One runtime at one batch size. difference: largest relative one to PyTorch of any map's pixel, or score."""
+
+    runtime: str
+    batch: int
+    difference: float
+    milliseconds: float  # per picture, median over the calls
+
+
+def compare(detector: FewShotDetector, files: dict[str, Path], pictures: np.ndarray) -> Iterator[Comparison]:
+    """Runs `pictures` (N, S, S, 3) uint8 through FewShotDetector.score and the exported `files` (format -> path).
+
+    The runtimes take turns batch by batch, so that a machine's other work falls on all of them. The last batch is
+    filled up from the first pictures.
+    """
+    runtimes = {REFERENCE: _pytorch(detector), **{kind: OPENERS[kind](path) for kind, path in files.items()}}
+    for size in CHECK_BATCHES:
+        filled = pictures[np.arange(-(-len(pictures) // size) * size) % len(pictures)]
+        batches = np.split(filled, len(filled) // size)
+        results = [_run_all(runtimes, batch) for batch in [batches[0], *batches]][1:]  # the first call is slower
+        for name in runtimes:
+            difference = max(_difference(result[name], result[REFERENCE]) for result in results)
+            seconds = float(np.median([result[name].seconds for result in results]))
+            yield Comparison(name, size, difference, 1000 * seconds / size)
+
+
+def _run_all(runtimes: dict[str, Runtime], batch: np.ndarray) -> dict[str, Result]:
+    results = {}
+    for name, run in runtimes.items():
+        start = time.perf_counter()
+        maps, scores = run(batch)
+        results[name] = Result(maps, scores, time.perf_counter() - start)
+    return results
+
+
+def _difference(result: Result, reference: Result) -> float:
+    """Largest relative difference of any pixel or score; NaN counts as infinite."""
+    pairs = ((result.maps, reference.maps), (result.scores, reference.scores))
+    relative = [(np.abs(one - other) / other).max() for one, other in pairs]
+    return float(np.nan_to_num(np.max(relative), nan=np.inf))
+
+
+def _pytorch(detector: FewShotDetector) -> Runtime:
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scores, maps = detector.score(list(batch))
+        return maps, scores
+
+    return run
+
+
+def open_onnx(path: Path) -> Runtime:
+    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch uses."""
+    import onnxruntime  # optional: only those who check ONNX files need it
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda batch: tuple(session.run(["map", "score"], {"image": batch}))
+
+
+def open_pt2(path: Path) -> Runtime:
+    """A torch.export file on the CPU."""
+    module = torch.export.load(path).module()
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            maps, scores = module(torch.from_numpy(batch))
+        return maps.numpy(), scores.numpy()
+
+    return run
+
+
+OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
+
+
+def refuse_differences(comparisons: list[Comparison]) -> None:
+    """UserError where a runtime's maps are not PyTorch's to TOLERANCE."""
+    for row in comparisons:
+        if row.difference > TOLERANCE:
+            raise UserError(
+                f"the {row.runtime} file must not be used: at batch size {row.batch} its maps differ from PyTorch's "
+                f"by {row.difference:.1e}, allowed is {TOLERANCE:g}"
+            )

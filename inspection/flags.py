@@ -1,0 +1,98 @@
+"""A detector as a command line asks for it: saved earlier, or fitted on normal pictures, and with a threshold."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from inspection.inputs import list_inputs
+from inspection.threshold import Threshold
+from models.regad import FewShotDetector, load_checkpoint, untrained
+from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
+from utils.utils import DEFAULT_SEED, UserError, require_positive, seed_everything, sha256
+
+DEFAULT_FALSE_ALARM = 0.01
+
+
+def add_detector_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that takes or makes a detector."""
+    detector = parser.add_argument_group("detector")
+    detector.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal pictures: files or folders")
+    detector.add_argument("--detector", type=Path, metavar="FILE", help="of predict.py --save; replaces --support")
+    detector.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
+    detector.add_argument("--weights", default="imagenet", help="without --checkpoint: imagenet, none, or a file")
+    detector.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
+    detector.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    detector.add_argument("--keep_aspect", action="store_true", help="do not squeeze pictures that are not square")
+    detector.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic"
+    )
+    decide = parser.add_argument_group("threshold")
+    decide.add_argument("--false_alarm", type=float, help="share of normal pictures that may be called; default 0.01")
+    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal pictures for it")
+    decide.add_argument("--threshold", type=float, help="a fixed score; wins over calibration")
+
+
+def check_detector_flags(args: argparse.Namespace) -> None:
+    """UserError where the flags of `add_detector_flags` do not fit together."""
+    require_positive(args, "img_size")
+    check_img_size(args.img_size)
+    if bool(args.support) == bool(args.detector):
+        raise UserError("give either normal pictures with --support, or a saved detector with --detector")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise UserError(f"--threshold must be a number, got {args.threshold}")
+
+
+def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
+    """The detector that the flags of `add_detector_flags` ask for, on `device`, with its threshold; says what it is.
+
+    Raises:
+        UserError: a file or folder that is missing or unfit.
+    """
+    seed_everything(args.seed)
+    detector = FewShotDetector.load(args.detector, device) if args.detector else _fit(args, device)
+    _set_threshold(detector, args)
+    print(f"threshold: {describe_threshold(detector.threshold)}")
+    return detector
+
+
+def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
+    """A detector of the support pictures."""
+    support = list_inputs(args.support, args.output)
+    if args.checkpoint:
+        network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
+    else:
+        network = untrained(args.weights, args.stn_mode, args.img_size).stn
+    detector = FewShotDetector(network, device, args.keep_aspect)
+    print(f"fitting on {len(support)} normal picture(s)")
+    detector.fit(support)
+    weights = f"not trained, weights {args.weights}"
+    detector.origin = {
+        "support": [{"path": str(path), "sha256": sha256(path)} for path in support],
+        "network": f"{args.checkpoint} {sha256(args.checkpoint)}" if args.checkpoint else weights,
+    }
+    return detector
+
+
+def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
+    """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
+    false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
+    normal = list_inputs(args.calibrate, args.output) if args.calibrate else None
+    is_fresh = detector.threshold is None and detector.left_out is not None
+    if normal or args.false_alarm is not None or is_fresh:
+        try:
+            detector.calibrate(false_alarm, normal)
+        except UserError:
+            if args.threshold is None:  # else only the colours would have come from it
+                raise
+    if args.threshold is not None:
+        known = detector.threshold or Threshold(0.0, "", args.threshold, args.threshold)
+        detector.threshold = known._replace(value=args.threshold, how="given with --threshold")
+
+
+def describe_threshold(threshold: Threshold | None) -> str:
+    """Value and origin of a threshold in words."""
+    if threshold is None:
+        return "none, so nothing is decided; give two support pictures or more, --calibrate, or --threshold"
+    return f"{threshold.value:.3f} ({threshold.how})"

@@ -1,0 +1,106 @@
+"""Pictures of scores: heat-maps laid over inputs, outlines, panels side by side; all in RGB, by Pillow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.utils import whole_file
+
+COLOUR_MAP = "inferno"  # its lightness rises evenly, so it reads in grey and with colour blindness
+OPACITY = 0.75  # of the heat-map at its brightest; it fades to nothing at the lower limit
+# Outlines, in colours that neither the colour map nor most parts have.
+HOT = (255, 190, 0)  # around what is hot, see inspection.threshold.Threshold.region
+CALLED = (0, 230, 255)  # around what lies above the threshold
+GAP = 6  # pixels between panels
+JPEG_QUALITY = 90
+CAPTION_HEIGHT = 22  # pixels
+
+
+def colour_limits(typical: float) -> tuple[float, float]:
+    """The scores at which colours begin and end, from the typical score of normal pictures alone: one scale for all."""
+    return typical / 2, typical * 1.5
+
+
+def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """Scores (H, W) as colours; `limits`: the scores of the first and the last colour."""
+    return _coloured(_levels(scores, limits))
+
+
+def overlay(image: Image.Image, scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """The heat-map of scores (H, W) over an image in RGB; the higher a score, the less of the image shows."""
+    levels = _levels(scores, limits)
+    opacity = levels.point([round(OPACITY * level) for level in range(256)])
+    return Image.composite(_coloured(levels), image, opacity)
+
+
+def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
+    """The image in RGB with a line along the inside of the border of `region` (H, W) bool."""
+    if not region.any():
+        return image
+    inside = region
+    for _ in range(max(1, round(max(region.shape) / 250))):
+        inside = _eroded(inside)
+    drawn = image.copy()
+    drawn.paste(colour, mask=Image.fromarray((region & ~inside).view(np.uint8) * np.uint8(255)))
+    return drawn
+
+
+def _eroded(region: np.ndarray) -> np.ndarray:
+    """The region (H, W) bool without its outermost pixels, as scipy's binary_erosion, but much quicker."""
+    inner = np.zeros_like(region)
+    inner[1:-1, 1:-1] = region[1:-1, 1:-1] & region[:-2, 1:-1] & region[2:, 1:-1] & region[1:-1, :-2] & region[1:-1, 2:]
+    return inner
+
+
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels of one size in a row with white gaps."""
+    width, height = panels[0].size
+    row = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height), "white")
+    for number, panel in enumerate(panels):
+        row.paste(panel, (number * (width + GAP), 0))
+    return row
+
+
+def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Image:
+    """The image with a line of text above it; text that is too long is cut."""
+    drawn = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
+    drawn.paste(image, (0, CAPTION_HEIGHT))
+    ImageDraw.Draw(drawn).text((4, 3), text, fill=colour, font=_font())
+    return drawn
+
+
+def save_picture(path: Path, image: Image.Image) -> None:
+    """Writes an image as JPEG or PNG, by the name's ending."""
+    options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
+    with whole_file(path) as aside:
+        image.save(aside, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
+
+
+def _levels(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    low, high = limits
+    levels = (scores - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8))
+
+
+def _coloured(levels: Image.Image) -> Image.Image:
+    """Levels 0..255 (mode L, changed) in the colours of the colour map."""
+    levels.putpalette(_colours())
+    return levels.convert("RGB")
+
+
+@functools.cache
+def _colours() -> bytes:
+    """The colour map as a palette."""
+    return matplotlib.colormaps[COLOUR_MAP](np.arange(256), bytes=True)[:, :3].tobytes()
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """A font that comes with matplotlib, with all European letters."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)

@@ -1,0 +1,309 @@
+"""The commands as a user meets them: from data to record, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import make_support
+from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
+from datasets.images import read_image
+from datasets.mvtec import list_test_items
+from evaluation.metrics import METRIC_NAMES
+from evaluation.statistics import format_summary
+from grid.tables import make_tables, read_results, to_markdown
+from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
+from utils.utils import PROJECT_ROOT, UserError, sha256
+
+# `import test` would find the standard library's package of that name
+_spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
+test_command = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(test_command)
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def support_path(demo_data, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("support")
+    make_support.main(
+        f"--obj ring --shots 1 2 --rounds 2 --data_type folder --img_size {SIZE}".split()
+        + ["--data_path", str(demo_data), "--support_path", str(root)]
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Random weights in the release's format, at the release's place."""
+    torch.manual_seed(0)
+    model = RegAD("affine", SIZE)
+    path = checkpoint_file(tmp_path_factory.mktemp("checkpoints"), "affine", 2, "ring")
+    path.parent.mkdir(parents=True)
+    torch.save({part: getattr(model, name).state_dict() for part, name in CHECKPOINT_PARTS.items()}, path)
+    return path
+
+
+@pytest.fixture
+def arguments(demo_data, support_path, checkpoint, tmp_path) -> dict[str, str]:
+    """A complete, right call of test.py; tests change single flags."""
+    return {
+        "--obj": "ring",
+        "--shot": "2",
+        "--inferences": "2",
+        "--stn_mode": "affine",
+        "--img_size": str(SIZE),
+        "--data_type": "folder",
+        "--data_path": str(demo_data),
+        "--support_path": str(support_path),
+        "--checkpoint": str(checkpoint),
+        "--output": str(tmp_path / "out"),
+        "--device": "cpu",
+        "--num_workers": "0",
+    }
+
+
+def flat(arguments: dict[str, str]) -> list[str]:
+    return [part for pair in arguments.items() for part in pair]
+
+
+def call(arguments: dict[str, str], *extra: str) -> dict:
+    """Runs test.py's main and returns its record."""
+    test_command.main(flat(arguments) + list(extra))
+    (record,) = Path(arguments["--output"]).glob("*.json")
+    return json.loads(record.read_text())
+
+
+def test_record(arguments, capsys):
+    record = call(arguments)
+    printed = capsys.readouterr().out
+    assert record["arguments"]["obj"] == "ring" and record["arguments"]["seed"] == 668
+    assert record["checkpoint"]["sha256"] == sha256(Path(arguments["--checkpoint"]))
+    assert record["support_set"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
+    assert set(record["seconds"]) == {"decode", "network", "gaussian", "distance", "smoothing", "metrics"}
+    assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_pictures"] == 9
+    for key, name in METRIC_NAMES.items():
+        values = [one[key] for one in record["rounds"]]
+        interval = scipy.stats.t.interval(0.95, 1, np.mean(values), scipy.stats.sem(values))
+        expected = {"mean": np.mean(values), "sd": np.std(values, ddof=1), "interval95": pytest.approx(interval)}
+        assert record[key]["interval95"] == expected.pop("interval95")
+        assert {part: record[key][part] for part in expected} == pytest.approx(expected)
+        low, high = np.clip(record[key]["interval95"], 0, 1)
+        assert f"  {name:14}{format_summary(record[key])}    {low:.4f} to {high:.4f}\n" in printed
+    for number, one in enumerate(record["rounds"]):
+        assert f"round {number}: image AUROC {one['image_auroc']:.4f}, pixel AUROC {one['pixel_auroc']:.4f}" in printed
+
+
+def test_numbers_depend_on_nothing_but_the_input(arguments, demo_data, tmp_path):
+    """Not on batch size, worker processes, repetition, or where the data lie (a folder named test/good)."""
+    reference = call(arguments)["rounds"]
+    moved = tmp_path / "test" / "good"
+    moved.mkdir(parents=True)
+    (moved / "ring").symlink_to(demo_data / "ring")
+    changes = ({}, {"--batch_size": "3"}, {"--num_workers": "2"}, {"--data_path": str(moved)})
+    for change in changes:
+        found = call(arguments | change)["rounds"]
+        for one, other in zip(found, reference, strict=True):
+            assert one == pytest.approx(other, abs=1e-6), change
+
+
+def test_single_shot_and_untrained(arguments):
+    del arguments["--checkpoint"]
+    record = call(arguments | {"--shot": "1", "--weights": "none"}, "--untrained")
+    assert record["checkpoint"] is None and len(record["rounds"]) == 2
+    again = call(arguments | {"--shot": "1", "--weights": "none"}, "--untrained")
+    assert again["rounds"] == record["rounds"]
+
+
+def test_several_shots_share_the_test_features(arguments, monkeypatch):
+    """Records as of single runs; features once for the weights that all shots share, here the untrained ones."""
+    del arguments["--checkpoint"]
+    shots, output = ("1", "2"), Path(arguments["--output"])
+    for shot in shots:
+        test_command.main(flat(arguments | {"--shot": shot, "--weights": "none"}) + ["--untrained"])
+    alone = [json.loads((output / f"ring_{shot}_affine_untrained.json").read_text()) for shot in shots]
+    calls, original = [], test_command.compute_test_features
+    monkeypatch.setattr(test_command, "compute_test_features", lambda *a: calls.append(1) or original(*a))
+    test_command.main(flat(arguments | {"--weights": "none"}) + ["--untrained", "--shot", *shots])
+    for shot, expected in zip(shots, alone, strict=True):
+        record = json.loads((output / f"ring_{shot}_affine_untrained.json").read_text())
+        assert record["rounds"] == expected["rounds"] and record["arguments"]["shot"] == int(shot)
+        assert record["weights"] == "untrained"
+    assert len(calls) == 1
+
+
+def test_weights_of_every_kind_have_their_record(arguments, checkpoint, tmp_path):
+    """The release's weights count as `best`; ours say by which rule they were chosen."""
+    record = call(arguments)
+    assert record["weights"] == "best" and record["epoch"] is None
+    content = torch.load(checkpoint, weights_only=True)
+    for kind in ("last", "source", "best"):
+        recipe = {"arguments": {"select": kind, "stn_mode": "affine", "img_size": SIZE}, "epoch": 3}
+        torch.save(content | {"recipe": recipe}, tmp_path / "ours.pt")
+        call(arguments | {"--checkpoint": str(tmp_path / "ours.pt"), "--output": str(tmp_path / kind)})
+        name = "ring_2_affine" + ("" if kind == "best" else f"_{kind}")
+        record = json.loads((tmp_path / kind / f"{name}.json").read_text())
+        assert (record["weights"], record["epoch"]) == (kind, 3)
+
+
+def test_only_the_aurocs(arguments):
+    record = call(arguments)
+    fewer = call(arguments | {"--metrics": "auroc"})
+    assert set(fewer["rounds"][0]) == {"image_auroc", "pixel_auroc"} < set(record["rounds"][0]) == set(METRIC_NAMES)
+    for one, other in zip(fewer["rounds"], record["rounds"], strict=True):
+        assert all(one[key] == other[key] for key in one)
+
+
+def test_pictures(arguments, demo_data):
+    call(arguments, "--save_images", "5")
+    (report,) = Path(arguments["--output"]).rglob("report.html")
+    pictures = sorted(report.parent.glob("*/*.jpg"))
+    assert len(pictures) == 5
+    items = list_test_items(demo_data / "ring")
+    assert {path.parent.name for path in pictures} == {item.defect for item in items}
+    for path in (*pictures, report.parent / "contact_sheet.jpg", report.parent / "curves.png"):
+        assert len(np.unique(read_image(path, 200).reshape(-1, 3), axis=0)) > 100  # not an empty page
+    assert report.read_text().count("data:image/jpeg") == len(items)
+
+
+def test_pictures_that_cannot_be_written_cost_no_number(arguments, capsys):
+    output = Path(arguments["--output"])
+    output.mkdir(parents=True)
+    (output / "ring_2_affine").write_text("in the way")
+    with pytest.raises(UserError, match=r"the record is written, but the pictures in .*ring_2_affine cannot be"):
+        call(arguments, "--save_images", "5")
+    assert len(list(output.glob("*.json"))) == 1
+
+
+def test_without_ground_truth_pixel_numbers_are_absent(arguments, demo_data, tmp_path, capsys):
+    (tmp_path / "ring").mkdir()
+    for half in ("train", "test"):
+        (tmp_path / "ring" / half).symlink_to(demo_data / "ring" / half)
+    record = call(arguments | {"--data_path": str(tmp_path)})
+    assert record["pixel_auroc"] is None and record["image_auroc"]["mean"] > 0
+    assert "pixel AUROC n/a" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "no such category": ({"--obj": "bolt"}, r"no category folder .*bolt; it has ring, weave"),
+    "unknown MVTec name": (
+        {"--data_type": "mvtec"},
+        r"mvtec has no category 'ring', only bottle, .*--data_type folder",
+    ),
+    "no data": ({"--data_path": "/nowhere"}, r"no data folder /nowhere.*--data_path"),
+    "no support set": ({"--inferences": "7"}, r"no support set .*2_7\.pt; make it with: python make_support\.py .*"),
+    "no checkpoint": ({"--checkpoint": "/nowhere/x.pt"}, r"no checkpoint /nowhere/x\.pt.*--untrained"),
+    "another mode": ({"--stn_mode": "scale"}, r"checkpoint .* is named after --stn_mode affine, not scale"),
+    "not a checkpoint": ({"--checkpoint": __file__}, r"checkpoint .*test_commands\.py cannot be read"),
+    "odd size": ({"--img_size": "100"}, r"--img_size must be a multiple of 16, got 100"),
+    "no shots": ({"--shot": "0"}, r"--shot must be at least 1, got 0"),
+    "negative workers": ({"--num_workers": "-1"}, r"--num_workers must not be negative"),
+    "no such device": ({"--device": "warp9"}, r"device 'warp9' cannot be used"),
+    "other size": ({"--img_size": "32"}, r"support set .*2_2\.pt is for another shot or size"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence(arguments, mistake):
+    change, sentence = MISTAKES[mistake]
+    with pytest.raises(UserError, match=sentence) as caught:
+        call(arguments | change)
+    assert "\n" not in str(caught.value)
+    assert not Path(arguments["--output"]).exists()
+
+
+def test_support_set_of_another_shot(arguments):
+    folder = Path(arguments["--support_path"]) / "ring"
+    wrong = Path(arguments["--output"]).parent / "support" / "ring"
+    wrong.mkdir(parents=True)
+    (wrong / "1_2.pt").write_bytes((folder / "2_2.pt").read_bytes())
+    with pytest.raises(UserError, match=r"round 0 has shape \(2, 3, 64, 64\), --shot 1 --img_size 64 need \(1, 3"):
+        call(arguments | {"--shot": "1", "--support_path": str(wrong.parent)})
+
+
+def test_nan_in_the_checkpoint_is_reported(arguments, tmp_path):
+    content = torch.load(arguments["--checkpoint"], weights_only=True)
+    content["STN"]["layer1.0.conv1.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(content, tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="scores are not finite"):
+        call(arguments | {"--checkpoint": str(tmp_path / "broken.pt")})
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=PROJECT_ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [("test.py", "--obj", "bottle"), ("make_support.py", "--obj", "bottle")])
+def test_exit_code_2_and_no_traceback(command, tmp_path):
+    done = run(*command, "--data_path", str(tmp_path / "missing"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no data folder") and len(done.stderr.splitlines()) == 1
+
+
+@needs_reference
+def test_published_command_line_on_real_screws(tmp_path):
+    """The command and the numbers of the release, through the command itself."""
+    done = run(
+        *("test.py", "--obj", "screw", "--shot", "2", "--inferences", "2", "--data_path", str(DATA)),
+        *("--checkpoint", str(GOLDEN_CHECKPOINT), "--support_path", str(GOLDEN / "support_set")),
+        *("--output", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "round 0: image AUROC 0.6596, pixel AUROC 0.9393" in done.stdout
+    assert "round 1: image AUROC 0.5376, pixel AUROC 0.9384" in done.stdout
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT_ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def command_parser(words: list[str]):
+    if words[1] == "test.py":
+        return test_command.get_args_parser(), words[2:]
+    name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    return importlib.import_module(name).get_args_parser(), rest
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (PROJECT_ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert words[1] in targets
+    else:
+        assert words[0] == "python" or words[0] == ".venv/bin/python"
+        parser, rest = command_parser(words)
+        parser.parse_args(rest)  # exits with an error where a flag is unknown
+
+
+COMMANDS = sorted(path.name for path in PROJECT_ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_every_flag_is_used(file):
+    """A flag that parses but is never read would be a silent no-op."""
+    parser, _ = command_parser(["python", file])
+    code = (PROJECT_ROOT / file).read_text()
+    if "add_detector_flags(parser)" in code:
+        code += (PROJECT_ROOT / "inspection/flags.py").read_text()
+    for action in parser._actions:
+        read = re.search(rf"args\.{action.dest}\b", code)
+        assert action.dest == "help" or read, f"{file} never reads --{action.dest}"
+
+
+@pytest.mark.skipif(not (PROJECT_ROOT / "results/published/trial").is_dir(), reason="no published results")
+def test_results_in_the_readme_are_those_of_the_files():
+    results = read_results(PROJECT_ROOT / "results/published/trial")
+    assert to_markdown(results, make_tables(results)) in (PROJECT_ROOT / "README.md").read_text()

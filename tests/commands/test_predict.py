@@ -1,0 +1,430 @@
+"""predict.py as a user meets it: pictures in, scores, decisions and pictures out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
+from skimage.filters import threshold_otsu
+
+import predict
+from benchmarks.reference import DATA, TRUNK, needs_reference
+from inspection.predictions import draw_panels
+from inspection.threshold import Threshold
+from models.regad import FewShotDetector, untrained
+from reports.drawing import CALLED, HOT
+from utils.utils import PROJECT_ROOT, UserError, seed_everything
+
+SIZE = 64
+
+
+@pytest.fixture
+def support(demo_data) -> list[Path]:
+    return sorted((demo_data / "ring/train/good").iterdir())[:3]
+
+
+def run(support: list[Path], inputs: list[Path], output: Path, *flags: str) -> dict:
+    predict.main(
+        ["--support", *map(str, support), "--input", *map(str, inputs), "--output", str(output), *flags]
+        + ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu"]
+    )
+    return json.loads((output / "scores.json").read_text())
+
+
+def test_scores_are_the_detector_s(support, demo_data, tmp_path):
+    record = run(support, [demo_data / "ring/test"], tmp_path)
+    seed_everything(668)
+    detector = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
+    paths = [row["path"] for row in record["pictures"]]
+    assert len(paths) == 9
+    scores, maps = detector.score(paths)
+    assert [row["score"] for row in record["pictures"]] == scores.tolist()
+    np.testing.assert_array_equal(detector.score(paths[4:5])[1][0], maps[4])  # alone as among others, bit for bit
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    assert [np.float32(row["score"]) for row in rows] == scores.tolist()
+    limit = record["threshold"]["value"]
+    assert [row["decision"] for row in rows] == ["defective" if score > limit else "normal" for score in scores]
+    assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9 and (tmp_path / "report.html").stat().st_size > 10000
+
+
+def test_maps_have_the_size_of_their_picture(support, demo_data, tmp_path):
+    with Image.open(demo_data / "ring/test/good/000.png") as picture:
+        picture.resize((90, 40)).save(tmp_path / "wide.png")
+    run(support, [tmp_path / "wide.png"], tmp_path / "out", "--maps", "npy", "--keep_aspect")
+    (file,) = (tmp_path / "out/maps").iterdir()
+    assert np.load(file).shape == (40, 90)
+    (panels,) = (tmp_path / "out/pictures").iterdir()
+    with Image.open(panels) as picture:
+        assert picture.height == 40 and picture.width > 3 * 90
+
+
+def test_broken_inputs_do_not_stop_the_run(support, demo_data, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"broken")
+    (tmp_path / "in/b.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+    with pytest.raises(SystemExit) as ended:
+        run(support, [tmp_path / "in"], tmp_path / "out")
+    assert ended.value.code == 1
+    assert f"failed: cannot read the picture {tmp_path}/in/a.png" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
+    assert rows[0]["score"] is None and rows[1]["score"] > 0
+
+
+def test_saved_detector_gives_the_same_bits(support, demo_data, tmp_path):
+    inputs = [demo_data / "ring/test/rust"]
+    first = run(support, inputs, tmp_path / "a", "--save", str(tmp_path / "part.regad"))
+    predict.main(
+        ["--detector", str(tmp_path / "part.regad"), "--input", *map(str, inputs), "--output", str(tmp_path / "b")]
+        + ["--device", "cpu"]
+    )
+    second = json.loads((tmp_path / "b/scores.json").read_text())
+    assert second["pictures"] == first["pictures"] and second["threshold"] == first["threshold"]
+
+
+def test_given_threshold_wins(support, demo_data, tmp_path):
+    record = run(support, [demo_data / "ring/test/good"], tmp_path, "--threshold", "0.001")
+    assert {row["decision"] for row in record["pictures"]} == {"defective"}
+
+
+def test_one_support_picture_decides_nothing(support, demo_data, tmp_path, capsys):
+    record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
+    assert record["threshold"] is None and {row["decision"] for row in record["pictures"]} == {None}
+    assert "nothing is decided; give two support pictures or more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 damaged"])
+def test_foreign_detector_files_are_refused(content, demo_data, tmp_path):
+    file = tmp_path / "part.regad"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"part\.regad") as caught:
+        predict.main(["--detector", str(file), "--input", str(demo_data / "ring/test/good")])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_picture_has_its_own_files(support, demo_data, tmp_path):
+    """Same names in different folders, same names with different endings, links to one file, names of any letters."""
+    good = sorted((demo_data / "ring/test/good").iterdir())
+    for name in ("x/a.png", "y/a.png", "x/größe 7 部品.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(good[0].read_bytes())
+    with Image.open(good[1]) as picture:
+        picture.save(tmp_path / "in/x/a.jpg")
+    (tmp_path / "in/link.png").symlink_to(good[1])
+    inputs = [tmp_path / "in", tmp_path / "in/x/a.png", tmp_path / "in/../in/y/a.png"]
+    record = run(support, inputs, tmp_path / "out", "--maps", "png")
+    names = sorted(str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*g"))
+    assert len(record["pictures"]) == len(names) == 5
+    for kind, ending in (("pictures", ".jpg"), ("maps", ".png")):
+        folder = tmp_path / "out" / kind
+        assert sorted(str(f.relative_to(folder)) for f in folder.rglob("*.*g")) == [name + ending for name in names]
+    assert "größe 7 部品.png" in (tmp_path / "out/scores.csv").read_text(encoding="utf-8")
+
+
+def test_a_name_that_is_no_text(support, demo_data, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")  # Latin-1, as old cameras and archives leave it
+    try:
+        (tmp_path / name).write_bytes(b"broken")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    good = demo_data / "ring/test/good/000.png"
+    (tmp_path / ("n" + name)).write_bytes(good.read_bytes())
+    with pytest.raises(SystemExit):
+        run(support, [tmp_path], tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text(encoding="utf-8").splitlines()))
+    assert [bool(row["score"]) for row in rows] == [False, True] and (tmp_path / "out/report.html").is_file()
+
+
+def test_maps_hold_the_scores(support, demo_data, tmp_path):
+    picture = demo_data / "ring/test/good/000.png"
+    score = run(support, [picture], tmp_path / "a", "--maps", "npy", "--no_pictures")["pictures"][0]["score"]
+    run(support, [picture], tmp_path / "b", "--maps", "png", "--no_pictures")
+    with Image.open(tmp_path / "b/maps/000.png.png") as image:
+        coarse = np.asarray(image) / 256
+    scores = np.load(tmp_path / "a/maps/000.png.npy")
+    assert coarse.shape == scores.shape == (64, 64)
+    np.testing.assert_allclose(coarse, np.minimum(scores, 65535 / 256), atol=1 / 512 + 1e-4)
+    assert scores.max() == pytest.approx(score)
+    assert not (tmp_path / "a/pictures").exists() and not (tmp_path / "b/pictures").exists()
+
+
+def test_alone_as_among_others(support, demo_data, tmp_path):
+    inputs = sorted((demo_data / "ring/test").rglob("*.png")) + sorted((demo_data / "weave/test").rglob("*.png"))
+    assert len(inputs) > 16  # more than one group
+    together = run(support, inputs, tmp_path / "all", "--no_pictures", "--maps", "npy")["pictures"]
+    for number in (0, len(inputs) - 1):
+        alone = run(support, [inputs[number]], tmp_path / str(number), "--no_pictures", "--maps", "npy")["pictures"]
+        assert alone == [together[number]]
+        (own,) = (tmp_path / str(number) / "maps").rglob("*.npy")
+        below = inputs[number].relative_to(demo_data)
+        assert own.read_bytes() == (tmp_path / "all/maps" / f"{below}.npy").read_bytes()
+
+
+def test_heat_maps_are_seen(support, demo_data, tmp_path):
+    """Whatever the threshold says: on a picture as normal as the support, the hottest place has colour."""
+    record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")
+    assert all(row["decision"] == "normal" for row in record["pictures"])
+    for row in record["pictures"]:
+        with Image.open(
+            tmp_path
+            / "pictures"
+            / Path(row["path"]).relative_to(demo_data / "ring/test").with_name(Path(row["path"]).name + ".jpg")
+        ) as image:
+            panels = np.asarray(image).astype(int)
+        with Image.open(row["path"]) as image:
+            width = image.width
+        change = np.abs(panels[:, width + 6 : 2 * width + 6] - panels[:, :width]).max()
+        assert change > 25, row
+
+
+def test_page_shows_so_many_pictures(support, demo_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("predict.PAGE_PICTURES", 2)
+    run(support, [demo_data / "ring/test"], tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data:image") == 2
+    assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9
+
+
+@given(st.integers(1, 12), st.integers(1, 700), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_outlines_run_inside_the_border(height, width, seed):
+    """Amber around what is above the region's limit, cyan above the threshold; a region ends at the picture's edge."""
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8))
+    scores = gaussian_filter(rng.normal(size=(height, width)), 2).astype(np.float32)
+    low, high = np.quantile(scores, rng.random(2)) * [1, 2] - [0.1, 0]
+    image, _, outlined = map(np.array, draw_panels(picture, scores, Threshold(high, "", 1.0, low)))
+    expected = image.copy()
+    for limit, colour in ((low, HOT), (high, CALLED)):
+        line = max(1, round(max(height, width) / 250))
+        expected[(scores > limit) & ~binary_erosion(scores > limit, iterations=line)] = colour
+    np.testing.assert_array_equal(outlined, expected)
+
+
+@needs_reference
+def test_marked_places_lie_on_the_real_part(tmp_path):
+    """Four screws, not trained: nearly all of what is outlined on damaged ones is screw, not background."""
+    screws = sorted((DATA / "screw/test").glob("*_[fnt]*/00*.png"))  # manipulated_front, scratch_neck, thread_top
+    predict.main(
+        ["--support", *(str(DATA / f"screw/train/good/00{number}.png") for number in range(4)), "--device", "cpu"]
+        + ["--input", *map(str, screws), "--weights", str(TRUNK), "--output", str(tmp_path), "--maps", "npy"]
+    )
+    limit = json.loads((tmp_path / "scores.json").read_text())["threshold"]["region"]
+    on_screw, marked, pictures = 0, 0, 0
+    for path in screws:
+        with Image.open(path) as picture:
+            grey = np.asarray(picture.convert("L"))
+        hot = np.load(tmp_path / "maps" / path.parent.name / f"{path.name}.npy") > limit
+        on_screw += (hot & binary_fill_holes(grey < threshold_otsu(grey))).sum()
+        marked, pictures = marked + hot.sum(), pictures + hot.any()
+    assert len(screws) == 30 and pictures >= 10 and on_screw > 0.8 * marked
+
+
+def test_support_pictures_without_any_difference(tmp_path):
+    for name in "ab":
+        Image.new("L", (80, 60)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match="all alike"):
+        run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out")
+    rows = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out", "--threshold", "1")
+    assert rows["pictures"][0]["decision"] == "normal"
+
+
+def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
+    for path in support:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for _ in range(2):
+        run([tmp_path], [tmp_path], tmp_path / "out")
+        assert "fitting on 3 normal picture(s)" in capsys.readouterr().out
+
+
+def test_thresholds_of_further_pictures_and_of_another_rate(support, demo_data, tmp_path):
+    normal = sorted((demo_data / "ring/test/good").iterdir())
+    record = run(support, normal, tmp_path / "a", "--calibrate", *map(str, normal), "--save", str(tmp_path / "x.regad"))
+    assert "3 further normal pictures" in record["threshold"]["how"] and "0.01" in record["threshold"]["how"]
+    assert record["threshold"]["typical"] == sorted(row["score"] for row in record["pictures"])[1]
+    loose = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"]
+    strict = run(support, normal, tmp_path / "c", "--false_alarm", "0.02")["threshold"]
+    assert loose["value"] < strict["value"] and "leave-one-out over 3" in strict["how"]
+    predict.main(
+        ["--detector", str(tmp_path / "x.regad"), "--input", str(normal[0]), "--output", str(tmp_path / "d")]
+        + ["--threshold", "5", "--device", "cpu"]
+    )
+    assert json.loads((tmp_path / "d/scores.json").read_text())["threshold"]["value"] == 5
+
+
+def test_own_output_is_not_scored(support, demo_data, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+    for _ in range(2):
+        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out")["pictures"]) == 1
+    (tmp_path / "out/in").mkdir(parents=True)
+    (tmp_path / "in/a.png").rename(tmp_path / "out/in/a.png")
+    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["pictures"]) == 1  # above the inputs is no harm
+
+
+def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/000.png.jpg").mkdir()  # in the way
+    with pytest.raises(SystemExit) as ended:
+        run(support, [demo_data / "ring/test/good"], tmp_path)
+    rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
+    assert ended.value.code == 1 and all(row["score"] > 0 for row in rows)
+    assert [bool(row["error"]) for row in rows] == [True, False, False]
+    said = capsys.readouterr()
+    assert "files cannot be written" in said.err and "3 pictures scored" in said.out and "1 failed" in said.out
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job in the background ignores Ctrl-C, and so would the programs it starts; a handler here is not inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_watching(support, demo_data, tmp_path):
+    """Pictures that arrive one after the other, in the watched folder that also holds the output; ended by Ctrl-C."""
+    pictures = sorted((demo_data / "ring/test").rglob("*.png"))
+    folder, output = tmp_path / "in", tmp_path / "in/out"
+    folder.mkdir()
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--watch", str(folder)]
+    command = [sys.executable, "predict.py", *flags, "--output", str(output), "--support", *map(str, support)]
+    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            for number in range(3):
+                (folder / f"{number}.png").write_bytes(pictures[number].read_bytes() if number != 1 else b"broken")
+                _wait_for_rows(number + 1, output, process)
+            time.sleep(1.2)  # two more looks: would it score its own pictures?
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                _, errors = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()  # or leaving the block would wait for ever
+                raise
+    assert process.returncode == 130 and errors.decode().splitlines() == ["error: interrupted"]
+    record = run(support, [pictures[0], pictures[2]], tmp_path / "direct")["pictures"]
+    rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
+    assert [row["score"] and float(row["score"]) for row in rows] == [
+        pytest.approx(record[0]["score"], rel=1e-6), "", pytest.approx(record[1]["score"], rel=1e-6)
+    ]  # fmt: skip
+    assert "cannot read" in rows[1]["error"] and (output / "report.html").is_file()
+    assert len(list((output / "pictures").iterdir())) == 2
+
+
+def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypatch, capsys):
+    """Interrupted and started again, from elsewhere and with another threshold: every picture once, a broken one too,
+    whatever bytes a name has.
+    """
+    folder, pictures = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
+    folder.mkdir()
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--output", str(tmp_path / "out")]
+    flags += ["--support", *map(str, support), "--watch"]
+    monkeypatch.setattr("predict.PAGE_PICTURES", 3)
+    names = ["0.png", "1.png", os.fsdecode(b"2\xe9.png"), "3.png"]
+    contents = [pictures[0].read_bytes(), b"broken", pictures[1].read_bytes(), pictures[2].read_bytes()]
+    monkeypatch.chdir(folder)
+    watched = [(str(folder), "0.001"), (".", "0.001"), ("../in", "0.001"), (str(folder), "1000")]
+    for name, content, (place, threshold) in zip(names, contents, watched, strict=True):
+        try:
+            (folder / name).write_bytes(content)
+        except OSError:
+            pytest.skip("this file system takes only UTF-8 names")
+        looks = iter([None])  # the first look sees the file's size, the second that it stayed
+        monkeypatch.setattr("inspection.inputs.time.sleep", lambda _, looks=looks: _next_or_interrupt(looks))
+        with pytest.raises(KeyboardInterrupt):
+            predict.main([*flags, place, "--threshold", threshold])
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines()))
+    assert [row["path"] for row in rows] == [f"{folder}/{name}" for name in ("0.png", "1.png", "2\\udce9.png", "3.png")]
+    assert [bool(row["score"]) for row in rows] == [True, False, True, True] and "cannot read" in rows[1]["error"]
+    record = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
+    assert [row["score"] for row in record] == [(row["score"] and np.float32(row["score"])) or None for row in rows]
+    assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the threshold of now
+    assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # of the newest; the others' are gone
+    assert "3 pictures scored before" in capsys.readouterr().out
+    (tmp_path / "out/scores.csv").write_text("something else\n1\n")
+    with pytest.raises(UserError, match="not a table of scores"):
+        predict.main([*flags, "."])
+
+
+def test_own_output_is_not_watched_through_a_link(support, demo_data, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/out").mkdir()
+    for name in ("a.png", "out/b.png"):
+        (tmp_path / "in" / name).write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+    (tmp_path / "alias").symlink_to(tmp_path / "in")
+    looks = iter([None] * 5)
+    monkeypatch.setattr("inspection.inputs.time.sleep", lambda _: _next_or_interrupt(looks))
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--support", *map(str, support)]
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([*flags, "--watch", str(tmp_path / "alias"), "--output", str(tmp_path / "in/out")])
+    assert len((tmp_path / "in/out/scores.csv").read_text().splitlines()) == 2
+
+
+def _next_or_interrupt(looks) -> None:
+    if next(looks, "end") == "end":
+        raise KeyboardInterrupt
+
+
+def _watched_rows(output: Path) -> list:
+    record = output / "scores.json"
+    return json.loads(record.read_text())["pictures"] if record.is_file() else []
+
+
+def _wait_for_rows(count: int, output: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 60
+    while len(_watched_rows(output)) < count:
+        assert process.poll() is None and time.monotonic() < end, "predict.py ended or scored nothing"
+        time.sleep(0.1)
+
+
+MISTAKES = {
+    "--input in": "either normal pictures with --support, or a saved detector",
+    "--support in --detector x --input in": "either normal pictures",
+    "--support in": "nothing to do",
+    "--support in --input in --watch in": "exclude each other",
+    "--support in --watch nowhere": "no folder nowhere to watch",
+    "--support nowhere --input in": "no such file or folder: nowhere",
+    "--support in --input empty": "no pictures",
+    "--support empty --input in": "no pictures",
+    "--support in --input in --img_size 50": "multiple of 16",
+    "--support in --input in --num_workers 0": "--num_workers must be at least 1",
+    "--support in --input in --threshold nan": "--threshold must be a number",
+    "--support in --input in --output in": "--output in is also where the pictures come from",
+    "--support in --input in --output in/a.png": "cannot write in/a.png",
+    "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal pictures",
+    "--support in in2 --input in --false_alarm 5": "a share between 0 and 1, got 5",
+    "--support broken.png --input in": "cannot read the picture broken.png",
+    "--detector nowhere --input in": "no detector file nowhere",
+    "--support in --save in --checkpoint x": "x",
+    "--support in --save in": "cannot write the detector in",
+    "--support in --input in --device tpu9": "device 'tpu9' cannot be used",
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence"), MISTAKES.items())
+def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = (demo_data / "ring/test/good/000.png").read_bytes()
+    for folder in ("in", "in2", "empty"):
+        Path(folder).mkdir()
+    Path("in/a.png").write_bytes(picture)
+    Path("in2/b.png").write_bytes(picture)
+    Path("broken.png").write_bytes(b"broken")
+    size = [] if "--img_size" in flags else ["--img_size", str(SIZE)]
+    device = [] if "--device" in flags else ["--device", "cpu"]
+    with pytest.raises(UserError) as caught:
+        predict.main([*flags.split(), "--weights", "none", *size, *device])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)

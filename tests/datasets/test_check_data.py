@@ -1,0 +1,302 @@
+"""check_data.py on data sets with every kind of fault; the other commands meet the same faults with a sentence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import check_data
+import train
+from benchmarks.reference import DATA, needs_reference
+from datasets import images
+from datasets.manifest import category_manifest, draw_manifest, save_manifest
+from tests.commands.test_commands import test_command
+from tests.datasets.test_images import COLOURS, GREYS, SIDEWAYS, coloured, encoded, grey, palette, sixteen_bit, with_alpha
+from tests.datasets.test_layouts import visa  # noqa: F401
+from utils.utils import PROJECT_ROOT, UserError
+
+SIZE = 64
+
+
+@pytest.fixture
+def data(demo_data, tmp_path) -> Path:
+    """A copy of the small data set that a test may spoil; its path holds words that folders of the layout have."""
+    root = tmp_path / "test" / "good ground_truth"
+    shutil.copytree(demo_data, root)
+    return root
+
+
+def check(data: Path, *flags: str) -> int:
+    """The exit code."""
+    try:
+        check_data.main(["--data_type", "folder", "--data_path", str(data), *flags])
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_clean_data(data, capsys):
+    assert check(data) == 0
+    printed = capsys.readouterr().out
+    assert "no problems" in printed
+    row = next(line.split() for line in printed.splitlines() if line.startswith("ring"))
+    assert row[:4] == ["ring", "5", "3", "6"] and row[-3:] == ["6", "64x64", "RGB"]
+    assert "(chip 2, rust 2, scratch 2)" in printed
+
+
+def big(side: tuple[int, int]) -> bytes:
+    return encoded(Image.new("L", side, 128), "PNG")
+
+
+def animated() -> bytes:
+    frames = [Image.fromarray(COLOURS), Image.fromarray(COLOURS[::-1])]
+    return encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+
+
+FINE = {  # pictures of every kind, some under a wrong suffix
+    "16-bit": lambda: encoded(sixteen_bit(GREYS * np.uint16(257)), "PNG"),
+    "1-bit": lambda: encoded(grey().convert("1"), "PNG"),
+    "RGBA": lambda: encoded(with_alpha(coloured(), "RGBA"), "PNG"),
+    "palette with transparency": lambda: encoded(palette(), "PNG", transparency=2),
+    "CMYK": lambda: encoded(coloured().convert("CMYK"), "JPEG"),
+    "turned by EXIF": lambda: encoded(coloured(), "JPEG", exif=SIDEWAYS),
+    "animated": animated,
+    "1x1": lambda: big((1, 1)),
+    "20000x50": lambda: big((20000, 50)),
+}
+BROKEN = {
+    "truncated": lambda: big((90, 90))[:60],
+    "zero bytes": lambda: b"",
+    "text": lambda: b"no picture",
+    "float": lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", FINE)
+def test_every_kind_of_picture_works_in_training_and_scoring(kind, data, tmp_path, capsys):
+    for place in ("ring/train/good/000.png", "ring/test/good/000.png", "weave/train/good/000.png"):
+        (data / place).write_bytes(FINE[kind]())
+    assert check(data) == 0, capsys.readouterr().out
+    run_all(data, tmp_path)
+
+
+def run_all(data: Path, tmp_path: Path) -> None:
+    common = f"--obj ring --shot 1 --inferences 1 --img_size {SIZE} --data_type folder --device cpu --num_workers 0"
+    common = [*common.split(), "--weights", "none", "--data_path", str(data)]
+    train.main([*common, "--epochs", "1", "--save_dir", str(tmp_path / "save"), "--cache_dir", str(tmp_path / "cache")])
+    test_command.main([*common, "--save_dir", str(tmp_path / "save"), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("place", ["weave/train/good/000.png", "ring/test/rust/000.png", "ring/train/good/001.png"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_pictures_are_named_by_every_command_before_anything_is_computed(kind, place, data, tmp_path, capsys):
+    path = data / place
+    path.write_bytes(BROKEN[kind]())
+    assert check(data) == 1
+    assert f"cannot read the picture {path}" in capsys.readouterr().out
+    if "ring/train" in place:  # read only where it is drawn for the support set
+        return
+    with pytest.raises(UserError) as caught:
+        run_all(data, tmp_path)
+    assert f"cannot read the picture {path}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def no_file(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere.png")
+
+
+@pytest.mark.parametrize("spoil", [no_file, dangling])
+def test_what_is_no_file_is_named(spoil, data, tmp_path, capsys):
+    path = data / "weave/train/good/002.png"
+    spoil(path)
+    assert check(data) == 1 and f"cannot read the picture {path}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot read the picture"):
+        run_all(data, tmp_path)
+
+
+def test_several_broken_pictures_are_counted(data, tmp_path):
+    for number in range(3):
+        (data / f"weave/train/good/00{number}.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"000\.png: .* \(and 2 more; python check_data\.py lists them\)"):
+        run_all(data, tmp_path)
+
+
+def test_damage_behind_a_good_header_is_named_too(data, tmp_path):
+    path = data / "weave/train/good/001.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"cannot read the picture .*001\.png: .*truncated"):
+        run_all(data, tmp_path)
+
+
+def test_bombs_and_their_limit(data, capsys, monkeypatch):
+    monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", images.Image.MAX_IMAGE_PIXELS)  # restored after the test
+    (data / "ring/test/good/000.png").write_bytes(big((400, 400)))
+    assert check(data, "--max_pixels", "100000") == 1
+    assert "give a larger --max_pixels" in capsys.readouterr().out
+    assert check(data, "--max_pixels", "160000") == 0
+
+
+@pytest.mark.parametrize("name", ["ünï cødé.png", "数据 集.png", 'it\'s "x".png', "<b>.PNG"])
+def test_names(name, data, tmp_path, capsys):
+    for place in ("ring/train/good", "ring/test/good", "weave/train/good"):
+        (data / place / "000.png").rename(data / place / name)
+    assert check(data) == 0
+    run_all(data, tmp_path)
+
+
+FAULTS = {
+    "no mask": (lambda d: (d / "ring/ground_truth/rust/001_mask.png").unlink(), "ring/test/rust/001.png has no mask"),
+    "mask of another size": (
+        lambda d: Image.new("L", (9, 7), 255).save(d / "ring/ground_truth/rust/001_mask.png"),
+        "001_mask.png is 9x7 instead of 64x64 pixels, as its picture",
+    ),
+    "empty mask": (
+        lambda d: Image.new("L", (64, 64)).save(d / "ring/ground_truth/rust/001_mask.png"),
+        "001_mask.png marks no pixel",
+    ),
+    "mask of nothing": (
+        lambda d: shutil.copy(d / "ring/ground_truth/rust/001_mask.png", d / "ring/ground_truth/rust/7_mask.png"),
+        "7_mask.png is the mask of no test picture",
+    ),
+    "two of a name": (
+        lambda d: Image.new("RGB", (64, 64)).save(d / "ring/test/rust/001.jpg"),
+        "rust has 2 pictures called 001",
+    ),
+    "one picture": (
+        lambda d: [p.unlink() for p in sorted((d / "ring/train/good").iterdir())[1:]],
+        "ring/train/good has one picture; training needs at least two",
+    ),
+    "no pictures": (lambda d: [p.unlink() for p in (d / "ring/train/good").iterdir()], "no pictures (.bmp"),
+    "an empty kind": (lambda d: (d / "ring/test/dent").mkdir(), "ring/test/dent"),
+    "no normal test pictures": (lambda d: shutil.rmtree(d / "ring/test/good"), "ring/test has no normal pictures"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault, data, capsys):
+    spoil, sentence = FAULTS[fault]
+    spoil(data)
+    assert check(data) == 1
+    printed = capsys.readouterr().out
+    assert sentence in printed and "1 problem(s)" in printed
+
+
+def test_an_empty_folder_hides_nothing(data, capsys):
+    """Neither the pictures of other folders nor what is wrong with them."""
+    (data / "ring/test/dent").mkdir()
+    (data / "ring/test/rust/001.png").write_bytes(b"x")
+    for path in (data / "ring/train/good").iterdir():
+        path.unlink()
+    assert check(data) == 1
+    printed = capsys.readouterr().out
+    assert "3 problem(s)" in printed and "(chip 2, rust 2, scratch 2)" in printed
+    assert all(text in printed for text in ("ring/test/dent", "ring/test/rust/001.png", "ring/train/good"))
+
+
+def test_a_test_folder_without_anything(data, capsys):
+    shutil.rmtree(data / "ring/test")
+    (data / "ring/test").mkdir()
+    shutil.rmtree(data / "ring/ground_truth")
+    assert check(data) == 1 and "1 problem(s)" in capsys.readouterr().out
+
+
+def test_visa(visa, capsys):  # noqa: F811
+    flags = ["--data_type", "visa", "--data_path", str(visa), "--obj", "candle"]
+    check_data.main(flags)
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row == ["candle", "3", "1", "1", "(anomaly", "1)", "1", "30x20", "RGB"]
+    (visa / "candle/Data/Images/Normal/0003.JPG").unlink()
+    with pytest.raises(SystemExit):
+        check_data.main(flags)
+    assert "cannot read the picture" in capsys.readouterr().out
+
+
+def test_a_name_that_the_terminal_cannot_show(data):
+    """Not UTF-8, as in an archive from an old system; file systems that refuse it cannot have the problem."""
+    try:
+        (data / "ring/test/rust/gr\udcfcn.png").write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system takes only UTF-8")
+    done = subprocess.run(
+        [sys.executable, "check_data.py", "--data_type", "folder", "--data_path", str(data)],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert done.returncode == 1 and "gr\\udcfcn.png" in done.stdout and not done.stderr, done.stderr
+
+
+def test_test_and_ground_truth_may_be_missing(data, capsys):
+    shutil.rmtree(data / "ring/test")
+    shutil.rmtree(data / "ring/ground_truth")
+    shutil.rmtree(data / "weave/ground_truth")
+    (data / "ring/train/good/Thumbs.db").write_bytes(b"x")
+    (data / "ring/train/good/.DS_Store").write_bytes(b"x")
+    (data / "ring/train/good/._000.png").write_bytes(b"x")
+    assert check(data) == 0, capsys.readouterr().out
+
+
+def test_missing_categories_of_a_data_type(data, capsys):
+    with pytest.raises(SystemExit) as ended:
+        check_data.main(["--data_type", "mpdd", "--data_path", str(data)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.count("no category folder") == 6
+
+
+def test_support_sets_are_checked(data, tmp_path, capsys):
+    root = tmp_path / "support"
+    save_manifest(category_manifest(root, "ring"), draw_manifest("ring", ["000.png", "77.png"], 2, 1, 0))
+    (root / "weave").mkdir()
+    (root / "weave/2_1.pt").write_bytes(b"x")
+    (root / "weave/two.pt").write_bytes(b"x")
+    assert check(data, "--support", "--support_path", str(root)) == 1
+    printed = capsys.readouterr().out
+    assert "77.png is not among the training pictures" in printed and "2_1.pt cannot be read" in printed
+    assert "two.pt is not called <shot>_<rounds>.pt" in printed and "3 problem(s)" in printed
+
+
+def test_a_mistake_in_the_call_is_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, "check_data.py", "--data_path", "/nowhere"], cwd=PROJECT_ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: no data folder /nowhere")
+
+
+def test_nothing_is_written_to_the_data_folder(data, tmp_path):
+    """Also under a user who could not: the tree is made read-only, and its listing and times stay."""
+    for path in sorted(data.rglob("*"), reverse=True):
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    try:
+        assert check(data) == 0
+        run_all(data, tmp_path)
+        assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+    finally:
+        for path in data.rglob("*"):
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
+
+
+@needs_reference
+def test_real_pictures_in_time(capsys):
+    """Two thousand pictures; one mask of the magnetic tiles marks nothing, indeed."""
+    begin = time.monotonic()
+    assert check(DATA) == 1
+    assert time.monotonic() - begin < 30 * max(1, os.getloadavg()[0] / 2)
+    printed = capsys.readouterr().out
+    assert "uneven/006_mask.png marks no pixel" in printed and "1 problem(s)" in printed

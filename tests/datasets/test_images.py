@@ -1,0 +1,528 @@
+"""The picture reader against Pillow's own result, on every kind of picture, and on files that are broken."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import random
+import struct
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.reference import DATA, needs_reference
+from datasets.images import (
+    MAX_PIXELS,
+    ImageError,
+    content_box,
+    limit_pixels,
+    read_batches,
+    read_image,
+    read_mask,
+    read_picture,
+    restore_map,
+    to_square,
+)
+from datasets.mvtec import LabelledDataset, LabelledImage
+
+BLOCK = 16  # pixels; a test picture is 2 x 2 blocks of one colour each
+SIDE = 2 * BLOCK
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def blocks(colours: list[list]) -> np.ndarray:
+    return np.array(colours, np.uint8).repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)
+
+
+COLOURS = blocks([[(200, 30, 40), (20, 180, 60)], [(10, 20, 190), (250, 240, 30)]])
+GREYS = blocks([[0, 100], [180, 255]])
+ALPHA = Image.fromarray(blocks([[255, 128], [0, 1]]))
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def coloured() -> Image.Image:
+    return Image.fromarray(COLOURS)
+
+
+def grey() -> Image.Image:
+    return Image.fromarray(GREYS)
+
+
+def palette() -> Image.Image:
+    """Mode P; colour number i is the i-th block's."""
+    picture = Image.fromarray(blocks([[0, 1], [2, 3]]))
+    picture.putpalette(COLOURS[::BLOCK, ::BLOCK].tobytes())
+    return picture
+
+
+def with_alpha(picture: Image.Image, mode: str) -> Image.Image:
+    picture = picture.convert(mode)
+    picture.putalpha(ALPHA)
+    return picture
+
+
+def sixteen_bit(values: np.ndarray, mode: str = "I;16") -> Image.Image:
+    order = ">u2" if mode == "I;16B" else "<u2"
+    return Image.frombytes(mode, values.shape[::-1], values.astype(order).tobytes())
+
+
+def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    content = Image.Exif()
+    content[ORIENTATION] = orientation
+    return content
+
+
+SIDEWAYS = exif(6)
+
+
+def resized(values: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(values).convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b).max())
+
+
+@pytest.mark.parametrize(("stored", "size"), [(50, 224), (224, 224), (300, 224), (257, 64), (16, 17), (64, 1)])
+@pytest.mark.parametrize("channels", [(3,), ()])
+def test_bit_equal_with_pillow(stored, size, channels, tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(noise(stored, stored, *channels)).save(path)
+    with Image.open(path) as picture:
+        expected = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    found = read_image(path, size)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+# name: file's suffix, picture, save options, the RGB or grey values it stands for, largest difference
+KINDS = {
+    "RGB": ("png", coloured, {}, COLOURS, 0),
+    "grey": ("png", grey, {}, GREYS, 0),
+    "grey and alpha": ("png", lambda: with_alpha(grey(), "LA"), {}, GREYS, 0),
+    "1 bit": ("png", lambda: grey().point(lambda v: 255 * (v > 127), mode="1"), {}, GREYS // 128 * 255, 0),
+    "palette": ("png", palette, {}, COLOURS, 0),
+    "palette, one colour transparent": ("png", palette, {"transparency": 2}, COLOURS, 0),
+    "palette with opacities": ("png", palette, {"transparency": bytes([0, 9, 200, 255])}, COLOURS, 0),
+    "RGBA": ("png", lambda: with_alpha(coloured(), "RGBA"), {}, COLOURS, 0),
+    "RGB, one colour transparent": ("png", coloured, {"transparency": (10, 20, 190)}, COLOURS, 0),
+    "16-bit grey": ("png", lambda: sixteen_bit(GREYS * np.uint16(257)), {}, GREYS, 0),
+    "16-bit TIFF": ("tif", lambda: sixteen_bit(GREYS * np.uint16(257)), {}, GREYS, 0),
+    "16-bit big-endian TIFF": ("tif", lambda: sixteen_bit(GREYS * np.uint16(257), "I;16B"), {}, GREYS, 0),
+    "TIFF": ("tiff", coloured, {"compression": "tiff_lzw"}, COLOURS, 0),
+    "bitmap": ("bmp", coloured, {}, COLOURS, 0),
+    "WebP": ("webp", coloured, {"lossless": True}, COLOURS, 0),
+    "JPEG": ("jpg", coloured, {"quality": 100, "subsampling": 0}, COLOURS, 4),
+    "CMYK JPEG": ("jpg", lambda: coloured().convert("CMYK"), {"quality": 100}, COLOURS, 4),
+    "grey JPEG": ("jpeg", grey, {"quality": 100}, GREYS, 2),
+}
+
+
+@pytest.mark.parametrize("size", [SIDE, 224, 11])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture(kind, size, tmp_path):
+    suffix, picture, options, values, tolerance = KINDS[kind]
+    path = tmp_path / f"x.{suffix}"
+    picture().save(path, **options)
+    found = read_image(path, size)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    assert difference(found, resized(values, size)) <= tolerance
+
+
+def test_kinds_are_what_they_are_called(tmp_path):
+    """Else the test above would test less than it says."""
+    modes = {}
+    for name, (suffix, picture, options, *_) in KINDS.items():
+        picture().save(tmp_path / f"x.{suffix}", **options)
+        with Image.open(tmp_path / f"x.{suffix}") as stored:
+            modes[name] = stored.mode
+            if "transparen" in name or "opacities" in name:
+                assert stored.info["transparency"] == options["transparency"]
+    expected = {"RGB": "RGB", "grey": "L", "grey and alpha": "LA", "1 bit": "1", "palette": "P", "CMYK JPEG": "CMYK"}
+    expected |= {"RGBA": "RGBA", "palette with opacities": "P", "16-bit big-endian TIFF": "I;16B"}
+    assert {name: modes[name] for name in expected} == expected
+    assert modes["16-bit grey"].startswith("I") and modes["16-bit TIFF"] == "I;16"
+
+
+@pytest.mark.parametrize("size", [20, 40, 224])
+def test_sixteen_bit_copy_gives_the_same_picture(size, tmp_path):
+    values = noise(40, 40)
+    Image.fromarray(values).save(tmp_path / "8.png")
+    sixteen_bit(values * np.uint16(257)).save(tmp_path / "16.png")
+    assert difference(read_image(tmp_path / "16.png", size), read_image(tmp_path / "8.png", size)) <= 1
+
+
+def test_sixteen_bit_is_scaled_by_its_full_range(tmp_path):
+    """Not by the brightest pixel, and rounded."""
+    stored = np.array([[0, 128], [129, 4095]], np.uint16)
+    sixteen_bit(stored).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", 2)[..., 0].tolist() == [[0, 0], [1, 16]]
+    sixteen_bit(np.full((2, 2), 65535)).save(tmp_path / "x.png")
+    assert (read_image(tmp_path / "x.png", 2) == 255).all()
+
+
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),  # the stored left edge is the top
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_orientations(orientation, suffix, tmp_path):
+    stored = noise(SIDE, SIDE, 3)
+    Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif(orientation))
+    np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}", SIDE), UPRIGHT[orientation](stored))
+
+
+def test_photograph_taken_sideways_is_turned_upright(tmp_path):
+    """JPEG, orientation 6, not square: the stored left edge is the top. Its mask turns with it."""
+    stored = np.zeros((10, 60), np.uint8)
+    stored[:, :30] = 255
+    Image.fromarray(stored).save(tmp_path / "x.jpg", exif=SIDEWAYS, quality=95)
+    picture, mask = read_image(tmp_path / "x.jpg", 8), read_mask(tmp_path / "x.jpg", 8)
+    assert picture[:3].min() > 230 and picture[5:].max() < 25
+    assert mask[:3].all() and not mask[5:].any()
+
+
+GARBAGE = {
+    "no EXIF at all": b"garbage",
+    "any bytes": b"Exif\0\0" + bytes(range(200)),
+    "offset outside": b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    "value outside": b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x05\0\x01\0\0\0\xff\xff\xff\x7f",
+    "orientation 255": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\xff\0\0",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_exif_does_not_matter(garbage, tmp_path):
+    (tmp_path / "clean.jpg").write_bytes(encoded(coloured(), "JPEG"))
+    (tmp_path / "garbage.jpg").write_bytes(encoded(coloured(), "JPEG", exif=GARBAGE[garbage]))
+    np.testing.assert_array_equal(read_image(tmp_path / "garbage.jpg", 20), read_image(tmp_path / "clean.jpg", 20))
+
+
+@pytest.mark.parametrize("shape", [(10, 60), (60, 10), (5, 2000), (2000, 5), (1, 2), (1, 300)])
+def test_other_than_square_is_squeezed(shape, tmp_path):
+    """Nothing is cut off: the left half stays the left half, the top stays the top."""
+    stored = np.zeros((*shape, 3), np.uint8)
+    stored[:, : shape[1] // 2, 0] = 255
+    stored[: shape[0] // 2, :, 1] = 255
+    Image.fromarray(stored).save(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png", 16)
+    np.testing.assert_array_equal(found, resized(stored, 16))
+    across, down = found.mean(axis=0)[:, 0], found.mean(axis=1)[:, 1]
+    assert across[:5].min() > 200 and across[-5:].max() < 55
+    assert shape[0] == 1 or (down[:5].min() > 200 and down[-5:].max() < 55)
+
+
+def test_one_pixel(tmp_path):
+    Image.new("RGB", (1, 1), (12, 34, 56)).save(tmp_path / "x.png")
+    assert np.unique(read_image(tmp_path / "x.png", 30).reshape(-1, 3), axis=0).tolist() == [[12, 34, 56]]
+
+
+@pytest.mark.parametrize(
+    "name", ["ünï cødé.png", "数据 集.png", "it's.png", '"quoted".png', "a\tb%20?*.png", "-x.PNG", "x"]
+)
+def test_file_names(name, tmp_path):
+    coloured().save(tmp_path / name, "PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / name, SIDE), COLOURS)
+
+
+def half(kind: str) -> bytes:
+    whole = encoded(Image.fromarray(noise(SIDE, SIDE, 3)), kind)
+    return whole[: len(whole) // 2]
+
+
+def tiff_with_fractional_offset() -> bytes:
+    """Pillow meets a number that is no integer where the pixels begin, and raises a TypeError."""
+    whole = encoded(grey(), "TIFF")
+    tag, long, real = 273, 4, 11
+    at = whole.index(struct.pack("<HHI", tag, long, 1))
+    return whole[:at] + struct.pack("<HHIf", tag, real, 1, 0.5) + whole[at + 12 :]
+
+
+def flipped_png() -> bytes:
+    """One wrong bit among the compressed pixels."""
+    whole = bytearray(encoded(Image.fromarray(noise(SIDE, SIDE, 3)), "PNG"))
+    whole[len(whole) // 2] ^= 1
+    return bytes(whole)
+
+
+ANY = "."  # the reason is Pillow's
+REFUSED = {
+    "truncated PNG": (lambda: half("PNG"), "truncated"),
+    "truncated JPEG": (lambda: half("JPEG"), ANY),
+    "truncated TIFF": (lambda: half("TIFF"), ANY),
+    "flipped bit": (flipped_png, ANY),
+    "zero bytes": (lambda: b"", "not a picture or damaged"),
+    "text": (lambda: b"this is no picture\n" * 30, "not a picture or damaged"),
+    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not a picture or damaged"),
+    "float TIFF": (lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), "save it with 8 or 16 bits"),
+    "32-bit TIFF": (
+        lambda: encoded(Image.fromarray(GREYS.astype(np.int32) * 1000), "TIFF"),
+        r"0\.\.255000 do not fit 16",
+    ),
+    "negative TIFF": (lambda: encoded(Image.fromarray(-GREYS.astype(np.int32)), "TIFF"), r"-255\.\.0 do not fit 16"),
+    "TIFF with a fractional offset": (tiff_with_fractional_offset, ANY),
+}
+
+
+def assert_refused(read, path: Path, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason) as caught:
+        read(path, 16)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and not message.endswith(": ")
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+@pytest.mark.parametrize("case", REFUSED)
+def test_broken_files_are_refused_by_name(case, read, tmp_path):
+    make, reason = REFUSED[case]
+    (tmp_path / "x.png").write_bytes(make())
+    assert_refused(read, tmp_path / "x.png", reason)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_no_file_is_refused_by_name(read, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "missing.png")
+    assert_refused(read, tmp_path / "folder.png", "directory")
+    assert_refused(read, tmp_path / "missing.png", "No such file")
+    assert_refused(read, tmp_path / "dangling.png", "No such file")
+
+
+@pytest.fixture
+def pixel_limit():
+    """The limit is Pillow's, hence the process's; it comes back after the test."""
+    yield limit_pixels
+    limit_pixels(MAX_PIXELS)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_decompression_bombs(read, tmp_path, pixel_limit):
+    grey().save(tmp_path / "x.png")
+    pixel_limit(SIDE * SIDE)
+    assert read(tmp_path / "x.png", 16).any()
+    pixel_limit(SIDE * SIDE - 2)
+    sentence = r"\(1024 pixels\) exceeds limit of 1022 pixels, .*bomb.* If it is what it should be, give a larger --m"
+    assert_refused(read, tmp_path / "x.png", sentence)
+
+
+def test_limit_without_a_flag_is_pillow_s():
+    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
+    limit_pixels(MAX_PIXELS)
+    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
+
+
+def test_a_bomb_takes_no_memory(tmp_path):
+    """196 million pixels in 24 KB of file are refused before they are decoded."""
+    Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size < 30_000
+    tracemalloc.start()
+    assert_refused(read_image, tmp_path / "x.png", "exceeds limit of 178956970 pixels")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.fixture(params=[None, "fork", "spawn"])
+def workers(request):
+    """How many workers read, and how they start: forked they inherit the limit, spawned they know nothing."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield 0 if request.param is None else 1
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes fork on Linux")
+def test_workers_obey_the_limit_and_name_the_file(workers, tmp_path, pixel_limit):
+    grey().save(tmp_path / "a.png")
+    Image.new("L", (SIDE, SIDE + 1)).save(tmp_path / "b.png")
+    pixel_limit(SIDE * SIDE)
+    items = [LabelledImage(tmp_path / name, None, "good") for name in ("a.png", "b.png")]
+    pictures = read_batches(LabelledDataset(items, 8), 1, workers)
+    assert next(pictures)["image"].shape == (1, 3, 8, 8)
+    with pytest.raises(ImageError, match=r"cannot read the picture .*b\.png: .*limit of 1024 pixels") as caught:
+        next(pictures)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first(kind, tmp_path):
+    frames = [coloured(), Image.fromarray(noise(SIDE, SIDE, 3)), Image.fromarray(255 - COLOURS)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:], **options)
+    with Image.open(tmp_path / "x") as stored:
+        assert stored.n_frames == 3
+    assert difference(read_image(tmp_path / "x", SIDE), COLOURS) <= 2  # a GIF's palette
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 9), (50, 20000), (7, 7), (1, 1)])
+def test_keeping_the_aspect_pads_by_reflection(shape, tmp_path):
+    """Against the definition: the longer side becomes the size, outside the picture it is mirrored at its edge."""
+    stored, size = noise(*shape, 3), 20
+    Image.fromarray(stored).save(tmp_path / "x.png")
+    height, width = (max(1, round(size * side / max(shape))) for side in shape)
+    inner = np.asarray(Image.fromarray(stored).resize((width, height), Image.Resampling.LANCZOS))
+    rows, columns = (reflected(size, side) for side in (height, width))
+    found = read_image(tmp_path / "x.png", size, keep_aspect=True)
+    np.testing.assert_array_equal(found, inner[rows][:, columns])
+
+
+def reflected(size: int, inner: int) -> list[int]:
+    """For each of `size` places the cell of 0..inner-1 it shows when those stand in the middle: ..1 0 0 1 .. n n .."""
+    places = [(place - (size - inner) // 2) % (2 * inner) for place in range(size)]
+    return [place if place < inner else 2 * inner - 1 - place for place in places]
+
+
+def test_a_mask_is_padded_like_its_picture(tmp_path):
+    stored = (noise(12, 30) > 127) * np.uint8(255)
+    Image.fromarray(stored).save(tmp_path / "x.png")
+    mask = read_mask(tmp_path / "x.png", 30, keep_aspect=True)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, stored[reflected(30, 12)] > 127)
+
+
+def test_squares_do_not_depend_on_keeping_the_aspect(tmp_path):
+    Image.fromarray(noise(50, 50, 3)).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", 22, True), read_image(tmp_path / "x.png", 22))
+
+
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (64, 64), (500, 3), (1, 1)])
+def test_a_map_finds_back_to_its_picture(width, height, keep_aspect):
+    """Where the picture is bright, the map is, in the picture's own frame."""
+    values = np.full((height, width), 10, np.uint8)
+    values[: height if height < 10 else height // 3, width // 2 :] = 250
+    square = to_square(Image.fromarray(values), 64, keep_aspect)[..., 0].astype(np.float32)
+    restored = restore_map(square, width, height, keep_aspect)
+    assert restored.shape == (height, width) and restored.dtype == np.float32
+    assert np.abs(restored - values).mean() < 8
+
+
+def test_restored_map_literally():
+    """A picture of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
+    scores = np.zeros((6, 6), np.float32)
+    scores[0] = scores[5] = 99  # padding
+    scores[1:5, :3] = 4
+    assert content_box(3, 2, 6, True) == (0, 1, 6, 5) and content_box(3, 2, 6, False) == (0, 0, 6, 6)
+    restored = restore_map(scores, 12, 8, keep_aspect=True)
+    assert restored[:, :5].tolist() == [[4] * 5] * 8 and not restored[:, 7:].any() and (restored[:, 5] == 3).all()
+
+
+@pytest.mark.parametrize("kind", ["RGB", "grey", "1 bit", "palette", "RGBA", "16-bit grey", "CMYK JPEG"])
+def test_pictures_are_grey_or_rgb(kind, tmp_path):
+    suffix, picture, options, values, tolerance = KINDS[kind]
+    picture().save(tmp_path / f"x.{suffix}", **options)
+    found = read_picture(tmp_path / f"x.{suffix}")
+    assert found.mode == ("L" if values.ndim == 2 else "RGB") and difference(np.asarray(found), values) <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+@pytest.mark.parametrize(("stored", "size"), [(50, 17), (50, 224), (64, 64)])
+def test_masks_are_pillow_s_nearest(mode, stored, size, tmp_path):
+    path = tmp_path / "x_mask.png"
+    Image.fromarray((noise(stored, stored) > 200) * np.uint8(255)).convert(mode).save(path)
+    with Image.open(path) as picture:
+        assert picture.mode == mode
+        expected = picture.convert("L").resize((size, size), Image.Resampling.NEAREST)
+    found = read_mask(path, size)
+    assert found.shape == (size, size) and found.dtype == bool and 0.1 < found.mean() < 0.4
+    np.testing.assert_array_equal(found, np.asarray(expected) > 127)
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_a_mask_is_true_above_one_half(scale, tmp_path):
+    stored = np.array([[0, 1], [127, 128], [254, 255]], np.uint8).repeat(2, axis=0).repeat(6, axis=1)
+    picture = Image.fromarray(stored[:6]) if scale == 1 else sixteen_bit(stored[:6] * np.uint16(scale))
+    picture.save(tmp_path / "x.png")
+    assert read_mask(tmp_path / "x.png", 3).tolist() == [[False] * 3, [False, True, True], [True] * 3]
+
+
+def damaged(generator: random.Random, whole: bytes) -> bytes:
+    """Bits flipped, a stretch set to zero, or the end cut off; half of it in the first 150 bytes, the header."""
+    content = bytearray(whole)
+    for _ in range(generator.choice((1, 2, 5))):
+        at = generator.randrange(generator.choice((len(content), min(150, len(content)))))
+        action = generator.choice(("flip", "flip", "zero", "cut"))
+        if action == "flip":
+            content[at] ^= 1 << generator.randrange(8)
+        elif action == "zero":
+            stretch = generator.choice((1, 4, 30))
+            content[at : at + stretch] = bytes(len(content[at : at + stretch]))
+        else:
+            del content[max(at, 1) :]
+    return bytes(content)
+
+
+def with_right_checksums(png: bytes) -> bytes:
+    """So that damage gets past a PNG's checksums, as far as its chunks can be told apart."""
+    parts, at = [png[:8]], 8
+    while at + 12 <= len(png) and at + 12 + (length := int.from_bytes(png[at : at + 4], "big")) <= len(png):
+        body = png[at + 4 : at + 8 + length]
+        parts += [png[at : at + 4], body, struct.pack(">I", zlib.crc32(body))]
+        at += 12 + length
+    return b"".join(parts) + png[at:]
+
+
+MUTATIONS = 250  # of each file
+FUZZED = {
+    "RGB.png": lambda: encoded(coloured(), "PNG", exif=SIDEWAYS),
+    "palette.png": lambda: encoded(palette(), "PNG", transparency=bytes([0, 10, 200, 3])),
+    "16 bit.png": lambda: encoded(sixteen_bit(GREYS * np.uint16(257)), "PNG"),
+    "RGB.jpg": lambda: encoded(coloured(), "JPEG", exif=SIDEWAYS, dpi=(72, 72)),
+    "progressive.jpg": lambda: encoded(coloured(), "JPEG", progressive=True),
+    "CMYK.jpg": lambda: encoded(coloured().convert("CMYK"), "JPEG"),
+    "RGB.tif": lambda: encoded(coloured(), "TIFF", exif=SIDEWAYS),
+    "packed.tif": lambda: encoded(coloured(), "TIFF", compression="tiff_lzw"),
+    "1 bit.tif": lambda: encoded(grey().convert("1"), "TIFF", compression="group4"),
+    "float.tif": lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, pixel_limit):
+    """And no warning, which would be an error here."""
+    pixel_limit(2 * 10**5)  # a flipped bit in the width must not take seconds
+    whole, generator, path = FUZZED[name](), random.Random(0), tmp_path / name
+    refused = 0
+    for number in range(MUTATIONS):
+        content = damaged(generator, whole)
+        path.write_bytes(with_right_checksums(content) if name.endswith("png") and number % 2 else content)
+        try:
+            found = read_image(path, 8)
+            assert found.shape == (8, 8, 3) and found.dtype == np.uint8
+        except ImageError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 5 and (refused < MUTATIONS or name == "float.tif")
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["magnetic_tile/train/good/000.jpg", "solar_mono/train/good/000.png"])
+def test_real_pictures(name):
+    with Image.open(DATA / name) as picture:
+        assert (picture.width != picture.height) == name.startswith("magnetic_tile")
+        expected = picture.convert("RGB").resize((224, 224), Image.Resampling.LANCZOS)
+    found = read_image(DATA / name, 224)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    assert found.std() > 5 and (found[..., 0] == found[..., 2]).all()

@@ -1,0 +1,271 @@
+"""Manifests: the draw, the file, what is refused, and the committed ones of MVTec AD."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import make_support
+from benchmarks.reference import DATA, GOLDEN, golden_rounds, needs_reference
+from datasets.manifest import (
+    category_manifest,
+    draw_from_folder,
+    draw_manifest,
+    load_manifest,
+    save_manifest,
+    verify,
+    with_hashes,
+)
+from datasets.mvtec import TRAINING_PICTURES
+from datasets.support import find_names, find_support_rounds, read_support_images, save_support_rounds, support_file
+from utils.utils import PROJECT_ROOT, UserError, sha256
+
+SIZE = 64
+NAMES = st.lists(st.text(min_size=1, max_size=9).map(lambda text: f"{text}.png"), min_size=1, max_size=40, unique=True)
+
+
+@settings(deadline=None)
+@given(NAMES, st.integers(1, 5), st.integers(0, 2**64), st.data())
+def test_draws_are_nested_distinct_and_do_not_depend_on_order(names, rounds, seed, data):
+    shot = data.draw(st.integers(1, len(names)))
+    drawn = draw_manifest("bolt", names, shot, rounds, seed)
+    assert drawn.rounds == draw_manifest("bolt", data.draw(st.permutations(names)), shot, rounds, seed).rounds
+    for of_round in drawn.rounds:
+        assert len(set(of_round)) == len(of_round) == shot and set(of_round) <= set(names)
+    fewer = data.draw(st.integers(1, shot))
+    assert drawn.part(fewer, 1).rounds == draw_manifest("bolt", names, fewer, 1, seed).rounds
+
+
+def test_names_that_are_not_utf_8_are_drawn_too():
+    names = ["gr\udcfcn.png", "b.png"]
+    assert set(draw_manifest("bolt", names, 2, 1, 0).rounds[0]) == set(names)
+
+
+def test_draw_is_the_same_on_every_machine():
+    """SHA-256 is specified; these literals must never change, or support sets of the same seed would differ."""
+    drawn = draw_manifest("bottle", [f"{number:03d}.png" for number in range(209)], 3, 2, 0)
+    assert drawn.rounds == [["132.png", "066.png", "103.png"], ["032.png", "129.png", "014.png"]]
+
+
+ODD_NAMES = st.text("ab é\\\"'<", min_size=1).map(lambda text: f"{text}.png")
+ROUNDS_OF_2 = st.lists(st.lists(ODD_NAMES, min_size=2, max_size=2, unique=True), min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(ROUNDS_OF_2)
+def test_saved_manifests_come_back(tmp_path_factory, rounds):
+    manifest = draw_manifest("bolt", ["x"], 1, 1, 5)._replace(rounds=rounds, shot=2, sha256={"x.png": "00"})
+    file = tmp_path_factory.mktemp("manifest") / "2_1.json"
+    save_manifest(file, manifest)
+    assert load_manifest(file) == manifest
+
+
+RIGHT = draw_manifest("bolt", ["a.png", "b.png", "c.png"], 2, 2, 0)._asdict()
+WRONG = {
+    "no JSON": ("{", "cannot read the manifest"),
+    "nested without end": ("[" * 100_000, "cannot read the manifest"),
+    "a list": ("[]", "cannot read the manifest"),
+    "lacks an entry": ({key: value for key, value in RIGHT.items() if key != "seed"}, "cannot read the manifest"),
+    "a further entry": (RIGHT | {"more": 1}, "cannot read the manifest"),
+    "rounds of numbers": (RIGHT | {"rounds": [[1, 2], [3, 4]]}, "does not list plain file names"),
+    "no rounds": (RIGHT | {"rounds": []}, "does not list plain file names"),
+    "a path": (RIGHT | {"rounds": [["../a.png", "b.png"]]}, "does not list plain file names"),
+    "an absolute path": (RIGHT | {"rounds": [["/etc/passwd", "b.png"]]}, "does not list plain file names"),
+    "uneven": (RIGHT | {"rounds": [["a.png", "b.png"], ["a.png"]]}, "is of 2 shots, but its round 1 has 1"),
+    "twice": (RIGHT | {"rounds": [["a.png", "a.png"], ["a.png", "b.png"]]}, r"has a\.png twice in round 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_manifests_are_refused(case, tmp_path):
+    content, sentence = WRONG[case]
+    file = tmp_path / "2_2.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_manifest(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["category", "shot", "rounds", "sha256"]), ANYTHING)
+def test_any_value_gives_a_manifest_or_an_error_for_people(tmp_path_factory, key, value):
+    file = tmp_path_factory.mktemp("manifest") / "2_2.json"
+    file.write_text(json.dumps(RIGHT | {key: value}))
+    try:
+        found = load_manifest(file)
+    except UserError as error:
+        assert str(file) in str(error)
+        return
+    assert found.part(1, 1).names() and all(len(names) == found.shot for names in found.rounds)
+
+
+@pytest.fixture
+def category(demo_data, tmp_path) -> Path:
+    """A copy of a category's training pictures that a test may change."""
+    folder = tmp_path / "data" / "ring"
+    (folder / "train" / "good").mkdir(parents=True)
+    for path in (demo_data / "ring/train/good").iterdir():
+        (folder / "train/good" / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_verify(category):
+    manifest = with_hashes(draw_from_folder(category, 3, 2, 0), category)
+    assert verify(manifest, category) == []
+    first, second = (category / "train/good" / name for name in manifest.names()[:2])
+    first.unlink()
+    second.write_bytes(second.read_bytes() + b"x")
+    missing, changed = verify(manifest, category)
+    assert missing.startswith(first.name) and str(second) in changed
+
+
+def test_fewer_pictures_than_shots(category):
+    with pytest.raises(UserError, match=r"train/good has 5 picture\(s\), 6 are needed for --shots 6"):
+        draw_from_folder(category, 6, 1, 0)
+
+
+def find(support_path: Path | None, category: Path, shot: int = 2, rounds: int = 2):
+    return find_support_rounds(support_path, category, shot, rounds, SIZE)
+
+
+def test_support_rounds_come_from_the_first_place_that_has_them(category, tmp_path, monkeypatch):
+    """A tensor file, then the manifest beside it, then the category's manifest, then a draw; each says so."""
+    monkeypatch.chdir(tmp_path)
+    root = Path("support_set")
+    drawn = find(None, category)
+    assert "with seed 0 (there is no support_set/ring/2_2.pt)" in drawn.source and drawn.file is None
+    large = with_hashes(draw_from_folder(category, 4, 3, 7), category)
+    save_manifest(category_manifest(root, "ring"), large)
+    from_category = find(None, category)
+    assert from_category.names == large.part(2, 2).rounds and from_category.file == category_manifest(root, "ring")
+    beside = with_hashes(draw_from_folder(category, 2, 2, 8), category)
+    save_manifest(support_file(root, "ring", 2, 2).with_suffix(".json"), beside)
+    assert find(None, category).names == beside.rounds
+    save_support_rounds(support_file(root, "ring", 2, 2), drawn.pictures)
+    stored = find(None, category)
+    assert stored.names is None and "make_support.py --from_pt" in stored.source
+    for a, b in zip(stored.pictures, drawn.pictures, strict=True):
+        assert torch.equal(a, b)
+    for found in (drawn, from_category):
+        for names, pictures in zip(found.names, found.pictures, strict=True):
+            assert torch.equal(pictures, read_support_images([category / "train/good" / name for name in names], SIZE))
+
+
+def test_a_given_folder_without_support_set_is_an_error(category, tmp_path):
+    with pytest.raises(UserError, match=r"no support set .*2_2\.pt; make it with: python make_support\.py"):
+        find(tmp_path, category)
+
+
+def test_a_manifest_that_does_not_fit_the_data(category, tmp_path):
+    file = category_manifest(tmp_path, "ring")
+    save_manifest(file, draw_manifest("ring", ["000.png", "9.png", "8.png"], 3, 2, 0))
+    with pytest.raises(UserError, match=r"ring\.json does not fit the data, 2 problem\(s\), the first: 8\.png is not"):
+        find(tmp_path, category, shot=3)
+
+
+def test_the_default_manifests_give_way_only_where_they_have_no_hashes(category, tmp_path, monkeypatch):
+    """Those of MVTec AD must not keep a category of the same name from being scored."""
+    monkeypatch.chdir(tmp_path)
+    file = category_manifest(Path("support_set"), "ring")
+    other = draw_manifest("ring", ["8.png", "9.png"], 2, 2, 0)
+    save_manifest(file, other)
+    found = find(None, category)
+    assert found.file is None and f"{file} is of other data: 8.png is not" in found.source
+    assert found.names == draw_from_folder(category, 2, 2, 0).rounds
+    save_manifest(file, other._replace(sha256={"8.png": "00"}))
+    with pytest.raises(UserError, match="does not fit the data"):
+        find(None, category)
+
+
+def test_tensors_made_here_have_names_and_one_aspect(category, tmp_path):
+    make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2", "--keep_aspect")
+    found = find_support_rounds(tmp_path, category, 2, 2, SIZE, keep_aspect=True)
+    assert found.names == draw_from_folder(category, 2, 2, 0).rounds and "names in 2_2.json" in found.source
+    with pytest.raises(UserError, match="was made with --keep_aspect; remove it or give another --support_path"):
+        find(tmp_path, category)
+
+
+def make(category: Path, folder: Path, *flags: str) -> None:
+    make_support.main(
+        ["--data_type", "folder", "--data_path", str(category.parent), "--support_path", str(folder)]
+        + ["--img_size", str(SIZE), *flags]
+    )
+
+
+def test_names_are_found_again(category, tmp_path, capsys):
+    make(category, tmp_path / "a", "--obj", "ring", "--shots", "2", "--rounds", "3")
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  round")]
+    made = tmp_path / "a/ring/2_3.pt"
+    foreign = tmp_path / "b/ring/2_3.pt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(made.read_bytes())
+    make(category, tmp_path / "b", "--from_pt", str(foreign))
+    found = capsys.readouterr().out.splitlines()
+    assert [line for line in found if line.startswith("  round")] == printed
+    assert "0 picture(s) as the nearest, all others bit for bit" in "".join(found)
+    assert load_manifest(foreign.with_suffix(".json")).tensors == sha256(foreign)
+
+
+def test_nearest_within_a_tolerance(category, tmp_path):
+    names = ["000.png", "003.png"]
+    pictures = read_support_images([category / "train/good" / name for name in names], SIZE)
+    file = tmp_path / "ring/2_1.pt"
+    save_support_rounds(file, [(pictures + 2 / 255).clamp(max=1)])
+    manifest, differences = find_names(file, category)
+    assert manifest.rounds == [names] and set(differences) == set(names)
+    assert all(0.5 < difference < 3 for difference in differences.values())
+    save_support_rounds(file, [1 - pictures])
+    with pytest.raises(UserError, match="holds a picture that is none of"):
+        find_names(file, category)
+
+
+def test_verify_command(category, tmp_path, capsys):
+    file = category_manifest(tmp_path, "ring")
+    save_manifest(file, draw_from_folder(category, 3, 2, 0))
+    make(category, tmp_path, "--verify", str(file), "--write_hashes")
+    assert len(load_manifest(file).sha256) == len(load_manifest(file).names())
+    (category / "train/good" / load_manifest(file).names()[0]).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"1 of 1 manifest\(s\) do not fit the data"):
+        make(category, tmp_path, "--verify", str(file))
+    assert "its SHA-256 is another" in capsys.readouterr().out
+
+
+def test_other_people_s_tensors_are_not_overwritten(category, tmp_path):
+    file = tmp_path / "ring/2_2.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"official")
+    with pytest.raises(UserError, match="was not written by this command"):
+        make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2")
+    assert file.read_bytes() == b"official"
+
+
+@pytest.mark.parametrize("name", TRAINING_PICTURES)
+def test_committed_manifests(name):
+    """They serve K = 1, 2, 4, 8, 16 and up to 10 rounds with what the command draws with seed 0."""
+    committed = load_manifest(category_manifest(PROJECT_ROOT / "support_set", name))
+    names = [f"{number:03d}.png" for number in range(TRAINING_PICTURES[name])]
+    assert committed.category == name and committed.seed == 0
+    for shot in (1, 2, 4, 8, 16):
+        assert committed.part(shot, 10).rounds == draw_manifest(name, names, shot, 10, 0).rounds
+
+
+@needs_reference
+def test_names_of_the_release_s_support_set(tmp_path, capsys):
+    make_support.main(
+        ["--data_type", "folder", "--data_path", str(DATA), "--support_path", str(tmp_path)]
+        + ["--from_pt", str(GOLDEN / "support_set/screw/8_1.pt")]
+    )
+    printed = capsys.readouterr().out
+    assert f"round 0: {' '.join(golden_rounds()['8'][0]['support'])}\n" in printed

@@ -1,0 +1,261 @@
+"""Support sets: the draw, the file, and every file that must not be used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import make_support
+from benchmarks.reference import DATA, GOLDEN, golden_rounds, needs_reference
+from datasets.manifest import draw_support_names
+from datasets.support import (
+    draw_support_images,
+    load_support_rounds,
+    read_support_images,
+    save_support_rounds,
+    support_file,
+)
+from utils.utils import UserError
+
+SHOT, ROUNDS, SIZE = 2, 3, 16
+NAMES = [f"{number:03d}.png" for number in range(100)]
+
+
+def right_rounds() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rounds = [torch.rand(SHOT, 3, SIZE, SIZE, generator=generator) for _ in range(ROUNDS)]
+    rounds[0][0, 0, 0, :2] = torch.tensor([0.0, 1.0])  # both ends are allowed
+    return rounds
+
+
+def with_value(value: float) -> list[torch.Tensor]:
+    rounds = right_rounds()
+    rounds[1][1, 2, 3, 4] = value
+    return rounds
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """Where the support set under test lies; its folder exists."""
+    path = support_file(tmp_path / "support set", "screw", SHOT, ROUNDS)
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def load(path: Path) -> list[torch.Tensor]:
+    return load_support_rounds(path, SHOT, ROUNDS, SIZE)
+
+
+def test_place_is_the_release_s():
+    assert support_file(Path("support_set"), "metal_nut", 4, 10) == Path("support_set/metal_nut/4_10.pt")
+
+
+def test_saved_rounds_come_back(tmp_path):
+    path = support_file(tmp_path / "new folder", "screw", SHOT, ROUNDS)
+    save_support_rounds(path, right_rounds())
+    assert list(path.parent.iterdir()) == [path]
+    for found, saved in zip(load(path), right_rounds(), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_floats_become_float32(file, dtype):
+    rounds = tuple(pictures.to(dtype) for pictures in right_rounds())
+    torch.save(rounds, file)
+    for found, saved in zip(load(file), rounds, strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, saved.float())
+
+
+WRONG = {
+    "a tensor": (lambda: torch.stack(right_rounds()), "is not a list of tensors, one per round"),
+    "a dict": (lambda: dict(enumerate(right_rounds())), "is not a list of tensors, one per round"),
+    "lists of numbers": (lambda: [r.tolist() for r in right_rounds()], "is not a list of tensors, one per round"),
+    "one round is no tensor": (lambda: [*right_rounds()[:2], None], "is not a list of tensors, one per round"),
+    "fewer rounds": (lambda: right_rounds()[:2], "has 2 rounds, not 3; give --inferences 2"),
+    "more rounds": (lambda: right_rounds() * 2, "has 6 rounds, not 3; give --inferences 6"),
+    "no rounds": (list, "has 0 rounds, not 3"),
+    "fewer pictures": (lambda: [r[:1] for r in right_rounds()], r"round 0 has shape \(1, 3, 16, 16\), --shot 2"),
+    "more pictures": (lambda: [torch.cat([r, r]) for r in right_rounds()], r"round 0 has shape \(4, 3, 16, 16\)"),
+    "another size": (lambda: [r[..., :8, :8] for r in right_rounds()], r"shape \(2, 3, 8, 8\), --shot 2 --img_size 16"),
+    "not square": (lambda: [r[..., :8] for r in right_rounds()], r"round 0 has shape \(2, 3, 16, 8\)"),
+    "grey": (lambda: [r[:, :1] for r in right_rounds()], r"round 0 has shape \(2, 1, 16, 16\)"),
+    "channels last": (lambda: [r.permute(0, 2, 3, 1) for r in right_rounds()], r"shape \(2, 16, 16, 3\)"),
+    "last round differs": (lambda: [*right_rounds()[:2], right_rounds()[2][:1]], r"round 2 has shape \(1, 3, 16, 16\)"),
+    "above 1": (lambda: with_value(1.001), "round 1 is not made of floats between 0 and 1"),
+    "below 0": (lambda: with_value(-0.001), "round 1 is not made of floats between 0 and 1"),
+    "NaN": (lambda: with_value(torch.nan), "round 1 is not made of floats between 0 and 1"),
+    "infinite": (lambda: with_value(torch.inf), "round 1 is not made of floats between 0 and 1"),
+    "0 to 255": (lambda: [255 * r for r in right_rounds()], "round 0 is not made of floats between 0 and 1"),
+    "bytes": (lambda: [(255 * r).byte() for r in right_rounds()], "round 0 is not made of floats"),
+    "zeros and ones": (lambda: [r > 0.5 for r in right_rounds()], "round 0 is not made of floats"),
+    "integers": (lambda: [r.round().long() for r in right_rounds()], "round 0 is not made of floats"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_content_is_refused(case, file):
+    content, sentence = WRONG[case]
+    torch.save(content(), file)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load(file)
+    assert str(caught.value).startswith(f"support set {file}")
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "last bytes missing": lambda whole: whole[:-100],
+    "zeros": lambda whole: bytes(len(whole)),
+    "saved web page": lambda whole: b"<!DOCTYPE html>\n<html><head><title>Google Drive</title></head></html>\n",
+    "not torch": lambda whole: b"\x89PNG\r\n\x1a\n" + whole,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused(damage, file):
+    torch.save(right_rounds(), file)
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    with pytest.raises(UserError, match=re.escape(f"support set {file} cannot be read as a torch file")) as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+
+
+class Payload:
+    """Unpickled without care, it runs a shell command."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.system, (f"touch {shlex.quote(str(self.witness))}",)
+
+
+def save_pickled(content: object, file: Path) -> None:
+    file.write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize("save", [torch.save, save_pickled])
+def test_pickles_that_run_code_are_refused_and_not_run(save, file, tmp_path):
+    witness = tmp_path / "executed"
+    save([*right_rounds()[:2], Payload(witness)], file)
+    with pytest.raises(UserError, match=re.escape(str(file)) + ".*could run code"):
+        load(file)
+    assert not witness.exists()
+    os.system(Payload(witness).__reduce__()[1][0])
+    assert witness.exists()  # the payload works
+
+
+def test_missing_file_names_the_command_that_makes_it(demo_data, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "screw").symlink_to(demo_data / "ring")
+    path = support_file(tmp_path / "support_set", "screw", SHOT, ROUNDS)
+    with pytest.raises(UserError, match=re.escape(f"no support set {path}; make it with: ")) as caught:
+        load(path)
+    python, command, *arguments = str(caught.value).split("make it with: ")[1].replace("<data folder>", "data").split()
+    assert (python, command, arguments[-2:]) == ("python", "make_support.py", ["--data_path", "data"])
+    make_support.main([*arguments[:-1], str(tmp_path / "data")])
+    assert len(load(path)) == ROUNDS
+
+
+@given(
+    names=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=8, max_size=30, unique=True),
+    shots=st.tuples(st.integers(1, 8), st.integers(1, 8)).map(sorted),
+    round_number=st.integers(0, 99),
+    seed=st.integers(),
+    generator=st.randoms(use_true_random=False),
+)
+def test_draws_are_distinct_nested_and_independent_of_order(names, shots, round_number, seed, generator):
+    few, many = (draw_support_names(names, shot, round_number, seed, "screw") for shot in shots)
+    assert len(set(many)) == shots[1] and set(many) <= set(names)
+    assert many[: shots[0]] == few
+    generator.shuffle(names)
+    assert draw_support_names(names, shots[1], round_number, seed, "screw") == many
+
+
+def test_other_rounds_seeds_and_categories_draw_other_pictures():
+    cases = [(number, seed, category) for number in range(10) for seed in range(5) for category in ("screw", "pill")]
+    draws = {tuple(draw_support_names(NAMES, 8, *case)) for case in cases}
+    assert len(draws) == len(cases)
+
+
+def test_every_picture_has_the_same_chance():
+    """2000 draws of 2 out of 10: each 400 times, standard deviation 18."""
+    counts = Counter(name for number in range(2000) for name in draw_support_names(NAMES[:10], 2, number, 0, "screw"))
+    assert len(counts) == 10 and all(320 < count < 480 for count in counts.values())
+
+
+def test_the_rule_literally():
+    """Made with `printf 0/screw/1/000.png | sha256sum` and so on, sorted; another rule would change published draws."""
+    assert draw_support_names(NAMES, 4, 1, 0, "screw") == ["093.png", "094.png", "044.png", "079.png"]
+
+
+def test_too_few_pictures(demo_data):
+    folder = demo_data / "ring"
+    assert len(draw_support_images(folder, 5, 2, 0)[1]) == 5
+    with pytest.raises(UserError, match=re.escape(f"{folder}/train/good has 5 picture(s), 6 are needed for --shots 6")):
+        draw_support_images(folder, 6, 2, 0)
+
+
+def make(demo_data: Path, support_path: Path, flags: str) -> None:
+    make_support.main(
+        f"--data_type folder --rounds {ROUNDS} --img_size {SIZE} {flags}".split()
+        + ["--data_path", str(demo_data), "--support_path", str(support_path)]
+    )
+
+
+def test_command_writes_what_it_prints(demo_data, tmp_path, capsys):
+    make(demo_data, tmp_path, "--obj ring weave --shots 1 2")
+    printed = capsys.readouterr().out.splitlines()
+    for category, shot in (("ring", 1), ("ring", 2), ("weave", 1), ("weave", 2)):
+        path = support_file(tmp_path, category, shot, ROUNDS)
+        assert printed.pop(0) == f"wrote {path}"
+        for number, saved in enumerate(load_support_rounds(path, shot, ROUNDS, SIZE)):
+            names = printed.pop(0).removeprefix(f"  round {number}: ").split()
+            pictures = [demo_data / category / "train/good" / name for name in names]
+            assert torch.equal(saved, read_support_images(pictures, SIZE))
+    assert not printed
+    files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert files == sorted([f"{shot}_{ROUNDS}.{ending}" for shot in (1, 2) for ending in ("pt", "json")] * 2)
+
+
+def test_command_repeats_itself_and_obeys_the_seed(demo_data, tmp_path, capsys):
+    rounds = []
+    for name, flags in (("a", ""), ("b", ""), ("c", "--seed 1")):
+        make(demo_data, tmp_path / name, f"--obj ring {flags}")
+        rounds.append(torch.stack(load(support_file(tmp_path / name, "ring", SHOT, ROUNDS))))
+    assert torch.equal(rounds[0], rounds[1]) and not torch.equal(rounds[0], rounds[2])
+
+
+@pytest.mark.parametrize("flags", ["--shots 0", "--shots 2 -1", "--rounds 0", "--rounds -1", "--img_size 0"])
+def test_command_refuses_numbers_below_1(demo_data, tmp_path, flags):
+    flag, number = flags.split()[0], flags.split()[-1]
+    with pytest.raises(UserError, match=f"{flag} must be at least 1, got {number}"):
+        make(demo_data, tmp_path / "support", f"--obj ring {flags}")
+    assert not (tmp_path / "support").exists()
+
+
+def test_read_pictures(demo_data):
+    """Channels first, value / 255 exactly."""
+    paths = sorted((demo_data / "ring/train/good").iterdir())[:3]
+    pictures = read_support_images(paths, SIZE)
+    assert pictures.shape == (3, 3, SIZE, SIZE) and pictures.dtype == torch.float32 and pictures.is_contiguous()
+    levels = torch.arange(256).float() / 255
+    assert torch.isin(pictures, levels).all() and len(pictures.unique()) > 50
+
+
+@needs_reference
+@pytest.mark.parametrize("shot", ["2", "4", "8"])
+def test_the_release_s_own_support_sets_bit_for_bit(shot):
+    recorded = golden_rounds()[shot]
+    path = support_file(GOLDEN / "support_set", "screw", int(shot), len(recorded))
+    for saved, one in zip(load_support_rounds(path, int(shot), len(recorded), 224), recorded, strict=True):
+        assert torch.equal(read_support_images([DATA / "screw/train/good" / n for n in one["support"]], 224), saved)

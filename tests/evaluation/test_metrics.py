@@ -1,0 +1,154 @@
+"""The metrics against scikit-learn, a per-region loop and counting by hand, on input made to break them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from benchmarks import plain
+from evaluation import metrics
+from evaluation.metrics import auroc, average_precision, f1_max, pro, rank, region_weights
+
+
+@st.composite
+def some_scores(draw, size):
+    kind = draw(st.sampled_from(["few values", "neighbours", "any"]))
+    if kind == "few values":
+        values = draw(st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.5]), min_size=size, max_size=size))
+    elif kind == "neighbours":  # float32 values next to each other around 30, where distances lie
+        steps = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
+        values = np.float32(30) + np.array(steps) * np.spacing(np.float32(30))
+    else:
+        finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+        values = draw(st.lists(finite, min_size=size, max_size=size))
+    return np.asarray(values, np.float32)
+
+
+@st.composite
+def scores_and_labels(draw):
+    size = draw(st.integers(2, 60))
+    labels = np.zeros(size, bool)
+    labels[draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=size - 1, unique=True))] = True
+    return draw(some_scores(size)), labels
+
+
+@st.composite
+def maps_and_masks(draw):
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(2, 6), st.integers(2, 6)))
+    size = int(np.prod(shape))
+    masks = np.array(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    masks[:2] = True, False
+    return draw(some_scores(size)).reshape(shape), masks.reshape(shape)
+
+
+def check_ranking_metrics(scores, labels):
+    ranking = rank(scores, labels)
+    assert auroc(ranking) == pytest.approx(roc_auc_score(labels.ravel(), scores.ravel()), abs=1e-12)
+    assert average_precision(ranking) == pytest.approx(plain.average_precision(scores, labels), abs=1e-12)
+    assert f1_max(ranking) == pytest.approx(plain.f1_max(scores, labels), abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(scores_and_labels(), st.sampled_from([1, 7, 2**20]))
+def test_equal_scikit_learn(case, chunk):
+    original, metrics.SORT_CHUNK = metrics.SORT_CHUNK, chunk
+    try:
+        check_ranking_metrics(*case)
+    finally:
+        metrics.SORT_CHUNK = original
+
+
+@settings(max_examples=200, deadline=None)
+@given(maps_and_masks())
+def test_pro_equals_a_loop_over_regions(case):
+    maps, masks = case
+    assert pro(rank(maps, masks), region_weights(masks)) == pytest.approx(plain.pro(maps, masks), abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(maps_and_masks())
+def test_on_a_device_as_here(case):
+    maps, masks = case
+    here = metrics._count(maps.ravel(), masks.ravel())
+    there = metrics._count_on_device(torch.from_numpy(maps.ravel()), torch.from_numpy(masks.ravel()))
+    for one, other in zip(here, there, strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.cuda
+def test_on_cuda_as_on_the_cpu():
+    maps, masks = pixels(share=0.01)
+    for one, other in zip(rank(maps, masks), rank(torch.from_numpy(maps).cuda(), masks), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_by_hand():
+    # pairs (positive, negative): (3, 1) right, (3, 3) tie, (2, 1) right, (2, 3) wrong
+    ranking = rank(np.array([3.0, 2.0, 1.0, 3.0]), np.array([True, True, False, False]))
+    assert auroc(ranking) == 2.5 / 4
+    assert average_precision(ranking) == (1 / 2 + 2 / 3) / 2
+    assert f1_max(ranking) == pytest.approx(0.8)  # threshold 2: precision 2/3, recall 1
+
+
+def test_pro_by_hand():
+    """Two regions, of one pixel and of two that touch at a corner; ten normal pixels, 3 of them allowed."""
+    masks = np.zeros((1, 3, 4), bool)
+    masks[0, 0, 0] = masks[0, 1, 2] = masks[0, 2, 3] = True
+    maps = np.zeros((1, 3, 4))
+    maps[masks] = 9.0, 7.0, 1.0  # the pixel at 1 comes after two normal ones
+    maps[0, 0, 1:3] = 8.0, 2.0
+    assert len(np.unique(region_weights(masks))) == 2
+    # overlap: 1/2 up to the first normal pixel of nine, 3/4 up to the second, 1 up to the limit 0.3
+    area = 1 / 2 * 1 / 9 + 3 / 4 * 1 / 9 + (0.3 - 2 / 9)
+    assert pro(rank(maps, masks), region_weights(masks)) == pytest.approx(area / 0.3)
+
+
+def test_all_equal_is_one_half():
+    ranking = rank(np.full(1000, 7.0, np.float32), np.arange(1000) < 3)
+    assert auroc(ranking) == 0.5 and average_precision(ranking) == pytest.approx(0.003)
+
+
+def pixels(share):
+    rng = np.random.default_rng(0)
+    scores = rng.gamma(3, size=(10, 224, 224)).astype(np.float32)
+    masks = rng.random(scores.shape) < share
+    masks[0, 0, 0], masks[0, 0, 1] = True, False
+    return scores + np.float32(0.3) * masks, masks
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.01, 0.5, 0.99])
+def test_half_a_million_pixels(share):
+    scores, masks = pixels(share)
+    check_ranking_metrics(scores, masks)
+    check_ranking_metrics(np.round(scores, 1), masks)
+
+
+def test_pro_of_smooth_maps():
+    rng = np.random.default_rng(1)
+    yy, xx = np.mgrid[:64, :64]
+    centres = rng.uniform(0, 64, (6, 3, 2))
+    spots = np.exp(-((yy - centres[..., :1, None]) ** 2 + (xx - centres[..., 1:, None]) ** 2) / 50)
+    masks = spots.max(axis=1) > 0.5
+    maps = (spots.sum(axis=1) + 0.5 * rng.random((6, 64, 64))).astype(np.float32)
+    for scores in (maps, np.round(maps, 2)):
+        assert pro(rank(scores, masks), region_weights(masks)) == pytest.approx(plain.pro(scores, masks), abs=1e-9)
+
+
+@pytest.mark.parametrize("labels", [[True, True], [False, False]])
+def test_one_class_is_refused(labels):
+    with pytest.raises(ValueError, match="both classes"):
+        rank(np.array([1.0, 2.0]), np.array(labels))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_nan_is_refused(where):
+    scores = np.array([1.0, 2.0, 3.0])
+    scores[where] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        rank(scores, np.array([True, False, False]))
+    with pytest.raises(ValueError, match="NaN"):
+        metrics._count_on_device(torch.from_numpy(scores), torch.tensor([True, False, False]))

@@ -1,0 +1,119 @@
+"""Our numbers against the release's own, on real screws."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, TRUNK, golden_rounds, needs_reference
+from datasets.images import read_image
+from datasets.mvtec import LabelledDataset, list_test_items
+from datasets.support import load_support_rounds, support_file
+from evaluation.metrics import auroc, rank
+from evaluation.scoring import compute_test_features, score_rounds
+from models.regad import RegAD, load_checkpoint
+from models.stn import STN_MODES, folded
+from utils.utils import StageClock
+
+pytestmark = needs_reference
+CPU = torch.device("cpu")
+
+
+def relative(ours: np.ndarray, golden: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - golden) / np.linalg.norm(golden))
+
+
+def recipe_value(part: str, name: str, shape: tuple[int, ...], identity: tuple[float, ...]) -> np.ndarray:
+    """The golden README's recipe for one tensor that is not of the trunk; the first rule that fits."""
+    x = np.random.RandomState(zlib.crc32(f"{part}.{name}".encode())).standard_normal(shape)
+    rules = (
+        (name.endswith("running_var"), lambda: 1 + 0.1 * np.abs(x)),
+        (name.endswith("running_mean"), lambda: 0.1 * x),
+        (name.endswith("weight") and x.ndim == 1, lambda: 1 + 0.1 * x),
+        (name.endswith("fc.2.bias"), lambda: np.array(identity) + 0.1 * x),
+        (name.endswith("bias"), lambda: 0.1 * x),
+        (name.endswith("fc.2.weight"), lambda: 0.01 * x / np.sqrt(1024)),
+        (True, lambda: x * np.sqrt(2 / np.prod(shape[1:]))),
+    )
+    return next(value() for fits, value in rules if fits).astype(np.float32)
+
+
+def recipe_model(stn_mode: str) -> RegAD:
+    """The model behind features_*.npz."""
+    model = RegAD(stn_mode)
+    trunk = torch.load(TRUNK, weights_only=True)
+    for part, network in (("STN", model.stn), ("ENC", model.encoder), ("PRED", model.predictor)):
+        state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+        for name, value in state.items():
+            if part == "STN" and name in trunk:
+                state[name] = trunk[name]
+            else:
+                identity = STN_MODES[stn_mode].identity
+                state[name] = torch.from_numpy(recipe_value(part, name, tuple(value.shape), identity))
+        network.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("stn_mode", ["rotation_scale", "affine", "rotation_translation_scale"])
+@pytest.mark.parametrize("version", ["eager", "folded"])
+def test_features(stn_mode, version):
+    model = recipe_model(stn_mode)
+    network = model.stn if version == "eager" else folded(model.stn)
+    pictures = [read_image(DATA / "screw/test" / name, 224) for name in ("good/000.png", "thread_top/000.png")]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    golden = np.load(GOLDEN / f"features_{stn_mode}.npz")
+    with torch.no_grad():
+        registered = network(images)
+        z = model.encoder(registered.maps[-1])
+        found = dict(zip(("f1", "f2", "f3"), network.features(images), strict=True))
+        found |= {"x3": registered.maps[-1], "z": z, "p": model.predictor(z)}
+    for name, tensor in found.items():
+        assert relative(tensor[:, ::8].numpy(), golden[name]) < 1e-5, name
+    for number, theta in enumerate(registered.warps, start=1):
+        assert relative(theta.numpy(), golden[f"theta{number}"]) < 1e-5, number
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """Our results per (shot, round), from the golden checkpoint and support sets; and the labels."""
+    network, clock = folded(load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn), StageClock(CPU)
+    items = list_test_items(DATA / "screw")
+    labels = [item.label for item in items]
+    test = compute_test_features(network, LabelledDataset(items, 224), labels, clock, 16, 0)
+    found = {}
+    for shot, recorded in golden_rounds().items():
+        file = support_file(GOLDEN / "support_set", "screw", int(shot), len(recorded))
+        rounds = load_support_rounds(file, int(shot), len(recorded), 224)
+        for number, result in enumerate(score_rounds(network, test, rounds, clock, 22)):
+            found[shot, number] = result
+    return found, test.labels
+
+
+ROUNDS = [("2", 0), ("2", 1), ("4", 0), ("8", 0)]
+
+
+@pytest.mark.parametrize(("shot", "number"), ROUNDS)
+def test_distance_maps_and_scores(scored, shot, number):
+    result = scored[0][shot, number]
+    golden = np.load(GOLDEN / f"screw_{shot}_round{number}.npz")
+    maps = result.maps.numpy()
+    assert relative(result.distances.numpy(), golden["distance"]) < 1e-5
+    assert relative(maps[:4], golden["score_first4"]) < 1e-5
+    assert relative(maps.max(axis=(1, 2)), golden["image_score"]) < 1e-5
+
+
+@pytest.mark.parametrize(("shot", "number"), ROUNDS)
+def test_aurocs(scored, shot, number):
+    recorded = golden_rounds()[shot][number]
+    result = scored[0][shot, number]
+    assert result.image_auroc == pytest.approx(recorded["image_auroc"], abs=1e-6)
+    assert result.pixel_auroc == pytest.approx(recorded["pixel_auroc"], abs=1e-6)
+
+
+def test_our_ranking_of_the_release_s_scores(scored):
+    """The recorded image AUROC comes out of the recorded image scores: labels and order are the release's."""
+    golden = np.load(GOLDEN / "screw_2_round0.npz")["image_score"]
+    assert auroc(rank(golden, scored[1])) == pytest.approx(golden_rounds()["2"][0]["image_auroc"], abs=1e-9)

@@ -1,0 +1,307 @@
+"""reproduce.py on drawn pictures: the plan, the grid, the weights that are there; killed and undisturbed runs agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import reproduce
+import train
+from grid import cells as grid
+from grid.cells import is_finished
+from utils.utils import PROJECT_ROOT, UserError
+
+_spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
+test_command = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(test_command)
+
+SIZE = 64
+COMMANDS = {"train.py": train.main, "test.py": test_command.main}
+
+
+@pytest.fixture
+def arguments(demo_data, tmp_path):
+    """A small grid: ring and weave, one shot, one epoch, random trunk."""
+    return {
+        "--objs": ["ring", "weave"],
+        "--shots": ["1"],
+        "--epochs": ["1"],
+        "--inferences": ["2"],
+        "--data_type": ["folder"],
+        "--data_path": [str(demo_data)],
+        "--weights": ["none"],
+        "--img_size": [str(SIZE)],
+        "--batch_size": ["4"],
+        "--num_workers": ["0"],
+        "--device": ["cpu"],
+        "--cache_dir": [str(tmp_path / "cache")],
+        "--output": [str(tmp_path / "out")],
+    }
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Commands as calls in this process, which spares them seconds of imports; gives the list of what was run."""
+    run = []
+
+    def call(command, log, environment, lock):
+        run.append(command)
+        COMMANDS[command[0]](list(command[1:]))
+        return 0
+
+    monkeypatch.setattr(grid, "_run", call)
+    return run
+
+
+def flat(arguments):
+    return [part for flag, values in arguments.items() for part in (flag, *values)]
+
+
+def plan(arguments):
+    return reproduce.Plan(reproduce.get_args_parser().parse_args(flat(arguments)))
+
+
+def records(folder):
+    """Every round of every record, without times and places."""
+    files = [file for file in sorted(Path(folder).glob("*.json")) if file.name != "grid.json"]
+    contents = {file.name: json.loads(file.read_text()) for file in files}
+    return {name: (content["rounds"], content["epoch"], content["weights"]) for name, content in contents.items()}
+
+
+def test_dry_run_leaves_nothing(arguments, capsys):
+    reproduce.main(flat(arguments) + ["--dry_run"])
+    printed = capsys.readouterr().out
+    assert "new       ring_1_rotation_scale: about" in printed
+    assert "4 cells, 0 finished, 4 to run: about" in printed and "with --jobs 1" in printed
+    assert not Path(arguments["--output"][0]).exists()
+
+
+def test_cells_and_shards(arguments):
+    cells = plan(arguments | {"--shots": ["1", "2"], "--select": ["best", "source"]}).cells()
+    names = [cell.name for cell in cells]
+    assert len(set(names)) == len(names) == 2 + 2 * 2 * 2
+    assert "ring_1-2_rotation_scale_untrained" in names and "weave_2_rotation_scale_source" in names
+    shards = [reproduce._shard(cells, f"{number}/3") for number in range(3)]
+    assert sorted(cell.name for shard in shards for cell in shard) == sorted(names)
+    for wrong in ("3/3", "a/b", "1", "-1/2", "1/0"):
+        with pytest.raises(UserError, match="--shard takes I/N"):
+            reproduce._shard(cells, wrong)
+
+
+def test_all_categories(arguments, demo_data):
+    assert plan(arguments | {"--objs": ["all"]}).categories == ["ring", "weave"]
+
+
+@pytest.fixture
+def own_data(demo_data, tmp_path):
+    return Path(shutil.copytree(demo_data, tmp_path / "own"))
+
+
+def key_of(arguments, name):
+    return {cell.name: cell.key for cell in plan(arguments).cells()}[name]
+
+
+def test_what_makes_a_cell_another_one(arguments, demo_data, own_data, monkeypatch):
+    """Arguments, pictures, masks and code do; where the data lie and other categories' test pictures do not."""
+    name = "ring_1_rotation_scale"
+    original = key_of(arguments, name)
+    arguments["--data_path"] = [str(own_data)]
+    assert key_of(arguments, name) == original
+    for change in ({"--epochs": ["2"]}, {"--seed": ["1"]}, {"--inferences": ["3"]}, {"--batch_size": ["5"]}):
+        assert key_of(arguments | change, name) != original
+    assert key_of(arguments | {"--num_workers": ["1"]}, name) == original
+
+    def swap(folder):
+        first, second = sorted(folder.iterdir())[:2]
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+
+    swap(own_data / "weave/test/good")
+    assert key_of(arguments, name) == original
+    for place in ("weave/train/good", "ring/test/good", "ring/ground_truth/scratch", "ring/train/good"):
+        swap(own_data / place)
+        assert key_of(arguments, name) != original, place
+        swap(own_data / place)
+    assert key_of(arguments, name) == original
+    monkeypatch.setattr(reproduce, "code_version", lambda: "another")
+    assert key_of(arguments, name) != original
+
+
+def test_grid_end_to_end(arguments, in_process, capsys):
+    """All kinds of weights, tables in four formats, nothing twice; `best` is what train.py's own scores say."""
+    output = Path(arguments["--output"][0])
+    reproduce.main(flat(arguments))
+    assert len(in_process) == 2 + 2 * 3
+    assert "| mean |" in capsys.readouterr().out
+    assert set(records(output)) == {
+        f"{category}_1_rotation_scale{kind}.json"
+        for category in ("ring", "weave")
+        for kind in ("", "_last", "_untrained")
+    }
+    for ending in ("md", "csv", "tex", "html"):
+        assert "ring" in (output / f"tables.{ending}").read_text()
+    for category in ("ring", "weave"):
+        (record,) = (output / "save_checkpoints").rglob(f"{category}_1_*_record.json")
+        epochs, best = json.loads(record.read_text())["epochs"], json.loads(record.read_text())["selected_epoch"]
+        for kind, epoch in (("_untrained", 0), ("_last", 1), ("", best)):
+            rounds, recorded_epoch, _ = records(output)[f"{category}_1_rotation_scale{kind}.json"]
+            assert recorded_epoch == epoch
+            for one, other in zip(rounds, epochs[epoch]["rounds"], strict=True):
+                assert {key: one[key] for key in other} == pytest.approx(other, abs=1e-9)
+    in_process.clear()
+    reproduce.main(flat(arguments))
+    assert not in_process and "4 finished, 0 to run" in capsys.readouterr().out
+    reproduce.main(["--report", str(output)])
+    assert "| mean |" in capsys.readouterr().out and not in_process
+
+
+def test_weights_that_are_there(arguments, in_process, tmp_path, monkeypatch, capsys):
+    """--eval_only: one pass over the test pictures for equal weights of several shots; what is not there is named."""
+    source = tmp_path / "found"
+    train.main(
+        [*flat({flag: arguments[flag] for flag in ("--data_type", "--data_path", "--weights", "--img_size")})]
+        + ["--obj", "ring", "--shot", "1", "--epochs", "1", "--inferences", "2"]
+        + ["--num_workers", "0", "--device", "cpu", "--cache_dir", "none", "--save_dir", str(source)]
+    )
+    other = source / "rotation_scale" / "2" / "ring"
+    other.mkdir(parents=True)
+    shutil.copy(next(source.rglob("ring_1_*_model.pt")), other / "ring_2_rotation_scale_model.pt")
+    passes, original = [], test_command.compute_test_features
+    monkeypatch.setattr(test_command, "compute_test_features", lambda *a: passes.append(1) or original(*a))
+    arguments |= {"--shots": ["1", "2", "3"], "--objs": ["ring"], "--eval_only": [str(source)]}
+    reproduce.main(flat(arguments))
+    printed = capsys.readouterr().out
+    assert "ring_3_rotation_scale_model.pt: the table will show the cell as missing" in printed
+    # shots 1 and 2 share one file, chosen by `best`; the last weights of shot 1 are another cell
+    assert {name: what[2] for name, what in records(arguments["--output"][0]).items()} == {
+        **{f"ring_{shot}_rotation_scale.json": "best" for shot in (1, 2)},
+        "ring_1_rotation_scale_last.json": "last",
+    }
+    assert len(passes) == 2 and {command[0] for command in in_process} == {"test.py"}
+    reproduce.main(flat(arguments))
+    assert len(passes) == 2
+    with pytest.raises(UserError, match="no checkpoint of the grid"):
+        reproduce.main(flat(arguments | {"--eval_only": [str(tmp_path / "nowhere")]}))
+
+
+def test_a_failed_cell_gives_exit_code_1(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(
+        grid, "_run", lambda command, *_: 7 if "weave" in command else COMMANDS[command[0]](command[1:])
+    )
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main(flat(arguments))
+    printed = capsys.readouterr()
+    assert caught.value.code == 1
+    assert "FAILED weave_1_rotation_scale: train.py ended with code 7" in printed.err
+    assert "out/logs/weave_1_rotation_scale.log" in printed.err and "2 of 4 cells failed" in printed.err
+    assert "| weave | missing | missing | missing |" in printed.out and "| ring | " in printed.out
+
+
+def test_readme_section(arguments, in_process, tmp_path):
+    output = arguments["--output"][0]
+    test_command.main(
+        [
+            *flat(
+                {
+                    flag: arguments[flag]
+                    for flag in ("--data_type", "--data_path", "--img_size", "--output", "--weights")
+                }
+            )
+        ]
+        + ["--obj", "ring", "--shot", "1", "--untrained", "--inferences", "1", "--num_workers", "0", "--device", "cpu"]
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results: begin -->\noutdated\n<!-- results: end -->\nafter\n")
+    for _ in range(2):
+        reproduce.main(["--report", output, "--readme", str(readme)])
+        text = readme.read_text()
+        assert (
+            text.startswith("before\n<!-- results: begin -->\n- commit: ")
+            and "| ring |" in text
+            and "outdated" not in text
+        )
+        assert text.endswith("<!-- results: end -->\nafter\n")
+    readme.write_text("no marks")
+    with pytest.raises(UserError, match="needs a line"):
+        reproduce.main(["--report", output, "--readme", str(readme)])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"--shots": ["0"]}, "--shots must be at least 1"),
+        ({"--shots": ["2", "2"]}, "must not name anything twice"),
+        ({"--objs": ["nut"]}, "no category folder"),
+        ({"--jobs": ["0"]}, "--jobs must be at least 1"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        reproduce.main(flat(arguments | change))
+
+
+def start(arguments) -> subprocess.Popen:
+    command = [sys.executable, str(PROJECT_ROOT / "reproduce.py"), *flat(arguments), "--jobs", "2"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def workers(output) -> list[int]:
+    """Processes of this system that run a command of a grid with this results folder, the driver apart."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if any(word.endswith(("train.py", "test.py")) for word in words) and any(output in word for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_killed_driver_and_workers(arguments, tmp_path):
+    """kill -9 of the driver twice and of a worker twice, at random moments; then the same command gives the same."""
+    arguments |= {"--epochs": ["2"]}
+    undisturbed = str(tmp_path / "undisturbed")
+    assert start(arguments | {"--output": [undisturbed]}).wait() == 0
+    output, rng = arguments["--output"][0], random.Random(0)
+    for victim in ("worker", "driver", "worker", "driver"):
+        driver = start(arguments)
+        while not workers(output):
+            time.sleep(0.1)
+            assert driver.poll() is None
+        time.sleep(rng.uniform(1, 12))
+        alive = workers(output)
+        if victim == "driver":
+            driver.kill()
+        elif alive:
+            os.kill(rng.choice(alive), signal.SIGKILL)
+            assert driver.wait() == 1
+        driver.wait()
+    assert start(arguments).wait() == 0
+    assert records(output) == records(undisturbed) and len(records(output)) == 6
+    assert all(is_finished(Path(output), cell) for cell in plan(arguments).cells())
+
+
+@pytest.mark.slow
+def test_cluster_gives_the_same(arguments, tmp_path, monkeypatch):
+    """Through submitit on this machine."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(reproduce, "SLURM_CLUSTER", "local")
+    reproduce.main(flat(arguments | {"--engine": ["slurm"], "--output": [str(tmp_path / "cluster")]}))
+    reproduce.main(flat(arguments | {"--jobs": ["2"]}))
+    assert records(tmp_path / "cluster") == records(arguments["--output"][0])

@@ -1,0 +1,262 @@
+"""The tables: every published cell, means and spreads by hand, what is missing, and the four formats."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from benchmarks.reference import REFERENCE
+from datasets.mvtec import CATEGORIES
+from evaluation.metrics import METRIC_NAMES
+from grid.tables import (
+    GRID_FILE,
+    NO_TRUTH,
+    Entry,
+    compare,
+    format_comparison,
+    format_entry,
+    make_tables,
+    read_published,
+    read_results,
+    to_latex,
+    to_markdown,
+    write_csv,
+)
+from grid.tables_page import to_html
+from utils.utils import UserError
+
+PUBLISHED_CELLS = REFERENCE / "reference" / "published_mvtec.csv"
+
+
+def write_record(
+    folder, category, shot, weights, rounds, data_type="mvtec", support="0" * 64, stn_mode="affine", names=None
+):
+    """A record as test.py leaves it, with the AUROCs `rounds`: (image, pixel) pairs."""
+    numbers = [{"image_auroc": image, "pixel_auroc": pixel} for image, pixel in rounds]
+    record = {
+        "arguments": {"obj": category, "shot": shot, "data_type": data_type, "stn_mode": stn_mode}
+        | {"img_size": 224, "seed": 668},
+        **{"weights": weights, "epoch": {"last": 50, "best": 7}.get(weights), "commit": "abc", "device": "cpu"},
+        **{"date": "2026-01-01T00:00:00+0000", "rounds": numbers},
+        "support_set": {"source": "", "names": names} | ({} if names else {"path": "s/2_2.pt", "sha256": support}),
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / f"{category}_{shot}_{stn_mode}_{weights}.json").write_text(json.dumps(record))
+    return record
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two categories of fifteen, one of them without a last column."""
+    for weights, better in (("untrained", 0), ("last", 0.01), ("best", 0.02)):
+        write_record(tmp_path, "bottle", 8, weights, [(0.97 + better, 0.95), (0.95 + better, 0.93)])
+        if weights != "last":
+            write_record(tmp_path, "screw", 8, weights, [(0.50, 0.91), (0.56, 0.91)])
+    return tmp_path
+
+
+def table(folder, title):
+    return next(table for table in make_tables(read_results(folder)) if table.title == title)
+
+
+def entry(table, category, column):
+    return table.rows[category][table.columns.index(column)]
+
+
+@pytest.mark.skipif(not PUBLISHED_CELLS.is_file(), reason=f"no {PUBLISHED_CELLS}")
+def test_every_published_cell():
+    """In the project's file, and in the tables made from it."""
+    published, cells = read_published(), 0
+    for row in csv.DictReader(PUBLISHED_CELLS.read_text().splitlines()):
+        for source in ("paper", "release"):
+            for metric in ("image_auroc", "pixel_auroc"):
+                cells += 1
+                value = float(row[f"{source}_{metric}"])
+                assert published[source, metric, int(row["shot"])][row["category"]] == value
+    assert cells == 3 * 16 * 4 == sum(map(len, published.values()))
+
+
+@pytest.mark.parametrize("shot", [2, 4, 8])
+@pytest.mark.parametrize("metric", ["image_auroc", "pixel_auroc"])
+def test_published_columns(tmp_path, metric, shot):
+    """Each cell stands in its row, the mean is that of the cells, and a printed average that differs has a note."""
+    write_record(tmp_path, "bottle", shot, "best", [(0.9, 0.9)])
+    made = table(tmp_path, f"{METRIC_NAMES[metric]}, K = {shot}")
+    for source in ("paper", "release"):
+        cells = dict(read_published()[source, metric, shot])
+        printed = cells.pop("average")
+        assert list(cells) == list(CATEGORIES["mvtec"]) == list(made.rows)[:-1]
+        for category, value in cells.items():
+            assert entry(made, category, source) == Entry(value)
+        mean = entry(made, "mean", source)
+        assert mean.mean == pytest.approx(sum(cells.values()) / 15) and mean.of == ""
+        noted = any(note.startswith(f"The {source} prints {printed}") for note in made.notes)
+        assert noted == (abs(mean.mean - printed) > 0.05)
+        assert noted == ((source, metric, shot) == ("paper", "pixel_auroc", 8))
+    assert entry(made, "bottle", "best - paper").mean == pytest.approx(90 - entry(made, "bottle", "paper").mean)
+
+
+def test_rows_by_hand(folder):
+    made = table(folder, "image AUROC, K = 8")
+    assert made.columns == ["untrained", "last", "best", "paper", "release", "best - paper", "best - release"]
+    bottle = entry(made, "bottle", "best")
+    assert (bottle.mean, bottle.sd) == pytest.approx((98, np.sqrt(2)))
+    assert entry(made, "screw", "last") is None and entry(made, "cable", "best") is None
+    mean = entry(made, "mean", "best")  # rounds: (99 + 50) / 2 and (97 + 56) / 2
+    assert (mean.mean, mean.sd, mean.of) == (pytest.approx(75.5), pytest.approx(np.sqrt(2)), "2 of 15")
+    assert entry(made, "mean", "last").of == "1 of 15"
+    # against the same two categories of the paper, not against its mean of fifteen
+    assert entry(made, "mean", "best - paper").mean == pytest.approx(((98 - 99.8) + (53 - 63.4)) / 2)
+
+
+def test_other_data_have_no_published_columns(tmp_path):
+    write_record(tmp_path, "screw", 2, "best", [(0.9, None)], data_type="folder")
+    made = table(tmp_path, "image AUROC, K = 2")
+    assert made.columns == ["untrained", "last", "best"] and list(made.rows) == ["screw", "mean"]
+
+
+def test_pictures_without_ground_truth(tmp_path):
+    """What cannot be measured is told apart from what was not run, and is in no mean and no comparison."""
+    write_record(tmp_path, "screw", 2, "best", [(0.9, 0.8)], data_type="folder")
+    write_record(tmp_path, "solar", 2, "best", [(0.9, None)], data_type="folder")
+    results = read_results(tmp_path)
+    made = table(tmp_path, "pixel AUROC, K = 2")
+    assert entry(made, "mean", "best") == Entry(80, None, (80.0,), "1 of 2")
+    assert "| solar | missing | missing | n/a |" in to_markdown(results, [made])
+    assert "nan" not in to_html(results, [made]) and "nan" not in to_latex(results, [made])
+    assert [one.categories for one in compare(results, results)] == [2, 1]
+    write_csv(tmp_path / "tables.csv", [made])
+    assert "solar,best,n/a,,,," in (tmp_path / "tables.csv").read_text()
+
+
+def test_what_was_asked_for_and_failed_is_shown(tmp_path):
+    write_record(tmp_path, "ring", 2, "last", [(0.9, 0.9)], data_type="folder")
+    (tmp_path / GRID_FILE).write_text(json.dumps({"objs": ["ring", "weave"], "shots": [2, 4]}))
+    results = read_results(tmp_path)
+    assert results.categories == ["ring", "weave"] and results.shots == [2, 4]
+    assert "| weave | missing | missing | missing |" in to_markdown(results, make_tables(results))
+
+
+def test_source_column_only_where_it_was_run(folder):
+    write_record(folder, "bottle", 8, "source", [(0.975, 0.9), (0.955, 0.9)])
+    made = table(folder, "image AUROC, K = 8")
+    assert made.columns[:4] == ["untrained", "last", "source", "best"]
+    assert entry(made, "bottle", "source").mean == pytest.approx(96.5)
+
+
+def test_other_metrics_come_from_the_last_weights(tmp_path):
+    for weights, value in (("last", 0.5), ("best", 0.6)):
+        record = write_record(tmp_path, "ring", 2, weights, [(0.9, 0.9)], data_type="folder")
+        record["rounds"][0] |= {"image_ap": value, "image_f1_max": value, "pixel_ap": None, "pro": value}
+        (tmp_path / f"ring_2_affine_{weights}.json").write_text(json.dumps(record))
+    made = table(tmp_path, "Other metrics, last weights, K = 2")
+    assert entry(made, "ring", "PRO").mean == 50 and entry(made, "ring", "pixel AP") is NO_TRUTH
+
+
+def test_markdown(folder):
+    results = read_results(folder)
+    text = to_markdown(results, make_tables(results))
+    assert "- commit: abc\n" in text and "target's own test labels" in text and "too good" in text
+    assert "- last: epoch 50: the last" in text and re.search(r"- support sets: 2 \(2_2\.pt\), together \w{8}\n", text)
+    row = re.search(r"\| bottle \|.*", text[text.index("image AUROC, K = 8") :])[0]
+    assert row == "| bottle | 96.0 ± 1.4 | 97.0 ± 1.4 | 98.0 ± 1.4 | 99.8 | 99.8 | -1.8 | -1.8 |"
+    assert "| screw | 53.0 ± 4.2 | missing |" in text and "| 75.5 ± 1.4 (2 of 15) |" in text
+    assert "The paper prints 96.8 as its average of pixel AUROC at K = 8; its own cells give 96.7 (here)." in text
+
+
+def test_latex(folder):
+    results = read_results(folder)
+    text = to_latex(results, make_tables(results))
+    assert text.count("\\toprule") == text.count("\\bottomrule") == text.count("\\end{table}") == 2
+    assert "metal\\_nut" in text and "96.0 $\\pm$ 1.4 & " in text and "$-$1.8 &" in text
+    body = [line for line in text.splitlines() if line.startswith(("bottle", "category"))]
+    assert {line.count("&") for line in body} == {7}
+
+
+def test_csv(folder, tmp_path):
+    write_csv(tmp_path / "tables.csv", make_tables(read_results(folder)))
+    rows = list(csv.DictReader((tmp_path / "tables.csv").read_text().splitlines()))
+    (bottle,) = (
+        row for row in rows if row["category"] == "bottle" and row["column"] == "best" and "image" in row["metric"]
+    )
+    assert [float(value) for value in bottle["rounds"].split()] == pytest.approx([99, 97])
+    assert float(bottle["sd"]) == pytest.approx(np.sqrt(2)) and bottle["shot"] == "8"
+    assert float(bottle["low95"]) == pytest.approx(98 - 12.7062 * 1, abs=1e-3)  # t of one degree, times SD / sqrt(2)
+
+
+def test_html_is_whole_and_escapes_names(tmp_path):
+    name = "<img src=x onerror=alert(1)> $a$"
+    write_record(tmp_path, "ring", 2, "last", [(0.9, 0.9), (0.8, 0.9)], data_type="folder")
+    (tmp_path / GRID_FILE).write_text(json.dumps({"objs": [name], "shots": [2]}))
+    results = read_results(tmp_path)
+    page = to_html(results, make_tables(results))
+    parser, tags = HTMLParser(), []
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    assert [tag for tag, _ in tags].count("svg") == 2 and [tag for tag, _ in tags].count("table") == 2
+    assert not any(tag in ("img", "script", "link") or "src" in attributes for tag, attributes in tags)
+    assert "85.0 ± 7.1" in page and page == to_html(results, make_tables(results))
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [("last", "missing"), ("paper", ""), ("best - paper", "")],
+)
+def test_no_entry(column, text):
+    assert format_entry(None, column) == text
+
+
+def test_folders_without_records(tmp_path):
+    with pytest.raises(UserError, match="no results folder"):
+        read_results(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"no records of test\.py"):
+        read_results(tmp_path)
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read the record"):
+        read_results(tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a record"):
+        read_results(tmp_path)
+
+
+def test_a_mixed_folder_is_refused(tmp_path):
+    write_record(tmp_path, "bottle", 2, "best", [(0.9, 0.9)])
+    write_record(tmp_path, "cable", 2, "best", [(0.9, 0.9)], stn_mode="scale")
+    with pytest.raises(UserError, match="--stn_mode affine and scale"):
+        read_results(tmp_path)
+
+
+def test_comparison_by_hand(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_record(a, "bottle", 2, "last", [(0.90, 0.5), (0.92, 0.5)])
+    write_record(b, "bottle", 2, "last", [(0.93, 0.5), (0.93, 0.5)])
+    write_record(a, "cable", 2, "last", [(0.80, 0.5), (0.80, 0.5)])
+    write_record(b, "cable", 2, "last", [(0.79, 0.5), (0.79, 0.5)])
+    write_record(b, "screw", 2, "last", [(0.79, 0.5), (0.79, 0.5)])
+    image, pixel = compare(read_results(a), read_results(b))
+    assert (image.metric, image.categories, image.better) == ("image_auroc", 2, 1)
+    assert image.difference["mean"] == pytest.approx(0.5)  # of +2 and -1
+    assert image.difference["sd"] == pytest.approx(3 / np.sqrt(2))
+    assert image.sd_of_rounds == pytest.approx(np.sqrt(2) / 2)  # of +3, +1 and of -1, -1
+    assert pixel.better == 0 and pixel.difference["mean"] == 0
+    text = format_comparison([image, pixel])
+    assert "| image AUROC | 2 | last | +0.50 | 2.12 | -18.56 to +19.56 | 0.71 | 1 of 2 |" in text
+
+
+def test_comparison_needs_the_same_support_sets(tmp_path):
+    write_record(tmp_path / "a", "bottle", 2, "last", [(0.9, 0.5)])
+    write_record(tmp_path / "b", "bottle", 2, "last", [(0.9, 0.5)], support="1" * 64)
+    with pytest.raises(UserError, match="other support sets"):
+        compare(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+    for letter in "de":
+        write_record(tmp_path / letter, "bottle", 2, "last", [(0.9, 0.5)], names=[[f"{letter}.png"]])
+    with pytest.raises(UserError, match=r"other support sets: drawn \w{8} and drawn \w{8}"):
+        compare(read_results(tmp_path / "d"), read_results(tmp_path / "e"))
+    write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
+    with pytest.raises(UserError, match="in common"):
+        compare(read_results(tmp_path / "a"), read_results(tmp_path / "c"))

@@ -1,0 +1,221 @@
+"""The few-shot detector: the evaluation's own numbers, the same bits alone as in a batch, files, thresholds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
+
+from datasets.images import read_image, read_picture
+from datasets.support import read_support_images
+from evaluation import scoring
+from inspection.threshold import Threshold, normal_threshold
+from models.regad import FewShotDetector, RegAD, save_checkpoint
+from models.stn import folded
+from scorers.gaussian import nested_layers
+from scorers.views import support_views
+from utils.utils import PROJECT_ROOT, StageClock, UserError
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    model = RegAD("affine", SIZE)
+    for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
+        torch.nn.init.normal_(stn.fc[2].weight, std=0.01)  # warps that move something
+    return model.stn.eval()
+
+
+@pytest.fixture(scope="module")
+def files(demo_data):
+    """Three normal pictures, then nineteen others."""
+    ring = demo_data / "ring"
+    others = [p for folder in sorted((ring / "test").iterdir()) for p in sorted(folder.iterdir())]
+    others += sorted((demo_data / "weave" / "test/good").iterdir())
+    return sorted((ring / "train/good").iterdir())[:3], others
+
+
+@pytest.fixture(scope="module")
+def detector(network, files):
+    return FewShotDetector(network, "cpu").fit(files[0])
+
+
+def test_same_maps_as_the_evaluation(detector, network, files):
+    images = read_support_images(files[1], SIZE)
+    test = scoring.TestFeatures(nested_layers(folded(network).features(images)), np.arange(len(images)) > 2, None)
+    (result,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], StageClock(), 32)
+    scores, maps = detector.score(files[1])
+    np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)
+    assert (scores == maps.max(axis=(1, 2))).all() and maps.shape == (len(images), SIZE, SIZE)
+
+
+def test_a_picture_alone_gets_the_bits_it_gets_among_others(detector, files):
+    grey = Image.open(files[1][0]).convert("L")
+    pictures = [*files[1][:3], grey, *files[1][3:], grey] + files[1][:7]
+    scores, maps = detector.score(pictures)
+    assert len(pictures) > 16  # more than one group
+    for index in (0, 3, 5, len(pictures) - 1):
+        alone, own_map = detector.score([pictures[index]])
+        assert alone[0] == scores[index] and (own_map[0] == maps[index]).all()
+    backwards, _ = detector.score(pictures[::-1])
+    assert (backwards[::-1] == scores).all()
+
+
+def test_kinds_of_pictures_agree(detector, files):
+    path = files[1][0]
+    array = read_image(path, SIZE)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [path, str(path), read_picture(path), array, tensor, tensor.float() / 255]
+    scores, _ = detector.score(kinds)
+    assert (scores == scores[0]).all()
+    assert detector.score(torch.stack([tensor, tensor]))[0].tolist() == scores[:2].tolist()
+    with pytest.raises(TypeError, match="a list of pictures"):
+        detector.score(path)
+    with pytest.raises(TypeError, match="uint8"):
+        detector.score([array / 255.0])
+    assert detector.score([])[1].shape == (0, SIZE, SIZE)
+
+
+def test_leave_one_out_is_fitting_without_the_picture(detector, network, files):
+    for index, left_out in enumerate(files[0]):
+        others = [path for path in files[0] if path != left_out]
+        views = support_views(read_support_images([left_out], SIZE))
+        scores, maps = FewShotDetector(network, "cpu").fit(others).score(views)
+        np.testing.assert_allclose(maps[0], detector.left_out.maps[index], rtol=1e-4)
+        np.testing.assert_allclose(scores, detector.left_out.scores[index], rtol=1e-4)
+
+
+def test_one_support_picture(network, files):
+    detector = FewShotDetector(network, "cpu").fit(files[0][:1])
+    assert detector.left_out is None and np.isfinite(detector.score(files[1][:1])[0]).all()
+    with pytest.raises(UserError, match=r"scores of two normal pictures.*--calibrate.*--threshold"):
+        detector.calibrate(0.05)
+    assert detector.calibrate(0.05, files[0][1:]).value > 0
+
+
+def test_saved_and_loaded(detector, files, tmp_path):
+    detector.calibrate(0.05)
+    detector.origin = {"support": [path.name for path in files[0]]}
+    detector.save(tmp_path / "part.regad")
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert loaded.threshold == detector.threshold and loaded.origin == detector.origin
+    for one, other in zip(loaded.score(files[1][:2]), detector.score(files[1][:2]), strict=True):
+        assert (one == other).all()
+
+
+def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
+    whole = tmp_path / "part.regad"
+    detector.save(whole)
+    content = bytearray(whole.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped").write_bytes(content)
+    (tmp_path / "short").write_bytes(content[: len(content) // 2])
+    (tmp_path / "page").write_text("<html>")
+    save_checkpoint(tmp_path / "checkpoint", RegAD("affine", SIZE), {})
+    plain = torch.load(whole, weights_only=True)
+    torch.save(plain | {"version": 99}, tmp_path / "later")
+    torch.save({key: value for key, value in plain.items() if key != "statistics"}, tmp_path / "lacking")
+    sentences = {
+        "flipped": "is damaged",
+        "short": "damaged or not a detector",
+        "page": "damaged or not a detector",
+        "checkpoint": "is not a detector",
+        "later": "has version 99",
+        "lacking": "incomplete.*KeyError.*statistics",
+        "missing": "no detector file",
+    }
+    for name, sentence in sentences.items():
+        with pytest.raises(UserError, match=sentence):
+            FewShotDetector.load(tmp_path / name, "cpu")
+    with pytest.raises(UserError, match="must be fitted"):
+        FewShotDetector(network, "cpu").score([])
+
+
+def threshold_of(scores, share: float) -> Threshold:
+    """The threshold where maps play no part; scores: (n,) or (n, views)."""
+    scores = np.array(scores, float).reshape(len(scores), -1)
+    return normal_threshold(scores, np.zeros((len(scores), 2, 2)), share, "")
+
+
+def test_threshold_of_few_pictures_by_the_definition():
+    logs = np.array([[3.0, 3.1], [3.2, 3.5]])
+    expected = np.exp(stats.norm(3.2, np.sqrt(0.035)).ppf(0.99))  # (0.04 + 0.01 + 0 + 0.09) / 4
+    assert threshold_of(np.exp(logs), 0.01).value == pytest.approx(expected)
+    same_views = np.exp(logs[:, :1].repeat(22, axis=1))
+    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest picture's
+    assert threshold_of(np.exp(logs), 0.01).typical == pytest.approx(np.exp([3.0, 3.2]).mean())
+
+
+def test_region_is_the_hottest_share_of_the_area_of_a_typical_picture():
+    maps = np.random.default_rng(0).permutation(3 * 100).reshape(3, 10, 10) + 1.0
+    threshold = normal_threshold(maps.max(axis=(1, 2))[:, None], maps, 0.2, "")
+    shares = sorted((maps > threshold.region).mean(axis=(1, 2)))
+    assert shares[1] == pytest.approx(0.2) and shares[0] < 0.2 < shares[2]
+
+
+def test_calibration_takes_views_where_pictures_are_too_few(detector, files):
+    normal = files[1][:3]
+    views = [support_views(read_support_images([path], SIZE)) for path in normal]
+    scores = np.stack([detector.score(picture)[0] for picture in views])
+    assert detector.calibrate(0.05, normal).value == pytest.approx(threshold_of(scores, 0.05).value)
+    assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max())
+    assert detector.calibrate(0.05).value == threshold_of(detector.left_out.scores, 0.05).value
+
+
+def test_threshold_of_many_scores_is_an_order_statistic():
+    scores = np.random.default_rng(0).permutation(np.arange(1, 20))
+    assert threshold_of(scores, 0.05).value == 19  # (19 + 1) 0.95 = 19
+    assert threshold_of(scores, 0.5).value == 10
+    assert threshold_of(scores, 0.04).value > 19
+
+
+@given(st.lists(st.floats(1, 100), min_size=2, max_size=30), st.floats(0.001, 0.5), st.floats(0.1, 10))
+def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, share, factor):
+    value = threshold_of(scores, share).value
+    assert threshold_of(factor * np.array(scores), share).value == pytest.approx(factor * value)
+    assert threshold_of(scores, share / 2).value >= value * (1 - 1e-9)
+
+
+def test_false_alarms_of_log_normal_scores_are_as_asked():
+    """On average over many draws, where the views of a picture differ as pictures do."""
+    rng = np.random.default_rng(0)
+    for count in (4, 40):
+        draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
+        alarms = [draw[-1, 0] > threshold_of(draw[:-1], 0.05).value for draw in draws]
+        assert 0.025 < np.mean(alarms) < 0.065
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, float("nan"), float("inf")])
+def test_impossible_shares(share, detector, files):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        detector.calibrate(share, files[1][:3])
+    with pytest.raises(UserError, match="at least 2 normal pictures, got 0"):
+        detector.calibrate(0.05, [])
+    with pytest.raises(UserError, match="between 0 and 1"):
+        threshold_of(np.ones(3), share)
+
+
+def test_the_readme_s_python(files, tmp_path, monkeypatch):
+    """The README's own lines, beside the pictures they name; no weights are downloaded."""
+    block = re.search(
+        r"```python\n(from models\.regad import FewShotDetector.*?)```",
+        (PROJECT_ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )[1]
+    for number, path in enumerate(files[0], start=1):
+        shutil.copy(path, tmp_path / f"good_{number}.png")
+    shutil.copy(files[1][0], tmp_path / "new.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block.replace('"imagenet"', '"none"'), names)
+    assert names["scores"].shape == (1,) and names["maps"].shape == (1, 224, 224)
+    assert names["detector"].threshold.value > 0

@@ -1,0 +1,204 @@
+"""Exported detectors: the same maps in ONNX Runtime and torch.export, at any batch size, and what the files say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import export
+import inspection.export
+from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, needs_reference
+from datasets.images import read_image
+from inspection.export import METADATA_FILE, WRITERS, ExportedDetector
+from inspection.export_check import CHECK_BATCHES, OPENERS, TOLERANCE, compare, refuse_differences
+from inspection.inputs import list_inputs
+from inspection.threshold import Threshold
+from models.regad import FewShotDetector, RegAD, load_checkpoint
+from utils.utils import PROJECT_ROOT, UserError
+
+SIZE = 64
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+has_onnx = all(map(find_spec, PACKAGES))
+needs_onnx = pytest.mark.skipif(not has_onnx, reason="needs the packages of requirements-export.txt")
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Random weights, and warps that reach far outside the picture."""
+    torch.manual_seed(0)
+    model = RegAD("affine", SIZE)
+    for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
+        torch.nn.init.normal_(stn.fc[2].weight, std=0.01)
+        stn.fc[2].bias.data += 0.2 * torch.randn(6)
+    return model.stn.eval()
+
+
+@pytest.fixture(scope="module")
+def normal(demo_data) -> list[Path]:
+    return sorted((demo_data / "ring/train/good").iterdir())
+
+
+@pytest.fixture(scope="module")
+def pictures(demo_data) -> np.ndarray:
+    """Seven pictures, the last one grey."""
+    files = [
+        *sorted((demo_data / "ring/test").rglob("*.png"))[:3],
+        *sorted((demo_data / "weave/test").rglob("*.png"))[:3],
+    ]
+    squares = [read_image(path, SIZE) for path in files]
+    return np.stack([*squares, squares[0][..., :1].repeat(3, axis=2)])
+
+
+@pytest.fixture(scope="module")
+def detector(network, normal):
+    fitted = FewShotDetector(network, "cpu").fit(normal[:3])
+    fitted.calibrate(0.05)
+    return fitted
+
+
+@pytest.fixture(scope="module")
+def exported(detector, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    files = {kind: folder / f"part.{kind}" for kind in WRITERS if kind != "onnx" or has_onnx}
+    for kind, path in files.items():
+        WRITERS[kind](detector, path)
+    return files
+
+
+@pytest.mark.parametrize("shots", [1, 3, 18])  # each form of the distance; 18 x 22 views exceed 384 channels
+def test_module_is_the_detector(network, normal, pictures, shots):
+    generator = np.random.default_rng(0)
+    support = [read_image(path, SIZE) for path in normal[:shots]]
+    support += [generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(shots - len(support))]
+    detector = FewShotDetector(network, "cpu").fit(support, for_threshold=False)
+    with torch.no_grad():
+        maps, scores = ExportedDetector(detector)(torch.from_numpy(pictures))
+    expected_scores, expected_maps = detector.score(list(pictures))
+    np.testing.assert_allclose(maps.numpy(), expected_maps, rtol=1e-4)
+    np.testing.assert_allclose(scores.numpy(), expected_scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("batch", [1, 2, 4, 7])
+def test_files_give_the_detector_s_maps(detector, exported, pictures, kind, batch):
+    maps, scores = OPENERS[kind](exported[kind])(pictures[-batch:])
+    expected_scores, expected_maps = detector.score(list(pictures[-batch:]))
+    assert maps.shape == (batch, SIZE, SIZE) and maps.dtype == scores.dtype == np.float32
+    np.testing.assert_allclose(maps, expected_maps, rtol=1e-4)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
+
+
+@needs_onnx
+def test_onnx_is_one_file_that_says_how_to_use_it(detector, exported):
+    import onnx
+
+    model = onnx.load(exported["onnx"], load_external_data=False)
+    onnx.checker.check_model(model)
+    assert [opset.version for opset in model.opset_import if not opset.domain] == [inspection.export.ONNX_OPSET]
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert float(about["threshold"]) == detector.threshold.value and about["threshold_rule"] == detector.threshold.how
+    assert (about["size"], about["keep_aspect"]) == (str(SIZE), "false")
+
+
+def test_pt2_carries_the_same_metadata(detector, exported):
+    extra = {METADATA_FILE: ""}
+    torch.export.load(exported["pt2"], extra_files=extra)
+    assert json.loads(extra[METADATA_FILE]) == inspection.export.export_metadata(detector)
+
+
+def test_metadata_without_a_threshold(network, normal):
+    detector = FewShotDetector(network, "cpu", keep_aspect=True).fit(normal[:1])
+    about = inspection.export.export_metadata(detector)
+    assert about["threshold"] == "" and about["keep_aspect"] == "true"
+    detector.threshold = Threshold(np.float64(1) / 3, "given", 1.0, 1.0)
+    assert float(inspection.export.export_metadata(detector)["threshold"]) == 1 / 3
+
+
+def test_comparison_finds_a_file_of_another_detector(detector, network, normal, exported, pictures):
+    files = {"pt2": exported["pt2"]}
+    right = list(compare(detector, files, pictures))
+    refuse_differences(right)
+    assert [(row.runtime, row.batch) for row in right] == [
+        (name, batch) for batch in CHECK_BATCHES for name in ("PyTorch", "pt2")
+    ]
+    assert all(row.milliseconds > 0 and row.difference < TOLERANCE for row in right)
+    other = FewShotDetector(network, "cpu").fit(normal[:2])
+    with pytest.raises(UserError, match="pt2 file must not be used: at batch size 1"):
+        refuse_differences(list(compare(other, files, pictures)))
+
+
+@needs_onnx
+def test_command(normal, tmp_path, capsys):
+    support = ["--support", *map(str, normal[:2])]
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--format", "onnx", "pt2", "--check"]
+    export.main([*support, *flags, "--output", str(tmp_path / "part.v2.onnx")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.v2.onnx", "part.v2.pt2"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("PyT", "onnx ", "pt2 "))]
+    assert [row[:2] for row in rows] == [[name, size] for size in "14" for name in ("PyTorch", "onnx", "pt2")]
+    assert all(float(row[3]) < TOLERANCE for row in rows)
+
+
+def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="either normal pictures with --support"):
+        export.main([])
+    detector.save(tmp_path / "part.regad")
+    saved = ["--detector", str(tmp_path / "part.regad"), "--output", str(tmp_path / "part.onnx")]
+    with pytest.raises(UserError, match="--check needs pictures"):
+        export.main([*saved, "--check"])
+    with pytest.raises(UserError, match="only a fitted detector"):
+        ExportedDetector(FewShotDetector(network, "cpu"))
+    with monkeypatch.context() as limited:
+        limited.setattr(inspection.export, "ONNX_LIMIT", 2**20)
+        with pytest.raises(UserError, match=r"one ONNX file holds 2 GB.*--format pt2"):
+            inspection.export.write_onnx(detector, tmp_path / "part.onnx")
+    monkeypatch.setattr(inspection.export, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"no package onnx and onnxscript: .*requirements-export.txt"):
+        export.main(saved)
+    assert not (tmp_path / "part.onnx").exists()
+
+
+@needs_onnx
+def test_readme_example_runs_without_torch(exported, detector, pictures, tmp_path):
+    """The README's own lines, beside the file they name, in a fresh interpreter."""
+    (example,) = re.findall(
+        r"```python\n(import.*?onnxruntime.*?)```", (PROJECT_ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert len(example.splitlines()) <= 10
+    (tmp_path / "part.onnx").symlink_to(exported["onnx"])
+    Image.fromarray(pictures[0]).resize((100, 80)).save(tmp_path / "photo.png")
+    more = "\nimport sys\nassert 'torch' not in sys.modules\nprint(repr(float(scores[0])))"
+    call = [sys.executable, "-W", "error", "-c", example + more]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (score,), _ = detector.score([tmp_path / "photo.png"])
+    said, precise = done.stdout.splitlines()
+    assert float(precise) == pytest.approx(float(score), rel=1e-4)
+    assert ("defective" if score > detector.threshold.value else "normal") in said
+
+
+@needs_onnx
+@needs_reference
+def test_twenty_real_pictures(tmp_path):
+    """Screws and tiles at 224 pixels, with warps as trained; the detector knows screws only."""
+    network = load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn
+    normal = sorted((DATA / "screw/train/good").iterdir())[:2]
+    detector = FewShotDetector(network, "cpu").fit(normal, for_threshold=False)
+    found = [list_inputs([DATA / category / "test"]) for category in ("screw", "magnetic_tile")]
+    chosen = [path for paths in found for path in paths[:: len(paths) // 10][:10]]
+    pictures = np.stack([read_image(path, 224) for path in chosen])
+    files = {kind: tmp_path / f"part.{kind}" for kind in WRITERS}
+    for kind, path in files.items():
+        WRITERS[kind](detector, path)
+    rows = list(compare(detector, files, pictures))
+    assert len(pictures) == 20 and {row.batch for row in rows} == {1, 4} and len(rows) == 6
+    refuse_differences(rows)

@@ -1,0 +1,252 @@
+"""The backbone: its nine warps, its folded copy, and the files it loads from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
+from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
+from models.stn import STN_MODES, STNResNet18, _first_convolution, folded
+from utils.utils import UserError, resolve_device
+
+SIDE = 64  # pixels; small and quick, the release has 224
+COS, SIN = math.cos(0.3), math.sin(0.3)
+LITERAL = {  # parameters -> rows of the matrix, from method and release
+    "affine": ([1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]),
+    "translation": ([0.1, 0.2], [[1, 0, 0.1], [0, 1, 0.2]]),
+    "rotation": ([0.3], [[COS, -SIN, 0], [SIN, COS, 0]]),
+    "scale": ([2, 3], [[2, 0, 0], [0, 3, 0]]),
+    "shear": ([0.1, 0.2], [[1, 0.1, 0], [0.2, 1, 0]]),
+    "rotation_scale": ([0.3, 2, 3], [[2 * COS, -SIN, 0], [SIN, 3 * COS, 0]]),
+    "translation_scale": ([0.1, 0.2, 2, 3], [[2, 0, 0.1], [0, 3, 0.2]]),
+    "rotation_translation": ([0.3, 0.1, 0.2], [[COS, -SIN, 0.1], [SIN, COS, 0.2]]),
+    "rotation_translation_scale": ([0.3, 0.1, 0.2, 2, 3], [[2 * COS, -SIN, 0.1], [SIN, 3 * COS, 0.2]]),
+}
+
+
+def shaken(stn_mode: str = "rotation_scale", size: int = SIDE) -> STNResNet18:
+    """A network whose warps and batch-norms are no longer at their start."""
+    torch.manual_seed(0)
+    network = STNResNet18(stn_mode, size)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if "fc.2" in name:
+                tensor += 0.02 * torch.randn_like(tensor)
+            elif tensor.dim() == 1 and tensor.is_floating_point():
+                tensor += 0.1 * torch.rand_like(tensor)
+    return network.eval()
+
+
+def pictures(count: int, size: int = SIDE) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("stn_mode", STN_MODES)
+def test_matrix_of_each_mode(stn_mode):
+    network = STNResNet18(stn_mode, SIDE).eval()
+    parameters, rows = LITERAL[stn_mode]
+    with torch.no_grad():
+        network.stn1.fc[2].bias.copy_(torch.tensor(parameters))
+        theta = network.stn1(torch.rand(2, 64, SIDE // 4, SIDE // 4))
+    torch.testing.assert_close(theta, torch.tensor(rows, dtype=torch.float32).expand(2, 2, 3))
+
+
+@pytest.mark.parametrize("stn_mode", STN_MODES)
+def test_untrained_warps_move_nothing(stn_mode):
+    network = STNResNet18(stn_mode, SIDE).eval()
+    with torch.no_grad():
+        registered, features = network(pictures(2)), network.features(pictures(2))
+    for theta in registered.warps:
+        assert torch.equal(theta, torch.eye(2, 3).expand(2, 2, 3))
+    for moved, back in zip(registered.maps, features, strict=True):
+        torch.testing.assert_close(moved, back, rtol=1e-4, atol=1e-4)
+
+
+def test_features_go_back_through_every_warp():
+    """f2 is the map of layer2 un-warped by layer2's and then layer1's inverse; with shifts, where it shows."""
+    network = STNResNet18("translation", SIDE).eval()
+    shifts = (4 / (SIDE // 4), 4 / (SIDE // 8), 4 / (SIDE // 16))  # two positions of each grid, in normalised units
+    with torch.no_grad():
+        for stn, shift in zip((network.stn1, network.stn2, network.stn3), shifts, strict=True):
+            stn.fc[2].bias.copy_(torch.tensor([shift, 0.0]))
+        maps, features = network(pictures(1)).maps, network.features(pictures(1))
+    assert torch.allclose(features[0][..., 2:], maps[0][..., :-2], atol=1e-4)  # moved left by 2, so back right by 2
+    assert torch.allclose(features[1][..., 3:], maps[1][..., :-3], atol=1e-4)  # 2 of its own and 2 / 2 of layer1's
+    assert not torch.allclose(features[1][..., 2:], maps[1][..., :-2], atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 224])
+def test_shapes_at_sizes_divisible_by_16(size):
+    features = STNResNet18("affine", size).eval().features(pictures(1, size))
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (64, size // 4, size // 4),
+        (128, size // 8, size // 8),
+        (256, size // 16, size // 16),
+    ]
+
+
+def test_head_sizes_of_the_release():
+    sides = [STNResNet18().state_dict()[f"stn{i}.fc.0.weight"].shape[1] / 16 for i in (1, 2, 3)]
+    assert sides == [14**2, 7**2, 4**2]
+
+
+@pytest.mark.parametrize("stn_mode", ["rotation_scale", "affine"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_folded_gives_the_same_features(stn_mode, batch):
+    network = shaken(stn_mode)
+    fast = folded(network)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fast.modules())
+    for slow, quick in zip(network.features(pictures(batch)), fast.features(pictures(batch)), strict=True):
+        assert (slow - quick).norm() / slow.norm() < 1e-5
+
+
+@pytest.mark.parametrize("make", [folded, lambda network: network.train()])
+def test_grey_pictures_take_the_short_way_to_the_same_maps(make, monkeypatch):
+    network, grey = make(shaken().double()), pictures(3)[:, :1].expand(-1, 3, -1, -1).double()
+
+    def maps_and_gradient() -> list[torch.Tensor]:
+        weight = network.conv1.weight.requires_grad_()
+        weight.grad = None
+        maps = network(grey).maps
+        sum(m.square().mean() for m in maps).backward()
+        return [*maps, weight.grad]
+
+    short = maps_and_gradient()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the long way
+    for quick, slow in zip(short, maps_and_gradient(), strict=True):
+        assert 0 < (slow - quick).norm() / slow.norm() < 1e-12  # not 0: another order of summation shows it was short
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_grey_pictures_stay_channels_last(channels_last):
+    """Else pooling, and all that follows, takes several times as long."""
+    grey = pictures(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
+    grey = grey.to(memory_format=torch.channels_last) if channels_last else grey
+    found = _first_convolution(folded(shaken()).conv1, grey)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_folding_leaves_the_network_as_it_was():
+    network = shaken().train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    folded(network).features(pictures(2))
+    assert network.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def write_checkpoint(path, stn_mode: str, size: int = SIDE):
+    model = RegAD(stn_mode, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({part: getattr(model, name).state_dict() for part, name in CHECKPOINT_PARTS.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("stored", STN_MODES)
+def test_only_its_own_mode_loads(stored, tmp_path):
+    named = write_checkpoint(checkpoint_file(tmp_path, stored, 2, "screw"), stored)
+    renamed = write_checkpoint(tmp_path / "weights.pt", stored)
+    for asked in STN_MODES:
+        if asked == stored:
+            assert load_checkpoint(named, asked, SIDE).stn_mode == asked
+            continue
+        with pytest.raises(UserError, match=f"named after --stn_mode {stored}, not {asked}"):
+            load_checkpoint(named, asked, SIDE)
+        if {asked, stored} != {"translation", "shear"}:  # two parameters, both 0 at the start: cannot be told apart
+            with pytest.raises(UserError, match=str(renamed)):
+                load_checkpoint(renamed, asked, SIDE)
+
+
+def test_checkpoint_of_another_size_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "weights.pt", "affine", 96)
+    with pytest.raises(UserError, match=r"does not fit --stn_mode affine --img_size 64.*stn1\.fc\.0\.weight"):
+        load_checkpoint(path, "affine", 64)
+
+
+@pytest.mark.parametrize("content", [{"STN": {}}, {"model": {}}, [1, 2], {"STN": {}, "ENC": {}, "PRED": 3}])
+def test_foreign_files_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"is not RegAD's"):
+        load_checkpoint(tmp_path / "other.pt", "affine", SIDE)
+
+
+def test_missing_tensors_are_named(tmp_path):
+    path = write_checkpoint(tmp_path / "weights.pt", "affine")
+    content = torch.load(path, weights_only=True)
+    del content["ENC"]["conv3.weight"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"ENC.*conv3\.weight"):
+        load_checkpoint(path, "affine", SIDE)
+
+
+def test_path_of_a_checkpoint(tmp_path):
+    expected = tmp_path / "affine/4/pill/pill_4_affine_model.pt"
+    assert checkpoint_file(tmp_path, "affine", 4, "pill") == expected
+
+
+@needs_reference
+def test_released_format_has_exactly_our_names():
+    stored = torch.load(GOLDEN_CHECKPOINT, weights_only=True)
+    model = RegAD("rotation_scale")
+    for part, attribute in CHECKPOINT_PARTS.items():
+        ours = {name: value.shape for name, value in getattr(model, attribute).state_dict().items()}
+        assert ours == {name: value.shape for name, value in stored[part].items()}
+
+
+@needs_reference
+def test_trunk_weights_reach_the_trunk():
+    stored = torch.load(TRUNK, weights_only=True)
+    state = untrained(str(TRUNK), "rotation_scale", SIDE).stn.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in stored.items())
+
+
+def test_whole_resnet_weights_are_taken_too(tmp_path):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(5)
+    whole = resnet18(weights=None).state_dict()
+    torch.save(whole, tmp_path / "resnet18.pth")
+    state = untrained(str(tmp_path / "resnet18.pth"), "affine", SIDE).stn.state_dict()
+    assert torch.equal(state["layer3.1.conv2.weight"], whole["layer3.1.conv2.weight"])
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save({"conv1.weight": torch.rand(64, 3, 7, 7)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not those of a ResNet-18"):
+        untrained(str(tmp_path / "other.pth"), "affine", SIDE)
+    with pytest.raises(UserError, match="no weights file"):
+        untrained(str(tmp_path / "missing.pth"), "affine", SIDE)
+
+
+def test_without_network_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"Network is unreachable.*--weights FILE.*--weights none"):
+        untrained("imagenet", "affine", SIDE)
+
+
+def test_random_weights_follow_the_seed():
+    def first() -> torch.Tensor:
+        return untrained("none", "affine", SIDE).stn.conv1.weight
+
+    torch.manual_seed(1)
+    one = first()
+    torch.manual_seed(1)
+    assert torch.equal(first(), one)
+    assert not torch.equal(first(), one)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stn_mode", ["rotation_scale", "affine"])
+def test_cuda_equals_cpu(stn_mode):
+    resolve_device("cuda")  # also switches TF32 off
+    network = shaken(stn_mode)
+    on_cpu = network.features(pictures(4))
+    on_cuda = folded(network.cuda()).features(pictures(4).cuda())
+    for a, b in zip(on_cpu, on_cuda, strict=True):
+        assert (a - b.cpu()).norm() / a.norm() < 1e-5

@@ -1,0 +1,85 @@
+"""What test.py draws of a scored category."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from datasets.images import read_picture
+from datasets.mvtec import LabelledDataset, list_test_items
+from reports import gallery
+from reports.drawing import CAPTION_HEIGHT, GAP
+from reports.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, save_gallery, with_own_threshold
+
+SIZE = 64
+
+
+@pytest.fixture
+def scored(demo_data) -> Scored:
+    """The ring's test pictures with drawn scores: each map is flat but for its maximum."""
+    dataset = LabelledDataset(list_test_items(demo_data / "ring"), SIZE)
+    labels = np.array([item.label for item in dataset.items])
+    maps = np.full((len(labels), SIZE, SIZE), 1.0, np.float32)
+    maps[:, 20, 30] = np.random.default_rng(0).normal(10 + 2 * labels, 2)
+    return with_own_threshold(dataset, maps)
+
+
+def test_threshold_finds_most_defects_at_fewest_false_alarms(scored):
+    def youden(limit: float) -> float:
+        called = scored.scores > limit
+        return called[scored.labels].mean() - called[~scored.labels].mean()
+
+    assert youden(scored.threshold) == pytest.approx(max(youden(score - 1e-3) for score in scored.scores))
+    assert 0 < scored.wrong.sum() < len(scored.scores)
+
+
+def test_worst_come_first(scored):
+    order, wrong = scored.worst_first(), scored.wrong
+    assert wrong[order[: wrong.sum()]].all() and not wrong[order[wrong.sum() :]].any()
+    missed, alarms = (order[(wrong & kind)[order]] for kind in (scored.labels, ~scored.labels))
+    assert (np.diff(scored.scores[missed]) >= 0).all() and (np.diff(scored.scores[alarms]) <= 0).all()
+
+
+def test_threshold_is_a_number_where_scores_say_nothing(scored):
+    flat = with_own_threshold(scored.dataset, np.ones_like(scored.maps))
+    assert np.isfinite(flat.threshold)
+    upside_down = np.where(scored.labels, 1.0, 2.0)[:, None, None] * np.ones_like(scored.maps)
+    assert np.isfinite(with_own_threshold(scored.dataset, upside_down).threshold)
+
+
+def test_examples_come_from_every_folder(scored):
+    items = scored.dataset.items
+    kinds = {item.defect for item in items}
+    assert {items[index].defect for index in choose_examples(items, len(kinds))} == kinds
+    assert choose_examples(items, -1) == list(range(len(items)))
+
+
+@pytest.mark.parametrize("count", [3, -1])
+def test_files(scored, tmp_path, monkeypatch, count):
+    monkeypatch.setattr(gallery, "PAGE_PICTURES", 2)
+    save_gallery(tmp_path, "ring", scored, count, workers=2)
+    assert len(list(tmp_path.glob("*/*.jpg"))) == (3 if count == 3 else len(scored.scores))
+    sheet = read_picture(tmp_path / "contact_sheet.jpg")
+    assert sheet.width == SHEET_COLUMNS * (2 * TILE + 2 * GAP) - GAP
+    page = (tmp_path / "report.html").read_text()
+    rows = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])["rows"]
+    assert [row["score"] for row in rows] == scored.scores.tolist()
+    assert [index for index, row in enumerate(rows) if row["image"]] == sorted(scored.worst_first()[:2])
+    assert [row["kind"] == "good" for row in rows] == (~scored.labels).tolist()
+    assert f"{(scored.wrong & scored.labels).sum()} missed" in page
+
+
+def test_panels_show_truth_and_heat(scored, tmp_path):
+    save_gallery(tmp_path, "ring", scored, -1, workers=2)
+    index = int(scored.scores.argmax())
+    panels = np.asarray(read_picture(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[CAPTION_HEIGHT:]
+    image, truth, heat, over = (panels[:, at : at + SIZE] for at in range(0, panels.shape[1], SIZE + GAP))
+    assert np.unravel_index(heat.sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)
+    assert np.unravel_index(abs(over - image).sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)
+    changed = np.argwhere(abs(truth - image).sum(axis=2) > 120)
+    marked = np.argwhere(scored.dataset[index]["mask"].numpy())
+    np.testing.assert_allclose(changed.min(axis=0), marked.min(axis=0), atol=2)
+    np.testing.assert_allclose(changed.max(axis=0), marked.max(axis=0), atol=2)

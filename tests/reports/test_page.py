@@ -1,0 +1,335 @@
+"""The HTML report in a real browser: what it counts, sorts and shows, by keyboard, on a phone's width, offline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_curve
+
+from reports.page import PageRow, as_data_uri, write_page
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (requirements-dev.txt)")
+
+KINDS = ("good", "rust", "scratch")
+PHONE = 390  # CSS pixels
+ODD_NAMES = (
+    "</script><img src=x onerror=alert(1)>",
+    "a&b \"q\" 'x'",
+    "größe 部品.png",
+    "<!--<script>",
+    "$title \\u003c",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs chromium (or google-chrome) and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    # with its path given, selenium looks for no driver in the network
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def make_rows(with_kinds: bool, count: int = 12) -> list[PageRow]:
+    rng = np.random.default_rng(7)
+    scores = rng.normal(15, 3, count) + 2 * (np.arange(count) % len(KINDS))
+    scores[1:9:2] = scores[-1]  # equal scores, normal and defective ones
+    pictures = rng.integers(0, 256, (count, 8, 24, 3), dtype=np.uint8)
+    rows = zip(rng.permutation(count), scores.tolist(), [*KINDS] * count, pictures, strict=False)
+    return [
+        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(Image.fromarray(picture)))
+        for name, score, kind, picture in rows
+    ]
+
+
+def show(
+    browser, folder: Path, rows: Sequence[PageRow], threshold: float | None = 16.0, texts: Sequence[str] = ("a", "b")
+) -> str:
+    """Writes and opens the page with a title and a note; its address."""
+    write_page(folder / "page.html", texts[0], texts[1:], rows, threshold)
+    for log in ("browser", "performance"):
+        browser.get_log(log)  # reading empties them
+    browser.get((folder / "page.html").as_uri())
+    return browser.current_url
+
+
+def find(browser, selector: str):
+    return browser.find_element("css selector", selector)
+
+
+def cells(browser, table: str) -> list[list[str]]:
+    """The texts of a table's rows as shown on the screen."""
+    script = "return [...arguments[0].tBodies[0].rows].map(r => [...r.cells].map(c => c.innerText))"
+    return browser.execute_script(script, find(browser, table))
+
+
+def press(browser, *keys: str) -> None:
+    webdriver.ActionChains(browser).send_keys(*keys).perform()
+
+
+def tab_to(browser, selector: str):
+    """Presses Tab until the first element of `selector` has the focus."""
+    wanted = find(browser, selector)
+    for _ in range(20):
+        if browser.switch_to.active_element == wanted:
+            return wanted
+        press(browser, webdriver.Keys.TAB)
+    pytest.fail(f"Tab does not reach {selector}")
+
+
+def bars(browser, selector: str = "rect") -> np.ndarray:
+    """Pictures in each bar of the histogram, from what is drawn: its height beside the axis."""
+    script = "return [...document.querySelectorAll('#histogram ' + arguments[0])].map(r => +r.getAttribute('height'))"
+    top = int(find(browser, "#histogram text").get_attribute("textContent").split()[0])
+    return np.array(browser.execute_script(script, selector)) / 150 * top
+
+
+def check_decisions(browser, rows: Sequence[PageRow], limit: float) -> None:
+    called = {row.name: row.score > limit for row in rows}
+    shown = {row[1]: row[-1] for row in cells(browser, "#pictures")}
+    assert shown == {name: "defective" if bad else "normal" for name, bad in called.items()}
+    counts = f"{sum(called.values())} of {len(rows)} called defective"
+    if rows[0].kind is not None:
+        found, alarms = (sum(called[r.name] for r in rows if (r.kind != "good") == bad) for bad in (True, False))
+        goods = sum(row.kind == "good" for row in rows)
+        counts += f"; {found} of {len(rows) - goods} defects found, {alarms} of {goods} false alarms"
+        assert cells(browser, "#kinds") == by_kind(rows, limit)
+        dot = [float(find(browser, "#dot").get_attribute(key)) for key in ("cx", "cy")]
+        np.testing.assert_allclose(roc_points([dot]), [[alarms / goods, found / (len(rows) - goods)]], atol=1e-9)
+    assert find(browser, "#counts").text == counts
+
+
+def by_kind(rows: Sequence[PageRow], limit: float) -> list[list[str]]:
+    table = []
+    for kind, group in groupby(sorted(rows, key=lambda row: row.kind), key=lambda row: row.kind):
+        scores = np.array([row.score for row in group])
+        called = int((scores > limit).sum())
+        table.append([kind, str(len(scores)), f"{scores.mean():.2f}", f"{called} ({100 * called / len(scores):.0f} %)"])
+    return table
+
+
+def roc_points(places: Sequence[Sequence[float]]) -> np.ndarray:
+    """Places in the drawing -> (false alarms, found), by the drawn frame."""
+    return (np.asarray(places) - [120, 185]) / [180, -175]
+
+
+@pytest.mark.parametrize("with_kinds", [True, False])
+def test_every_threshold_recounts(with_kinds, browser, tmp_path):
+    rows = make_rows(with_kinds)
+    show(browser, tmp_path, rows, 16.0)
+    check_decisions(browser, rows, 16.0)
+    number, slider = find(browser, "#number"), tab_to(browser, "#slider")
+    keys = webdriver.Keys
+    for key, times, rises in (
+        (keys.RIGHT, 1, True),
+        (keys.LEFT, 60, False),
+        (keys.HOME, 1, False),
+        (keys.END, 1, True),
+    ):
+        before = float(number.get_property("value"))
+        press(browser, key * times)
+        limit = float(number.get_property("value"))
+        assert limit == float(slider.get_property("value")) and (limit > before) == rises
+        check_decisions(browser, rows, limit)
+    select = (keys.SHIFT, keys.HOME, keys.NULL)
+    for text in ("14.25", str(rows[1].score), "-3", "1e3"):  # the second: equal is not above
+        number.send_keys(*select, text, keys.ENTER)
+        check_decisions(browser, rows, float(text))
+        assert number.get_property("value") == text
+    number.send_keys(*select, keys.DELETE, keys.ENTER)  # gives the run's threshold back
+    check_decisions(browser, rows, 16.0)
+
+
+def test_the_drawings_hold_the_scores(browser, tmp_path):
+    rows = make_rows(True, 60)
+    show(browser, tmp_path, rows)
+    defects, scores = np.array([row.kind != "good" for row in rows]), np.array([row.score for row in rows])
+    points = find(browser, "#curve").get_attribute("points").split()
+    alarms, found, _ = roc_curve(defects, scores, drop_intermediate=False)
+    shown = roc_points([[float(value) for value in point.split(",")] for point in points])
+    np.testing.assert_allclose(shown, np.stack([alarms, found], 1), atol=1e-9)
+    reach = tuple(float(find(browser, "#slider").get_property(end)) for end in ("min", "max"))
+    for fill, chosen in (("bar", ~defects), ("bad", defects)):
+        drawn = bars(browser, f"rect[fill='var(--{fill})']")
+        np.testing.assert_allclose(drawn, np.histogram(scores[chosen], 40, reach)[0], atol=1e-9)
+    ticks = "return [...document.querySelectorAll('#histogram text')].map(t => [+t.textContent, +t.getAttribute('x')])"
+    values, places = np.array(
+        [tick for tick in browser.execute_script(ticks)[2:] if tick[0] is not None]
+    ).T  # in JSON no NaN
+    assert len(values) > 2
+    np.testing.assert_allclose(places, 30 + 380 * (values - reach[0]) / (reach[1] - reach[0]))
+    assert float(find(browser, "#mark").get_attribute("x1")) == pytest.approx(np.interp(16, reach, (30, 410)))
+
+
+def test_sorting_by_keyboard(browser, tmp_path):
+    rows = make_rows(True)
+    show(browser, tmp_path, rows)
+    states = "return [...document.querySelectorAll('#pictures th')].map(th => th.getAttribute('aria-sort'))"
+    score, by_name = (lambda row: row.score), (lambda row: row.name)
+    ordered = sorted(rows, key=score, reverse=True)
+    assert [row[1] for row in cells(browser, "#pictures")] == [row.name for row in ordered]
+    assert browser.execute_script(states) == [None, None, None, "descending", None]
+    for column, key, falling in ((1, by_name, False), (1, by_name, True), (3, score, True), (3, score, False)):
+        button = tab_to(browser, f"#pictures th:nth-child({column + 1}) button")
+        press(browser, webdriver.Keys.ENTER)
+        ordered = sorted(ordered, key=key, reverse=falling)  # equal ones stay as they were
+        shown = cells(browser, "#pictures")
+        assert [row[1] for row in shown] == [row.name for row in ordered]
+        assert [row[3] for row in shown] == [f"{row.score:.2f}" for row in ordered]
+        expected = [None] * 5
+        expected[column] = "descending" if falling else "ascending"
+        assert browser.execute_script(states) == expected
+        assert browser.switch_to.active_element == button
+        find(browser, "#number").click()  # Tab goes on from before the table
+
+
+def test_names_are_text(browser, tmp_path):
+    image = make_rows(False, 1)[0].image
+    rows = [PageRow(name, float(i), name, image) for i, name in enumerate(ODD_NAMES)]
+    show(browser, tmp_path, rows, 2.0, [" ".join(ODD_NAMES), *ODD_NAMES])
+    assert browser.title == find(browser, "h1").text == " ".join(ODD_NAMES)
+    assert [note.text for note in browser.find_elements("css selector", ".notes li")] == list(ODD_NAMES)
+    assert [row[1:3] for row in cells(browser, "#pictures")] == [[name, name] for name in reversed(ODD_NAMES)]
+    assert sorted(row[0] for row in cells(browser, "#kinds")) == sorted(ODD_NAMES)
+    for row, button in zip(reversed(rows), browser.find_elements("css selector", ".thumb"), strict=True):
+        assert button.accessible_name == f"enlarge {row.name}"
+        button.send_keys(webdriver.Keys.ENTER)
+        assert find(browser, "dialog p").text == f"{row.name}, score {row.score:.2f}"
+        press(browser, webdriver.Keys.ESCAPE)
+    assert len(browser.find_elements("css selector", "script")) == 2
+    assert len(browser.find_elements("css selector", "img")) == len(rows) + 1  # thumbnails, and the dialog's
+    assert browser.get_log("browser") == []  # an open alert would have failed the calls above
+
+
+@pytest.fixture
+def phone(browser) -> Iterator:
+    size = {"width": PHONE, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("with_kinds", [True, False])
+@pytest.mark.parametrize("part", ["x" * 300, "Oberfläche 7/部品_" * 30])
+def test_a_phone_needs_no_sideways_scrolling(part, with_kinds, phone, tmp_path):
+    rows = [
+        row._replace(name=part + row.name, kind=row.kind and row.kind + part, score=row.score + 1000)
+        for row in make_rows(with_kinds)
+    ]
+    show(phone, tmp_path, rows, 1016.0, [part, part])
+    page = find(phone, "html")
+    width = page.get_property("clientWidth")
+    assert page.get_property("scrollWidth") == width <= PHONE
+    tab_to(phone, ".thumb").send_keys(webdriver.Keys.ENTER)
+    script = """return [...document.querySelectorAll("button, input, output, svg, table, dialog, img, td")]
+        .filter(e => { const box = e.getBoundingClientRect(); return box.left < 0 || box.right > arguments[0]; })
+        .map(e => e.outerHTML.slice(0, 60))"""
+    assert phone.execute_script(script, width) == []
+    dialog = find(phone, "dialog")
+    assert dialog.get_property("open") and dialog.get_property("scrollWidth") <= dialog.get_property("clientWidth")
+
+
+def test_thumbnails_open_by_keyboard(browser, tmp_path):
+    rows = sorted(make_rows(False), key=lambda row: -row.score)
+    show(browser, tmp_path, rows)
+    thumbnail, dialog = tab_to(browser, ".thumb"), find(browser, "dialog")
+    assert not dialog.is_displayed()
+    press(browser, webdriver.Keys.ENTER)
+    assert dialog.is_displayed() and find(browser, "dialog p").text == f"{rows[0].name}, score {rows[0].score:.2f}"
+    large = find(browser, "dialog img")
+    assert large.get_property("src") == rows[0].image and large.get_property("naturalWidth") == 24
+    assert large.size["width"] > 500 and thumbnail.size["width"] < 100
+    press(browser, webdriver.Keys.ESCAPE)
+    assert not dialog.is_displayed() and browser.switch_to.active_element == thumbnail
+    press(browser, webdriver.Keys.ENTER, webdriver.Keys.ENTER)  # opens, and its button closes
+    assert not dialog.is_displayed() and browser.switch_to.active_element == thumbnail
+
+
+def test_nothing_is_fetched(browser, tmp_path):
+    address = show(browser, tmp_path, make_rows(True))
+    tab_to(browser, "#slider").send_keys(webdriver.Keys.ARROW_LEFT)
+    tab_to(browser, "#pictures th button").send_keys(webdriver.Keys.ENTER)
+    tab_to(browser, ".thumb").send_keys(webdriver.Keys.ENTER)
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert address in sent and [url for url in sent if url != address and not url.startswith("data:image/jpeg")] == []
+    assert browser.get_log("browser") == []
+
+
+def test_a_long_table_is_cut(browser, tmp_path):
+    """Not the counts and drawings: they hold all rows."""
+    rows = [row._replace(image="") for row in make_rows(True, 2100)]
+    show(browser, tmp_path, rows)
+    assert find(browser, "#left-out").text.startswith("The first 2000 ") and round(bars(browser).sum()) == 2100
+    tab_to(browser, "#slider").send_keys(webdriver.Keys.HOME)
+    assert find(browser, "#counts").text.startswith("2100 of 2100 called defective")
+    press(browser, webdriver.Keys.PAGE_UP * 4)
+    limit = float(find(browser, "#number").get_property("value"))
+    names = sorted(row.name for row in rows)
+    decisions = {row.name: "defective" if row.score > limit else "normal" for row in rows}
+    for expected in (names[:2000], names[:-2001:-1]):
+        find(browser, "#pictures th button").send_keys(webdriver.Keys.ENTER)
+        assert [(row[1], row[-1]) for row in cells(browser, "#pictures")] == [(n, decisions[n]) for n in expected]
+
+
+ONE = make_rows(True, 1)
+ODD_TABLES = {
+    "empty": ([], 3.0),
+    "empty, no threshold": ([], None),
+    "one": (ONE, 16.0),
+    "one, no threshold": ([ONE[0]._replace(kind=None)], None),
+    "equal": ([row._replace(score=5.0) for row in make_rows(True)], 5.0),
+    "only good": ([row._replace(kind="good") for row in make_rows(True)], 16.0),
+    "only defects": ([row._replace(kind="rust") for row in make_rows(True)], 16.0),
+    "no threshold": (make_rows(True), None),
+    "no pictures": ([row._replace(image="") for row in make_rows(False)], 16.0),
+    "far threshold": (make_rows(True), -1e6),
+    "tiny scores": ([row._replace(score=row.score * 1e-7) for row in make_rows(False)], 1.6e-6),
+    "large scores": ([row._replace(score=row.score * 1e7) for row in make_rows(False)], 1.6e8),
+}
+
+
+def check_labels(browser) -> None:
+    """No text of the histogram leaves the drawing or runs into the next one of its line."""
+    script = """return [...document.querySelectorAll("#histogram, #histogram text")].map(
+        e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right, e.getAttribute("y")])"""
+    (first, last, _), *texts = browser.execute_script(script)
+    assert all(first <= left and right <= last for left, right, _ in texts)
+    assert all(right < left or line != other for (_, right, line), (left, _, other) in pairwise(texts))
+
+
+@pytest.mark.parametrize("case", ODD_TABLES)
+def test_odd_tables(case, browser, tmp_path):
+    rows, threshold = ODD_TABLES[case]
+    show(browser, tmp_path, rows, threshold)
+    assert len(cells(browser, "#pictures")) == len(rows) == round(bars(browser).sum())
+    goods = sum(row.kind in ("good", None) for row in rows)
+    assert find(browser, "#roc-part").is_displayed() == (0 < goods < len(rows))
+    if threshold is None:
+        assert {row[-1] for table in ("#pictures", "#kinds") for row in cells(browser, table)} <= {""}
+        assert find(browser, "#counts").text.startswith("nothing is decided")
+    slider = find(browser, "#slider")
+    for key in (webdriver.Keys.HOME, webdriver.Keys.END, webdriver.Keys.ARROW_LEFT):
+        slider.send_keys(key)
+        limit = float(slider.get_property("value"))
+        decisions = {row[1]: row[-1] for row in cells(browser, "#pictures")}
+        assert decisions == {row.name: "defective" if row.score > limit else "normal" for row in rows}
+    assert len({row[-2] for row in cells(browser, "#pictures")}) == len({row.score for row in rows})
+    check_labels(browser)
+    drawn = "return [...document.querySelectorAll('svg *')].filter(e => e.outerHTML.match(/NaN|Infinity/)).length"
+    assert browser.execute_script(drawn) == 0 and browser.get_log("browser") == []

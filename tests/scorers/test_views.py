@@ -1,0 +1,118 @@
+"""Views, warps and score maps against kornia, scipy, and pictures small enough to check by eye."""
+
+from __future__ import annotations
+
+import math
+
+import kornia
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import plain
+from scorers.views import (
+    ROTATION_ANGLES,
+    TRANSLATIONS,
+    VIEWS_PER_IMAGE,
+    inverse_affine,
+    score_map_matrix,
+    support_views,
+    warp,
+)
+
+SIDE = 32
+
+
+def picture(size: int = SIDE) -> torch.Tensor:
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_views_are_the_release_s():
+    image = picture()
+    views = support_views(image)
+    assert len(views) == VIEWS_PER_IMAGE == 22
+    expected = [image]
+    for angle in ROTATION_ANGLES:
+        degrees = torch.tensor([math.degrees(angle)])
+        expected.append(
+            kornia.geometry.rotate(image, degrees, mode="bilinear", padding_mode="reflection", align_corners=False)
+        )
+    for x, y in TRANSLATIONS:
+        pixels = torch.tensor([[-x * SIDE / 2, -y * SIDE / 2]])
+        expected.append(
+            kornia.geometry.translate(image, pixels, mode="bilinear", padding_mode="reflection", align_corners=False)
+        )
+    expected.append(kornia.geometry.hflip(image))
+    expected += [torch.from_numpy(np.rot90(image.numpy(), turns, (2, 3)).copy()) for turns in (1, 2, 3)]
+    expected.append(kornia.color.rgb_to_grayscale(image).expand(-1, 3, -1, -1))
+    torch.testing.assert_close(views, torch.cat(expected), rtol=0, atol=5e-5)
+
+
+def test_tables_of_the_release():
+    assert [round(angle * 16 / math.pi) for angle in ROTATION_ANGLES] == [-4, -3, -2, -1, 1, 2, 3, 4]
+    assert TRANSLATIONS[:4] == ((0.2, 0.2), (-0.2, 0.2), (-0.2, -0.2), (0.2, -0.2))
+    assert TRANSLATIONS[4:] == ((0.1, 0.1), (-0.1, 0.1), (-0.1, -0.1), (0.1, -0.1))
+
+
+def test_positive_translation_moves_left_and_up():
+    dot = torch.zeros(1, 3, 20, 20)
+    dot[..., 10, 12] = 1
+    moved = support_views(dot)[9, 0]  # the first translation, (.2, .2): a tenth of the side
+    assert (moved == moved.max()).nonzero().tolist() == [[8, 10]]
+
+
+def test_views_of_several_pictures_stay_apart():
+    images = torch.cat([picture(), 1 - picture()])
+    both = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, 2))
+    for number in (0, 1):
+        torch.testing.assert_close(both[:, number], support_views(images[number : number + 1]))
+
+
+def test_reflection_outside():
+    row = torch.arange(4.0).view(1, 1, 1, 4)
+    shift = torch.tensor([[[1.0, 0, 1], [0, 1, 0]]])  # half the width: outputs 0..3 read inputs 2..5
+    assert warp(row, shift).flatten().tolist() == [2, 3, 3, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6), st.sampled_from([(5, 7), (8, 8), (14, 14)]))
+def test_channels_last_route_equals_grid_sample(offsets, sides):
+    x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theta = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64) + torch.tensor(offsets, dtype=torch.float64)
+    theta = theta.view(1, 2, 3).repeat(2, 1, 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    expected = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    with torch.no_grad():
+        found = warp(x.contiguous(memory_format=torch.channels_last), theta)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_warps_can_be_trained_through():
+    theta = torch.eye(2, 3)[None].requires_grad_()
+    warp(picture().contiguous(memory_format=torch.channels_last), theta).sum().backward()
+    assert theta.grad is not None
+
+
+def test_inverse_affine():
+    theta = torch.eye(2, 3, dtype=torch.float64) + 0.3 * torch.randn(
+        50, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    full = torch.cat([theta, torch.tensor([0.0, 0, 1], dtype=torch.float64).expand(50, 1, 3)], dim=1)
+    torch.testing.assert_close(inverse_affine(theta), torch.linalg.inv(full)[:, :2], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("grid", "size"), [(56, 224), (64, 256), (8, 32), (20, 80), (4, 16)])
+def test_score_map_is_bilinear_then_gaussian_filter(grid, size):
+    distance = torch.rand(3, grid, grid, generator=torch.Generator().manual_seed(0)) * 40
+    matrix = score_map_matrix(grid, size)
+    expected = plain.score_maps(distance.double(), size)
+    np.testing.assert_allclose((matrix @ distance @ matrix.T).numpy(), expected, rtol=3e-6)
+
+
+def test_score_map_keeps_a_constant():
+    matrix = score_map_matrix(56, 224)
+    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(224))

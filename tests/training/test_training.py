@@ -1,0 +1,400 @@
+"""Training steps against the release's own trace and the plain definition, and runs that are killed and continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from benchmarks import plain
+from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
+from datasets.cache import SourcePictures
+from datasets.episodes import draw_episodes, read_episodes
+from datasets.mvtec import list_source_images
+from losses.norm_loss import registration_loss
+from models.regad import CHECKPOINT_PARTS, RECIPE, RegAD, load_checkpoint
+from tests.commands.test_commands import test_command
+from training.loop import Trainer, learning_rate
+from training.records import RunFiles
+from utils.utils import PROJECT_ROOT, StageClock, UserError
+
+CPU = torch.device("cpu")
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """The recorded trace, its episodes read as a user's list of episodes is, and the pictures they name."""
+    recorded = json.loads((GOLDEN / "train_trace.json").read_text())
+    file = tmp_path_factory.mktemp("trace") / "episodes.json"
+    file.write_text(json.dumps(recorded["episodes"]))
+    sources = list_source_images(DATA, "folder", target="")
+    names = {category: [path.name for path in paths] for category, paths in sources.items()}
+    episodes = read_episodes(file, names)
+    wanted = defaultdict(set)
+    for e in episodes:
+        wanted[e.category] |= {*e.query, *(n for k in e.support for n in k)}
+    few = {c: [path for path in sources[c] if path.name in of_category] for c, of_category in wanted.items()}
+    return recorded, episodes, few
+
+
+def golden_trainer(dtype: torch.dtype, recorded: dict) -> Trainer:
+    model = load_checkpoint(GOLDEN_CHECKPOINT, recorded["stn_mode"], 224).to(dtype).train()
+    return Trainer(model, recorded["lr"], recorded["momentum"])
+
+
+def states(model: RegAD) -> dict[str, torch.Tensor]:
+    parts = {part: getattr(model, name).state_dict() for part, name in CHECKPOINT_PARTS.items()}
+    return {f"{part}.{key}": value.clone() for part, state in parts.items() for key, value in state.items()}
+
+
+@needs_reference
+@pytest.mark.parametrize("path", ["the release's memory order", "as trained"])
+def test_golden_trace(path, trace, monkeypatch):
+    """In the release's memory order (NCHW, three channels of grey) all bits agree. In ours the order of summation
+    differs, and six steps amplify that rounding: most in the heads that predict the warps, whose gradient jumps where
+    a sampling point or a pooled maximum changes its cell.
+    """
+    recorded, episodes, sources = trace
+    exact = path != "as trained"
+    pictures = SourcePictures(sources, 224, None, 0, CPU, torch.float64)
+    trainer = golden_trainer(torch.float64, recorded)
+    if exact:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # all three channels
+        trainer.model.to(memory_format=torch.contiguous_format)
+    start, losses = states(trainer.model), []
+    for episode in episodes:
+        query, support = pictures.episode(episode)
+        if exact:
+            query, support = query.contiguous(), support.contiguous()
+        losses.append(trainer.step(query, support, StageClock()).item())
+    assert losses == pytest.approx(recorded["losses"], abs=1e-9 if exact else 1e-8)
+    final = {name: value.double() for name, value in states(trainer.model).items()}
+    assert final.keys() == recorded["final"].keys()
+    for name, value in final.items():
+        bound = 1e-8 if exact else 2e-2 if ".stn" in name else 1e-5
+        expected, scale = recorded["final"][name], value.norm().item()
+        assert scale == pytest.approx(expected["norm"], rel=bound), name
+        spread = 1 if exact else math.sqrt(value.numel())  # how much more than the norm a sum can move
+        assert value.sum().item() == pytest.approx(expected["sum"], rel=bound, abs=bound * scale * spread), name
+        change = (value - start[name].double()).norm().item()
+        assert change == pytest.approx(expected["change"], rel=bound, abs=bound * scale), name
+        assert value.flatten()[:3].tolist() == pytest.approx(expected["first"], rel=bound, abs=bound * scale), name
+
+
+@needs_reference
+def test_golden_trace_in_float32(trace):
+    """The first loss; after one update, rounding has grown too much to compare."""
+    recorded, episodes, sources = trace
+    query, support = SourcePictures(sources, 224, None, 0, CPU).episode(episodes[0])
+    loss = golden_trainer(torch.float32, recorded).step(query, support, StageClock())
+    assert loss.item() == pytest.approx(recorded["losses"][0], abs=1e-6)
+
+
+def test_step_equals_the_plain_step(demo_data):
+    """Coloured pictures, in float64: the loss, and every weight after one update."""
+    sources = list_source_images(demo_data, "folder", "ring")
+    names = {category: [path.name for path in paths] for category, paths in sources.items()}
+    pictures = SourcePictures(sources, SIZE, None, 0, CPU, torch.float64)
+    (episode,) = draw_episodes(names, shot=3, batch_size=8, seed=0, epoch=1)
+    query, support = pictures.episode(episode)
+    torch.manual_seed(0)
+    model, twin = RegAD("affine", SIZE).double().train(), RegAD("affine", SIZE).double().train()
+    with torch.no_grad():
+        for head in (model.stn.stn1, model.stn.stn2, model.stn.stn3):  # away from the identity, where gradients jump
+            head.fc[2].bias.add_(0.1 * torch.randn(6, dtype=torch.float64))
+    twin.load_state_dict(model.state_dict())
+    expected = plain.training_step(twin, plain.optimizers(twin, 0.1, 0.9), query, support)
+    assert Trainer(model, 0.1, 0.9).step(query, support, StageClock()).item() == pytest.approx(expected, abs=1e-12)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_loss_by_hand():
+    """Two pictures of one position and two channels; cosines 1 and 0 on one side, -1 and 0.6 on the other."""
+    z_support = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).view(2, 2, 1, 1)
+    p_query = torch.tensor([[5.0, 0.0], [1.0, 0.0]]).view(2, 2, 1, 1)
+    z_query = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).view(2, 2, 1, 1)
+    p_support = torch.tensor([[-2.0, -2.0], [0.8, 0.6]]).view(2, 2, 1, 1)
+    loss = registration_loss(p_query, z_query, p_support, z_support)
+    assert loss.item() == pytest.approx(-((1 + 0) / 2 + (-1 + 0.6) / 2) / 2)
+
+
+def test_gradient_stops_at_z():
+    p, z = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in "pz")
+    registration_loss(p, z, p, z).backward()
+    assert z.grad is None and p.grad.abs().max() > 0
+
+
+def test_learning_rates():
+    assert learning_rate(1e-4, 50, 50) == 0 and learning_rate(1e-4, 25, 50) == pytest.approx(5e-5)
+    assert learning_rate(1e-4, 1, 50) == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi / 50)))
+
+
+def arguments(data: Path, folder: Path, **changes: object) -> list[str]:
+    """A complete call of train.py on the small synthetic data."""
+    given = {
+        "obj": "ring",
+        "shot": 1,
+        "data_type": "folder",
+        "data_path": data,
+        "img_size": SIZE,
+        "epochs": 2,
+        "batch_size": 2,
+        "inferences": 2,
+        "lr": 0.01,
+        "weights": "none",
+        "device": "cpu",
+        "num_workers": 0,
+        "cache_dir": folder / "cache",
+        "save_dir": folder / "save",
+    }
+    return [part for name, value in (given | changes).items() for part in (f"--{name}", str(value))]
+
+
+def files(folder: Path, shot: int = 1, stn_mode: str = "rotation_scale") -> RunFiles:
+    return RunFiles.of(folder / "save", stn_mode, shot, "ring")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(path, weights_only=True)
+    return {f"{part}.{name}": value for part in CHECKPOINT_PARTS for name, value in content[part].items()}
+
+
+def assert_equal_bits(first: Path, second: Path) -> None:
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_data, tmp_path_factory) -> Path:
+    """The folder of a run from beginning to end; others are compared with it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train.main(arguments(demo_data, folder))
+    return folder
+
+
+def test_run_leaves_whole_records(undisturbed):
+    found = files(undisturbed)
+    assert not found.state.exists()
+    lines = [json.loads(line) for line in found.epochs.read_text().splitlines()]
+    record = json.loads(found.record.read_text())
+    assert record["epochs"] == lines and [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["steps"] for line in lines] == [0, 3, 3]
+    assert lines[0]["loss"] is None and -1 <= lines[1]["loss"] < 0 and lines[2]["lr"] == 0
+    merits = [line["image_auroc"]["mean"] + line["pixel_auroc"]["mean"] for line in lines]
+    assert record["selected_epoch"] == merits.index(max(merits))
+    assert record["arguments"]["seed"] == 668 and record["versions"]["torch"]
+    assert found.curve.read_bytes().startswith(b"\x89PNG")
+    for file, epoch in ((found.selected, record["selected_epoch"]), (found.last, 2)):
+        recipe = torch.load(file, weights_only=True)[RECIPE]
+        assert recipe["epoch"] == epoch and recipe["arguments"]["obj"] == "ring"
+
+
+def test_training_moves_weights_and_the_last_epoch_only_statistics(undisturbed, demo_data, tmp_path):
+    """Its rate is 0 (release behaviour)."""
+    train.main(arguments(demo_data, tmp_path, epochs=1, select="last"))
+    torch.manual_seed(668)
+    start = {f"STN.{name}": value for name, value in RegAD("rotation_scale", SIZE).stn.state_dict().items()}
+    one, two = weights(files(tmp_path).last), weights(files(undisturbed).last)
+    for name, value in start.items():
+        assert torch.equal(value, one[name]) == ("running" not in name and "num_batches" not in name), name
+    assert not torch.equal(start["STN.conv1.weight"], two["STN.conv1.weight"])
+
+
+@pytest.mark.parametrize("which", ["_model", "_last"])
+def test_training_and_test_py_give_equal_numbers(which, undisturbed, demo_data, tmp_path):
+    record = json.loads(files(undisturbed).record.read_text())
+    entry = record["epochs"][record["selected_epoch"] if which == "_model" else 2]
+    checkpoint = files(undisturbed).selected if which == "_model" else files(undisturbed).last
+    test_command.main(
+        f"--obj ring --shot 1 --data_type folder --img_size {SIZE} --inferences 2 --device cpu --num_workers 0".split()
+        + ["--data_path", str(demo_data), "--checkpoint", str(checkpoint), "--output", str(tmp_path)]
+    )
+    (file,) = tmp_path.glob("*.json")
+    scored = json.loads(file.read_text())
+    rounds = [{key: one[key] for key in ("image_auroc", "pixel_auroc")} for one in scored["rounds"]]
+    assert rounds == entry["rounds"]
+
+
+@pytest.mark.parametrize("change", [{}, {"num_workers": 2}, {"cache_dir": "none"}, {"eval_every": 2}])
+def test_same_seed_same_bits(change, undisturbed, demo_data, tmp_path):
+    """Whoever decodes, with or without a cache, and however often the target is scored."""
+    train.main(arguments(demo_data, tmp_path, **change))
+    assert_equal_bits(files(undisturbed).last, files(tmp_path).last)
+
+
+def test_another_seed_gives_other_weights(undisturbed, demo_data, tmp_path):
+    train.main(arguments(demo_data, tmp_path, seed=1))
+    a, b = (weights(files(folder).last) for folder in (undisturbed, tmp_path))
+    assert not torch.equal(a["STN.conv1.weight"], b["STN.conv1.weight"])
+
+
+def test_the_second_epoch_opens_no_picture(demo_data, tmp_path, monkeypatch):
+    import datasets.images
+
+    opened, original = [], datasets.images.Image.open
+
+    def spy(path, *rest, **options):
+        opened.append(path)
+        return original(path, *rest, **options)
+
+    monkeypatch.setattr(datasets.images.Image, "open", spy)
+    counts = []
+    original_epoch = Trainer.train_epoch
+    monkeypatch.setattr(
+        Trainer, "train_epoch", lambda *a, **k: (counts.append(len(opened)), original_epoch(*a, **k))[1]
+    )
+    train.main(arguments(demo_data, tmp_path, epochs=3))
+    assert len(counts) == 3 and counts[0] == len(opened) == counts[2] > 10
+    opened.clear()
+    train.main(arguments(demo_data, tmp_path, save_dir=tmp_path / "other", eval_every=0, select="last"))
+    assert opened == []  # another run takes all source pictures from the cache
+
+
+@pytest.mark.parametrize("stn_mode", ["affine", "translation_scale"])
+def test_trained_modes_are_tested_with_the_published_command(stn_mode, demo_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(arguments(demo_data, tmp_path, stn_mode=stn_mode, epochs=1, shot=2, save_dir="save_checkpoints"))
+    test_command.main(
+        f"--obj ring --shot 2 --stn_mode {stn_mode} --img_size {SIZE} --data_type folder --inferences 2".split()
+        + ["--data_path", str(demo_data), "--device", "cpu", "--num_workers", "0"]
+    )
+    assert (tmp_path / f"results/ring_2_{stn_mode}.json").is_file()
+
+
+def test_tiny_data(demo_data, tmp_path):
+    """What newcomers try first: two categories with three pictures each, one epoch."""
+    for category in ("ring", "weave"):
+        for source in sorted((demo_data / category / "train/good").iterdir())[:3]:
+            link = tmp_path / "data" / category / "train/good" / source.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source)
+        (tmp_path / "data" / category / "test").symlink_to(demo_data / category / "test")
+        (tmp_path / "data" / category / "ground_truth").symlink_to(demo_data / category / "ground_truth")
+    train.main(arguments(tmp_path / "data", tmp_path, epochs=1, batch_size=32, shot=2))
+    assert files(tmp_path, shot=2).record.is_file()
+
+
+def run_and_kill(command: list[str], state: Path, after: float) -> bool:
+    """Starts training and kills it `after` seconds from its first saved state; False if it was done before."""
+    before = state.stat().st_mtime_ns if state.exists() else None
+    process = subprocess.Popen([sys.executable, "train.py", *command], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+    try:
+        return process.wait(timeout=after) != 0
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return True
+
+
+def test_killed_at_random_points_the_weights_are_the_same(demo_data, tmp_path):
+    """A state is saved after every step here, so that kills strike while files are being written, too."""
+    changes = {"epochs": 8, "eval_every": 3, "save_every": 0}
+    train.main(arguments(demo_data, tmp_path / "undisturbed", **changes))
+    expected, found = files(tmp_path / "undisturbed"), files(tmp_path / "killed")
+    command = [*arguments(demo_data, tmp_path / "killed", **changes), "--resume"]
+    generator, kills = random.Random(0), 0
+    while kills < 6 and run_and_kill(command, found.state, generator.uniform(0, 0.4)):
+        kills += 1
+        assert torch.load(found.state, weights_only=True)["progress"]
+    assert kills >= 5
+    subprocess.run([sys.executable, "train.py", *command], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert_equal_bits(expected.last, found.last)
+    assert_equal_bits(expected.selected, found.selected)
+    numbers = [
+        [(entry["loss"], entry.get("rounds")) for entry in map(json.loads, run.epochs.read_text().splitlines())]
+        for run in (expected, found)
+    ]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 9
+
+
+def test_resume_after_the_end_changes_nothing(undisturbed, demo_data, capsys):
+    before = files(undisturbed).last.stat().st_mtime_ns
+    train.main([*arguments(demo_data, undisturbed), "--resume"])
+    assert "already finished" in capsys.readouterr().out
+    assert files(undisturbed).last.stat().st_mtime_ns == before
+
+
+def interrupt_in_step(monkeypatch, number: int) -> None:
+    """Ctrl-C in the given step of the run."""
+    original, steps = Trainer.step, []
+
+    def step(self, *rest):
+        steps.append(1)
+        if len(steps) == number:
+            raise KeyboardInterrupt
+        return original(self, *rest)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_an_unfinished_run_is_not_overwritten(demo_data, tmp_path, monkeypatch):
+    interrupt_in_step(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments(demo_data, tmp_path))
+    with pytest.raises(UserError, match=r"unfinished run; continue it with --resume"):
+        train.main(arguments(demo_data, tmp_path))
+    with pytest.raises(UserError, match=r"has lr 0\.01, not 0\.5; give the same arguments"):
+        train.main([*arguments(demo_data, tmp_path, lr=0.5), "--resume"])
+
+
+def test_weights_of_others_are_not_overwritten(demo_data, tmp_path):
+    target = files(tmp_path).selected
+    target.parent.mkdir(parents=True)
+    torch.save({"STN": {}, "ENC": {}, "PRED": {}}, target)
+    before = target.read_bytes()
+    with pytest.raises(UserError, match=r"was not written by train\.py"):
+        train.main(arguments(demo_data, tmp_path))
+    assert target.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_names_its_episode(demo_data, tmp_path, monkeypatch):
+    original = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, *rest: original(self, *rest) * math.nan)
+    with pytest.raises(UserError, match=r"loss is nan in epoch 1, step 0: category weave, queries \d+\.png") as caught:
+        train.main(arguments(demo_data, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+MISTAKES = {
+    "too small": ({"img_size": 48}, r"--img_size must be a multiple of 16 from 64 on, got 48"),
+    "no epochs": ({"epochs": 0}, r"--epochs must be at least 1"),
+    "negative rate": ({"lr": -1}, r"--lr must not be negative"),
+    "infinite rate": ({"lr": "inf"}, r"--lr must not be negative or infinite"),
+    "best without scores": ({"eval_every": 0}, r"--select best needs scores"),
+    "no weights file": ({"weights": "/nowhere.pth"}, r"no weights file /nowhere\.pth"),
+    "no data": ({"data_path": "/nowhere"}, r"no category to train on in /nowhere|no data folder /nowhere"),
+    "no such category": ({"obj": "bolt"}, r"no category folder .*bolt"),
+    "no support set": ({"support_path": "/nowhere"}, r"no support set /nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_sentence_before_anything_is_written(mistake, demo_data, tmp_path):
+    change, sentence = MISTAKES[mistake]
+    with pytest.raises(UserError, match=sentence) as caught:
+        train.main(arguments(demo_data, tmp_path, **change))
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_category_with_a_single_picture_is_refused(demo_data, tmp_path):
+    lonely = tmp_path / "data" / "lonely" / "train" / "good"
+    lonely.mkdir(parents=True)
+    os.symlink(next((demo_data / "ring/train/good").iterdir()), lonely / "000.png")
+    (tmp_path / "data" / "ring").symlink_to(demo_data / "ring")
+    with pytest.raises(UserError, match=r"lonely/train/good has one picture; training needs at least two"):
+        train.main(arguments(tmp_path / "data", tmp_path))
