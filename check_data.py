@@ -13,10 +13,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets.check import check_category, check_support, count_files, format_reports
-from datasets.images import MAX_PIXELS, limit_pixels
-from datasets.manifest import DEFAULT_PATH
-from datasets.mvtec import add_data_flags, category_names
-from utils.utils import UserError, require_positive, run_command
+from datasets.images import limit_pixels
+from datasets.mvtec import CATEGORIES, category_names
+from utils.errors import UserError, require_positive, run_command
+from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_max_pixels_flag
 
 PROBLEMS = 1  # exit code where there are any; 2 is a mistake in the call
 
@@ -27,10 +27,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0], epilog="Exit code: 0 clean, 1 problems, 2 a mistake in the call."
     )
     parser.add_argument("--obj", nargs="+", metavar="CATEGORY", help="default: all of the data type")
-    add_data_flags(parser)
+    add_data_flags(parser, CATEGORIES)
     parser.add_argument("--support", action="store_true", help="check support sets and manifests too")
-    parser.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where they are")
-    parser.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are a problem")
+    parser.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="where they are")
+    add_max_pixels_flag(parser)
     return parser
 
 

@@ -18,7 +18,7 @@ from inspection.export import WRITERS, require_packages
 from inspection.export_check import CHECK_PICTURES, compare, refuse_differences
 from inspection.flags import add_detector_flags, check_detector_flags, make_detector
 from inspection.inputs import list_inputs
-from utils.utils import UserError, run_command
+from utils.errors import UserError, run_command
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -9,9 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.images import MAX_PIXELS, limit_pixels
+from datasets.images import limit_pixels
 from datasets.manifest import (
-    DEFAULT_PATH,
     DRAW_SEED,
     Manifest,
     draw_from_folder,
@@ -20,9 +19,11 @@ from datasets.manifest import (
     verify,
     with_hashes,
 )
-from datasets.mvtec import add_data_flags, category_folder
+from datasets.mvtec import CATEGORIES, category_folder
 from datasets.support import find_names, read_rounds, save_support_rounds, support_file
-from utils.utils import UserError, require_positive, run_command, sha256
+from utils.errors import UserError, require_positive, run_command
+from utils.files import sha256
+from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_image_flags
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -38,11 +39,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     task.add_argument("--verify", nargs="+", type=Path, metavar="MANIFEST", help="check manifests against the data")
     task.add_argument("--write_hashes", action="store_true", help="with --verify: add SHA-256 where there are none yet")
     data = parser.add_argument_group("data")
-    add_data_flags(data)
-    data.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="where the sets are written")
+    add_data_flags(data, CATEGORIES)
+    data.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="where the sets are written")
     data.add_argument("--img_size", type=int, default=224, help="side of the stored pictures in pixels")
-    data.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
-    data.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
+    add_image_flags(data, strict=False)
     return parser
 
 

@@ -20,15 +20,9 @@ from inspection.flags import add_detector_flags, check_detector_flags, describe_
 from inspection.inputs import absolute, full_name, list_inputs, watch
 from inspection.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
 from reports.page import PAGE_PICTURES, PageRow, write_page
-from utils.utils import (
-    UserError,
-    peak_memory_mb,
-    plain_arguments,
-    provenance,
-    require_positive,
-    run_command,
-    write_json,
-)
+from utils.errors import UserError, require_positive, run_command
+from utils.files import write_json
+from utils.records import peak_memory_mb, plain_arguments, provenance
 
 SOME_FAILED = 1  # exit code where inputs could not be read, all others being done
 

@@ -13,29 +13,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.images import add_picture_flags, limit_pixels
-from datasets.mvtec import LabelledDataset, add_data_flags, category_folder, checked_test_items
+from datasets.images import limit_pixels
+from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
-from evaluation.scoring import RoundResult, compute_test_features, score_rounds
+from evaluation.scoring import RoundResult, TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import format_interval, format_summary, summary
 from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size, folded
-from reports.gallery import save_gallery, with_own_threshold
-from utils.utils import (
-    DEFAULT_SEED,
-    StageClock,
-    UserError,
-    peak_memory_mb,
-    plain_arguments,
-    provenance,
-    require_positive,
-    resolve_device,
-    run_command,
-    seed_everything,
-    sha256,
-    write_json,
+from models.stn import SIZE_DIVISOR, STN_MODES, STNResNet18, check_img_size, folded
+from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers
+from utils.devices import command_device, seed_everything
+from utils.errors import UserError, require_positive, run_command
+from utils.files import sha256, write_json
+from utils.flags import (
+    DEFAULT_SAVE_DIR,
+    add_data_flags,
+    add_device_flag,
+    add_image_flags,
+    add_network_flags,
+    add_seed_flag,
+    add_support_flags,
+    add_weights_flag,
+    add_workers_flag,
 )
+from utils.records import peak_memory_mb, plain_arguments, provenance
+from utils.stages import StageClock
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -43,26 +45,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is scored")
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
-    add_data_flags(what)
+    add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support pictures per round")
-    what.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
-    what.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
-    add_picture_flags(parser)
+    add_support_flags(what)
+    add_image_flags(parser.add_argument_group("images"))
     network = parser.add_argument_group("network")
-    network.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
-    network.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
-    network.add_argument(
-        "--save_dir", type=Path, default=Path("./save_checkpoints"), help="train.py's and the release's"
-    )
+    add_network_flags(network, STN_MODES, SIZE_DIVISOR)
+    network.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's and the release's")
     network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
     network.add_argument("--last", action="store_true", help="score train.py's weights after the last epoch instead")
     network.add_argument("--untrained", action="store_true", help="score without any registration training")
-    network.add_argument("--weights", default="imagenet", help="trunk for --untrained: imagenet, none, or a file")
+    add_weights_flag(network, "trunk for --untrained")
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add_device_flag(run)
     run.add_argument("--batch_size", type=int, help="pictures per network pass; changes time, memory, last digits")
-    run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
-    run.add_argument("--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic")
+    add_workers_flag(run)
+    add_seed_flag(run, "for --weights none; all else is deterministic")
+    add_scorer_flag(run, several=True)
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and pictures")
     run.add_argument("--save_images", type=int, default=0, metavar="N", help="of round 0, with a report; -1: all")
@@ -70,11 +69,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks all input, scores every round, prints the numbers and writes the record."""
+    """Checks all input, scores every round, prints the numbers and writes the records."""
     args = get_args_parser().parse_args(argv)
     _check_numbers(args)
     limit_pixels(args.max_pixels)
-    device = resolve_device(args.device)
+    device = command_device(args.device)
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = checked_test_items(folder, args.strict)
@@ -85,34 +84,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shot in args.shot
     }
     dataset = LabelledDataset(items, args.img_size, args.keep_aspect)
-    labels = [item.label for item in items]
+    scorers, labels = make_scorers(args.scorer), [item.label for item in items]
     for weights, shots in _find_weights(args).items():
-        print(f"scoring {args.obj}: {len(items)} test pictures, {weights.file or f'untrained, weights {args.weights}'}")
+        print(f"scoring {args.obj}: {len(items)} test images, {weights.file or f'untrained, weights {args.weights}'}")
         network, clock = folded(_load_model(args, weights).stn.to(device)), StageClock(device)
-        test = compute_test_features(network, dataset, labels, clock, args.batch_size, args.num_workers)
+        test = compute_test_features(network, scorers, dataset, labels, clock, args.batch_size, args.num_workers)
         shared_seconds = clock.seconds
         for shot in shots:
-            print(f"support: {supports[shot].source}")
             clock.seconds = dict(shared_seconds)
-            pictures, with_more = supports[shot].pictures, args.metrics == "all"
-            scored = score_rounds(network, test, pictures, clock, args.batch_size, with_more)
-            name = f"{args.obj}_{shot}_{args.stn_mode}" + ("" if weights.kind == "best" else f"_{weights.kind}")
-            results, first_maps = _print_rounds(scored, keep_maps=args.save_images != 0)
-            content = {
-                "arguments": plain_arguments(args) | {"shot": shot},
-                **provenance(device),
-                **{"weights": weights.kind, "epoch": weights.epoch, "checkpoint": _file_record(weights.file)},
-                "support_set": _support_record(supports[shot]),
-                "test_pictures": len(items),
-                "rounds": results,
-                **_print_summaries(results),
-                "seconds": clock.seconds,
-                "peak_memory_mb": peak_memory_mb(),
-            }
-            write_json(args.output / f"{name}.json", content)
-            print(f"record: {args.output / name}.json")
-            if first_maps is not None:
-                _save_images(args, name, dataset, first_maps)
+            _score_shot(args, shot, supports[shot], weights, network, test, dataset, clock)
+
+
+def _score_shot(
+    args: argparse.Namespace,
+    shot: int,
+    support: SupportRounds,
+    weights: Weights,
+    network: STNResNet18,
+    test: TestFeatures,
+    dataset: LabelledDataset,
+    clock: StageClock,
+) -> None:
+    """Scores the rounds of one support set with every scorer; prints and writes each scorer's record."""
+    print(f"support: {support.source}")
+    scored = score_rounds(network, test, support.images, clock, args.batch_size, args.metrics == "all")
+    results, first_maps = _print_rounds(scored, args.scorer, keep_maps=args.save_images != 0)
+    for scorer, rounds in results.items():
+        kind = "" if weights.kind == "best" else f"_{weights.kind}"
+        name = f"{args.obj}_{shot}_{args.stn_mode}{kind}" + ("" if scorer == RELEASE_SCORER else f"_{scorer}")
+        content = {
+            "arguments": plain_arguments(args) | {"shot": shot, "scorer": scorer},
+            **provenance(clock.device),
+            **{"weights": weights.kind, "epoch": weights.epoch, "checkpoint": _file_record(weights.file)},
+            "scorer": scorer,
+            "support_set": _support_record(support),
+            "test_pictures": len(dataset),
+            "rounds": rounds,
+            **_print_summaries(scorer, rounds),
+            "seconds": clock.seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        write_json(args.output / f"{name}.json", content)
+        print(f"record: {args.output / name}.json")
+        if scorer in first_maps:
+            _save_images(args, name, dataset, first_maps[scorer])
 
 
 class Weights(NamedTuple):
@@ -160,21 +175,27 @@ def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
     return load_checkpoint(weights.file, args.stn_mode, args.img_size)
 
 
-def _print_rounds(scored: Iterable[RoundResult], keep_maps: bool) -> tuple[list[dict], np.ndarray | None]:
-    """The numbers of every round, printed as they come; with `keep_maps` also the score maps of the first one."""
-    results, first_maps = [], None
-    for number, result in enumerate(scored):
-        pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
-        print(f"round {number}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
-        if keep_maps and number == 0:
-            first_maps = result.maps.cpu().numpy()
-        results.append(result.numbers)
+def _print_rounds(
+    scored: Iterable[dict[str, RoundResult]], names: Sequence[str], keep_maps: bool
+) -> tuple[dict[str, list[dict]], dict[str, np.ndarray]]:
+    """The numbers of every round by scorer, printed as they come; with `keep_maps` also the first round's maps."""
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    first_maps: dict[str, np.ndarray] = {}
+    for number, by_scorer in enumerate(scored):
+        for name, result in by_scorer.items():
+            pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
+            label = f"round {number}" + (f", {name}" if len(names) > 1 else "")
+            print(f"{label}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
+            if keep_maps and number == 0:
+                first_maps[name] = result.maps.cpu().numpy()
+            results[name].append(result.numbers)
     return results, first_maps
 
 
-def _print_summaries(results: list[dict]) -> dict[str, dict | None]:
-    summaries = {name: summary([numbers[name] for numbers in results]) for name in results[0]}
-    print(f"mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
+def _print_summaries(scorer: str, rounds: list[dict]) -> dict[str, dict | None]:
+    summaries = {name: summary([numbers[name] for numbers in rounds]) for name in rounds[0]}
+    label = "" if scorer == RELEASE_SCORER else f"{scorer}: "
+    print(f"{label}mean +- SD of {len(rounds)} rounds, and Student's 95 % interval of the mean:")
     for name, numbers in summaries.items():
         print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{format_interval(numbers)}".rstrip())
     return summaries
@@ -185,12 +206,14 @@ def _support_record(support: SupportRounds) -> dict:
 
 
 def _save_images(args: argparse.Namespace, name: str, dataset: LabelledDataset, maps: np.ndarray) -> None:
+    from reports.gallery import save_gallery, with_own_threshold  # scikit-learn and matplotlib take seconds to import
+
     folder = args.output / name
     try:
         save_gallery(folder, f"{name}, round 0", with_own_threshold(dataset, maps), args.save_images, args.num_workers)
     except OSError as error:
-        raise UserError(f"the record is written, but the pictures in {folder} cannot be: {error}") from error
-    print(f"pictures: {folder}, with contact_sheet.jpg, curves.png and report.html")
+        raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
+    print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")
 
 
 def _file_record(path: Path | None) -> dict | None:

@@ -7,11 +7,10 @@ python train.py --obj bottle --shot 2 --select source       the epoch is chosen 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,11 @@ import torch
 
 from datasets.cache import SourcePictures, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.images import add_picture_flags, limit_pixels
+from datasets.images import limit_pixels
 from datasets.mvtec import (
+    CATEGORIES,
     LabelledDataset,
     Preloaded,
-    add_data_flags,
     category_folder,
     checked_test_items,
     held_out_category,
@@ -35,20 +34,27 @@ from evaluation.scoring import score_category
 from evaluation.statistics import format_summary, summary
 from models.regad import save_checkpoint, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
+from reports.training_curve import save_curve
+from scorers.base import Scorer
+from scorers.registry import add_scorer_flag, make_scorers
 from training.loop import Trainer, learning_rate
-from training.records import RunFiles, format_outcomes, outcomes, refuse_to_overwrite, save_history
-from utils.utils import (
-    DEFAULT_SEED,
-    StageClock,
-    UserError,
-    plain_arguments,
-    provenance,
-    require_positive,
-    resolve_device,
-    run_command,
-    seed_everything,
-    write_json,
+from training.records import RunFiles, is_selected, outcomes, refuse_to_overwrite, save_history
+from utils.devices import command_device, seed_everything
+from utils.errors import UserError, require_positive, run_command
+from utils.files import digest, write_json
+from utils.flags import (
+    DEFAULT_SAVE_DIR,
+    add_data_flags,
+    add_device_flag,
+    add_image_flags,
+    add_network_flags,
+    add_seed_flag,
+    add_support_flags,
+    add_weights_flag,
+    add_workers_flag,
 )
+from utils.records import plain_arguments, provenance
+from utils.stages import StageClock
 
 MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value of a single picture
 # Arguments that decide the weights or which are kept: a run is resumed only with the same ones.
@@ -63,24 +69,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is trained on")
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the target: left out of training, scored")
-    add_data_flags(what)
-    what.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
+    add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per query")
     what.add_argument(
         "--episodes", type=Path, metavar="FILE", help="train on these in every epoch (datasets/episodes.py)"
     )
-    add_picture_flags(parser)
+    add_image_flags(parser.add_argument_group("images"))
     how = parser.add_argument_group("training")
-    how.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
-    how.add_argument("--weights", default="imagenet", help="trunk to start from: imagenet, none, or a file")
+    add_network_flags(how, STN_MODES, SIZE_DIVISOR)
+    add_weights_flag(how, "trunk to start from")
     how.add_argument("--epochs", type=int, default=50)
     how.add_argument("--batch_size", type=int, default=32, help="queries per step")
     how.add_argument("--lr", type=float, default=0.0001, help="learning rate, falls to 0 on a half cosine")
     how.add_argument("--momentum", type=float, default=0.9)
-    how.add_argument("--seed", type=int, default=DEFAULT_SEED)
+    add_seed_flag(how)
     score = parser.add_argument_group("scoring, and the choice of an epoch")
-    score.add_argument("--inferences", type=int, default=10, metavar="ROUNDS", help="rounds in the support set")
-    score.add_argument("--support_path", type=Path, help="default: ./support_set, or drawn with seed 0")
+    add_support_flags(score)
+    add_scorer_flag(score, several=True)
     score.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="0: never (needs --select last)")
     score.add_argument(
         "--select",
@@ -92,12 +97,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--held_out", metavar="CATEGORY", help="for --select source; default: the next one after the target by name"
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    run.add_argument("--num_workers", type=int, default=2, help="processes that decode pictures; 0: in this one")
+    add_device_flag(run)
+    add_workers_flag(run)
     run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded pictures; none: keep in memory")
-    run.add_argument(
-        "--save_dir", type=Path, default=Path("./save_checkpoints"), help="where test.py looks for weights"
-    )
+    run.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="where test.py looks for weights")
     run.add_argument("--resume", action="store_true", help="go on where a killed run stopped; start if there is none")
     run.add_argument(
         "--save_every", type=float, default=300, metavar="SECONDS", help="at most this is lost when killed"
@@ -113,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     _check(args)
     limit_pixels(args.max_pixels)
-    device = resolve_device(args.device)
+    device = command_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj)
     sources = list_source_images(args.data_path, args.data_type, args.obj)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
-    decisive = {name: plain_arguments(args)[name] for name in DECISIVE} | {"pictures": _digest(names)}
+    decisive = {name: plain_arguments(args)[name] for name in DECISIVE} | {"pictures": digest(names)}
     if args.resume and _is_finished(files, decisive):
         return
     replayed = read_episodes(args.episodes, names) if args.episodes else None
@@ -127,36 +130,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)  # after all that may draw numbers: epoch 0 is what test.py --untrained scores
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
-    pictures = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
-    print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} pictures; target {args.obj}")
+    images = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
+    print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} images; target {args.obj}")
     if args.select == "best":
         print("note: --select best chooses the epoch by the target's test labels, as the published protocol does")
     if args.select == "source":
         print(f"the epoch is chosen by {scored}, which is not trained on; {args.obj} is not read. test.py scores it")
-
     run = {"arguments": plain_arguments(args), **provenance(device)}
-    save = partial(trainer.save, files.state, decisive)
+    for entry, selected in _epochs(
+        trainer, args, names, replayed, images, partial(trainer.save, files.state, decisive), target
+    ):
+        if selected:
+            save_checkpoint(files.selected, trainer.model, {**run, **entry})
+        if entry["epoch"] == args.epochs:
+            save_checkpoint(files.last, trainer.model, {**run, **entry})
+        trainer.finish_epoch(entry, selected)
+        save_history(files, trainer.progress.history)
+        save_curve(files.curve, trainer.progress.history, scored)
+        trainer.save(files.state, decisive)
+        print(_format_entry(entry, args.epochs, selected), flush=True)
+    _finish(files, trainer, run, decisive)
+
+
+def _epochs(
+    trainer: Trainer,
+    args: argparse.Namespace,
+    names: dict[str, list[str]],
+    replayed: list[Episode] | None,
+    images: SourcePictures,
+    save: Callable[[], None],
+    target: Target | None,
+) -> Iterator[tuple[dict, bool]]:
+    """Trains and scores the epochs that are left; for each its entry and whether its weights are selected."""
     started = time.perf_counter()
     while (epoch := trainer.progress.epoch) <= args.epochs:
         clock = StageClock()  # on CUDA it counts the host's time only: waiting would slow the loop
+        episodes: list[Episode] = []
         if epoch:
             episodes = replayed or draw_episodes(names, args.shot, args.batch_size, args.seed, epoch)
-            trainer.train_epoch(episodes, pictures, args.epochs, clock, save, args.save_every)
-        entry = _entry(trainer, args, episodes if epoch else [], clock)
+            trainer.train_epoch(episodes, images, args.epochs, clock, save, args.save_every)
+        entry = _entry(trainer, args, episodes, clock)
         if target and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            entry |= _score(trainer, target, device)
+            entry |= _score(trainer, target)
         entry["elapsed_seconds"] = time.perf_counter() - started  # with the saving of the epoch before
         started = time.perf_counter()
-        is_selected = _is_selected(entry, trainer.progress.history, trainer.progress.selected, args)
-        if is_selected:
-            save_checkpoint(files.selected, trainer.model, {**run, **entry})
-        if epoch == args.epochs:
-            save_checkpoint(files.last, trainer.model, {**run, **entry})
-        trainer.finish_epoch(entry, is_selected)
-        save_history(files, trainer.progress.history, scored)
-        save()
-        print(_format_entry(entry, args.epochs, is_selected), flush=True)
-    _finish(files, trainer, run, decisive)
+        yield entry, is_selected(entry, trainer.progress.history, trainer.progress.selected, args.select)
 
 
 class Target(NamedTuple):
@@ -165,6 +183,7 @@ class Target(NamedTuple):
     dataset: Preloaded
     labels: list[int]
     rounds: list[torch.Tensor]
+    scorers: list[Scorer]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -179,10 +198,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--held_out is for --select source")
 
 
-def _digest(names: Mapping[str, Sequence[str]]) -> str:
-    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
-
-
 def _is_finished(files: RunFiles, decisive: dict) -> bool:
     """Whether this very run has been completed; says so."""
     if files.state.is_file() or not files.record.is_file():
@@ -190,7 +205,7 @@ def _is_finished(files: RunFiles, decisive: dict) -> bool:
     record = json.loads(files.record.read_text(encoding="utf-8"))
     if record.get("decisive") != decisive:
         raise UserError(f"{files.record} is of a run with other arguments; start anew without --resume")
-    print(f"already finished: {files.record}\n{format_outcomes(record['epochs'], record['selected_epoch'])}")
+    print(f"already finished: {files.record}\n{_format_outcomes(record['epochs'], record['selected_epoch'])}")
     return True
 
 
@@ -213,7 +228,7 @@ def _load_target(args: argparse.Namespace, category: str) -> Target:
     )
     print(f"support: {support.source}")
     dataset = Preloaded(LabelledDataset(items, args.img_size, args.keep_aspect), args.num_workers)
-    return Target(dataset, [item.label for item in items], support.pictures)
+    return Target(dataset, [item.label for item in items], support.images, make_scorers(args.scorer))
 
 
 def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, device: torch.device) -> Trainer:
@@ -244,27 +259,22 @@ def _entry(trainer: Trainer, args: argparse.Namespace, episodes: Sequence[Episod
     }
 
 
-def _score(trainer: Trainer, target: Target, device: torch.device) -> dict:
-    """The target's numbers with the weights as they are."""
-    clock = StageClock(device)
-    results = [
-        {"image_auroc": result.image_auroc, "pixel_auroc": result.pixel_auroc}
-        for result in score_category(trainer.model.stn, target.dataset, target.labels, target.rounds, clock)
-    ]
-    numbers = {key: summary([result[key] for result in results]) for key in ("image_auroc", "pixel_auroc")}
-    return {**numbers, "rounds": results, "scoring_seconds": clock.seconds}
-
-
-def _is_selected(entry: dict, history: Sequence[dict], selected: int, args: argparse.Namespace) -> bool:
-    """Whether the weights of this epoch are to be kept: `last` keeps every epoch's until the next one's."""
-    if args.select == "last":
-        return True
-    return bool(entry.get("image_auroc")) and (not history or _merit(entry) > _merit(history[selected]))
-
-
-def _merit(entry: dict) -> float:
-    """What --select best maximises: image AUROC + pixel AUROC (where there is one), means over rounds."""
-    return sum(entry[key]["mean"] for key in ("image_auroc", "pixel_auroc") if entry[key])
+def _score(trainer: Trainer, target: Target) -> dict:
+    """The target's numbers with the weights as they are: of the first scorer, and of each where there are several."""
+    clock = StageClock(trainer.device)
+    scored = list(
+        score_category(trainer.model.stn, target.scorers, target.dataset, target.labels, target.rounds, clock)
+    )
+    by_scorer = {}
+    for scorer in target.scorers:
+        rounds = [
+            {"image_auroc": results[scorer.name].image_auroc, "pixel_auroc": results[scorer.name].pixel_auroc}
+            for results in scored
+        ]
+        numbers = {key: summary([result[key] for result in rounds]) for key in ("image_auroc", "pixel_auroc")}
+        by_scorer[scorer.name] = {**numbers, "rounds": rounds}
+    entry = {**next(iter(by_scorer.values())), "scoring_seconds": clock.seconds}
+    return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
 
 
 def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
@@ -276,6 +286,15 @@ def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
         text += f"; image AUROC {format_summary(entry['image_auroc'])}, pixel {format_summary(entry['pixel_auroc'])}"
         text += f" ({sum(entry['scoring_seconds'].values()):.0f} s)"
     return text + (" *" if is_selected else "")
+
+
+def _format_outcomes(history: Sequence[dict], selected: int) -> str:
+    """Untrained, selected and last weights side by side."""
+    lines = [f"{'weights':22}{'image AUROC':20}pixel AUROC"]
+    for name, entry in outcomes(history, selected).items():
+        image, pixel = format_summary(entry["image_auroc"]), format_summary(entry["pixel_auroc"])
+        lines.append(f"{name:22}{image:20}{pixel}")
+    return "\n".join(lines) if len(lines) > 1 else "no epoch was scored (--eval_every 0)"
 
 
 def _finish(files: RunFiles, trainer: Trainer, run: dict, decisive: dict) -> None:
@@ -290,7 +309,7 @@ def _finish(files: RunFiles, trainer: Trainer, run: dict, decisive: dict) -> Non
     }
     write_json(files.record, record)
     files.state.unlink()
-    print(f"\n{format_outcomes(history, selected)}\nweights: {files.selected}\nrecord: {files.record}")
+    print(f"\n{_format_outcomes(history, selected)}\nweights: {files.selected}\nrecord: {files.record}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,11 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks import plain
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from utils.utils import StageClock, provenance, require_positive, resolve_device, run_command, write_json
+from utils.devices import command_device
+from utils.errors import require_positive, run_command
+from utils.files import write_json
+from utils.records import provenance
+from utils.stages import StageClock
 
 RESULTS = Path(__file__).parent / "results"
 PRO_THRESHOLDS = 2000  # of the plain loop, spread evenly over the normal pixels; each score would take hours
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures both ways on one core, prints the times and the differences, writes them down."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "pictures", "size", "repeats")
-    device = resolve_device(args.device)
+    device = command_device(args.device)
     one_core()
     maps, masks = draw_maps(args.pictures, args.size)
     ours = [_time_ours(maps, masks, device) for _ in range(args.repeats)]

@@ -26,7 +26,9 @@ from datasets.images import is_picture
 from inspection.detector import DISTANCE_GROUP, FewShotDetector
 from inspection.inputs import read_inputs
 from models.regad import untrained
-from utils.utils import PROJECT_ROOT, UserError, provenance, run_command, write_json
+from utils.errors import UserError, run_command
+from utils.files import PROJECT_ROOT, write_json
+from utils.records import provenance
 
 SETTLED_AFTER = 50  # pictures, when every buffer has been used once
 LOOK_SECONDS = 0.2  # between readings of the memory

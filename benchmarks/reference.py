@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from utils.utils import PROJECT_ROOT
+from utils.files import PROJECT_ROOT
 
 REFERENCE = PROJECT_ROOT.parent / "shared"
 DATA = REFERENCE / "data"

@@ -24,17 +24,13 @@ from datasets.support import draw_support_images, read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from models.regad import load_checkpoint
 from models.stn import STNResNet18, folded
+from scorers.gaussian import Gaussian
 from scorers.views import support_views
-from utils.utils import (
-    PROJECT_ROOT,
-    StageClock,
-    peak_memory_mb,
-    provenance,
-    resolve_device,
-    run_command,
-    seed_everything,
-    write_json,
-)
+from utils.devices import command_device, seed_everything
+from utils.errors import run_command
+from utils.files import PROJECT_ROOT, write_json
+from utils.records import peak_memory_mb, provenance
+from utils.stages import StageClock
 
 STAGES = ("decode", "network", "gaussian", "distance", "smoothing", "metrics")
 RESULTS = PROJECT_ROOT / "benchmarks" / "results"
@@ -65,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report:
         print(report(args.output))
         return
-    device = resolve_device(args.device)
+    device = command_device(args.device)
     args.batch_size = args.batch_size or SCORING_BATCH[device.type]
     seed_everything(0)
     folder = category_folder(args.data_path, "folder", args.obj)
@@ -124,8 +120,8 @@ def _time_fast(
     with clock("decode"):
         rounds = [read_support_images(paths, args.img_size) for paths in draws]
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(fast, dataset, labels, clock, args.batch_size, args.num_workers)
-    results = [result[:2] for result in score_rounds(fast, test, rounds, clock, args.batch_size)]
+    test = compute_test_features(fast, [Gaussian()], dataset, labels, clock, args.batch_size, args.num_workers)
+    results = [results["gaussian"][:2] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
     total = time.perf_counter() - begin
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
 

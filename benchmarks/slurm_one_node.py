@@ -22,7 +22,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from datasets.synthetic import write_dataset
-from utils.utils import PROJECT_ROOT, UserError, run_command, write_json
+from utils.errors import UserError, run_command
+from utils.files import PROJECT_ROOT, write_json
 
 CONFIGURATION = """
 ClusterName=one

@@ -23,12 +23,19 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import draw_support_images, read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
-from inspection.detector import Layers, distance_maps, fit_rows, leave_one_out, score_maps, write_views
-from inspection.threshold import normal_threshold
+from inspection.threshold import leave_one_out, normal_threshold
 from models.regad import load_checkpoint, untrained
-from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from scorers.views import VIEWS_PER_IMAGE, score_map_matrix
-from utils.utils import StageClock, plain_arguments, provenance, resolve_device, run_command, write_json
+from models.stn import STNResNet18, folded
+from scorers.base import Prepared
+from scorers.features import FeatureStore, write_support_image
+from scorers.gaussian import Gaussian
+from scorers.maps import score_map_matrix, score_maps
+from scorers.views import VIEWS_PER_IMAGE
+from utils.devices import command_device
+from utils.errors import run_command
+from utils.files import write_json
+from utils.records import plain_arguments, provenance
+from utils.stages import StageClock
 
 COLUMNS = {
     "false_alarms": "false alarms",
@@ -40,6 +47,7 @@ COLUMNS = {
     "left_out_spread": "of left-out logs",
     "left_out_shift": "left out minus normal",
 }
+SCORER = Gaussian()
 PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
 
 
@@ -64,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures category by category, prints the table and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
-    device = resolve_device(args.device)
+    device = command_device(args.device)
     target = args.output / f"threshold_{device.type}.json"
     if args.report:
         print(report(json.loads(target.read_text())))
@@ -101,33 +109,32 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(network, dataset, labels, clock, None, args.num_workers)
+    test = compute_test_features(network, [SCORER], dataset, labels, clock, None, args.num_workers)
     largest = max(args.shots)
     for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
-        views: Layers = []
+        store = FeatureStore([SCORER], largest * VIEWS_PER_IMAGE)
         pictures = read_support_images(paths, args.img_size).to(clock.device)
         with clock("network"):
             for at, picture in enumerate(pictures):
-                count = largest * VIEWS_PER_IMAGE
-                write_views(views, at * VIEWS_PER_IMAGE, count, network, picture, VIEWS_PER_IMAGE)
+                write_support_image(store, at, network, picture, VIEWS_PER_IMAGE)
         for shot in args.shots:
-            support = [layer[:, : shot * VIEWS_PER_IMAGE].contiguous() for layer in views]
+            support = store.part(0, shot * VIEWS_PER_IMAGE)[SCORER.name]
             row = _judge(support, test, clock, args)
             print(f"{category}, K = {shot}, draw {number}: {row['false_alarms']:.0%} false alarms", flush=True)
             yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}
 
 
-def _judge(support: Layers, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
+def _judge(support: Prepared, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
     """The threshold of one support set on the test pictures.
 
     normal_spread: standard deviation of the logarithms of the normal test scores; left_out_spread: that of the left-out
         views, from which the threshold comes.
     left_out_shift: mean logarithm of the left-out views' scores minus that of the normal test scores.
     """
-    matrix = score_map_matrix(args.img_size // FEATURE_STRIDES[0], args.img_size, clock.device)
-    distances = distance_maps(fit_rows(support, test.layers[0].shape[1], clock), test.layers, clock)
+    distances = SCORER.measure(support, test.features.prepared[SCORER.name], clock)
+    matrix = score_map_matrix(distances.shape[-1], args.img_size, clock.device)
     scores = score_maps(distances, matrix)[0].cpu().numpy()
-    left_out, left_out_maps = leave_one_out(support, matrix, clock)
+    left_out, left_out_maps = leave_one_out(SCORER, support, args.img_size, clock)
     threshold = normal_threshold(left_out, left_out_maps, args.false_alarm, "").value
     normal, defective = scores[~test.labels], scores[test.labels]
     exact = np.quantile(normal, 1 - args.false_alarm)

@@ -28,7 +28,11 @@ from datasets.support import draw_support_images
 from models.regad import untrained
 from training.loop import Trainer
 from training.records import RunFiles
-from utils.utils import StageClock, provenance, resolve_device, run_command, seed_everything, write_json
+from utils.devices import command_device, seed_everything
+from utils.errors import run_command
+from utils.files import write_json
+from utils.records import provenance
+from utils.stages import StageClock
 
 OWN_WORK = ("forward", "backward", "optimizer", "network")  # what an epoch must cost; the rest is overhead
 STN_MODE, LR, MOMENTUM = "rotation_scale", 1e-4, 0.9  # the release's
@@ -54,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the measurements in turn, prints them and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
-    device = resolve_device(args.device)
+    device = command_device(args.device)
     seed_everything(0)
     with tempfile.TemporaryDirectory() as scratch:
         content = {"command": command_line("benchmarks.training", args), **provenance(device)}

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from datasets.episodes import Episode
 from datasets.images import ImageError, check_headers, read_batches, read_image
-from utils.utils import UserError, whole_file
+from utils.errors import UserError
+from utils.files import whole_file
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # changes whenever `read_image` gives other values
 DIGEST_LETTERS = 16

@@ -23,7 +23,7 @@ from datasets.mvtec import (
     list_train_images,
 )
 from datasets.support import load_support_rounds
-from utils.utils import UserError
+from utils.errors import UserError
 
 
 class Seen(NamedTuple):

@@ -18,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.mvtec import add_data_flags, list_source_images
-from utils.utils import DEFAULT_SEED, UserError, require_positive, run_command
+from datasets.mvtec import CATEGORIES, list_source_images
+from utils.errors import UserError, require_positive, run_command
+from utils.flags import add_data_flags, add_seed_flag
 
 
 class Episode(NamedTuple):
@@ -93,10 +94,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line that prints an epoch's episodes."""
     parser = argparse.ArgumentParser(description="Print the episodes of one training epoch as JSON.")
     parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the target category, which is left out")
-    add_data_flags(parser)
+    add_data_flags(parser, CATEGORIES)
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
+    add_seed_flag(parser)
     parser.add_argument("--epoch", type=int, default=1, help="counted from 1")
     return parser
 

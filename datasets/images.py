@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,12 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from utils.utils import UserError
+from utils.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 FULL_SCALE_16BIT = 65535  # 16-bit pictures are scaled by their full range, not by their brightest pixel
 MASK_THRESHOLD = 127  # of 255: a mask pixel is defective above one half, as in the release
 PILLOW_REFUSES_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; between once and twice it only warns
-MAX_PIXELS = 178_956_970  # Pillow's own limit: larger pictures can be bombs, a few KB that take all memory
 
 
 class ImageError(UserError):
@@ -148,14 +146,6 @@ def _header_problem(path: Path) -> str | None:
     except ImageError as error:
         return str(error)
     return None
-
-
-def add_picture_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that reads a data set: how pictures are taken."""
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
-    group.add_argument("--strict", action="store_true", help="refuse a defective test picture without a mask")
-    group.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
 
 
 def limit_pixels(count: int) -> None:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.mvtec import TRAINING_PICTURES, list_train_images
-from utils.utils import VERSION, UserError, run_command, sha256, whole_file
+from utils.errors import UserError, run_command
+from utils.files import sha256, whole_file
+from utils.flags import DEFAULT_SUPPORT_PATH
+from utils.records import VERSION
 
-DEFAULT_PATH = Path("./support_set")
 DRAW_SEED = 0  # of support sets, unless another one is asked for
 PUBLISHED_SHOT, PUBLISHED_ROUNDS = 16, 10  # of the manifests in support_set/manifests/: they serve 1, 2, 4, 8, 16 shots
 
@@ -166,7 +168,7 @@ def _is_sound(manifest: Manifest) -> bool:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of datasets.manifest."""
     parser = argparse.ArgumentParser(prog="python -m datasets.manifest", description="Write MVTec AD's manifests.")
-    parser.add_argument("--support_path", type=Path, default=DEFAULT_PATH, help="they go into its folder manifests")
+    parser.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="its folder manifests")
     return parser
 
 

@@ -11,7 +11,6 @@ A category's folder tells which it is: VisA's has no train folder, but the file 
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,7 +32,7 @@ from datasets.images import (
     to_mask,
     to_square,
 )
-from utils.utils import UserError
+from utils.errors import UserError
 
 TRAINING_PICTURES = {  # MVTec AD: number of normal training pictures, called 000.png upwards
     **{"bottle": 209, "cable": 224, "capsule": 219, "carpet": 280, "grid": 264, "hazelnut": 391, "leather": 245},
@@ -70,12 +69,6 @@ class LabelledImage(NamedTuple):
     def has_truth(self) -> bool:
         """Whether it is known which pixels are defective: of a normal picture none is."""
         return not self.label or self.mask is not None
-
-
-def add_data_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The flags of every command that takes a data set: which kind, and where it lies."""
-    parser.add_argument("--data_type", choices=list(CATEGORIES), default="mvtec", help="folder: any names, same layout")
-    parser.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:

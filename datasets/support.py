@@ -15,7 +15,6 @@ import torch
 
 from datasets.images import read_image
 from datasets.manifest import (
-    DEFAULT_PATH,
     DRAW_SEED,
     Manifest,
     category_manifest,
@@ -26,7 +25,10 @@ from datasets.manifest import (
     with_hashes,
 )
 from datasets.mvtec import list_train_images
-from utils.utils import VERSION, UserError, load_tensors, sha256, whole_file
+from utils.errors import UserError
+from utils.files import load_tensors, sha256, whole_file
+from utils.flags import DEFAULT_SUPPORT_PATH
+from utils.records import VERSION
 
 NEAREST_TOLERANCE = 4.0  # of 255, mean difference: allows another decoder or a JPEG copy, not another picture
 
@@ -39,11 +41,11 @@ def support_file(support_path: Path, category: str, shot: int, rounds: int) -> P
 class SupportRounds(NamedTuple):
     """The support pictures of every round, and where they come from.
 
-    pictures: per round (K, 3, S, S) in [0, 1]. names: per round the K file names, None where a .pt file does not say.
+    images: per round (K, 3, S, S) in [0, 1]. names: per round the K file names, None where a .pt file does not say.
     source: a phrase for logs and records. file: what was read, if anything.
     """
 
-    pictures: list[torch.Tensor]
+    images: list[torch.Tensor]
     names: list[list[str]] | None
     source: str
     file: Path | None
@@ -54,12 +56,12 @@ def find_support_rounds(
 ) -> SupportRounds:
     """The support set of the category in `folder`: the tensors under `support_path`, else a manifest's pictures.
 
-    With None, those under DEFAULT_PATH or, where nothing there fits, pictures drawn with DRAW_SEED.
+    With None, those under DEFAULT_SUPPORT_PATH or, where nothing there fits, pictures drawn with DRAW_SEED.
 
     Raises:
         UserError: no support set, or one that does not fit, pictures missing, changed or damaged, or too few of them.
     """
-    tensors = support_file(support_path or DEFAULT_PATH, folder.name, shot, rounds)
+    tensors = support_file(support_path or DEFAULT_SUPPORT_PATH, folder.name, shot, rounds)
     if tensors.is_file():
         return _stored_rounds(tensors, shot, rounds, size, keep_aspect)
     file = _find_manifest(tensors, shot, rounds)

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from utils.utils import UserError, run_command, whole_file
+from utils.errors import UserError, run_command
+from utils.files import whole_file
 
 MIN_SIZE = 64  # pixels; scratches vanish in smaller pictures
 MAX_TURN = 0.08  # radians, about 5 degrees

@@ -6,7 +6,6 @@ Test features depend neither on the round nor on the support set: they are compu
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,11 +16,13 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_batches
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from inspection.detector import Layers, distance_maps, fit_rows, score_maps, write_features, write_views
 from models.stn import STNResNet18, folded
-from scorers.gaussian import nested_layers
-from scorers.views import VIEWS_PER_IMAGE, score_map_matrix
-from utils.utils import StageClock, UserError
+from scorers.base import Prepared, Scorer
+from scorers.features import FeatureNetwork, FeatureStore, write_support_image
+from scorers.maps import score_map_matrix, score_maps
+from scorers.views import VIEWS_PER_IMAGE
+from utils.errors import UserError
+from utils.stages import StageClock
 
 # Pictures per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide:
 # benchmarks/scoring.py --batch_size N prints the milliseconds per picture.
@@ -32,14 +33,14 @@ KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support pictures that come agai
 class TestFeatures(NamedTuple):
     """A category's test side, ready for any number of rounds."""
 
-    layers: Layers
+    features: FeatureStore
     labels: np.ndarray  # (B,) bool, True for defective
     masks: np.ndarray | None  # (B, S, S) bool; None: no pixel is known to be defective, so there is no pixel metric
     counted: np.ndarray | None = None  # (B, S, S) bool, the pixels whose truth is known; None: all
 
 
 class RoundResult(NamedTuple):
-    """One support set's outcome. distances: (B, H, W) Mahalanobis. maps: (B, S, S), the same enlarged and smoothed."""
+    """One support set's outcome by one scorer. distances: (B, H, H); maps: (B, S, S), enlarged and smoothed."""
 
     image_auroc: float
     pixel_auroc: float | None
@@ -55,24 +56,26 @@ class RoundResult(NamedTuple):
 
 def score_category(
     network: STNResNet18,
+    scorers: Sequence[Scorer],
     dataset: Dataset,
     labels: Sequence[int],
     rounds: Sequence[torch.Tensor],
     clock: StageClock,
     batch_size: int | None = None,
     num_workers: int = 0,
-) -> Iterator[RoundResult]:
+) -> Iterator[dict[str, RoundResult]]:
     """Scores a category with `network` as it is (it is not changed): test features once, then round after round.
 
-    The arguments are those of `compute_test_features` and `score_rounds`, which see.
+    The arguments are those of `compute_test_features` and of `score_rounds`.
     """
     network = folded(network.to(clock.device))
-    test = compute_test_features(network, dataset, labels, clock, batch_size, num_workers)
+    test = compute_test_features(network, scorers, dataset, labels, clock, batch_size, num_workers)
     yield from score_rounds(network, test, rounds, clock, batch_size)
 
 
 def compute_test_features(
-    network: STNResNet18,
+    network: FeatureNetwork,
+    scorers: Sequence[Scorer],
     dataset: Dataset,
     labels: Sequence[int],
     clock: StageClock,
@@ -84,7 +87,7 @@ def compute_test_features(
     `network` comes from `models.stn.folded`, on the clock's device. batch_size: None for SCORING_BATCH.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
-    layers: Layers = []
+    store = FeatureStore(scorers, len(labels))
     truth: dict[str, list[np.ndarray]] = {"mask": [], "counted": []}
     batches = read_batches(dataset, batch_size, num_workers)
     for start in range(0, len(labels), batch_size):
@@ -94,47 +97,71 @@ def compute_test_features(
                 batches_of_truth.append(batch[name].numpy())
         with clock("network"):
             images = batch["image"].to(clock.device).float() / 255
-            write_features(layers, start, len(labels), nested_layers(network.features(images)))
+            store.write(start, network.features(images))
     masks, counted = map(np.concatenate, truth.values())
     return TestFeatures(
-        layers, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted
+        store, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted
     )
 
 
 def score_rounds(
-    network: STNResNet18,
+    network: FeatureNetwork,
     test: TestFeatures,
     rounds: Sequence[torch.Tensor],
     clock: StageClock,
     batch_size: int | None = None,
     all_metrics: bool = False,
-) -> Iterator[RoundResult]:
+) -> Iterator[dict[str, RoundResult]]:
     """Scores the test features against each round's support pictures (K, 3, S, S) in [0, 1], one round at a time.
 
-    all_metrics: average precision, F1-max and PRO too, not only the AUROCs.
+    Yields the results of every scorer of `test.features`, by name. all_metrics: average precision, F1-max and PRO too,
+    not only the AUROCs.
 
     Raises:
         UserError: scores that are not finite.
     """
-    grid, size = math.isqrt(test.layers[0].shape[0]), rounds[0].shape[-1]
-    enlarge_and_smooth = score_map_matrix(grid, size).to(clock.device)  # (S, H)
-    regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
-    truth, counted = _known_truth(test, clock.device)
-    supports = _support_features(network, rounds, clock, batch_size or SCORING_BATCH[clock.device.type])
+    metrics = _Metrics(test, clock.device, all_metrics)
+    supports = _support_features(network, test.features.scorers, rounds, clock, batch_size)
     for support in supports:
-        fitted = fit_rows(support, test.layers[0].shape[1], clock)
-        distances = distance_maps(fitted, test.layers, clock)
-        with clock("smoothing"):
-            image_scores, maps = score_maps(distances, enlarge_and_smooth)
-            image_scores = image_scores.cpu().numpy()
-        if not np.isfinite(image_scores).all():
-            raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
-        with clock("metrics"):
-            image = rank(image_scores, test.labels)
-            pixel = None if truth is None else _rank_pixels(maps if counted is None else maps[counted], truth)
-            pixel_auroc = None if pixel is None else auroc(pixel)
-            more = _more_metrics(image, pixel, regions) if all_metrics else {}
-        yield RoundResult(auroc(image), pixel_auroc, distances, maps, more)
+        yield {
+            scorer.name: _score_round(scorer, support, test, rounds[0].shape[-1], metrics, clock)
+            for scorer in test.features.scorers
+        }
+
+
+def _score_round(
+    scorer: Scorer, support: dict[str, Prepared], test: TestFeatures, size: int, metrics: _Metrics, clock: StageClock
+) -> RoundResult:
+    distances = scorer.measure(support[scorer.name], test.features.prepared[scorer.name], clock)
+    with clock("smoothing"):
+        image_scores, maps = score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
+        image_scores = image_scores.cpu().numpy()
+    if not np.isfinite(image_scores).all():
+        raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
+    with clock("metrics"):
+        return RoundResult(*metrics.aurocs(image_scores, maps), distances, maps, metrics.more())
+
+
+class _Metrics:
+    """The metrics of a round; what does not depend on the round is made once."""
+
+    def __init__(self, test: TestFeatures, device: torch.device, all_metrics: bool) -> None:
+        self.labels, self.all_metrics = test.labels, all_metrics
+        self.regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
+        self.truth, self.counted = _known_truth(test, device)
+        self.image: Ranking | None = None
+        self.pixel: Ranking | None = None
+
+    def aurocs(self, image_scores: np.ndarray, maps: torch.Tensor) -> tuple[float, float | None]:
+        """Image and pixel AUROC; keeps the rankings for `more`."""
+        self.image, self.pixel = rank(image_scores, self.labels), None
+        if self.truth is not None:
+            self.pixel = _rank_pixels(maps if self.counted is None else maps[self.counted], self.truth)
+        return auroc(self.image), None if self.pixel is None else auroc(self.pixel)
+
+    def more(self) -> dict[str, float | None]:
+        """The other metrics of the rankings, where they are asked for."""
+        return _more_metrics(self.image, self.pixel, self.regions) if self.all_metrics else {}
 
 
 def _known_truth(test: TestFeatures, device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:
@@ -159,32 +186,33 @@ def _more_metrics(image: Ranking, pixel: Ranking | None, regions: np.ndarray | N
 
 
 def _support_features(
-    network: STNResNet18, rounds: Sequence[torch.Tensor], clock: StageClock, batch_size: int
-) -> Iterator[Layers]:
-    """Features of all views of each round, in the same memory for every round.
+    network: FeatureNetwork,
+    scorers: Sequence[Scorer],
+    rounds: Sequence[torch.Tensor],
+    clock: StageClock,
+    batch_size: int | None,
+) -> Iterator[dict[str, Prepared]]:
+    """Prepared features of all views of each round, by scorer, in the same memory for every round.
 
     A picture of several rounds goes through the network once, as far as KEPT_FEATURES_BYTES allow.
     """
+    batch_size = batch_size or SCORING_BATCH[clock.device.type]
     keys = [[hashlib.sha256(picture.numpy()).digest() for picture in pictures] for pictures in rounds]
     to_come = Counter(key for of_round in keys for key in of_round)
-    kept: dict[bytes, Layers] = {}
-    layers: Layers = []
+    kept: dict[bytes, dict[str, Prepared]] = {}
+    store = FeatureStore(scorers, len(rounds[0]) * VIEWS_PER_IMAGE)
     for pictures, of_round in zip(rounds, keys, strict=True):
         with clock("network"):
             for number, (picture, key) in enumerate(zip(pictures, of_round, strict=True)):
-                start, count = number * VIEWS_PER_IMAGE, len(pictures) * VIEWS_PER_IMAGE
+                start = number * VIEWS_PER_IMAGE
                 if key in kept:
-                    write_features(layers, start, count, kept[key])
+                    store.copy(start, kept[key])
                 else:
-                    write_views(layers, start, count, network, picture.to(clock.device), batch_size)
+                    write_support_image(store, number, network, picture.to(clock.device), batch_size)
                 to_come[key] -= 1
                 if not to_come[key]:
                     kept.pop(key, None)
-                elif key not in kept and (len(kept) + 1) * _size(layers) <= KEPT_FEATURES_BYTES * len(pictures):
-                    kept[key] = [layer[:, start : start + VIEWS_PER_IMAGE].clone() for layer in layers]
-        yield layers
-
-
-def _size(layers: Layers) -> int:
-    """Bytes of one round's features."""
-    return sum(layer.nbytes for layer in layers)
+                elif key not in kept and (len(kept) + 1) * store.nbytes <= KEPT_FEATURES_BYTES * len(pictures):
+                    part = store.part(start, start + VIEWS_PER_IMAGE)
+                    kept[key] = {name: [layer.clone() for layer in layers] for name, layers in part.items()}
+        yield store.prepared

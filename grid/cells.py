@@ -9,7 +9,6 @@ logs/<name>.log                what the commands print
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.utils import PROJECT_ROOT, sha256, write_json
+from utils.files import PROJECT_ROOT, digest, sha256, write_json
 
 BUSY = "another process works on it"
 # What decides the numbers; tables, reports and the other commands do not.
@@ -69,11 +68,6 @@ def code_version() -> str:
     places = [PROJECT_ROOT / place for place in DECISIVE_CODE]
     files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
     return digest([(str(file.relative_to(PROJECT_ROOT)), sha256(file)) for file in files])
-
-
-def digest(content: object) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def log_file(output: Path, cell: Cell) -> Path:

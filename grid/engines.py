@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from grid.cells import BUSY, Cell, Report, is_finished, log_file, run_cell
-from utils.utils import PROJECT_ROOT, UserError, whole_file
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT, whole_file
 
 if TYPE_CHECKING:
     import submitit

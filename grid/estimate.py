@@ -12,7 +12,7 @@ from models.regad import RegAD
 from models.stn import folded
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
-from utils.utils import StageClock
+from utils.stages import StageClock
 
 MEASURED_PICTURES = 8  # in a step, half of them queries
 NETWORK_SHARE = 0.77  # of scoring's time on the CPU: benchmarks/results/scoring_screw_2_cpu.json

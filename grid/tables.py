@@ -18,7 +18,7 @@ import numpy as np
 from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import summary
-from utils.utils import UserError
+from utils.errors import UserError
 
 WEIGHTS = {  # which weights a record is of, in the order of the columns, and the rule that chose them
     "untrained": "before registration training: the trunk as downloaded",

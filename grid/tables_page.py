@@ -26,7 +26,8 @@ from grid.tables import (
     to_markdown,
     write_csv,
 )
-from utils.utils import UserError, whole_file
+from utils.errors import UserError
+from utils.files import whole_file
 
 README_MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 

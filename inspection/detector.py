@@ -1,111 +1,42 @@
-"""The few-shot detector: fitted once on support pictures, then asked for scores and maps of any pictures.
-
-The steps that the evaluation of data sets shares with it come first: support views -> features -> Gaussians ->
-distance maps -> score maps. A layer is (P_l, N, C_l), positions in nested order, see scorers/gaussian.py.
-"""
+"""The few-shot detector: fitted once on support pictures, then asked for scores and maps of any pictures."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from datasets.images import eight_bit, read_picture, to_square
-from inspection.threshold import Threshold, check_calibration, is_order_statistic, normal_threshold
-from models.stn import FEATURE_STRIDES, STNResNet18, folded
-from scorers.gaussian import CHUNK_BYTES, SupportStatistics, chunks, fit, from_nested, nested_layers, squared_distance
-from scorers.views import VIEWS_PER_IMAGE, score_map_matrix, support_views
-from utils.utils import StageClock, UserError, load_tensors, resolve_device, whole_file
+from inspection.threshold import (
+    NormalScores,
+    Threshold,
+    check_calibration,
+    is_order_statistic,
+    leave_one_out,
+    normal_threshold,
+)
+from models.stn import STNResNet18, folded
+from scorers.base import Fitted, Prepared
+from scorers.features import FeatureStore, write_support_image
+from scorers.maps import score_map_matrix, score_maps
+from scorers.registry import RELEASE_SCORER, make_scorer
+from scorers.views import VIEWS_PER_IMAGE, support_views
+from utils.devices import resolve_device
+from utils.errors import UserError
+from utils.files import load_tensors, whole_file
+from utils.stages import StageClock
 
 # Pictures per network pass and per distance product. Both are always filled up to this number, so a picture goes
 # through the same arithmetic alone as among others. More are quicker each, but then one alone waits longer.
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}
 DISTANCE_GROUP = 32
-FILE_FORMAT, FILE_VERSION = "RegAD detector", 2
+FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
 
-Layers = list[torch.Tensor]
 Picture = Path | str | Image.Image | np.ndarray | torch.Tensor
-
-
-class FittedRows(NamedTuple):
-    """The Gaussians of some positions: the rows of each layer that they belong to, and their statistics."""
-
-    rows: list[slice]
-    statistics: SupportStatistics
-
-
-def write_views(
-    layers: Layers, start: int, count: int, network: STNResNet18, picture: torch.Tensor, batch_size: int
-) -> None:
-    """Puts the features of a picture's views at columns start..; the grey view of a grey picture is the picture."""
-    views = support_views(picture[None])
-    is_grey = bool((picture == picture[:1]).all())
-    different = views[: len(views) - is_grey]
-    for number, batch in enumerate(different.split(batch_size)):
-        write_features(layers, start + number * batch_size, count, nested_layers(network.features(batch)))
-    if is_grey:
-        for layer in layers:
-            layer[:, start + len(different)] = layer[:, start]
-
-
-def write_features(layers: Layers, start: int, count: int, features: Layers) -> None:
-    """Puts features (P_l, N, C_l) at columns start.. of `layers`, which are made for `count` pictures on first use."""
-    if not layers:
-        layers.extend(layer.new_empty(layer.shape[0], count, layer.shape[2]) for layer in features)
-    for layer, new in zip(layers, features, strict=True):
-        layer[:, start : start + new.shape[1]] = new
-
-
-def fit_rows(support: Layers, images: int, clock: StageClock) -> Iterator[FittedRows]:
-    """The Gaussians of all positions, a chunk of positions at a time, for distances of `images` pictures at once."""
-    for rows in chunks(support, images, CHUNK_BYTES[support[0].device.type]):
-        with clock("gaussian"):
-            statistics = fit([layer[r] for layer, r in zip(support, rows, strict=True)])
-        yield FittedRows(rows, statistics)
-
-
-def distance_maps(fitted: Iterable[FittedRows], test: Layers, clock: StageClock) -> torch.Tensor:
-    """Mahalanobis distances (B, H, W) of `test` to the Gaussians, a chunk of positions at a time."""
-    squared = test[0].new_empty(test[0].shape[:2])
-    for rows, statistics in fitted:
-        with clock("distance"):
-            squared[rows[0]] = squared_distance(statistics, [layer[r] for layer, r in zip(test, rows, strict=True)])
-    return from_nested(squared.sqrt_(), depth=len(test) - 1)
-
-
-def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, W); `matrix` from `score_map_matrix`."""
-    maps = matrix @ distances @ matrix.T
-    return maps.flatten(1).amax(dim=1), maps  # method: the image's score is the map's maximum
-
-
-class NormalScores(NamedTuple):
-    """What a threshold comes from: scores (n, views) of normal pictures, the first view being the picture itself, and
-    score maps (n, S, S) of the pictures themselves.
-    """
-
-    scores: np.ndarray
-    maps: np.ndarray
-
-
-def leave_one_out(views: Layers, matrix: torch.Tensor, clock: StageClock) -> NormalScores:
-    """Scores of all support `views`, see `write_views`; those of a picture by the Gaussians of the K - 1 others."""
-    scores, maps = [], []
-    for start in range(0, views[0].shape[1], VIEWS_PER_IMAGE):
-        end = start + VIEWS_PER_IMAGE
-        others = [torch.cat([layer[:, :start], layer[:, end:]], dim=1) for layer in views]
-        distances = distance_maps(
-            fit_rows(others, VIEWS_PER_IMAGE, clock), [layer[:, start:end] for layer in views], clock
-        )
-        of_views, maps_of_views = score_maps(distances, matrix)
-        scores.append(of_views.cpu().numpy())
-        maps.append(maps_of_views[0].cpu().numpy())
-    return NormalScores(np.stack(scores), np.stack(maps))
 
 
 class FewShotDetector:
@@ -124,15 +55,17 @@ class FewShotDetector:
     clock: seconds by stage.
     """
 
-    def __init__(self, network: STNResNet18, device: str = "auto", keep_aspect: bool = False) -> None:
+    def __init__(
+        self, network: STNResNet18, device: str = "auto", keep_aspect: bool = False, scorer: str = RELEASE_SCORER
+    ) -> None:
         self.clock = StageClock(resolve_device(device))
         self.network, self.keep_aspect = network.to(self.clock.device), keep_aspect
+        self.scorer = make_scorer(scorer)
         self.size = network.img_size
         self.threshold: Threshold | None = None
         self.left_out: NormalScores | None = None
         self.origin: dict = {}
-        self.fitted: list[FittedRows] = []
-        self.matrix = score_map_matrix(self.size // FEATURE_STRIDES[0], self.size, self.clock.device)
+        self.fitted: Fitted = {}
         self._folded = folded(self.network)
 
     def fit(self, pictures: Sequence[Picture], for_threshold: bool = True) -> FewShotDetector:
@@ -147,19 +80,20 @@ class FewShotDetector:
             inputs = self._inputs(pictures)
         if not len(inputs):
             raise UserError("no support pictures: at least one normal picture is needed")
-        views: Layers = []
+        store = FeatureStore([self.scorer], len(inputs) * VIEWS_PER_IMAGE)
         with self.clock("network"):
             for number, picture in enumerate(inputs):
-                start, count = number * VIEWS_PER_IMAGE, len(inputs) * VIEWS_PER_IMAGE
-                write_views(views, start, count, self._folded, picture, VIEWS_PER_IMAGE)
-        self.fitted = list(fit_rows(views, DISTANCE_GROUP, self.clock))
+                write_support_image(store, number, self._folded, picture, VIEWS_PER_IMAGE)
+        support = store.prepared[self.scorer.name]
+        with self.clock(self.scorer.name):
+            self.fitted = self.scorer.fit(support)
         self.threshold, self.left_out = None, None
         if for_threshold and len(inputs) > 1:
-            self.left_out = leave_one_out(views, self.matrix, self.clock)
+            self.left_out = leave_one_out(self.scorer, support, self.size, self.clock)
         return self
 
     def calibrate(self, false_alarm: float, normal: Sequence[Picture] | None = None) -> Threshold:
-        """Sets the threshold at which a share of `false_alarm` normal pictures is expected, see inspection/threshold.py.
+        """Sets the threshold that a share of `false_alarm` normal pictures should exceed, see inspection/threshold.py.
 
         From the scores of the pictures `normal`; without them, from `left_out`.
 
@@ -208,33 +142,37 @@ class FewShotDetector:
 
     def _score_group(self, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """Scores and maps of at most DISTANCE_GROUP pictures."""
-        distances = distance_maps(self.fitted, self.features(pictures), self.clock)
+        features = self.features(pictures)
+        with self.clock("distance"):
+            distances = self.scorer.distance_maps(self.fitted, features)
         with self.clock("smoothing"):
-            scores, maps = score_maps(distances, self.matrix)
+            matrix = score_map_matrix(distances.shape[-1], self.size, distances.device)
+            scores, maps = score_maps(distances, matrix)
             return scores[: len(pictures)].cpu().numpy(), maps[: len(pictures)].cpu().numpy()
 
-    def features(self, pictures: Sequence[Picture]) -> Layers:
-        """Features of at most DISTANCE_GROUP pictures, as so many columns; those beyond B repeat other pictures."""
+    def features(self, pictures: Sequence[Picture]) -> Prepared:
+        """Prepared features of at most DISTANCE_GROUP pictures, filled up to as many: those beyond B repeat others."""
         with self.clock("decode"):
             inputs = self._inputs(pictures)
         with self.clock("network"):
             return self._features(inputs)
 
-    def _features(self, inputs: torch.Tensor) -> Layers:
+    def _features(self, inputs: torch.Tensor) -> Prepared:
         """`features` of inputs (B, 3, S, S).
 
         Grey and coloured pictures go apart, because the network takes a shorter way where all of a pass are grey.
         """
-        layers, size = [], NETWORK_GROUP[inputs.device.type]
+        size, store = NETWORK_GROUP[inputs.device.type], FeatureStore([self.scorer], DISTANCE_GROUP)
         is_grey = (inputs == inputs[:, :1]).flatten(1).all(dim=1)
         groups = [group for kind in (is_grey, ~is_grey) for group in kind.nonzero().flatten().split(size)]
+        done = 0
         for group in filter(len, groups):
-            features = nested_layers(self._folded.features(inputs[_fill_up(group, size)]))
-            layers = layers or [f.new_empty(f.shape[0], len(inputs), f.shape[2]) for f in features]
-            for layer, new in zip(layers, features, strict=True):
-                layer[:, group] = new[:, : len(group)]
-        columns = _fill_up(torch.arange(len(inputs), device=inputs.device), DISTANCE_GROUP)
-        return [layer[:, columns] for layer in layers]
+            maps = self._folded.features(inputs[_fill_up(group, size)])
+            store.write(done, [layer[: len(group)] for layer in maps])
+            done += len(group)
+        columns = torch.cat(groups).argsort()
+        columns = _fill_up(columns, DISTANCE_GROUP)
+        return [layer.transpose(0, 1)[:, columns].transpose(0, 1) for layer in store.prepared[self.scorer.name]]
 
     def _inputs(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """Pictures as the network takes them, (B, 3, S, S) float32 in [0, 1], on the device."""
@@ -256,7 +194,8 @@ class FewShotDetector:
             "stn_mode": self.network.stn_mode,
             "img_size": self.size,
             "keep_aspect": self.keep_aspect,
-            "statistics": [_to_plain(part.statistics, "cpu") for part in self.fitted],
+            "scorer": self.scorer.name,
+            "fitted": {name: value.cpu() for name, value in self.fitted.items()},
             "left_out": None if self.left_out is None else [torch.from_numpy(part) for part in self.left_out],
             "threshold": None if self.threshold is None else tuple(self.threshold),
             "origin": self.origin,
@@ -278,8 +217,8 @@ class FewShotDetector:
         try:
             network = STNResNet18(content["stn_mode"], content["img_size"])
             network.load_state_dict(content["network"])
-            detector = cls(network.eval(), device, content["keep_aspect"])
-            detector.fitted = _from_plain(content["statistics"], detector.clock.device)
+            detector = cls(network.eval(), device, content["keep_aspect"], content["scorer"])
+            detector.fitted = {name: value.to(detector.clock.device) for name, value in content["fitted"].items()}
             left_out, threshold = content["left_out"], content["threshold"]
             detector.left_out = None if left_out is None else NormalScores(*(part.numpy() for part in left_out))
             detector.threshold = None if threshold is None else Threshold(*threshold)
@@ -313,27 +252,6 @@ def _fill_up(indices: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([indices, indices[-1:].expand(max(0, count - len(indices)))])
 
 
-def _to_plain(statistics: SupportStatistics, device: str) -> dict:
-    """Statistics as a dict of tensors and lists of tensors."""
-    plain = statistics._asdict()
-    for name, value in plain.items():
-        moved = [v.to(device) for v in value] if isinstance(value, list) else value
-        plain[name] = moved.to(device) if isinstance(value, torch.Tensor) else moved
-    return plain
-
-
-def _from_plain(parts: list[dict], device: torch.device) -> list[FittedRows]:
-    """The way back; consecutive parts hold consecutive positions."""
-    fitted: list[FittedRows] = []
-    for part in parts:
-        statistics = SupportStatistics(**_to_plain(SupportStatistics(**part), device))
-        starts = [rows.stop for rows in fitted[-1].rows] if fitted else [0] * len(statistics.means)
-        lengths = [len(mean) for mean in statistics.means]
-        rows = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        fitted.append(FittedRows(rows, statistics))
-    return fitted
-
-
 def _read_content(path: Path) -> dict:
     """The dict in a detector's file; its checksums are verified, which torch does not do."""
     if not path.is_file():
@@ -348,6 +266,21 @@ def _read_content(path: Path) -> dict:
     content = load_tensors(path, "detector")
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
         raise UserError(f"{path} is not a detector (a checkpoint or support set?); predict.py --save writes one")
+    if content.get("version") == 2:
+        return _from_version_2(content)
     if content.get("version") != FILE_VERSION:
         raise UserError(f"detector {path} has version {content.get('version')}, this program reads {FILE_VERSION}")
     return content
+
+
+def _from_version_2(content: dict) -> dict:
+    """The content of a file of version 2, which held the release's Gaussian in parts of some positions each."""
+    parts = content["statistics"]
+    fitted = {}
+    for name, value in parts[0].items():
+        if isinstance(value, list):
+            stem = name.rstrip("s")
+            fitted |= {f"{stem}{n}": torch.cat([part[name][n] for part in parts]) for n in range(len(value))}
+        elif value is not None:
+            fitted[name] = torch.cat([part[name] for part in parts])
+    return {**content, "scorer": RELEASE_SCORER, "fitted": fitted}

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from inspection.detector import FewShotDetector, score_maps
+from inspection.detector import FewShotDetector
 from models.stn import without_batch_norm
-from scorers.gaussian import SupportStatistics, from_nested, nested_layers, squared_distance
-from utils.utils import UserError, whole_file
+from scorers.maps import score_map_matrix, score_maps
+from utils.errors import UserError
+from utils.files import whole_file
 
 ONNX_OPSET = 20  # the first with affine grids; GridSample is older
 ONNX_LIMIT = 2**31 - 1  # bytes of one ONNX file (a protocol buffer)
@@ -29,40 +30,25 @@ class ExportedDetector(nn.Module):
 
     def __init__(self, detector: FewShotDetector) -> None:
         super().__init__()
-        self.network = without_batch_norm(detector.network).cpu()
-        means, centred, joint, regression, residual = _joined(detector)
-        self.means = nn.ParameterList(nn.Parameter(mean, requires_grad=False) for mean in means)
-        self.centred = nn.ParameterList(nn.Parameter(layer, requires_grad=False) for layer in centred)
-        self.register_buffer("joint", joint)
-        for name, value in (("regression", regression), ("residual", residual)):
-            if value is None:
-                setattr(self, name, None)  # torch.export cannot count buffers that are None
-            else:
-                self.register_buffer(name, value)
-        self.register_buffer("matrix", detector.matrix.cpu())
+        if not detector.fitted:
+            raise UserError("only a fitted detector can be exported")
+        self.network, self.scorer = without_batch_norm(detector.network).cpu(), detector.scorer
+        self.names = list(detector.fitted)
+        for name, tensor in detector.fitted.items():
+            self.register_buffer(f"fitted_{name}", tensor.cpu())
+        with torch.no_grad():
+            grid = self._distances(torch.zeros(1, 3, detector.size, detector.size)).shape[-1]
+        self.register_buffer("matrix", score_map_matrix(grid, detector.size))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Maps (B, S, S) and scores (B,), float32, of pictures (B, S, S, 3) uint8."""
         x = image.permute(0, 3, 1, 2).contiguous().float() / 255
-        layers = nested_layers(self.network.features(x))
-        statistics = SupportStatistics(list(self.means), list(self.centred), self.joint, self.regression, self.residual)
-        distances = from_nested(squared_distance(statistics, layers).sqrt(), depth=len(layers) - 1)
-        scores, maps = score_maps(distances, self.matrix)
+        scores, maps = score_maps(self._distances(x), self.matrix)
         return maps, scores
 
-
-def _joined(detector: FewShotDetector) -> SupportStatistics:
-    """The statistics of all positions at once, on the CPU: fitting's chunks exist for its large temporaries."""
-
-    def joined(values: tuple) -> list[torch.Tensor] | torch.Tensor | None:
-        if isinstance(values[0], list):
-            return [joined(layer) for layer in zip(*values, strict=True)]
-        return None if values[0] is None else torch.cat(values).cpu()
-
-    if not detector.fitted:
-        raise UserError("only a fitted detector can be exported")
-    parts = [part.statistics for part in detector.fitted]
-    return SupportStatistics(*(joined(values) for values in zip(*parts, strict=True)))
+    def _distances(self, x: torch.Tensor) -> torch.Tensor:
+        fitted = {name: getattr(self, f"fitted_{name}") for name in self.names}
+        return self.scorer.distance_maps(fitted, self.scorer.prepare(self.network.features(x)))
 
 
 def export_metadata(detector: FewShotDetector) -> dict[str, str]:

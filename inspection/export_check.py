@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from inspection.detector import FewShotDetector
-from utils.utils import UserError
+from utils.errors import UserError
 
 TOLERANCE = 1e-3  # largest relative difference of a pixel; above it a file is refused
 CHECK_BATCHES = (1, 4)  # pictures per call

@@ -6,11 +6,15 @@ import argparse
 import math
 from pathlib import Path
 
+from inspection.detector import FewShotDetector
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
-from models.regad import FewShotDetector, load_checkpoint, untrained
+from models.regad import load_checkpoint, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
-from utils.utils import DEFAULT_SEED, UserError, require_positive, seed_everything, sha256
+from utils.devices import seed_everything
+from utils.errors import UserError, require_positive
+from utils.files import sha256
+from utils.flags import add_keep_aspect_flag, add_network_flags, add_seed_flag, add_weights_flag
 
 DEFAULT_FALSE_ALARM = 0.01
 
@@ -21,13 +25,10 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     detector.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal pictures: files or folders")
     detector.add_argument("--detector", type=Path, metavar="FILE", help="of predict.py --save; replaces --support")
     detector.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
-    detector.add_argument("--weights", default="imagenet", help="without --checkpoint: imagenet, none, or a file")
-    detector.add_argument("--stn_mode", choices=list(STN_MODES), default="rotation_scale")
-    detector.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {SIZE_DIVISOR}")
-    detector.add_argument("--keep_aspect", action="store_true", help="do not squeeze pictures that are not square")
-    detector.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, help="for --weights none; all else is deterministic"
-    )
+    add_weights_flag(detector, "without --checkpoint")
+    add_network_flags(detector, STN_MODES, SIZE_DIVISOR)
+    add_keep_aspect_flag(detector)
+    add_seed_flag(detector, "for --weights none; all else is deterministic")
     decide = parser.add_argument_group("threshold")
     decide.add_argument("--false_alarm", type=float, help="share of normal pictures that may be called; default 0.01")
     decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal pictures for it")

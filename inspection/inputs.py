@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import IMAGE_SUFFIXES, ImageError, is_picture, read_picture, to_square
-from utils.utils import StageClock, UserError, in_threads
+from utils.errors import UserError
+from utils.stages import StageClock, in_threads
 
 POLL_SECONDS = 0.5  # between looks into a watched folder
 

@@ -18,7 +18,9 @@ from inspection.inputs import InputPicture, absolute, full_name, read_inputs
 from inspection.threshold import Threshold
 from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_picture
 from reports.page import as_data_uri
-from utils.utils import UserError, in_threads, whole_file
+from utils.errors import UserError
+from utils.files import whole_file
+from utils.stages import in_threads
 
 CSV_COLUMNS = ("path", "score", "decision", "error")
 MAP_SCALE_16BIT = 256  # a 16-bit PNG map holds score * 256, so scores up to 255.99; .npy holds the scores themselves

@@ -25,7 +25,35 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
-from utils.utils import UserError
+from scorers.base import Prepared, Scorer
+from scorers.features import without_images
+from scorers.maps import score_map_matrix, score_maps
+from scorers.views import VIEWS_PER_IMAGE
+from utils.errors import UserError
+from utils.stages import StageClock
+
+
+class NormalScores(NamedTuple):
+    """What a threshold comes from: scores (n, views) of normal pictures, the first view being the picture itself, and
+    score maps (n, S, S) of the pictures themselves.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray
+
+
+def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageClock) -> NormalScores:
+    """Scores of all views in `support`; those of a picture by a fit to the views of the K - 1 others."""
+    scores, maps = [], []
+    for start in range(0, len(support[0]), VIEWS_PER_IMAGE):
+        end = start + VIEWS_PER_IMAGE
+        own, others = [layer[start:end] for layer in support], without_images(support, start, end)
+        distances = scorer.measure(others, own, clock)
+        matrix = score_map_matrix(distances.shape[-1], size, distances.device)
+        of_views, maps_of_views = score_maps(distances, matrix)
+        scores.append(of_views.cpu().numpy())
+        maps.append(maps_of_views[0].cpu().numpy())
+    return NormalScores(np.stack(scores), np.stack(maps))
 
 
 class Threshold(NamedTuple):

@@ -13,7 +13,8 @@ from inspection.detector import FewShotDetector
 from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
 from models.stn import STN_MODES, STNResNet18
-from utils.utils import UserError, load_tensors, whole_file
+from utils.errors import UserError
+from utils.files import load_tensors, whole_file
 
 __all__ = [
     "FewShotDetector",

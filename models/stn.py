@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet18
 
-from scorers.views import inverse_affine, warp
-from utils.utils import UserError
+from models.warp import inverse_affine, warp
+from utils.errors import UserError
 
 FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position

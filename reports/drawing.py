@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.utils import whole_file
+from utils.files import whole_file
 
 COLOUR_MAP = "inferno"  # its lightness rises evenly, so it reads in grey and with colour blindness
 OPACITY = 0.75  # of the heat-map at its brightest; it fades to nothing at the lower limit

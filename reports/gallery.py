@@ -18,7 +18,8 @@ from datasets.mvtec import LabelledDataset, LabelledImage
 from evaluation.metrics import auroc, rank
 from reports.drawing import CALLED, GAP, beside, captioned, colour_limits, heat_map, outline, overlay, save_picture
 from reports.page import PAGE_PICTURES, PageRow, as_data_uri, write_page
-from utils.utils import in_threads, whole_file
+from utils.files import whole_file
+from utils.stages import in_threads
 
 SHEET_PICTURES, SHEET_COLUMNS = 40, 4
 TILE = 180  # pixels, of either picture of a tile of the contact sheet

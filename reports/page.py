@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from utils.utils import whole_file
+from utils.files import whole_file
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.html"
 PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted

@@ -32,6 +32,9 @@ from typing import NamedTuple
 
 import torch
 
+from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
+from utils.stages import StageClock
+
 COVARIANCE_EPS = 0.01  # on the covariance's diagonal, release behaviour (and PaDiM's)
 # Largest temporary of one chunk of positions. CPU: the freed memory of small blocks is used again at once, that of
 # large ones goes back to the system. CUDA: few large kernels.
@@ -54,6 +57,87 @@ class SupportStatistics(NamedTuple):
     joint: torch.Tensor
     regression: torch.Tensor | None
     residual: torch.Tensor | None
+
+
+class Gaussian(Scorer):
+    """The release's scorer: a Gaussian per position and the Mahalanobis distance to it.
+
+    Prepared features are the layers of the module's docstring with the images first, (N, P_l, C_l); in memory the
+    positions come first.
+    """
+
+    name = "gaussian"
+
+    def prepare(self, maps: FeatureMaps) -> Prepared:
+        """Feature maps, each half as wide as the one before, as (N, P_l, C_l) in nested order."""
+        return [layer.transpose(0, 1) for layer in nested_layers(maps)]
+
+    def fit(self, support: Prepared) -> Fitted:
+        """The statistics of all positions, see `SupportStatistics`; their names end in the layer's number."""
+        layers = _positions_first(support)
+        parts = [
+            _to_tensors(fit([layer[r] for layer, r in zip(layers, rows, strict=True)])) for rows in _chunks(layers)
+        ]
+        return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+
+    def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
+        """Mahalanobis distances (B, H, H)."""
+        layers, statistics = _positions_first(test), _from_tensors(fitted)
+        if torch.compiler.is_compiling():  # chunks would depend on the number of images, which is not known then
+            return _as_maps(squared_distance(statistics, layers), layers)
+        squared = layers[0].new_empty(layers[0].shape[:2])
+        for rows in _chunks(layers, fitted["joint"].shape[-1]):
+            part = [layer[r] for layer, r in zip(layers, rows, strict=True)]
+            squared[rows[0]] = squared_distance(_rows_of(statistics, rows), part)
+        return _as_maps(squared, layers)
+
+    def measure(self, support: Prepared, test: Prepared, clock: StageClock) -> torch.Tensor:
+        """Fits and measures a chunk of positions at a time, so that no statistics are kept."""
+        layers, of_test = _positions_first(support), _positions_first(test)
+        squared = of_test[0].new_empty(of_test[0].shape[:2])
+        for rows in _chunks(layers, of_test[0].shape[1]):
+            with clock(self.name):
+                statistics = fit([layer[r] for layer, r in zip(layers, rows, strict=True)])
+            with clock("distance"):
+                part = [layer[r] for layer, r in zip(of_test, rows, strict=True)]
+                squared[rows[0]] = squared_distance(statistics, part)
+        return _as_maps(squared, of_test)
+
+
+def _positions_first(prepared: Prepared) -> list[torch.Tensor]:
+    return [layer.transpose(0, 1) for layer in prepared]
+
+
+def _as_maps(squared: torch.Tensor, layers: Layers) -> torch.Tensor:
+    """Squared distances (P, B) in nested order as distances (B, H, H)."""
+    return from_nested(squared.sqrt(), depth=len(layers) - 1)
+
+
+def _to_tensors(statistics: SupportStatistics) -> Fitted:
+    lists = {"mean": statistics.means, "centred": statistics.centred}
+    tensors = {f"{name}{number}": layer for name, layers in lists.items() for number, layer in enumerate(layers)}
+    others = {name: getattr(statistics, name) for name in ("joint", "regression", "residual")}
+    return tensors | {name: tensor for name, tensor in others.items() if tensor is not None}
+
+
+def _from_tensors(fitted: Fitted) -> SupportStatistics:
+    means, centred = (
+        [fitted[name] for name in sorted(fitted) if name.startswith(kind)] for kind in ("mean", "centred")
+    )
+    return SupportStatistics(means, centred, fitted["joint"], fitted.get("regression"), fitted.get("residual"))
+
+
+def _rows_of(statistics: SupportStatistics, rows: Sequence[slice]) -> SupportStatistics:
+    """The statistics of some positions, given per layer."""
+    conditioned = statistics.regression is not None
+    together = rows[conditioned:]
+    return SupportStatistics(
+        [mean[r] for mean, r in zip(statistics.means, rows, strict=True)],
+        [layer[r] for layer, r in zip(statistics.centred, together, strict=True)],
+        statistics.joint[together[0]],
+        statistics.regression[together[0]] if conditioned else None,
+        statistics.residual[rows[0]] if conditioned else None,
+    )
 
 
 def fit(support: Layers) -> SupportStatistics:
@@ -134,16 +218,17 @@ def inverse_cholesky(matrices: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def chunks(support: Layers, images: int, budget: int) -> Iterator[list[slice]]:
-    """Per-layer row ranges of whole coarsest blocks, so that no temporary of `fit` or of `squared_distance` for
-    `images` pictures is much larger than `budget` bytes.
+def _chunks(layers: Layers, others: int = 1) -> Iterator[list[slice]]:
+    """Per-layer row ranges of whole coarsest blocks, so that no temporary is much larger than CHUNK_BYTES.
+
+    layers: (P_l, N, C_l); others: how many images (or directions) each position is multiplied with, beside its own N.
     """
-    views = support[0].shape[1]
-    blocks = support[-1].shape[0]
-    ratios = [layer.shape[0] // blocks for layer in support]
-    channels = [layer.shape[2] for layer in support]
-    per_position = max(views, channels[0]) * max(views, images, channels[0])
-    step = max(1, budget // (support[0].element_size() * ratios[0] * per_position))
+    count, blocks = layers[0].shape[1], layers[-1].shape[0]
+    ratios = [layer.shape[0] // blocks for layer in layers]
+    channels = layers[0].shape[2]
+    per_position = max(count, channels) * max(count, others, channels)
+    budget = CHUNK_BYTES.get(layers[0].device.type, CHUNK_BYTES["cpu"])
+    step = max(1, budget // (layers[0].element_size() * ratios[0] * per_position))
     for start in range(0, blocks, step):
         yield [slice(start * ratio, min(start + step, blocks) * ratio) for ratio in ratios]
 

@@ -14,7 +14,9 @@ from tqdm import tqdm
 from datasets.cache import SourcePictures
 from datasets.episodes import Episode
 from models.regad import RegAD
-from utils.utils import StageClock, UserError, load_tensors, whole_file
+from utils.errors import UserError
+from utils.files import load_tensors, whole_file
+from utils.stages import StageClock
 
 REPORT_SECONDS = 1.0  # the losses are fetched from the device, which makes the host wait, no more often than this
 

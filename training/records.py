@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from evaluation.statistics import format_summary
 from models.regad import RECIPE, checkpoint_file, last_file
-from utils.utils import UserError, load_tensors, whole_file
+from utils.errors import UserError
+from utils.files import load_tensors, whole_file
 
 
 class RunFiles(NamedTuple):
@@ -51,53 +48,25 @@ def refuse_to_overwrite(files: RunFiles) -> None:
             )
 
 
-def save_history(files: RunFiles, history: Sequence[dict], scored: str) -> None:
-    """One JSON line per finished epoch, and the curve of them; `scored`: the category that was scored."""
+def save_history(files: RunFiles, history: Sequence[dict]) -> None:
+    """One JSON line per finished epoch."""
     with whole_file(files.epochs) as aside:
         aside.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in history), encoding="utf-8")
-    _save_curve(files.curve, history, scored)
 
 
-def _save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
-    """Loss, and image and pixel AUROC (mean, and a band of one standard deviation over rounds), against the epoch."""
-    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    trained = [entry for entry in history if entry["loss"] is not None]
-    above.plot([entry["epoch"] for entry in trained], [entry["loss"] for entry in trained], ".-", color="#333333")
-    above.set_ylabel("registration loss")
-    for metric, colour in (("image_auroc", "#c05010"), ("pixel_auroc", "#1060a0")):
-        _plot_metric(below, [entry for entry in history if entry.get(metric)], metric, colour)
-    below.set_ylabel(f"AUROC on {scored}")
-    below.set_xlabel("epoch (0: untrained)")
-    below.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (above, below):
-        axis.grid(alpha=0.3)
-    if below.lines:
-        below.legend()
-    with whole_file(target) as aside:
-        figure.savefig(aside, format="png", dpi=100)
+def merit(entry: dict) -> float:
+    """What --select best maximises: image AUROC + pixel AUROC (where there is one), means over rounds."""
+    return sum(entry[key]["mean"] for key in ("image_auroc", "pixel_auroc") if entry[key])
 
 
-def _plot_metric(axis: Axes, scored: Sequence[dict], metric: str, colour: str) -> None:
-    if not scored:
-        return
-    epochs, means = [e["epoch"] for e in scored], [e[metric]["mean"] for e in scored]
-    spread = [e[metric]["sd"] or 0.0 for e in scored]
-    axis.plot(epochs, means, ".-", color=colour, label=metric.replace("_auroc", " AUROC"))
-    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+def is_selected(entry: dict, history: Sequence[dict], selected: int, rule: str) -> bool:
+    """Whether the weights of an epoch replace those of epoch `selected` as the selected ones; `rule`: --select."""
+    if rule == "last":
+        return True
+    return bool(entry.get("image_auroc")) and (not history or merit(entry) > merit(history[selected]))
 
 
 def outcomes(history: Sequence[dict], selected: int) -> dict[str, dict]:
     """The scored entries that a reader compares: untrained, selected and last."""
     chosen = {"untrained": history[0], f"selected (epoch {selected})": history[selected], "last": history[-1]}
     return {name: entry for name, entry in chosen.items() if entry.get("image_auroc")}
-
-
-def format_outcomes(history: Sequence[dict], selected: int) -> str:
-    """`outcomes` as lines of text."""
-    lines = [f"{'weights':22}{'image AUROC':20}pixel AUROC"]
-    for name, entry in outcomes(history, selected).items():
-        image, pixel = format_summary(entry["image_auroc"]), format_summary(entry["pixel_auroc"])
-        lines.append(f"{name:22}{image:20}{pixel}")
-    return "\n".join(lines) if len(lines) > 1 else "no epoch was scored (--eval_every 0)"

@@ -23,7 +23,8 @@ from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
 from grid.tables import make_tables, read_results, to_markdown
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
-from utils.utils import PROJECT_ROOT, UserError, sha256
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT, sha256
 
 # `import test` would find the standard library's package of that name
 _spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
@@ -180,7 +181,7 @@ def test_pictures_that_cannot_be_written_cost_no_number(arguments, capsys):
     output = Path(arguments["--output"])
     output.mkdir(parents=True)
     (output / "ring_2_affine").write_text("in the way")
-    with pytest.raises(UserError, match=r"the record is written, but the pictures in .*ring_2_affine cannot be"):
+    with pytest.raises(UserError, match=r"the record is written, but the images in .*ring_2_affine cannot be"):
         call(arguments, "--save_images", "5")
     assert len(list(output.glob("*.json"))) == 1
 
@@ -298,6 +299,8 @@ def test_every_flag_is_used(file):
     code = (PROJECT_ROOT / file).read_text()
     if "add_detector_flags(parser)" in code:
         code += (PROJECT_ROOT / "inspection/flags.py").read_text()
+    if "grid.plan" in code:
+        code += (PROJECT_ROOT / "grid/plan.py").read_text()
     for action in parser._actions:
         read = re.search(rf"args\.{action.dest}\b", code)
         assert action.dest == "help" or read, f"{file} never reads --{action.dest}"

@@ -22,11 +22,14 @@ from skimage.filters import threshold_otsu
 
 import predict
 from benchmarks.reference import DATA, TRUNK, needs_reference
+from inspection.detector import FewShotDetector
 from inspection.predictions import draw_panels
 from inspection.threshold import Threshold
-from models.regad import FewShotDetector, untrained
+from models.regad import untrained
 from reports.drawing import CALLED, HOT
-from utils.utils import PROJECT_ROOT, UserError, seed_everything
+from utils.devices import seed_everything
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 SIZE = 64
 

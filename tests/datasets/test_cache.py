@@ -19,7 +19,8 @@ from datasets import cache
 from datasets.cache import SourcePictures, decoded_images
 from datasets.episodes import Episode
 from datasets.images import read_image
-from utils.utils import PROJECT_ROOT, UserError
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 SIZE = 24
 

@@ -20,9 +20,20 @@ from benchmarks.reference import DATA, needs_reference
 from datasets import images
 from datasets.manifest import category_manifest, draw_manifest, save_manifest
 from tests.commands.test_commands import test_command
-from tests.datasets.test_images import COLOURS, GREYS, SIDEWAYS, coloured, encoded, grey, palette, sixteen_bit, with_alpha
+from tests.datasets.test_images import (
+    COLOURS,
+    GREYS,
+    SIDEWAYS,
+    coloured,
+    encoded,
+    grey,
+    palette,
+    sixteen_bit,
+    with_alpha,
+)
 from tests.datasets.test_layouts import visa  # noqa: F401
-from utils.utils import PROJECT_ROOT, UserError
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 SIZE = 64
 

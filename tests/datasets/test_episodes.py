@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from datasets import episodes as command
 from datasets.episodes import draw_episodes, read_episodes, write_episodes
-from utils.utils import UserError
+from utils.errors import UserError
 
 SOURCES = {
     "ring": [f"{n:03d}.png" for n in range(37)],

@@ -17,7 +17,6 @@ from PIL import Image
 
 from benchmarks.reference import DATA, needs_reference
 from datasets.images import (
-    MAX_PIXELS,
     ImageError,
     content_box,
     limit_pixels,
@@ -29,6 +28,7 @@ from datasets.images import (
     to_square,
 )
 from datasets.mvtec import LabelledDataset, LabelledImage
+from utils.flags import MAX_PIXELS
 
 BLOCK = 16  # pixels; a test picture is 2 x 2 blocks of one colour each
 SIDE = 2 * BLOCK

@@ -24,7 +24,7 @@ from datasets.mvtec import (
 )
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import SIDEWAYS
-from utils.utils import UserError
+from utils.errors import UserError
 
 WIDTH, HEIGHT = 30, 20
 

@@ -23,7 +23,8 @@ from datasets.manifest import (
 )
 from datasets.mvtec import TRAINING_PICTURES
 from datasets.support import find_names, find_support_rounds, read_support_images, save_support_rounds, support_file
-from utils.utils import PROJECT_ROOT, UserError, sha256
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT, sha256
 
 SIZE = 64
 NAMES = st.lists(st.text(min_size=1, max_size=9).map(lambda text: f"{text}.png"), min_size=1, max_size=40, unique=True)
@@ -153,13 +154,13 @@ def test_support_rounds_come_from_the_first_place_that_has_them(category, tmp_pa
     beside = with_hashes(draw_from_folder(category, 2, 2, 8), category)
     save_manifest(support_file(root, "ring", 2, 2).with_suffix(".json"), beside)
     assert find(None, category).names == beside.rounds
-    save_support_rounds(support_file(root, "ring", 2, 2), drawn.pictures)
+    save_support_rounds(support_file(root, "ring", 2, 2), drawn.images)
     stored = find(None, category)
     assert stored.names is None and "make_support.py --from_pt" in stored.source
-    for a, b in zip(stored.pictures, drawn.pictures, strict=True):
+    for a, b in zip(stored.images, drawn.images, strict=True):
         assert torch.equal(a, b)
     for found in (drawn, from_category):
-        for names, pictures in zip(found.names, found.pictures, strict=True):
+        for names, pictures in zip(found.names, found.images, strict=True):
             assert torch.equal(pictures, read_support_images([category / "train/good" / name for name in names], SIZE))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.reference import DATA, GOLDEN, needs_reference
 from datasets.images import ImageError, read_image, read_mask
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, list_images, list_test_items
-from utils.utils import UserError
+from utils.errors import UserError
 
 SIDE = 12
 TEST_FILES = ["good/10.png", "good/9.png", "good/a.png", "bent/000.png", "bent/001.png", "scratch/000.png"]

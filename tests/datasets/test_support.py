@@ -24,7 +24,7 @@ from datasets.support import (
     save_support_rounds,
     support_file,
 )
-from utils.utils import UserError
+from utils.errors import UserError
 
 SHOT, ROUNDS, SIZE = 2, 3, 16
 NAMES = [f"{number:03d}.png" for number in range(100)]

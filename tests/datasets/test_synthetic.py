@@ -9,7 +9,7 @@ from PIL import Image
 from datasets.images import read_image, read_mask
 from datasets.mvtec import list_images, list_test_items
 from datasets.synthetic import CATEGORIES, NOISE, main, render, write_dataset
-from utils.utils import UserError
+from utils.errors import UserError
 
 SIZE = 64
 SMALL = {"train": 2, "good": 2, "defective": 1, "size": SIZE}

@@ -16,7 +16,8 @@ from evaluation.metrics import auroc, rank
 from evaluation.scoring import compute_test_features, score_rounds
 from models.regad import RegAD, load_checkpoint
 from models.stn import STN_MODES, folded
-from utils.utils import StageClock
+from scorers.gaussian import Gaussian
+from utils.stages import StageClock
 
 pytestmark = needs_reference
 CPU = torch.device("cpu")
@@ -82,13 +83,13 @@ def scored():
     network, clock = folded(load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn), StageClock(CPU)
     items = list_test_items(DATA / "screw")
     labels = [item.label for item in items]
-    test = compute_test_features(network, LabelledDataset(items, 224), labels, clock, 16, 0)
+    test = compute_test_features(network, [Gaussian()], LabelledDataset(items, 224), labels, clock, 16, 0)
     found = {}
     for shot, recorded in golden_rounds().items():
         file = support_file(GOLDEN / "support_set", "screw", int(shot), len(recorded))
         rounds = load_support_rounds(file, int(shot), len(recorded), 224)
         for number, result in enumerate(score_rounds(network, test, rounds, clock, 22)):
-            found[shot, number] = result
+            found[shot, number] = result["gaussian"]
     return found, test.labels
 
 

@@ -15,7 +15,8 @@ import pytest
 from grid import engines
 from grid.cells import BUSY, Cell, is_begun, is_finished, log_file, run_cell
 from grid.engines import Cluster, run_local, run_on_cluster
-from utils.utils import PROJECT_ROOT, UserError
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 WORK = """
 import os, signal, sys, time

@@ -18,8 +18,10 @@ import pytest
 import reproduce
 import train
 from grid import cells as grid
+from grid import plan as grid_plan
 from grid.cells import is_finished
-from utils.utils import PROJECT_ROOT, UserError
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 _spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
 test_command = importlib.util.module_from_spec(_spec)
@@ -68,7 +70,7 @@ def flat(arguments):
 
 
 def plan(arguments):
-    return reproduce.Plan(reproduce.get_args_parser().parse_args(flat(arguments)))
+    return grid_plan.Plan(reproduce.get_args_parser().parse_args(flat(arguments)))
 
 
 def records(folder):
@@ -91,11 +93,11 @@ def test_cells_and_shards(arguments):
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names) == 2 + 2 * 2 * 2
     assert "ring_1-2_rotation_scale_untrained" in names and "weave_2_rotation_scale_source" in names
-    shards = [reproduce._shard(cells, f"{number}/3") for number in range(3)]
+    shards = [grid_plan.take_shard(cells, f"{number}/3") for number in range(3)]
     assert sorted(cell.name for shard in shards for cell in shard) == sorted(names)
     for wrong in ("3/3", "a/b", "1", "-1/2", "1/0"):
         with pytest.raises(UserError, match="--shard takes I/N"):
-            reproduce._shard(cells, wrong)
+            grid_plan.take_shard(cells, wrong)
 
 
 def test_all_categories(arguments, demo_data):
@@ -134,7 +136,7 @@ def test_what_makes_a_cell_another_one(arguments, demo_data, own_data, monkeypat
         assert key_of(arguments, name) != original, place
         swap(own_data / place)
     assert key_of(arguments, name) == original
-    monkeypatch.setattr(reproduce, "code_version", lambda: "another")
+    monkeypatch.setattr(grid_plan, "code_version", lambda: "another")
     assert key_of(arguments, name) != original
 
 

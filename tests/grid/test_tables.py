@@ -28,7 +28,7 @@ from grid.tables import (
     write_csv,
 )
 from grid.tables_page import to_html
-from utils.utils import UserError
+from utils.errors import UserError
 
 PUBLISHED_CELLS = REFERENCE / "reference" / "published_mvtec.csv"
 

@@ -16,12 +16,15 @@ from scipy import stats
 from datasets.images import read_image, read_picture
 from datasets.support import read_support_images
 from evaluation import scoring
+from inspection.detector import FewShotDetector
 from inspection.threshold import Threshold, normal_threshold
-from models.regad import FewShotDetector, RegAD, save_checkpoint
+from models.regad import RegAD, save_checkpoint
 from models.stn import folded
-from scorers.gaussian import nested_layers
+from scorers.features import FeatureStore
 from scorers.views import support_views
-from utils.utils import PROJECT_ROOT, StageClock, UserError
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
+from utils.stages import StageClock
 
 SIZE = 64
 
@@ -51,8 +54,11 @@ def detector(network, files):
 
 def test_same_maps_as_the_evaluation(detector, network, files):
     images = read_support_images(files[1], SIZE)
-    test = scoring.TestFeatures(nested_layers(folded(network).features(images)), np.arange(len(images)) > 2, None)
-    (result,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], StageClock(), 32)
+    store = FeatureStore([detector.scorer], len(images))
+    store.write(0, folded(network).features(images))
+    test = scoring.TestFeatures(store, np.arange(len(images)) > 2, None)
+    (results,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], StageClock(), 32)
+    result = results[detector.scorer.name]
     scores, maps = detector.score(files[1])
     np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)
     assert (scores == maps.max(axis=(1, 2))).all() and maps.shape == (len(images), SIZE, SIZE)
@@ -123,14 +129,14 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     save_checkpoint(tmp_path / "checkpoint", RegAD("affine", SIZE), {})
     plain = torch.load(whole, weights_only=True)
     torch.save(plain | {"version": 99}, tmp_path / "later")
-    torch.save({key: value for key, value in plain.items() if key != "statistics"}, tmp_path / "lacking")
+    torch.save({key: value for key, value in plain.items() if key != "fitted"}, tmp_path / "lacking")
     sentences = {
         "flipped": "is damaged",
         "short": "damaged or not a detector",
         "page": "damaged or not a detector",
         "checkpoint": "is not a detector",
         "later": "has version 99",
-        "lacking": "incomplete.*KeyError.*statistics",
+        "lacking": "incomplete.*KeyError.*fitted",
         "missing": "no detector file",
     }
     for name, sentence in sentences.items():
@@ -207,7 +213,7 @@ def test_impossible_shares(share, detector, files):
 def test_the_readme_s_python(files, tmp_path, monkeypatch):
     """The README's own lines, beside the pictures they name; no weights are downloaded."""
     block = re.search(
-        r"```python\n(from models\.regad import FewShotDetector.*?)```",
+        r"```python\n(from inspection\.detector import FewShotDetector.*?)```",
         (PROJECT_ROOT / "README.md").read_text(),
         re.DOTALL,
     )[1]

@@ -18,12 +18,14 @@ import export
 import inspection.export
 from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, needs_reference
 from datasets.images import read_image
+from inspection.detector import FewShotDetector
 from inspection.export import METADATA_FILE, WRITERS, ExportedDetector
 from inspection.export_check import CHECK_BATCHES, OPENERS, TOLERANCE, compare, refuse_differences
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
-from models.regad import FewShotDetector, RegAD, load_checkpoint
-from utils.utils import PROJECT_ROOT, UserError
+from models.regad import RegAD, load_checkpoint
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 SIZE = 64
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

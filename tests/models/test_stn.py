@@ -10,7 +10,8 @@ import torch
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
 from models.stn import STN_MODES, STNResNet18, _first_convolution, folded
-from utils.utils import UserError, resolve_device
+from utils.devices import command_device
+from utils.errors import UserError
 
 SIDE = 64  # pixels; small and quick, the release has 224
 COS, SIN = math.cos(0.3), math.sin(0.3)
@@ -244,7 +245,7 @@ def test_random_weights_follow_the_seed():
 @pytest.mark.cuda
 @pytest.mark.parametrize("stn_mode", ["rotation_scale", "affine"])
 def test_cuda_equals_cpu(stn_mode):
-    resolve_device("cuda")  # also switches TF32 off
+    command_device("cuda")  # also switches TF32 off
     network = shaken(stn_mode)
     on_cpu = network.features(pictures(4))
     on_cuda = folded(network.cuda()).features(pictures(4).cuda())

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks import plain
-from scorers.gaussian import chunks, fit, from_nested, inverse_cholesky, nested_layers, squared_distance, to_nested
+from scorers import gaussian
+from scorers.gaussian import Gaussian, fit, from_nested, inverse_cholesky, nested_layers, to_nested
+from utils.stages import StageClock
 
 SIDES, CHANNELS = (8, 4, 2), (6, 12, 20)  # 38 channels
 
@@ -24,13 +26,15 @@ def feature_maps(count: int, seed: int, dtype=torch.float64) -> list[torch.Tenso
 
 
 def fast_distances(support: list[torch.Tensor], test: list[torch.Tensor], budget: int = 2**40) -> torch.Tensor:
-    """Distances (B, H, W) by the fast way."""
-    support, test = nested_layers(support), nested_layers(test)
-    parts = []
-    for rows in chunks(support, test[0].shape[1], budget):
-        statistics = fit([layer[r] for layer, r in zip(support, rows, strict=True)])
-        parts.append(squared_distance(statistics, [layer[r] for layer, r in zip(test, rows, strict=True)]))
-    return from_nested(torch.cat(parts).sqrt(), depth=2)
+    """Distances (B, H, W) by the fast way, piece by piece; the same from what is stored."""
+    scorer = Gaussian()
+    support, test = scorer.prepare(support), scorer.prepare(test)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gaussian.CHUNK_BYTES, "cpu", budget)
+        at_once = scorer.measure(support, test, StageClock())
+        stored = scorer.distance_maps(scorer.fit(support), test)
+    torch.testing.assert_close(stored, at_once, rtol=1e-12 if at_once.dtype == torch.float64 else 1e-5, atol=1e-12)
+    return at_once
 
 
 # 5 views: all layers together, V x V; 22: V x V for the coarse layers, the finest conditioned; 36: C x C for the

@@ -13,15 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import plain
-from scorers.views import (
-    ROTATION_ANGLES,
-    TRANSLATIONS,
-    VIEWS_PER_IMAGE,
-    inverse_affine,
-    score_map_matrix,
-    support_views,
-    warp,
-)
+from models.warp import inverse_affine, warp
+from scorers.maps import score_map_matrix
+from scorers.views import ROTATION_ANGLES, TRANSLATIONS, VIEWS_PER_IMAGE, support_views
 
 SIDE = 32
 

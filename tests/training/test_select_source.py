@@ -15,7 +15,7 @@ import train
 from datasets.mvtec import held_out_category
 from datasets.synthetic import write_dataset
 from models.regad import selection
-from utils.utils import UserError
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

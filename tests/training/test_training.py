@@ -27,7 +27,9 @@ from models.regad import CHECKPOINT_PARTS, RECIPE, RegAD, load_checkpoint
 from tests.commands.test_commands import test_command
 from training.loop import Trainer, learning_rate
 from training.records import RunFiles
-from utils.utils import PROJECT_ROOT, StageClock, UserError
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
+from utils.stages import StageClock
 
 CPU = torch.device("cpu")
 SIZE = 64

@@ -14,19 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils.utils import (
-    PROJECT_ROOT,
-    StageClock,
-    UserError,
-    git_commit,
-    load_tensors,
-    provenance,
-    resolve_device,
-    run_command,
-    seed_everything,
-    whole_file,
-    write_json,
-)
+from utils.devices import resolve_device, seed_everything
+from utils.errors import UserError, run_command
+from utils.files import PROJECT_ROOT, load_tensors, whole_file, write_json
+from utils.records import git_commit, provenance
+from utils.stages import StageClock
 
 
 def test_whole_file_leaves_nothing_after_an_error(tmp_path):
@@ -48,7 +40,7 @@ def test_whole_file_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
 
 WRITER = """
 import sys; sys.path.insert(0, {root!r})
-from pathlib import Path; import torch; from utils.utils import whole_file
+from pathlib import Path; import torch; from utils.files import whole_file
 torch.save(torch.ones(200_000), {path!r}); print("ready", flush=True)
 while True:
     with whole_file(Path({path!r})) as aside: torch.save(torch.ones(200_000), aside)

@@ -1,0 +1,204 @@
+"""The plan of a grid: its cells, their commands, the keys that say what their numbers depend on, an estimate."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from datasets.manifest import category_manifest
+from datasets.mvtec import (
+    CATEGORIES,
+    category_folder,
+    held_out_category,
+    list_source_images,
+    list_test_items,
+    list_train_images,
+)
+from grid.cells import Cell, Fingerprints, code_version, is_begun, is_finished
+from grid.engines import cores_per_job, visible_gpus
+from grid.estimate import format_duration, measure, scoring_seconds, training_seconds
+from models.regad import checkpoint_file, last_file, selection
+from utils.devices import command_device
+from utils.errors import UserError
+from utils.files import digest
+from utils.flags import DEFAULT_SUPPORT_PATH
+
+
+class Plan:
+    """The cells of the grid that the arguments ask for, and what their numbers depend on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.categories = _categories(args)
+        self.tests = {name: list_test_items(self._folder(name)) for name in self.categories}
+        if args.eval_only:
+            self.sources = {name: list_train_images(self._folder(name)) for name in self.categories}
+        else:
+            self.sources = list_source_images(args.data_path, args.data_type, target="")
+        self.files, self.code = Fingerprints(), code_version()
+
+    def cells(self) -> list[Cell]:
+        """In the order of running: an untrained cell per category, then the trained ones; or the weights found."""
+        if self.args.eval_only:
+            cells = [cell for name in self.categories for cell in self._found_cells(name)]
+            if not cells:
+                raise UserError(f"no checkpoint of the grid in {self.args.eval_only}, see save_checkpoints/README.md")
+            return cells
+        trained = [
+            self._trained_cell(name, shot, select)
+            for shot in self.args.shots
+            for name in self.categories
+            for select in self.args.select
+        ]
+        return [*(self._untrained_cell(name) for name in self.categories), *trained]
+
+    def print_plan(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Prints one line per cell and an estimate of the time; gives the cells that are to be run."""
+        output = self.args.output
+        to_run = [cell for cell in cells if not is_finished(output, cell)]
+        seconds = self._seconds(to_run) if to_run and self.args.engine == "local" else {}
+        for cell in cells:
+            state = "finished" if cell not in to_run else "goes on" if is_begun(output, cell) else "new"
+            about = f": about {format_duration(seconds[cell])}" if cell in seconds else ""
+            print(f"  {state:9} {cell.name}{about}")
+        print(f"{len(cells)} cells, {len(cells) - len(to_run)} finished, {len(to_run)} to run", end="")
+        jobs = min(count_jobs(self.args), max(1, len(to_run)))
+        print(f": about {format_duration(sum(seconds.values()) / jobs)} with --jobs {jobs}" if seconds else "")
+        return to_run
+
+    def _folder(self, category: str) -> Path:
+        return category_folder(self.args.data_path, self.args.data_type, category)
+
+    def _data_flags(self, category: str) -> list[str]:
+        args = self.args
+        flags = ["--obj", category, "--data_type", args.data_type, "--data_path", str(args.data_path)]
+        flags += ["--inferences", str(args.inferences), "--stn_mode", args.stn_mode, "--img_size", str(args.img_size)]
+        flags += ["--seed", str(args.seed), "--weights", args.weights]
+        flags += ["--device", args.device, "--num_workers", str(args.num_workers)]
+        return flags + (["--support_path", str(args.support_path)] if args.support_path else [])
+
+    def _test(self, category: str, shots: Sequence[int], *flags: str) -> tuple[str, ...]:
+        """The command that scores one kind of weights."""
+        output = ("--output", str(self.args.output))
+        return ("test.py", *self._data_flags(category), "--shot", *map(str, shots), *flags, *output)
+
+    def _record(self, category: str, shot: int, kind: str) -> str:
+        return f"{category}_{shot}_{self.args.stn_mode}{kind}.json"
+
+    def _untrained_cell(self, category: str) -> Cell:
+        records = tuple(self._record(category, shot, "_untrained") for shot in self.args.shots)
+        command = self._test(category, self.args.shots, "--untrained")
+        name = f"{category}_{'-'.join(map(str, self.args.shots))}_{self.args.stn_mode}_untrained"
+        shots, key = tuple(self.args.shots), self._key(category, self.args.shots, "untrained")
+        return Cell(name, category, shots, (command,), key, None, records)
+
+    def _trained_cell(self, category: str, shot: int, select: str) -> Cell:
+        args, which = self.args, "" if select == "best" else "_source"
+        save_dir = args.output / f"save_checkpoints{which}"
+        train = ["train.py", *self._data_flags(category), "--shot", str(shot), "--epochs", str(args.epochs)]
+        train += ["--batch_size", str(args.batch_size), "--select", select, "--eval_every", str(args.eval_every)]
+        train += ["--save_dir", str(save_dir), "--cache_dir", args.cache_dir, "--resume"]
+        commands = [tuple(train), self._test(category, [shot], "--save_dir", str(save_dir))]
+        records = [self._record(category, shot, which)]
+        if select == "best":
+            commands.append(self._test(category, [shot], "--save_dir", str(save_dir), "--last"))
+            records.append(self._record(category, shot, "_last"))
+        weights = checkpoint_file(save_dir, args.stn_mode, shot, category)
+        key = self._key(category, [shot], select, args.epochs, args.batch_size, args.eval_every)
+        name = weights.stem.removesuffix("_model") + which
+        return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records))
+
+    def _found_cells(self, category: str) -> list[Cell]:
+        """Existing weights of a category: one cell for all shots, so that equal files are scored together."""
+        args = self.args
+        found: dict[tuple[str, str], dict[int, Path]] = {}  # (rule, flag for test.py) -> shot -> file
+        for flag, place in (("--last", last_file), ("", checkpoint_file)):
+            for shot in args.shots:
+                file = place(args.eval_only, args.stn_mode, shot, category)
+                rule = selection(file)[0] if file.is_file() else None
+                if rule and shot not in found.get((rule, "--last"), {}):
+                    found.setdefault((rule, flag), {})[shot] = file
+                elif not rule and not flag:
+                    print(f"no weights {file}: the table will show the cell as missing")
+        return [self._found_cell(category, *kind, files) for kind, files in found.items()]
+
+    def _found_cell(self, category: str, rule: str, flag: str, files: dict[int, Path]) -> Cell:
+        shots, ending = tuple(files), "" if rule == "best" else f"_{rule}"
+        flags = ["--save_dir", str(self.args.eval_only), *filter(None, [flag])]
+        records = tuple(self._record(category, shot, ending) for shot in shots)
+        key = self._key(category, shots, flag, self.files.of(list(files.values())))
+        name = f"{category}_{'-'.join(map(str, shots))}_{self.args.stn_mode}{ending}{flag.replace('--', '_')}_eval"
+        return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records)
+
+    def _key(self, category: str, shots: Sequence[int], *decisive: object) -> str:
+        """A digest of what the numbers depend on: arguments, data, code. Not of where the data lie."""
+        args, files = self.args, self.files
+        weights = files.of([Path(args.weights)]) if Path(args.weights).is_file() else args.weights
+        support = [file for shot in shots for file in self._support_files(category, shot)]
+        trains = "best" in decisive or "source" in decisive
+        pictures = self.sources if trains else {category: self.sources[category]}
+        test = list(self.tests[category])
+        if "source" in decisive:
+            test += list_test_items(self._folder(held_out_category(self.sources, category)))
+        data = {name: files.of(paths) for name, paths in pictures.items()}
+        return digest(
+            {
+                "arguments": [category, shots, args.stn_mode, args.img_size, args.seed, args.inferences, decisive],
+                "weights": weights,
+                "data": [
+                    data,
+                    files.of([item.image for item in test]),
+                    files.of([item.mask for item in test if item.mask]),
+                ],
+                "support": files.of(support),
+                "code": self.code,
+            }
+        )
+
+    def _support_files(self, category: str, shot: int) -> list[Path]:
+        root = self.args.support_path or DEFAULT_SUPPORT_PATH
+        files = [*(root / category).glob(f"{shot}_{self.args.inferences}*"), category_manifest(root, category)]
+        return sorted(file for file in files if file.is_file())
+
+    def _seconds(self, cells: Sequence[Cell]) -> dict[Cell, float]:
+        """Estimated from a measurement on this machine, with a job's share of its cores."""
+        args = self.args
+        torch.set_num_threads(cores_per_job(count_jobs(args)))
+        speed = measure(command_device(args.device), args.stn_mode, args.img_size)
+        seconds = {}
+        for cell in cells:
+            scoring = scoring_seconds(speed, len(self.tests[cell.category]), cell.shots, args.inferences)
+            trainings = sum(script == "train.py" for script, *_ in cell.commands)
+            seconds[cell] = (len(cell.commands) - trainings) * scoring
+            if trainings:
+                pictures = sum(len(paths) for name, paths in self.sources.items() if name != cell.category)
+                scored = scoring / args.eval_every
+                seconds[cell] += training_seconds(speed, pictures, cell.shots[0], args.epochs, scored)
+        return seconds
+
+
+def _categories(args: argparse.Namespace) -> list[str]:
+    if args.objs != ["all"]:
+        return args.objs
+    if CATEGORIES[args.data_type] is not None:
+        return list(CATEGORIES[args.data_type])
+    names = list_source_images(args.data_path, args.data_type, target="")
+    return [name for name in names if (args.data_path / name / "test").is_dir()]
+
+
+def take_shard(cells: list[Cell], shard: str | None) -> list[Cell]:
+    """Every N-th cell from the I-th on, for a shard "I/N"; UserError for any other text."""
+    if shard is None:
+        return cells
+    first, _, count = shard.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise UserError(f"--shard takes I/N with I from 0 to N-1, for example 0/4, not {shard!r}")
+    return cells[int(first) :: int(count)]
+
+
+def count_jobs(args: argparse.Namespace) -> int:
+    """Cells at a time on this machine."""
+    return args.jobs or max(1, len(visible_gpus(args.device)))

@@ -1,0 +1,41 @@
+"""The curve of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils.files import whole_file
+
+
+def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
+    """Loss, and image and pixel AUROC (mean, and a band of one standard deviation over rounds), against the epoch."""
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    trained = [entry for entry in history if entry["loss"] is not None]
+    above.plot([entry["epoch"] for entry in trained], [entry["loss"] for entry in trained], ".-", color="#333333")
+    above.set_ylabel("registration loss")
+    for metric, colour in (("image_auroc", "#c05010"), ("pixel_auroc", "#1060a0")):
+        _plot_metric(below, [entry for entry in history if entry.get(metric)], metric, colour)
+    below.set_ylabel(f"AUROC on {scored}")
+    below.set_xlabel("epoch (0: untrained)")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    if below.lines:
+        below.legend()
+    with whole_file(target) as aside:
+        figure.savefig(aside, format="png", dpi=100)
+
+
+def _plot_metric(axis: Axes, scored: Sequence[dict], metric: str, colour: str) -> None:
+    if not scored:
+        return
+    epochs, means = [e["epoch"] for e in scored], [e[metric]["mean"] for e in scored]
+    spread = [e[metric]["sd"] or 0.0 for e in scored]
+    axis.plot(epochs, means, ".-", color=colour, label=metric.replace("_auroc", " AUROC"))
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+    axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)

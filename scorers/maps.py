@@ -1,0 +1,30 @@
+"""From distance maps to score maps and image scores: enlarged, smoothed, the maximum taken."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+
+SMOOTHING_SIGMA = 4.0  # pixels of the score map, the release's gaussian_filter (truncate 4, mode "reflect")
+
+
+def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, H); `matrix` from `score_map_matrix`.
+
+    An image's score is the maximum of its map (release behaviour).
+    """
+    maps = matrix @ distances @ matrix.T
+    return maps.flatten(1).amax(dim=1), maps
+
+
+def score_map_matrix(grid: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The matrix M (size, grid) that turns a distance map D (grid, grid) into the score map M D M^T (size, size).
+
+    Bilinear enlargement (align_corners False) and smoothing by scipy's gaussian_filter with SMOOTHING_SIGMA are linear
+    and act on rows and columns alike, so M is had by applying them to the columns of the identity, in float64.
+    """
+    identity = torch.eye(grid, dtype=torch.float64)
+    enlarged = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0].T  # (size, grid)
+    smoothed = gaussian_filter(enlarged.numpy(), sigma=(SMOOTHING_SIGMA, 0))
+    return torch.from_numpy(smoothed).to(device, torch.float32)

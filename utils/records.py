@@ -1,0 +1,69 @@
+"""What a record says of its run: arguments, versions, commit, machine, memory."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from utils.files import PROJECT_ROOT
+
+VERSION = "0.1.0"  # as in pyproject.toml
+RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
+
+
+def plain_arguments(arguments: argparse.Namespace) -> dict:
+    """A command's arguments for a record: paths as text, alone or in lists."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in vars(arguments).items()}
+
+
+def peak_memory_mb() -> float:
+    """Highest resident memory of this process so far, in MB of 2**20 bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
+
+
+def provenance(device: torch.device) -> dict:
+    """What a reader of a record needs to repeat it: commit, versions, machine."""
+    return {
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: _package_version(name) for name in RECORDED_PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def git_commit() -> str | None:
+    """The project's commit, with "+changes" where files differ from it; None outside a git checkout."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else commit + ("+changes" if changes else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(PROJECT_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
