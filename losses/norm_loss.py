@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """N(p, z): minus the cosine over channels of maps (B, C, H, W), averaged over all but channels; in [-1, 1]."""
-    return -F.cosine_similarity(p, z, dim=1).mean()
+    precise = torch.promote_types(p.dtype, torch.float32)  # heads that ran in bfloat16 are compared in float32
+    return -F.cosine_similarity(p.to(precise), z.to(precise), dim=1).mean()
 
 
 def registration_loss(

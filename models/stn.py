@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import resnet18
 
-from models.warp import inverse_affine, warp
+from models.warp import full_precision, inverse_affine, warp
 from utils.errors import UserError
 
 FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
@@ -93,8 +93,10 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Warp matrices (B, 2, 3) of feature maps `x` (B, C, H, W)."""
-        parameters = self.fc(self.conv(x).flatten(1)).unbind(1)  # n tensors of (B,)
-        entries = self.mode.matrix(parameters)
+        hidden = self.conv(x).flatten(1)
+        with full_precision(x.device):
+            parameters = self.fc(hidden.to(self.fc[0].weight.dtype)).unbind(1)  # n tensors of (B,)
+            entries = self.mode.matrix(parameters)
         columns = [e if isinstance(e, torch.Tensor) else torch.full_like(parameters[0], e) for e in entries]
         return torch.stack(columns, dim=1).view(-1, 2, 3)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 
@@ -13,10 +15,20 @@ def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         - `theta` maps OUTPUT positions (x, y) to INPUT positions, both in [-1, 1], align_corners False
         - outside the picture the picture is reflected
     """
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, H, W, 2)
+    with full_precision(x.device):
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, H, W, 2)
+        x = x.to(theta.dtype)
     if x.device.type == "cpu" and not torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
         return _sample_rows(x, grid)
-    return sample(x, grid)
+    with full_precision(x.device):
+        return sample(x, grid)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off on `device`: 8 bits of bfloat16 turn a factor of 0.9975 into 1 and move a grid by a tenth of a cell."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def sample(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
 from models.stn import STN_MODES, STNResNet18, _first_convolution, folded
+from tests.evaluation.test_release import recipe_model
 from utils.devices import command_device
 from utils.errors import UserError
 
@@ -251,3 +252,27 @@ def test_cuda_equals_cpu(stn_mode):
     on_cuda = folded(network.cuda()).features(pictures(4).cuda())
     for a, b in zip(on_cpu, on_cuda, strict=True):
         assert (a - b.cpu()).norm() / a.norm() < 1e-5
+
+
+@needs_reference
+def test_bf16_leaves_the_warps_in_full_precision():
+    """Under autocast only what leads to a head's linear layers is rounded; parameters, matrices and grid are not."""
+    network = recipe_model("rotation_scale").stn
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = network(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(images)
+    for ours, reference in zip(rounded.warps, exact.warps, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
+
+
+def test_bf16_keeps_the_identity_exact():
+    """An untrained warp is the identity to the last bit, and so is a factor that bfloat16 cannot hold."""
+    x = torch.rand(1, 3, 56, 56)
+    theta = torch.tensor([[[0.9975, 0.0, 0.0], [0.0, 0.9975, 0.0]]])
+    for matrix in (torch.eye(2, 3)[None], theta):
+        expected = warp(x, matrix)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(warp(x, matrix), expected)
