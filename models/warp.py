@@ -25,7 +25,7 @@ def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off on `device`: 8 bits of bfloat16 turn a factor of 0.9975 into 1 and move a grid by a tenth of a cell."""
+    """Autocast off on `device`: bfloat16 turns a factor of 0.9975 into 1 and moves a grid by a tenth of a cell."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
