@@ -1,4 +1,4 @@
-"""Command: look at every picture and mask of a data set; a table of what there is, and every problem with its file.
+"""Command: look at every image and mask of a data set; a table of what there is, and every problem with its file.
 
 python check_data.py --data_type folder --data_path ./my_data
 """

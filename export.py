@@ -15,7 +15,7 @@ import torch
 from datasets.images import read_image
 from inspection.detector import FewShotDetector
 from inspection.export import WRITERS, require_packages
-from inspection.export_check import CHECK_PICTURES, compare, refuse_differences
+from inspection.export_check import CHECK_IMAGES, compare, refuse_differences
 from inspection.flags import add_detector_flags, check_detector_flags, make_detector
 from inspection.inputs import list_inputs
 from utils.errors import UserError, run_command
@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="PATH",
-        help=f"compare with PyTorch on at most {CHECK_PICTURES} of these pictures; none given: of the --support ones",
+        help=f"compare with PyTorch on at most {CHECK_IMAGES} of these images; none given: of the --support ones",
     )
     return parser
 
@@ -42,34 +42,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, writes the files, compares them."""
     args = get_args_parser().parse_args(argv)
     _check(args)
-    pictures = None if args.check is None else list_inputs(args.check or args.support)
+    images = None if args.check is None else list_inputs(args.check or args.support)
     detector = make_detector(args, "cpu")
     stem = args.output.with_suffix("") if args.output.suffix[1:] in WRITERS else args.output
     files = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in args.format}
     for kind, path in files.items():
         WRITERS[kind](detector, path)
         print(f"{kind}: {path} ({path.stat().st_size / 2**20:.0f} MB)")
-    if pictures:
-        _compare(detector, files, pictures)
+    if images:
+        _compare(detector, files, images)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Everything that can be refused before the work starts."""
     check_detector_flags(args)
     if args.check == [] and not args.support:
-        raise UserError("--check needs pictures: a saved detector holds none; give files or a folder after --check")
+        raise UserError("--check needs images: a saved detector holds none; give files or a folder after --check")
     if "onnx" in args.format:
         require_packages("onnx", "onnxscript", *([] if args.check is None else ["onnxruntime"]))
 
 
 def _compare(detector: FewShotDetector, files: dict[str, Path], paths: Sequence[Path]) -> None:
     """Prints differences and times; UserError where a file's maps are not PyTorch's."""
-    chosen = np.unique(np.linspace(0, len(paths) - 1, CHECK_PICTURES).round().astype(int))
-    pictures = np.stack([read_image(paths[index], detector.size, detector.keep_aspect) for index in chosen])
-    print(f"{len(pictures)} pictures, {torch.get_num_threads()} thread(s), without decoding")
-    print("runtime   batch   ms per picture   largest relative difference")
+    chosen = np.unique(np.linspace(0, len(paths) - 1, CHECK_IMAGES).round().astype(int))
+    images = np.stack([read_image(paths[index], detector.size, detector.keep_aspect) for index in chosen])
+    print(f"{len(images)} images, {torch.get_num_threads()} thread(s), without decoding")
+    print("runtime   batch   ms per image   largest relative difference")
     rows = []
-    for row in compare(detector, files, pictures):
+    for row in compare(detector, files, images):
         print(f"{row.runtime:9} {row.batch:5} {row.milliseconds:16.1f}   {row.difference:.1e}")
         rows.append(row)
     refuse_differences(rows)

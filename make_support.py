@@ -1,4 +1,4 @@
-"""Command: draw support sets (K normal pictures per round), or find and check the pictures of given ones.
+"""Command: draw support sets (K normal images per round), or find and check the images of given ones.
 
 python make_support.py --obj screw --shots 2 4 8 --rounds 10 --data_path ./MVTec/
 """
@@ -31,23 +31,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     task = parser.add_argument_group("task: draw, or one of --from_pt and --verify")
     task.add_argument("--obj", nargs="+", metavar="CATEGORY", help="categories to draw from; not needed to --verify")
-    task.add_argument("--shots", nargs="+", type=int, default=[2], metavar="K", help="pictures per round")
+    task.add_argument("--shots", nargs="+", type=int, default=[2], metavar="K", help="images per round")
     task.add_argument("--rounds", type=int, default=10, help="rounds per support set (test.py's --inferences)")
-    task.add_argument("--seed", type=int, default=DRAW_SEED, help="another seed draws other pictures")
+    task.add_argument("--seed", type=int, default=DRAW_SEED, help="another seed draws other images")
     task.add_argument("--names_only", action="store_true", help="write manifests without tensors; test.py reads both")
-    task.add_argument("--from_pt", type=Path, metavar="FILE", help="find which training pictures a .pt file is made of")
+    task.add_argument("--from_pt", type=Path, metavar="FILE", help="find which training images a .pt file is made of")
     task.add_argument("--verify", nargs="+", type=Path, metavar="MANIFEST", help="check manifests against the data")
     task.add_argument("--write_hashes", action="store_true", help="with --verify: add SHA-256 where there are none yet")
     data = parser.add_argument_group("data")
     add_data_flags(data, CATEGORIES)
     data.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="where the sets are written")
-    data.add_argument("--img_size", type=int, default=224, help="side of the stored pictures in pixels")
+    data.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels")
     add_image_flags(data, strict=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes support sets and prints which pictures they are made of."""
+    """Writes support sets and prints which images they are made of."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shots", "rounds", "img_size", "max_pixels")
     limit_pixels(args.max_pixels)
@@ -67,16 +67,16 @@ def _draw(args: argparse.Namespace, category: str) -> None:
     """Draws the largest set; the others are its beginnings."""
     folder = category_folder(args.data_path, args.data_type, category)
     drawn = with_hashes(draw_from_folder(folder, max(args.shots), args.rounds, args.seed), folder)
-    pictures = [] if args.names_only else read_rounds(folder, drawn, args.img_size, args.keep_aspect)
+    images = [] if args.names_only else read_rounds(folder, drawn, args.img_size, args.keep_aspect)
     for shot in args.shots:
         target = support_file(args.support_path, category, shot, args.rounds)
         _refuse_to_overwrite(target)
         part = drawn.part(shot, args.rounds)
-        if pictures:
-            save_support_rounds(target, [of_round[:shot].clone() for of_round in pictures])
+        if images:
+            save_support_rounds(target, [of_round[:shot].clone() for of_round in images])
             part = part._replace(tensors=sha256(target), keep_aspect=args.keep_aspect)
         save_manifest(target.with_suffix(".json"), part)
-        print(f"wrote {target if pictures else target.with_suffix('.json')}")
+        print(f"wrote {target if images else target.with_suffix('.json')}")
         _print_rounds(part)
 
 
@@ -111,7 +111,7 @@ def _verify(args: argparse.Namespace) -> None:
         if args.write_hashes and not problems:
             manifest = manifest._replace(sha256=with_hashes(manifest, folder).sha256)
             save_manifest(file, manifest)
-        state = f"{count} pictures are there, {len(manifest.sha256)} with their SHA-256"
+        state = f"{count} images are there, {len(manifest.sha256)} with their SHA-256"
         print(f"{file}: {state if not problems else f'{len(problems)} problem(s)'}")
         for problem in problems:
             print(f"  {problem}")

@@ -1,4 +1,4 @@
-"""Command: score your own pictures against a few normal ones, with heat-maps, decisions and a report.
+"""Command: score your own images against a few normal ones, with heat-maps, decisions and a report.
 
 python predict.py --support good_1.png good_2.png --input photos/ --output out
 """
@@ -19,7 +19,7 @@ from inspection.detector import FewShotDetector
 from inspection.flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
 from inspection.inputs import absolute, full_name, list_inputs, watch
 from inspection.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
-from reports.page import PAGE_PICTURES, PageRow, write_page
+from reports.page import PAGE_IMAGES, PageRow, write_page
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
 from utils.records import peak_memory_mb, plain_arguments, provenance
@@ -31,8 +31,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of predict.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("pictures")
-    what.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="pictures to score: files or folders")
-    what.add_argument("--watch", type=Path, metavar="DIR", help="score pictures as they arrive here, until Ctrl-C")
+    what.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="images to score: files or folders")
+    what.add_argument("--watch", type=Path, metavar="DIR", help="score images as they arrive here, until Ctrl-C")
     what.add_argument("--output", type=Path, default=Path("./predictions"), help="folder of everything written")
     add_detector_flags(parser)
     run = parser.add_argument_group("run")
@@ -67,11 +67,11 @@ def _check(args: argparse.Namespace) -> None:
     check_detector_flags(args)
     require_positive(args, "num_workers")
     if args.input and args.watch:
-        raise UserError("--input and --watch exclude each other; pictures already in the watched folder come first")
+        raise UserError("--input and --watch exclude each other; images already in the watched folder come first")
     if not (args.input or args.watch or args.save):
-        raise UserError("nothing to do: give pictures with --input or --watch, or a file to --save the detector in")
+        raise UserError("nothing to do: give images with --input or --watch, or a file to --save the detector in")
     if absolute(args.output) in [absolute(path) for path in (args.input or []) + [args.watch or Path("/")]]:
-        raise UserError(f"--output {args.output} is also where the pictures come from; give another folder")
+        raise UserError(f"--output {args.output} is also where the images come from; give another folder")
     if args.watch and not args.watch.is_dir():
         raise UserError(f"no folder {args.watch} to watch")
 
@@ -81,28 +81,28 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
     root = Path(os.path.commonpath([absolute(path).parent for path in paths]))
     detector.clock.seconds.clear()  # of fitting
     begin = time.perf_counter()
-    rows = list(_rows(detector, tqdm(paths, unit="picture", disable=None), root, args, PAGE_PICTURES, False))
+    rows = list(_rows(detector, tqdm(paths, unit="image", disable=None), root, args, PAGE_IMAGES, False))
     seconds = time.perf_counter() - begin
     _finish(detector, rows, root, args, seconds)
     failed = [row for row in rows if row.error]
     scored, calls = sum(row.score is not None for row in rows), sum(row.decision == "defective" for row in rows)
-    print(f"{scored} pictures scored, {calls} called defective, {len(failed)} failed: {args.output}")
-    print(f"{seconds:.1f} s, {1000 * seconds / len(rows):.0f} ms per picture")
+    print(f"{scored} images scored, {calls} called defective, {len(failed)} failed: {args.output}")
+    print(f"{seconds:.1f} s, {1000 * seconds / len(rows):.0f} ms per image")
     total = sum(detector.clock.seconds.values())
     print("work:", ", ".join(f"{stage} {s / total:.0%}" for stage, s in detector.clock.seconds.items()))
     return failed
 
 
 def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
-    """Scores pictures as they arrive; table, record and report are brought up to date after each lot.
+    """Scores images as they arrive; table, record and report are brought up to date after each lot.
 
-    Goes on where an earlier watch with the same output ended: its pictures, broken ones included, are not scored again,
+    Goes on where an earlier watch with the same output ended: its images, broken ones included, are not scored again,
     but decided by the threshold of now.
     """
     rows, root = read_scores(args.output / "scores.csv", detector.threshold), absolute(args.watch)
-    print(f"watching {args.watch}; Ctrl-C ends" + (f"; {len(rows)} pictures scored before" if rows else ""))
+    print(f"watching {args.watch}; Ctrl-C ends" + (f"; {len(rows)} images scored before" if rows else ""))
     for arrived in watch(args.watch, args.output, done={row.path for row in rows}):
-        previews = PAGE_PICTURES - sum(bool(row.preview) for row in rows)
+        previews = PAGE_IMAGES - sum(bool(row.preview) for row in rows)
         for row in _rows(detector, arrived, root, args, previews, True):
             rows.append(row)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
@@ -126,7 +126,7 @@ def _finish(
     args: argparse.Namespace,
     total_seconds: float | None = None,
 ) -> None:
-    """scores.json and report.html, which names pictures as below `root`."""
+    """scores.json and report.html, which names images as below `root`."""
     threshold = detector.threshold
     content = {
         "arguments": plain_arguments(args),
@@ -145,7 +145,7 @@ def _finish(
 
 
 def _below(root: Path, path: str) -> str:
-    """The shorter name, where the picture lies there; rows of an earlier watch may not."""
+    """The shorter name, where the image lies there; rows of an earlier watch may not."""
     return path.removeprefix(f"{full_name(root).rstrip('/')}/")
 
 

@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is scored")
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
     add_data_flags(what, CATEGORIES)
-    what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support pictures per round")
+    what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support images per round")
     add_support_flags(what)
     add_image_flags(parser.add_argument_group("images"))
     network = parser.add_argument_group("network")
@@ -58,12 +58,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_weights_flag(network, "trunk for --untrained")
     run = parser.add_argument_group("run")
     add_device_flag(run)
-    run.add_argument("--batch_size", type=int, help="pictures per network pass; changes time, memory, last digits")
+    run.add_argument("--batch_size", type=int, help="images per network pass; changes time, memory, last digits")
     add_workers_flag(run)
     add_seed_flag(run, "for --weights none; all else is deterministic")
     add_scorer_flag(run, several=True)
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
-    run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and pictures")
+    run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and images")
     run.add_argument("--save_images", type=int, default=0, metavar="N", help="of round 0, with a report; -1: all")
     return parser
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from datasets.cache import SourcePictures, default_cache_dir
+from datasets.cache import SourceImages, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
 from datasets.images import limit_pixels
 from datasets.mvtec import (
@@ -56,7 +56,7 @@ from utils.flags import (
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
-MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value of a single picture
+MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value of a single image
 # Arguments that decide the weights or which are kept: a run is resumed only with the same ones.
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is trained on")
     what.add_argument("--obj", required=True, metavar="CATEGORY", help="the target: left out of training, scored")
     add_data_flags(what, CATEGORIES)
-    what.add_argument("--shot", type=int, default=2, metavar="K", help="support pictures per query")
+    what.add_argument("--shot", type=int, default=2, metavar="K", help="support images per query")
     what.add_argument(
         "--episodes", type=Path, metavar="FILE", help="train on these in every epoch (datasets/episodes.py)"
     )
@@ -99,7 +99,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     add_device_flag(run)
     add_workers_flag(run)
-    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded pictures; none: keep in memory")
+    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded images; none: keep in memory")
     run.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="where test.py looks for weights")
     run.add_argument("--resume", action="store_true", help="go on where a killed run stopped; start if there is none")
     run.add_argument(
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)  # after all that may draw numbers: epoch 0 is what test.py --untrained scores
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
-    images = SourcePictures(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
+    images = SourceImages(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
     print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} images; target {args.obj}")
     if args.select == "best":
         print("note: --select best chooses the epoch by the target's test labels, as the published protocol does")
@@ -157,7 +157,7 @@ def _epochs(
     args: argparse.Namespace,
     names: dict[str, list[str]],
     replayed: list[Episode] | None,
-    images: SourcePictures,
+    images: SourceImages,
     save: Callable[[], None],
     target: Target | None,
 ) -> Iterator[tuple[dict, bool]]:

@@ -70,15 +70,15 @@ def one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def draw_maps(pictures: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_maps(images: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Smooth score maps (B, S, S) float32, and masks with a disc in three of four, found by the scores in part."""
     rng = np.random.default_rng(0)
-    maps = gaussian_filter(rng.gamma(3, size=(pictures, size, size)).astype(np.float32), (0, 4, 4))
+    maps = gaussian_filter(rng.gamma(3, size=(images, size, size)).astype(np.float32), (0, 4, 4))
     y, x = np.mgrid[:size, :size]
-    centres = rng.uniform(0, size, (pictures, 2, 1, 1))
+    centres = rng.uniform(0, size, (images, 2, 1, 1))
     discs = np.hypot(y - centres[:, 0], x - centres[:, 1]) < size / 14
     discs[::4] = False
-    return maps + rng.uniform(0, 0.6, (pictures, 1, 1)).astype(np.float32) * discs, discs
+    return maps + rng.uniform(0, 0.6, (images, 1, 1)).astype(np.float32) * discs, discs
 
 
 def _time_ours(maps: np.ndarray, masks: np.ndarray, device: torch.device) -> tuple[dict, dict]:

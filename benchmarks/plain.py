@@ -54,7 +54,7 @@ def optimizers(model: RegAD, lr: float, momentum: float) -> list[torch.optim.Opt
 def training_step(
     model: RegAD, three_optimizers: list[torch.optim.Optimizer], query: torch.Tensor, support: torch.Tensor
 ) -> float:
-    """One update from queries (B, 3, S, S) and support pictures (B, K, 3, S, S); the loss before it."""
+    """One update from queries (B, 3, S, S) and support images (B, K, 3, S, S); the loss before it."""
     for optimizer in three_optimizers:
         optimizer.zero_grad()
     batch, shot = support.shape[:2]

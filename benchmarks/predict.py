@@ -1,4 +1,4 @@
-"""Measures predict.py's memory and where its time goes, over many real pictures; Linux only.
+"""Measures predict.py's memory and where its time goes, over many real images; Linux only.
 
 python -m benchmarks.predict    prints both, writes benchmarks/results/predict_cpu.json
 """
@@ -22,7 +22,7 @@ import torch
 import predict
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds
-from datasets.images import is_picture
+from datasets.images import is_image_file
 from inspection.detector import DISTANCE_GROUP, FewShotDetector
 from inspection.inputs import read_inputs
 from models.regad import untrained
@@ -30,7 +30,7 @@ from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, write_json
 from utils.records import provenance
 
-SETTLED_AFTER = 50  # pictures, when every buffer has been used once
+SETTLED_AFTER = 50  # images, when every buffer has been used once
 LOOK_SECONDS = 0.2  # between readings of the memory
 
 
@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=2000, help="those of --data_path, over and over")
-    parser.add_argument("--support", default="screw/train/good", help="below --data_path; its first four pictures")
+    parser.add_argument("--support", default="screw/train/good", help="below --data_path; its first four images")
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
@@ -51,28 +51,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.pictures <= SETTLED_AFTER:
         raise UserError(f"--pictures must be more than {SETTLED_AFTER}")
-    pictures = _pictures(args)
+    images = _images(args)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        first = pool.submit(_decode_and_network, pictures, args.weights).result()
-        memory = _run(Path(folder), pictures, args)
+        first = pool.submit(_decode_and_network, images, args.weights).result()
+        memory = _run(Path(folder), images, args)
         record = json.loads((Path(folder) / "out/scores.json").read_text())
-        bare = (first + pool.submit(_decode_and_network, pictures, args.weights).result()) / 2
+        bare = (first + pool.submit(_decode_and_network, images, args.weights).result()) / 2
     later = [megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER]
     settled, highest = later[0], max(later)
     total, seconds = record["total_seconds"], record["seconds"]
-    print_seconds(f"{args.pictures} pictures, {total:.1f} s; below: all threads, waiting included", seconds, seconds)
+    print_seconds(f"{args.pictures} images, {total:.1f} s; below: all threads, waiting included", seconds, seconds)
     print(f"decode and network alone, before and after: {bare:.1f} s, {bare / total:.0%} of predict.py's time")
-    print(f"memory: {settled:.0f} MB after {SETTLED_AFTER} pictures, at most {highest:.0f} MB later")
+    print(f"memory: {settled:.0f} MB after {SETTLED_AFTER} images, at most {highest:.0f} MB later")
     content = {"command": command_line("benchmarks.predict", args), **provenance(torch.device("cpu"))}
     content |= {"seconds": seconds, "total_seconds": total, "decode_and_network_alone": bare}
     content |= {"settled_mb": settled, "highest_mb": highest, "memory": memory[::25]}
     write_json(args.output / "predict_cpu.json", content)
 
 
-def _pictures(args: argparse.Namespace) -> list[Path]:
-    """The pictures of all categories, normal and not, over and over."""
-    pictures = sorted(filter(is_picture, args.data_path.glob("*/t*/*/*")))
-    return list(itertools.islice(itertools.cycle(pictures), args.pictures))
+def _images(args: argparse.Namespace) -> list[Path]:
+    """The images of all categories, normal and not, over and over."""
+    images = sorted(filter(is_image_file, args.data_path.glob("*/t*/*/*")))
+    return list(itertools.islice(itertools.cycle(images), args.pictures))
 
 
 def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
@@ -86,12 +86,12 @@ def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
     return time.perf_counter() - begin
 
 
-def _run(folder: Path, pictures: Sequence[Path], args: argparse.Namespace) -> list[tuple[int, float]]:
-    """Pictures scored and resident MB, reading by reading, of a predict.py over links to the pictures."""
+def _run(folder: Path, images: Sequence[Path], args: argparse.Namespace) -> list[tuple[int, float]]:
+    """Images scored and resident MB, reading by reading, of a predict.py over links to the images."""
     (folder / "in").mkdir()
-    for number, path in enumerate(pictures):
+    for number, path in enumerate(images):
         (folder / "in" / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
-    support = sorted(filter(is_picture, (args.data_path / args.support).iterdir()))[:4]
+    support = sorted(filter(is_image_file, (args.data_path / args.support).iterdir()))[:4]
     command = [sys.executable, "predict.py", "--support", *map(str, support), "--input", str(folder / "in")]
     command += ["--output", str(folder / "out"), "--weights", args.weights, "--device", "cpu", *args.flags]
     readings = []

@@ -1,4 +1,4 @@
-"""Real pictures, an ImageNet trunk and outputs of the release, kept outside the project; where absent, tests skip."""
+"""Real images, an ImageNet trunk and outputs of the release, kept outside the project; where absent, tests skip."""
 
 from __future__ import annotations
 

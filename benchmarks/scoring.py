@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn.eval()
 
     fast = _time_fast(network, items, draws, device, args)
-    print_seconds(f"{args.rounds} rounds, {len(items)} test pictures, K = {args.shot}", fast["seconds"], STAGES)
+    print_seconds(f"{args.rounds} rounds, {len(items)} test images, K = {args.shot}", fast["seconds"], STAGES)
     rest = fast["total"] - fast["seconds"]["decode"] - fast["seconds"]["network"]
     print(f"outside decode and network: {rest / fast['total']:.1%} of {fast['total']:.1f} s")
     print(f"peak resident memory: {fast['peak_memory_mb']:.0f} MB")
@@ -113,7 +113,7 @@ def _time_fast(
     device: torch.device,
     args: argparse.Namespace,
 ) -> dict:
-    """The project's own way, everything from picture files to AUROCs."""
+    """The project's own way, everything from image files to AUROCs."""
     clock = StageClock(device)
     begin = time.perf_counter()
     fast = folded(network.to(device))
@@ -127,9 +127,9 @@ def _time_fast(
 
 
 def _time_network(network: STNResNet18, device: torch.device, args: argparse.Namespace) -> dict:
-    """Milliseconds per picture of the forward with un-warping: plain eager NCHW against the folded copy.
+    """Milliseconds per image of the forward with un-warping: plain eager NCHW against the folded copy.
 
-    On coloured pictures; grey ones are cheaper still.
+    On coloured images; grey ones are cheaper still.
     """
     images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
     fast, clock = folded(network), StageClock(device)
@@ -145,13 +145,13 @@ def _time_network(network: STNResNet18, device: torch.device, args: argparse.Nam
     errors = [
         float((a - b).norm() / b.norm()) for a, b in zip(fast.features(images), network.features(images), strict=True)
     ]
-    print(f"network: eager {eager:.1f}, folded {quick:.1f} ms per picture: {eager / quick:.2f} times faster, ", end="")
+    print(f"network: eager {eager:.1f}, folded {quick:.1f} ms per image: {eager / quick:.2f} times faster, ", end="")
     print(f"largest relative difference of the features {max(errors):.1e}")
     return {"eager_ms": eager, "folded_ms": quick, "times_faster": eager / quick, "relative_error": max(errors)}
 
 
 def time_plain(network: STNResNet18, items: list[LabelledImage], support: list[Path], img_size: int) -> dict:
-    """One round in the release's order of work, on the CPU: all anew, test pictures one by one, views at once."""
+    """One round in the release's order of work, on the CPU: all anew, test images one by one, views at once."""
     network, clock = network.cpu(), StageClock()
 
     def embed(images: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -160,19 +160,19 @@ def time_plain(network: STNResNet18, items: list[LabelledImage], support: list[P
         return plain.embedding([torch.cat(layer) for layer in zip(*batches, strict=True)])
 
     with clock("decode"):
-        pictures = [LabelledDataset(items, img_size)[index] for index in range(len(items))]
-        pictures = {key: torch.stack([picture[key] for picture in pictures]) for key in ("image", "mask")}
-        pictures_of_round = read_support_images(support, img_size)
+        images = [LabelledDataset(items, img_size)[index] for index in range(len(items))]
+        images = {key: torch.stack([image[key] for image in images]) for key in ("image", "mask")}
+        images_of_round = read_support_images(support, img_size)
     with clock("network"):
-        test = embed(pictures["image"].float() / 255, batch_size=1)
-        views = embed(support_views(pictures_of_round), batch_size=22 * len(support))
+        test = embed(images["image"].float() / 255, batch_size=1)
+        views = embed(support_views(images_of_round), batch_size=22 * len(support))
     with clock("gaussian and distance"):
         distances = plain.distances(views, test).unflatten(1, (img_size // 4, -1))
     with clock("smoothing"):
         maps = plain.score_maps(distances, img_size)
     with clock("metrics"):
         labels = np.array([item.label for item in items])
-        aurocs = plain.aurocs(maps, labels, pictures["mask"].numpy())
+        aurocs = plain.aurocs(maps, labels, images["mask"].numpy())
     return {"seconds": clock.seconds, "aurocs": aurocs}
 
 

@@ -1,7 +1,7 @@
-"""Measures how many normal pictures predict.py's threshold really calls, on real categories, network not trained.
+"""Measures how many normal images predict.py's threshold really calls, on real categories, network not trained.
 
 Per category the test features are computed once. Each draw of the largest K gives one detector per K, of its first
-pictures; the threshold comes from leaving one out, as in predict.py.
+images; the threshold comes from leaving one out, as in predict.py.
 
 python -m benchmarks.threshold             prints the table, writes benchmarks/results/threshold_cpu.json
 python -m benchmarks.threshold --report    prints the table of that file
@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--obj", nargs="+", default=["screw", "magnetic_tile", "solar_mono", "solar_poly"])
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--draws", type=int, default=4, help="of support pictures, seed 0")
+    parser.add_argument("--draws", type=int, default=4, help="of support images, seed 0")
     parser.add_argument("--false_alarm", type=float, default=0.05)
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
@@ -113,10 +113,10 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
     largest = max(args.shots)
     for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
         store = FeatureStore([SCORER], largest * VIEWS_PER_IMAGE)
-        pictures = read_support_images(paths, args.img_size).to(clock.device)
+        images = read_support_images(paths, args.img_size).to(clock.device)
         with clock("network"):
-            for at, picture in enumerate(pictures):
-                write_support_image(store, at, network, picture, VIEWS_PER_IMAGE)
+            for at, image in enumerate(images):
+                write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
         for shot in args.shots:
             support = store.part(0, shot * VIEWS_PER_IMAGE)[SCORER.name]
             row = _judge(support, test, clock, args)
@@ -125,7 +125,7 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
 
 
 def _judge(support: Prepared, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
-    """The threshold of one support set on the test pictures.
+    """The threshold of one support set on the test images.
 
     normal_spread: standard deviation of the logarithms of the normal test scores; left_out_spread: that of the left-out
         views, from which the threshold comes.

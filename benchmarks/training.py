@@ -20,7 +20,7 @@ import train
 from benchmarks import plain
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds, time_plain
-from datasets.cache import SourcePictures
+from datasets.cache import SourceImages
 from datasets.episodes import Episode, draw_episodes
 from datasets.images import read_image
 from datasets.mvtec import category_folder, list_source_images, list_test_items
@@ -76,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
-    """Seconds per training step, from picture files (plain) or the cache (ours) to the update, in turn."""
+    """Seconds per training step, from image files (plain) or the cache (ours) to the update, in turn."""
     sources = list_source_images(args.data_path, "folder", args.obj)
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     episodes = draw_episodes(names, args.shot, args.batch_size, seed=0, epoch=1)
     full = [episode for episode in episodes if len(episode.query) == args.batch_size][: args.steps + 1]
-    pictures = SourcePictures(sources, args.img_size, scratch / "cache", 2, device)
+    images = SourceImages(sources, args.img_size, scratch / "cache", 2, device)
     ours = Trainer(untrained(args.weights, STN_MODE, args.img_size).to(device), LR, MOMENTUM)
     ours.model.train()
     clock, seconds = StageClock(device), {"plain": [], "ours": []}
@@ -91,7 +91,7 @@ def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -
             clock.seconds.clear()
             seconds["plain"].append(pool.submit(_time_plain_step, episode).result())
             with clock("ours"):
-                ours.step(*pictures.episode(episode), StageClock())
+                ours.step(*images.episode(episode), StageClock())
             seconds["ours"].append(clock.seconds["ours"])
     medians = {name: float(np.median(values[1:])) for name, values in seconds.items()}  # the first step warms up
     ratio = medians["plain"] / medians["ours"]
@@ -115,11 +115,11 @@ def _time_plain_step(episode: Episode) -> float:
 
 
 def _read_episode(episode: Episode, paths: dict[str, dict[str, Path]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures of an episode from their files, on all cores, as the release reads them anew in every step."""
+    """The images of an episode from their files, on all cores, as the release reads them anew in every step."""
     wanted = [*episode.query, *(name for of_query in episode.support for name in of_query)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter lock
         read = list(pool.map(lambda name: read_image(paths[episode.category][name], size), wanted))
-    tensors = torch.stack([torch.from_numpy(picture.transpose(2, 0, 1).copy()).float() / 255 for picture in read])
+    tensors = torch.stack([torch.from_numpy(image.transpose(2, 0, 1).copy()).float() / 255 for image in read])
     count = len(episode.query)
     return tensors[:count], tensors[count:].unflatten(0, (count, -1))
 

@@ -1,8 +1,8 @@
-"""Decode once: the pictures of a folder as one memory-mapped uint8 array, shared by epochs, runs and processes.
+"""Decode once: the images of a folder as one memory-mapped uint8 array, shared by epochs, runs and processes.
 
 File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path,
-`what` one of the pictures' names, sizes and times of change, of the image size and of the way to resize. A changed
-picture gives another name, and the file of the old state is removed.
+`what` one of the images' names, sizes and times of change, of the image size and of the way to resize. A changed
+image gives another name, and the file of the old state is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils.files import whole_file
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # changes whenever `read_image` gives other values
 DIGEST_LETTERS = 16
-RESIDENT_BYTES = 4 * 2**30  # up to this, all source pictures are kept on a CUDA device
+RESIDENT_BYTES = 4 * 2**30  # up to this, all source images are kept on a CUDA device
 
 
 def default_cache_dir() -> Path:
@@ -36,26 +36,26 @@ def default_cache_dir() -> Path:
 def decoded_images(
     paths: Sequence[Path], size: int, cache_dir: Path | None, num_workers: int, keep_aspect: bool = False
 ) -> np.ndarray:
-    """The pictures `paths` of one folder as (N, size, size, 3) uint8, each decoded at most once per machine.
+    """The images `paths` of one folder as (N, size, size, 3) uint8, each decoded at most once per machine.
 
     Memory-mapped and read-only from `cache_dir`; with None, decoded into memory.
 
     Raises:
-        UserError: a picture that cannot be read, or a cache folder that cannot be written.
+        UserError: a image that cannot be read, or a cache folder that cannot be written.
     """
     if cache_dir is None:
-        pictures = np.empty((len(paths), size, size, 3), np.uint8)
-        _decode(paths, pictures, num_workers, keep_aspect)
-        return pictures
+        images = np.empty((len(paths), size, size, 3), np.uint8)
+        _decode(paths, images, num_workers, keep_aspect)
+        return images
     file = _cache_file(paths, size, cache_dir, keep_aspect)
     if not file.is_file():
         try:
             with whole_file(file) as aside:
-                pictures = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
-                _decode(paths, pictures, num_workers, keep_aspect)
+                images = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
+                _decode(paths, images, num_workers, keep_aspect)
         except OSError as error:
             raise UserError(
-                f"cannot write the cache of decoded pictures {file}: {error.strerror}; "
+                f"cannot write the cache of decoded images {file}: {error.strerror}; "
                 "name another folder with --cache_dir, or do without: --cache_dir none"
             ) from error
         _remove_outdated(file)
@@ -71,11 +71,11 @@ def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: 
 
 
 def _state(path: Path) -> tuple[str, int, int]:
-    """What changes when a picture does: name, size in bytes, time of change."""
+    """What changes when a image does: name, size in bytes, time of change."""
     try:
         stat = path.stat()
     except OSError as error:  # a link to nothing
-        raise ImageError(f"cannot read the picture {path}: {error.strerror}") from error
+        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
     return path.name, stat.st_size, stat.st_mtime_ns
 
 
@@ -88,7 +88,7 @@ def _remove_outdated(file: Path) -> None:
                 other.unlink()
 
 
-class _Pictures(Dataset):
+class _Images(Dataset):
     def __init__(self, paths: Sequence[Path], size: int, keep_aspect: bool) -> None:
         self.paths, self.size, self.keep_aspect = paths, size, keep_aspect
 
@@ -100,15 +100,15 @@ class _Pictures(Dataset):
 
 
 def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspect: bool) -> None:
-    """Reads the pictures into the rows of `into`."""
-    pictures = read_batches(_Pictures(paths, into.shape[1], keep_aspect), None, num_workers)
-    progress = tqdm(pictures, f"decoding {paths[0].parent}", len(paths), unit=" pictures", leave=False, disable=None)
-    for number, picture in enumerate(progress):
-        into[number] = picture.numpy()
+    """Reads the images into the rows of `into`."""
+    images = read_batches(_Images(paths, into.shape[1], keep_aspect), None, num_workers)
+    progress = tqdm(images, f"decoding {paths[0].parent}", len(paths), unit=" images", leave=False, disable=None)
+    for number, image in enumerate(progress):
+        into[number] = image.numpy()
 
 
-class SourcePictures:
-    """The decoded pictures of the source categories, ready to be gathered into batches on `device`."""
+class SourceImages:
+    """The decoded images of the source categories, ready to be gathered into batches on `device`."""
 
     def __init__(
         self,
@@ -126,16 +126,16 @@ class SourcePictures:
             p for p in sources.values() if not cache_dir or not _cache_file(p, size, cache_dir, keep_aspect).is_file()
         ]
         check_headers([path for paths in to_decode for path in paths])  # before minutes of decoding
-        self.pictures = {
+        self.images = {
             name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect) for name, paths in sources.items()
         }
-        fits = sum(array.nbytes for array in self.pictures.values()) <= RESIDENT_BYTES
+        fits = sum(array.nbytes for array in self.images.values()) <= RESIDENT_BYTES
         self.resident = {}
         if device.type == "cuda" and fits:
-            self.resident = {name: torch.tensor(array, device=device) for name, array in self.pictures.items()}
+            self.resident = {name: torch.tensor(array, device=device) for name, array in self.images.items()}
 
     def episode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (B, 3, S, S) and support pictures (B, K, 3, S, S) of an episode, in [0, 1], channels-last memory."""
+        """Queries (B, 3, S, S) and support images (B, K, 3, S, S) of an episode, in [0, 1], channels-last memory."""
         query = self._gather(episode.category, episode.query)
         support = self._gather(episode.category, [name for of_query in episode.support for name in of_query])
         return query, support.unflatten(0, (len(episode.query), -1))
@@ -143,9 +143,9 @@ class SourcePictures:
     def _gather(self, category: str, names: Sequence[str]) -> torch.Tensor:
         rows = [self.rows[category][name] for name in names]
         if self.resident:
-            pictures = self.resident[category][torch.tensor(rows, device=self.device)]
+            images = self.resident[category][torch.tensor(rows, device=self.device)]
         else:
-            pictures = torch.from_numpy(self.pictures[category][rows])
+            images = torch.from_numpy(self.images[category][rows])
             if self.device.type == "cuda":
-                pictures = pictures.pin_memory().to(self.device, non_blocking=True)
-        return pictures.permute(0, 3, 1, 2).to(torch.float32).div_(255).to(self.dtype)
+                images = images.pin_memory().to(self.device, non_blocking=True)
+        return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).to(self.dtype)

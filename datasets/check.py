@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.images import ImageError, is_picture, read_header, read_mask, read_picture
+from datasets.images import ImageError, decode_image, is_image_file, read_header, read_mask
 from datasets.manifest import category_manifest, load_manifest, verify
 from datasets.mvtec import (
     GOOD,
@@ -27,7 +27,7 @@ from utils.errors import UserError
 
 
 class Seen(NamedTuple):
-    """A picture that was read. size: width and height, upright; mode: Pillow's, as stored; empty: a mask of zeros."""
+    """A image that was read. size: width and height, upright; mode: Pillow's, as stored; empty: a mask of zeros."""
 
     size: tuple[int, int]
     mode: str
@@ -40,9 +40,9 @@ class CategoryReport(NamedTuple):
     name: str
     train: int
     good: int
-    defects: dict[str, int]  # pictures per kind
+    defects: dict[str, int]  # images per kind
     masks: int
-    sizes: list[tuple[int, int]]  # of pictures, smallest first
+    sizes: list[tuple[int, int]]  # of images, smallest first
     modes: list[str]
     problems: list[str]
 
@@ -51,19 +51,19 @@ Progress = Callable[[], None]  # called once per file that was read
 
 
 def check_category(data_path: Path, data_type: str, name: str, progress: Progress) -> CategoryReport:
-    """Reads every picture and mask of a category, on all cores. No problem of the data is raised as an error."""
+    """Reads every image and mask of a category, on all cores. No problem of the data is raised as an error."""
     problems: list[str] = []
     train, test = _list_files(data_path, data_type, name, problems)
     masks = [item.mask for item in test if item.mask]
-    pictures = [*train, *(item.image for item in test)]
-    seen = dict(_read_all(pictures, masks, progress))
+    images = [*train, *(item.image for item in test)]
+    seen = dict(_read_all(images, masks, progress))
     problems += [found for found in seen.values() if isinstance(found, str)]
     if len(train) == 1:
-        problems.append(f"{train[0].parent} has one picture; training needs at least two")
-    problems += _same_names(pictures)
+        problems.append(f"{train[0].parent} has one image; training needs at least two")
+    problems += _same_names(images)
     problems += _mask_problems(test, seen)
     problems += _masks_of_nothing(data_path / name, set(masks)) if test else []
-    good = [found for path in pictures if isinstance(found := seen[path], Seen)]
+    good = [found for path in images if isinstance(found := seen[path], Seen)]
     defects = Counter(item.defect for item in test)
     return CategoryReport(
         name,
@@ -80,7 +80,7 @@ def check_category(data_path: Path, data_type: str, name: str, progress: Progres
 def _list_files(
     data_path: Path, data_type: str, name: str, problems: list[str]
 ) -> tuple[list[Path], list[LabelledImage]]:
-    """Training and test pictures; a folder `test` may be missing, but one without both kinds is a problem."""
+    """Training and test images; a folder `test` may be missing, but one without both kinds is a problem."""
     try:
         folder = category_folder(data_path, data_type, name)
     except UserError as error:
@@ -91,7 +91,7 @@ def _list_files(
 
 
 def _list_test(folder: Path, problems: list[str]) -> list[LabelledImage]:
-    """Test pictures, folder by folder, so that an empty one does not hide what is wrong in the others."""
+    """Test images, folder by folder, so that an empty one does not hide what is wrong in the others."""
     if is_visa(folder):
         return _or_problem(list_test_items, folder, problems)
     if not (folder / "test").exists():
@@ -101,7 +101,7 @@ def _list_test(folder: Path, problems: list[str]) -> list[LabelledImage]:
     test = [item for entry in folders for item in _or_problem(list_folder_items, entry, problems)]
     labels = {item.label for item in test}
     if labels != {0, 1} and len(problems) == before:
-        problems.append(f"{folder / 'test'} has no {'defective' if labels == {0} else 'normal'} pictures to score")
+        problems.append(f"{folder / 'test'} has no {'defective' if labels == {0} else 'normal'} images to score")
     return test
 
 
@@ -113,7 +113,7 @@ def _or_problem(list_files: Callable[[Path], list], folder: Path, problems: list
         return []
 
 
-def _read_all(pictures: Sequence[Path], masks: Sequence[Path], progress: Progress) -> Iterator[tuple[Path, Seen | str]]:
+def _read_all(images: Sequence[Path], masks: Sequence[Path], progress: Progress) -> Iterator[tuple[Path, Seen | str]]:
     def look(path: Path) -> tuple[Path, Seen | str]:
         found = _look(path, path in are_masks)
         progress()
@@ -121,35 +121,35 @@ def _read_all(pictures: Sequence[Path], masks: Sequence[Path], progress: Progres
 
     are_masks = set(masks)
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
-        yield from pool.map(look, dict.fromkeys([*pictures, *masks]))
+        yield from pool.map(look, dict.fromkeys([*images, *masks]))
 
 
 def _look(path: Path, is_mask: bool) -> Seen | str:
     try:
-        header, picture = read_header(path), read_picture(path)
-        empty = is_mask and not read_mask(path, max(picture.size)).any()
-        return Seen(picture.size, header.mode, empty)
+        header, image = read_header(path), decode_image(path)
+        empty = is_mask and not read_mask(path, max(image.size)).any()
+        return Seen(image.size, header.mode, empty)
     except ImageError as error:
         return str(error)
 
 
-def _same_names(pictures: Iterable[Path]) -> list[str]:
-    """Pictures of one folder that differ in the suffix only: which one a mask belongs to cannot be told."""
-    count = Counter((path.parent, path.stem) for path in pictures)
-    return [f"{folder} has {times} pictures called {stem}" for (folder, stem), times in count.items() if times > 1]
+def _same_names(images: Iterable[Path]) -> list[str]:
+    """Images of one folder that differ in the suffix only: which one a mask belongs to cannot be told."""
+    count = Counter((path.parent, path.stem) for path in images)
+    return [f"{folder} has {times} images called {stem}" for (folder, stem), times in count.items() if times > 1]
 
 
 def _mask_problems(test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
-    """Masks that are missing where others are there, of another size than their picture, or without any defect."""
+    """Masks that are missing where others are there, of another size than their image, or without any defect."""
     problems, some_have_one = [], any(item.mask for item in test)
     for item in test:
-        picture, mask = seen[item.image], seen.get(item.mask)
+        image, mask = seen[item.image], seen.get(item.mask)
         if some_have_one and not item.has_truth:
             problems.append(f"{item.image} has no mask")
-        if isinstance(picture, Seen) and isinstance(mask, Seen):
-            if mask.size != picture.size:
-                sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, picture.size))
-                problems.append(f"{item.mask} is {sizes} pixels, as its picture")
+        if isinstance(image, Seen) and isinstance(mask, Seen):
+            if mask.size != image.size:
+                sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, image.size))
+                problems.append(f"{item.mask} is {sizes} pixels, as its image")
             if mask.empty:
                 problems.append(f"{item.mask} marks no pixel")
     return problems
@@ -157,8 +157,8 @@ def _mask_problems(test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) 
 
 def _masks_of_nothing(category: Path, masks: set[Path]) -> list[str]:
     truth = category / "ground_truth"
-    files = sorted(filter(is_picture, truth.rglob("*"))) if truth.is_dir() else []
-    return [f"{path} is the mask of no test picture" for path in files if path not in masks]
+    files = sorted(filter(is_image_file, truth.rglob("*"))) if truth.is_dir() else []
+    return [f"{path} is the mask of no test image" for path in files if path not in masks]
 
 
 def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
@@ -184,7 +184,7 @@ def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
 
 def count_files(data_path: Path, names: Sequence[str]) -> int:
     """About how many files `check_category` reads, for a progress bar."""
-    return sum(sum(map(is_picture, (data_path / name).rglob("*"))) for name in names)
+    return sum(sum(map(is_image_file, (data_path / name).rglob("*"))) for name in names)
 
 
 def format_reports(reports: Sequence[CategoryReport]) -> str:

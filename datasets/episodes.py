@@ -1,7 +1,7 @@
-"""Training episodes: which pictures are registered to which (RegAD section 3.2, release behaviour).
+"""Training episodes: which images are registered to which (RegAD section 3.2, release behaviour).
 
-An epoch shows every normal picture of the source categories once as a query. An episode holds up to `batch_size`
-queries of one category and, for each, K support pictures of the same category, never the query itself.
+An epoch shows every normal image of the source categories once as a query. An episode holds up to `batch_size`
+queries of one category and, for each, K support images of the same category, never the query itself.
 
 Draws are ranks of SHA-256 digests of what is drawn for (seed, epoch, names), so there is no generator whose state could
 be lost: an epoch's episodes are the same on every machine, with any number of workers, and after a resume.
@@ -24,7 +24,7 @@ from utils.flags import add_data_flags, add_seed_flag
 
 
 class Episode(NamedTuple):
-    """One training step's pictures, by name: B queries and for each of them K supports."""
+    """One training step's images, by name: B queries and for each of them K supports."""
 
     category: str
     query: tuple[str, ...]
@@ -34,7 +34,7 @@ class Episode(NamedTuple):
 def draw_episodes(
     names: Mapping[str, Sequence[str]], shot: int, batch_size: int, seed: int, epoch: int
 ) -> list[Episode]:
-    """The episodes of an epoch, in the order of training. `names`: at least two pictures for each source category."""
+    """The episodes of an epoch, in the order of training. `names`: at least two images for each source category."""
     episodes = []
     for category, of_category in names.items():
         ordered = sorted(of_category)
@@ -72,7 +72,7 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
     """Episodes from a file as `write_episodes` makes it.
 
     Raises:
-        UserError: missing, not such a file, or naming pictures that are not in `names`.
+        UserError: missing, not such a file, or naming images that are not in `names`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
         unknown = {*episode.query, *(name for k in episode.support for name in k)} - {*names.get(episode.category, ())}
         shots = {len(k) for k in episode.support}
         if unknown or len(shots) != 1 or 0 in shots or len(episode.support) != len(episode.query):
-            reason = f"unknown picture {min(unknown)} of {episode.category}" if unknown else "uneven support lists"
+            reason = f"unknown image {min(unknown)} of {episode.category}" if unknown else "uneven support lists"
             raise UserError(f"episode {number} of {path} does not fit: {reason}")
     return episodes
 

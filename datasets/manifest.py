@@ -1,4 +1,4 @@
-"""Manifests: the names of a support set's pictures and the SHA-256 of their files, as a small JSON file.
+"""Manifests: the names of a support set's images and the SHA-256 of their files, as a small JSON file.
 
 <support_path>/<category>/<shot>_<rounds>.json   of one support set, beside its tensors
 <support_path>/manifests/<category>.json         of many: draws are nested, so the first K names of the first R rounds
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.mvtec import TRAINING_PICTURES, list_train_images
+from datasets.mvtec import TRAINING_IMAGES, list_train_images
 from utils.errors import UserError, run_command
 from utils.files import sha256, whole_file
 from utils.flags import DEFAULT_SUPPORT_PATH
@@ -27,14 +27,14 @@ PUBLISHED_SHOT, PUBLISHED_ROUNDS = 16, 10  # of the manifests in support_set/man
 
 
 class Manifest(NamedTuple):
-    """The pictures of a support set, by name, and what is known of their files."""
+    """The images of a support set, by name, and what is known of their files."""
 
     category: str
-    shot: int  # pictures per round
+    shot: int  # images per round
     seed: int | None  # of the draw; None: chosen elsewhere
     origin: str  # a sentence for people
     tool: str
-    tensors: str | None  # SHA-256 of the .pt file with these pictures
+    tensors: str | None  # SHA-256 of the .pt file with these images
     keep_aspect: bool | None  # how that file was made
     rounds: list[list[str]]  # file names in the category's training folder
     sha256: dict[str, str]  # of those files; {} where the data were not at hand
@@ -56,7 +56,7 @@ def category_manifest(support_path: Path, category: str) -> Path:
 
 
 def draw_support_names(names: Sequence[str], shot: int, round_number: int, seed: int, category: str) -> list[str]:
-    """K distinct names for one round. A round's 2 pictures are the first 2 of its 8.
+    """K distinct names for one round. A round's 2 images are the first 2 of its 8.
 
     Names are ordered by the SHA-256 of "seed/category/round/name", so a draw is the same on every machine and version.
     """
@@ -71,24 +71,24 @@ def draw_support_names(names: Sequence[str], shot: int, round_number: int, seed:
 def draw_manifest(category: str, names: Sequence[str], shot: int, rounds: int, seed: int) -> Manifest:
     """A manifest of rounds drawn from `names`, without hashes."""
     drawn = [draw_support_names(names, shot, number, seed, category) for number in range(rounds)]
-    origin = f"drawn from {len(names)} pictures in the order of the SHA-256 of seed/category/round/name"
+    origin = f"drawn from {len(names)} images in the order of the SHA-256 of seed/category/round/name"
     return Manifest(category, shot, seed, origin, f"regad {VERSION}", None, None, drawn, {})
 
 
 def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manifest:
-    """A manifest of rounds drawn from the training pictures of the category in the folder `category`, without hashes.
+    """A manifest of rounds drawn from the training images of the category in the folder `category`, without hashes.
 
     Raises:
-        UserError: fewer pictures than `shot`.
+        UserError: fewer images than `shot`.
     """
     images = list_train_images(category)
     if len(images) < shot:
-        raise UserError(f"{images[0].parent} has {len(images)} picture(s), {shot} are needed for --shots {shot}")
+        raise UserError(f"{images[0].parent} has {len(images)} image(s), {shot} are needed for --shots {shot}")
     return draw_manifest(category.name, [path.name for path in images], shot, rounds, seed)
 
 
 def training_files(category: Path, manifest: Manifest) -> dict[str, Path]:
-    """The training pictures of the category in the folder `category` that the manifest names, by name."""
+    """The training images of the category in the folder `category` that the manifest names, by name."""
     named = set(manifest.names())
     return {path.name: path for path in list_train_images(category) if path.name in named}
 
@@ -99,10 +99,10 @@ def with_hashes(manifest: Manifest, category: Path) -> Manifest:
 
 
 def verify(manifest: Manifest, category: Path) -> list[str]:
-    """What keeps the training pictures of the category from being the manifest's, a sentence each."""
+    """What keeps the training images of the category from being the manifest's, a sentence each."""
     files = training_files(category, manifest)
     missing = [
-        f"{name} is not among the training pictures of {category}" for name in manifest.names() if name not in files
+        f"{name} is not among the training images of {category}" for name in manifest.names() if name not in files
     ]
     changed = [
         f"{path} is not the manifest's file of that name: its SHA-256 is another"
@@ -173,9 +173,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws from the names that MVTec AD's training pictures have; `make_support.py --verify` adds the hashes."""
+    """Draws from the names that MVTec AD's training images have; `make_support.py --verify` adds the hashes."""
     args = get_args_parser().parse_args(argv)
-    for category, count in TRAINING_PICTURES.items():
+    for category, count in TRAINING_IMAGES.items():
         names = [f"{number:03d}.png" for number in range(count)]
         file = category_manifest(args.support_path, category)
         save_manifest(file, draw_manifest(category, names, PUBLISHED_SHOT, PUBLISHED_ROUNDS, DRAW_SEED))

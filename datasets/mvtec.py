@@ -1,9 +1,9 @@
-"""Data sets: which categories there are, and a category's training and test pictures, masks and labels.
+"""Data sets: which categories there are, and a category's training and test images, masks and labels.
 
 MVTec AD's layout (MPDD's too, and that of any folder):
     <data_path>/<category>/train/good/*.png
     <data_path>/<category>/test/good/*.png, test/<defect>/*.png
-    <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any picture's suffix
+    <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any image's suffix
 VisA's, as it is distributed:
     <data_path>/split_csv/1cls.csv      columns object, split, label, image, mask; paths below <data_path>
 A category's folder tells which it is: VisA's has no train folder, but the file of splits beside it.
@@ -26,21 +26,21 @@ from datasets.images import (
     ImageError,
     check_headers,
     content_box,
-    is_picture,
+    decode_image,
+    is_image_file,
     read_batches,
-    read_picture,
     to_mask,
     to_square,
 )
 from utils.errors import UserError
 
-TRAINING_PICTURES = {  # MVTec AD: number of normal training pictures, called 000.png upwards
+TRAINING_IMAGES = {  # MVTec AD: number of normal training images, called 000.png upwards
     **{"bottle": 209, "cable": 224, "capsule": 219, "carpet": 280, "grid": 264, "hazelnut": 391, "leather": 245},
     **{"metal_nut": 220, "pill": 267, "screw": 320, "tile": 230, "toothbrush": 60, "transistor": 213, "wood": 247},
     "zipper": 240,
 }
 CATEGORIES = {
-    "mvtec": tuple(TRAINING_PICTURES),
+    "mvtec": tuple(TRAINING_IMAGES),
     "mpdd": ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
     "visa": (
         *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3"),
@@ -49,17 +49,17 @@ CATEGORIES = {
     "folder": None,  # any sub-folder of the data folder
 }
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
-GOOD = "good"  # the folder of normal pictures
+GOOD = "good"  # the folder of normal images
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_DEFECT = "anomaly"  # VisA does not tell its kinds of defects apart
 
 
 class LabelledImage(NamedTuple):
-    """One test picture. `mask` is None for a normal picture and for a defective one without ground truth."""
+    """One test image. `mask` is None for a normal image and for a defective one without ground truth."""
 
     image: Path
     mask: Path | None
-    defect: str  # "good" for a normal picture
+    defect: str  # "good" for a normal image
 
     @property
     def label(self) -> int:
@@ -67,7 +67,7 @@ class LabelledImage(NamedTuple):
 
     @property
     def has_truth(self) -> bool:
-        """Whether it is known which pixels are defective: of a normal picture none is."""
+        """Whether it is known which pixels are defective: of a normal image none is."""
         return not self.label or self.mask is not None
 
 
@@ -127,37 +127,37 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures directly in `folder`, sorted by name; UserError if there are none."""
+    """The images directly in `folder`, sorted by name; UserError if there are none."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder} (expected layout: <category>/train/good, <category>/test/<defect>)")
-    images = list(filter(is_picture, _entries(folder)))
+    images = list(filter(is_image_file, _entries(folder)))
     if not images:
-        raise UserError(f"no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
+        raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
     return images
 
 
 def list_train_images(category: Path) -> list[Path]:
-    """The normal training pictures of the category in the folder `category`, sorted by name.
+    """The normal training images of the category in the folder `category`, sorted by name.
 
     Raises:
-        UserError: no folder train/good, or no pictures in it.
+        UserError: no folder train/good, or no images in it.
     """
     if not is_visa(category):
         return list_images(category / "train" / GOOD)
     images = [row.image for row in _visa_rows(category, "train") if row.defect == GOOD]
     if not images:
-        raise UserError(f"{category.parent / VISA_SPLIT} has no training pictures of {category.name}")
+        raise UserError(f"{category.parent / VISA_SPLIT} has no training images of {category.name}")
     return sorted(images)
 
 
 def list_test_items(category: Path, strict: bool = False, need_both: bool = True) -> list[LabelledImage]:
-    """Every test picture of the category in the folder `category`, by defect and name.
+    """Every test image of the category in the folder `category`, by defect and name.
 
-    Labels come from the folder's own name, or VisA's file of splits. strict: a defective picture without a mask is
-    refused, otherwise its mask is None. need_both: so is a test set without normal or without defective pictures.
+    Labels come from the folder's own name, or VisA's file of splits. strict: a defective image without a mask is
+    refused, otherwise its mask is None. need_both: so is a test set without normal or without defective images.
 
     Raises:
-        UserError: no test pictures, or what is said above.
+        UserError: no test images, or what is said above.
     """
     if is_visa(category):
         items = _visa_rows(category, "test")
@@ -165,36 +165,36 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
         items = [item for folder in defect_folders(category) for item in list_folder_items(folder)]
     labels = {item.label for item in items}
     if not items or (need_both and labels != {0, 1}):
-        lacking = f"normal pictures (test/{GOOD})" if 0 not in labels else "defective pictures (test/<defect>)"
+        lacking = f"normal images (test/{GOOD})" if 0 not in labels else "defective images (test/<defect>)"
         raise UserError(f"{category / 'test'} has no {lacking}; an AUROC needs both kinds")
     lacking_mask = without_truth(items)
     if strict and lacking_mask:
         raise UserError(
             f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected like "
             f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png); without --strict these "
-            "pictures only leave the pixel metrics"
+            "images only leave the pixel metrics"
         )
     return items
 
 
 def checked_test_items(category: Path, strict: bool) -> list[LabelledImage]:
-    """`list_test_items`, with the headers of all pictures and masks looked at; says how many lack their mask.
+    """`list_test_items`, with the headers of all images and masks looked at; says how many lack their mask.
 
     Raises:
-        UserError: as `list_test_items`, and pictures that cannot be read.
+        UserError: as `list_test_items`, and images that cannot be read.
     """
     items = list_test_items(category, strict)
     check_headers([path for item in items for path in (item.image, item.mask) if path])
     unknown = without_truth(items)
     if unknown and any(item.mask for item in items):
         print(
-            f"note: {len(unknown)} defective picture(s) without a mask leave the pixel metrics, e.g. {unknown[0].image}"
+            f"note: {len(unknown)} defective image(s) without a mask leave the pixel metrics, e.g. {unknown[0].image}"
         )
     return items
 
 
 def without_truth(items: Iterable[LabelledImage]) -> list[LabelledImage]:
-    """The defective pictures without a mask."""
+    """The defective images without a mask."""
     return [item for item in items if not item.has_truth]
 
 
@@ -207,7 +207,7 @@ def defect_folders(category: Path) -> list[Path]:
 
 
 def list_folder_items(folder: Path) -> list[LabelledImage]:
-    """The test pictures in <category>/test/<defect>; UserError if there are none."""
+    """The test images in <category>/test/<defect>; UserError if there are none."""
     masks = _masks(folder.parent.parent / "ground_truth" / folder.name) if folder.name != GOOD else {}
     images = list_images(folder)
     return [
@@ -216,20 +216,20 @@ def list_folder_items(folder: Path) -> list[LabelledImage]:
 
 
 def _masks(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder of masks by name without suffix; of several with one name the PNG."""
+    """The images in a folder of masks by name without suffix; of several with one name the PNG."""
     if not folder.is_dir():
         return {}
-    masks = filter(is_picture, _entries(folder))
+    masks = filter(is_image_file, _entries(folder))
     return {mask.stem: mask for mask in sorted(masks, key=lambda mask: mask.suffix.lower() == ".png")}
 
 
 def is_visa(category: Path) -> bool:
-    """Whether the category's pictures are those that VisA's file of splits lists."""
+    """Whether the category's images are those that VisA's file of splits lists."""
     return not (category / "train").is_dir() and (category.parent / VISA_SPLIT).is_file()
 
 
 def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
-    """The pictures that VisA's file of splits gives to `split` (train or test) of a category, by defect and name.
+    """The images that VisA's file of splits gives to `split` (train or test) of a category, by defect and name.
 
     Raises:
         UserError: the file cannot be read, lacks a column or a value, or names a file outside the data folder.
@@ -252,12 +252,12 @@ def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
 
 
 def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str, list[Path]]:
-    """The normal training pictures of every category but `target`: what meta-training sees.
+    """The normal training images of every category but `target`: what meta-training sees.
 
     `folder`: every sub-folder with train/good is a category, and `target` need not be one of them.
 
     Raises:
-        UserError: missing folders, no source category, or one with a single picture (a query needs another one).
+        UserError: missing folders, no source category, or one with a single image (a query needs another one).
     """
     if not data_path.is_dir():
         raise UserError(f"no data folder {data_path}; give the folder that holds the categories with --data_path")
@@ -274,9 +274,7 @@ def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str
         )
     for images in sources.values():
         if len(images) < 2:
-            raise UserError(
-                f"{images[0].parent} has one picture; training needs at least two to register to each other"
-            )
+            raise UserError(f"{images[0].parent} has one image; training needs at least two to register to each other")
     return sources
 
 
@@ -290,12 +288,12 @@ def held_out_category(sources: Iterable[str], target: str) -> str:
 
 
 class LabelledDataset(Dataset):
-    """Test pictures as dicts of image (3, S, S) uint8, mask and counted (S, S) bool.
+    """Test images as dicts of image (3, S, S) uint8, mask and counted (S, S) bool.
 
-    `counted` are the pixels for the pixel metrics: not the padding of `keep_aspect`, and none of a defective picture
+    `counted` are the pixels for the pixel metrics: not the padding of `keep_aspect`, and none of a defective image
     without a mask file. `mask` is False outside.
 
-    Reading an item raises ImageError if a file cannot be read or a mask is not as large as its picture.
+    Reading an item raises ImageError if a file cannot be read or a mask is not as large as its image.
     """
 
     def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False) -> None:
@@ -306,30 +304,30 @@ class LabelledDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.items[index]
-        picture = read_picture(item.image)
-        image = to_square(picture, self.size, self.keep_aspect).transpose(2, 0, 1)
+        decoded = decode_image(item.image)
+        square = to_square(decoded, self.size, self.keep_aspect).transpose(2, 0, 1)
         counted = np.zeros((self.size, self.size), dtype=bool)
         if item.has_truth:
-            left, top, right, bottom = content_box(*picture.size, self.size, self.keep_aspect)
+            left, top, right, bottom = content_box(*decoded.size, self.size, self.keep_aspect)
             counted[top:bottom, left:right] = True
         mask = np.zeros_like(counted)
         if item.mask is not None:
-            mask = counted & to_mask(_mask_of(item.mask, picture), self.size, self.keep_aspect)
-        arrays = {"image": np.ascontiguousarray(image), "mask": mask, "counted": counted}
+            mask = counted & to_mask(_mask_of(item.mask, decoded), self.size, self.keep_aspect)
+        arrays = {"image": np.ascontiguousarray(square), "mask": mask, "counted": counted}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _mask_of(path: Path, picture: Image.Image) -> Image.Image:
-    """The mask, which must be as large as its upright picture: else it would mark other places."""
-    mask = read_picture(path)
-    if mask.size != picture.size:
-        sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, picture.size))
-        raise ImageError(f"the mask {path} is {sizes} pixels, the size of its picture")
+def _mask_of(path: Path, image: Image.Image) -> Image.Image:
+    """The mask, which must be as large as its upright image: else it would mark other places."""
+    mask = decode_image(path)
+    if mask.size != image.size:
+        sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, image.size))
+        raise ImageError(f"the mask {path} is {sizes} pixels, the size of its image")
     return mask
 
 
 class Preloaded(Dataset):
-    """The items of another dataset, all read once and kept in memory, for scoring the same pictures many times."""
+    """The items of another dataset, all read once and kept in memory, for scoring the same images many times."""
 
     def __init__(self, dataset: Dataset, num_workers: int) -> None:
         self.items = list(read_batches(dataset, None, num_workers))

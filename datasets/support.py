@@ -1,4 +1,4 @@
-"""Support sets: the K normal pictures of each round as tensors, from a file, a manifest's names or a draw.
+"""Support sets: the K normal images of each round as tensors, from a file, a manifest's names or a draw.
 
 File: <support_path>/<category>/<shot>_<rounds>.pt, a list of `rounds` tensors (K, 3, S, S), float32 in [0, 1].
 """
@@ -30,7 +30,7 @@ from utils.files import load_tensors, sha256, whole_file
 from utils.flags import DEFAULT_SUPPORT_PATH
 from utils.records import VERSION
 
-NEAREST_TOLERANCE = 4.0  # of 255, mean difference: allows another decoder or a JPEG copy, not another picture
+NEAREST_TOLERANCE = 4.0  # of 255, mean difference: allows another decoder or a JPEG copy, not another image
 
 
 def support_file(support_path: Path, category: str, shot: int, rounds: int) -> Path:
@@ -39,7 +39,7 @@ def support_file(support_path: Path, category: str, shot: int, rounds: int) -> P
 
 
 class SupportRounds(NamedTuple):
-    """The support pictures of every round, and where they come from.
+    """The support images of every round, and where they come from.
 
     images: per round (K, 3, S, S) in [0, 1]. names: per round the K file names, None where a .pt file does not say.
     source: a phrase for logs and records. file: what was read, if anything.
@@ -54,12 +54,12 @@ class SupportRounds(NamedTuple):
 def find_support_rounds(
     support_path: Path | None, folder: Path, shot: int, rounds: int, size: int, keep_aspect: bool = False
 ) -> SupportRounds:
-    """The support set of the category in `folder`: the tensors under `support_path`, else a manifest's pictures.
+    """The support set of the category in `folder`: the tensors under `support_path`, else a manifest's images.
 
-    With None, those under DEFAULT_SUPPORT_PATH or, where nothing there fits, pictures drawn with DRAW_SEED.
+    With None, those under DEFAULT_SUPPORT_PATH or, where nothing there fits, images drawn with DRAW_SEED.
 
     Raises:
-        UserError: no support set, or one that does not fit, pictures missing, changed or damaged, or too few of them.
+        UserError: no support set, or one that does not fit, images missing, changed or damaged, or too few of them.
     """
     tensors = support_file(support_path or DEFAULT_SUPPORT_PATH, folder.name, shot, rounds)
     if tensors.is_file():
@@ -72,8 +72,8 @@ def find_support_rounds(
         manifest = load_manifest(file).part(shot, rounds)
         problems = verify(manifest, folder)
         if not problems:
-            pictures = read_rounds(folder, manifest, size, keep_aspect)
-            return SupportRounds(pictures, manifest.rounds, f"pictures named in {file}", file)
+            images = read_rounds(folder, manifest, size, keep_aspect)
+            return SupportRounds(images, manifest.rounds, f"images named in {file}", file)
         if support_path or manifest.sha256:
             raise UserError(f"{file} does not fit the data, {len(problems)} problem(s), the first: {problems[0]}")
         reason = f"{file} is of other data: {problems[0]}"
@@ -94,15 +94,15 @@ def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
 
 def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: bool) -> SupportRounds:
     """The tensors, and their names if the manifest beside them is about this very file."""
-    pictures = load_support_rounds(file, shot, rounds, size)
+    images = load_support_rounds(file, shot, rounds, size)
     beside = file.with_suffix(".json")
     manifest = load_manifest(beside) if beside.is_file() else None
     if manifest is None or manifest.tensors != sha256(file):
-        return SupportRounds(pictures, None, f"{file} (names not known; make_support.py --from_pt finds them)", file)
+        return SupportRounds(images, None, f"{file} (names not known; make_support.py --from_pt finds them)", file)
     if manifest.keep_aspect != keep_aspect:
         made = "with" if manifest.keep_aspect else "without"
         raise UserError(f"support set {file} was made {made} --keep_aspect; remove it or give another --support_path")
-    return SupportRounds(pictures, manifest.rounds, f"{file}, names in {beside.name}", file)
+    return SupportRounds(images, manifest.rounds, f"{file}, names in {beside.name}", file)
 
 
 def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) -> list[torch.Tensor]:
@@ -122,34 +122,34 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
     if len(content) != rounds:
         raise UserError(f"support set {path} has {len(content)} rounds, not {rounds}; give --inferences {len(content)}")
     size = size or content[0].shape[-1]
-    for number, pictures in enumerate(content):
-        if pictures.shape != (shot, 3, size, size):
+    for number, images in enumerate(content):
+        if images.shape != (shot, 3, size, size):
             raise UserError(
-                f"support set {path} is for another shot or size: round {number} has shape {tuple(pictures.shape)}, "
+                f"support set {path} is for another shot or size: round {number} has shape {tuple(images.shape)}, "
                 f"--shot {shot} --img_size {size} need {(shot, 3, size, size)}"
             )
-        if not pictures.is_floating_point() or not (pictures.min() >= 0 and pictures.max() <= 1):
+        if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
             raise UserError(f"support set {path}: round {number} is not made of floats between 0 and 1")
-    return [pictures.float() for pictures in content]
+    return [images.float() for images in content]
 
 
 def draw_support_images(category: Path, shot: int, rounds: int, seed: int) -> list[list[Path]]:
-    """The training pictures of the category in the folder `category` for each round, see `draw_from_folder`."""
+    """The training images of the category in the folder `category` for each round, see `draw_from_folder`."""
     drawn = draw_from_folder(category, shot, rounds, seed)
     files = training_files(category, drawn)
     return [[files[name] for name in names] for names in drawn.rounds]
 
 
 def read_rounds(category: Path, manifest: Manifest, size: int, keep_aspect: bool = False) -> list[torch.Tensor]:
-    """The pictures that a manifest names, per round (K, 3, S, S) in [0, 1]."""
+    """The images that a manifest names, per round (K, 3, S, S) in [0, 1]."""
     files = training_files(category, manifest)
     return [read_support_images([files[name] for name in names], size, keep_aspect) for names in manifest.rounds]
 
 
 def read_support_images(paths: Sequence[Path], size: int, keep_aspect: bool = False) -> torch.Tensor:
-    """Pictures as one round of a support set, (K, 3, S, S) in [0, 1]."""
-    pictures = torch.from_numpy(_read_all(paths, size, keep_aspect))
-    return pictures.permute(0, 3, 1, 2).contiguous().float() / 255
+    """Images as one round of a support set, (K, 3, S, S) in [0, 1]."""
+    images = torch.from_numpy(_read_all(paths, size, keep_aspect))
+    return images.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool) -> np.ndarray:
@@ -167,10 +167,10 @@ def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
 def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Manifest, dict[str, float]]:
     """The names behind a tensor file, and the mean difference (of 255) of those that were not found bit for bit.
 
-    An exact match comes first, else the training picture nearest in mean difference, within NEAREST_TOLERANCE.
+    An exact match comes first, else the training image nearest in mean difference, within NEAREST_TOLERANCE.
 
     Raises:
-        UserError: not a support set, or a picture that is like none of the training pictures.
+        UserError: not a support set, or a image that is like none of the training images.
     """
     content = load_tensors(file, "support set")
     first = content[0] if isinstance(content, list | tuple) and content else None
@@ -178,31 +178,31 @@ def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Man
         raise UserError(f"support set {file} is not a list of tensors (K, 3, S, S), one per round")
     rounds = load_support_rounds(file, len(first), len(content), first.shape[-1])
     paths = list_train_images(folder)
-    pictures = _read_all(paths, first.shape[-1], keep_aspect)
-    by_content = {picture.tobytes(): index for index, picture in reversed(list(enumerate(pictures)))}
+    images = _read_all(paths, first.shape[-1], keep_aspect)
+    by_content = {image.tobytes(): index for index, image in reversed(list(enumerate(images)))}
     names, differences = [], {}
     for number, of_round in enumerate(rounds):
-        found = [_most_alike(stored, pictures, by_content) for stored in of_round.permute(0, 2, 3, 1).numpy()]
+        found = [_most_alike(stored, images, by_content) for stored in of_round.permute(0, 2, 3, 1).numpy()]
         worst = max(difference for _, difference in found)
         if worst > NEAREST_TOLERANCE:
             raise UserError(
-                f"round {number} of {file} holds a picture that is none of {paths[0].parent}: the nearest differs by "
+                f"round {number} of {file} holds a image that is none of {paths[0].parent}: the nearest differs by "
                 f"{worst:.1f} of 255 on average, more than {NEAREST_TOLERANCE:.0f} are not taken for the same"
             )
         names.append([paths[index].name for index, _ in found])
         differences |= {paths[index].name: difference for index, difference in found if difference}
-    origin = f"found in {file.name}: {len(differences)} picture(s) as the nearest, all others bit for bit"
+    origin = f"found in {file.name}: {len(differences)} image(s) as the nearest, all others bit for bit"
     shot, tool = len(first), f"regad {VERSION}"
     manifest = Manifest(folder.name, shot, None, origin, tool, sha256(file), keep_aspect, names, {})
     return with_hashes(manifest, folder), differences
 
 
-def _most_alike(stored: np.ndarray, pictures: np.ndarray, by_content: dict[bytes, int]) -> tuple[int, float]:
-    """The index of the picture nearest to `stored` (S, S, 3) in [0, 1] and its mean difference of 255, 0 if equal."""
+def _most_alike(stored: np.ndarray, images: np.ndarray, by_content: dict[bytes, int]) -> tuple[int, float]:
+    """The index of the image nearest to `stored` (S, S, 3) in [0, 1] and its mean difference of 255, 0 if equal."""
     levels = np.rint(stored * np.float32(255)).astype(np.uint8)
     index = by_content.get(levels.tobytes())
     if index is not None and (levels / np.float32(255) == stored).all():
         return index, 0.0
-    differences = [float(np.abs(picture / np.float32(255) - stored).mean()) * 255 for picture in pictures]
+    differences = [float(np.abs(image / np.float32(255) - stored).mean()) * 255 for image in images]
     nearest = int(np.argmin(differences))
     return nearest, differences[nearest]

@@ -2,9 +2,9 @@
 
 python -m datasets.synthetic --output demo/data
 
-A picture is drawn in two steps: a scene (the object, turned and shifted a little) and its photograph (light, noise).
+A image is drawn in two steps: a scene (the object, turned and shifted a little) and its photograph (light, noise).
 A defect changes the scene only, so a mask is exact: the pixels whose scene colour changed. Lengths are in half sides
-of the picture: (u, v) runs from (-1, -1) top left to (1, 1) bottom right before the object is turned and shifted.
+of the image: (u, v) runs from (-1, -1) top left to (1, 1) bottom right before the object is turned and shifted.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from PIL import Image
 from utils.errors import UserError, run_command
 from utils.files import whole_file
 
-MIN_SIZE = 64  # pixels; scratches vanish in smaller pictures
+MIN_SIZE = 64  # pixels; scratches vanish in smaller images
 MAX_TURN = 0.08  # radians, about 5 degrees
 MAX_SHIFT = 0.05
 VISIBLE = 10  # of 255: a scene's pixel belongs to the defect from this change on, well above the camera's noise
 NOISE = 2.5  # of 255, standard deviation
-LIGHT = (0.84, 0.92)  # in the middle of a picture; below 1 so that bright metal is not clipped
+LIGHT = (0.84, 0.92)  # in the middle of a image; below 1 so that bright metal is not clipped
 LIGHT_SLOPE = 0.08  # and so much more or less in the corners, at most
 FAST_PNG = 1  # zlib level; noise hardly compresses, higher levels take several times as long
 
 
 class Scene:
-    """A picture in the making.
+    """A image in the making.
 
     `colours` (S, S, 3) float32 in 0..255; `u`, `v` (S, S): each pixel's place on the turned and shifted object.
     A subclass draws its object when made and has one method, taking a Generator, per name in `defects`. Its shapes
@@ -53,7 +53,7 @@ class Scene:
         self.colours = np.zeros((size, size, 3), np.float32)
 
     def paint(self, shape: np.ndarray, colour: object, opacity: float = 1.0, soft: float = 0.0) -> None:
-        """Paints a shape with a colour or a picture; its edge is antialiased, or fades over `soft`."""
+        """Paints a shape with a colour or a image; its edge is antialiased, or fades over `soft`."""
         cover = np.clip(0.5 - shape / (2 / len(shape) + soft), 0, 1) * opacity
         self.colours += cover[..., None] * (np.asarray(colour, np.float32) - self.colours)
 
@@ -314,10 +314,10 @@ CATEGORIES: dict[str, type[Scene]] = {"weave": Weave, "ring": Ring, "board": Boa
 def render(
     category: str, folder: str, index: int, size: int = 256, seed: int = 0, flawless: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One picture (size, size, 3) uint8 and its mask (size, size) bool, True exactly where the defect shows.
+    """One image (size, size, 3) uint8 and its mask (size, size) bool, True exactly where the defect shows.
 
     `folder` is train/good, test/good or test/<defect>. With `flawless` the defect is left out: outside the mask the
-    two pictures are equal. A picture depends on the arguments only, not on how many others are made.
+    two images are equal. A image depends on the arguments only, not on how many others are made.
     """
 
     def stream(purpose: str) -> Generator:
@@ -349,33 +349,33 @@ def write_dataset(
     size: int = 256,
     seed: int = 0,
 ) -> None:
-    """Writes `output`/<category> in MVTec AD's layout, `defective` pictures per kind of defect.
+    """Writes `output`/<category> in MVTec AD's layout, `defective` images per kind of defect.
 
     Raises:
-        UserError: a number is too small, or a category's folder holds pictures that are not part of this data set.
+        UserError: a number is too small, or a category's folder holds images that are not part of this data set.
     """
     if min(train, good, defective) < 1 or size < MIN_SIZE or seed < 0:
-        raise UserError(f"each number of pictures must be 1 or more, the size {MIN_SIZE} or more, the seed 0 or more")
+        raise UserError(f"each number of images must be 1 or more, the size {MIN_SIZE} or more, the seed 0 or more")
     for category in categories:
         defects = CATEGORIES[category].defects
         counts = {"train/good": train, "test/good": good, **{f"test/{defect}": defective for defect in defects}}
         plan = [(folder, index) for folder, count in counts.items() for index in range(count)]
         _refuse_strangers(output / category, {f"{folder}/{index:03d}.png" for folder, index in plan})
-        write = partial(_write_picture, output, category, size=size, seed=seed)
+        write = partial(_write_image, output, category, size=size, seed=seed)
         with ThreadPoolExecutor() as pool:  # NumPy, zlib and the disk do not hold each other up
             list(pool.map(write, *zip(*plan, strict=True)))  # the list raises what a thread raised
 
 
 def _refuse_strangers(root: Path, expected: set[str]) -> None:
-    """Pictures left over from a larger data set would be used along with the new ones, with masks of their own."""
+    """Images left over from a larger data set would be used along with the new ones, with masks of their own."""
     found = {str(path.relative_to(root)) for half in ("train", "test") for path in root.glob(f"{half}/*/[!.]*")}
     if strangers := sorted(found - expected):
         raise UserError(f"{root} holds another data set ({strangers[0]} is not of this one); give a new --output")
 
 
-def _write_picture(output: Path, category: str, folder: str, index: int, size: int, seed: int) -> None:
-    picture, mask = render(category, folder, index, size, seed)
-    files = {f"{folder}/{index:03d}.png": picture}
+def _write_image(output: Path, category: str, folder: str, index: int, size: int, seed: int) -> None:
+    image, mask = render(category, folder, index, size, seed)
+    files = {f"{folder}/{index:03d}.png": image}
     if mask.any():
         files[f"ground_truth/{Path(folder).name}/{index:03d}_mask.png"] = mask * np.uint8(255)
     for name, values in files.items():
@@ -387,11 +387,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of datasets.synthetic."""
     parser = argparse.ArgumentParser(prog="python -m datasets.synthetic", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the categories into")
-    parser.add_argument("--train", type=int, default=12, help="normal pictures to train on, per category")
-    parser.add_argument("--good", type=int, default=6, help="normal pictures to test on, per category")
-    parser.add_argument("--defective", type=int, default=4, help="pictures per kind of defect")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures")
+    parser.add_argument("--train", type=int, default=12, help="normal images to train on, per category")
+    parser.add_argument("--good", type=int, default=6, help="normal images to test on, per category")
+    parser.add_argument("--defective", type=int, default=4, help="images per kind of defect")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other images")
     return parser
 
 

@@ -19,7 +19,7 @@ METRIC_NAMES = {  # in the records -> for people
     **{"pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pixel_f1_max": "pixel F1-max", "pro": "PRO"},
 }
 PRO_FPR_LIMIT = 0.3  # MVTec AD paper: the area up to 30 % false positives
-EIGHT_CONNECTED = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # within a picture, not across
+EIGHT_CONNECTED = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # within a image, not across
 
 
 class Ranking(NamedTuple):
@@ -123,7 +123,7 @@ def f1_max(ranking: Ranking) -> float:
 def region_weights(masks: np.ndarray) -> np.ndarray:
     """What each defective pixel adds to the mean overlap of all regions: 1 / (pixels of its region x regions), (P,).
 
-    masks: (B, S, S) bool. A region is 8-connected within its picture, as in MVTec AD's evaluation.
+    masks: (B, S, S) bool. A region is 8-connected within its image, as in MVTec AD's evaluation.
     """
     regions, count = label(masks, EIGHT_CONNECTED)
     of_pixel = regions[masks]

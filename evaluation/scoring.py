@@ -1,4 +1,4 @@
-"""The one evaluation: network + support rounds + test pictures -> score maps and metrics of every round.
+"""The one evaluation: network + support rounds + test images -> score maps and metrics of every round.
 
 Test features depend neither on the round nor on the support set: they are computed once and used by all rounds.
 """
@@ -24,10 +24,10 @@ from scorers.views import VIEWS_PER_IMAGE
 from utils.errors import UserError
 from utils.stages import StageClock
 
-# Pictures per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide:
-# benchmarks/scoring.py --batch_size N prints the milliseconds per picture.
+# Images per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide:
+# benchmarks/scoring.py --batch_size N prints the milliseconds per image.
 SCORING_BATCH = {"cpu": 12, "cuda": 64}
-KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support pictures that come again in a later round
+KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support images that come again in a later round
 
 
 class TestFeatures(NamedTuple):
@@ -82,7 +82,7 @@ def compute_test_features(
     batch_size: int | None,
     num_workers: int,
 ) -> TestFeatures:
-    """Features and ground truth of the test pictures in `dataset`, whose items are datasets.mvtec.LabelledDataset's.
+    """Features and ground truth of the test images in `dataset`, whose items are datasets.mvtec.LabelledDataset's.
 
     `network` comes from `models.stn.folded`, on the clock's device. batch_size: None for SCORING_BATCH.
     """
@@ -112,7 +112,7 @@ def score_rounds(
     batch_size: int | None = None,
     all_metrics: bool = False,
 ) -> Iterator[dict[str, RoundResult]]:
-    """Scores the test features against each round's support pictures (K, 3, S, S) in [0, 1], one round at a time.
+    """Scores the test features against each round's support images (K, 3, S, S) in [0, 1], one round at a time.
 
     Yields the results of every scorer of `test.features`, by name. all_metrics: average precision, F1-max and PRO too,
     not only the AUROCs.
@@ -194,25 +194,25 @@ def _support_features(
 ) -> Iterator[dict[str, Prepared]]:
     """Prepared features of all views of each round, by scorer, in the same memory for every round.
 
-    A picture of several rounds goes through the network once, as far as KEPT_FEATURES_BYTES allow.
+    A image of several rounds goes through the network once, as far as KEPT_FEATURES_BYTES allow.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
-    keys = [[hashlib.sha256(picture.numpy()).digest() for picture in pictures] for pictures in rounds]
+    keys = [[hashlib.sha256(image.numpy()).digest() for image in images] for images in rounds]
     to_come = Counter(key for of_round in keys for key in of_round)
     kept: dict[bytes, dict[str, Prepared]] = {}
     store = FeatureStore(scorers, len(rounds[0]) * VIEWS_PER_IMAGE)
-    for pictures, of_round in zip(rounds, keys, strict=True):
+    for images, of_round in zip(rounds, keys, strict=True):
         with clock("network"):
-            for number, (picture, key) in enumerate(zip(pictures, of_round, strict=True)):
+            for number, (image, key) in enumerate(zip(images, of_round, strict=True)):
                 start = number * VIEWS_PER_IMAGE
                 if key in kept:
                     store.copy(start, kept[key])
                 else:
-                    write_support_image(store, number, network, picture.to(clock.device), batch_size)
+                    write_support_image(store, number, network, image.to(clock.device), batch_size)
                 to_come[key] -= 1
                 if not to_come[key]:
                     kept.pop(key, None)
-                elif key not in kept and (len(kept) + 1) * store.nbytes <= KEPT_FEATURES_BYTES * len(pictures):
+                elif key not in kept and (len(kept) + 1) * store.nbytes <= KEPT_FEATURES_BYTES * len(images):
                     part = store.part(start, start + VIEWS_PER_IMAGE)
                     kept[key] = {name: [layer.clone() for layer in layers] for name, layers in part.items()}
         yield store.prepared

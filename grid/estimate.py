@@ -14,12 +14,12 @@ from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
 from utils.stages import StageClock
 
-MEASURED_PICTURES = 8  # in a step, half of them queries
+MEASURED_IMAGES = 8  # in a step, half of them queries
 NETWORK_SHARE = 0.77  # of scoring's time on the CPU: benchmarks/results/scoring_screw_2_cpu.json
 
 
 class Speed(NamedTuple):
-    """Seconds per picture, queries and support alike."""
+    """Seconds per image, queries and support alike."""
 
     training: float
     network: float
@@ -28,28 +28,28 @@ class Speed(NamedTuple):
 def measure(device: torch.device, stn_mode: str, img_size: int) -> Speed:
     """Times one training step and one pass of the scoring network, after a first one of each."""
     model, clock = RegAD(stn_mode, img_size).to(device), StageClock(device)
-    pictures = torch.rand(MEASURED_PICTURES // 2, 3, img_size, img_size, device=device)
+    images = torch.rand(MEASURED_IMAGES // 2, 3, img_size, img_size, device=device)
     network = folded(model.stn)
     trainer = Trainer(model, lr=0.0, momentum=0.9)
     for _ in range(2):
         clock.seconds.clear()
         with clock("training"):
             trainer.model.train()
-            trainer.step(pictures, pictures[:, None], StageClock(device))
+            trainer.step(images, images[:, None], StageClock(device))
         with clock("network"), torch.no_grad():
-            network.features(torch.cat([pictures, pictures]))
-    return Speed(*(clock.seconds[name] / MEASURED_PICTURES for name in ("training", "network")))
+            network.features(torch.cat([images, images]))
+    return Speed(*(clock.seconds[name] / MEASURED_IMAGES for name in ("training", "network")))
 
 
 def scoring_seconds(speed: Speed, test_pictures: int, shots: Sequence[int], rounds: int) -> float:
     """Of one set of weights, over the support sets of all `shots`."""
-    pictures = test_pictures + sum(rounds * shot * VIEWS_PER_IMAGE for shot in shots)
-    return pictures * speed.network / NETWORK_SHARE
+    images = test_pictures + sum(rounds * shot * VIEWS_PER_IMAGE for shot in shots)
+    return images * speed.network / NETWORK_SHARE
 
 
-def training_seconds(speed: Speed, source_pictures: int, shot: int, epochs: int, scoring: float) -> float:
+def training_seconds(speed: Speed, source_images: int, shot: int, epochs: int, scoring: float) -> float:
     """Of one run of train.py; `scoring`: seconds of each of its scorings, before the first epoch and after each."""
-    return epochs * source_pictures * (1 + shot) * speed.training + (epochs + 1) * scoring
+    return epochs * source_images * (1 + shot) * speed.training + (epochs + 1) * scoring
 
 
 def format_duration(seconds: float) -> str:

@@ -139,11 +139,11 @@ class Plan:
         weights = files.of([Path(args.weights)]) if Path(args.weights).is_file() else args.weights
         support = [file for shot in shots for file in self._support_files(category, shot)]
         trains = "best" in decisive or "source" in decisive
-        pictures = self.sources if trains else {category: self.sources[category]}
+        images = self.sources if trains else {category: self.sources[category]}
         test = list(self.tests[category])
         if "source" in decisive:
             test += list_test_items(self._folder(held_out_category(self.sources, category)))
-        data = {name: files.of(paths) for name, paths in pictures.items()}
+        data = {name: files.of(paths) for name, paths in images.items()}
         return digest(
             {
                 "arguments": [category, shots, args.stn_mode, args.img_size, args.seed, args.inferences, decisive],
@@ -174,9 +174,9 @@ class Plan:
             trainings = sum(script == "train.py" for script, *_ in cell.commands)
             seconds[cell] = (len(cell.commands) - trainings) * scoring
             if trainings:
-                pictures = sum(len(paths) for name, paths in self.sources.items() if name != cell.category)
+                images = sum(len(paths) for name, paths in self.sources.items() if name != cell.category)
                 scored = scoring / args.eval_every
-                seconds[cell] += training_seconds(speed, pictures, cell.shots[0], args.epochs, scored)
+                seconds[cell] += training_seconds(speed, images, cell.shots[0], args.epochs, scored)
         return seconds
 
 

@@ -23,7 +23,7 @@ from utils.errors import UserError
 WEIGHTS = {  # which weights a record is of, in the order of the columns, and the rule that chose them
     "untrained": "before registration training: the trunk as downloaded",
     "last": "the last epoch; nothing is chosen",
-    "source": "chosen by held-out source categories; no picture of the target is read",
+    "source": "chosen by held-out source categories; no image of the target is read",
     "best": "chosen by the image + pixel AUROC on the target's own test labels, as in the published protocol. "
     "Nobody has these labels in use, so this column is too good; it is here to be compared with the published numbers",
 }
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     of: str = ""  # "3 of 15": a mean over some categories only
 
 
-NO_TRUTH = Entry(math.nan)  # scored, but the metric does not exist: pictures without ground truth
+NO_TRUTH = Entry(math.nan)  # scored, but the metric does not exist: images without ground truth
 
 
 class Table(NamedTuple):
@@ -222,7 +222,7 @@ def header(results: Results) -> list[tuple[str, str]]:
 
 
 def support_name(record: dict) -> str:
-    """A short name of the pictures of all rounds: the file's, or `drawn`, and the beginning of a SHA-256."""
+    """A short name of the images of all rounds: the file's, or `drawn`, and the beginning of a SHA-256."""
     support = record["support_set"]
     names, file = support["names"], support.get("path")
     digest = support["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
@@ -230,7 +230,7 @@ def support_name(record: dict) -> str:
 
 
 def _support_sets(results: Results) -> str:
-    """Where they came from and one SHA-256 for all of them; the records name every picture that is known by name."""
+    """Where they came from and one SHA-256 for all of them; the records name every image that is known by name."""
     names = {key[:2]: support_name(record) for key, record in sorted(results.records.items())}
     digest = hashlib.sha256(json.dumps(list(names.values())).encode()).hexdigest()[:DIGEST_LETTERS]
     kinds = _distinct(name.split()[0] for name in names.values())

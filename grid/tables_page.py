@@ -1,4 +1,4 @@
-"""The tables as files; as HTML with a picture per metric and shot, in one file that needs nothing else."""
+"""The tables as files; as HTML with a image per metric and shot, in one file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def _section(table: Table) -> str:
         for category, entries in table.rows.items()
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    picture = _picture(table) if table.metric in TABLE_METRICS else ""
+    image = _image(table) if table.metric in TABLE_METRICS else ""
     body = f"<table><thead><tr>{names}</tr></thead><tbody>\n{rows}</tbody></table>"
-    return f'<h2>{escape(table.title)}</h2>\n{picture}<div class="scroll">{body}</div>{notes}\n'
+    return f'<h2>{escape(table.title)}</h2>\n{image}<div class="scroll">{body}</div>{notes}\n'
 
 
 def _cell(entry: Entry | None, column: str) -> str:
@@ -80,7 +80,7 @@ def _cell(entry: Entry | None, column: str) -> str:
     return f"<td{' class=missing' if text == MISSING else ''}>{escape(text)}</td>"
 
 
-def _picture(table: Table) -> str:
+def _image(table: Table) -> str:
     """An SVG: a line per category, a mark per column, bars of one SD over rounds. Empty where all is missing."""
     shown = [name for name in table.columns if name in MARKS and any(_of_column(table, name))]
     if not shown:

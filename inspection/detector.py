@@ -1,4 +1,4 @@
-"""The few-shot detector: fitted once on support pictures, then asked for scores and maps of any pictures."""
+"""The few-shot detector: fitted once on support images, then asked for scores and maps of any images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import eight_bit, read_picture, to_square
+from datasets.images import decode_image, eight_bit, to_square
 from inspection.threshold import (
     NormalScores,
     Threshold,
@@ -30,27 +30,27 @@ from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 from utils.stages import StageClock
 
-# Pictures per network pass and per distance product. Both are always filled up to this number, so a picture goes
+# Images per network pass and per distance product. Both are always filled up to this number, so a image goes
 # through the same arithmetic alone as among others. More are quicker each, but then one alone waits longer.
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}
 DISTANCE_GROUP = 32
 FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
 
-Picture = Path | str | Image.Image | np.ndarray | torch.Tensor
+ImageInput = Path | str | Image.Image | np.ndarray | torch.Tensor
 
 
 class FewShotDetector:
-    """Scores pictures of a part by their distance to a few normal pictures of it.
+    """Scores images of a part by their distance to a few normal images of it.
 
     detector = FewShotDetector(untrained("imagenet").stn)  # or load_checkpoint(file, stn_mode, img_size).stn
     detector.fit(["normal_1.png", "normal_2.png"])
     scores, maps = detector.score(["new.png"])
 
-    Pictures are paths, PIL images, arrays (H, W) or (H, W, 3) uint8, or tensors (3, H, W) uint8 or float in [0, 1], of
-    any size. Scores are distances without a unit: 0 at the mean of the normal pictures, without upper bound, and never
-    set in relation to the other pictures of a call: on the CPU a picture gets the same bits alone as among others.
+    Images are paths, PIL images, arrays (H, W) or (H, W, 3) uint8, or tensors (3, H, W) uint8 or float in [0, 1], of
+    any size. Scores are distances without a unit: 0 at the mean of the normal images, without upper bound, and never
+    set in relation to the other images of a call: on the CPU a image gets the same bits alone as among others.
 
-    threshold: set by `calibrate`, or by hand; None before. left_out: the support pictures against each other, None
+    threshold: set by `calibrate`, or by hand; None before. left_out: the support images against each other, None
     where K is 1 or where `fit` was told to do without. origin: plain values that say where the detector came from.
     clock: seconds by stage.
     """
@@ -68,22 +68,22 @@ class FewShotDetector:
         self.fitted: Fitted = {}
         self._folded = folded(self.network)
 
-    def fit(self, pictures: Sequence[Picture], for_threshold: bool = True) -> FewShotDetector:
-        """Learns what is normal from K >= 1 pictures; with `for_threshold` also scores each against the others.
+    def fit(self, images: Sequence[ImageInput], for_threshold: bool = True) -> FewShotDetector:
+        """Learns what is normal from K >= 1 images; with `for_threshold` also scores each against the others.
 
         Raises:
-            UserError: no pictures; ImageError: a file that cannot be read.
+            UserError: no images; ImageError: a file that cannot be read.
         """
-        if isinstance(pictures, str | Path | Image.Image):
-            raise TypeError("give a list of pictures, not a single one")
+        if isinstance(images, str | Path | Image.Image):
+            raise TypeError("give a list of images, not a single one")
         with self.clock("decode"):
-            inputs = self._inputs(pictures)
+            inputs = self._inputs(images)
         if not len(inputs):
-            raise UserError("no support pictures: at least one normal picture is needed")
+            raise UserError("no support images: at least one normal image is needed")
         store = FeatureStore([self.scorer], len(inputs) * VIEWS_PER_IMAGE)
         with self.clock("network"):
-            for number, picture in enumerate(inputs):
-                write_support_image(store, number, self._folded, picture, VIEWS_PER_IMAGE)
+            for number, image in enumerate(inputs):
+                write_support_image(store, number, self._folded, image, VIEWS_PER_IMAGE)
         support = store.prepared[self.scorer.name]
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(support)
@@ -92,75 +92,75 @@ class FewShotDetector:
             self.left_out = leave_one_out(self.scorer, support, self.size, self.clock)
         return self
 
-    def calibrate(self, false_alarm: float, normal: Sequence[Picture] | None = None) -> Threshold:
-        """Sets the threshold that a share of `false_alarm` normal pictures should exceed, see inspection/threshold.py.
+    def calibrate(self, false_alarm: float, normal: Sequence[ImageInput] | None = None) -> Threshold:
+        """Sets the threshold that a share of `false_alarm` normal images should exceed, see inspection/threshold.py.
 
-        From the scores of the pictures `normal`; without them, from `left_out`.
+        From the scores of the images `normal`; without them, from `left_out`.
 
         Raises:
             UserError: fewer than two normal scores, or a share outside (0, 1).
         """
         if normal is not None:
             check_calibration(len(normal), false_alarm)
-            seen, source = self._normal_scores(normal, false_alarm), f"{len(normal)} further normal pictures"
+            seen, source = self._normal_scores(normal, false_alarm), f"{len(normal)} further normal images"
         elif self.left_out is not None:
-            seen, source = self.left_out, f"leave-one-out over {len(self.left_out.scores)} support pictures"
+            seen, source = self.left_out, f"leave-one-out over {len(self.left_out.scores)} support images"
         else:
             raise UserError(
-                "a threshold needs the scores of two normal pictures: give two support pictures or more, "
-                "further normal pictures (--calibrate DIR), or the threshold itself (--threshold)"
+                "a threshold needs the scores of two normal images: give two support images or more, "
+                "further normal images (--calibrate DIR), or the threshold itself (--threshold)"
             )
         self.threshold = normal_threshold(seen.scores, seen.maps, false_alarm, source)
         return self.threshold
 
-    def _normal_scores(self, pictures: Sequence[Picture], false_alarm: float) -> NormalScores:
-        """Normal pictures as they are, or with their views where the threshold needs them."""
-        scores, maps = self.score(pictures)
-        if is_order_statistic(len(pictures), false_alarm):
+    def _normal_scores(self, images: Sequence[ImageInput], false_alarm: float) -> NormalScores:
+        """Normal images as they are, or with their views where the threshold needs them."""
+        scores, maps = self.score(images)
+        if is_order_statistic(len(images), false_alarm):
             return NormalScores(scores[:, None], maps)
-        views = (support_views(self._inputs([picture])) for picture in pictures)
-        return NormalScores(np.array([self.score(of_picture)[0] for of_picture in views]), maps)
+        views = (support_views(self._inputs([image])) for image in images)
+        return NormalScores(np.array([self.score(of_image)[0] for of_image in views]), maps)
 
-    def score(self, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        """Image scores (B,) and score maps (B, S, S), float32, of pictures; `datasets.images.restore_map` brings a map
-        to its picture's own size.
+    def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+        """Image scores (B,) and score maps (B, S, S), float32, of images; `datasets.images.restore_map` brings a map
+        to its image's own size.
 
         Raises:
             UserError: not fitted, or scores that are not finite; ImageError: a file that cannot be read.
         """
-        if isinstance(pictures, str | Path | Image.Image):
-            raise TypeError("give a list of pictures, not a single one")
+        if isinstance(images, str | Path | Image.Image):
+            raise TypeError("give a list of images, not a single one")
         if not self.fitted:
-            raise UserError("the detector must be fitted on support pictures, or loaded, before it can score")
-        if not len(pictures):
+            raise UserError("the detector must be fitted on support images, or loaded, before it can score")
+        if not len(images):
             return np.empty(0, np.float32), np.empty((0, self.size, self.size), np.float32)
-        groups = (pictures[at : at + DISTANCE_GROUP] for at in range(0, len(pictures), DISTANCE_GROUP))
+        groups = (images[at : at + DISTANCE_GROUP] for at in range(0, len(images), DISTANCE_GROUP))
         scores, maps = zip(*map(self._score_group, groups), strict=True)
         if not all(np.isfinite(part).all() for part in scores):
-            raise UserError("scores are not finite: the checkpoint or the support pictures hold NaN or infinite values")
+            raise UserError("scores are not finite: the checkpoint or the support images hold NaN or infinite values")
         return np.concatenate(scores), np.concatenate(maps)
 
-    def _score_group(self, pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and maps of at most DISTANCE_GROUP pictures."""
-        features = self.features(pictures)
+    def _score_group(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and maps of at most DISTANCE_GROUP images."""
+        features = self.features(images)
         with self.clock("distance"):
             distances = self.scorer.distance_maps(self.fitted, features)
         with self.clock("smoothing"):
             matrix = score_map_matrix(distances.shape[-1], self.size, distances.device)
             scores, maps = score_maps(distances, matrix)
-            return scores[: len(pictures)].cpu().numpy(), maps[: len(pictures)].cpu().numpy()
+            return scores[: len(images)].cpu().numpy(), maps[: len(images)].cpu().numpy()
 
-    def features(self, pictures: Sequence[Picture]) -> Prepared:
-        """Prepared features of at most DISTANCE_GROUP pictures, filled up to as many: those beyond B repeat others."""
+    def features(self, images: Sequence[ImageInput]) -> Prepared:
+        """Prepared features of at most DISTANCE_GROUP images, filled up to as many: those beyond B repeat others."""
         with self.clock("decode"):
-            inputs = self._inputs(pictures)
+            inputs = self._inputs(images)
         with self.clock("network"):
             return self._features(inputs)
 
     def _features(self, inputs: torch.Tensor) -> Prepared:
         """`features` of inputs (B, 3, S, S).
 
-        Grey and coloured pictures go apart, because the network takes a shorter way where all of a pass are grey.
+        Grey and coloured images go apart, because the network takes a shorter way where all of a pass are grey.
         """
         size, store = NETWORK_GROUP[inputs.device.type], FeatureStore([self.scorer], DISTANCE_GROUP)
         is_grey = (inputs == inputs[:, :1]).flatten(1).all(dim=1)
@@ -174,9 +174,9 @@ class FewShotDetector:
         columns = _fill_up(columns, DISTANCE_GROUP)
         return [layer.transpose(0, 1)[:, columns].transpose(0, 1) for layer in store.prepared[self.scorer.name]]
 
-    def _inputs(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """Pictures as the network takes them, (B, 3, S, S) float32 in [0, 1], on the device."""
-        inputs = [as_input(picture, self.size, self.keep_aspect) for picture in pictures]
+    def _inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
+        """Images as the network takes them, (B, 3, S, S) float32 in [0, 1], on the device."""
+        inputs = [as_input(image, self.size, self.keep_aspect) for image in images]
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
 
     def save(self, path: Path | str) -> None:
@@ -208,7 +208,7 @@ class FewShotDetector:
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto") -> FewShotDetector:
-        """The detector that `save` wrote; needs no support pictures.
+        """The detector that `save` wrote; needs no support images.
 
         Raises:
             UserError: missing, damaged or foreign file.
@@ -231,19 +231,19 @@ class FewShotDetector:
         return detector
 
 
-def as_input(picture: Picture, size: int, keep_aspect: bool) -> torch.Tensor:
-    """A picture of any of the kinds in FewShotDetector as the network's input, (3, size, size) float32 in [0, 1]."""
-    if isinstance(picture, torch.Tensor):
-        if picture.shape == (3, size, size) and picture.is_floating_point():
-            return picture.float()
-        values = picture if picture.dtype == torch.uint8 else (picture * 255).round().clamp(0, 255).to(torch.uint8)
-        picture = values.permute(1, 2, 0).cpu().numpy()
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise TypeError(f"arrays must be (H, W) or (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
-        picture = Image.fromarray(picture)
-    picture = eight_bit(picture) if isinstance(picture, Image.Image) else read_picture(Path(picture))
-    square = np.ascontiguousarray(to_square(picture, size, keep_aspect).transpose(2, 0, 1))
+def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
+    """A image of any of the kinds in FewShotDetector as the network's input, (3, size, size) float32 in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        if image.shape == (3, size, size) and image.is_floating_point():
+            return image.float()
+        values = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
+        image = values.permute(1, 2, 0).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise TypeError(f"arrays must be (H, W) or (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        image = Image.fromarray(image)
+    image = eight_bit(image) if isinstance(image, Image.Image) else decode_image(Path(image))
+    square = np.ascontiguousarray(to_square(image, size, keep_aspect).transpose(2, 0, 1))
     return torch.from_numpy(square).float() / 255
 
 

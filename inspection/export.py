@@ -24,7 +24,7 @@ EXAMPLE_BATCH = 2  # a batch of one would be taken for a fixed size
 class ExportedDetector(nn.Module):
     """The chain of FewShotDetector.score on the CPU, for a batch of any size.
 
-    Takes pictures (B, S, S, 3) uint8 RGB, resized as `export_metadata` says; gives maps (B, S, S) and scores (B,).
+    Takes images (B, S, S, 3) uint8 RGB, resized as `export_metadata` says; gives maps (B, S, S) and scores (B,).
     Nothing depends on values, and memory is contiguous, so that warps stay grid_sample (see scorers.views.warp).
     """
 
@@ -41,7 +41,7 @@ class ExportedDetector(nn.Module):
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps (B, S, S) and scores (B,), float32, of pictures (B, S, S, 3) uint8."""
+        """Maps (B, S, S) and scores (B,), float32, of images (B, S, S, 3) uint8."""
         x = image.permute(0, 3, 1, 2).contiguous().float() / 255
         scores, maps = score_maps(self._distances(x), self.matrix)
         return maps, scores
@@ -52,7 +52,7 @@ class ExportedDetector(nn.Module):
 
 
 def export_metadata(detector: FewShotDetector) -> dict[str, str]:
-    """What a program needs beside the file: how to make its input, and above which score a picture is defective.
+    """What a program needs beside the file: how to make its input, and above which score a image is defective.
 
     `threshold` is empty where the detector has none.
     """
@@ -78,7 +78,7 @@ def write_onnx(detector: FewShotDetector, path: Path) -> None:
     if size > ONNX_LIMIT:
         raise UserError(
             f"the detector has {size / 2**30:.1f} GB, one ONNX file holds 2 GB: "
-            "give fewer support pictures, a smaller --img_size, or --format pt2"
+            "give fewer support images, a smaller --img_size, or --format pt2"
         )
     program = torch.onnx.export(
         *(module, _example(detector)),

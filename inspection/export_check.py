@@ -1,4 +1,4 @@
-"""Exported detectors beside the one they came from: how much the maps differ, and how long a picture takes."""
+"""Exported detectors beside the one they came from: how much the maps differ, and how long a image takes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from inspection.detector import FewShotDetector
 from utils.errors import UserError
 
 TOLERANCE = 1e-3  # largest relative difference of a pixel; above it a file is refused
-CHECK_BATCHES = (1, 4)  # pictures per call
-CHECK_PICTURES = 20  # of a folder, evenly spread over its names
+CHECK_BATCHES = (1, 4)  # images per call
+CHECK_IMAGES = 20  # of a folder, evenly spread over its names
 
 REFERENCE = "PyTorch"
 
-Runtime = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # pictures (B, S, S, 3) uint8 -> maps, scores
+Runtime = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # images (B, S, S, 3) uint8 -> maps, scores
 
 
 class Result(NamedTuple):
@@ -36,18 +36,18 @@ class Comparison(NamedTuple):
     runtime: str
     batch: int
     difference: float
-    milliseconds: float  # per picture, median over the calls
+    milliseconds: float  # per image, median over the calls
 
 
-def compare(detector: FewShotDetector, files: dict[str, Path], pictures: np.ndarray) -> Iterator[Comparison]:
-    """Runs `pictures` (N, S, S, 3) uint8 through FewShotDetector.score and the exported `files` (format -> path).
+def compare(detector: FewShotDetector, files: dict[str, Path], images: np.ndarray) -> Iterator[Comparison]:
+    """Runs `images` (N, S, S, 3) uint8 through FewShotDetector.score and the exported `files` (format -> path).
 
     The runtimes take turns batch by batch, so that a machine's other work falls on all of them. The last batch is
-    filled up from the first pictures.
+    filled up from the first images.
     """
     runtimes = {REFERENCE: _pytorch(detector), **{kind: OPENERS[kind](path) for kind, path in files.items()}}
     for size in CHECK_BATCHES:
-        filled = pictures[np.arange(-(-len(pictures) // size) * size) % len(pictures)]
+        filled = images[np.arange(-(-len(images) // size) * size) % len(images)]
         batches = np.split(filled, len(filled) // size)
         results = [_run_all(runtimes, batch) for batch in [batches[0], *batches]][1:]  # the first call is slower
         for name in runtimes:

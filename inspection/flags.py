@@ -1,4 +1,4 @@
-"""A detector as a command line asks for it: saved earlier, or fitted on normal pictures, and with a threshold."""
+"""A detector as a command line asks for it: saved earlier, or fitted on normal images, and with a threshold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT_FALSE_ALARM = 0.01
 def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that takes or makes a detector."""
     detector = parser.add_argument_group("detector")
-    detector.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal pictures: files or folders")
+    detector.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal images: files or folders")
     detector.add_argument("--detector", type=Path, metavar="FILE", help="of predict.py --save; replaces --support")
     detector.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
     add_weights_flag(detector, "without --checkpoint")
@@ -30,8 +30,8 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     add_keep_aspect_flag(detector)
     add_seed_flag(detector, "for --weights none; all else is deterministic")
     decide = parser.add_argument_group("threshold")
-    decide.add_argument("--false_alarm", type=float, help="share of normal pictures that may be called; default 0.01")
-    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal pictures for it")
+    decide.add_argument("--false_alarm", type=float, help="share of normal images that may be called; default 0.01")
+    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal images for it")
     decide.add_argument("--threshold", type=float, help="a fixed score; wins over calibration")
 
 
@@ -40,7 +40,7 @@ def check_detector_flags(args: argparse.Namespace) -> None:
     require_positive(args, "img_size")
     check_img_size(args.img_size)
     if bool(args.support) == bool(args.detector):
-        raise UserError("give either normal pictures with --support, or a saved detector with --detector")
+        raise UserError("give either normal images with --support, or a saved detector with --detector")
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise UserError(f"--threshold must be a number, got {args.threshold}")
 
@@ -59,14 +59,14 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
 
 
 def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
-    """A detector of the support pictures."""
+    """A detector of the support images."""
     support = list_inputs(args.support, args.output)
     if args.checkpoint:
         network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
     else:
         network = untrained(args.weights, args.stn_mode, args.img_size).stn
     detector = FewShotDetector(network, device, args.keep_aspect)
-    print(f"fitting on {len(support)} normal picture(s)")
+    print(f"fitting on {len(support)} normal image(s)")
     detector.fit(support)
     weights = f"not trained, weights {args.weights}"
     detector.origin = {
@@ -95,5 +95,5 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
 def describe_threshold(threshold: Threshold | None) -> str:
     """Value and origin of a threshold in words."""
     if threshold is None:
-        return "none, so nothing is decided; give two support pictures or more, --calibrate, or --threshold"
+        return "none, so nothing is decided; give two support images or more, --calibrate, or --threshold"
     return f"{threshold.value:.3f} ({threshold.how})"

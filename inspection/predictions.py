@@ -1,4 +1,4 @@
-"""Unlabelled pictures through a fitted detector: a stream of pictures in, one row of results and its files each."""
+"""Unlabelled images through a fitted detector: a stream of images in, one row of results and its files each."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 
 from datasets.images import restore_map
 from inspection.detector import DISTANCE_GROUP, FewShotDetector
-from inspection.inputs import InputPicture, absolute, full_name, read_inputs
+from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.threshold import Threshold
-from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_picture
+from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_image
 from reports.page import as_data_uri
 from utils.errors import UserError
 from utils.files import whole_file
@@ -27,7 +27,7 @@ MAP_SCALE_16BIT = 256  # a 16-bit PNG map holds score * 256, so scores up to 255
 
 
 class Prediction(NamedTuple):
-    """One picture's result. decision: defective, normal, or None without a threshold. error: why there is no score."""
+    """One image's result. decision: defective, normal, or None without a threshold. error: why there is no score."""
 
     path: str
     score: float | None
@@ -37,15 +37,15 @@ class Prediction(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What is written per picture, and where: pictures/ and maps/ in `folder`, named as below `root`."""
+    """What is written per image, and where: images/ and maps/ in `folder`, named as below `root`."""
 
     folder: Path
     root: Path
-    pictures: bool
+    images: bool
     maps: str  # "none", "png" or "npy"
 
     def place(self, kind: str, path: Path, ending: str) -> Path:
-        """The file of `kind` for the picture `path`; its whole name stays, as a.png and a.jpg may lie together."""
+        """The file of `kind` for the image `path`; its whole name stays, as a.png and a.jpg may lie together."""
         return self.folder / kind / absolute(path).relative_to(self.root).with_name(path.name + ending)
 
 
@@ -70,7 +70,7 @@ def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: in
 
 
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
-    """Writes a picture's files and makes its row."""
+    """Writes a image's files and makes its row."""
     number, item, score, scores = scored
     if item.error is not None:
         return Prediction(full_name(item.path), None, None, item.error)
@@ -83,25 +83,25 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
 
 
 def _write(
-    detector: FewShotDetector, outputs: Outputs, item: InputPicture, scores: np.ndarray, with_preview: bool
+    detector: FewShotDetector, outputs: Outputs, item: InputImage, scores: np.ndarray, with_preview: bool
 ) -> str:
-    """Writes a picture's files from its score map (S, S); returns the preview, or nothing."""
-    restored = restore_map(scores, *item.picture.size, detector.keep_aspect)
+    """Writes a image's files from its score map (S, S); returns the preview, or nothing."""
+    restored = restore_map(scores, *item.image.size, detector.keep_aspect)
     if outputs.maps != "none":
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
-    if not (outputs.pictures or with_preview):
+    if not (outputs.images or with_preview):
         return ""
-    panels = beside(draw_panels(item.picture, restored, detector.threshold))
+    panels = beside(draw_panels(item.image, restored, detector.threshold))
     preview = as_data_uri(panels) if with_preview else ""
-    if outputs.pictures:
-        save_picture(outputs.place("pictures", item.path, ".jpg"), panels)
+    if outputs.images:
+        save_image(outputs.place("pictures", item.path, ".jpg"), panels)
     return preview
 
 
-def draw_panels(picture: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> list[Image.Image]:
+def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> list[Image.Image]:
     """Input, heat-map over it, outlines of what is hot and of what lies above the threshold; scores: (H, W)."""
-    image = picture.convert("RGB")
-    if threshold is None:  # colours cannot be compared between pictures then
+    image = image.convert("RGB")
+    if threshold is None:  # colours cannot be compared between images then
         return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
     outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
     return [image, overlay(image, scores, colour_limits(threshold.typical)), outlined]
@@ -113,7 +113,7 @@ def _save_map(path: Path, scores: np.ndarray) -> None:
         with whole_file(path) as aside, open(aside, "wb") as stream:
             np.save(stream, scores)
     else:
-        save_picture(path, Image.fromarray(np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16)))
+        save_image(path, Image.fromarray(np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16)))
 
 
 def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:

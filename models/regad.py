@@ -42,9 +42,9 @@ class RegAD(nn.Module):
         self.predictor = Predictor()
 
     def forward(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-        """The registration loss of queries (B, 3, S, S) and K support pictures for each (B, K, 3, S, S), in [0, 1].
+        """The registration loss of queries (B, 3, S, S) and K support images for each (B, K, 3, S, S), in [0, 1].
 
-        Queries and support pictures go through the backbone apart, because each pass has its own batch-norm
+        Queries and support images go through the backbone apart, because each pass has its own batch-norm
         statistics; the K registered maps of a query's support are averaged (release behaviour).
         """
         query_map = self.stn(query).maps[-1]  # (B, 256, H, W)

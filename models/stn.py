@@ -140,7 +140,7 @@ class STNResNet18(nn.Module):
         return Registered(tuple(maps), tuple(warps))
 
     def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Registered maps of images (B, 3, S, S), moved back to the frame of the picture; shapes as in `forward`.
+        """Registered maps of images (B, 3, S, S), moved back to the frame of the image; shapes as in `forward`.
 
         Map i went through the warps of layers 1..i and goes back through their inverses in reverse order, one
         resampling each, without gradient (release behaviour).
@@ -157,7 +157,7 @@ class STNResNet18(nn.Module):
 
 
 def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """`convolution` of pictures `x` (B, 3, S, S); where all are grey, of one channel with the summed weights.
+    """`convolution` of images `x` (B, 3, S, S); where all are grey, of one channel with the summed weights.
 
     The same numbers, and gradients, for half the time on the CPU; the comparison costs a twentieth. (On CUDA it would
     make the host wait, and a compiled or exported network must not depend on values.)

@@ -13,7 +13,7 @@ def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
     Convention:
         - `theta` maps OUTPUT positions (x, y) to INPUT positions, both in [-1, 1], align_corners False
-        - outside the picture the picture is reflected
+        - outside the image the image is reflected
     """
     with full_precision(x.device):
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, H, W, 2)

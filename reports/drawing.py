@@ -1,4 +1,4 @@
-"""Pictures of scores: heat-maps laid over inputs, outlines, panels side by side; all in RGB, by Pillow."""
+"""Images of scores: heat-maps laid over inputs, outlines, panels side by side; all in RGB, by Pillow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAPTION_HEIGHT = 22  # pixels
 
 
 def colour_limits(typical: float) -> tuple[float, float]:
-    """The scores at which colours begin and end, from the typical score of normal pictures alone: one scale for all."""
+    """The scores at which colours begin and end, from the typical score of normal images alone: one scale for all."""
     return typical / 2, typical * 1.5
 
 
@@ -75,7 +75,7 @@ def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Ima
     return drawn
 
 
-def save_picture(path: Path, image: Image.Image) -> None:
+def save_image(path: Path, image: Image.Image) -> None:
     """Writes an image as JPEG or PNG, by the name's ending."""
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
     with whole_file(path) as aside:

@@ -1,4 +1,4 @@
-"""A scored category for the eye: panels of each test picture, a contact sheet, curves, and one page with all of it."""
+"""A scored category for the eye: panels of each test image, a contact sheet, curves, and one page with all of it."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from sklearn.metrics import roc_curve
 
 from datasets.mvtec import LabelledDataset, LabelledImage
 from evaluation.metrics import auroc, rank
-from reports.drawing import CALLED, GAP, beside, captioned, colour_limits, heat_map, outline, overlay, save_picture
-from reports.page import PAGE_PICTURES, PageRow, as_data_uri, write_page
+from reports.drawing import CALLED, GAP, beside, captioned, colour_limits, heat_map, outline, overlay, save_image
+from reports.page import PAGE_IMAGES, PageRow, as_data_uri, write_page
 from utils.files import whole_file
 from utils.stages import in_threads
 
-SHEET_PICTURES, SHEET_COLUMNS = 40, 4
-TILE = 180  # pixels, of either picture of a tile of the contact sheet
+SHEET_IMAGES, SHEET_COLUMNS = 40, 4
+TILE = 180  # pixels, of either image of a tile of the contact sheet
 NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # in curves, as in page.html
 WRONG_COLOUR = DEFECTIVE_COLOUR  # of captions
 
 
 class Scored(NamedTuple):
-    """Test pictures with what one round gave them.
+    """Test images with what one round gave them.
 
     scores: (B,), maps: (B, S, S), labels: (B,) bool. threshold: where the share of defects found exceeds that of false
-    alarms most on these very pictures (Youden), for want of another; it sorts right from wrong in captions, and is too
-    good to be expected of new pictures.
+    alarms most on these very images (Youden), for want of another; it sorts right from wrong in captions, and is too
+    good to be expected of new images.
     """
 
     dataset: LabelledDataset
@@ -43,12 +43,12 @@ class Scored(NamedTuple):
 
     @property
     def wrong(self) -> np.ndarray:
-        """Which pictures are missed or false alarms, (B,) bool."""
+        """Which images are missed or false alarms, (B,) bool."""
         return (self.scores > self.threshold) != self.labels
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The scores at which colours begin and end, the same for all pictures."""
+        """The scores at which colours begin and end, the same for all images."""
         return colour_limits(float(np.median(self.scores[~self.labels])))
 
     def worst_first(self) -> np.ndarray:
@@ -57,7 +57,7 @@ class Scored(NamedTuple):
         return np.argsort(np.where(self.labels, excess, -excess), kind="stable")
 
     def name(self, index: int) -> str:
-        """Folder and file of a picture."""
+        """Folder and file of a image."""
         item = self.dataset.items[index]
         return f"{item.defect}/{item.image.name}"
 
@@ -69,7 +69,7 @@ class Scored(NamedTuple):
 
 
 def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
-    """`Scored` from the score maps (B, S, S) of a data set with normal and defective pictures."""
+    """`Scored` from the score maps (B, S, S) of a data set with normal and defective images."""
     scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
     false_alarms, found, thresholds = roc_curve(labels, scores)
     lowest_called = thresholds[1:][(found - false_alarms)[1:].argmax()]
@@ -77,7 +77,7 @@ def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
 
 
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
-    """Indices of `count` test pictures, taken in turn from each defect and the normal ones; -1: all."""
+    """Indices of `count` test images, taken in turn from each defect and the normal ones; -1: all."""
     if count < 0:
         return list(range(len(items)))
     folders: dict[str, list[int]] = {}
@@ -88,19 +88,19 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
 
 
 def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: int) -> None:
-    """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` pictures (-1: all) into `folder`."""
+    """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` images (-1: all) into `folder`."""
     worst = scored.worst_first().tolist()
     written = set(choose_examples(scored.dataset.items, count))
-    shown, tiled = set(worst[:PAGE_PICTURES]), worst[:SHEET_PICTURES]
+    shown, tiled = set(worst[:PAGE_IMAGES]), worst[:SHEET_IMAGES]
     indices = sorted(written | shown | set(tiled))
     draw = partial(_draw, folder, scored, written, shown, set(tiled))
     drawn = dict(zip(indices, in_threads(draw, indices, max(1, workers)), strict=True))
     missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
-    verdict = f"threshold {scored.threshold:.2f} (best of these very pictures): {missed} missed, {alarms} false alarms"
+    verdict = f"threshold {scored.threshold:.2f} (best of these very images): {missed} missed, {alarms} false alarms"
     sheet = _sheet([drawn[index].tile for index in tiled])
-    save_picture(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
+    save_image(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
     _save_curves(folder / "curves.png", scored)
-    notes = (f"At the start: {verdict}", "Pictures: input, ground truth, heat-map, heat-map over the input")
+    notes = (f"At the start: {verdict}", "Images: input, ground truth, heat-map, heat-map over the input")
     rows = [_page_row(scored, index, drawn) for index in range(len(scored.scores))]
     write_page(folder / "report.html", title, notes, rows, scored.threshold)
 
@@ -111,7 +111,7 @@ class _Drawn(NamedTuple):
 
 
 def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tiled: set[int], index: int) -> _Drawn:
-    """Draws a picture: into its file, for the page and for the contact sheet, wherever it is asked for."""
+    """Draws a image: into its file, for the page and for the contact sheet, wherever it is asked for."""
     of_item = scored.dataset[index]
     image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
     limits = scored.limits
@@ -119,7 +119,7 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     panels = beside([image, truth, heat_map(scored.maps[index], limits), over])
     caption, colour = scored.caption(index), WRONG_COLOUR if scored.wrong[index] else "black"
     if index in written:
-        save_picture(folder / f"{scored.name(index)}.jpg", captioned(panels, caption, colour))
+        save_image(folder / f"{scored.name(index)}.jpg", captioned(panels, caption, colour))
     tile = captioned(beside([_small(truth), _small(over)]), caption, colour) if index in tiled else None
     return _Drawn(as_data_uri(panels) if index in shown else "", tile)
 
@@ -153,7 +153,7 @@ def _save_curves(path: Path, scored: Scored) -> None:
     roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
     roc.plot(false_alarms, found, color=DEFECTIVE_COLOUR)
     area = auroc(rank(scored.scores, scored.labels))
-    roc.set(title=f"image AUROC {area:.4f}", xlabel="normal pictures called", ylabel="defective pictures called")
+    roc.set(title=f"image AUROC {area:.4f}", xlabel="normal images called", ylabel="defective images called")
     roc.set_aspect("equal")
     bins = np.histogram_bin_edges(scored.scores, 30)
     histogram.hist(scored.scores[~scored.labels], bins, color=NORMAL_COLOUR, alpha=0.7, label="normal")

@@ -17,12 +17,12 @@ from PIL import Image
 from utils.files import whole_file
 
 TEMPLATE = Path(__file__).parent / "templates" / "page.html"
-PAGE_PICTURES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted
+PAGE_IMAGES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted
 PREVIEW_WIDTH, PREVIEW_HEIGHT, PREVIEW_QUALITY = 960, 2000, 75  # pixels of all panels together, of JPEG
 
 
 class PageRow(NamedTuple):
-    """One picture of the page. kind: its folder (good or a defect), None without labels. image: a data URI or ""."""
+    """One image of the page. kind: its folder (good or a defect), None without labels. image: a data URI or ""."""
 
     name: str
     score: float
@@ -50,7 +50,7 @@ def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[Page
 def as_data_uri(image: Image.Image) -> str:
     """An image in RGB, at most PREVIEW_WIDTH wide and PREVIEW_HEIGHT high, as a JPEG in a data URI."""
     factor = math.ceil(max(1, image.width / PREVIEW_WIDTH, image.height / PREVIEW_HEIGHT))
-    picture = image.reduce(factor)  # much faster than any other resize
+    image = image.reduce(factor)  # much faster than any other resize
     stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
+    image.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

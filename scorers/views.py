@@ -19,14 +19,14 @@ VIEWS_PER_IMAGE = 1 + len(ROTATION_ANGLES) + len(TRANSLATIONS) + 1 + 3 + 1  # 22
 
 
 def support_views(images: torch.Tensor) -> torch.Tensor:
-    """The 22 views of each support picture: (K, 3, S, S) in [0, 1] -> (22 K, 3, S, S).
+    """The 22 views of each support image: (K, 3, S, S) in [0, 1] -> (22 K, 3, S, S).
 
-    RegAD section 3.3. Order: for each kind of view all K pictures: as it is; 8 rotations; 8 translations; mirrored left
+    RegAD section 3.3. Order: for each kind of view all K images: as it is; 8 rotations; 8 translations; mirrored left
     to right; turned by 90, 180 and 270 degrees; grey. The release shuffles them, which changes no statistic.
 
     Convention:
         - rotations by `ROTATION_ANGLES`: matrix [cos -sin 0; sin cos 0], output -> input, reflection outside
-        - translations by `TRANSLATIONS`: matrix [1 0 x; 0 1 y], so (.2, .2) moves the picture S/10 to the left and up
+        - translations by `TRANSLATIONS`: matrix [1 0 x; 0 1 y], so (.2, .2) moves the image S/10 to the left and up
         - turns are counter-clockwise as displayed
     """
     grids = _view_grids(images.shape[-1], images.device)
@@ -40,7 +40,7 @@ def support_views(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _view_grids(size: int, device: torch.device) -> torch.Tensor:
-    """Where the rotated and translated views read the picture, (16, S, S, 2); float32 sines, as the release's."""
+    """Where the rotated and translated views read the image, (16, S, S, 2); float32 sines, as the release's."""
     angles = torch.tensor(ROTATION_ANGLES)
     zero = torch.zeros_like(angles)
     rotations = torch.stack([angles.cos(), -angles.sin(), zero, angles.sin(), angles.cos(), zero], dim=1)

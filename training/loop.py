@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from datasets.cache import SourcePictures
+from datasets.cache import SourceImages
 from datasets.episodes import Episode
 from models.regad import RegAD
 from utils.errors import UserError
@@ -26,8 +26,8 @@ def learning_rate(base: float, epoch: int, epochs: int) -> float:
     return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def count_pictures(episode: Episode) -> int:
-    """Pictures that pass through the network in a step: queries and their support."""
+def count_images(episode: Episode) -> int:
+    """Images that pass through the network in a step: queries and their support."""
     return len(episode.query) + sum(map(len, episode.support))
 
 
@@ -67,7 +67,7 @@ class Trainer:
     def train_epoch(
         self,
         episodes: Sequence[Episode],
-        pictures: SourcePictures,
+        images: SourceImages,
         epochs: int,
         clock: StageClock,
         save: Callable[[], None],
@@ -84,13 +84,13 @@ class Trainer:
             group["lr"] = learning_rate(self.lr, progress.epoch, epochs)
         reported = saved = time.monotonic()
         todo = episodes[progress.step :]
-        with tqdm(total=sum(map(count_pictures, todo)), unit=" pictures", leave=False, disable=None) as bar:
+        with tqdm(total=sum(map(count_images, todo)), unit=" images", leave=False, disable=None) as bar:
             bar.set_description(f"epoch {progress.epoch}/{epochs}, lr {self.optimizer.param_groups[0]['lr']:.1e}")
             for episode in todo:
                 with clock("batch"):
-                    query, support = pictures.episode(episode)
+                    query, support = images.episode(episode)
                 pending.append(self.step(query, support, clock))
-                bar.update(count_pictures(episode))
+                bar.update(count_images(episode))
                 now = time.monotonic()
                 if now - reported > REPORT_SECONDS:
                     reported = now

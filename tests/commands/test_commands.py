@@ -168,11 +168,11 @@ def test_only_the_aurocs(arguments):
 def test_pictures(arguments, demo_data):
     call(arguments, "--save_images", "5")
     (report,) = Path(arguments["--output"]).rglob("report.html")
-    pictures = sorted(report.parent.glob("*/*.jpg"))
-    assert len(pictures) == 5
+    images = sorted(report.parent.glob("*/*.jpg"))
+    assert len(images) == 5
     items = list_test_items(demo_data / "ring")
-    assert {path.parent.name for path in pictures} == {item.defect for item in items}
-    for path in (*pictures, report.parent / "contact_sheet.jpg", report.parent / "curves.png"):
+    assert {path.parent.name for path in images} == {item.defect for item in items}
+    for path in (*images, report.parent / "contact_sheet.jpg", report.parent / "curves.png"):
         assert len(np.unique(read_image(path, 200).reshape(-1, 3), axis=0)) > 100  # not an empty page
     assert report.read_text().count("data:image/jpeg") == len(items)
 

@@ -1,4 +1,4 @@
-"""predict.py as a user meets it: pictures in, scores, decisions and pictures out."""
+"""predict.py as a user meets it: images in, scores, decisions and images out."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ def test_scores_are_the_detector_s(support, demo_data, tmp_path):
     assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9 and (tmp_path / "report.html").stat().st_size > 10000
 
 
-def test_maps_have_the_size_of_their_picture(support, demo_data, tmp_path):
-    with Image.open(demo_data / "ring/test/good/000.png") as picture:
-        picture.resize((90, 40)).save(tmp_path / "wide.png")
+def test_maps_have_the_size_of_their_image(support, demo_data, tmp_path):
+    with Image.open(demo_data / "ring/test/good/000.png") as image:
+        image.resize((90, 40)).save(tmp_path / "wide.png")
     run(support, [tmp_path / "wide.png"], tmp_path / "out", "--maps", "npy", "--keep_aspect")
     (file,) = (tmp_path / "out/maps").iterdir()
     assert np.load(file).shape == (40, 90)
-    (panels,) = (tmp_path / "out/pictures").iterdir()
-    with Image.open(panels) as picture:
-        assert picture.height == 40 and picture.width > 3 * 90
+    (panels,) = (tmp_path / "out/images").iterdir()
+    with Image.open(panels) as image:
+        assert image.height == 40 and image.width > 3 * 90
 
 
 def test_broken_inputs_do_not_stop_the_run(support, demo_data, tmp_path, capsys):
@@ -81,7 +81,7 @@ def test_broken_inputs_do_not_stop_the_run(support, demo_data, tmp_path, capsys)
     with pytest.raises(SystemExit) as ended:
         run(support, [tmp_path / "in"], tmp_path / "out")
     assert ended.value.code == 1
-    assert f"failed: cannot read the picture {tmp_path}/in/a.png" in capsys.readouterr().err
+    assert f"failed: cannot read the image {tmp_path}/in/a.png" in capsys.readouterr().err
     rows = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
     assert rows[0]["score"] is None and rows[1]["score"] > 0
 
@@ -105,7 +105,7 @@ def test_given_threshold_wins(support, demo_data, tmp_path):
 def test_one_support_picture_decides_nothing(support, demo_data, tmp_path, capsys):
     record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
     assert record["threshold"] is None and {row["decision"] for row in record["pictures"]} == {None}
-    assert "nothing is decided; give two support pictures or more" in capsys.readouterr().out
+    assert "nothing is decided; give two support images or more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 damaged"])
@@ -123,8 +123,8 @@ def test_every_picture_has_its_own_files(support, demo_data, tmp_path):
     for name in ("x/a.png", "y/a.png", "x/größe 7 部品.png"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(good[0].read_bytes())
-    with Image.open(good[1]) as picture:
-        picture.save(tmp_path / "in/x/a.jpg")
+    with Image.open(good[1]) as image:
+        image.save(tmp_path / "in/x/a.jpg")
     (tmp_path / "in/link.png").symlink_to(good[1])
     inputs = [tmp_path / "in", tmp_path / "in/x/a.png", tmp_path / "in/../in/y/a.png"]
     record = run(support, inputs, tmp_path / "out", "--maps", "png")
@@ -151,16 +151,16 @@ def test_a_name_that_is_no_text(support, demo_data, tmp_path):
 
 
 def test_maps_hold_the_scores(support, demo_data, tmp_path):
-    picture = demo_data / "ring/test/good/000.png"
-    score = run(support, [picture], tmp_path / "a", "--maps", "npy", "--no_pictures")["pictures"][0]["score"]
-    run(support, [picture], tmp_path / "b", "--maps", "png", "--no_pictures")
+    image = demo_data / "ring/test/good/000.png"
+    score = run(support, [image], tmp_path / "a", "--maps", "npy", "--no_pictures")["pictures"][0]["score"]
+    run(support, [image], tmp_path / "b", "--maps", "png", "--no_pictures")
     with Image.open(tmp_path / "b/maps/000.png.png") as image:
         coarse = np.asarray(image) / 256
     scores = np.load(tmp_path / "a/maps/000.png.npy")
     assert coarse.shape == scores.shape == (64, 64)
     np.testing.assert_allclose(coarse, np.minimum(scores, 65535 / 256), atol=1 / 512 + 1e-4)
     assert scores.max() == pytest.approx(score)
-    assert not (tmp_path / "a/pictures").exists() and not (tmp_path / "b/pictures").exists()
+    assert not (tmp_path / "a/images").exists() and not (tmp_path / "b/images").exists()
 
 
 def test_alone_as_among_others(support, demo_data, tmp_path):
@@ -176,7 +176,7 @@ def test_alone_as_among_others(support, demo_data, tmp_path):
 
 
 def test_heat_maps_are_seen(support, demo_data, tmp_path):
-    """Whatever the threshold says: on a picture as normal as the support, the hottest place has colour."""
+    """Whatever the threshold says: on a image as normal as the support, the hottest place has colour."""
     record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")
     assert all(row["decision"] == "normal" for row in record["pictures"])
     for row in record["pictures"]:
@@ -192,8 +192,8 @@ def test_heat_maps_are_seen(support, demo_data, tmp_path):
         assert change > 25, row
 
 
-def test_page_shows_so_many_pictures(support, demo_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("predict.PAGE_PICTURES", 2)
+def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("predict.PAGE_IMAGES", 2)
     run(support, [demo_data / "ring/test"], tmp_path)
     assert (tmp_path / "report.html").read_text().count("data:image") == 2
     assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9
@@ -202,12 +202,12 @@ def test_page_shows_so_many_pictures(support, demo_data, tmp_path, monkeypatch):
 @given(st.integers(1, 12), st.integers(1, 700), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_outlines_run_inside_the_border(height, width, seed):
-    """Amber around what is above the region's limit, cyan above the threshold; a region ends at the picture's edge."""
+    """Amber around what is above the region's limit, cyan above the threshold; a region ends at the image's edge."""
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8))
     scores = gaussian_filter(rng.normal(size=(height, width)), 2).astype(np.float32)
     low, high = np.quantile(scores, rng.random(2)) * [1, 2] - [0.1, 0]
-    image, _, outlined = map(np.array, draw_panels(picture, scores, Threshold(high, "", 1.0, low)))
+    image, _, outlined = map(np.array, draw_panels(image, scores, Threshold(high, "", 1.0, low)))
     expected = image.copy()
     for limit, colour in ((low, HOT), (high, CALLED)):
         line = max(1, round(max(height, width) / 250))
@@ -224,17 +224,17 @@ def test_marked_places_lie_on_the_real_part(tmp_path):
         + ["--input", *map(str, screws), "--weights", str(TRUNK), "--output", str(tmp_path), "--maps", "npy"]
     )
     limit = json.loads((tmp_path / "scores.json").read_text())["threshold"]["region"]
-    on_screw, marked, pictures = 0, 0, 0
+    on_screw, marked, images = 0, 0, 0
     for path in screws:
-        with Image.open(path) as picture:
-            grey = np.asarray(picture.convert("L"))
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L"))
         hot = np.load(tmp_path / "maps" / path.parent.name / f"{path.name}.npy") > limit
         on_screw += (hot & binary_fill_holes(grey < threshold_otsu(grey))).sum()
-        marked, pictures = marked + hot.sum(), pictures + hot.any()
-    assert len(screws) == 30 and pictures >= 10 and on_screw > 0.8 * marked
+        marked, images = marked + hot.sum(), images + hot.any()
+    assert len(screws) == 30 and images >= 10 and on_screw > 0.8 * marked
 
 
-def test_support_pictures_without_any_difference(tmp_path):
+def test_support_images_without_any_difference(tmp_path):
     for name in "ab":
         Image.new("L", (80, 60)).save(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match="all alike"):
@@ -248,13 +248,13 @@ def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for _ in range(2):
         run([tmp_path], [tmp_path], tmp_path / "out")
-        assert "fitting on 3 normal picture(s)" in capsys.readouterr().out
+        assert "fitting on 3 normal image(s)" in capsys.readouterr().out
 
 
-def test_thresholds_of_further_pictures_and_of_another_rate(support, demo_data, tmp_path):
+def test_thresholds_of_further_images_and_of_another_rate(support, demo_data, tmp_path):
     normal = sorted((demo_data / "ring/test/good").iterdir())
     record = run(support, normal, tmp_path / "a", "--calibrate", *map(str, normal), "--save", str(tmp_path / "x.regad"))
-    assert "3 further normal pictures" in record["threshold"]["how"] and "0.01" in record["threshold"]["how"]
+    assert "3 further normal images" in record["threshold"]["how"] and "0.01" in record["threshold"]["how"]
     assert record["threshold"]["typical"] == sorted(row["score"] for row in record["pictures"])[1]
     loose = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"]
     strict = run(support, normal, tmp_path / "c", "--false_alarm", "0.02")["threshold"]
@@ -278,14 +278,14 @@ def test_own_output_is_not_scored(support, demo_data, tmp_path):
 
 def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/000.png.jpg").mkdir()  # in the way
+    (tmp_path / "images/000.png.jpg").mkdir()  # in the way
     with pytest.raises(SystemExit) as ended:
         run(support, [demo_data / "ring/test/good"], tmp_path)
     rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
     assert ended.value.code == 1 and all(row["score"] > 0 for row in rows)
     assert [bool(row["error"]) for row in rows] == [True, False, False]
     said = capsys.readouterr()
-    assert "files cannot be written" in said.err and "3 pictures scored" in said.out and "1 failed" in said.out
+    assert "files cannot be written" in said.err and "3 images scored" in said.out and "1 failed" in said.out
 
 
 @pytest.fixture
@@ -298,8 +298,8 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_watching(support, demo_data, tmp_path):
-    """Pictures that arrive one after the other, in the watched folder that also holds the output; ended by Ctrl-C."""
-    pictures = sorted((demo_data / "ring/test").rglob("*.png"))
+    """Images that arrive one after the other, in the watched folder that also holds the output; ended by Ctrl-C."""
+    images = sorted((demo_data / "ring/test").rglob("*.png"))
     folder, output = tmp_path / "in", tmp_path / "in/out"
     folder.mkdir()
     flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--watch", str(folder)]
@@ -307,9 +307,9 @@ def test_watching(support, demo_data, tmp_path):
     with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             for number in range(3):
-                (folder / f"{number}.png").write_bytes(pictures[number].read_bytes() if number != 1 else b"broken")
+                (folder / f"{number}.png").write_bytes(images[number].read_bytes() if number != 1 else b"broken")
                 _wait_for_rows(number + 1, output, process)
-            time.sleep(1.2)  # two more looks: would it score its own pictures?
+            time.sleep(1.2)  # two more looks: would it score its own images?
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -318,7 +318,7 @@ def test_watching(support, demo_data, tmp_path):
                 process.kill()  # or leaving the block would wait for ever
                 raise
     assert process.returncode == 130 and errors.decode().splitlines() == ["error: interrupted"]
-    record = run(support, [pictures[0], pictures[2]], tmp_path / "direct")["pictures"]
+    record = run(support, [images[0], images[2]], tmp_path / "direct")["pictures"]
     rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
     assert [row["score"] and float(row["score"]) for row in rows] == [
         pytest.approx(record[0]["score"], rel=1e-6), "", pytest.approx(record[1]["score"], rel=1e-6)
@@ -328,16 +328,16 @@ def test_watching(support, demo_data, tmp_path):
 
 
 def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypatch, capsys):
-    """Interrupted and started again, from elsewhere and with another threshold: every picture once, a broken one too,
+    """Interrupted and started again, from elsewhere and with another threshold: every image once, a broken one too,
     whatever bytes a name has.
     """
-    folder, pictures = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
+    folder, images = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
     folder.mkdir()
     flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--output", str(tmp_path / "out")]
     flags += ["--support", *map(str, support), "--watch"]
-    monkeypatch.setattr("predict.PAGE_PICTURES", 3)
+    monkeypatch.setattr("predict.PAGE_IMAGES", 3)
     names = ["0.png", "1.png", os.fsdecode(b"2\xe9.png"), "3.png"]
-    contents = [pictures[0].read_bytes(), b"broken", pictures[1].read_bytes(), pictures[2].read_bytes()]
+    contents = [images[0].read_bytes(), b"broken", images[1].read_bytes(), images[2].read_bytes()]
     monkeypatch.chdir(folder)
     watched = [(str(folder), "0.001"), (".", "0.001"), ("../in", "0.001"), (str(folder), "1000")]
     for name, content, (place, threshold) in zip(names, contents, watched, strict=True):
@@ -356,7 +356,7 @@ def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypat
     assert [row["score"] for row in record] == [(row["score"] and np.float32(row["score"])) or None for row in rows]
     assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the threshold of now
     assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # of the newest; the others' are gone
-    assert "3 pictures scored before" in capsys.readouterr().out
+    assert "3 images scored before" in capsys.readouterr().out
     (tmp_path / "out/scores.csv").write_text("something else\n1\n")
     with pytest.raises(UserError, match="not a table of scores"):
         predict.main([*flags, "."])
@@ -394,22 +394,22 @@ def _wait_for_rows(count: int, output: Path, process: subprocess.Popen) -> None:
 
 
 MISTAKES = {
-    "--input in": "either normal pictures with --support, or a saved detector",
-    "--support in --detector x --input in": "either normal pictures",
+    "--input in": "either normal images with --support, or a saved detector",
+    "--support in --detector x --input in": "either normal images",
     "--support in": "nothing to do",
     "--support in --input in --watch in": "exclude each other",
     "--support in --watch nowhere": "no folder nowhere to watch",
     "--support nowhere --input in": "no such file or folder: nowhere",
-    "--support in --input empty": "no pictures",
-    "--support empty --input in": "no pictures",
+    "--support in --input empty": "no images",
+    "--support empty --input in": "no images",
     "--support in --input in --img_size 50": "multiple of 16",
     "--support in --input in --num_workers 0": "--num_workers must be at least 1",
     "--support in --input in --threshold nan": "--threshold must be a number",
-    "--support in --input in --output in": "--output in is also where the pictures come from",
+    "--support in --input in --output in": "--output in is also where the images come from",
     "--support in --input in --output in/a.png": "cannot write in/a.png",
-    "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal pictures",
+    "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal images",
     "--support in in2 --input in --false_alarm 5": "a share between 0 and 1, got 5",
-    "--support broken.png --input in": "cannot read the picture broken.png",
+    "--support broken.png --input in": "cannot read the image broken.png",
     "--detector nowhere --input in": "no detector file nowhere",
     "--support in --save in --checkpoint x": "x",
     "--support in --save in": "cannot write the detector in",
@@ -420,11 +420,11 @@ MISTAKES = {
 @pytest.mark.parametrize(("flags", "sentence"), MISTAKES.items())
 def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    picture = (demo_data / "ring/test/good/000.png").read_bytes()
+    image = (demo_data / "ring/test/good/000.png").read_bytes()
     for folder in ("in", "in2", "empty"):
         Path(folder).mkdir()
-    Path("in/a.png").write_bytes(picture)
-    Path("in2/b.png").write_bytes(picture)
+    Path("in/a.png").write_bytes(image)
+    Path("in2/b.png").write_bytes(image)
     Path("broken.png").write_bytes(b"broken")
     size = [] if "--img_size" in flags else ["--img_size", str(SIZE)]
     device = [] if "--device" in flags else ["--device", "cpu"]

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: equal to reading, decoded once, not trusted when broken off, renewed when outdated."""
+"""The cache of decoded images: equal to reading, decoded once, not trusted when broken off, renewed when outdated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from datasets import cache
-from datasets.cache import SourcePictures, decoded_images
+from datasets.cache import SourceImages, decoded_images
 from datasets.episodes import Episode
 from datasets.images import read_image
 from utils.errors import UserError
@@ -27,7 +27,7 @@ SIZE = 24
 
 @pytest.fixture
 def paths(tmp_path) -> list[Path]:
-    """Six coloured pictures in a folder whose name is not ASCII."""
+    """Six coloured images in a folder whose name is not ASCII."""
     folder = tmp_path / "dätä" / "ring" / "train" / "good"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def _decode(arguments: tuple) -> bool:
     return bool((decoded_images(paths, SIZE, folder, 0) == expected(paths)).all())
 
 
-def test_processes_that_build_it_at_once_all_read_right_pictures(paths, tmp_path):
+def test_processes_that_build_it_at_once_all_read_right_images(paths, tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert all(pool.map(_decode, [(paths, tmp_path / "cache")] * 6, chunksize=1))
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -117,7 +117,7 @@ def test_processes_that_build_it_at_once_all_read_right_pictures(paths, tmp_path
 
 def test_damaged_picture_is_named_and_no_cache_is_left(paths, tmp_path):
     paths[3].write_bytes(paths[3].read_bytes()[:100])
-    with pytest.raises(UserError, match=r"cannot read the picture .*003\.png") as caught:
+    with pytest.raises(UserError, match=r"cannot read the image .*003\.png") as caught:
         decoded_images(paths, SIZE, tmp_path / "cache", 2)
     assert "\n" not in str(caught.value) and not list((tmp_path / "cache").glob("*.npy"))
 
@@ -129,9 +129,9 @@ def test_a_cache_folder_that_cannot_be_written(paths, tmp_path):
 
 
 def test_episodes_are_gathered_by_name(paths, tmp_path):
-    pictures = SourcePictures({"ring": paths}, SIZE, tmp_path / "cache", 0, torch.device("cpu"))
+    images = SourceImages({"ring": paths}, SIZE, tmp_path / "cache", 0, torch.device("cpu"))
     episode = Episode("ring", ("004.png", "001.png"), (("000.png", "000.png"), ("005.png", "003.png")))
-    query, support = pictures.episode(episode)
+    query, support = images.episode(episode)
     whole = torch.from_numpy(expected(paths)).permute(0, 3, 1, 2).float() / 255
     assert torch.equal(query, whole[[4, 1]]) and torch.equal(support, whole[[0, 0, 5, 3]].view(2, 2, 3, SIZE, SIZE))
     assert query.is_contiguous(memory_format=torch.channels_last)

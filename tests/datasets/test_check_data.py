@@ -73,7 +73,7 @@ def animated() -> bytes:
     return encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
 
 
-FINE = {  # pictures of every kind, some under a wrong suffix
+FINE = {  # images of every kind, some under a wrong suffix
     "16-bit": lambda: encoded(sixteen_bit(GREYS * np.uint16(257)), "PNG"),
     "1-bit": lambda: encoded(grey().convert("1"), "PNG"),
     "RGBA": lambda: encoded(with_alpha(coloured(), "RGBA"), "PNG"),
@@ -87,7 +87,7 @@ FINE = {  # pictures of every kind, some under a wrong suffix
 BROKEN = {
     "truncated": lambda: big((90, 90))[:60],
     "zero bytes": lambda: b"",
-    "text": lambda: b"no picture",
+    "text": lambda: b"no image",
     "float": lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"),
 }
 
@@ -109,16 +109,16 @@ def run_all(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["weave/train/good/000.png", "ring/test/rust/000.png", "ring/train/good/001.png"])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_pictures_are_named_by_every_command_before_anything_is_computed(kind, place, data, tmp_path, capsys):
+def test_broken_images_are_named_by_every_command_before_anything_is_computed(kind, place, data, tmp_path, capsys):
     path = data / place
     path.write_bytes(BROKEN[kind]())
     assert check(data) == 1
-    assert f"cannot read the picture {path}" in capsys.readouterr().out
+    assert f"cannot read the image {path}" in capsys.readouterr().out
     if "ring/train" in place:  # read only where it is drawn for the support set
         return
     with pytest.raises(UserError) as caught:
         run_all(data, tmp_path)
-    assert f"cannot read the picture {path}" in str(caught.value) and "\n" not in str(caught.value)
+    assert f"cannot read the image {path}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def no_file(path: Path) -> None:
@@ -135,12 +135,12 @@ def dangling(path: Path) -> None:
 def test_what_is_no_file_is_named(spoil, data, tmp_path, capsys):
     path = data / "weave/train/good/002.png"
     spoil(path)
-    assert check(data) == 1 and f"cannot read the picture {path}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="cannot read the picture"):
+    assert check(data) == 1 and f"cannot read the image {path}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot read the image"):
         run_all(data, tmp_path)
 
 
-def test_several_broken_pictures_are_counted(data, tmp_path):
+def test_several_broken_images_are_counted(data, tmp_path):
     for number in range(3):
         (data / f"weave/train/good/00{number}.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"000\.png: .* \(and 2 more; python check_data\.py lists them\)"):
@@ -150,7 +150,7 @@ def test_several_broken_pictures_are_counted(data, tmp_path):
 def test_damage_behind_a_good_header_is_named_too(data, tmp_path):
     path = data / "weave/train/good/001.png"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"cannot read the picture .*001\.png: .*truncated"):
+    with pytest.raises(UserError, match=r"cannot read the image .*001\.png: .*truncated"):
         run_all(data, tmp_path)
 
 
@@ -174,7 +174,7 @@ FAULTS = {
     "no mask": (lambda d: (d / "ring/ground_truth/rust/001_mask.png").unlink(), "ring/test/rust/001.png has no mask"),
     "mask of another size": (
         lambda d: Image.new("L", (9, 7), 255).save(d / "ring/ground_truth/rust/001_mask.png"),
-        "001_mask.png is 9x7 instead of 64x64 pixels, as its picture",
+        "001_mask.png is 9x7 instead of 64x64 pixels, as its image",
     ),
     "empty mask": (
         lambda d: Image.new("L", (64, 64)).save(d / "ring/ground_truth/rust/001_mask.png"),
@@ -182,19 +182,19 @@ FAULTS = {
     ),
     "mask of nothing": (
         lambda d: shutil.copy(d / "ring/ground_truth/rust/001_mask.png", d / "ring/ground_truth/rust/7_mask.png"),
-        "7_mask.png is the mask of no test picture",
+        "7_mask.png is the mask of no test image",
     ),
     "two of a name": (
         lambda d: Image.new("RGB", (64, 64)).save(d / "ring/test/rust/001.jpg"),
-        "rust has 2 pictures called 001",
+        "rust has 2 images called 001",
     ),
-    "one picture": (
+    "one image": (
         lambda d: [p.unlink() for p in sorted((d / "ring/train/good").iterdir())[1:]],
-        "ring/train/good has one picture; training needs at least two",
+        "ring/train/good has one image; training needs at least two",
     ),
-    "no pictures": (lambda d: [p.unlink() for p in (d / "ring/train/good").iterdir()], "no pictures (.bmp"),
+    "no images": (lambda d: [p.unlink() for p in (d / "ring/train/good").iterdir()], "no images (.bmp"),
     "an empty kind": (lambda d: (d / "ring/test/dent").mkdir(), "ring/test/dent"),
-    "no normal test pictures": (lambda d: shutil.rmtree(d / "ring/test/good"), "ring/test has no normal pictures"),
+    "no normal test images": (lambda d: shutil.rmtree(d / "ring/test/good"), "ring/test has no normal images"),
 }
 
 
@@ -208,7 +208,7 @@ def test_faults_are_found(fault, data, capsys):
 
 
 def test_an_empty_folder_hides_nothing(data, capsys):
-    """Neither the pictures of other folders nor what is wrong with them."""
+    """Neither the images of other folders nor what is wrong with them."""
     (data / "ring/test/dent").mkdir()
     (data / "ring/test/rust/001.png").write_bytes(b"x")
     for path in (data / "ring/train/good").iterdir():
@@ -234,7 +234,7 @@ def test_visa(visa, capsys):  # noqa: F811
     (visa / "candle/Data/Images/Normal/0003.JPG").unlink()
     with pytest.raises(SystemExit):
         check_data.main(flags)
-    assert "cannot read the picture" in capsys.readouterr().out
+    assert "cannot read the image" in capsys.readouterr().out
 
 
 def test_a_name_that_the_terminal_cannot_show(data):
@@ -278,7 +278,7 @@ def test_support_sets_are_checked(data, tmp_path, capsys):
     (root / "weave/two.pt").write_bytes(b"x")
     assert check(data, "--support", "--support_path", str(root)) == 1
     printed = capsys.readouterr().out
-    assert "77.png is not among the training pictures" in printed and "2_1.pt cannot be read" in printed
+    assert "77.png is not among the training images" in printed and "2_1.pt cannot be read" in printed
     assert "two.pt is not called <shot>_<rounds>.pt" in printed and "3 problem(s)" in printed
 
 
@@ -304,8 +304,8 @@ def test_nothing_is_written_to_the_data_folder(data, tmp_path):
 
 
 @needs_reference
-def test_real_pictures_in_time(capsys):
-    """Two thousand pictures; one mask of the magnetic tiles marks nothing, indeed."""
+def test_real_images_in_time(capsys):
+    """Two thousand images; one mask of the magnetic tiles marks nothing, indeed."""
     begin = time.monotonic()
     assert check(DATA) == 1
     assert time.monotonic() - begin < 30 * max(1, os.getloadavg()[0] / 2)

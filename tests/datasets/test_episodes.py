@@ -74,10 +74,10 @@ WRONG = {
     "no list": ('{"a": 1}', "cannot read the episodes"),
     "empty": ("[]", "holds no episode"),
     "lacks a key": ('[{"category": "ring", "query": ["000.png"]}]', "cannot read the episodes"),
-    "unknown category": ('[{"category": "b", "query": ["1"], "support": [["2"]]}]', "unknown picture 1 of b"),
-    "unknown picture": (
+    "unknown category": ('[{"category": "b", "query": ["1"], "support": [["2"]]}]', "unknown image 1 of b"),
+    "unknown image": (
         '[{"category": "ring", "query": ["000.png"], "support": [["q.png"]]}]',
-        r"episode 0 of .* does not fit: unknown picture q\.png of ring",
+        r"episode 0 of .* does not fit: unknown image q\.png of ring",
     ),
     "uneven": (
         '[{"category": "ring", "query": ["000.png", "001.png"], "support": [["002.png"], ["003.png", "004.png"]]}]',

@@ -1,4 +1,4 @@
-"""The picture reader against Pillow's own result, on every kind of picture, and on files that are broken."""
+"""The image reader against Pillow's own result, on every kind of image, and on files that are broken."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from benchmarks.reference import DATA, needs_reference
 from datasets.images import (
     ImageError,
     content_box,
+    decode_image,
     limit_pixels,
     read_batches,
     read_image,
     read_mask,
-    read_picture,
     restore_map,
     to_square,
 )
 from datasets.mvtec import LabelledDataset, LabelledImage
 from utils.flags import MAX_PIXELS
 
-BLOCK = 16  # pixels; a test picture is 2 x 2 blocks of one colour each
+BLOCK = 16  # pixels; a test image is 2 x 2 blocks of one colour each
 SIDE = 2 * BLOCK
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -58,15 +58,15 @@ def grey() -> Image.Image:
 
 def palette() -> Image.Image:
     """Mode P; colour number i is the i-th block's."""
-    picture = Image.fromarray(blocks([[0, 1], [2, 3]]))
-    picture.putpalette(COLOURS[::BLOCK, ::BLOCK].tobytes())
-    return picture
+    image = Image.fromarray(blocks([[0, 1], [2, 3]]))
+    image.putpalette(COLOURS[::BLOCK, ::BLOCK].tobytes())
+    return image
 
 
-def with_alpha(picture: Image.Image, mode: str) -> Image.Image:
-    picture = picture.convert(mode)
-    picture.putalpha(ALPHA)
-    return picture
+def with_alpha(image: Image.Image, mode: str) -> Image.Image:
+    image = image.convert(mode)
+    image.putalpha(ALPHA)
+    return image
 
 
 def sixteen_bit(values: np.ndarray, mode: str = "I;16") -> Image.Image:
@@ -74,9 +74,9 @@ def sixteen_bit(values: np.ndarray, mode: str = "I;16") -> Image.Image:
     return Image.frombytes(mode, values.shape[::-1], values.astype(order).tobytes())
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -102,14 +102,14 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 def test_bit_equal_with_pillow(stored, size, channels, tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(noise(stored, stored, *channels)).save(path)
-    with Image.open(path) as picture:
-        expected = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    with Image.open(path) as image:
+        expected = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     found = read_image(path, size)
     assert found.shape == (size, size, 3) and found.dtype == np.uint8
     np.testing.assert_array_equal(found, np.asarray(expected))
 
 
-# name: file's suffix, picture, save options, the RGB or grey values it stands for, largest difference
+# name: file's suffix, image, save options, the RGB or grey values it stands for, largest difference
 KINDS = {
     "RGB": ("png", coloured, {}, COLOURS, 0),
     "grey": ("png", grey, {}, GREYS, 0),
@@ -134,10 +134,10 @@ KINDS = {
 
 @pytest.mark.parametrize("size", [SIDE, 224, 11])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture(kind, size, tmp_path):
-    suffix, picture, options, values, tolerance = KINDS[kind]
+def test_every_kind_of_image(kind, size, tmp_path):
+    suffix, image, options, values, tolerance = KINDS[kind]
     path = tmp_path / f"x.{suffix}"
-    picture().save(path, **options)
+    image().save(path, **options)
     found = read_image(path, size)
     assert found.shape == (size, size, 3) and found.dtype == np.uint8
     assert difference(found, resized(values, size)) <= tolerance
@@ -146,8 +146,8 @@ def test_every_kind_of_picture(kind, size, tmp_path):
 def test_kinds_are_what_they_are_called(tmp_path):
     """Else the test above would test less than it says."""
     modes = {}
-    for name, (suffix, picture, options, *_) in KINDS.items():
-        picture().save(tmp_path / f"x.{suffix}", **options)
+    for name, (suffix, image, options, *_) in KINDS.items():
+        image().save(tmp_path / f"x.{suffix}", **options)
         with Image.open(tmp_path / f"x.{suffix}") as stored:
             modes[name] = stored.mode
             if "transparen" in name or "opacities" in name:
@@ -159,7 +159,7 @@ def test_kinds_are_what_they_are_called(tmp_path):
 
 
 @pytest.mark.parametrize("size", [20, 40, 224])
-def test_sixteen_bit_copy_gives_the_same_picture(size, tmp_path):
+def test_sixteen_bit_copy_gives_the_same_image(size, tmp_path):
     values = noise(40, 40)
     Image.fromarray(values).save(tmp_path / "8.png")
     sixteen_bit(values * np.uint16(257)).save(tmp_path / "16.png")
@@ -200,8 +200,8 @@ def test_photograph_taken_sideways_is_turned_upright(tmp_path):
     stored = np.zeros((10, 60), np.uint8)
     stored[:, :30] = 255
     Image.fromarray(stored).save(tmp_path / "x.jpg", exif=SIDEWAYS, quality=95)
-    picture, mask = read_image(tmp_path / "x.jpg", 8), read_mask(tmp_path / "x.jpg", 8)
-    assert picture[:3].min() > 230 and picture[5:].max() < 25
+    image, mask = read_image(tmp_path / "x.jpg", 8), read_mask(tmp_path / "x.jpg", 8)
+    assert image[:3].min() > 230 and image[5:].max() < 25
     assert mask[:3].all() and not mask[5:].any()
 
 
@@ -274,9 +274,9 @@ REFUSED = {
     "truncated JPEG": (lambda: half("JPEG"), ANY),
     "truncated TIFF": (lambda: half("TIFF"), ANY),
     "flipped bit": (flipped_png, ANY),
-    "zero bytes": (lambda: b"", "not a picture or damaged"),
-    "text": (lambda: b"this is no picture\n" * 30, "not a picture or damaged"),
-    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not a picture or damaged"),
+    "zero bytes": (lambda: b"", "not a image or damaged"),
+    "text": (lambda: b"this is no image\n" * 30, "not a image or damaged"),
+    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not a image or damaged"),
     "float TIFF": (lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), "save it with 8 or 16 bits"),
     "32-bit TIFF": (
         lambda: encoded(Image.fromarray(GREYS.astype(np.int32) * 1000), "TIFF"),
@@ -359,10 +359,10 @@ def test_workers_obey_the_limit_and_name_the_file(workers, tmp_path, pixel_limit
     Image.new("L", (SIDE, SIDE + 1)).save(tmp_path / "b.png")
     pixel_limit(SIDE * SIDE)
     items = [LabelledImage(tmp_path / name, None, "good") for name in ("a.png", "b.png")]
-    pictures = read_batches(LabelledDataset(items, 8), 1, workers)
-    assert next(pictures)["image"].shape == (1, 3, 8, 8)
-    with pytest.raises(ImageError, match=r"cannot read the picture .*b\.png: .*limit of 1024 pixels") as caught:
-        next(pictures)
+    images = read_batches(LabelledDataset(items, 8), 1, workers)
+    assert next(images)["image"].shape == (1, 3, 8, 8)
+    with pytest.raises(ImageError, match=r"cannot read the image .*b\.png: .*limit of 1024 pixels") as caught:
+        next(images)
     assert "\n" not in str(caught.value)
 
 
@@ -378,7 +378,7 @@ def test_of_several_frames_the_first(kind, tmp_path):
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 9), (50, 20000), (7, 7), (1, 1)])
 def test_keeping_the_aspect_pads_by_reflection(shape, tmp_path):
-    """Against the definition: the longer side becomes the size, outside the picture it is mirrored at its edge."""
+    """Against the definition: the longer side becomes the size, outside the image it is mirrored at its edge."""
     stored, size = noise(*shape, 3), 20
     Image.fromarray(stored).save(tmp_path / "x.png")
     height, width = (max(1, round(size * side / max(shape))) for side in shape)
@@ -394,7 +394,7 @@ def reflected(size: int, inner: int) -> list[int]:
     return [place if place < inner else 2 * inner - 1 - place for place in places]
 
 
-def test_a_mask_is_padded_like_its_picture(tmp_path):
+def test_a_mask_is_padded_like_its_image(tmp_path):
     stored = (noise(12, 30) > 127) * np.uint8(255)
     Image.fromarray(stored).save(tmp_path / "x.png")
     mask = read_mask(tmp_path / "x.png", 30, keep_aspect=True)
@@ -409,8 +409,8 @@ def test_squares_do_not_depend_on_keeping_the_aspect(tmp_path):
 
 @pytest.mark.parametrize("keep_aspect", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (64, 64), (500, 3), (1, 1)])
-def test_a_map_finds_back_to_its_picture(width, height, keep_aspect):
-    """Where the picture is bright, the map is, in the picture's own frame."""
+def test_a_map_finds_back_to_its_image(width, height, keep_aspect):
+    """Where the image is bright, the map is, in the image's own frame."""
     values = np.full((height, width), 10, np.uint8)
     values[: height if height < 10 else height // 3, width // 2 :] = 250
     square = to_square(Image.fromarray(values), 64, keep_aspect)[..., 0].astype(np.float32)
@@ -420,7 +420,7 @@ def test_a_map_finds_back_to_its_picture(width, height, keep_aspect):
 
 
 def test_restored_map_literally():
-    """A picture of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
+    """A image of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
     scores = np.zeros((6, 6), np.float32)
     scores[0] = scores[5] = 99  # padding
     scores[1:5, :3] = 4
@@ -431,9 +431,9 @@ def test_restored_map_literally():
 
 @pytest.mark.parametrize("kind", ["RGB", "grey", "1 bit", "palette", "RGBA", "16-bit grey", "CMYK JPEG"])
 def test_pictures_are_grey_or_rgb(kind, tmp_path):
-    suffix, picture, options, values, tolerance = KINDS[kind]
-    picture().save(tmp_path / f"x.{suffix}", **options)
-    found = read_picture(tmp_path / f"x.{suffix}")
+    suffix, image, options, values, tolerance = KINDS[kind]
+    image().save(tmp_path / f"x.{suffix}", **options)
+    found = decode_image(tmp_path / f"x.{suffix}")
     assert found.mode == ("L" if values.ndim == 2 else "RGB") and difference(np.asarray(found), values) <= tolerance
 
 
@@ -442,9 +442,9 @@ def test_pictures_are_grey_or_rgb(kind, tmp_path):
 def test_masks_are_pillow_s_nearest(mode, stored, size, tmp_path):
     path = tmp_path / "x_mask.png"
     Image.fromarray((noise(stored, stored) > 200) * np.uint8(255)).convert(mode).save(path)
-    with Image.open(path) as picture:
-        assert picture.mode == mode
-        expected = picture.convert("L").resize((size, size), Image.Resampling.NEAREST)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        expected = image.convert("L").resize((size, size), Image.Resampling.NEAREST)
     found = read_mask(path, size)
     assert found.shape == (size, size) and found.dtype == bool and 0.1 < found.mean() < 0.4
     np.testing.assert_array_equal(found, np.asarray(expected) > 127)
@@ -453,8 +453,8 @@ def test_masks_are_pillow_s_nearest(mode, stored, size, tmp_path):
 @pytest.mark.parametrize("scale", [1, 257])
 def test_a_mask_is_true_above_one_half(scale, tmp_path):
     stored = np.array([[0, 1], [127, 128], [254, 255]], np.uint8).repeat(2, axis=0).repeat(6, axis=1)
-    picture = Image.fromarray(stored[:6]) if scale == 1 else sixteen_bit(stored[:6] * np.uint16(scale))
-    picture.save(tmp_path / "x.png")
+    image = Image.fromarray(stored[:6]) if scale == 1 else sixteen_bit(stored[:6] * np.uint16(scale))
+    image.save(tmp_path / "x.png")
     assert read_mask(tmp_path / "x.png", 3).tolist() == [[False] * 3, [False, True, True], [True] * 3]
 
 
@@ -519,10 +519,10 @@ def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, pixel_li
 
 @needs_reference
 @pytest.mark.parametrize("name", ["magnetic_tile/train/good/000.jpg", "solar_mono/train/good/000.png"])
-def test_real_pictures(name):
-    with Image.open(DATA / name) as picture:
-        assert (picture.width != picture.height) == name.startswith("magnetic_tile")
-        expected = picture.convert("RGB").resize((224, 224), Image.Resampling.LANCZOS)
+def test_real_images(name):
+    with Image.open(DATA / name) as image:
+        assert (image.width != image.height) == name.startswith("magnetic_tile")
+        expected = image.convert("RGB").resize((224, 224), Image.Resampling.LANCZOS)
     found = read_image(DATA / name, 224)
     np.testing.assert_array_equal(found, np.asarray(expected))
     assert found.std() > 5 and (found[..., 0] == found[..., 2]).all()

@@ -29,7 +29,7 @@ from utils.errors import UserError
 WIDTH, HEIGHT = 30, 20
 
 
-def picture(path: Path, seed: int = 0) -> None:
+def image(path: Path, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(path)
 
@@ -51,10 +51,10 @@ def visa(tmp_path) -> Path:
     for category in ("candle", "pcb1"):
         for number in range(4):
             name = f"{category}/Data/Images/Normal/{number:04d}.JPG"
-            picture(tmp_path / name, number)
+            image(tmp_path / name, number)
             rows.append(f"{category},{'train' if number < 3 else 'test'},normal,{name},\n")
         name, truth = f"{category}/Data/Images/Anomaly/000.JPG", f"{category}/Data/Masks/Anomaly/000.png"
-        picture(tmp_path / name, 9)
+        image(tmp_path / name, 9)
         mask(tmp_path / truth, value=2)
         rows.append(f"{category},test,anomaly,{name},{truth}\n")
     (tmp_path / VISA_SPLIT).parent.mkdir()
@@ -92,7 +92,7 @@ WRONG_SPLITS = {
     "a short row": (VISA_HEAD + "candle,test\n", "cannot read VisA's splits"),
     "out of the folder": (VISA_HEAD + "candle,test,normal,../a.JPG,\n", r"names \.\./a\.JPG, which is not below"),
     "an absolute path": (VISA_HEAD + "candle,test,normal,/etc/passwd,\n", "names /etc/passwd, which is not below"),
-    "no training pictures": (VISA_HEAD + "pcb1,train,normal,a.JPG,\n", "has no training pictures of candle"),
+    "no training images": (VISA_HEAD + "pcb1,train,normal,a.JPG,\n", "has no training images of candle"),
 }
 
 
@@ -110,13 +110,13 @@ def test_missing_categories_are_listed(data_type, tmp_path):
     assert len(category_names(tmp_path, data_type)) == {"mvtec": 15, "mpdd": 6, "visa": 12}[data_type]
     name = CATEGORIES[data_type][0]
     for number in range(2):
-        picture(tmp_path / name / "train/good" / f"{number}.png")
+        image(tmp_path / name / "train/good" / f"{number}.png")
     with pytest.raises(UserError, match=f"lacks {len(CATEGORIES[data_type]) - 2} of the .*{CATEGORIES[data_type][2]}"):
         list_source_images(tmp_path, data_type, target=CATEGORIES[data_type][1])
 
 
 def test_a_nested_folder_and_a_packed_one_are_pointed_at(tmp_path):
-    picture(tmp_path / "MVTec/bottle/train/good/000.png")
+    image(tmp_path / "MVTec/bottle/train/good/000.png")
     with pytest.raises(UserError, match=r"but there is .*MVTec/bottle: give --data_path .*MVTec"):
         category_folder(tmp_path, "mvtec", "bottle")
     (tmp_path / "packed").mkdir()
@@ -127,12 +127,12 @@ def test_a_nested_folder_and_a_packed_one_are_pointed_at(tmp_path):
 
 @pytest.fixture
 def category(tmp_path) -> Path:
-    """Two normal and three defective test pictures, no masks yet; suffixes of every kind and case."""
+    """Two normal and three defective test images, no masks yet; suffixes of every kind and case."""
     folder = tmp_path / "part"
     for name in ("train/good/a.PNG", "train/good/b.jpeg", "test/good/c.bmp", "test/good/d.webp"):
-        picture(folder / name)
+        image(folder / name)
     for name in ("test/dent/e.tif", "test/dent/f.JPG", "test/hole/g.tiff"):
-        picture(folder / name)
+        image(folder / name)
     return folder
 
 
@@ -149,7 +149,7 @@ def test_masks_are_found_under_any_usual_name_and_mode(ending, mode, category):
 def test_pictures_without_a_mask_leave_the_pixel_metrics_and_are_counted(category, capsys):
     mask(category / "ground_truth/dent/e_mask.png")
     items = checked_test_items(category, strict=False)
-    assert "note: 2 defective picture(s) without a mask leave the pixel metrics" in capsys.readouterr().out
+    assert "note: 2 defective image(s) without a mask leave the pixel metrics" in capsys.readouterr().out
     assert {item.image.name for item in without_truth(items)} == {"f.JPG", "g.tiff"}
     counted = {item.image.name: LabelledDataset([item], 8)[0]["counted"] for item in items}
     assert {name for name, pixels in counted.items() if pixels.all()} == {"c.bmp", "d.webp", "e.tif"}
@@ -160,7 +160,7 @@ def test_pictures_without_a_mask_leave_the_pixel_metrics_and_are_counted(categor
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_mask_of_another_size_is_refused_before_any_score(workers, category, tmp_path, capsys):
-    """Also one whose stored size fits, when the picture is turned upright and the mask is not."""
+    """Also one whose stored size fits, when the image is turned upright and the mask is not."""
     mask(category / "ground_truth/dent/e_mask.png")
     Image.open(category / "test/dent/e.tif").save(category / "test/dent/e.jpg", exif=SIDEWAYS)
     (category / "test/dent/e.tif").unlink()
@@ -181,8 +181,8 @@ def score(category: Path, tmp_path: Path, workers: str = "0") -> dict:
     return json.loads((tmp_path / "out/part_2_rotation_scale_untrained.json").read_text())
 
 
-def test_pixel_metrics_are_those_of_the_pictures_with_masks(category, tmp_path):
-    """Removing the pictures without masks altogether gives the same pixel numbers."""
+def test_pixel_metrics_are_those_of_the_images_with_masks(category, tmp_path):
+    """Removing the images without masks altogether gives the same pixel numbers."""
     mask(category / "ground_truth/dent/e_mask.png")
     partly = score(category, tmp_path)
     for name in ("dent/f.JPG", "hole/g.tiff"):

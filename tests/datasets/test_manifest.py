@@ -21,7 +21,7 @@ from datasets.manifest import (
     verify,
     with_hashes,
 )
-from datasets.mvtec import TRAINING_PICTURES
+from datasets.mvtec import TRAINING_IMAGES
 from datasets.support import find_names, find_support_rounds, read_support_images, save_support_rounds, support_file
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
@@ -114,7 +114,7 @@ def test_any_value_gives_a_manifest_or_an_error_for_people(tmp_path_factory, key
 
 @pytest.fixture
 def category(demo_data, tmp_path) -> Path:
-    """A copy of a category's training pictures that a test may change."""
+    """A copy of a category's training images that a test may change."""
     folder = tmp_path / "data" / "ring"
     (folder / "train" / "good").mkdir(parents=True)
     for path in (demo_data / "ring/train/good").iterdir():
@@ -132,8 +132,8 @@ def test_verify(category):
     assert missing.startswith(first.name) and str(second) in changed
 
 
-def test_fewer_pictures_than_shots(category):
-    with pytest.raises(UserError, match=r"train/good has 5 picture\(s\), 6 are needed for --shots 6"):
+def test_fewer_images_than_shots(category):
+    with pytest.raises(UserError, match=r"train/good has 5 image\(s\), 6 are needed for --shots 6"):
         draw_from_folder(category, 6, 1, 0)
 
 
@@ -160,8 +160,8 @@ def test_support_rounds_come_from_the_first_place_that_has_them(category, tmp_pa
     for a, b in zip(stored.images, drawn.images, strict=True):
         assert torch.equal(a, b)
     for found in (drawn, from_category):
-        for names, pictures in zip(found.names, found.images, strict=True):
-            assert torch.equal(pictures, read_support_images([category / "train/good" / name for name in names], SIZE))
+        for names, images in zip(found.names, found.images, strict=True):
+            assert torch.equal(images, read_support_images([category / "train/good" / name for name in names], SIZE))
 
 
 def test_a_given_folder_without_support_set_is_an_error(category, tmp_path):
@@ -215,20 +215,20 @@ def test_names_are_found_again(category, tmp_path, capsys):
     make(category, tmp_path / "b", "--from_pt", str(foreign))
     found = capsys.readouterr().out.splitlines()
     assert [line for line in found if line.startswith("  round")] == printed
-    assert "0 picture(s) as the nearest, all others bit for bit" in "".join(found)
+    assert "0 image(s) as the nearest, all others bit for bit" in "".join(found)
     assert load_manifest(foreign.with_suffix(".json")).tensors == sha256(foreign)
 
 
 def test_nearest_within_a_tolerance(category, tmp_path):
     names = ["000.png", "003.png"]
-    pictures = read_support_images([category / "train/good" / name for name in names], SIZE)
+    images = read_support_images([category / "train/good" / name for name in names], SIZE)
     file = tmp_path / "ring/2_1.pt"
-    save_support_rounds(file, [(pictures + 2 / 255).clamp(max=1)])
+    save_support_rounds(file, [(images + 2 / 255).clamp(max=1)])
     manifest, differences = find_names(file, category)
     assert manifest.rounds == [names] and set(differences) == set(names)
     assert all(0.5 < difference < 3 for difference in differences.values())
-    save_support_rounds(file, [1 - pictures])
-    with pytest.raises(UserError, match="holds a picture that is none of"):
+    save_support_rounds(file, [1 - images])
+    with pytest.raises(UserError, match="holds a image that is none of"):
         find_names(file, category)
 
 
@@ -252,11 +252,11 @@ def test_other_people_s_tensors_are_not_overwritten(category, tmp_path):
     assert file.read_bytes() == b"official"
 
 
-@pytest.mark.parametrize("name", TRAINING_PICTURES)
+@pytest.mark.parametrize("name", TRAINING_IMAGES)
 def test_committed_manifests(name):
     """They serve K = 1, 2, 4, 8, 16 and up to 10 rounds with what the command draws with seed 0."""
     committed = load_manifest(category_manifest(PROJECT_ROOT / "support_set", name))
-    names = [f"{number:03d}.png" for number in range(TRAINING_PICTURES[name])]
+    names = [f"{number:03d}.png" for number in range(TRAINING_IMAGES[name])]
     assert committed.category == name and committed.seed == 0
     for shot in (1, 2, 4, 8, 16):
         assert committed.part(shot, 10).rounds == draw_manifest(name, names, shot, 10, 0).rounds

@@ -23,19 +23,19 @@ TEST_FILES = ["good/10.png", "good/9.png", "good/a.png", "bent/000.png", "bent/0
 LISTED = ["bent/000.png", "bent/001.png", "good/10.png", "good/9.png", "good/a.png", "scratch/000.png"]
 
 
-def write_picture(path: Path, seed: int) -> None:
+def write_image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(path, "PNG")
 
 
 def write_category(category: Path) -> Path:
-    """Three kinds of test pictures, masks for the two kinds of defects, three training pictures."""
+    """Three kinds of test images, masks for the two kinds of defects, three training images."""
     for seed, name in enumerate(TEST_FILES):
-        write_picture(category / "test" / name, seed)
+        write_image(category / "test" / name, seed)
         if not name.startswith("good"):
-            write_picture(category / "ground_truth" / name.replace(".png", "_mask.png"), 100 + seed)
+            write_image(category / "ground_truth" / name.replace(".png", "_mask.png"), 100 + seed)
     for seed, name in enumerate(("2.png", "1.png", "10.png")):
-        write_picture(category / "train/good" / name, 200 + seed)
+        write_image(category / "train/good" / name, 200 + seed)
     return category
 
 
@@ -51,7 +51,7 @@ def relative(paths: list[Path], folder: Path) -> list[str]:
 @pytest.mark.parametrize("place", ["data", "test", "good", "ground_truth", "goodman/my test", "bent/test/good"])
 @pytest.mark.parametrize("name", ["bolt", "good", "test"])
 def test_order_labels_and_masks_wherever_the_data_lie(place, name, tmp_path, monkeypatch):
-    """A folder above the category says nothing about its pictures, the disk's own order nothing about theirs."""
+    """A folder above the category says nothing about its images, the disk's own order nothing about theirs."""
     by_disk = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(by_disk(folder), reverse=True)))
     write_category(tmp_path / place / name)
@@ -97,9 +97,9 @@ def test_links_are_followed(category, tmp_path):
 # what is removed from the data set: what the sentence must name
 MISSING = {
     "test": "no folder {category}/test: scoring needs",
-    "test/bent, test/scratch": "{category}/test has no defective pictures (test/<defect>)",
-    "test/good": "{category}/test has no normal pictures (test/good)",
-    "test/good/*": "no pictures (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {category}/test/good",
+    "test/bent, test/scratch": "{category}/test has no defective images (test/<defect>)",
+    "test/good": "{category}/test has no normal images (test/good)",
+    "test/good/*": "no images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {category}/test/good",
     "test/bent/*": "in {category}/test/bent",
     "ground_truth/bent/001_mask.png": "1 mask(s) missing, the first is that of {category}/test/bent/001.png",
     "ground_truth/bent": "2 mask(s) missing, the first is that of {category}/test/bent/000.png",
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named(removed, category):
         list_test_items(category, strict=True)
 
 
-def test_no_training_pictures(category):
+def test_no_training_images(category):
     shutil.rmtree(category / "train")
     with pytest.raises(UserError, match=re.escape(f"no folder {category}/train/good")):
         list_images(category / "train/good")

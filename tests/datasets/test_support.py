@@ -69,7 +69,7 @@ def test_saved_rounds_come_back(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_floats_become_float32(file, dtype):
-    rounds = tuple(pictures.to(dtype) for pictures in right_rounds())
+    rounds = tuple(images.to(dtype) for images in right_rounds())
     torch.save(rounds, file)
     for found, saved in zip(load(file), rounds, strict=True):
         assert found.dtype == torch.float32 and torch.equal(found, saved.float())
@@ -83,8 +83,8 @@ WRONG = {
     "fewer rounds": (lambda: right_rounds()[:2], "has 2 rounds, not 3; give --inferences 2"),
     "more rounds": (lambda: right_rounds() * 2, "has 6 rounds, not 3; give --inferences 6"),
     "no rounds": (list, "has 0 rounds, not 3"),
-    "fewer pictures": (lambda: [r[:1] for r in right_rounds()], r"round 0 has shape \(1, 3, 16, 16\), --shot 2"),
-    "more pictures": (lambda: [torch.cat([r, r]) for r in right_rounds()], r"round 0 has shape \(4, 3, 16, 16\)"),
+    "fewer images": (lambda: [r[:1] for r in right_rounds()], r"round 0 has shape \(1, 3, 16, 16\), --shot 2"),
+    "more images": (lambda: [torch.cat([r, r]) for r in right_rounds()], r"round 0 has shape \(4, 3, 16, 16\)"),
     "another size": (lambda: [r[..., :8, :8] for r in right_rounds()], r"shape \(2, 3, 8, 8\), --shot 2 --img_size 16"),
     "not square": (lambda: [r[..., :8] for r in right_rounds()], r"round 0 has shape \(2, 3, 16, 8\)"),
     "grey": (lambda: [r[:, :1] for r in right_rounds()], r"round 0 has shape \(2, 1, 16, 16\)"),
@@ -181,7 +181,7 @@ def test_draws_are_distinct_nested_and_independent_of_order(names, shots, round_
     assert draw_support_names(names, shots[1], round_number, seed, "screw") == many
 
 
-def test_other_rounds_seeds_and_categories_draw_other_pictures():
+def test_other_rounds_seeds_and_categories_draw_other_images():
     cases = [(number, seed, category) for number in range(10) for seed in range(5) for category in ("screw", "pill")]
     draws = {tuple(draw_support_names(NAMES, 8, *case)) for case in cases}
     assert len(draws) == len(cases)
@@ -198,10 +198,10 @@ def test_the_rule_literally():
     assert draw_support_names(NAMES, 4, 1, 0, "screw") == ["093.png", "094.png", "044.png", "079.png"]
 
 
-def test_too_few_pictures(demo_data):
+def test_too_few_images(demo_data):
     folder = demo_data / "ring"
     assert len(draw_support_images(folder, 5, 2, 0)[1]) == 5
-    with pytest.raises(UserError, match=re.escape(f"{folder}/train/good has 5 picture(s), 6 are needed for --shots 6")):
+    with pytest.raises(UserError, match=re.escape(f"{folder}/train/good has 5 image(s), 6 are needed for --shots 6")):
         draw_support_images(folder, 6, 2, 0)
 
 
@@ -220,8 +220,8 @@ def test_command_writes_what_it_prints(demo_data, tmp_path, capsys):
         assert printed.pop(0) == f"wrote {path}"
         for number, saved in enumerate(load_support_rounds(path, shot, ROUNDS, SIZE)):
             names = printed.pop(0).removeprefix(f"  round {number}: ").split()
-            pictures = [demo_data / category / "train/good" / name for name in names]
-            assert torch.equal(saved, read_support_images(pictures, SIZE))
+            images = [demo_data / category / "train/good" / name for name in names]
+            assert torch.equal(saved, read_support_images(images, SIZE))
     assert not printed
     files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
     assert files == sorted([f"{shot}_{ROUNDS}.{ending}" for shot in (1, 2) for ending in ("pt", "json")] * 2)
@@ -243,13 +243,13 @@ def test_command_refuses_numbers_below_1(demo_data, tmp_path, flags):
     assert not (tmp_path / "support").exists()
 
 
-def test_read_pictures(demo_data):
+def test_decode_images(demo_data):
     """Channels first, value / 255 exactly."""
     paths = sorted((demo_data / "ring/train/good").iterdir())[:3]
-    pictures = read_support_images(paths, SIZE)
-    assert pictures.shape == (3, 3, SIZE, SIZE) and pictures.dtype == torch.float32 and pictures.is_contiguous()
+    images = read_support_images(paths, SIZE)
+    assert images.shape == (3, 3, SIZE, SIZE) and images.dtype == torch.float32 and images.is_contiguous()
     levels = torch.arange(256).float() / 255
-    assert torch.isin(pictures, levels).all() and len(pictures.unique()) > 50
+    assert torch.isin(images, levels).all() and len(images.unique()) > 50
 
 
 @needs_reference

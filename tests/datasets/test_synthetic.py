@@ -39,8 +39,8 @@ def test_layout_is_read_by_the_mvtec_reader(dataset, category):
     assert [path.name for path in list_images(dataset / category / "train" / "good")] == ["000.png", "001.png"]
     assert len(contents(dataset / category)) == 2 + len(items) + len(defects)  # nothing else, nothing half-written
     for item in items:
-        picture, _ = render(category, f"test/{item.defect}", int(item.image.stem), SIZE)
-        np.testing.assert_array_equal(read_image(item.image, SIZE), picture)
+        image, _ = render(category, f"test/{item.defect}", int(item.image.stem), SIZE)
+        np.testing.assert_array_equal(read_image(item.image, SIZE), image)
 
 
 def test_mask_files_are_grey_and_binary(dataset):
@@ -54,32 +54,32 @@ def test_mask_files_are_grey_and_binary(dataset):
 
 
 @pytest.mark.parametrize(("category", "defect"), DEFECTS)
-def test_mask_is_exactly_where_the_defect_changed_the_picture(category, defect):
+def test_mask_is_exactly_where_the_defect_changed_the_image(category, defect):
     for index in range(3):
-        picture, mask = render(category, f"test/{defect}", index, SIZE)
+        image, mask = render(category, f"test/{defect}", index, SIZE)
         flawless, nothing = render(category, f"test/{defect}", index, SIZE, flawless=True)
-        np.testing.assert_array_equal((picture != flawless).any(axis=2), mask)
-        assert 0.003 < mask.mean() < 0.06  # visible, yet a small part of the picture
-        assert distance(picture[mask], flawless[mask]) > 4 * NOISE
+        np.testing.assert_array_equal((image != flawless).any(axis=2), mask)
+        assert 0.003 < mask.mean() < 0.06  # visible, yet a small part of the image
+        assert distance(image[mask], flawless[mask]) > 4 * NOISE
         assert not nothing.any()
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_normal_pictures_have_no_mask_and_vary(category):
-    pictures = []
+def test_normal_images_have_no_mask_and_vary(category):
+    images = []
     for folder, index in (("train/good", 0), ("train/good", 1), ("test/good", 0)):
-        picture, mask = render(category, folder, index, SIZE)
+        image, mask = render(category, folder, index, SIZE)
         assert not mask.any()
-        pictures.append(picture)
+        images.append(image)
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert distance(pictures[a], pictures[b]) > 2 * NOISE  # more than the noise: the object itself has moved
+        assert distance(images[a], images[b]) > 2 * NOISE  # more than the noise: the object itself has moved
 
 
 def test_categories_look_different():
-    pictures = {name: [render(name, "train/good", k, SIZE)[0] for k in range(3)] for name in CATEGORIES}
-    for name, (first, *others) in pictures.items():
+    images = {name: [render(name, "train/good", k, SIZE)[0] for k in range(3)] for name in CATEGORIES}
+    for name, (first, *others) in images.items():
         own = max(distance(first, other) for other in others)
-        assert all(distance(first, other[0]) > 1.2 * own for key, other in pictures.items() if key != name)
+        assert all(distance(first, other[0]) > 1.2 * own for key, other in images.items() if key != name)
 
 
 def test_same_seed_same_bytes_however_many_are_made(dataset, tmp_path):
@@ -88,7 +88,7 @@ def test_same_seed_same_bytes_however_many_are_made(dataset, tmp_path):
     assert contents(dataset) == {name: larger[name] for name in contents(dataset)}
 
 
-def test_other_seed_other_pictures(dataset, tmp_path):
+def test_other_seed_other_images(dataset, tmp_path):
     write_dataset(tmp_path, ["ring"], **SMALL, seed=1)
     here, there = contents(tmp_path / "ring"), contents(dataset / "ring")
     assert here.keys() == there.keys()
@@ -105,7 +105,7 @@ def test_command_writes_every_category_and_may_be_repeated(dataset, tmp_path, ca
     assert contents(tmp_path) == contents(dataset)
 
 
-def test_left_over_pictures_are_refused(tmp_path):
+def test_left_over_images_are_refused(tmp_path):
     write_dataset(tmp_path, ["teeth"], **SMALL)
     with pytest.raises(UserError, match=r"teeth holds another data set \(train/good/001.png"):
         write_dataset(tmp_path, ["teeth"], **{**SMALL, "train": 1})

@@ -63,8 +63,8 @@ def recipe_model(stn_mode: str) -> RegAD:
 def test_features(stn_mode, version):
     model = recipe_model(stn_mode)
     network = model.stn if version == "eager" else folded(model.stn)
-    pictures = [read_image(DATA / "screw/test" / name, 224) for name in ("good/000.png", "thread_top/000.png")]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    images = [read_image(DATA / "screw/test" / name, 224) for name in ("good/000.png", "thread_top/000.png")]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     golden = np.load(GOLDEN / f"features_{stn_mode}.npz")
     with torch.no_grad():
         registered = network(images)

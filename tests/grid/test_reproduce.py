@@ -1,4 +1,4 @@
-"""reproduce.py on drawn pictures: the plan, the grid, the weights that are there; killed and undisturbed runs agree."""
+"""reproduce.py on drawn images: the plan, the grid, the weights that are there; killed and undisturbed runs agree."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def key_of(arguments, name):
 
 
 def test_what_makes_a_cell_another_one(arguments, demo_data, own_data, monkeypatch):
-    """Arguments, pictures, masks and code do; where the data lie and other categories' test pictures do not."""
+    """Arguments, images, masks and code do; where the data lie and other categories' test images do not."""
     name = "ring_1_rotation_scale"
     original = key_of(arguments, name)
     arguments["--data_path"] = [str(own_data)]
@@ -169,7 +169,7 @@ def test_grid_end_to_end(arguments, in_process, capsys):
 
 
 def test_weights_that_are_there(arguments, in_process, tmp_path, monkeypatch, capsys):
-    """--eval_only: one pass over the test pictures for equal weights of several shots; what is not there is named."""
+    """--eval_only: one pass over the test images for equal weights of several shots; what is not there is named."""
     source = tmp_path / "found"
     train.main(
         [*flat({flag: arguments[flag] for flag in ("--data_type", "--data_path", "--weights", "--img_size")})]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from datasets.images import read_image, read_picture
+from datasets.images import decode_image, read_image
 from datasets.support import read_support_images
 from evaluation import scoring
 from inspection.detector import FewShotDetector
@@ -40,7 +40,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def files(demo_data):
-    """Three normal pictures, then nineteen others."""
+    """Three normal images, then nineteen others."""
     ring = demo_data / "ring"
     others = [p for folder in sorted((ring / "test").iterdir()) for p in sorted(folder.iterdir())]
     others += sorted((demo_data / "weave" / "test/good").iterdir())
@@ -66,32 +66,32 @@ def test_same_maps_as_the_evaluation(detector, network, files):
 
 def test_a_picture_alone_gets_the_bits_it_gets_among_others(detector, files):
     grey = Image.open(files[1][0]).convert("L")
-    pictures = [*files[1][:3], grey, *files[1][3:], grey] + files[1][:7]
-    scores, maps = detector.score(pictures)
-    assert len(pictures) > 16  # more than one group
-    for index in (0, 3, 5, len(pictures) - 1):
-        alone, own_map = detector.score([pictures[index]])
+    images = [*files[1][:3], grey, *files[1][3:], grey] + files[1][:7]
+    scores, maps = detector.score(images)
+    assert len(images) > 16  # more than one group
+    for index in (0, 3, 5, len(images) - 1):
+        alone, own_map = detector.score([images[index]])
         assert alone[0] == scores[index] and (own_map[0] == maps[index]).all()
-    backwards, _ = detector.score(pictures[::-1])
+    backwards, _ = detector.score(images[::-1])
     assert (backwards[::-1] == scores).all()
 
 
-def test_kinds_of_pictures_agree(detector, files):
+def test_kinds_of_images_agree(detector, files):
     path = files[1][0]
     array = read_image(path, SIZE)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    kinds = [path, str(path), read_picture(path), array, tensor, tensor.float() / 255]
+    kinds = [path, str(path), decode_image(path), array, tensor, tensor.float() / 255]
     scores, _ = detector.score(kinds)
     assert (scores == scores[0]).all()
     assert detector.score(torch.stack([tensor, tensor]))[0].tolist() == scores[:2].tolist()
-    with pytest.raises(TypeError, match="a list of pictures"):
+    with pytest.raises(TypeError, match="a list of images"):
         detector.score(path)
     with pytest.raises(TypeError, match="uint8"):
         detector.score([array / 255.0])
     assert detector.score([])[1].shape == (0, SIZE, SIZE)
 
 
-def test_leave_one_out_is_fitting_without_the_picture(detector, network, files):
+def test_leave_one_out_is_fitting_without_the_image(detector, network, files):
     for index, left_out in enumerate(files[0]):
         others = [path for path in files[0] if path != left_out]
         views = support_views(read_support_images([left_out], SIZE))
@@ -100,10 +100,10 @@ def test_leave_one_out_is_fitting_without_the_picture(detector, network, files):
         np.testing.assert_allclose(scores, detector.left_out.scores[index], rtol=1e-4)
 
 
-def test_one_support_picture(network, files):
+def test_one_support_image(network, files):
     detector = FewShotDetector(network, "cpu").fit(files[0][:1])
     assert detector.left_out is None and np.isfinite(detector.score(files[1][:1])[0]).all()
-    with pytest.raises(UserError, match=r"scores of two normal pictures.*--calibrate.*--threshold"):
+    with pytest.raises(UserError, match=r"scores of two normal images.*--calibrate.*--threshold"):
         detector.calibrate(0.05)
     assert detector.calibrate(0.05, files[0][1:]).value > 0
 
@@ -152,26 +152,26 @@ def threshold_of(scores, share: float) -> Threshold:
     return normal_threshold(scores, np.zeros((len(scores), 2, 2)), share, "")
 
 
-def test_threshold_of_few_pictures_by_the_definition():
+def test_threshold_of_few_images_by_the_definition():
     logs = np.array([[3.0, 3.1], [3.2, 3.5]])
     expected = np.exp(stats.norm(3.2, np.sqrt(0.035)).ppf(0.99))  # (0.04 + 0.01 + 0 + 0.09) / 4
     assert threshold_of(np.exp(logs), 0.01).value == pytest.approx(expected)
     same_views = np.exp(logs[:, :1].repeat(22, axis=1))
-    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest picture's
+    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest image's
     assert threshold_of(np.exp(logs), 0.01).typical == pytest.approx(np.exp([3.0, 3.2]).mean())
 
 
-def test_region_is_the_hottest_share_of_the_area_of_a_typical_picture():
+def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
     maps = np.random.default_rng(0).permutation(3 * 100).reshape(3, 10, 10) + 1.0
     threshold = normal_threshold(maps.max(axis=(1, 2))[:, None], maps, 0.2, "")
     shares = sorted((maps > threshold.region).mean(axis=(1, 2)))
     assert shares[1] == pytest.approx(0.2) and shares[0] < 0.2 < shares[2]
 
 
-def test_calibration_takes_views_where_pictures_are_too_few(detector, files):
+def test_calibration_takes_views_where_images_are_too_few(detector, files):
     normal = files[1][:3]
     views = [support_views(read_support_images([path], SIZE)) for path in normal]
-    scores = np.stack([detector.score(picture)[0] for picture in views])
+    scores = np.stack([detector.score(image)[0] for image in views])
     assert detector.calibrate(0.05, normal).value == pytest.approx(threshold_of(scores, 0.05).value)
     assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max())
     assert detector.calibrate(0.05).value == threshold_of(detector.left_out.scores, 0.05).value
@@ -192,7 +192,7 @@ def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, 
 
 
 def test_false_alarms_of_log_normal_scores_are_as_asked():
-    """On average over many draws, where the views of a picture differ as pictures do."""
+    """On average over many draws, where the views of a image differ as images do."""
     rng = np.random.default_rng(0)
     for count in (4, 40):
         draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
@@ -204,14 +204,14 @@ def test_false_alarms_of_log_normal_scores_are_as_asked():
 def test_impossible_shares(share, detector, files):
     with pytest.raises(UserError, match="between 0 and 1"):
         detector.calibrate(share, files[1][:3])
-    with pytest.raises(UserError, match="at least 2 normal pictures, got 0"):
+    with pytest.raises(UserError, match="at least 2 normal images, got 0"):
         detector.calibrate(0.05, [])
     with pytest.raises(UserError, match="between 0 and 1"):
         threshold_of(np.ones(3), share)
 
 
 def test_the_readme_s_python(files, tmp_path, monkeypatch):
-    """The README's own lines, beside the pictures they name; no weights are downloaded."""
+    """The README's own lines, beside the images they name; no weights are downloaded."""
     block = re.search(
         r"```python\n(from inspection\.detector import FewShotDetector.*?)```",
         (PROJECT_ROOT / "README.md").read_text(),

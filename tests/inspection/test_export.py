@@ -35,7 +35,7 @@ needs_onnx = pytest.mark.skipif(not has_onnx, reason="needs the packages of requ
 
 @pytest.fixture(scope="module")
 def network():
-    """Random weights, and warps that reach far outside the picture."""
+    """Random weights, and warps that reach far outside the image."""
     torch.manual_seed(0)
     model = RegAD("affine", SIZE)
     for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
@@ -50,8 +50,8 @@ def normal(demo_data) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def pictures(demo_data) -> np.ndarray:
-    """Seven pictures, the last one grey."""
+def images(demo_data) -> np.ndarray:
+    """Seven images, the last one grey."""
     files = [
         *sorted((demo_data / "ring/test").rglob("*.png"))[:3],
         *sorted((demo_data / "weave/test").rglob("*.png"))[:3],
@@ -77,23 +77,23 @@ def exported(detector, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("shots", [1, 3, 18])  # each form of the distance; 18 x 22 views exceed 384 channels
-def test_module_is_the_detector(network, normal, pictures, shots):
+def test_module_is_the_detector(network, normal, images, shots):
     generator = np.random.default_rng(0)
     support = [read_image(path, SIZE) for path in normal[:shots]]
     support += [generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(shots - len(support))]
     detector = FewShotDetector(network, "cpu").fit(support, for_threshold=False)
     with torch.no_grad():
-        maps, scores = ExportedDetector(detector)(torch.from_numpy(pictures))
-    expected_scores, expected_maps = detector.score(list(pictures))
+        maps, scores = ExportedDetector(detector)(torch.from_numpy(images))
+    expected_scores, expected_maps = detector.score(list(images))
     np.testing.assert_allclose(maps.numpy(), expected_maps, rtol=1e-4)
     np.testing.assert_allclose(scores.numpy(), expected_scores, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
 @pytest.mark.parametrize("batch", [1, 2, 4, 7])
-def test_files_give_the_detector_s_maps(detector, exported, pictures, kind, batch):
-    maps, scores = OPENERS[kind](exported[kind])(pictures[-batch:])
-    expected_scores, expected_maps = detector.score(list(pictures[-batch:]))
+def test_files_give_the_detector_s_maps(detector, exported, images, kind, batch):
+    maps, scores = OPENERS[kind](exported[kind])(images[-batch:])
+    expected_scores, expected_maps = detector.score(list(images[-batch:]))
     assert maps.shape == (batch, SIZE, SIZE) and maps.dtype == scores.dtype == np.float32
     np.testing.assert_allclose(maps, expected_maps, rtol=1e-4)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4)
@@ -126,9 +126,9 @@ def test_metadata_without_a_threshold(network, normal):
     assert float(inspection.export.export_metadata(detector)["threshold"]) == 1 / 3
 
 
-def test_comparison_finds_a_file_of_another_detector(detector, network, normal, exported, pictures):
+def test_comparison_finds_a_file_of_another_detector(detector, network, normal, exported, images):
     files = {"pt2": exported["pt2"]}
-    right = list(compare(detector, files, pictures))
+    right = list(compare(detector, files, images))
     refuse_differences(right)
     assert [(row.runtime, row.batch) for row in right] == [
         (name, batch) for batch in CHECK_BATCHES for name in ("PyTorch", "pt2")
@@ -136,7 +136,7 @@ def test_comparison_finds_a_file_of_another_detector(detector, network, normal, 
     assert all(row.milliseconds > 0 and row.difference < TOLERANCE for row in right)
     other = FewShotDetector(network, "cpu").fit(normal[:2])
     with pytest.raises(UserError, match="pt2 file must not be used: at batch size 1"):
-        refuse_differences(list(compare(other, files, pictures)))
+        refuse_differences(list(compare(other, files, images)))
 
 
 @needs_onnx
@@ -151,11 +151,11 @@ def test_command(normal, tmp_path, capsys):
 
 
 def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="either normal pictures with --support"):
+    with pytest.raises(UserError, match="either normal images with --support"):
         export.main([])
     detector.save(tmp_path / "part.regad")
     saved = ["--detector", str(tmp_path / "part.regad"), "--output", str(tmp_path / "part.onnx")]
-    with pytest.raises(UserError, match="--check needs pictures"):
+    with pytest.raises(UserError, match="--check needs images"):
         export.main([*saved, "--check"])
     with pytest.raises(UserError, match="only a fitted detector"):
         ExportedDetector(FewShotDetector(network, "cpu"))
@@ -170,14 +170,14 @@ def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeyp
 
 
 @needs_onnx
-def test_readme_example_runs_without_torch(exported, detector, pictures, tmp_path):
+def test_readme_example_runs_without_torch(exported, detector, images, tmp_path):
     """The README's own lines, beside the file they name, in a fresh interpreter."""
     (example,) = re.findall(
         r"```python\n(import.*?onnxruntime.*?)```", (PROJECT_ROOT / "README.md").read_text(), re.DOTALL
     )
     assert len(example.splitlines()) <= 10
     (tmp_path / "part.onnx").symlink_to(exported["onnx"])
-    Image.fromarray(pictures[0]).resize((100, 80)).save(tmp_path / "photo.png")
+    Image.fromarray(images[0]).resize((100, 80)).save(tmp_path / "photo.png")
     more = "\nimport sys\nassert 'torch' not in sys.modules\nprint(repr(float(scores[0])))"
     call = [sys.executable, "-W", "error", "-c", example + more]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -190,17 +190,17 @@ def test_readme_example_runs_without_torch(exported, detector, pictures, tmp_pat
 
 @needs_onnx
 @needs_reference
-def test_twenty_real_pictures(tmp_path):
+def test_twenty_real_images(tmp_path):
     """Screws and tiles at 224 pixels, with warps as trained; the detector knows screws only."""
     network = load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn
     normal = sorted((DATA / "screw/train/good").iterdir())[:2]
     detector = FewShotDetector(network, "cpu").fit(normal, for_threshold=False)
     found = [list_inputs([DATA / category / "test"]) for category in ("screw", "magnetic_tile")]
     chosen = [path for paths in found for path in paths[:: len(paths) // 10][:10]]
-    pictures = np.stack([read_image(path, 224) for path in chosen])
+    images = np.stack([read_image(path, 224) for path in chosen])
     files = {kind: tmp_path / f"part.{kind}" for kind in WRITERS}
     for kind, path in files.items():
         WRITERS[kind](detector, path)
-    rows = list(compare(detector, files, pictures))
-    assert len(pictures) == 20 and {row.batch for row in rows} == {1, 4} and len(rows) == 6
+    rows = list(compare(detector, files, images))
+    assert len(images) == 20 and {row.batch for row in rows} == {1, 4} and len(rows) == 6
     refuse_differences(rows)

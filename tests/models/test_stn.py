@@ -43,7 +43,7 @@ def shaken(stn_mode: str = "rotation_scale", size: int = SIDE) -> STNResNet18:
     return network.eval()
 
 
-def pictures(count: int, size: int = SIDE) -> torch.Tensor:
+def images(count: int, size: int = SIDE) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
@@ -61,7 +61,7 @@ def test_matrix_of_each_mode(stn_mode):
 def test_untrained_warps_move_nothing(stn_mode):
     network = STNResNet18(stn_mode, SIDE).eval()
     with torch.no_grad():
-        registered, features = network(pictures(2)), network.features(pictures(2))
+        registered, features = network(images(2)), network.features(images(2))
     for theta in registered.warps:
         assert torch.equal(theta, torch.eye(2, 3).expand(2, 2, 3))
     for moved, back in zip(registered.maps, features, strict=True):
@@ -75,7 +75,7 @@ def test_features_go_back_through_every_warp():
     with torch.no_grad():
         for stn, shift in zip((network.stn1, network.stn2, network.stn3), shifts, strict=True):
             stn.fc[2].bias.copy_(torch.tensor([shift, 0.0]))
-        maps, features = network(pictures(1)).maps, network.features(pictures(1))
+        maps, features = network(images(1)).maps, network.features(images(1))
     assert torch.allclose(features[0][..., 2:], maps[0][..., :-2], atol=1e-4)  # moved left by 2, so back right by 2
     assert torch.allclose(features[1][..., 3:], maps[1][..., :-3], atol=1e-4)  # 2 of its own and 2 / 2 of layer1's
     assert not torch.allclose(features[1][..., 2:], maps[1][..., :-2], atol=1e-2)
@@ -83,7 +83,7 @@ def test_features_go_back_through_every_warp():
 
 @pytest.mark.parametrize("size", [32, 64, 96, 224])
 def test_shapes_at_sizes_divisible_by_16(size):
-    features = STNResNet18("affine", size).eval().features(pictures(1, size))
+    features = STNResNet18("affine", size).eval().features(images(1, size))
     assert [tuple(f.shape[1:]) for f in features] == [
         (64, size // 4, size // 4),
         (128, size // 8, size // 8),
@@ -102,13 +102,13 @@ def test_folded_gives_the_same_features(stn_mode, batch):
     network = shaken(stn_mode)
     fast = folded(network)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fast.modules())
-    for slow, quick in zip(network.features(pictures(batch)), fast.features(pictures(batch)), strict=True):
+    for slow, quick in zip(network.features(images(batch)), fast.features(images(batch)), strict=True):
         assert (slow - quick).norm() / slow.norm() < 1e-5
 
 
 @pytest.mark.parametrize("make", [folded, lambda network: network.train()])
-def test_grey_pictures_take_the_short_way_to_the_same_maps(make, monkeypatch):
-    network, grey = make(shaken().double()), pictures(3)[:, :1].expand(-1, 3, -1, -1).double()
+def test_grey_images_take_the_short_way_to_the_same_maps(make, monkeypatch):
+    network, grey = make(shaken().double()), images(3)[:, :1].expand(-1, 3, -1, -1).double()
 
     def maps_and_gradient() -> list[torch.Tensor]:
         weight = network.conv1.weight.requires_grad_()
@@ -124,9 +124,9 @@ def test_grey_pictures_take_the_short_way_to_the_same_maps(make, monkeypatch):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_grey_pictures_stay_channels_last(channels_last):
+def test_grey_images_stay_channels_last(channels_last):
     """Else pooling, and all that follows, takes several times as long."""
-    grey = pictures(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
+    grey = images(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
     grey = grey.to(memory_format=torch.channels_last) if channels_last else grey
     found = _first_convolution(folded(shaken()).conv1, grey)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -135,7 +135,7 @@ def test_grey_pictures_stay_channels_last(channels_last):
 def test_folding_leaves_the_network_as_it_was():
     network = shaken().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    folded(network).features(pictures(2))
+    folded(network).features(images(2))
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
@@ -249,8 +249,8 @@ def test_random_weights_follow_the_seed():
 def test_cuda_equals_cpu(stn_mode):
     command_device("cuda")  # also switches TF32 off
     network = shaken(stn_mode)
-    on_cpu = network.features(pictures(4))
-    on_cuda = folded(network.cuda()).features(pictures(4).cuda())
+    on_cpu = network.features(images(4))
+    on_cuda = folded(network.cuda()).features(images(4).cuda())
     for a, b in zip(on_cpu, on_cuda, strict=True):
         assert (a - b.cpu()).norm() / a.norm() < 1e-5
 

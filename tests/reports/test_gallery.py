@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from datasets.images import read_picture
+from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from reports import gallery
 from reports.drawing import CAPTION_HEIGHT, GAP
@@ -19,7 +19,7 @@ SIZE = 64
 
 @pytest.fixture
 def scored(demo_data) -> Scored:
-    """The ring's test pictures with drawn scores: each map is flat but for its maximum."""
+    """The ring's test images with drawn scores: each map is flat but for its maximum."""
     dataset = LabelledDataset(list_test_items(demo_data / "ring"), SIZE)
     labels = np.array([item.label for item in dataset.items])
     maps = np.full((len(labels), SIZE, SIZE), 1.0, np.float32)
@@ -59,10 +59,10 @@ def test_examples_come_from_every_folder(scored):
 
 @pytest.mark.parametrize("count", [3, -1])
 def test_files(scored, tmp_path, monkeypatch, count):
-    monkeypatch.setattr(gallery, "PAGE_PICTURES", 2)
+    monkeypatch.setattr(gallery, "PAGE_IMAGES", 2)
     save_gallery(tmp_path, "ring", scored, count, workers=2)
     assert len(list(tmp_path.glob("*/*.jpg"))) == (3 if count == 3 else len(scored.scores))
-    sheet = read_picture(tmp_path / "contact_sheet.jpg")
+    sheet = decode_image(tmp_path / "contact_sheet.jpg")
     assert sheet.width == SHEET_COLUMNS * (2 * TILE + 2 * GAP) - GAP
     page = (tmp_path / "report.html").read_text()
     rows = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])["rows"]
@@ -75,7 +75,7 @@ def test_files(scored, tmp_path, monkeypatch, count):
 def test_panels_show_truth_and_heat(scored, tmp_path):
     save_gallery(tmp_path, "ring", scored, -1, workers=2)
     index = int(scored.scores.argmax())
-    panels = np.asarray(read_picture(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[CAPTION_HEIGHT:]
+    panels = np.asarray(decode_image(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[CAPTION_HEIGHT:]
     image, truth, heat, over = (panels[:, at : at + SIZE] for at in range(0, panels.shape[1], SIZE + GAP))
     assert np.unravel_index(heat.sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)
     assert np.unravel_index(abs(over - image).sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)

@@ -49,11 +49,11 @@ def make_rows(with_kinds: bool, count: int = 12) -> list[PageRow]:
     rng = np.random.default_rng(7)
     scores = rng.normal(15, 3, count) + 2 * (np.arange(count) % len(KINDS))
     scores[1:9:2] = scores[-1]  # equal scores, normal and defective ones
-    pictures = rng.integers(0, 256, (count, 8, 24, 3), dtype=np.uint8)
-    rows = zip(rng.permutation(count), scores.tolist(), [*KINDS] * count, pictures, strict=False)
+    images = rng.integers(0, 256, (count, 8, 24, 3), dtype=np.uint8)
+    rows = zip(rng.permutation(count), scores.tolist(), [*KINDS] * count, images, strict=False)
     return [
-        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(Image.fromarray(picture)))
-        for name, score, kind, picture in rows
+        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(Image.fromarray(image)))
+        for name, score, kind, image in rows
     ]
 
 
@@ -93,7 +93,7 @@ def tab_to(browser, selector: str):
 
 
 def bars(browser, selector: str = "rect") -> np.ndarray:
-    """Pictures in each bar of the histogram, from what is drawn: its height beside the axis."""
+    """Images in each bar of the histogram, from what is drawn: its height beside the axis."""
     script = "return [...document.querySelectorAll('#histogram ' + arguments[0])].map(r => +r.getAttribute('height'))"
     top = int(find(browser, "#histogram text").get_attribute("textContent").split()[0])
     return np.array(browser.execute_script(script, selector)) / 150 * top
@@ -297,7 +297,7 @@ ODD_TABLES = {
     "only good": ([row._replace(kind="good") for row in make_rows(True)], 16.0),
     "only defects": ([row._replace(kind="rust") for row in make_rows(True)], 16.0),
     "no threshold": (make_rows(True), None),
-    "no pictures": ([row._replace(image="") for row in make_rows(False)], 16.0),
+    "no images": ([row._replace(image="") for row in make_rows(False)], 16.0),
     "far threshold": (make_rows(True), -1e6),
     "tiny scores": ([row._replace(score=row.score * 1e-7) for row in make_rows(False)], 1.6e-6),
     "large scores": ([row._replace(score=row.score * 1e7) for row in make_rows(False)], 1.6e8),

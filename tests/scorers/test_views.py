@@ -1,4 +1,4 @@
-"""Views, warps and score maps against kornia, scipy, and pictures small enough to check by eye."""
+"""Views, warps and score maps against kornia, scipy, and images small enough to check by eye."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from scorers.views import ROTATION_ANGLES, TRANSLATIONS, VIEWS_PER_IMAGE, suppor
 SIDE = 32
 
 
-def picture(size: int = SIDE) -> torch.Tensor:
+def random_image(size: int = SIDE) -> torch.Tensor:
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def test_views_are_the_release_s():
-    image = picture()
+    image = random_image()
     views = support_views(image)
     assert len(views) == VIEWS_PER_IMAGE == 22
     expected = [image]
@@ -58,8 +58,8 @@ def test_positive_translation_moves_left_and_up():
     assert (moved == moved.max()).nonzero().tolist() == [[8, 10]]
 
 
-def test_views_of_several_pictures_stay_apart():
-    images = torch.cat([picture(), 1 - picture()])
+def test_views_of_several_images_stay_apart():
+    images = torch.cat([random_image(), 1 - random_image()])
     both = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, 2))
     for number in (0, 1):
         torch.testing.assert_close(both[:, number], support_views(images[number : number + 1]))
@@ -87,7 +87,7 @@ def test_channels_last_route_equals_grid_sample(offsets, sides):
 
 def test_warps_can_be_trained_through():
     theta = torch.eye(2, 3)[None].requires_grad_()
-    warp(picture().contiguous(memory_format=torch.channels_last), theta).sum().backward()
+    warp(random_image().contiguous(memory_format=torch.channels_last), theta).sum().backward()
     assert theta.grad is not None
 
 

@@ -46,7 +46,7 @@ def test_the_next_one_is_held_out(target, expected):
 
 
 def test_nothing_of_the_target_is_read(arguments, three, monkeypatch):
-    """Every way to a file of the target is closed: opening it, listing its folder, decoding its pictures."""
+    """Every way to a file of the target is closed: opening it, listing its folder, decoding its images."""
     target = str(three / "ring")
 
     def guarded(original):
@@ -77,7 +77,7 @@ def test_the_epoch_is_the_best_of_the_held_out_category(arguments):
     epochs = record["epochs"]
     merits = [epoch["image_auroc"]["mean"] + epoch["pixel_auroc"]["mean"] for epoch in epochs]
     assert record["selected_epoch"] == merits.index(max(merits))
-    assert {epoch["steps"] for epoch in epochs[1:]} == {3}  # five pictures of board alone, two at a time
+    assert {epoch["steps"] for epoch in epochs[1:]} == {3}  # five images of board alone, two at a time
     (weights,) = Path(arguments["--save_dir"]).rglob("*_model.pt")
     assert selection(weights) == ("source", record["selected_epoch"])
 

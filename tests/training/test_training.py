@@ -19,7 +19,7 @@ import torch
 import train
 from benchmarks import plain
 from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
-from datasets.cache import SourcePictures
+from datasets.cache import SourceImages
 from datasets.episodes import draw_episodes, read_episodes
 from datasets.mvtec import list_source_images
 from losses.norm_loss import registration_loss
@@ -37,7 +37,7 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    """The recorded trace, its episodes read as a user's list of episodes is, and the pictures they name."""
+    """The recorded trace, its episodes read as a user's list of episodes is, and the images they name."""
     recorded = json.loads((GOLDEN / "train_trace.json").read_text())
     file = tmp_path_factory.mktemp("trace") / "episodes.json"
     file.write_text(json.dumps(recorded["episodes"]))
@@ -70,14 +70,14 @@ def test_golden_trace(path, trace, monkeypatch):
     """
     recorded, episodes, sources = trace
     exact = path != "as trained"
-    pictures = SourcePictures(sources, 224, None, 0, CPU, torch.float64)
+    images = SourceImages(sources, 224, None, 0, CPU, torch.float64)
     trainer = golden_trainer(torch.float64, recorded)
     if exact:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # all three channels
         trainer.model.to(memory_format=torch.contiguous_format)
     start, losses = states(trainer.model), []
     for episode in episodes:
-        query, support = pictures.episode(episode)
+        query, support = images.episode(episode)
         if exact:
             query, support = query.contiguous(), support.contiguous()
         losses.append(trainer.step(query, support, StageClock()).item())
@@ -99,18 +99,18 @@ def test_golden_trace(path, trace, monkeypatch):
 def test_golden_trace_in_float32(trace):
     """The first loss; after one update, rounding has grown too much to compare."""
     recorded, episodes, sources = trace
-    query, support = SourcePictures(sources, 224, None, 0, CPU).episode(episodes[0])
+    query, support = SourceImages(sources, 224, None, 0, CPU).episode(episodes[0])
     loss = golden_trainer(torch.float32, recorded).step(query, support, StageClock())
     assert loss.item() == pytest.approx(recorded["losses"][0], abs=1e-6)
 
 
 def test_step_equals_the_plain_step(demo_data):
-    """Coloured pictures, in float64: the loss, and every weight after one update."""
+    """Coloured images, in float64: the loss, and every weight after one update."""
     sources = list_source_images(demo_data, "folder", "ring")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
-    pictures = SourcePictures(sources, SIZE, None, 0, CPU, torch.float64)
+    images = SourceImages(sources, SIZE, None, 0, CPU, torch.float64)
     (episode,) = draw_episodes(names, shot=3, batch_size=8, seed=0, epoch=1)
-    query, support = pictures.episode(episode)
+    query, support = images.episode(episode)
     torch.manual_seed(0)
     model, twin = RegAD("affine", SIZE).double().train(), RegAD("affine", SIZE).double().train()
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_step_equals_the_plain_step(demo_data):
 
 
 def test_loss_by_hand():
-    """Two pictures of one position and two channels; cosines 1 and 0 on one side, -1 and 0.6 on the other."""
+    """Two images of one position and two channels; cosines 1 and 0 on one side, -1 and 0.6 on the other."""
     z_support = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).view(2, 2, 1, 1)
     p_query = torch.tensor([[5.0, 0.0], [1.0, 0.0]]).view(2, 2, 1, 1)
     z_query = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).view(2, 2, 1, 1)
@@ -243,7 +243,7 @@ def test_another_seed_gives_other_weights(undisturbed, demo_data, tmp_path):
     assert not torch.equal(a["STN.conv1.weight"], b["STN.conv1.weight"])
 
 
-def test_the_second_epoch_opens_no_picture(demo_data, tmp_path, monkeypatch):
+def test_the_second_epoch_opens_no_image(demo_data, tmp_path, monkeypatch):
     import datasets.images
 
     opened, original = [], datasets.images.Image.open
@@ -262,7 +262,7 @@ def test_the_second_epoch_opens_no_picture(demo_data, tmp_path, monkeypatch):
     assert len(counts) == 3 and counts[0] == len(opened) == counts[2] > 10
     opened.clear()
     train.main(arguments(demo_data, tmp_path, save_dir=tmp_path / "other", eval_every=0, select="last"))
-    assert opened == []  # another run takes all source pictures from the cache
+    assert opened == []  # another run takes all source images from the cache
 
 
 @pytest.mark.parametrize("stn_mode", ["affine", "translation_scale"])
@@ -277,7 +277,7 @@ def test_trained_modes_are_tested_with_the_published_command(stn_mode, demo_data
 
 
 def test_tiny_data(demo_data, tmp_path):
-    """What newcomers try first: two categories with three pictures each, one epoch."""
+    """What newcomers try first: two categories with three images each, one epoch."""
     for category in ("ring", "weave"):
         for source in sorted((demo_data / category / "train/good").iterdir())[:3]:
             link = tmp_path / "data" / category / "train/good" / source.name
@@ -398,5 +398,5 @@ def test_a_category_with_a_single_picture_is_refused(demo_data, tmp_path):
     lonely.mkdir(parents=True)
     os.symlink(next((demo_data / "ring/train/good").iterdir()), lonely / "000.png")
     (tmp_path / "data" / "ring").symlink_to(demo_data / "ring")
-    with pytest.raises(UserError, match=r"lonely/train/good has one picture; training needs at least two"):
+    with pytest.raises(UserError, match=r"lonely/train/good has one image; training needs at least two"):
         train.main(arguments(tmp_path / "data", tmp_path))
