@@ -20,12 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.files import PROJECT_ROOT, digest, sha256, write_json
+from utils.files import PROJECT_ROOT, sha256, write_json
 
 BUSY = "another process works on it"
-# What decides the numbers; tables, reports and the other commands do not.
-DECISIVE_CODE = ("train.py", "test.py", "models", "scorers", "datasets", "losses", "training", "utils")
-DECISIVE_CODE += ("evaluation/metrics.py", "evaluation/scoring.py", "evaluation/statistics.py")
 
 
 class Cell(NamedTuple):
@@ -61,13 +58,6 @@ class Fingerprints:
         """(folder's name and file's name, SHA-256) of each file: the same wherever the data lie."""
         self.read(files)
         return [(f"{file.parent.name}/{file.name}", self.known[file]) for file in files]
-
-
-def code_version() -> str:
-    """A digest of the code that decides the numbers."""
-    places = [PROJECT_ROOT / place for place in DECISIVE_CODE]
-    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
-    return digest([(str(file.relative_to(PROJECT_ROOT)), sha256(file)) for file in files])
 
 
 def log_file(output: Path, cell: Cell) -> Path:

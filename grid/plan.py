@@ -17,7 +17,8 @@ from datasets.mvtec import (
     list_test_items,
     list_train_images,
 )
-from grid.cells import Cell, Fingerprints, code_version, is_begun, is_finished
+from grid.cells import Cell, Fingerprints, is_begun, is_finished
+from grid.code import code_version
 from grid.engines import cores_per_job, visible_gpus
 from grid.estimate import format_duration, measure, scoring_seconds, training_seconds
 from models.regad import checkpoint_file, last_file, selection

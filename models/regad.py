@@ -9,22 +9,11 @@ import torch
 from torch import nn
 from torchvision.models import ResNet18_Weights
 
-from inspection.detector import FewShotDetector
 from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
 from models.stn import STN_MODES, STNResNet18
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
-
-__all__ = [
-    "FewShotDetector",
-    "RegAD",
-    "checkpoint_file",
-    "last_file",
-    "load_checkpoint",
-    "save_checkpoint",
-    "untrained",
-]
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # key of our own checkpoints that the release's loader ignores
@@ -91,8 +80,8 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
     content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the parts {', '.join(CHECKPOINT_PARTS)}")
-    _refuse_other_recipe(path, content.get(RECIPE), stn_mode, img_size)
-    _refuse_other_mode(path, content["STN"], stn_mode)
+    _reject_other_recipe(path, content.get(RECIPE), stn_mode, img_size)
+    _reject_other_mode(path, content["STN"], stn_mode)
     model = RegAD(stn_mode, img_size)
     for part, attribute in CHECKPOINT_PARTS.items():
         try:
@@ -105,7 +94,7 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
     return model
 
 
-def _refuse_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: int) -> None:
+def _reject_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: int) -> None:
     """Our own checkpoints say what they are."""
     trained = recipe.get("arguments") if isinstance(recipe, dict) else None
     if isinstance(trained, dict):
@@ -114,7 +103,7 @@ def _refuse_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: in
                 raise UserError(f"checkpoint {path} was trained with --{name} {trained[name]}, not {asked}")
 
 
-def _refuse_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
+def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     """A release checkpoint does not say its STN mode, and modes of equal size load silently; so look for signs.
 
     Signs: the mode in the file's name; the number of warp parameters; the last bias, which starts as the identity of
