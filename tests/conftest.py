@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from datasets.synthetic import write_dataset
+from utils.files import PROJECT_ROOT
 
 
 def pytest_addoption(parser):
@@ -30,3 +32,17 @@ def demo_data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("demo data")  # with a space, as real folders have
     write_dataset(root, categories=("ring", "weave"), train=5, good=3, defective=2, size=64)
     return root
+
+
+@pytest.fixture
+def copied_tree(tmp_path) -> Path:
+    """The project's code and what stands beside it, to be changed at will."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    shutil.copy(PROJECT_ROOT / "pyproject.toml", tree)
+    for file in PROJECT_ROOT.glob("*.py"):
+        shutil.copy(file, tree)
+    for file in PROJECT_ROOT.glob("[!.]*/__init__.py"):
+        ignored = shutil.ignore_patterns("__pycache__", "results", "fixtures")
+        shutil.copytree(file.parent, tree / file.parent.name, ignore=ignored)
+    return tree
