@@ -1,29 +1,42 @@
-# make demo    from nothing to heat-maps: environment, data, support set, training, scoring
-# make test    from nothing to a tested tree: environment, lint, test suite
+# make demo    from nothing to heat maps: environment, data, support set, training, scoring, demo/figure.png
+# make test    from nothing to a tested tree: environment, lint, test suite; make test-slow: the tests that take minutes
 PYTHON ?= python3
 BIN := .venv/bin
-WEIGHTS ?= none
+WEIGHTS ?= imagenet
 DEMO := demo
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 10
+TRY_IMAGENET := import socket; socket.setdefaulttimeout(10); from models.regad import untrained; untrained('imagenet')
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/runtime
 	$(BIN)/python -m datasets.synthetic --output $(DEMO)/data
 	$(BIN)/python make_support.py --obj ring --shots 2 --rounds 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set
 	rm -rf $(DEMO)/save_checkpoints
+	@echo $(WEIGHTS) > $(DEMO)/weights.txt
+	@test $(WEIGHTS) != imagenet || timeout 300 $(BIN)/python -c "$(TRY_IMAGENET)" 2>/dev/null || { \
+		echo "note: ImageNet weights cannot be downloaded here; the demo goes on with random ones"; \
+		echo none > $(DEMO)/weights.txt; }
 	$(BIN)/python train.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
-		--support_path $(DEMO)/support_set --epochs 2 --weights $(WEIGHTS) --save_dir $(DEMO)/save_checkpoints \
-		--cache_dir $(DEMO)/cache
+		--support_path $(DEMO)/support_set --epochs 2 --weights $$(cat $(DEMO)/weights.txt) \
+		--save_dir $(DEMO)/save_checkpoints --cache_dir $(DEMO)/cache
 	$(BIN)/python test.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints --output $(DEMO)/results --save_images -1
+	@$(BIN)/python -m reports.demo_figure --obj ring --shot 2 --inferences 2 --data_type folder \
+		--data_path $(DEMO)/data --support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints \
+		--output $(DEMO)/figure.png
 
 test: .venv/development lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: .venv/development
+	$(PYTEST) --runslow -m slow
 
 lint: .venv/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d; name another with make PYTHON=..." % sys.version_info[:2])'
