@@ -1,0 +1,137 @@
+"""Command: what few-shot detection does, in one figure: support images, test images, ground truth, heat maps.
+
+python -m reports.demo_figure --obj ring --data_type folder --data_path demo/data --support_path demo/support_set
+    --inferences 2 --save_dir demo/save_checkpoints --output demo/figure.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items
+from datasets.support import find_support_rounds
+from evaluation.scoring import score_category
+from models.regad import checkpoint_file, load_checkpoint
+from models.stn import SIZE_DIVISOR, STN_MODES
+from reports.drawing import colour_limits, overlay
+from scorers.registry import RELEASE_SCORER, make_scorer
+from utils.errors import UserError, require_positive, run_command
+from utils.files import whole_file
+from utils.flags import DEFAULT_SAVE_DIR, add_data_flags, add_network_flags, add_support_flags
+from utils.stages import StageClock
+
+MAX_COLUMNS = 4  # test images: a normal one and up to three defects
+CELL_INCHES, DPI = 1.5, 110
+TITLES = ("test image", "ground truth", "heat map")
+
+
+class Example(NamedTuple):
+    """A test image (S, S, 3) uint8, its mask (S, S) bool and score map (S, S), its score and the name of its kind."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    scores: np.ndarray
+    score: float
+    kind: str
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of reports.demo_figure; the flags mean what they mean in test.py."""
+    parser = argparse.ArgumentParser(prog="python -m reports.demo_figure", description=__doc__.splitlines()[0])
+    parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to show")
+    parser.add_argument("--shot", type=int, default=2, metavar="K", help="support images")
+    add_data_flags(parser, CATEGORIES)
+    add_support_flags(parser)
+    add_network_flags(parser, STN_MODES, SIZE_DIVISOR)
+    parser.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's checkpoints")
+    parser.add_argument("--output", type=Path, default=Path("figure.png"), help="a .png or .jpg file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Scores the category by the first support set and draws one test image of each kind."""
+    args = get_args_parser().parse_args(argv)
+    require_positive(args, "shot", "inferences", "img_size")
+    folder = category_folder(args.data_path, args.data_type, args.obj)
+    items = checked_test_items(folder, strict=False)
+    support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
+    checkpoint = checkpoint_file(args.save_dir, args.stn_mode, args.shot, args.obj)
+    if not checkpoint.is_file():
+        raise UserError(f"no checkpoint {checkpoint}; train.py --save_dir {args.save_dir} writes it")
+    network = load_checkpoint(checkpoint, args.stn_mode, args.img_size).stn
+    dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
+    clock = StageClock(torch.device("cpu"))
+    results = score_category(network, [make_scorer(RELEASE_SCORER)], dataset, labels, support.images[:1], clock)
+    maps = next(results)[RELEASE_SCORER].maps.numpy()
+    save_figure(args.output, support.images[0], _examples(dataset, maps), _limits(maps, labels))
+    print(
+        f"figure: {args.output}. Left: the {args.shot} normal images that the detector knows; right: test images, the "
+        "defect as labelled, and the heat map, bright where an image is unlike the normal ones"
+    )
+
+
+def save_figure(target: Path, support: torch.Tensor, examples: Sequence[Example], limits: tuple[float, float]) -> None:
+    """Support images (K, 3, S, S) on the left; on the right a column of image, ground truth and heat map per example.
+
+    limits: the scores of the first and the last colour, the same for all heat maps.
+    """
+    columns = len(examples)
+    figure = Figure(figsize=((columns + 1.3) * CELL_INCHES, (len(TITLES) + 0.35) * CELL_INCHES), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, columns + 0.2))
+    left.suptitle(f"{len(support)} support images", fontsize=9)
+    shown = support[: len(TITLES)]
+    for axis, image in zip(left.subplots(len(TITLES), 1), shown, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy())
+    for axis in left.axes:
+        axis.set_axis_off()
+    grid = right.subplots(len(TITLES), columns, squeeze=False)
+    for axis, title in zip(grid[:, 0], TITLES, strict=True):
+        axis.set_ylabel(title, fontsize=9)
+    for axes, example in zip(grid.T, examples, strict=True):
+        _draw_column(axes, example, limits)
+    options = {"pil_kwargs": {"quality": 90}} if target.suffix == ".jpg" else {}
+    with whole_file(target) as aside:
+        figure.savefig(aside, format="jpeg" if target.suffix == ".jpg" else "png", dpi=DPI, **options)
+
+
+def _draw_column(axes: Sequence[Axes], example: Example, limits: tuple[float, float]) -> None:
+    heat = overlay(Image.fromarray(example.image), example.scores, limits)
+    truth = np.where(example.mask, np.uint8(255), np.uint8(0))
+    for axis, image in zip(axes, (example.image, truth, np.asarray(heat)), strict=True):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[])
+    axes[0].set_title(example.kind, fontsize=9)
+    axes[-1].set_xlabel(f"score {example.score:.1f}", fontsize=9)
+
+
+def _examples(dataset: LabelledDataset, maps: np.ndarray) -> list[Example]:
+    """The first test image of each kind, the normal one first."""
+    first: dict[str, int] = {}
+    for index, item in enumerate(dataset.items):
+        first.setdefault("normal" if not item.label else item.defect, index)
+    chosen = sorted(first, key=lambda kind: (kind != "normal", kind))[:MAX_COLUMNS]
+    examples = []
+    for kind in chosen:
+        item, scores = dataset[first[kind]], maps[first[kind]]
+        image, mask = item["image"].permute(1, 2, 0).numpy(), item["mask"].numpy()
+        examples.append(Example(image, mask, scores, float(scores.max()), kind))
+    return examples
+
+
+def _limits(maps: np.ndarray, labels: Sequence[int]) -> tuple[float, float]:
+    """One scale of colours for all heat maps, from the normal test images as in reports/gallery.py."""
+    scores = maps.max(axis=(1, 2))
+    return colour_limits(float(np.median(scores[np.array(labels) == 0])))
+
+
+if __name__ == "__main__":
+    run_command(main)

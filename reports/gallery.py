@@ -57,7 +57,7 @@ class Scored(NamedTuple):
         return np.argsort(np.where(self.labels, excess, -excess), kind="stable")
 
     def name(self, index: int) -> str:
-        """Folder and file of a image."""
+        """Folder and file of an image."""
         item = self.dataset.items[index]
         return f"{item.defect}/{item.image.name}"
 
@@ -111,7 +111,7 @@ class _Drawn(NamedTuple):
 
 
 def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tiled: set[int], index: int) -> _Drawn:
-    """Draws a image: into its file, for the page and for the contact sheet, wherever it is asked for."""
+    """Draws an image: into its file, for the page and for the contact sheet, wherever it is asked for."""
     of_item = scored.dataset[index]
     image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
     limits = scored.limits

@@ -1,28 +1,29 @@
-"""The HTML report: one self-contained page that opens from disk; no network, nothing to install."""
+"""The HTML report: one self-contained page that opens from disk and needs no network."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 from PIL import Image
 
+from reports.render import get_template
 from utils.files import whole_file
 
-TEMPLATE = Path(__file__).parent / "templates" / "page.html"
-PAGE_IMAGES = 500  # previews in one page, so that it stays below some 20 MB; all rows are counted
-PREVIEW_WIDTH, PREVIEW_HEIGHT, PREVIEW_QUALITY = 960, 2000, 75  # pixels of all panels together, of JPEG
+PAGE_IMAGES = 500  # previews in one page, which keep it below about 20 MB; rows without a preview are shown too
+PREVIEW_WIDTH, PREVIEW_HEIGHT = 960, 2000  # pixels, of all panels together
+PREVIEW_QUALITY = 75  # of JPEG
 
 
 class PageRow(NamedTuple):
-    """One image of the page. kind: its folder (good or a defect), None without labels. image: a data URI or ""."""
+    """One image of the page.
+
+    kind: "good" or the name of a defect, None without labels. image: the preview as a data URI, or "" without one.
+    """
 
     name: str
     score: float
@@ -31,26 +32,23 @@ class PageRow(NamedTuple):
 
 
 def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[PageRow], threshold: float | None) -> None:
-    """Histogram, threshold slider and sortable table of `rows`; with kinds also the ROC curve and a table by kind.
+    """Writes a page with a histogram of the scores, a threshold slider and a sortable table of `rows`.
 
-    Without a threshold the page decides nothing until its reader chooses one.
+    With kinds, the page also has a ROC curve and a table by kind. Without a threshold, images are called normal or
+    defective only once the reader sets one. Rows are written one by one, because all previews together are large.
+
+    Raises:
+        ValueError: a score or the threshold is NaN or infinite.
     """
-    texts = {"title": html.escape(title), "notes": "".join(f"<li>{html.escape(note)}</li>" for note in notes)}
-    before, after = (Template(half) for half in TEMPLATE.read_text(encoding="utf-8").split("$data"))
-    # names may be of any bytes; row by row, because all previews together are large
-    with whole_file(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.write(before.substitute(texts) + f'{{"threshold": {json.dumps(threshold, allow_nan=False)}, "rows": [')
-        for number, row in enumerate(rows):
-            data = json.dumps(row._asdict(), allow_nan=False)
-            data = data.replace("<", "\\u003c")  # so that no name can end the script element
-            stream.write("," * (number > 0) + data)
-        stream.write("]}" + after.substitute(texts))
+    values = {"title": title, "notes": notes, "threshold": threshold, "rows": (row._asdict() for row in rows)}
+    with whole_file(path) as aside:
+        page = get_template("page.html").stream(values)
+        page.dump(str(aside), encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
 def as_data_uri(image: Image.Image) -> str:
-    """An image in RGB, at most PREVIEW_WIDTH wide and PREVIEW_HEIGHT high, as a JPEG in a data URI."""
+    """An RGB image, reduced to at most PREVIEW_WIDTH x PREVIEW_HEIGHT pixels, as a JPEG in a data URI."""
     factor = math.ceil(max(1, image.width / PREVIEW_WIDTH, image.height / PREVIEW_HEIGHT))
-    image = image.reduce(factor)  # much faster than any other resize
     stream = io.BytesIO()
-    image.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
+    image.reduce(factor).save(stream, format="JPEG", quality=PREVIEW_QUALITY)  # reduce is faster than resize
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: what it counts, sorts and shows, by keyboard, on a phone's width, offline."""
+"""The HTML report in a real browser: counts, sorting and drawings, by keyboard, at a phone's width, without a network."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_rows(with_kinds: bool, count: int = 12) -> list[PageRow]:
 def show(
     browser, folder: Path, rows: Sequence[PageRow], threshold: float | None = 16.0, texts: Sequence[str] = ("a", "b")
 ) -> str:
-    """Writes and opens the page with a title and a note; its address."""
+    """Writes a page with a title and notes, opens it and returns its address."""
     write_page(folder / "page.html", texts[0], texts[1:], rows, threshold)
     for log in ("browser", "performance"):
         browser.get_log(log)  # reading empties them
@@ -93,7 +93,7 @@ def tab_to(browser, selector: str):
 
 
 def bars(browser, selector: str = "rect") -> np.ndarray:
-    """Images in each bar of the histogram, from what is drawn: its height beside the axis."""
+    """The number of images in each bar of the histogram, computed from its height and the label of the axis."""
     script = "return [...document.querySelectorAll('#histogram ' + arguments[0])].map(r => +r.getAttribute('height'))"
     top = int(find(browser, "#histogram text").get_attribute("textContent").split()[0])
     return np.array(browser.execute_script(script, selector)) / 150 * top
@@ -108,6 +108,7 @@ def check_decisions(browser, rows: Sequence[PageRow], limit: float) -> None:
         found, alarms = (sum(called[r.name] for r in rows if (r.kind != "good") == bad) for bad in (True, False))
         goods = sum(row.kind == "good" for row in rows)
         counts += f"; {found} of {len(rows) - goods} defects found, {alarms} of {goods} false alarms"
+        counts += f" (false-positive rate {100 * alarms / goods:.0f} %)"
         assert cells(browser, "#kinds") == by_kind(rows, limit)
         dot = [float(find(browser, "#dot").get_attribute(key)) for key in ("cx", "cy")]
         np.testing.assert_allclose(roc_points([dot]), [[alarms / goods, found / (len(rows) - goods)]], atol=1e-9)
@@ -124,7 +125,7 @@ def by_kind(rows: Sequence[PageRow], limit: float) -> list[list[str]]:
 
 
 def roc_points(places: Sequence[Sequence[float]]) -> np.ndarray:
-    """Places in the drawing -> (false alarms, found), by the drawn frame."""
+    """Points of the drawing -> (false-positive rate, true-positive rate), by the drawn frame."""
     return (np.asarray(places) - [120, 185]) / [180, -175]
 
 
@@ -147,11 +148,11 @@ def test_every_threshold_recounts(with_kinds, browser, tmp_path):
         assert limit == float(slider.get_property("value")) and (limit > before) == rises
         check_decisions(browser, rows, limit)
     select = (keys.SHIFT, keys.HOME, keys.NULL)
-    for text in ("14.25", str(rows[1].score), "-3", "1e3"):  # the second: equal is not above
+    for text in ("14.25", str(rows[1].score), "-3", "1e3"):  # a score equal to the threshold is normal
         number.send_keys(*select, text, keys.ENTER)
         check_decisions(browser, rows, float(text))
         assert number.get_property("value") == text
-    number.send_keys(*select, keys.DELETE, keys.ENTER)  # gives the run's threshold back
+    number.send_keys(*select, keys.DELETE, keys.ENTER)  # restores the initial threshold
     check_decisions(browser, rows, 16.0)
 
 
@@ -187,7 +188,7 @@ def test_sorting_by_keyboard(browser, tmp_path):
     for column, key, falling in ((1, by_name, False), (1, by_name, True), (3, score, True), (3, score, False)):
         button = tab_to(browser, f"#pictures th:nth-child({column + 1}) button")
         press(browser, webdriver.Keys.ENTER)
-        ordered = sorted(ordered, key=key, reverse=falling)  # equal ones stay as they were
+        ordered = sorted(ordered, key=key, reverse=falling)  # the order of equal scores is kept
         shown = cells(browser, "#pictures")
         assert [row[1] for row in shown] == [row.name for row in ordered]
         assert [row[3] for row in shown] == [f"{row.score:.2f}" for row in ordered]
@@ -195,7 +196,7 @@ def test_sorting_by_keyboard(browser, tmp_path):
         expected[column] = "descending" if falling else "ascending"
         assert browser.execute_script(states) == expected
         assert browser.switch_to.active_element == button
-        find(browser, "#number").click()  # Tab goes on from before the table
+        find(browser, "#number").click()  # so that Tab starts before the table
 
 
 def test_names_are_text(browser, tmp_path):
@@ -213,7 +214,7 @@ def test_names_are_text(browser, tmp_path):
         press(browser, webdriver.Keys.ESCAPE)
     assert len(browser.find_elements("css selector", "script")) == 2
     assert len(browser.find_elements("css selector", "img")) == len(rows) + 1  # thumbnails, and the dialog's
-    assert browser.get_log("browser") == []  # an open alert would have failed the calls above
+    assert browser.get_log("browser") == []  # an open alert would have made the calls above fail
 
 
 @pytest.fixture
@@ -272,10 +273,10 @@ def test_nothing_is_fetched(browser, tmp_path):
 
 
 def test_a_long_table_is_cut(browser, tmp_path):
-    """Not the counts and drawings: they hold all rows."""
+    """Counts and drawings still cover all rows."""
     rows = [row._replace(image="") for row in make_rows(True, 2100)]
     show(browser, tmp_path, rows)
-    assert find(browser, "#left-out").text.startswith("The first 2000 ") and round(bars(browser).sum()) == 2100
+    assert find(browser, "#left-out").text.startswith("This table shows the first 2000 images") and round(bars(browser).sum()) == 2100
     tab_to(browser, "#slider").send_keys(webdriver.Keys.HOME)
     assert find(browser, "#counts").text.startswith("2100 of 2100 called defective")
     press(browser, webdriver.Keys.PAGE_UP * 4)
@@ -305,7 +306,7 @@ ODD_TABLES = {
 
 
 def check_labels(browser) -> None:
-    """No text of the histogram leaves the drawing or runs into the next one of its line."""
+    """Every text of the histogram lies inside the drawing, and no two texts of a line overlap."""
     script = """return [...document.querySelectorAll("#histogram, #histogram text")].map(
         e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right, e.getAttribute("y")])"""
     (first, last, _), *texts = browser.execute_script(script)
@@ -322,7 +323,7 @@ def test_odd_tables(case, browser, tmp_path):
     assert find(browser, "#roc-part").is_displayed() == (0 < goods < len(rows))
     if threshold is None:
         assert {row[-1] for table in ("#pictures", "#kinds") for row in cells(browser, table)} <= {""}
-        assert find(browser, "#counts").text.startswith("nothing is decided")
+        assert find(browser, "#counts").text.startswith("no threshold: ")
     slider = find(browser, "#slider")
     for key in (webdriver.Keys.HOME, webdriver.Keys.END, webdriver.Keys.ARROW_LEFT):
         slider.send_keys(key)
