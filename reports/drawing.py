@@ -1,4 +1,4 @@
-"""Images of scores: heat-maps laid over inputs, outlines, panels side by side; all in RGB, by Pillow."""
+"""Draws scores with Pillow: heat maps, overlays, outlines, captions, and panels side by side. All images are RGB."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import whole_file
 
-COLOUR_MAP = "inferno"  # its lightness rises evenly, so it reads in grey and with colour blindness
-OPACITY = 0.75  # of the heat-map at its brightest; it fades to nothing at the lower limit
-# Outlines, in colours that neither the colour map nor most parts have.
-HOT = (255, 190, 0)  # around what is hot, see inspection.threshold.Threshold.region
-CALLED = (0, 230, 255)  # around what lies above the threshold
+COLOUR_MAP = "inferno"  # of even lightness steps: readable in grey and with colour blindness
+OPACITY = 0.75  # of the heat map at the upper colour limit; 0 at the lower one
+# Colours of outlines, which differ from the colour map and from most parts.
+HOT = (255, 190, 0)  # around hot regions, see inspection.threshold.Threshold.region
+CALLED = (0, 230, 255)  # around regions above the threshold, and around the ground truth
 GAP = 6  # pixels between panels
 JPEG_QUALITY = 90
 CAPTION_HEIGHT = 22  # pixels
 
 
 def colour_limits(typical: float) -> tuple[float, float]:
-    """The scores at which colours begin and end, from the typical score of normal images alone: one scale for all."""
+    """The scores of the first and the last colour, from the typical score of normal images."""
     return typical / 2, typical * 1.5
 
 
 def heat_map(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
-    """Scores (H, W) as colours; `limits`: the scores of the first and the last colour."""
+    """Scores (H, W) as colours. limits: the scores of the first and the last colour."""
     return _coloured(_levels(scores, limits))
 
 
 def overlay(image: Image.Image, scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
-    """The heat-map of scores (H, W) over an image in RGB; the higher a score, the less of the image shows."""
+    """The image with the heat map of scores (H, W) laid over it, which is more opaque where scores are higher."""
     levels = _levels(scores, limits)
     opacity = levels.point([round(OPACITY * level) for level in range(256)])
     return Image.composite(_coloured(levels), image, opacity)
 
 
 def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
-    """The image in RGB with a line along the inside of the border of `region` (H, W) bool."""
+    """The image with a line along the inner border of `region` (H, W) bool."""
     if not region.any():
         return image
     inside = region
@@ -52,14 +52,14 @@ def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]
 
 
 def _eroded(region: np.ndarray) -> np.ndarray:
-    """The region (H, W) bool without its outermost pixels, as scipy's binary_erosion, but much quicker."""
+    """The region (H, W) bool without its outermost pixels. Equals scipy's binary_erosion and is much faster."""
     inner = np.zeros_like(region)
     inner[1:-1, 1:-1] = region[1:-1, 1:-1] & region[:-2, 1:-1] & region[2:, 1:-1] & region[1:-1, :-2] & region[1:-1, 2:]
     return inner
 
 
 def beside(panels: Sequence[Image.Image]) -> Image.Image:
-    """Panels of one size in a row with white gaps."""
+    """Panels of equal size in a row, with white gaps."""
     width, height = panels[0].size
     row = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height), "white")
     for number, panel in enumerate(panels):
@@ -68,7 +68,7 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Image:
-    """The image with a line of text above it; text that is too long is cut."""
+    """The image with a line of text above it. Text wider than the image is cut."""
     drawn = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
     drawn.paste(image, (0, CAPTION_HEIGHT))
     ImageDraw.Draw(drawn).text((4, 3), text, fill=colour, font=_font())
@@ -76,20 +76,21 @@ def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Ima
 
 
 def save_image(path: Path, image: Image.Image) -> None:
-    """Writes an image as JPEG or PNG, by the name's ending."""
+    """Writes an image as JPEG if the file name ends in .jpg, and as PNG otherwise."""
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
     with whole_file(path) as aside:
         image.save(aside, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
 
 
 def _levels(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """Scores (H, W) as grey levels, 0 at the lower limit and 255 at the upper one."""
     low, high = limits
     levels = (scores - low) * (255 / max(high - low, 1e-12))
     return Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8))
 
 
 def _coloured(levels: Image.Image) -> Image.Image:
-    """Levels 0..255 (mode L, changed) in the colours of the colour map."""
+    """Grey levels (mode L) in the colours of the colour map. Changes `levels`."""
     levels.putpalette(_colours())
     return levels.convert("RGB")
 
@@ -102,5 +103,5 @@ def _colours() -> bytes:
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib, with all European letters."""
+    """A font that comes with matplotlib and covers all European scripts."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)

@@ -1,4 +1,4 @@
-"""A scored category for the eye: panels of each test image, a contact sheet, curves, and one page with all of it."""
+"""Images of a scored category: panels per test image, a contact sheet, ROC curve and histogram, and a report page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import roc_curve
 
 from datasets.mvtec import LabelledDataset, LabelledImage
 from evaluation.metrics import auroc, rank
@@ -22,17 +21,16 @@ from utils.files import whole_file
 from utils.stages import in_threads
 
 SHEET_IMAGES, SHEET_COLUMNS = 40, 4
-TILE = 180  # pixels, of either image of a tile of the contact sheet
-NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # in curves, as in page.html
-WRONG_COLOUR = DEFECTIVE_COLOUR  # of captions
+TILE = 180  # pixels; a tile of the contact sheet holds two images of this size
+NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # as in page.css
+WRONG_COLOUR = DEFECTIVE_COLOUR  # of the captions of misses and false alarms
 
 
 class Scored(NamedTuple):
-    """Test images with what one round gave them.
+    """Test images and the scores that one round gave them.
 
-    scores: (B,), maps: (B, S, S), labels: (B,) bool. threshold: where the share of defects found exceeds that of false
-    alarms most on these very images (Youden), for want of another; it sorts right from wrong in captions, and is too
-    good to be expected of new images.
+    maps: (B, S, S) score maps. scores: (B,) their maxima. labels: (B,) bool, True for defective images. An image whose
+    score exceeds `threshold` is called defective.
     """
 
     dataset: LabelledDataset
@@ -43,41 +41,58 @@ class Scored(NamedTuple):
 
     @property
     def wrong(self) -> np.ndarray:
-        """Which images are missed or false alarms, (B,) bool."""
+        """Missed defects and false alarms, (B,) bool."""
         return (self.scores > self.threshold) != self.labels
 
     @property
     def limits(self) -> tuple[float, float]:
-        """The scores at which colours begin and end, the same for all images."""
+        """The scores of the first and the last colour of all heat maps."""
         return colour_limits(float(np.median(self.scores[~self.labels])))
 
     def worst_first(self) -> np.ndarray:
-        """Indices by how far the score lies on the wrong side of the threshold."""
+        """Indices (B,), the score farthest on the wrong side of the threshold first."""
         excess = self.scores - self.threshold
         return np.argsort(np.where(self.labels, excess, -excess), kind="stable")
 
     def name(self, index: int) -> str:
-        """Folder and file of an image."""
+        """Folder and file name of an image."""
         item = self.dataset.items[index]
         return f"{item.defect}/{item.image.name}"
 
     def caption(self, index: int) -> str:
-        """Name, score, label and mistake."""
+        """Name, score and label of an image, and "missed" or "false alarm" where the decision is wrong."""
         truth, mistake = ("defective", ", missed") if self.labels[index] else ("normal", ", false alarm")
         mistake = mistake if self.wrong[index] else ""
         return f"{self.name(index)}  {self.scores[index]:.2f}  {truth}{mistake}"
 
 
 def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
-    """`Scored` from the score maps (B, S, S) of a data set with normal and defective images."""
+    """Scores the images of `dataset` by the maxima of their maps (B, S, S) and chooses a threshold on these images.
+
+    The threshold maximizes Youden's index, the true-positive rate minus the false-positive rate. It is chosen with the
+    test labels, so its error rates are optimistic estimates for new images. Both classes must be present.
+    """
     scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
-    false_alarms, found, thresholds = roc_curve(labels, scores)
-    lowest_called = thresholds[1:][(found - false_alarms)[1:].argmax()]
+    false_positives, true_positives, thresholds = roc_curve(scores, labels)
+    lowest_called = thresholds[(true_positives - false_positives)[1:].argmax()]
     return Scored(dataset, maps, scores, labels, float(np.nextafter(np.float32(lowest_called), np.float32(-np.inf))))
 
 
+def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """False-positive rates (T + 1,), true-positive rates (T + 1,) and the T distinct scores in descending order.
+
+    scores: (B,). labels: (B,) bool, with both classes. Both rates begin at 0. Their element t + 1 is the rate if all
+    images are called defective whose score is at least the distinct score t.
+    """
+    thresholds = np.unique(scores)[::-1]
+    below = (np.searchsorted(np.sort(scores[chosen]), thresholds) for chosen in (~labels, labels))
+    totals = (~labels).sum(), labels.sum()
+    rates = [np.append(0, (total - count) / total) for total, count in zip(totals, below, strict=True)]
+    return rates[0], rates[1], thresholds
+
+
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
-    """Indices of `count` test images, taken in turn from each defect and the normal ones; -1: all."""
+    """Sorted indices of `count` test images, taken in turn from each folder of `items`; -1: all."""
     if count < 0:
         return list(range(len(items)))
     folders: dict[str, list[int]] = {}
@@ -88,30 +103,45 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
 
 
 def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: int) -> None:
-    """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` images (-1: all) into `folder`."""
+    """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` images (-1: all) into `folder`.
+
+    workers: threads that draw, at least one.
+    """
     worst = scored.worst_first().tolist()
     written = set(choose_examples(scored.dataset.items, count))
     shown, tiled = set(worst[:PAGE_IMAGES]), worst[:SHEET_IMAGES]
     indices = sorted(written | shown | set(tiled))
     draw = partial(_draw, folder, scored, written, shown, set(tiled))
     drawn = dict(zip(indices, in_threads(draw, indices, max(1, workers)), strict=True))
-    missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
-    verdict = f"threshold {scored.threshold:.2f} (best of these very images): {missed} missed, {alarms} false alarms"
+    verdict = _verdict(scored)
     sheet = _sheet([drawn[index].tile for index in tiled])
     save_image(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
     _save_curves(folder / "curves.png", scored)
-    notes = (f"At the start: {verdict}", "Images: input, ground truth, heat-map, heat-map over the input")
+    notes = (f"Initial {verdict}", "Panels of each image: input, ground truth, heat map, heat map over the input")
     rows = [_page_row(scored, index, drawn) for index in range(len(scored.scores))]
     write_page(folder / "report.html", title, notes, rows, scored.threshold)
 
 
+def _verdict(scored: Scored) -> str:
+    """The threshold and its errors, in words."""
+    missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
+    rate = alarms / (~scored.labels).sum()
+    errors = f"{missed} missed, {alarms} false alarms (false-positive rate {100 * rate:.0f} %)"
+    return f"threshold {scored.threshold:.2f}, chosen on these test images by Youden's index: {errors}"
+
+
 class _Drawn(NamedTuple):
-    preview: str  # data URI of all panels, for the page
-    tile: Image.Image | None  # for the contact sheet
+    """preview: all panels as a data URI, for the page, or "". tile: for the contact sheet, or None."""
+
+    preview: str
+    tile: Image.Image | None
 
 
 def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tiled: set[int], index: int) -> _Drawn:
-    """Draws an image: into its file, for the page and for the contact sheet, wherever it is asked for."""
+    """Draws an image for each set that holds its index.
+
+    written: its panels are written into a file. shown: the page gets a preview. tiled: the contact sheet gets a tile.
+    """
     of_item = scored.dataset[index]
     image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
     limits = scored.limits
@@ -135,7 +165,7 @@ def _page_row(scored: Scored, index: int, drawn: dict[int, _Drawn]) -> PageRow:
 
 
 def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Tiles of one size row by row."""
+    """Tiles of equal size, row by row."""
     width, height = tiles[0].width + GAP, tiles[0].height
     rows = math.ceil(len(tiles) / SHEET_COLUMNS)
     sheet = Image.new("RGB", (SHEET_COLUMNS * width - GAP, rows * height), "white")
@@ -146,20 +176,20 @@ def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def _save_curves(path: Path, scored: Scored) -> None:
-    """ROC curve of the image scores and histogram of normal and defective ones."""
+    """Draws the ROC curve of the image scores, and a histogram of each class."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     roc, histogram = figure.subplots(1, 2)
-    false_alarms, found, _ = roc_curve(scored.labels, scored.scores, drop_intermediate=False)
+    false_positives, true_positives, _ = roc_curve(scored.scores, scored.labels)
     roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-    roc.plot(false_alarms, found, color=DEFECTIVE_COLOUR)
+    roc.plot(false_positives, true_positives, color=DEFECTIVE_COLOUR)
     area = auroc(rank(scored.scores, scored.labels))
-    roc.set(title=f"image AUROC {area:.4f}", xlabel="normal images called", ylabel="defective images called")
+    roc.set(title=f"image AUROC {area:.4f}", xlabel="false-positive rate", ylabel="true-positive rate")
     roc.set_aspect("equal")
     bins = np.histogram_bin_edges(scored.scores, 30)
     histogram.hist(scored.scores[~scored.labels], bins, color=NORMAL_COLOUR, alpha=0.7, label="normal")
     histogram.hist(scored.scores[scored.labels], bins, color=DEFECTIVE_COLOUR, alpha=0.6, label="defective")
-    histogram.axvline(scored.threshold, color="black", linestyle="--", linewidth=1, label="their best threshold")
-    histogram.set(title="image scores", xlabel="score (distance)", ylabel="pictures")
+    histogram.axvline(scored.threshold, color="black", linestyle="--", linewidth=1, label="chosen threshold")
+    histogram.set(title="image scores", xlabel="score (distance)", ylabel="images")
     histogram.legend()
     with whole_file(path) as aside:
         figure.savefig(aside, format="png", dpi=100)

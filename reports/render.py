@@ -13,8 +13,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def get_template(name: str) -> Template:
     """A template of reports/templates.
 
-    Every value is escaped, and an undefined value is an error. In a template, `source("page.css")` is the unescaped text
-    of a file beside it, and the filter `tojson` gives JSON that cannot end a script element.
+    Every value is escaped, and an undefined value is an error. In templates, `source("page.css")` inserts a file of the
+    same folder unescaped, and the filter `tojson` gives JSON that cannot end a script element. It refuses NaN.
 
     Raises:
         jinja2.TemplateNotFound: no such file.

@@ -1,4 +1,4 @@
-"""The curve of a training run."""
+"""Plots a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from utils.files import whole_file
 
 
 def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
-    """Loss, and image and pixel AUROC (mean, and a band of one standard deviation over rounds), against the epoch."""
+    """Writes a PNG of the loss and of image and pixel AUROC against the epoch.
+
+    AUROCs are means over rounds, with a band of one standard deviation.
+
+    Args:
+        target: the file.
+        history: one entry per epoch: "epoch", "loss" (None before training) and, if the epoch was scored, "image_auroc"
+            and "pixel_auroc" as given by evaluation.statistics.summary.
+        scored: the data of the AUROCs, for the label of the axis.
+    """
     figure = Figure(figsize=(7.2, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     trained = [entry for entry in history if entry["loss"] is not None]

@@ -1,4 +1,4 @@
-"""What test.py draws of a scored category."""
+"""The images and pages that test.py draws of a scored category."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics
 
 from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from reports import gallery
 from reports.drawing import CAPTION_HEIGHT, GAP
-from reports.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, save_gallery, with_own_threshold
+from reports.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
 
 SIZE = 64
 
 
 @pytest.fixture
 def scored(demo_data) -> Scored:
-    """The ring's test images with drawn scores: each map is flat but for its maximum."""
+    """The ring's test images with random scores. Each map is constant except at its maximum."""
     dataset = LabelledDataset(list_test_items(demo_data / "ring"), SIZE)
     labels = np.array([item.label for item in dataset.items])
     maps = np.full((len(labels), SIZE, SIZE), 1.0, np.float32)
@@ -34,6 +37,15 @@ def test_threshold_finds_most_defects_at_fewest_false_alarms(scored):
 
     assert youden(scored.threshold) == pytest.approx(max(youden(score - 1e-3) for score in scored.scores))
     assert 0 < scored.wrong.sum() < len(scored.scores)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=30))
+def test_roc_curve_equals_scikit_learn(pairs):
+    scores, labels = np.array([(1, False), (2, True), *pairs], float).T
+    *rates, thresholds = roc_curve(scores, labels.astype(bool))
+    *expected, expected_thresholds = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+    assert thresholds.tolist() == expected_thresholds[1:].tolist()  # scikit-learn puts infinity first
 
 
 def test_worst_come_first(scored):

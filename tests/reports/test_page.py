@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: counts, sorting and drawings, by keyboard, at a phone's width, without a network."""
+"""The HTML report in a real browser: counts, sorting and drawings, by keyboard, on a phone, without a network."""
 
 from __future__ import annotations
 
@@ -276,7 +276,8 @@ def test_a_long_table_is_cut(browser, tmp_path):
     """Counts and drawings still cover all rows."""
     rows = [row._replace(image="") for row in make_rows(True, 2100)]
     show(browser, tmp_path, rows)
-    assert find(browser, "#left-out").text.startswith("This table shows the first 2000 images") and round(bars(browser).sum()) == 2100
+    assert find(browser, "#left-out").text.startswith("This table shows the first 2000 images")
+    assert round(bars(browser).sum()) == 2100
     tab_to(browser, "#slider").send_keys(webdriver.Keys.HOME)
     assert find(browser, "#counts").text.startswith("2100 of 2100 called defective")
     press(browser, webdriver.Keys.PAGE_UP * 4)
