@@ -1,4 +1,4 @@
-"""A look at every file of a data set before anything depends on it: what there is, and what is wrong with it."""
+"""The check of a data set: reads every file, counts what each category holds and lists every problem."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.images import ImageError, decode_image, is_image_file, read_header, read_mask
+from datasets.images import ImageError, decode_image, is_image_file, read_header, size_mismatch, to_mask
 from datasets.manifest import category_manifest, load_manifest, verify
 from datasets.mvtec import (
     GOOD,
@@ -27,15 +27,15 @@ from utils.errors import UserError
 
 
 class Seen(NamedTuple):
-    """A image that was read. size: width and height, upright; mode: Pillow's, as stored; empty: a mask of zeros."""
+    """An image or mask that was read."""
 
-    size: tuple[int, int]
-    mode: str
-    empty: bool
+    size: tuple[int, int]  # width and height in pixels, upright
+    mode: str  # Pillow's name of the stored format
+    empty: bool  # a mask that marks no pixel
 
 
 class CategoryReport(NamedTuple):
-    """What a category holds; `problems` are sentences that name a file or folder."""
+    """What a category holds. Each of `problems` is a sentence that names a file or folder."""
 
     name: str
     train: int
@@ -47,11 +47,11 @@ class CategoryReport(NamedTuple):
     problems: list[str]
 
 
-Progress = Callable[[], None]  # called once per file that was read
+Progress = Callable[[], None]  # called after each file
 
 
 def check_category(data_path: Path, data_type: str, name: str, progress: Progress) -> CategoryReport:
-    """Reads every image and mask of a category, on all cores. No problem of the data is raised as an error."""
+    """Reads every image and mask of a category, on all cores. Problems are listed in the report, never raised."""
     problems: list[str] = []
     train, test = _list_files(data_path, data_type, name, problems)
     masks = [item.mask for item in test if item.mask]
@@ -80,7 +80,7 @@ def check_category(data_path: Path, data_type: str, name: str, progress: Progres
 def _list_files(
     data_path: Path, data_type: str, name: str, problems: list[str]
 ) -> tuple[list[Path], list[LabelledImage]]:
-    """Training and test images; a folder `test` may be missing, but one without both kinds is a problem."""
+    """Training and test images of a category; what cannot be listed is added to `problems`."""
     try:
         folder = category_folder(data_path, data_type, name)
     except UserError as error:
@@ -91,7 +91,10 @@ def _list_files(
 
 
 def _list_test(folder: Path, problems: list[str]) -> list[LabelledImage]:
-    """Test images, folder by folder, so that an empty one does not hide what is wrong in the others."""
+    """Test images of a category, folder by folder, so that an empty folder does not hide the problems of others.
+
+    The folder `test` may be missing. If it exists, it must hold normal and defective images.
+    """
     if is_visa(folder):
         return _or_problem(list_test_items, folder, problems)
     if not (folder / "test").exists():
@@ -127,31 +130,35 @@ def _read_all(images: Sequence[Path], masks: Sequence[Path], progress: Progress)
 def _look(path: Path, is_mask: bool) -> Seen | str:
     try:
         header, image = read_header(path), decode_image(path)
-        empty = is_mask and not read_mask(path, max(image.size)).any()
+        empty = is_mask and not to_mask(image, max(image.size)).any()
         return Seen(image.size, header.mode, empty)
     except ImageError as error:
         return str(error)
 
 
 def _same_names(images: Iterable[Path]) -> list[str]:
-    """Images of one folder that differ in the suffix only: which one a mask belongs to cannot be told."""
+    """A problem for each group of images in one folder whose names differ in the suffix only: they share a mask."""
     count = Counter((path.parent, path.stem) for path in images)
-    return [f"{folder} has {times} images called {stem}" for (folder, stem), times in count.items() if times > 1]
+    return [
+        f"{folder} has {times} images named {stem}, with different suffixes"
+        for (folder, stem), times in count.items()
+        if times > 1
+    ]
 
 
 def _mask_problems(test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
-    """Masks that are missing where others are there, of another size than their image, or without any defect."""
+    """Masks that differ in size from their image or mark no pixel.
+
+    A missing mask is a problem only where other images of the category have one.
+    """
     problems, some_have_one = [], any(item.mask for item in test)
     for item in test:
         image, mask = seen[item.image], seen.get(item.mask)
         if some_have_one and not item.has_truth:
             problems.append(f"{item.image} has no mask")
         if isinstance(image, Seen) and isinstance(mask, Seen):
-            if mask.size != image.size:
-                sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, image.size))
-                problems.append(f"{item.mask} is {sizes} pixels, as its image")
-            if mask.empty:
-                problems.append(f"{item.mask} marks no pixel")
+            problems += filter(None, [size_mismatch(item.mask, mask.size, image.size)])
+            problems += [f"the mask {item.mask} marks no pixel"] * mask.empty
     return problems
 
 
@@ -162,7 +169,7 @@ def _masks_of_nothing(category: Path, masks: set[Path]) -> list[str]:
 
 
 def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
-    """What is wrong with the support sets and manifests of a category, a sentence each."""
+    """The problems of the support sets and manifests of a category, one sentence each."""
     problems, folder = [], data_path / name
     manifests = [category_manifest(support_path, name), *sorted((support_path / name).glob("*.json"))]
     for file in filter(Path.is_file, manifests):
@@ -173,7 +180,7 @@ def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
     for file in sorted((support_path / name).glob("*.pt")):
         shot, _, rounds = file.stem.partition("_")
         if not (shot.isdecimal() and rounds.isdecimal()):
-            problems.append(f"{file} is not called <shot>_<rounds>.pt")
+            problems.append(f"{file} is not named <shot>_<rounds>.pt")
             continue
         try:
             load_support_rounds(file, int(shot), int(rounds), None)
@@ -183,12 +190,12 @@ def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
 
 
 def count_files(data_path: Path, names: Sequence[str]) -> int:
-    """About how many files `check_category` reads, for a progress bar."""
+    """The number of image files below the categories, about as many as `check_category` reads. For a progress bar."""
     return sum(sum(map(is_image_file, (data_path / name).rglob("*"))) for name in names)
 
 
 def format_reports(reports: Sequence[CategoryReport]) -> str:
-    """The table for people, one line per category."""
+    """A text table with one line per category."""
     header = ("category", "train", "test good", "test defective", "masks", "sizes", "modes")
     rows = [header, *map(_cells, reports)]
     widths = np.array([[len(cell) for cell in row] for row in rows]).max(axis=0)

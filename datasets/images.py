@@ -1,7 +1,11 @@
-"""The one image reader: path -> RGB image -> (S, S, 3) uint8, and path -> mask. Every command reads through here."""
+"""The image reader of every command: image files to (S, S, 3) uint8 RGB, mask files to (S, S) bool.
+
+Image size, resampling and mask threshold follow the release's data loader.
+"""
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,64 +21,101 @@ from torch.utils.data import DataLoader, Dataset
 from utils.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-FULL_SCALE_16BIT = 65535  # 16-bit images are scaled by their full range, not by their brightest pixel
-MASK_THRESHOLD = 127  # of 255: a mask pixel is defective above one half, as in the release
-PILLOW_REFUSES_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; between once and twice it only warns
+FULL_SCALE_16BIT = 65535  # 16-bit images are scaled by this, never by their brightest pixel
+MASK_THRESHOLD = 127  # of 255; a mask pixel above it is defective (release behaviour)
+PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
 
 class ImageError(UserError):
-    """A image that cannot be used; the message names its path and the reason."""
+    """An image that cannot be used. The message holds its path and the reason."""
+
+
+class _PillowWarningsIgnored:
+    """A context, shared by all threads, in which the warnings of Pillow's modules are ignored.
+
+    `warnings.catch_warnings` saves and restores the filters of the whole process, so contexts that overlap in several
+    threads leave their filters behind. Here the first thread to enter installs the filter and the last one to leave
+    restores the filters.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved: warnings.catch_warnings | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(*error)
+
+
+_pillow_warnings_ignored = _PillowWarningsIgnored()
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether the name is that of a image, and not a hidden one."""
+    """Whether the name has an image's suffix and does not begin with a dot."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def read_image(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """The image as RGB, (size, size, 3) uint8, see `decode_image` and `to_square`."""
+    """The image as RGB, (size, size, 3) uint8; see `decode_image` and `to_square`.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     return to_square(decode_image(path), size, keep_aspect)
 
 
 def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A ground-truth mask as (size, size) bool, True on the defect, see `decode_image` and `to_mask`."""
+    """A ground-truth mask as (size, size) bool, True on the defect; see `decode_image` and `to_mask`.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     return to_mask(decode_image(path), size, keep_aspect)
 
 
 def decode_image(path: Path) -> Image.Image:
-    """The decoded image, upright, in mode L or RGB. Of several frames or pages, the first.
+    """The decoded image in mode L or RGB, turned upright by its EXIF orientation. Safe to call from several threads.
 
-    Grey and 1-bit images are L; palette, RGBA (alpha dropped) and CMYK images become RGB; 16-bit grey is scaled by
-    its full range to 8 bits; an EXIF orientation is obeyed.
+    Grey and 1-bit images become L; palette, RGBA and CMYK images become RGB, without the alpha channel. 16-bit grey is
+    scaled by its full range to 8 bits. Only the first of several frames or pages is read.
 
     Raises:
-        ImageError: missing, damaged, not a image, too large, or of a kind without a fixed value range (float TIFF).
+        ImageError: the file is missing, damaged, no image or too large, or its values have no fixed range (float TIFF).
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files, and on large ones
-            with Image.open(path) as image:
-                image.load()
-                return eight_bit(_upright(image))
-    except Exception as error:  # on damaged files Pillow raises anything: OSError, SyntaxError, TypeError, struct.error
+        with _pillow_warnings_ignored, Image.open(path) as image:  # Pillow warns about odd and large files
+            image.load()
+            return eight_bit(_upright(image))
+    except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         raise ImageError(f"cannot read the image {path}: {_reason(error)}") from error
 
 
 def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A image from `decode_image` as the network's RGB input, (size, size, 3) uint8.
+    """An image from `decode_image` as the network's RGB input, (size, size, 3) uint8.
 
-    Resized by Pillow's LANCZOS with antialiasing, as the release does. A image that is not square is squeezed; with
-    `keep_aspect` its longer side becomes `size` and the rest is its own reflection, see `content_box`.
+    Pillow's LANCZOS with antialiasing resizes it (release behaviour). An image that is not square is squeezed. With
+    `keep_aspect` its longer side becomes `size` and reflection pads the other one; see `content_box`.
     """
     square = _fit(image, size, keep_aspect, Image.Resampling.LANCZOS)
     return square if square.ndim == 3 else square[..., None].repeat(3, axis=2)
 
 
 def to_mask(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A mask from `decode_image` as (size, size) bool, True on the defect; NEAREST resize, as the release does.
+    """A mask from `decode_image` as (size, size) bool, True on the defect.
 
-    True where the brightest channel is above one half. A mask that nowhere reaches it holds numbers of classes, as
-    VisA's: True where it is not 0.
+    Resized by NEAREST, then thresholded (release behaviour): True where the brightest channel exceeds MASK_THRESHOLD.
+    A mask without any such pixel holds class numbers, as VisA's masks do: True where it is not 0.
     """
     grey = image if image.mode == "L" else Image.fromarray(np.asarray(image).max(axis=2))
     threshold = MASK_THRESHOLD if grey.getextrema()[1] > MASK_THRESHOLD else 0
@@ -82,9 +123,10 @@ def to_mask(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndar
 
 
 def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[int, int, int, int]:
-    """Where a image of `width` x `height` lies in its square of side `size`: left, top, right, bottom, in pixels.
+    """The box (left, top, right, bottom) in pixels of an image of `width` x `height` in its square of side `size`.
 
-    Convention: right and bottom are exclusive; with `keep_aspect` the image is centred, else it fills the square.
+    Convention: origin top left, right and bottom exclusive. With `keep_aspect` the image is centred and the rest of the
+    square is padding; without it the image fills the square.
     """
     if not keep_aspect:
         return 0, 0, size, size
@@ -94,9 +136,10 @@ def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[
 
 
 def restore_map(scores: np.ndarray, width: int, height: int, keep_aspect: bool = False) -> np.ndarray:
-    """A score map (S, S) float32 in the frame of its image, (height, width) float32.
+    """A score map (S, S) float32 resampled to the size of its image, (height, width) float32.
 
-    Without the padding of `keep_aspect`; enlarged bilinearly, averaged where the image is smaller than the map.
+    The padding of `keep_aspect` is cut off first. The map is enlarged bilinearly and averaged where it is reduced.
+    Convention: pixel centres, as Pillow's resize (align_corners False).
     """
     left, top, right, bottom = content_box(width, height, len(scores), keep_aspect)
     inner = Image.fromarray(np.ascontiguousarray(scores[top:bottom, left:right], dtype=np.float32))
@@ -104,7 +147,7 @@ def restore_map(scores: np.ndarray, width: int, height: int, keep_aspect: bool =
 
 
 class Header(NamedTuple):
-    """What a image's file says of it before its pixels are decoded; sizes as stored, not turned upright."""
+    """What the header of an image file states. Width and height are those stored, before any EXIF rotation."""
 
     width: int
     height: int
@@ -112,26 +155,24 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """The header of a image; cheap, and finds most files that are no image, too large, or of a refused kind.
+    """The header of an image. Decodes no pixels, and still finds most files that `decode_image` rejects.
 
     Raises:
-        ImageError: as `decode_image`, as far as a header shows it.
+        ImageError: as `decode_image`, as far as the header shows it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                _refuse_floats(image)
-                return Header(*image.size, image.mode)
+        with _pillow_warnings_ignored, Image.open(path) as image:
+            _reject_floats(image)
+            return Header(*image.size, image.mode)
     except Exception as error:  # as in decode_image
         raise ImageError(f"cannot read the image {path}: {_reason(error)}") from error
 
 
 def check_headers(paths: Sequence[Path]) -> None:
-    """Looks at the headers of images that are about to be read, several at a time.
+    """Reads the headers of images that will be decoded later, several at a time.
 
     Raises:
-        ImageError: the first one that `read_header` refuses, and how many more there are.
+        ImageError: the first problem that `read_header` finds, and the number of further ones.
     """
     with ThreadPoolExecutor() as pool:
         problems = [problem for problem in pool.map(_header_problem, paths) if problem]
@@ -149,68 +190,83 @@ def _header_problem(path: Path) -> str | None:
 
 
 def limit_pixels(count: int) -> None:
-    """Refuses images of more than `count` pixels (rounded up to an even number) from now on, here and in workers."""
-    Image.MAX_IMAGE_PIXELS = -(-count // PILLOW_REFUSES_ABOVE)
+    """Rejects images of more than `count` pixels (rounded up to an even number) from now on, here and in workers."""
+    Image.MAX_IMAGE_PIXELS = -(-count // PILLOW_REJECTS_ABOVE)
 
 
 def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> Iterator:
-    """The items of `dataset` in order, in batches (None: one by one), read by `num_workers` processes (0: this one).
+    """Yields the items of `dataset` in order, in batches of `batch_size` (None: one by one).
+
+    `num_workers` processes read them; 0 reads them in this process.
 
     Raises:
-        ImageError: as the dataset does, on one line too where a worker process met it.
+        ImageError: as the dataset does. The message is one line, also when a worker process raised it.
     """
     limit = partial(_limit_pixels_of_worker, Image.MAX_IMAGE_PIXELS)
     try:
-        own = torch.Generator()  # reading must not advance the generator that the weights are drawn from
+        own = torch.Generator()  # the default one draws the weights, and reading must not advance it
         yield from DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=limit, generator=own)
     except ImageError as error:
-        *traceback, last = str(error).strip().splitlines()  # torch puts the worker's traceback into the message
+        *traceback, last = str(error).strip().splitlines()  # torch's message holds the worker's traceback
         raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error
 
 
 def _limit_pixels_of_worker(limit: float, _worker: int) -> None:
-    Image.MAX_IMAGE_PIXELS = limit  # where processes are not forked, they start with Pillow's own
+    Image.MAX_IMAGE_PIXELS = limit  # a process that is not forked starts with Pillow's default
 
 
 def _fit(image: Image.Image, size: int, keep_aspect: bool, resampling: Image.Resampling) -> np.ndarray:
-    """`image` resized into its place in the square and reflected around it, (size, size[, 3]) uint8."""
+    """`image` resized into its `content_box` and padded by reflection, (size, size) or (size, size, 3) uint8."""
     left, top, right, bottom = content_box(*image.size, size, keep_aspect)
     inner = np.asarray(image.resize((right - left, bottom - top), resampling))
     around = ((top, size - bottom), (left, size - right), (0, 0))
     return np.pad(inner, around[: inner.ndim], mode="symmetric") if inner.shape[:2] != (size, size) else inner
 
 
+def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) -> str | None:
+    """A sentence where a mask (width, height) and its upright image (width, height) differ in size, else None.
+
+    The pixels of such a mask would mark other places of the image.
+    """
+    if tuple(mask) == tuple(image):
+        return None
+    return f"the mask {mask_path} is {mask[0]}x{mask[1]} pixels instead of the {image[0]}x{image[1]} of its image"
+
+
 def _reason(error: Exception) -> str:
-    """What was wrong with a image, on one line and never empty."""
+    """The reason why an image was rejected: one line, never empty."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a image or damaged"
+        return "not an image or damaged"
     reason = " ".join(str(error).split()) or repr(error)
     if isinstance(error, Image.DecompressionBombError):
-        return f"{reason} If it is what it should be, give a larger --max_pixels"
+        return f"{reason} If the file can be trusted, give a larger --max_pixels"
     return reason
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data raises anything; the pixels are fine
+    except Exception:  # damaged EXIF data raises errors of any type; the pixels are intact
         return image
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """`image` in mode L or RGB; ValueError where its kind has no fixed value range.
+    """`image` in mode L or RGB, values 0..255.
 
-    Grey stays grey (resizing it before copying it to three channels gives the same values at half the cost).
+    Grey images stay in one channel: to resize one channel and copy it costs half as much as to resize three.
+
+    Raises:
+        ValueError: its values have no fixed range or do not fit 16 bits.
     """
     if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > FULL_SCALE_16BIT:
             raise ValueError(f"its values {values.min()}..{values.max()} do not fit 16 bits")
         return Image.fromarray(np.rint(values * (255 / FULL_SCALE_16BIT)).astype(np.uint8))
-    _refuse_floats(image)
+    _reject_floats(image)
     return image if image.mode == "L" else image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
-def _refuse_floats(image: Image.Image) -> None:
+def _reject_floats(image: Image.Image) -> None:
     if image.mode == "F":
         raise ValueError("floating-point images have no fixed value range; save it with 8 or 16 bits")

@@ -1,12 +1,12 @@
-"""Data sets: which categories there are, and a category's training and test images, masks and labels.
+"""Data sets: their categories, and each category's training and test images, masks and labels.
 
-MVTec AD's layout (MPDD's too, and that of any folder):
+MVTec AD's layout, also of MPDD and of `--data_type folder`:
     <data_path>/<category>/train/good/*.png
     <data_path>/<category>/test/good/*.png, test/<defect>/*.png
-    <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any image's suffix
-VisA's, as it is distributed:
-    <data_path>/split_csv/1cls.csv      columns object, split, label, image, mask; paths below <data_path>
-A category's folder tells which it is: VisA's has no train folder, but the file of splits beside it.
+    <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any image suffix
+VisA's layout, as distributed:
+    <data_path>/split_csv/1cls.csv      columns object, split, label, image, mask; paths relative to <data_path>
+A category without a train folder has VisA's layout if that file exists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.images import (
@@ -29,12 +28,13 @@ from datasets.images import (
     decode_image,
     is_image_file,
     read_batches,
+    size_mismatch,
     to_mask,
     to_square,
 )
 from utils.errors import UserError
 
-TRAINING_IMAGES = {  # MVTec AD: number of normal training images, called 000.png upwards
+TRAINING_IMAGES = {  # MVTec AD: number of normal training images, named from 000.png on
     **{"bottle": 209, "cable": 224, "capsule": 219, "carpet": 280, "grid": 264, "hazelnut": 391, "leather": 245},
     **{"metal_nut": 220, "pill": 267, "screw": 320, "tile": 230, "toothbrush": 60, "transistor": 213, "wood": 247},
     "zipper": 240,
@@ -51,11 +51,11 @@ CATEGORIES = {
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
 GOOD = "good"  # the folder of normal images
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
-VISA_DEFECT = "anomaly"  # VisA does not tell its kinds of defects apart
+VISA_DEFECT = "anomaly"  # VisA's split file names no kinds of defects
 
 
 class LabelledImage(NamedTuple):
-    """One test image. `mask` is None for a normal image and for a defective one without ground truth."""
+    """One test image. `mask` is None for a normal image and for a defective image without ground truth."""
 
     image: Path
     mask: Path | None
@@ -63,26 +63,27 @@ class LabelledImage(NamedTuple):
 
     @property
     def label(self) -> int:
+        """1 for a defective image, 0 for a normal one."""
         return int(self.defect != GOOD)
 
     @property
     def has_truth(self) -> bool:
-        """Whether it is known which pixels are defective: of a normal image none is."""
+        """Whether the defective pixels are known. A normal image has none."""
         return not self.label or self.mask is not None
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:
-    """The categories of a data folder: those of the data type, or every sub-folder with train/good.
+    """The categories of the data type; for `folder`, every sub-folder of `data_path` with train/good.
 
     Raises:
-        UserError: no such folder.
+        UserError: the folder cannot be listed.
     """
     names = CATEGORIES[data_type]
     return list(names) if names else [entry.name for entry in _entries(data_path) if _is_category(entry)]
 
 
 def category_folder(data_path: Path, data_type: str, category: str) -> Path:
-    """The folder of a category.
+    """The folder of a category; it exists.
 
     Raises:
         UserError: the data folder or the category is missing, or the data type has no such category.
@@ -102,13 +103,13 @@ def category_folder(data_path: Path, data_type: str, category: str) -> Path:
 
 
 def _what_there_is(data_path: Path, category: str) -> str:
-    """What a data folder without the category holds instead, and what to do."""
+    """A hint for the user: what the data folder holds in place of the category, and what to do."""
     deeper = [entry for entry in _entries(data_path) if entry.is_dir() and (entry / category).is_dir()]
     if deeper:
         return f"but there is {deeper[0] / category}: give --data_path {deeper[0]}"
     archives = [entry.name for entry in _entries(data_path) if entry.suffix in ARCHIVE_SUFFIXES and entry.is_file()]
     if archives:
-        return f"{archives[0]} lies there packed: unpack it first"
+        return f"the folder holds the archive {archives[0]}: unpack it first"
     found = [entry.name for entry in _entries(data_path) if _is_category(entry)]
     has = f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
     return f"{has}. Give another --obj or --data_path"
@@ -119,7 +120,7 @@ def _is_category(folder: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without what begins with a dot: UserError if it cannot be listed."""
+    """The entries of a folder, sorted by name, without hidden ones; UserError if it cannot be listed."""
     try:
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
@@ -151,13 +152,13 @@ def list_train_images(category: Path) -> list[Path]:
 
 
 def list_test_items(category: Path, strict: bool = False, need_both: bool = True) -> list[LabelledImage]:
-    """Every test image of the category in the folder `category`, by defect and name.
+    """Every test image of the category in the folder `category`, sorted by defect and name.
 
-    Labels come from the folder's own name, or VisA's file of splits. strict: a defective image without a mask is
-    refused, otherwise its mask is None. need_both: so is a test set without normal or without defective images.
+    Labels come from the names of the test folders, or from VisA's split file.
 
     Raises:
-        UserError: no test images, or what is said above.
+        UserError: no test images; with `need_both`, no normal or no defective images; with `strict`, a defective image
+            without a mask. (Without `strict` its mask is None.)
     """
     if is_visa(category):
         items = _visa_rows(category, "test")
@@ -170,26 +171,25 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
     lacking_mask = without_truth(items)
     if strict and lacking_mask:
         raise UserError(
-            f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected like "
+            f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected name: "
             f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png); without --strict these "
-            "images only leave the pixel metrics"
+            "images are left out of the pixel metrics only"
         )
     return items
 
 
 def checked_test_items(category: Path, strict: bool) -> list[LabelledImage]:
-    """`list_test_items`, with the headers of all images and masks looked at; says how many lack their mask.
+    """`list_test_items`, after the headers of all images and masks were read. Prints how many masks are missing.
 
     Raises:
-        UserError: as `list_test_items`, and images that cannot be read.
+        UserError: as `list_test_items`, or an image or mask that cannot be read.
     """
     items = list_test_items(category, strict)
     check_headers([path for item in items for path in (item.image, item.mask) if path])
     unknown = without_truth(items)
     if unknown and any(item.mask for item in items):
-        print(
-            f"note: {len(unknown)} defective image(s) without a mask leave the pixel metrics, e.g. {unknown[0].image}"
-        )
+        names = f"{len(unknown)} defective image(s) have no mask, e.g. {unknown[0].image}"
+        print(f"note: {names}; the pixel metrics leave them out")
     return items
 
 
@@ -216,7 +216,7 @@ def list_folder_items(folder: Path) -> list[LabelledImage]:
 
 
 def _masks(folder: Path) -> dict[str, Path]:
-    """The images in a folder of masks by name without suffix; of several with one name the PNG."""
+    """The images in a folder of masks, by name without suffix. A PNG wins over other files of the same name."""
     if not folder.is_dir():
         return {}
     masks = filter(is_image_file, _entries(folder))
@@ -224,12 +224,12 @@ def _masks(folder: Path) -> dict[str, Path]:
 
 
 def is_visa(category: Path) -> bool:
-    """Whether the category's images are those that VisA's file of splits lists."""
+    """Whether the category has VisA's layout: no train folder, and a split file beside it."""
     return not (category / "train").is_dir() and (category.parent / VISA_SPLIT).is_file()
 
 
 def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
-    """The images that VisA's file of splits gives to `split` (train or test) of a category, by defect and name.
+    """The images of `split` (train or test) in VisA's split file, sorted by defect and name.
 
     Raises:
         UserError: the file cannot be read, lacks a column or a value, or names a file outside the data folder.
@@ -252,12 +252,12 @@ def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
 
 
 def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str, list[Path]]:
-    """The normal training images of every category but `target`: what meta-training sees.
+    """The normal training images of every category but `target`, by category: the data of meta-training.
 
-    `folder`: every sub-folder with train/good is a category, and `target` need not be one of them.
+    `target` need not be a category of the data.
 
     Raises:
-        UserError: missing folders, no source category, or one with a single image (a query needs another one).
+        UserError: missing folders, no source category, or a source category with a single image.
     """
     if not data_path.is_dir():
         raise UserError(f"no data folder {data_path}; give the folder that holds the categories with --data_path")
@@ -274,26 +274,30 @@ def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str
         )
     for images in sources.values():
         if len(images) < 2:
-            raise UserError(f"{images[0].parent} has one image; training needs at least two to register to each other")
+            raise UserError(
+                f"{images[0].parent} has one image; training needs at least two, to register them to each other"
+            )
     return sources
 
 
 def held_out_category(sources: Iterable[str], target: str) -> str:
-    """The source category to choose an epoch by: the one after `target` in order of names, the first after the last.
+    """The source category that `--select source` holds out to select the epoch.
 
-    Over all targets, each category is held out once.
+    It is the one after `target` in alphabetical order, and the first one after the last. Over all targets, each
+    category is held out once.
     """
     ordered = sorted(set(sources) - {target})
     return next((name for name in ordered if name > target), ordered[0])
 
 
 class LabelledDataset(Dataset):
-    """Test images as dicts of image (3, S, S) uint8, mask and counted (S, S) bool.
+    """Test images as dicts of `image` (3, S, S) uint8 RGB, `mask` (S, S) bool and `counted` (S, S) bool.
 
-    `counted` are the pixels for the pixel metrics: not the padding of `keep_aspect`, and none of a defective image
-    without a mask file. `mask` is False outside.
+    `mask` is True on the defect. `counted` is True on the pixels that enter the pixel metrics: all but the padding of
+    `keep_aspect`, and none of a defective image without a mask. `mask` is False where `counted` is.
 
-    Reading an item raises ImageError if a file cannot be read or a mask is not as large as its image.
+    Raises, when an item is read:
+        ImageError: a file cannot be read, or a mask and its image differ in size.
     """
 
     def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False) -> None:
@@ -312,22 +316,16 @@ class LabelledDataset(Dataset):
             counted[top:bottom, left:right] = True
         mask = np.zeros_like(counted)
         if item.mask is not None:
-            mask = counted & to_mask(_mask_of(item.mask, decoded), self.size, self.keep_aspect)
+            decoded_mask = decode_image(item.mask)
+            if problem := size_mismatch(item.mask, decoded_mask.size, decoded.size):
+                raise ImageError(problem)
+            mask = counted & to_mask(decoded_mask, self.size, self.keep_aspect)
         arrays = {"image": np.ascontiguousarray(square), "mask": mask, "counted": counted}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _mask_of(path: Path, image: Image.Image) -> Image.Image:
-    """The mask, which must be as large as its upright image: else it would mark other places."""
-    mask = decode_image(path)
-    if mask.size != image.size:
-        sizes = " instead of ".join(f"{width}x{height}" for width, height in (mask.size, image.size))
-        raise ImageError(f"the mask {path} is {sizes} pixels, the size of its image")
-    return mask
-
-
 class Preloaded(Dataset):
-    """The items of another dataset, all read once and kept in memory, for scoring the same images many times."""
+    """The items of another dataset, read once and kept in memory, to score the same images many times."""
 
     def __init__(self, dataset: Dataset, num_workers: int) -> None:
         self.items = list(read_batches(dataset, None, num_workers))

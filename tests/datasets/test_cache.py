@@ -48,7 +48,7 @@ def test_equals_reading(cached, workers, paths, tmp_path):
     assert isinstance(found, np.memmap) == cached
 
 
-def test_decoded_once_and_kept_by_nobody_s_picture_folder(paths, tmp_path, monkeypatch):
+def test_decoded_once_and_nothing_is_written_beside_the_images(paths, tmp_path, monkeypatch):
     before = sorted(paths[0].parent.iterdir())
     first = decoded_images(paths, SIZE, tmp_path / "cache", 0)
     monkeypatch.setattr(cache, "read_image", None)  # a second decoding would fail
@@ -70,7 +70,7 @@ def rename(paths: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("change", [change_content, change_time, rename])
-def test_a_changed_picture_is_noticed_and_the_old_file_goes(change, paths, tmp_path):
+def test_a_changed_image_is_noticed_and_the_old_file_goes(change, paths, tmp_path):
     decoded_images(paths, SIZE, tmp_path / "cache", 0)
     (old,) = (tmp_path / "cache").iterdir()
     change(paths)
@@ -115,7 +115,7 @@ def test_processes_that_build_it_at_once_all_read_right_images(paths, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_damaged_picture_is_named_and_no_cache_is_left(paths, tmp_path):
+def test_damaged_image_is_named_and_no_cache_is_left(paths, tmp_path):
     paths[3].write_bytes(paths[3].read_bytes()[:100])
     with pytest.raises(UserError, match=r"cannot read the image .*003\.png") as caught:
         decoded_images(paths, SIZE, tmp_path / "cache", 2)

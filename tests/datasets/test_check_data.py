@@ -1,4 +1,4 @@
-"""check_data.py on data sets with every kind of fault; the other commands meet the same faults with a sentence."""
+"""check_data.py on data sets with every kind of fault. The other commands reject the same faults in one sentence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SIZE = 64
 
 @pytest.fixture
 def data(demo_data, tmp_path) -> Path:
-    """A copy of the small data set that a test may spoil; its path holds words that folders of the layout have."""
+    """A copy of the small data set that a test may damage. Its path holds names of the layout's own folders."""
     root = tmp_path / "test" / "good ground_truth"
     shutil.copytree(demo_data, root)
     return root
@@ -93,7 +93,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", FINE)
-def test_every_kind_of_picture_works_in_training_and_scoring(kind, data, tmp_path, capsys):
+def test_every_kind_of_image_works_in_training_and_scoring(kind, data, tmp_path, capsys):
     for place in ("ring/train/good/000.png", "ring/test/good/000.png", "weave/train/good/000.png"):
         (data / place).write_bytes(FINE[kind]())
     assert check(data) == 0, capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_broken_images_are_named_by_every_command_before_anything_is_computed(ki
     path.write_bytes(BROKEN[kind]())
     assert check(data) == 1
     assert f"cannot read the image {path}" in capsys.readouterr().out
-    if "ring/train" in place:  # read only where it is drawn for the support set
+    if "ring/train" in place:  # an image that is read only if the support set draws it
         return
     with pytest.raises(UserError) as caught:
         run_all(data, tmp_path)
@@ -174,7 +174,7 @@ FAULTS = {
     "no mask": (lambda d: (d / "ring/ground_truth/rust/001_mask.png").unlink(), "ring/test/rust/001.png has no mask"),
     "mask of another size": (
         lambda d: Image.new("L", (9, 7), 255).save(d / "ring/ground_truth/rust/001_mask.png"),
-        "001_mask.png is 9x7 instead of 64x64 pixels, as its image",
+        "001_mask.png is 9x7 pixels instead of the 64x64 of its image",
     ),
     "empty mask": (
         lambda d: Image.new("L", (64, 64)).save(d / "ring/ground_truth/rust/001_mask.png"),
@@ -186,7 +186,7 @@ FAULTS = {
     ),
     "two of a name": (
         lambda d: Image.new("RGB", (64, 64)).save(d / "ring/test/rust/001.jpg"),
-        "rust has 2 images called 001",
+        "rust has 2 images named 001",
     ),
     "one image": (
         lambda d: [p.unlink() for p in sorted((d / "ring/train/good").iterdir())[1:]],
@@ -208,7 +208,7 @@ def test_faults_are_found(fault, data, capsys):
 
 
 def test_an_empty_folder_hides_nothing(data, capsys):
-    """Neither the images of other folders nor what is wrong with them."""
+    """The images of other folders are counted, and their problems are listed."""
     (data / "ring/test/dent").mkdir()
     (data / "ring/test/rust/001.png").write_bytes(b"x")
     for path in (data / "ring/train/good").iterdir():
@@ -238,7 +238,7 @@ def test_visa(visa, capsys):  # noqa: F811
 
 
 def test_a_name_that_the_terminal_cannot_show(data):
-    """Not UTF-8, as in an archive from an old system; file systems that refuse it cannot have the problem."""
+    """A name that is not UTF-8, as archives of old systems hold. Some file systems reject such names."""
     try:
         (data / "ring/test/rust/gr\udcfcn.png").write_bytes(b"x")
     except OSError:
@@ -279,7 +279,7 @@ def test_support_sets_are_checked(data, tmp_path, capsys):
     assert check(data, "--support", "--support_path", str(root)) == 1
     printed = capsys.readouterr().out
     assert "77.png is not among the training images" in printed and "2_1.pt cannot be read" in printed
-    assert "two.pt is not called <shot>_<rounds>.pt" in printed and "3 problem(s)" in printed
+    assert "two.pt is not named <shot>_<rounds>.pt" in printed and "3 problem(s)" in printed
 
 
 def test_a_mistake_in_the_call_is_exit_code_2():
@@ -290,7 +290,7 @@ def test_a_mistake_in_the_call_is_exit_code_2():
 
 
 def test_nothing_is_written_to_the_data_folder(data, tmp_path):
-    """Also under a user who could not: the tree is made read-only, and its listing and times stay."""
+    """The tree is read-only during the test; its listing and modification times stay the same."""
     for path in sorted(data.rglob("*"), reverse=True):
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
@@ -305,7 +305,7 @@ def test_nothing_is_written_to_the_data_folder(data, tmp_path):
 
 @needs_reference
 def test_real_images_in_time(capsys):
-    """Two thousand images; one mask of the magnetic tiles marks nothing, indeed."""
+    """Two thousand images. One mask of the magnetic tiles really marks no pixel."""
     begin = time.monotonic()
     assert check(DATA) == 1
     assert time.monotonic() - begin < 30 * max(1, os.getloadavg()[0] / 2)

@@ -22,7 +22,7 @@ SOURCES = {
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**63), st.integers(1, 10**6))
-def test_every_picture_is_a_query_once_and_never_its_own_support(shot, batch_size, seed, epoch):
+def test_every_image_is_a_query_once_and_never_its_own_support(shot, batch_size, seed, epoch):
     drawn = draw_episodes(SOURCES, shot, batch_size, seed, epoch)
     for category, names in SOURCES.items():
         own = [e for e in drawn if e.category == category]
@@ -89,7 +89,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_lists_are_refused(case, tmp_path):
+def test_wrong_lists_are_rejected(case, tmp_path):
     content, sentence = WRONG[case]
     file = tmp_path / "episodes.json"
     file.write_text(content)

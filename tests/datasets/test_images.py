@@ -8,7 +8,9 @@ import random
 import struct
 import sys
 import tracemalloc
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from datasets.images import (
     decode_image,
     limit_pixels,
     read_batches,
+    read_header,
     read_image,
     read_mask,
     restore_map,
@@ -269,14 +272,14 @@ def flipped_png() -> bytes:
 
 
 ANY = "."  # the reason is Pillow's
-REFUSED = {
+REJECTED = {
     "truncated PNG": (lambda: half("PNG"), "truncated"),
     "truncated JPEG": (lambda: half("JPEG"), ANY),
     "truncated TIFF": (lambda: half("TIFF"), ANY),
     "flipped bit": (flipped_png, ANY),
-    "zero bytes": (lambda: b"", "not a image or damaged"),
-    "text": (lambda: b"this is no image\n" * 30, "not a image or damaged"),
-    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not a image or damaged"),
+    "zero bytes": (lambda: b"", "not an image or damaged"),
+    "text": (lambda: b"this is no image\n" * 30, "not an image or damaged"),
+    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not an image or damaged"),
     "float TIFF": (lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), "save it with 8 or 16 bits"),
     "32-bit TIFF": (
         lambda: encoded(Image.fromarray(GREYS.astype(np.int32) * 1000), "TIFF"),
@@ -287,7 +290,7 @@ REFUSED = {
 }
 
 
-def assert_refused(read, path: Path, reason: str) -> None:
+def assert_rejected(read, path: Path, reason: str) -> None:
     with pytest.raises(ImageError, match=reason) as caught:
         read(path, 16)
     message = str(caught.value)
@@ -295,20 +298,20 @@ def assert_refused(read, path: Path, reason: str) -> None:
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
-@pytest.mark.parametrize("case", REFUSED)
-def test_broken_files_are_refused_by_name(case, read, tmp_path):
-    make, reason = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_broken_files_are_rejected_by_name(case, read, tmp_path):
+    make, reason = REJECTED[case]
     (tmp_path / "x.png").write_bytes(make())
-    assert_refused(read, tmp_path / "x.png", reason)
+    assert_rejected(read, tmp_path / "x.png", reason)
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
-def test_no_file_is_refused_by_name(read, tmp_path):
+def test_no_file_is_rejected_by_name(read, tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to(tmp_path / "missing.png")
-    assert_refused(read, tmp_path / "folder.png", "directory")
-    assert_refused(read, tmp_path / "missing.png", "No such file")
-    assert_refused(read, tmp_path / "dangling.png", "No such file")
+    assert_rejected(read, tmp_path / "folder.png", "directory")
+    assert_rejected(read, tmp_path / "missing.png", "No such file")
+    assert_rejected(read, tmp_path / "dangling.png", "No such file")
 
 
 @pytest.fixture
@@ -324,8 +327,8 @@ def test_decompression_bombs(read, tmp_path, pixel_limit):
     pixel_limit(SIDE * SIDE)
     assert read(tmp_path / "x.png", 16).any()
     pixel_limit(SIDE * SIDE - 2)
-    sentence = r"\(1024 pixels\) exceeds limit of 1022 pixels, .*bomb.* If it is what it should be, give a larger --m"
-    assert_refused(read, tmp_path / "x.png", sentence)
+    sentence = r"\(1024 pixels\) exceeds limit of 1022 pixels, .*bomb.* If the file can be trusted, give a larger --m"
+    assert_rejected(read, tmp_path / "x.png", sentence)
 
 
 def test_limit_without_a_flag_is_pillow_s():
@@ -339,7 +342,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
     Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size < 30_000
     tracemalloc.start()
-    assert_refused(read_image, tmp_path / "x.png", "exceeds limit of 178956970 pixels")
+    assert_rejected(read_image, tmp_path / "x.png", "exceeds limit of 178956970 pixels")
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -420,7 +423,7 @@ def test_a_map_finds_back_to_its_image(width, height, keep_aspect):
 
 
 def test_restored_map_literally():
-    """A image of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
+    """An image of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
     scores = np.zeros((6, 6), np.float32)
     scores[0] = scores[5] = 99  # padding
     scores[1:5, :3] = 4
@@ -430,7 +433,7 @@ def test_restored_map_literally():
 
 
 @pytest.mark.parametrize("kind", ["RGB", "grey", "1 bit", "palette", "RGBA", "16-bit grey", "CMYK JPEG"])
-def test_pictures_are_grey_or_rgb(kind, tmp_path):
+def test_images_are_grey_or_rgb(kind, tmp_path):
     suffix, image, options, values, tolerance = KINDS[kind]
     image().save(tmp_path / f"x.{suffix}", **options)
     found = decode_image(tmp_path / f"x.{suffix}")
@@ -500,11 +503,11 @@ FUZZED = {
 
 
 @pytest.mark.parametrize("name", FUZZED)
-def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, pixel_limit):
+def test_damaged_files_give_an_image_or_an_image_error(name, tmp_path, pixel_limit):
     """And no warning, which would be an error here."""
     pixel_limit(2 * 10**5)  # a flipped bit in the width must not take seconds
     whole, generator, path = FUZZED[name](), random.Random(0), tmp_path / name
-    refused = 0
+    rejected = 0
     for number in range(MUTATIONS):
         content = damaged(generator, whole)
         path.write_bytes(with_right_checksums(content) if name.endswith("png") and number % 2 else content)
@@ -513,8 +516,40 @@ def test_damaged_files_give_a_picture_or_an_image_error(name, tmp_path, pixel_li
             assert found.shape == (8, 8, 3) and found.dtype == np.uint8
         except ImageError as error:
             assert str(path) in str(error)
-            refused += 1
-    assert refused > 5 and (refused < MUTATIONS or name == "float.tif")
+            rejected += 1
+    assert rejected > 5 and (rejected < MUTATIONS or name == "float.tif")
+
+
+WARNED_ABOUT = {  # readable files on which Pillow warns
+    "opacities.png": lambda: encoded(palette(), "PNG", transparency=bytes([0, 9, 200, 255])),
+    "large.png": lambda: encoded(grey(), "PNG"),
+    "exif.jpg": lambda: encoded(coloured(), "JPEG", exif=GARBAGE["value outside"]),
+}
+
+
+def test_threads_leave_the_warning_filters_as_they_were(tmp_path, pixel_limit):
+    """Overlapping reads of files that Pillow warns about: no warning, no error, and no filter left behind."""
+    for name, content in WARNED_ABOUT.items():
+        (tmp_path / name).write_bytes(content())
+    pixel_limit(SIDE * SIDE)  # above half of it Pillow warns
+    files = [tmp_path / name for name in WARNED_ABOUT] * 200
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        shapes = list(pool.map(lambda path: (*read_image(path, 8).shape, *read_header(path)[:2]), files))
+    assert set(shapes) == {(8, 8, 3, SIDE, SIDE)}
+    assert warnings.filters == before
+    with pytest.warns(UserWarning, match="own warning"):
+        warnings.warn("own warning", stacklevel=1)
+
+
+@pytest.mark.parametrize("name", WARNED_ABOUT)
+def test_pillow_does_warn_about_these_files(name, tmp_path, pixel_limit):
+    """Else the test above would prove nothing."""
+    (tmp_path / name).write_bytes(WARNED_ABOUT[name]())
+    pixel_limit(SIDE * SIDE)
+    with pytest.warns(), Image.open(tmp_path / name) as image:
+        image.getexif()
+        image.convert("RGB")
 
 
 @needs_reference

@@ -1,4 +1,4 @@
-"""Layouts besides MVTec AD's own: VisA's tree, MPDD's names, folders with gaps; masks under any usual name."""
+"""Layouts other than MVTec AD's: VisA's tree, MPDD's names, incomplete folders, masks under every usual name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VISA_HEAD = "object,split,label,image,mask\n"
 
 @pytest.fixture
 def visa(tmp_path) -> Path:
-    """VisA's tree as it is distributed, two of its categories: JPEGs that are not square, masks of class numbers."""
+    """Two categories in VisA's tree as distributed: JPEGs that are not square, masks of class numbers."""
     rows = []
     for category in ("candle", "pcb1"):
         for number in range(4):
@@ -97,7 +97,7 @@ WRONG_SPLITS = {
 
 
 @pytest.mark.parametrize("case", WRONG_SPLITS)
-def test_wrong_splits_are_refused(case, visa):
+def test_wrong_splits_are_rejected(case, visa):
     content, sentence = WRONG_SPLITS[case]
     (visa / VISA_SPLIT).write_text(content)
     with pytest.raises(UserError, match=sentence) as caught:
@@ -121,7 +121,7 @@ def test_a_nested_folder_and_a_packed_one_are_pointed_at(tmp_path):
         category_folder(tmp_path, "mvtec", "bottle")
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/bottle.tar.xz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"bottle\.tar\.xz lies there packed: unpack it first"):
+    with pytest.raises(UserError, match=r"archive bottle\.tar\.xz: unpack it first"):
         category_folder(tmp_path / "packed", "mvtec", "bottle")
 
 
@@ -146,10 +146,11 @@ def test_masks_are_found_under_any_usual_name_and_mode(ending, mode, category):
     assert 0.1 < found.float().mean() < 0.25
 
 
-def test_pictures_without_a_mask_leave_the_pixel_metrics_and_are_counted(category, capsys):
+def test_images_without_a_mask_leave_the_pixel_metrics_and_are_counted(category, capsys):
     mask(category / "ground_truth/dent/e_mask.png")
     items = checked_test_items(category, strict=False)
-    assert "note: 2 defective image(s) without a mask leave the pixel metrics" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "note: 2 defective image(s) have no mask" in printed and "the pixel metrics leave them out" in printed
     assert {item.image.name for item in without_truth(items)} == {"f.JPG", "g.tiff"}
     counted = {item.image.name: LabelledDataset([item], 8)[0]["counted"] for item in items}
     assert {name for name, pixels in counted.items() if pixels.all()} == {"c.bmp", "d.webp", "e.tif"}
@@ -159,12 +160,14 @@ def test_pictures_without_a_mask_leave_the_pixel_metrics_and_are_counted(categor
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_mask_of_another_size_is_refused_before_any_score(workers, category, tmp_path, capsys):
-    """Also one whose stored size fits, when the image is turned upright and the mask is not."""
+def test_a_mask_of_another_size_is_rejected_before_any_score(workers, category, tmp_path, capsys):
+    """Sizes are compared upright: the stored sizes are equal here, but only the image has an EXIF rotation."""
     mask(category / "ground_truth/dent/e_mask.png")
     Image.open(category / "test/dent/e.tif").save(category / "test/dent/e.jpg", exif=SIDEWAYS)
     (category / "test/dent/e.tif").unlink()
-    with pytest.raises(UserError, match=r"the mask .*e_mask\.png is 30x20 instead of 20x30 pixels") as caught:
+    with pytest.raises(
+        UserError, match=r"the mask .*e_mask\.png is 30x20 pixels instead of the 20x30 of its image"
+    ) as caught:
         score(category, tmp_path, workers)
     assert "\n" not in str(caught.value) and "round 0" not in capsys.readouterr().out
     with Image.open(category / "ground_truth/dent/e_mask.png") as lying:
@@ -182,7 +185,7 @@ def score(category: Path, tmp_path: Path, workers: str = "0") -> dict:
 
 
 def test_pixel_metrics_are_those_of_the_images_with_masks(category, tmp_path):
-    """Removing the images without masks altogether gives the same pixel numbers."""
+    """Without the images that lack a mask, the pixel metrics are the same."""
     mask(category / "ground_truth/dent/e_mask.png")
     partly = score(category, tmp_path)
     for name in ("dent/f.JPG", "hole/g.tiff"):

@@ -83,7 +83,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_manifests_are_refused(case, tmp_path):
+def test_wrong_manifests_are_rejected(case, tmp_path):
     content, sentence = WRONG[case]
     file = tmp_path / "2_2.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -228,7 +228,7 @@ def test_nearest_within_a_tolerance(category, tmp_path):
     assert manifest.rounds == [names] and set(differences) == set(names)
     assert all(0.5 < difference < 3 for difference in differences.values())
     save_support_rounds(file, [1 - images])
-    with pytest.raises(UserError, match="holds a image that is none of"):
+    with pytest.raises(UserError, match="holds an image that is none of"):
         find_names(file, category)
 
 

@@ -66,7 +66,7 @@ def test_order_labels_and_masks_wherever_the_data_lie(place, name, tmp_path, mon
     assert relative(list_images(category / "train/good"), category) == [f"train/good/{n}.png" for n in (1, 10, 2)]
 
 
-def test_what_is_not_a_picture_is_ignored(category):
+def test_what_is_not_an_image_is_ignored(category):
     for junk in (".hidden.png", "._000.png", ".DS_Store", "Thumbs.db", "notes.txt", "000.png.part", "png"):
         for folder in ("test/bent", "test/good", "train/good", "ground_truth/bent"):
             (category / folder / junk).write_bytes(b"junk")

@@ -102,7 +102,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_content_is_refused(case, file):
+def test_wrong_content_is_rejected(case, file):
     content, sentence = WRONG[case]
     torch.save(content(), file)
     with pytest.raises(UserError, match=sentence) as caught:
@@ -121,7 +121,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_refused(damage, file):
+def test_damaged_files_are_rejected(damage, file):
     torch.save(right_rounds(), file)
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
     with pytest.raises(UserError, match=re.escape(f"support set {file} cannot be read as a torch file")) as caught:
@@ -144,7 +144,7 @@ def save_pickled(content: object, file: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [torch.save, save_pickled])
-def test_pickles_that_run_code_are_refused_and_not_run(save, file, tmp_path):
+def test_pickles_that_run_code_are_rejected_and_not_run(save, file, tmp_path):
     witness = tmp_path / "executed"
     save([*right_rounds()[:2], Payload(witness)], file)
     with pytest.raises(UserError, match=re.escape(str(file)) + ".*could run code"):
@@ -187,7 +187,7 @@ def test_other_rounds_seeds_and_categories_draw_other_images():
     assert len(draws) == len(cases)
 
 
-def test_every_picture_has_the_same_chance():
+def test_every_image_has_the_same_chance():
     """2000 draws of 2 out of 10: each 400 times, standard deviation 18."""
     counts = Counter(name for number in range(2000) for name in draw_support_names(NAMES[:10], 2, number, 0, "screw"))
     assert len(counts) == 10 and all(320 < count < 480 for count in counts.values())
@@ -236,7 +236,7 @@ def test_command_repeats_itself_and_obeys_the_seed(demo_data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--shots 0", "--shots 2 -1", "--rounds 0", "--rounds -1", "--img_size 0"])
-def test_command_refuses_numbers_below_1(demo_data, tmp_path, flags):
+def test_command_rejects_numbers_below_1(demo_data, tmp_path, flags):
     flag, number = flags.split()[0], flags.split()[-1]
     with pytest.raises(UserError, match=f"{flag} must be at least 1, got {number}"):
         make(demo_data, tmp_path / "support", f"--obj ring {flags}")

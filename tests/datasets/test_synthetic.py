@@ -105,14 +105,14 @@ def test_command_writes_every_category_and_may_be_repeated(dataset, tmp_path, ca
     assert contents(tmp_path) == contents(dataset)
 
 
-def test_left_over_images_are_refused(tmp_path):
+def test_left_over_images_are_rejected(tmp_path):
     write_dataset(tmp_path, ["teeth"], **SMALL)
     with pytest.raises(UserError, match=r"teeth holds another data set \(train/good/001.png"):
         write_dataset(tmp_path, ["teeth"], **{**SMALL, "train": 1})
 
 
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"good": 0}, {"defective": 0}, {"size": 63}, {"seed": -1}])
-def test_numbers_out_of_range_are_refused(tmp_path, wrong):
+def test_numbers_out_of_range_are_rejected(tmp_path, wrong):
     with pytest.raises(UserError, match="or more"):
         write_dataset(tmp_path, **{**SMALL, **wrong})
     assert not contents(tmp_path)
