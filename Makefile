@@ -15,9 +15,9 @@ demo: .venv/runtime
 		--support_path $(DEMO)/support_set
 	rm -rf $(DEMO)/save_checkpoints
 	@echo $(WEIGHTS) > $(DEMO)/weights.txt
-	@test $(WEIGHTS) != imagenet || timeout 300 $(BIN)/python -c "$(TRY_IMAGENET)" 2>/dev/null || { \
-		echo "note: ImageNet weights cannot be downloaded here; the demo goes on with random ones"; \
-		echo none > $(DEMO)/weights.txt; }
+	@if [ $(WEIGHTS) = imagenet ]; then printf "ImageNet weights: "; \
+		if timeout 300 $(BIN)/python -c "$(TRY_IMAGENET)" >/dev/null 2>&1; then echo "found"; \
+		else echo "cannot be downloaded here, the demo goes on with random ones"; echo none > $(DEMO)/weights.txt; fi; fi
 	$(BIN)/python train.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set --epochs 2 --weights $$(cat $(DEMO)/weights.txt) \
 		--save_dir $(DEMO)/save_checkpoints --cache_dir $(DEMO)/cache
