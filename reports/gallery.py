@@ -126,7 +126,7 @@ def _verdict(scored: Scored) -> str:
     """The threshold and its errors, in words."""
     missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
     rate = alarms / (~scored.labels).sum()
-    errors = f"{missed} missed, {alarms} false alarms (false-positive rate {100 * rate:.0f} %)"
+    errors = f"{missed} missed defects, {alarms} false alarms (false-positive rate {100 * rate:.0f} %)"
     return f"threshold {scored.threshold:.2f}, chosen on these test images by Youden's index: {errors}"
 
 

@@ -38,13 +38,16 @@ function add(parent, tag, attributes = {}, text = undefined) {
   return parent.appendChild(element);
 }
 
-// Appends a table cell whose text may break after each part of a path.
-function addWords(tableRow, text) {
-  const cell = add(tableRow, "td", { class: "words" });
+// Appends text that may break after each part of a path.
+function addBreakable(parent, text) {
   text.split(/([/\\_]+)/).forEach((part, index) => {
-    cell.append(part);
-    if (index % 2) add(cell, "wbr");
+    parent.append(part);
+    if (index % 2) add(parent, "wbr");
   });
+}
+
+function addWords(tableRow, text) {
+  addBreakable(add(tableRow, "td", { class: "words" }), text);
 }
 
 function addNumber(tableRow, text) {
@@ -289,6 +292,9 @@ function connectControls() {
   }
 }
 
+const heading = document.querySelector("h1");
+heading.replaceChildren();
+addBreakable(heading, document.title);
 byId("left-out").hidden = rows.length <= TABLE_ROWS;
 byId("left-out").textContent =
   `This table shows the first ${TABLE_ROWS} images in the chosen order. Figures and counts cover all ${rows.length}.`;
