@@ -21,7 +21,6 @@ from datasets.images import read_image
 from datasets.mvtec import list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
-from grid.tables import make_tables, read_results, to_markdown
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
@@ -264,10 +263,22 @@ def test_published_command_line_on_real_screws(tmp_path):
     assert "round 1: image AUROC 0.5376, pixel AUROC 0.9384" in done.stdout
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT_ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+DOCUMENTS = [
+    *(PROJECT_ROOT / name for name in ("README.md", "support_set/README.md", "save_checkpoints/README.md")),
+    *sorted((PROJECT_ROOT / "docs").glob("*.md")),
+]
+
+
+def documented_commands() -> list[str]:
+    """The lines of all ```bash blocks, and what stands in the text as `python ...` or `make ...`."""
+    lines = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
+        lines += re.findall(r"`((?:python|make) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    commands = (line.split("#")[0].strip() for line in lines)
+    return list(dict.fromkeys(filter(None, commands)))
 
 
 def command_parser(words: list[str]):
@@ -277,14 +288,21 @@ def command_parser(words: list[str]):
     return importlib.import_module(name).get_args_parser(), rest
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands(command):
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands(command):
+    """Each would start: the target or the file is there, and every flag is known."""
     words = shlex.split(command)
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (PROJECT_ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (PROJECT_ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert words[1] in targets
+    elif words[:3] == ["python", "-m", "pip"]:
+        assert words[3:5] == ["install", "-r"] and all((PROJECT_ROOT / file).is_file() for file in words[5:])
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert words[3:] in ([], ["--runslow"])
+    elif words[0] == ".":
+        assert words[1:] == [".venv/bin/activate"]  # made by the Makefile
     else:
-        assert words[0] == "python" or words[0] == ".venv/bin/python"
+        assert words[0] == "python"
         parser, rest = command_parser(words)
         parser.parse_args(rest)  # exits with an error where a flag is unknown
 
@@ -304,9 +322,3 @@ def test_every_flag_is_used(file):
     for action in parser._actions:
         read = re.search(rf"args\.{action.dest}\b", code)
         assert action.dest == "help" or read, f"{file} never reads --{action.dest}"
-
-
-@pytest.mark.skipif(not (PROJECT_ROOT / "results/published/trial").is_dir(), reason="no published results")
-def test_results_in_the_readme_are_those_of_the_files():
-    results = read_results(PROJECT_ROOT / "results/published/trial")
-    assert to_markdown(results, make_tables(results)) in (PROJECT_ROOT / "README.md").read_text()

@@ -192,7 +192,7 @@ def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, 
 
 
 def test_false_alarms_of_log_normal_scores_are_as_asked():
-    """On average over many draws, where the views of a image differ as images do."""
+    """On average over many draws, where the views of an image differ as images do."""
     rng = np.random.default_rng(0)
     for count in (4, 40):
         draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
@@ -211,10 +211,10 @@ def test_impossible_shares(share, detector, files):
 
 
 def test_the_readme_s_python(files, tmp_path, monkeypatch):
-    """The README's own lines, beside the images they name; no weights are downloaded."""
+    """The docs' own lines, beside the images they name; no weights are downloaded."""
     block = re.search(
         r"```python\n(from inspection\.detector import FewShotDetector.*?)```",
-        (PROJECT_ROOT / "README.md").read_text(),
+        (PROJECT_ROOT / "docs/inspection.md").read_text(),
         re.DOTALL,
     )[1]
     for number, path in enumerate(files[0], start=1):

@@ -171,9 +171,9 @@ def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeyp
 
 @needs_onnx
 def test_readme_example_runs_without_torch(exported, detector, images, tmp_path):
-    """The README's own lines, beside the file they name, in a fresh interpreter."""
+    """The docs' own lines, beside the file they name, in a fresh interpreter."""
     (example,) = re.findall(
-        r"```python\n(import.*?onnxruntime.*?)```", (PROJECT_ROOT / "README.md").read_text(), re.DOTALL
+        r"```python\n(import.*?onnxruntime.*?)```", (PROJECT_ROOT / "docs/inspection.md").read_text(), re.DOTALL
     )
     assert len(example.splitlines()) <= 10
     (tmp_path / "part.onnx").symlink_to(exported["onnx"])
