@@ -1,4 +1,4 @@
-"""Command: draw support sets (K normal images per round), or find and check the images of given ones.
+"""Command: draw support sets (K normal images per round), or find and check the images of existing ones.
 
 python make_support.py --obj screw --shots 2 4 8 --rounds 10 --data_path ./MVTec/
 """
@@ -30,30 +30,34 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of make_support.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     task = parser.add_argument_group("task: draw, or one of --from_pt and --verify")
-    task.add_argument("--obj", nargs="+", metavar="CATEGORY", help="categories to draw from; not needed to --verify")
+    task.add_argument("--obj", nargs="+", metavar="CATEGORY", help="categories to draw from; not for --verify")
     task.add_argument("--shots", nargs="+", type=int, default=[2], metavar="K", help="images per round")
     task.add_argument("--rounds", type=int, default=10, help="rounds per support set (test.py's --inferences)")
-    task.add_argument("--seed", type=int, default=DRAW_SEED, help="another seed draws other images")
-    task.add_argument("--names_only", action="store_true", help="write manifests without tensors; test.py reads both")
-    task.add_argument("--from_pt", type=Path, metavar="FILE", help="find which training images a .pt file is made of")
+    task.add_argument("--seed", type=int, default=DRAW_SEED, help="seed of the draw")
+    task.add_argument("--names_only", action="store_true", help="write manifests only; test.py reads both")
+    task.add_argument(
+        "--from_pt", type=Path, metavar="FILE", help="find the training images that a .pt file was made of"
+    )
     task.add_argument("--verify", nargs="+", type=Path, metavar="MANIFEST", help="check manifests against the data")
-    task.add_argument("--write_hashes", action="store_true", help="with --verify: add SHA-256 where there are none yet")
+    task.add_argument(
+        "--write_hashes", action="store_true", help="with --verify: write the SHA-256 into manifests that fit"
+    )
     data = parser.add_argument_group("data")
     add_data_flags(data, CATEGORIES)
-    data.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="where the sets are written")
+    data.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="folder to write to")
     data.add_argument("--img_size", type=int, default=224, help="side of the stored images in pixels")
     add_image_flags(data, strict=False)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes support sets and prints which images they are made of."""
+    """Does the task that the arguments select, and prints the images of every round."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shots", "rounds", "img_size", "max_pixels")
     limit_pixels(args.max_pixels)
     tasks = {"--obj": args.obj and not args.from_pt, "--from_pt": args.from_pt, "--verify": args.verify}
     if sum(map(bool, tasks.values())) != 1:
-        raise UserError("give --obj CATEGORY ... to draw from, or --from_pt FILE, or --verify MANIFEST ...")
+        raise UserError("give one task: --obj CATEGORY ..., --from_pt FILE or --verify MANIFEST ...")
     if args.verify:
         _verify(args)
     elif args.from_pt:
@@ -64,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _draw(args: argparse.Namespace, category: str) -> None:
-    """Draws the largest set; the others are its beginnings."""
+    """Draws the largest set and writes every shot as a part of it, because draws are nested."""
     folder = category_folder(args.data_path, args.data_type, category)
     drawn = with_hashes(draw_from_folder(folder, max(args.shots), args.rounds, args.seed), folder)
     images = [] if args.names_only else read_rounds(folder, drawn, args.img_size, args.keep_aspect)
     for shot in args.shots:
         target = support_file(args.support_path, category, shot, args.rounds)
-        _refuse_to_overwrite(target)
+        _reject_foreign_file(target)
         part = drawn.part(shot, args.rounds)
         if images:
             save_support_rounds(target, [of_round[:shot].clone() for of_round in images])
@@ -80,8 +84,8 @@ def _draw(args: argparse.Namespace, category: str) -> None:
         _print_rounds(part)
 
 
-def _refuse_to_overwrite(target: Path) -> None:
-    """A tensor file that this command did not write, such as the release's, is not replaced."""
+def _reject_foreign_file(target: Path) -> None:
+    """Raises UserError where `target` is a tensor file that this command did not write, such as the release's."""
     beside = target.with_suffix(".json")
     if target.is_file() and not (beside.is_file() and load_manifest(beside).tensors == sha256(target)):
         raise UserError(f"{target} was not written by this command; remove it or give another --support_path")
@@ -111,7 +115,7 @@ def _verify(args: argparse.Namespace) -> None:
         if args.write_hashes and not problems:
             manifest = manifest._replace(sha256=with_hashes(manifest, folder).sha256)
             save_manifest(file, manifest)
-        state = f"{count} images are there, {len(manifest.sha256)} with their SHA-256"
+        state = f"{count} images found, {len(manifest.sha256)} with a SHA-256"
         print(f"{file}: {state if not problems else f'{len(problems)} problem(s)'}")
         for problem in problems:
             print(f"  {problem}")

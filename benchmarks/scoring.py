@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from benchmarks.reference import DATA, GOLDEN_CHECKPOINT
+from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, draw_support_images
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
-from datasets.support import draw_support_images, read_support_images
+from datasets.support import read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from models.regad import load_checkpoint
 from models.stn import STNResNet18, folded

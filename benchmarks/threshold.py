@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.reference import DATA, TRUNK
+from benchmarks.reference import DATA, TRUNK, draw_support_images
 from benchmarks.scoring import RESULTS
 from datasets.mvtec import LabelledDataset, category_folder, list_test_items
-from datasets.support import draw_support_images, read_support_images
+from datasets.support import read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
 from inspection.threshold import leave_one_out, normal_threshold

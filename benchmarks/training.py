@@ -18,13 +18,12 @@ import torch
 
 import train
 from benchmarks import plain
-from benchmarks.reference import DATA, TRUNK
+from benchmarks.reference import DATA, TRUNK, draw_support_images
 from benchmarks.scoring import RESULTS, command_line, print_seconds, time_plain
 from datasets.cache import SourceImages
 from datasets.episodes import Episode, draw_episodes
 from datasets.images import read_image
 from datasets.mvtec import category_folder, list_source_images, list_test_items
-from datasets.support import draw_support_images
 from models.regad import untrained
 from training.loop import Trainer
 from training.records import RunFiles

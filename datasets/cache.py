@@ -1,8 +1,8 @@
-"""Decode once: the images of a folder as one memory-mapped uint8 array, shared by epochs, runs and processes.
+"""The cache of decoded images: one memory-mapped uint8 array per folder, shared by epochs, runs and processes.
 
-File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path,
-`what` one of the images' names, sizes and times of change, of the image size and of the way to resize. A changed
-image gives another name, and the file of the old state is removed.
+File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path.
+`what` is a digest of the images' names, sizes and modification times, of S and of the resizing rule. A changed image
+therefore leads to a new file; the file of the old state is removed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from datasets.images import ImageError, check_headers, read_batches, read_image
 from utils.errors import UserError
 from utils.files import whole_file
 
-RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # changes whenever `read_image` gives other values
+RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
-RESIDENT_BYTES = 4 * 2**30  # up to this, all source images are kept on a CUDA device
+RESIDENT_BYTES = 4 * 2**30  # source images up to this total are kept on the CUDA device
 
 
 def default_cache_dir() -> Path:
@@ -36,12 +36,12 @@ def default_cache_dir() -> Path:
 def decoded_images(
     paths: Sequence[Path], size: int, cache_dir: Path | None, num_workers: int, keep_aspect: bool = False
 ) -> np.ndarray:
-    """The images `paths` of one folder as (N, size, size, 3) uint8, each decoded at most once per machine.
+    """The images `paths` of one folder as (N, size, size, 3) uint8 RGB, each decoded at most once per machine.
 
-    Memory-mapped and read-only from `cache_dir`; with None, decoded into memory.
+    The array is a read-only memory map of a file in `cache_dir`. With None the images are decoded into memory.
 
     Raises:
-        UserError: a image that cannot be read, or a cache folder that cannot be written.
+        UserError: an image cannot be read, or the cache folder cannot be written.
     """
     if cache_dir is None:
         images = np.empty((len(paths), size, size, 3), np.uint8)
@@ -56,7 +56,7 @@ def decoded_images(
         except OSError as error:
             raise UserError(
                 f"cannot write the cache of decoded images {file}: {error.strerror}; "
-                "name another folder with --cache_dir, or do without: --cache_dir none"
+                "give another folder with --cache_dir, or no cache with --cache_dir none"
             ) from error
         _remove_outdated(file)
     return np.load(file, mmap_mode="r")
@@ -71,16 +71,16 @@ def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: 
 
 
 def _state(path: Path) -> tuple[str, int, int]:
-    """What changes when a image does: name, size in bytes, time of change."""
+    """Name, size in bytes and modification time: a changed image differs in one of them."""
     try:
         stat = path.stat()
-    except OSError as error:  # a link to nothing
+    except OSError as error:  # a dangling link
         raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
     return path.name, stat.st_size, stat.st_mtime_ns
 
 
 def _remove_outdated(file: Path) -> None:
-    """Removes files of earlier states of the same folder; a process that still reads one keeps it until it ends."""
+    """Removes the cache files of earlier states of the same folder. A process that has one mapped can still read it."""
     same_folder = file.name.rsplit("_", 1)[0] + "_"
     for other in file.parent.iterdir():
         if other.name.startswith(same_folder) and other.suffix == ".npy" and other != file:
@@ -100,7 +100,7 @@ class _Images(Dataset):
 
 
 def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspect: bool) -> None:
-    """Reads the images into the rows of `into`."""
+    """Decodes the images into the rows of `into` (N, S, S, 3) uint8."""
     images = read_batches(_Images(paths, into.shape[1], keep_aspect), None, num_workers)
     progress = tqdm(images, f"decoding {paths[0].parent}", len(paths), unit=" images", leave=False, disable=None)
     for number, image in enumerate(progress):
@@ -108,7 +108,11 @@ def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspe
 
 
 class SourceImages:
-    """The decoded images of the source categories, ready to be gathered into batches on `device`."""
+    """The decoded images of the source categories, gathered into training batches on `device`.
+
+    Raises:
+        UserError: as `decoded_images`.
+    """
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class SourceImages:
         to_decode = [
             p for p in sources.values() if not cache_dir or not _cache_file(p, size, cache_dir, keep_aspect).is_file()
         ]
-        check_headers([path for paths in to_decode for path in paths])  # before minutes of decoding
+        check_headers([path for paths in to_decode for path in paths])  # fails early: decoding takes minutes
         self.images = {
             name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect) for name, paths in sources.items()
         }
@@ -135,7 +139,7 @@ class SourceImages:
             self.resident = {name: torch.tensor(array, device=device) for name, array in self.images.items()}
 
     def episode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries (B, 3, S, S) and support images (B, K, 3, S, S) of an episode, in [0, 1], channels-last memory."""
+        """Queries (B, 3, S, S) and support images (B, K, 3, S, S) of an episode, in [0, 1], in channels-last memory."""
         query = self._gather(episode.category, episode.query)
         support = self._gather(episode.category, [name for of_query in episode.support for name in of_query])
         return query, support.unflatten(0, (len(episode.query), -1))

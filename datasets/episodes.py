@@ -1,10 +1,10 @@
-"""Training episodes: which images are registered to which (RegAD section 3.2, release behaviour).
+"""Training episodes: the queries of each training step and their support images (RegAD section 3.2).
 
-An epoch shows every normal image of the source categories once as a query. An episode holds up to `batch_size`
-queries of one category and, for each, K support images of the same category, never the query itself.
+In an epoch, every normal image of the source categories is a query once. An episode holds up to `batch_size` queries of
+one category and, for each query, K support images of the same category, never the query itself (release behaviour).
 
-Draws are ranks of SHA-256 digests of what is drawn for (seed, epoch, names), so there is no generator whose state could
-be lost: an epoch's episodes are the same on every machine, with any number of workers, and after a resume.
+Draws are ranks of SHA-256 digests of seed, epoch and names, without a random generator. The episodes of an epoch are
+therefore the same on every machine, with any number of workers, and after a resume.
 
 python -m datasets.episodes --obj screw --data_type folder --data_path DATA --epoch 1      prints them as JSON
 """
@@ -24,7 +24,7 @@ from utils.flags import add_data_flags, add_seed_flag
 
 
 class Episode(NamedTuple):
-    """One training step's images, by name: B queries and for each of them K supports."""
+    """The images of one training step, by name: B queries, and K support images for each query."""
 
     category: str
     query: tuple[str, ...]
@@ -34,7 +34,7 @@ class Episode(NamedTuple):
 def draw_episodes(
     names: Mapping[str, Sequence[str]], shot: int, batch_size: int, seed: int, epoch: int
 ) -> list[Episode]:
-    """The episodes of an epoch, in the order of training. `names`: at least two images for each source category."""
+    """The episodes of an epoch, in training order. `names`: at least two images of each source category."""
     episodes = []
     for category, of_category in names.items():
         ordered = sorted(of_category)
@@ -58,21 +58,21 @@ def _digest(*what: object) -> int:
 
 
 def _other(ordered: Sequence[str], own: int, draw: int) -> str:
-    """One of `ordered` but the one numbered `own`, each with the same chance (up to 2**-240)."""
+    """One of `ordered` other than number `own`; all have the same probability, up to 2**-240."""
     number = draw % (len(ordered) - 1)
     return ordered[number + (number >= own)]
 
 
 def write_episodes(episodes: Sequence[Episode]) -> str:
-    """Episodes as JSON text: a list of {"category", "query", "support"}."""
+    """Episodes as JSON text: a list of objects with the keys category, query and support."""
     return json.dumps([episode._asdict() for episode in episodes], indent=1)
 
 
 def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episode]:
-    """Episodes from a file as `write_episodes` makes it.
+    """Episodes from a file that `write_episodes` wrote.
 
     Raises:
-        UserError: missing, not such a file, or naming images that are not in `names`.
+        UserError: the file is missing or malformed, or names images that are not in `names`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the episodes {path}: {' '.join(str(error).split())}") from error
     if not episodes:
-        raise UserError(f"the list of episodes {path} holds no episode")
+        raise UserError(f"the file {path} holds no episode")
     for number, episode in enumerate(episodes):
         unknown = {*episode.query, *(name for k in episode.support for name in k)} - {*names.get(episode.category, ())}
         shots = {len(k) for k in episode.support}
@@ -91,19 +91,19 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line that prints an epoch's episodes."""
+    """The command line of datasets.episodes."""
     parser = argparse.ArgumentParser(description="Print the episodes of one training epoch as JSON.")
-    parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the target category, which is left out")
+    parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the target category, not drawn from")
     add_data_flags(parser, CATEGORIES)
-    parser.add_argument("--shot", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--shot", type=int, default=2, help="support images per query")
+    parser.add_argument("--batch_size", type=int, default=32, help="queries per episode, at most")
     add_seed_flag(parser)
     parser.add_argument("--epoch", type=int, default=1, help="counted from 1")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the episodes that train.py draws with the same arguments."""
+    """Prints the episodes of one epoch: those that train.py draws with the same arguments."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shot", "batch_size", "epoch")
     sources = list_source_images(args.data_path, args.data_type, args.obj)

@@ -1,10 +1,10 @@
-"""Manifests: the names of a support set's images and the SHA-256 of their files, as a small JSON file.
+"""Manifests: JSON files with the names of a support set's images and the SHA-256 of the image files.
 
-<support_path>/<category>/<shot>_<rounds>.json   of one support set, beside its tensors
-<support_path>/manifests/<category>.json         of many: draws are nested, so the first K names of the first R rounds
-                                                 are the K-shot set of R rounds
+<support_path>/<category>/<shot>_<rounds>.json   one support set, beside its tensors
+<support_path>/manifests/<category>.json         all support sets of a category: draws are nested, so the first K names
+                                                 of the first R rounds are the K-shot set of R rounds
 
-python -m datasets.manifest      writes support_set/manifests/ for MVTec AD's names
+python -m datasets.manifest      writes support_set/manifests/ for MVTec AD
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from utils.files import sha256, whole_file
 from utils.flags import DEFAULT_SUPPORT_PATH
 from utils.records import VERSION
 
-DRAW_SEED = 0  # of support sets, unless another one is asked for
-PUBLISHED_SHOT, PUBLISHED_ROUNDS = 16, 10  # of the manifests in support_set/manifests/: they serve 1, 2, 4, 8, 16 shots
+DRAW_SEED = 0  # default seed of support sets
+PUBLISHED_SHOT, PUBLISHED_ROUNDS = 16, 10  # size of the manifests in support_set/manifests/
 
 
 class Manifest(NamedTuple):
-    """The images of a support set, by name, and what is known of their files."""
+    """The images of a support set by name, with what is known of their files."""
 
     category: str
     shot: int  # images per round
-    seed: int | None  # of the draw; None: chosen elsewhere
-    origin: str  # a sentence for people
-    tool: str
+    seed: int | None  # of the draw; None where the images were chosen elsewhere
+    origin: str  # a sentence that says how the images were chosen
+    tool: str  # name and version of the program
     tensors: str | None  # SHA-256 of the .pt file with these images
-    keep_aspect: bool | None  # how that file was made
+    keep_aspect: bool | None  # whether the images in the .pt file are padded
     rounds: list[list[str]]  # file names in the category's training folder
-    sha256: dict[str, str]  # of those files; {} where the data were not at hand
+    sha256: dict[str, str]  # by file name; {} where the manifest was written without the data
 
     def names(self) -> list[str]:
-        """Every name once, sorted."""
+        """The names in all rounds, without repetitions, sorted."""
         return sorted({name for of_round in self.rounds for name in of_round})
 
     def part(self, shot: int, rounds: int) -> Manifest:
-        """The smaller set of fewer shots and rounds that this one holds."""
+        """The support set of the first `shot` names of the first `rounds` rounds."""
         part = self._replace(shot=shot, rounds=[names[:shot] for names in self.rounds[:rounds]])
         hashes = {name: self.sha256[name] for name in part.names() if name in self.sha256}
         return part._replace(sha256=hashes, tensors=None)
 
 
 def category_manifest(support_path: Path, category: str) -> Path:
-    """Where the manifest of all shots of a category lies."""
+    """The path of the manifest of all support sets of a category."""
     return support_path / "manifests" / f"{category}.json"
 
 
 def draw_support_names(names: Sequence[str], shot: int, round_number: int, seed: int, category: str) -> list[str]:
-    """K distinct names for one round. A round's 2 images are the first 2 of its 8.
+    """The `shot` distinct names of one round: the first ones in the order of the SHA-256 of "seed/category/round/name".
 
-    Names are ordered by the SHA-256 of "seed/category/round/name", so a draw is the same on every machine and version.
+    Draws are nested (the 2-shot set of a round is the first 2 names of its 8-shot set) and the same on every machine.
     """
 
     def key(name: str) -> bytes:
         text = f"{seed}/{category}/{round_number}/{name}"
-        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # names need not be UTF-8
+        return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # a file name may not be valid UTF-8
 
     return sorted(names, key=key)[:shot]
 
@@ -76,10 +76,10 @@ def draw_manifest(category: str, names: Sequence[str], shot: int, rounds: int, s
 
 
 def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manifest:
-    """A manifest of rounds drawn from the training images of the category in the folder `category`, without hashes.
+    """A manifest of rounds drawn from the training images in the category folder `category`, without hashes.
 
     Raises:
-        UserError: fewer images than `shot`.
+        UserError: the category has fewer training images than `shot`.
     """
     images = list_train_images(category)
     if len(images) < shot:
@@ -88,24 +88,27 @@ def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manif
 
 
 def training_files(category: Path, manifest: Manifest) -> dict[str, Path]:
-    """The training images of the category in the folder `category` that the manifest names, by name."""
+    """The training images in the category folder `category` that the manifest names, by name."""
     named = set(manifest.names())
     return {path.name: path for path in list_train_images(category) if path.name in named}
 
 
 def with_hashes(manifest: Manifest, category: Path) -> Manifest:
-    """The manifest with the SHA-256 of its files as they are now."""
+    """The manifest with the SHA-256 of the files in the category folder `category`."""
     return manifest._replace(sha256={name: sha256(path) for name, path in training_files(category, manifest).items()})
 
 
 def verify(manifest: Manifest, category: Path) -> list[str]:
-    """What keeps the training images of the category from being the manifest's, a sentence each."""
+    """The differences between the manifest and the training images in the category folder `category`, a sentence each.
+
+    Names that are missing in the folder, and files whose SHA-256 differs from the manifest's.
+    """
     files = training_files(category, manifest)
     missing = [
         f"{name} is not among the training images of {category}" for name in manifest.names() if name not in files
     ]
     changed = [
-        f"{path} is not the manifest's file of that name: its SHA-256 is another"
+        f"{path} has changed: its SHA-256 is not the one in the manifest"
         for name, path in files.items()
         if name in manifest.sha256 and sha256(path) != manifest.sha256[name]
     ]
@@ -113,7 +116,7 @@ def verify(manifest: Manifest, category: Path) -> list[str]:
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    """The manifest as JSON, a line for each round and each file."""
+    """Writes the manifest as JSON, with one line per round and per file."""
     content = {key: _json(value) for key, value in manifest._asdict().items()}
     content["rounds"] = _lines("[", [_json(names) for names in manifest.rounds], "]", indent=2)
     content["sha256"] = _lines("{", [f"{_json(k)}: {_json(v)}" for k, v in manifest.sha256.items()], "}", indent=2)
@@ -132,10 +135,11 @@ def _lines(start: str, entries: Sequence[str], end: str, indent: int) -> str:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """A manifest as `save_manifest` writes it.
+    """Reads a manifest that `save_manifest` wrote.
 
     Raises:
-        UserError: missing, not a manifest, rounds of uneven length, a name that is a path or twice in a round.
+        UserError: the file is missing or no manifest, a round has another number of names than `shot`, or a name is a
+            path or occurs twice in a round.
     """
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -153,7 +157,7 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def _is_sound(manifest: Manifest) -> bool:
-    """Whether the entries have the right types; a name must not lead out of its folder."""
+    """Whether all entries have the right types and every name is a plain file name."""
     rounds, hashes = manifest.rounds, manifest.sha256
     if not (isinstance(rounds, list) and rounds and all(isinstance(names, list) for names in rounds)):
         return False
@@ -168,12 +172,14 @@ def _is_sound(manifest: Manifest) -> bool:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of datasets.manifest."""
     parser = argparse.ArgumentParser(prog="python -m datasets.manifest", description="Write MVTec AD's manifests.")
-    parser.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="its folder manifests")
+    parser.add_argument(
+        "--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="the manifests go to its sub-folder manifests"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws from the names that MVTec AD's training images have; `make_support.py --verify` adds the hashes."""
+    """Draws manifests from the names of MVTec AD's training images. `make_support.py --verify` can add the hashes."""
     args = get_args_parser().parse_args(argv)
     for category, count in TRAINING_IMAGES.items():
         names = [f"{number:03d}.png" for number in range(count)]

@@ -1,4 +1,4 @@
-"""Support sets: the K normal images of each round as tensors, from a file, a manifest's names or a draw.
+"""Support sets: the K normal images of each round as tensors, read from a tensor file or a manifest, or drawn.
 
 File: <support_path>/<category>/<shot>_<rounds>.pt, a list of `rounds` tensors (K, 3, S, S), float32 in [0, 1].
 """
@@ -30,43 +30,41 @@ from utils.files import load_tensors, sha256, whole_file
 from utils.flags import DEFAULT_SUPPORT_PATH
 from utils.records import VERSION
 
-NEAREST_TOLERANCE = 4.0  # of 255, mean difference: allows another decoder or a JPEG copy, not another image
+NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above
 
 
 def support_file(support_path: Path, category: str, shot: int, rounds: int) -> Path:
-    """Where the release keeps a support set (its code, not its README)."""
+    """The path of a support set, as in the release's code (its README differs)."""
     return support_path / category / f"{shot}_{rounds}.pt"
 
 
 class SupportRounds(NamedTuple):
-    """The support images of every round, and where they come from.
+    """The support images of every round, and their origin."""
 
-    images: per round (K, 3, S, S) in [0, 1]. names: per round the K file names, None where a .pt file does not say.
-    source: a phrase for logs and records. file: what was read, if anything.
-    """
-
-    images: list[torch.Tensor]
-    names: list[list[str]] | None
-    source: str
-    file: Path | None
+    images: list[torch.Tensor]  # per round (K, 3, S, S) in [0, 1]
+    names: list[list[str]] | None  # per round the K file names; None where a .pt file holds none
+    source: str  # a phrase for logs and records
+    file: Path | None  # the tensor file or manifest that was read; None for a draw
 
 
 def find_support_rounds(
     support_path: Path | None, folder: Path, shot: int, rounds: int, size: int, keep_aspect: bool = False
 ) -> SupportRounds:
-    """The support set of the category in `folder`: the tensors under `support_path`, else a manifest's images.
+    """The support set of the category in `folder`: the tensors under `support_path`, else the images of a manifest.
 
-    With None, those under DEFAULT_SUPPORT_PATH or, where nothing there fits, images drawn with DRAW_SEED.
+    With `support_path` None, DEFAULT_SUPPORT_PATH is searched. If nothing there fits, the images are drawn with
+    DRAW_SEED.
 
     Raises:
-        UserError: no support set, or one that does not fit, images missing, changed or damaged, or too few of them.
+        UserError: no support set, a support set of another shot, size or aspect, or images that are missing, changed,
+            damaged or too few.
     """
     tensors = support_file(support_path or DEFAULT_SUPPORT_PATH, folder.name, shot, rounds)
     if tensors.is_file():
         return _stored_rounds(tensors, shot, rounds, size, keep_aspect)
     file = _find_manifest(tensors, shot, rounds)
     if file is None and support_path:
-        load_support_rounds(tensors, shot, rounds, size)  # says what is missing and how it is made
+        raise _missing(tensors, shot, rounds, size)
     reason = f"there is no {tensors}"
     if file:
         manifest = load_manifest(file).part(shot, rounds)
@@ -76,14 +74,14 @@ def find_support_rounds(
             return SupportRounds(images, manifest.rounds, f"images named in {file}", file)
         if support_path or manifest.sha256:
             raise UserError(f"{file} does not fit the data, {len(problems)} problem(s), the first: {problems[0]}")
-        reason = f"{file} is of other data: {problems[0]}"
+        reason = f"{file} belongs to other data: {problems[0]}"
     drawn = draw_from_folder(folder, shot, rounds, DRAW_SEED)
     source = f"drawn from {folder} with seed {DRAW_SEED} ({reason})"
     return SupportRounds(read_rounds(folder, drawn, size, keep_aspect), drawn.rounds, source, None)
 
 
 def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
-    """The manifest beside where the tensors would be, or the category's: the first one that is large enough."""
+    """The manifest beside the path of the tensors, or that of the category: the first one that is large enough."""
     for file in (tensors.with_suffix(".json"), category_manifest(tensors.parent.parent, tensors.parent.name)):
         if file.is_file():
             manifest = load_manifest(file)
@@ -93,29 +91,34 @@ def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
 
 
 def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: bool) -> SupportRounds:
-    """The tensors, and their names if the manifest beside them is about this very file."""
+    """The rounds of a tensor file, with names where the manifest beside it holds the SHA-256 of this file."""
     images = load_support_rounds(file, shot, rounds, size)
     beside = file.with_suffix(".json")
     manifest = load_manifest(beside) if beside.is_file() else None
     if manifest is None or manifest.tensors != sha256(file):
-        return SupportRounds(images, None, f"{file} (names not known; make_support.py --from_pt finds them)", file)
+        return SupportRounds(images, None, f"{file} (names unknown; make_support.py --from_pt finds them)", file)
     if manifest.keep_aspect != keep_aspect:
         made = "with" if manifest.keep_aspect else "without"
         raise UserError(f"support set {file} was made {made} --keep_aspect; remove it or give another --support_path")
     return SupportRounds(images, manifest.rounds, f"{file}, names in {beside.name}", file)
 
 
+def _missing(path: Path, shot: int, rounds: int, size: int | None) -> UserError:
+    """The error for a tensor file that does not exist; it names the command that makes the file."""
+    return UserError(
+        f"no support set {path}; make it with: python make_support.py --obj {path.parent.name} --shots {shot} "
+        f"--rounds {rounds} --img_size {size} --support_path {path.parent.parent} --data_path <data folder>"
+    )
+
+
 def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) -> list[torch.Tensor]:
-    """The rounds of a support file, each (K, 3, S, S) in [0, 1]; every property is checked. size: None for any.
+    """The rounds of a tensor file, each (K, 3, S, S) float32 in [0, 1]; S = `size`, any size with None.
 
     Raises:
-        UserError: missing or damaged file, or one of other shot, rounds, size or value range.
+        UserError: the file is missing or damaged, or differs in shot, number of rounds, size or value range.
     """
     if not path.is_file():
-        raise UserError(
-            f"no support set {path}; make it with: python make_support.py --obj {path.parent.name} --shots {shot} "
-            f"--rounds {rounds} --img_size {size} --support_path {path.parent.parent} --data_path <data folder>"
-        )
+        raise _missing(path, shot, rounds, size)
     content = load_tensors(path, "support set")
     if not isinstance(content, list | tuple) or not all(isinstance(item, torch.Tensor) for item in content):
         raise UserError(f"support set {path} is not a list of tensors, one per round")
@@ -133,44 +136,38 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
     return [images.float() for images in content]
 
 
-def draw_support_images(category: Path, shot: int, rounds: int, seed: int) -> list[list[Path]]:
-    """The training images of the category in the folder `category` for each round, see `draw_from_folder`."""
-    drawn = draw_from_folder(category, shot, rounds, seed)
-    files = training_files(category, drawn)
-    return [[files[name] for name in names] for names in drawn.rounds]
-
-
 def read_rounds(category: Path, manifest: Manifest, size: int, keep_aspect: bool = False) -> list[torch.Tensor]:
-    """The images that a manifest names, per round (K, 3, S, S) in [0, 1]."""
+    """The images that a manifest names, read from the category folder: per round (K, 3, S, S) float32 in [0, 1]."""
     files = training_files(category, manifest)
     return [read_support_images([files[name] for name in names], size, keep_aspect) for names in manifest.rounds]
 
 
 def read_support_images(paths: Sequence[Path], size: int, keep_aspect: bool = False) -> torch.Tensor:
-    """Images as one round of a support set, (K, 3, S, S) in [0, 1]."""
+    """Images as one round of a support set, (K, 3, S, S) float32 in [0, 1]."""
     images = torch.from_numpy(_read_all(paths, size, keep_aspect))
     return images.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool) -> np.ndarray:
-    """(N, S, S, 3) uint8; Pillow decodes and resizes without the interpreter lock."""
-    with ThreadPoolExecutor() as pool:
+    """The images as (N, S, S, 3) uint8."""
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter lock
         return np.stack(list(pool.map(lambda path: read_image(path, size, keep_aspect), paths)))
 
 
 def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
-    """Writes a support set in the release's format."""
+    """Writes rounds (K, 3, S, S) in [0, 1] as a support set in the release's format."""
     with whole_file(path) as aside:
         torch.save(rounds, aside)
 
 
 def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Manifest, dict[str, float]]:
-    """The names behind a tensor file, and the mean difference (of 255) of those that were not found bit for bit.
+    """A manifest of the training images in `folder` that a tensor file was made of.
 
-    An exact match comes first, else the training image nearest in mean difference, within NEAREST_TOLERANCE.
+    An image with equal values is taken, else the one with the smallest mean difference up to NEAREST_TOLERANCE. The
+    second return value holds these mean differences (of 255) by name, without the exact matches.
 
     Raises:
-        UserError: not a support set, or a image that is like none of the training images.
+        UserError: the file is no support set, or one of its images is not among the training images.
     """
     content = load_tensors(file, "support set")
     first = content[0] if isinstance(content, list | tuple) and content else None
@@ -186,8 +183,8 @@ def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Man
         worst = max(difference for _, difference in found)
         if worst > NEAREST_TOLERANCE:
             raise UserError(
-                f"round {number} of {file} holds a image that is none of {paths[0].parent}: the nearest differs by "
-                f"{worst:.1f} of 255 on average, more than {NEAREST_TOLERANCE:.0f} are not taken for the same"
+                f"round {number} of {file} holds an image that is not in {paths[0].parent}: the nearest one differs by "
+                f"{worst:.1f} of 255 on average, and {NEAREST_TOLERANCE:.0f} is the limit"
             )
         names.append([paths[index].name for index, _ in found])
         differences |= {paths[index].name: difference for index, difference in found if difference}
@@ -198,7 +195,7 @@ def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Man
 
 
 def _most_alike(stored: np.ndarray, images: np.ndarray, by_content: dict[bytes, int]) -> tuple[int, float]:
-    """The index of the image nearest to `stored` (S, S, 3) in [0, 1] and its mean difference of 255, 0 if equal."""
+    """The index of the image nearest to `stored` (S, S, 3) in [0, 1], and its mean difference, of 255."""
     levels = np.rint(stored * np.float32(255)).astype(np.uint8)
     index = by_content.get(levels.tobytes())
     if index is not None and (levels / np.float32(255) == stored).all():

@@ -1,4 +1,4 @@
-"""The cache of decoded images: equal to reading, decoded once, not trusted when broken off, renewed when outdated."""
+"""The cache of decoded images: equal to the reader, decoded once, safe against kills, renewed after a change."""
 
 from __future__ import annotations
 

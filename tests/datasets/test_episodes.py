@@ -1,4 +1,4 @@
-"""Training episodes: what they hold, that they can be replayed, and lists that must be refused."""
+"""Training episodes: their content, their repeatability, and lists that are rejected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_image_is_a_query_once_and_never_its_own_support(shot, batch_size,
 
 
 def test_drawn_the_same_everywhere():
-    """This literal must never change: it makes a run repeatable on another machine and after a resume."""
+    """This literal must never change: runs repeat on another machine and after a resume because of it."""
     (first, *_), again = (draw_episodes(SOURCES, 2, 4, 668, 1) for _ in range(2))
     assert first == again[0]
     assert (first.category, first.query[0], first.support[0]) == ("ring", "017.png", ("016.png", "020.png"))

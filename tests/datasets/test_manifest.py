@@ -1,4 +1,4 @@
-"""Manifests: the draw, the file, what is refused, and the committed ones of MVTec AD."""
+"""Manifests: the draw, the file, files that are rejected, and the committed manifests of MVTec AD."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_names_that_are_not_utf_8_are_drawn_too():
 
 
 def test_draw_is_the_same_on_every_machine():
-    """SHA-256 is specified; these literals must never change, or support sets of the same seed would differ."""
+    """These literals must never change: support sets of the same seed must stay the same."""
     drawn = draw_manifest("bottle", [f"{number:03d}.png" for number in range(209)], 3, 2, 0)
     assert drawn.rounds == [["132.png", "066.png", "103.png"], ["032.png", "129.png", "014.png"]]
 
@@ -114,7 +114,7 @@ def test_any_value_gives_a_manifest_or_an_error_for_people(tmp_path_factory, key
 
 @pytest.fixture
 def category(demo_data, tmp_path) -> Path:
-    """A copy of a category's training images that a test may change."""
+    """A copy of the training images of a category, for tests that change them."""
     folder = tmp_path / "data" / "ring"
     (folder / "train" / "good").mkdir(parents=True)
     for path in (demo_data / "ring/train/good").iterdir():
@@ -142,7 +142,7 @@ def find(support_path: Path | None, category: Path, shot: int = 2, rounds: int =
 
 
 def test_support_rounds_come_from_the_first_place_that_has_them(category, tmp_path, monkeypatch):
-    """A tensor file, then the manifest beside it, then the category's manifest, then a draw; each says so."""
+    """The order: tensor file, manifest beside it, manifest of the category, draw. `source` names which it was."""
     monkeypatch.chdir(tmp_path)
     root = Path("support_set")
     drawn = find(None, category)
@@ -177,13 +177,13 @@ def test_a_manifest_that_does_not_fit_the_data(category, tmp_path):
 
 
 def test_the_default_manifests_give_way_only_where_they_have_no_hashes(category, tmp_path, monkeypatch):
-    """Those of MVTec AD must not keep a category of the same name from being scored."""
+    """A user's category may have the name of one of MVTec AD's, whose manifest does not fit it."""
     monkeypatch.chdir(tmp_path)
     file = category_manifest(Path("support_set"), "ring")
     other = draw_manifest("ring", ["8.png", "9.png"], 2, 2, 0)
     save_manifest(file, other)
     found = find(None, category)
-    assert found.file is None and f"{file} is of other data: 8.png is not" in found.source
+    assert found.file is None and f"{file} belongs to other data: 8.png is not" in found.source
     assert found.names == draw_from_folder(category, 2, 2, 0).rounds
     save_manifest(file, other._replace(sha256={"8.png": "00"}))
     with pytest.raises(UserError, match="does not fit the data"):
@@ -228,7 +228,7 @@ def test_nearest_within_a_tolerance(category, tmp_path):
     assert manifest.rounds == [names] and set(differences) == set(names)
     assert all(0.5 < difference < 3 for difference in differences.values())
     save_support_rounds(file, [1 - images])
-    with pytest.raises(UserError, match="holds an image that is none of"):
+    with pytest.raises(UserError, match="holds an image that is not in"):
         find_names(file, category)
 
 
@@ -240,7 +240,7 @@ def test_verify_command(category, tmp_path, capsys):
     (category / "train/good" / load_manifest(file).names()[0]).write_bytes(b"x")
     with pytest.raises(UserError, match=r"1 of 1 manifest\(s\) do not fit the data"):
         make(category, tmp_path, "--verify", str(file))
-    assert "its SHA-256 is another" in capsys.readouterr().out
+    assert "its SHA-256 is not the one in the manifest" in capsys.readouterr().out
 
 
 def test_other_people_s_tensors_are_not_overwritten(category, tmp_path):
@@ -254,7 +254,7 @@ def test_other_people_s_tensors_are_not_overwritten(category, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINING_IMAGES)
 def test_committed_manifests(name):
-    """They serve K = 1, 2, 4, 8, 16 and up to 10 rounds with what the command draws with seed 0."""
+    """For K = 1, 2, 4, 8, 16 and 10 rounds, they equal what make_support.py draws with seed 0."""
     committed = load_manifest(category_manifest(PROJECT_ROOT / "support_set", name))
     names = [f"{number:03d}.png" for number in range(TRAINING_IMAGES[name])]
     assert committed.category == name and committed.seed == 0

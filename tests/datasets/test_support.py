@@ -1,4 +1,4 @@
-"""Support sets: the draw, the file, and every file that must not be used."""
+"""Support sets: the draw, the file, and files that are rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import make_support
 from benchmarks.reference import DATA, GOLDEN, golden_rounds, needs_reference
 from datasets.manifest import draw_support_names
 from datasets.support import (
-    draw_support_images,
     load_support_rounds,
     read_support_images,
     save_support_rounds,
@@ -45,7 +44,7 @@ def with_value(value: float) -> list[torch.Tensor]:
 
 @pytest.fixture
 def file(tmp_path) -> Path:
-    """Where the support set under test lies; its folder exists."""
+    """The path of the support set under test; its folder exists."""
     path = support_file(tmp_path / "support set", "screw", SHOT, ROUNDS)
     path.parent.mkdir(parents=True)
     return path
@@ -130,7 +129,7 @@ def test_damaged_files_are_rejected(damage, file):
 
 
 class Payload:
-    """Unpickled without care, it runs a shell command."""
+    """An object that runs a shell command when it is unpickled without protection."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -194,15 +193,8 @@ def test_every_image_has_the_same_chance():
 
 
 def test_the_rule_literally():
-    """Made with `printf 0/screw/1/000.png | sha256sum` and so on, sorted; another rule would change published draws."""
+    """Computed with `printf 0/screw/1/000.png | sha256sum` of each name, sorted. Published draws depend on it."""
     assert draw_support_names(NAMES, 4, 1, 0, "screw") == ["093.png", "094.png", "044.png", "079.png"]
-
-
-def test_too_few_images(demo_data):
-    folder = demo_data / "ring"
-    assert len(draw_support_images(folder, 5, 2, 0)[1]) == 5
-    with pytest.raises(UserError, match=re.escape(f"{folder}/train/good has 5 image(s), 6 are needed for --shots 6")):
-        draw_support_images(folder, 6, 2, 0)
 
 
 def make(demo_data: Path, support_path: Path, flags: str) -> None:
