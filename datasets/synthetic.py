@@ -1,10 +1,12 @@
-"""Command: draw a small data set in MVTec AD's layout, for the demo and the tests. Four objects, three defects each.
+"""Command: draw a small data set in MVTec AD's layout: four objects with three kinds of defects each.
 
 python -m datasets.synthetic --output demo/data
 
-A image is drawn in two steps: a scene (the object, turned and shifted a little) and its photograph (light, noise).
-A defect changes the scene only, so a mask is exact: the pixels whose scene colour changed. Lengths are in half sides
-of the image: (u, v) runs from (-1, -1) top left to (1, 1) bottom right before the object is turned and shifted.
+An image is drawn in two steps: a scene (the object, slightly turned and shifted) and its photograph (light and noise).
+A defect changes the scene only. Masks are therefore exact: they mark the pixels whose scene colour changed.
+
+Convention: coordinates (u, v) are in half sides of the image, v points down. Before the object is turned and shifted,
+(-1, -1) is the top left corner of the image and (1, 1) the bottom right one.
 """
 
 from __future__ import annotations
@@ -24,22 +26,24 @@ from PIL import Image
 from utils.errors import UserError, run_command
 from utils.files import whole_file
 
-MIN_SIZE = 64  # pixels; scratches vanish in smaller images
+MIN_SIZE = 64  # pixels; in smaller images scratches are not visible
 MAX_TURN = 0.08  # radians, about 5 degrees
-MAX_SHIFT = 0.05
-VISIBLE = 10  # of 255: a scene's pixel belongs to the defect from this change on, well above the camera's noise
-NOISE = 2.5  # of 255, standard deviation
-LIGHT = (0.84, 0.92)  # in the middle of a image; below 1 so that bright metal is not clipped
-LIGHT_SLOPE = 0.08  # and so much more or less in the corners, at most
-FAST_PNG = 1  # zlib level; noise hardly compresses, higher levels take several times as long
+MAX_SHIFT = 0.05  # half sides
+VISIBLE = 10  # of 255; a pixel of the scene that changes by as much belongs to the mask; well above NOISE
+NOISE = 2.5  # standard deviation, of 255
+LIGHT = (0.84, 0.92)  # range of the light in the image centre; below 1, so that bright metal is not clipped
+LIGHT_SLOPE = 0.08  # largest difference of the light between a corner and the centre
+FAST_PNG = 1  # zlib level; higher levels are several times slower and gain little on noise
 
 
 class Scene:
-    """A image in the making.
+    """A scene before it is photographed.
 
-    `colours` (S, S, 3) float32 in 0..255; `u`, `v` (S, S): each pixel's place on the turned and shifted object.
-    A subclass draws its object when made and has one method, taking a Generator, per name in `defects`. Its shapes
-    are signed distances (S, S), negative inside: np.minimum is a union, np.maximum an intersection.
+    `colours` (S, S, 3) float32 holds the colours in 0..255; `u` and `v` (S, S) hold the coordinates of each pixel on
+    the turned and shifted object. A subclass draws its object in `__init__` and has one method per name in `defects`,
+    which takes a Generator and draws that defect.
+
+    Shapes are signed distances (S, S), negative inside: np.minimum is a union, np.maximum an intersection.
     """
 
     defects: tuple[str, ...] = ()
@@ -53,20 +57,24 @@ class Scene:
         self.colours = np.zeros((size, size, 3), np.float32)
 
     def paint(self, shape: np.ndarray, colour: object, opacity: float = 1.0, soft: float = 0.0) -> None:
-        """Paints a shape with a colour or a image; its edge is antialiased, or fades over `soft`."""
+        """Paints a shape with a colour (3,) or colours (S, S, 3). The edge is antialiased or fades over `soft`."""
         cover = np.clip(0.5 - shape / (2 / len(shape) + soft), 0, 1) * opacity
         self.colours += cover[..., None] * (np.asarray(colour, np.float32) - self.colours)
 
     def disc(self, u: float, v: float, radius: float) -> np.ndarray:
+        """The shape of a disc around (u, v)."""
         return np.sqrt((self.u - u) ** 2 + (self.v - v) ** 2) - radius
 
     def box(self, u: float, v: float, half_width: float, half_height: float) -> np.ndarray:
+        """The shape of a rectangle around (u, v)."""
         return np.maximum(np.abs(self.u - u) - half_width, np.abs(self.v - v) - half_height)
 
     def boxes(self, boxes: Iterable[Sequence[float]]) -> np.ndarray:
+        """The union of several `box` shapes, each given as (u, v, half_width, half_height)."""
         return reduce(np.minimum, (self.box(*map(float, box)) for box in boxes))
 
     def stroke(self, points: Sequence[tuple[float, float]], width: float) -> np.ndarray:
+        """The shape of a line through `points` with round ends."""
         nearest = np.full_like(self.u, np.inf)
         for (u, v), (end_u, end_v) in pairwise(points):
             du, dv = end_u - u, end_v - v
@@ -75,51 +83,51 @@ class Scene:
         return nearest
 
     def blob(self, rng: Generator, u: float, v: float, radius: float, rough: float = 0.25) -> np.ndarray:
-        """A disc with a wavy outline."""
+        """The shape of a disc with a wavy outline; `rough` scales the waves."""
         angle = np.arctan2(self.v - v, self.u - u)
         waves = (rng.uniform(-rough, rough) / k**0.7 * np.sin(k * angle + rng.uniform(0, 7)) for k in range(2, 8))
         return self.disc(u, v, radius * (1 + sum(waves)))
 
 
 def crooked(rng: Generator, start: tuple[float, float], angle: float, length: float, bend: float) -> list:
-    """Seven points (u, v) of a line that leaves `start` at `angle`, give or take `bend` radians at each point."""
+    """Seven points (u, v) of a line from `start`. Each step has the direction `angle`, plus up to `bend` radians."""
     angles = angle + rng.uniform(-bend, bend, 6)
     steps = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (length / 6)
     return np.cumsum([start, *steps], axis=0).tolist()
 
 
 def streaks(rng: Generator, place: np.ndarray, width: float) -> np.ndarray:
-    """Random streaks in -1..1 across `place`, each about `width` wide: brushed metal, fibres."""
+    """Random streaks in -1..1, each about `width` wide, along the coordinate `place`: brushed metal, fibres."""
     table = np.linspace(-2, 2, round(4 / width))
     return np.interp(place, table, rng.uniform(-1, 1, table.size)).astype(np.float32)
 
 
 def clouds(rng: Generator, size: int, width: float) -> np.ndarray:
-    """A random field (size, size, 1) with lumps about `width` wide and a standard deviation just under 1."""
+    """A smooth random field (size, size, 1): lumps about `width` wide, standard deviation slightly below 1."""
     coarse = rng.standard_normal((round(2 / width), round(2 / width)), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))[..., None]
 
 
 class Weave(Scene):
-    """Cloth of light and blue threads. Defects: a thread with a piece cut out, something spilt, a torn hole."""
+    """Cloth of light and blue threads. Defects: a cut thread, a stain, a torn hole."""
 
     defects = ("cut", "stain", "hole")
     PITCH, GAP = 0.15, (34, 30, 32)
-    DYES = np.array([(206, 186, 150), (72, 98, 138)], np.float32)  # upright threads, lying threads
+    DYES = np.array([(206, 186, 150), (72, 98, 138)], np.float32)  # vertical threads, horizontal threads
 
     def __init__(self, rng: Generator, size: int) -> None:
         super().__init__(rng, size)
         across = np.stack([self.u, self.v]) / self.PITCH + 0.5 + 0.08 * clouds(rng, size, 0.5)[..., 0]
-        self.number = np.floor(across)  # of the thread, in each set
+        self.number = np.floor(across)  # number of the thread, in each direction
         middle = 2 * (across - self.number) - 1
         rise = np.cos(np.pi / 2 * middle[::-1]) * (1 - 2 * (self.number.sum(axis=0) % 2))
-        rise[1] *= -1  # where one thread is up the other is down
+        rise[1] *= -1  # of two crossing threads, one is above the other
         height = np.where(np.abs(middle) < rng.uniform(0.8, 0.86), rise + 1 - middle**2, -np.inf)
         shade = 0.62 + 0.24 * np.sqrt(1 - middle**2) + 0.14 * rise - 0.07 * middle
         for place, number, one in zip((self.u, self.v), self.number, shade, strict=True):
-            one += 0.05 * (streaks(rng, place, 0.015) + streaks(rng, number, 1))  # fibres; no two threads are alike
+            one += 0.05 * (streaks(rng, place, 0.015) + streaks(rng, number, 1))  # fibres; brightness of each thread
         self.threads = shade[..., None] * self.DYES[:, None, None]
-        self.colours += np.where((height[0] > height[1])[..., None], *self.threads)  # the higher thread is seen
+        self.colours += np.where((height[0] > height[1])[..., None], *self.threads)  # the upper thread is visible
         self.colours[np.isinf(height.max(axis=0))] = self.GAP
 
     def fray(self, rng: Generator, start: tuple[float, float], angle: float, dye: int) -> None:
@@ -129,7 +137,7 @@ class Weave(Scene):
         dye, number, start, length = rng.integers(2), rng.integers(-4, 5), rng.uniform(-0.7, 0.1), rng.uniform(0.5, 0.7)
         along = np.abs((self.v, self.u)[dye] - start - length / 2) - length / 2
         gone = np.where(self.number[dye] == number, along, np.inf)
-        self.paint(gone, 0.55 * self.threads[1 - dye])  # the crossing threads, deep in the cloth
+        self.paint(gone, 0.55 * self.threads[1 - dye])  # the crossing threads below the cut
         for place, direction in ((start, 0), (start + length, np.pi)):
             end = (number * self.PITCH, place) if dye == 0 else (place, number * self.PITCH)
             for turn in rng.uniform(-0.8, 0.8, 3):
@@ -147,7 +155,7 @@ class Weave(Scene):
 
 
 class Ring(Scene):
-    """A turned metal ring with six holes on a dark ground. Defects: a groove, a piece off the rim, rust."""
+    """A machined metal ring with six holes on a dark background. Defects: a scratch, a chipped rim, rust."""
 
     defects = ("scratch", "chip", "rust")
     OUTER, INNER, HOLES = 0.74, 0.34, 6
@@ -168,7 +176,7 @@ class Ring(Scene):
         self.paint(self.body, (158 + gleam + bevel + 9 * streaks(rng, radius, 0.012))[..., None] * (0.97, 1, 1.04))
 
     def place(self, rng: Generator, radius: float) -> tuple[float, float, float]:
-        """A point (u, v) at `radius` about half-way between two holes, and its angle."""
+        """A point (u, v) at `radius`, about half-way between two holes, and its angle in radians."""
         angle = 2 * np.pi / self.HOLES * (rng.integers(self.HOLES) + 0.5) + rng.uniform(-0.15, 0.15)
         return radius * np.cos(angle), radius * np.sin(angle), angle
 
@@ -176,7 +184,7 @@ class Ring(Scene):
         u, v, angle = self.place(rng, self.INNER + 0.05)
         angle += rng.choice((-1, 1)) * rng.uniform(0.5, 0.9)
         line = crooked(rng, (u, v), angle, rng.uniform(0.4, 0.5), 0.15)
-        for shift, colour in ((0.012, (58, 56, 58)), (-0.012, (247, 247, 247))):  # its two flanks
+        for shift, colour in ((0.012, (58, 56, 58)), (-0.012, (247, 247, 247))):  # a dark edge and a bright edge
             flank = self.stroke([(u + shift, v + shift) for u, v in line], 0.03)
             self.paint(np.maximum(flank, self.body), colour)
 
@@ -194,15 +202,15 @@ class Ring(Scene):
 
 
 class Board(Scene):
-    """A printed circuit board. Defects: a part left out, solder joining two pins, lacquer scratched off."""
+    """A printed circuit board. Defects: a missing part, a solder bridge between two pins, a scratch."""
 
     defects = ("missing", "bridge", "scratch")
     TIN, COPPER, DARK = (190, 190, 186), (214, 158, 100), (42, 42, 46)
-    CHIPS = ((-0.3, -0.3, 0.19, 0.27), (0.42, 0.4, 0.14, 0.18))  # as Scene.box
+    CHIPS = ((-0.3, -0.3, 0.19, 0.27), (0.42, 0.4, 0.14, 0.18))  # arguments of Scene.box, as LYING and UPRIGHT
     LYING = tuple((u, v, 0.11, 0.06) for u, v in ((0.3, -0.62), (0.3, -0.4), (0.45, -0.1), (-0.3, 0.62), (0.25, 0.76)))
     UPRIGHT = tuple((u, v, 0.06, 0.11) for u, v in ((0.66, -0.5), (0.72, -0.1), (-0.42, 0.25), (-0.18, 0.25)))
     PIN_PITCH = 0.09
-    LINES = (  # corners (u, v) of lines that run along the axes
+    LINES = (  # corners (u, v) of the conductors, which are parallel to the axes
         *[((-0.1, v), (-0.095 - v, v), (-0.095 - v, v + 0.52), (0.3, v + 0.52)) for v in (-0.255, -0.165, -0.075)],
         *[((-0.5, v), (-0.535 + v, v), (-0.535 + v, 0.6)) for v in (-0.255, -0.165, -0.075)],
         *[((-0.8, v), (-0.1, v)) for v in (-0.525, -0.435, -0.345)],
@@ -225,17 +233,17 @@ class Board(Scene):
         self.solid(self.boxes(self.CHIPS), self.DARK)
         self.paint(self.boxes((u, v, half_width - 0.08, 0.012) for u, v, half_width, _ in self.CHIPS), (150, 150, 150))
         lying, upright = (rng.normal(parts, (0.004, 0.004, 0, 0)) for parts in (self.LYING, self.UPRIGHT))
-        self.solid(self.boxes([*lying, *upright]), (226, 226, 222))  # their metal ends stay in sight
+        self.solid(self.boxes([*lying, *upright]), (226, 226, 222))  # their metal ends stay visible
         self.paint(self.boxes(lying * (1, 1, 0.55, 1)), (182, 136, 86))
         self.paint(self.boxes(upright * (1, 1, 1, 0.55)), self.DARK)
 
     def solid(self, shape: np.ndarray, colour: object) -> None:
-        """Paints something that stands out and throws a soft shadow."""
+        """Paints a raised part with a soft shadow."""
         self.paint(shape - 0.015, (10, 20, 14), opacity=0.55, soft=0.05)
         self.paint(shape, colour)
 
     def pins(self, chip: tuple[float, ...]) -> list[tuple[float, float]]:
-        """Centres (u, v) of a chip's pins, left and right in turn, from the top."""
+        """Centres (u, v) of a chip's pins from the top, left and right alternately."""
         u, v, half_width, half_height = chip
         count = round(2 * half_height / self.PIN_PITCH)
         rows = v + self.PIN_PITCH * (np.arange(count) - (count - 1) / 2)
@@ -260,12 +268,12 @@ class Board(Scene):
 
 
 class Teeth(Scene):
-    """A steel rack on a light table. Defects: a tooth without its tip, a bent tooth, a crack below the teeth."""
+    """A toothed steel rack on a light table. Defects: a broken tooth, a bent tooth, a crack below the teeth."""
 
     defects = ("broken", "bent", "crack")
     PITCH, TIP, ROOT, BOTTOM = 0.4, -0.5, -0.05, 0.68
-    TIP_HALF_WIDTH, FLANK = 0.06, 0.2  # a tooth widens by FLANK on each side per length
-    LEFT, RIGHT = -1, 2  # the teeth in full view: first, one past the last
+    TIP_HALF_WIDTH, FLANK = 0.06, 0.2  # FLANK: how much a tooth widens on each side, per unit of height
+    LEFT, RIGHT = -1, 2  # the teeth that are fully visible: the first one, and one past the last
 
     def __init__(self, rng: Generator, size: int) -> None:
         super().__init__(rng, size)
@@ -276,7 +284,7 @@ class Teeth(Scene):
         self.forge(self.shape)
 
     def outline(self, bent: int = 0, lean: float = 0.0) -> np.ndarray:
-        """The rack; the tooth number `bent` leans sideways by `lean` per length."""
+        """The shape of the rack. Tooth number `bent` leans sideways by `lean` per unit of height."""
         shape = np.maximum(self.ROOT - self.v, self.v - self.BOTTOM)
         for number in range(-3, 4):
             u = self.u - number * self.PITCH - (number == bent) * lean * (self.ROOT - self.v)
@@ -286,7 +294,7 @@ class Teeth(Scene):
         return np.maximum(shape, -np.minimum(self.disc(-0.4, 0.28, 0.085), self.disc(0.4, 0.28, 0.085)))
 
     def forge(self, shape: np.ndarray) -> None:
-        """Draws the rack on the table: steel, a bevel along its outline, a groove."""
+        """Paints the rack `shape` on the table: steel, a bevel along its outline and a groove."""
         self.colours = self.table.copy()
         self.paint(shape, (62, 64, 68))
         self.paint(shape + 0.012, (158, 162, 166))
@@ -314,10 +322,10 @@ CATEGORIES: dict[str, type[Scene]] = {"weave": Weave, "ring": Ring, "board": Boa
 def render(
     category: str, folder: str, index: int, size: int = 256, seed: int = 0, flawless: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One image (size, size, 3) uint8 and its mask (size, size) bool, True exactly where the defect shows.
+    """One image (size, size, 3) uint8 RGB and its mask (size, size) bool, True exactly where the defect is visible.
 
-    `folder` is train/good, test/good or test/<defect>. With `flawless` the defect is left out: outside the mask the
-    two images are equal. A image depends on the arguments only, not on how many others are made.
+    `folder` is train/good, test/good or test/<defect>. With `flawless` the defect is left out; outside the mask, the
+    images with and without it are equal. The result depends on the arguments only.
     """
 
     def stream(purpose: str) -> Generator:
@@ -332,7 +340,7 @@ def render(
 
 
 def photograph(rng: Generator, colours: np.ndarray) -> np.ndarray:
-    """A scene's colours (S, S, 3) in 0..255 under uneven light and with noise, as uint8."""
+    """The colours of a scene (S, S, 3) in 0..255 under uneven light and with noise, as uint8."""
     across = np.linspace(-1, 1, len(colours), dtype=np.float32)
     towards, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, LIGHT_SLOPE)
     light = slope * (np.cos(towards) * across + np.sin(towards) * across[:, None]) / np.sqrt(2) + rng.uniform(*LIGHT)
@@ -349,7 +357,7 @@ def write_dataset(
     size: int = 256,
     seed: int = 0,
 ) -> None:
-    """Writes `output`/<category> in MVTec AD's layout, `defective` images per kind of defect.
+    """Writes each category to `output`/<category> in MVTec AD's layout, with `defective` images per kind of defect.
 
     Raises:
         UserError: a number is too small, or a category's folder holds images that are not part of this data set.
@@ -360,17 +368,17 @@ def write_dataset(
         defects = CATEGORIES[category].defects
         counts = {"train/good": train, "test/good": good, **{f"test/{defect}": defective for defect in defects}}
         plan = [(folder, index) for folder, count in counts.items() for index in range(count)]
-        _refuse_strangers(output / category, {f"{folder}/{index:03d}.png" for folder, index in plan})
+        _reject_strangers(output / category, {f"{folder}/{index:03d}.png" for folder, index in plan})
         write = partial(_write_image, output, category, size=size, seed=seed)
-        with ThreadPoolExecutor() as pool:  # NumPy, zlib and the disk do not hold each other up
-            list(pool.map(write, *zip(*plan, strict=True)))  # the list raises what a thread raised
+        with ThreadPoolExecutor() as pool:  # NumPy, zlib and the disk work at the same time
+            list(pool.map(write, *zip(*plan, strict=True)))  # list() raises the errors of the threads
 
 
-def _refuse_strangers(root: Path, expected: set[str]) -> None:
-    """Images left over from a larger data set would be used along with the new ones, with masks of their own."""
+def _reject_strangers(root: Path, expected: set[str]) -> None:
+    """Raises UserError for images of an earlier data set: they would be read together with the new ones."""
     found = {str(path.relative_to(root)) for half in ("train", "test") for path in root.glob(f"{half}/*/[!.]*")}
     if strangers := sorted(found - expected):
-        raise UserError(f"{root} holds another data set ({strangers[0]} is not of this one); give a new --output")
+        raise UserError(f"{root} holds another data set ({strangers[0]} is not part of this one); give a new --output")
 
 
 def _write_image(output: Path, category: str, folder: str, index: int, size: int, seed: int) -> None:
@@ -387,16 +395,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of datasets.synthetic."""
     parser = argparse.ArgumentParser(prog="python -m datasets.synthetic", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the categories into")
-    parser.add_argument("--train", type=int, default=12, help="normal images to train on, per category")
-    parser.add_argument("--good", type=int, default=6, help="normal images to test on, per category")
-    parser.add_argument("--defective", type=int, default=4, help="images per kind of defect")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other images")
+    parser.add_argument("--train", type=int, default=12, help="normal training images per category")
+    parser.add_argument("--good", type=int, default=6, help="normal test images per category")
+    parser.add_argument("--defective", type=int, default=4, help="test images per kind of defect")
+    parser.add_argument("--size", type=int, default=256, help="side of the images, pixels")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the data set and prints where each category went."""
+    """Writes the data set and prints the folder of each category."""
     options = vars(get_args_parser().parse_args(argv))
     for category, scene in CATEGORIES.items():
         write_dataset(categories=[category], **options)

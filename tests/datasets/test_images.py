@@ -1,4 +1,4 @@
-"""The image reader against Pillow's own result, on every kind of image, and on files that are broken."""
+"""The image reader against Pillow's own result, on every kind of image, and on damaged files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_bit_equal_with_pillow(stored, size, channels, tmp_path):
     np.testing.assert_array_equal(found, np.asarray(expected))
 
 
-# name: file's suffix, image, save options, the RGB or grey values it stands for, largest difference
+# name: suffix of the file, image, save options, expected RGB or grey values, largest difference allowed
 KINDS = {
     "RGB": ("png", coloured, {}, COLOURS, 0),
     "grey": ("png", grey, {}, GREYS, 0),
@@ -146,8 +146,8 @@ def test_every_kind_of_image(kind, size, tmp_path):
     assert difference(found, resized(values, size)) <= tolerance
 
 
-def test_kinds_are_what_they_are_called(tmp_path):
-    """Else the test above would test less than it says."""
+def test_kinds_have_the_modes_of_their_names(tmp_path):
+    """The files of the test above have the modes that their names state."""
     modes = {}
     for name, (suffix, image, options, *_) in KINDS.items():
         image().save(tmp_path / f"x.{suffix}", **options)
@@ -170,7 +170,7 @@ def test_sixteen_bit_copy_gives_the_same_image(size, tmp_path):
 
 
 def test_sixteen_bit_is_scaled_by_its_full_range(tmp_path):
-    """Not by the brightest pixel, and rounded."""
+    """The brightest pixel does not matter; values are rounded."""
     stored = np.array([[0, 128], [129, 4095]], np.uint16)
     sixteen_bit(stored).save(tmp_path / "x.png")
     assert read_image(tmp_path / "x.png", 2)[..., 0].tolist() == [[0, 0], [1, 16]]
@@ -199,7 +199,7 @@ def test_orientations(orientation, suffix, tmp_path):
 
 
 def test_photograph_taken_sideways_is_turned_upright(tmp_path):
-    """JPEG, orientation 6, not square: the stored left edge is the top. Its mask turns with it."""
+    """JPEG, orientation 6, not square: the stored left edge becomes the top, in the mask too."""
     stored = np.zeros((10, 60), np.uint8)
     stored[:, :30] = 255
     Image.fromarray(stored).save(tmp_path / "x.jpg", exif=SIDEWAYS, quality=95)
@@ -226,7 +226,7 @@ def test_garbage_exif_does_not_matter(garbage, tmp_path):
 
 @pytest.mark.parametrize("shape", [(10, 60), (60, 10), (5, 2000), (2000, 5), (1, 2), (1, 300)])
 def test_other_than_square_is_squeezed(shape, tmp_path):
-    """Nothing is cut off: the left half stays the left half, the top stays the top."""
+    """Nothing is cut off: the left half remains the left half, the top half the top half."""
     stored = np.zeros((*shape, 3), np.uint8)
     stored[:, : shape[1] // 2, 0] = 255
     stored[: shape[0] // 2, :, 1] = 255
@@ -257,7 +257,7 @@ def half(kind: str) -> bytes:
 
 
 def tiff_with_fractional_offset() -> bytes:
-    """Pillow meets a number that is no integer where the pixels begin, and raises a TypeError."""
+    """The offset of the pixels is not an integer; Pillow raises a TypeError."""
     whole = encoded(grey(), "TIFF")
     tag, long, real = 273, 4, 11
     at = whole.index(struct.pack("<HHI", tag, long, 1))
@@ -271,7 +271,7 @@ def flipped_png() -> bytes:
     return bytes(whole)
 
 
-ANY = "."  # the reason is Pillow's
+ANY = "."  # Pillow words the reason
 REJECTED = {
     "truncated PNG": (lambda: half("PNG"), "truncated"),
     "truncated JPEG": (lambda: half("JPEG"), ANY),
@@ -316,7 +316,7 @@ def test_no_file_is_rejected_by_name(read, tmp_path):
 
 @pytest.fixture
 def pixel_limit():
-    """The limit is Pillow's, hence the process's; it comes back after the test."""
+    """The limit holds for the whole process; the default is restored after the test."""
     yield limit_pixels
     limit_pixels(MAX_PIXELS)
 
@@ -338,7 +338,7 @@ def test_limit_without_a_flag_is_pillow_s():
 
 
 def test_a_bomb_takes_no_memory(tmp_path):
-    """196 million pixels in 24 KB of file are refused before they are decoded."""
+    """A file of 24 KB with 196 million pixels is rejected before it is decoded."""
     Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size < 30_000
     tracemalloc.start()
@@ -349,7 +349,7 @@ def test_a_bomb_takes_no_memory(tmp_path):
 
 @pytest.fixture(params=[None, "fork", "spawn"])
 def workers(request):
-    """How many workers read, and how they start: forked they inherit the limit, spawned they know nothing."""
+    """The number of workers, for each start method. Forked workers inherit the limit, spawned ones do not."""
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method(request.param, force=True)
     yield 0 if request.param is None else 1
@@ -381,7 +381,7 @@ def test_of_several_frames_the_first(kind, tmp_path):
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (1, 9), (50, 20000), (7, 7), (1, 1)])
 def test_keeping_the_aspect_pads_by_reflection(shape, tmp_path):
-    """Against the definition: the longer side becomes the size, outside the image it is mirrored at its edge."""
+    """Against the definition: the longer side becomes `size`, and the image is mirrored at its edges."""
     stored, size = noise(*shape, 3), 20
     Image.fromarray(stored).save(tmp_path / "x.png")
     height, width = (max(1, round(size * side / max(shape))) for side in shape)
@@ -392,7 +392,7 @@ def test_keeping_the_aspect_pads_by_reflection(shape, tmp_path):
 
 
 def reflected(size: int, inner: int) -> list[int]:
-    """For each of `size` places the cell of 0..inner-1 it shows when those stand in the middle: ..1 0 0 1 .. n n .."""
+    """Indices 0..inner-1, centred in `size` places and mirrored on both sides: .. 1 0 0 1 .. n n .."""
     places = [(place - (size - inner) // 2) % (2 * inner) for place in range(size)]
     return [place if place < inner else 2 * inner - 1 - place for place in places]
 
@@ -412,8 +412,8 @@ def test_squares_do_not_depend_on_keeping_the_aspect(tmp_path):
 
 @pytest.mark.parametrize("keep_aspect", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (64, 64), (500, 3), (1, 1)])
-def test_a_map_finds_back_to_its_image(width, height, keep_aspect):
-    """Where the image is bright, the map is, in the image's own frame."""
+def test_a_map_is_restored_to_the_frame_of_its_image(width, height, keep_aspect):
+    """The restored map is bright where the image is bright."""
     values = np.full((height, width), 10, np.uint8)
     values[: height if height < 10 else height // 3, width // 2 :] = 250
     square = to_square(Image.fromarray(values), 64, keep_aspect)[..., 0].astype(np.float32)
@@ -462,7 +462,7 @@ def test_a_mask_is_true_above_one_half(scale, tmp_path):
 
 
 def damaged(generator: random.Random, whole: bytes) -> bytes:
-    """Bits flipped, a stretch set to zero, or the end cut off; half of it in the first 150 bytes, the header."""
+    """`whole` with flipped bits, a zeroed stretch or a cut end; half of the damage is in the first 150 bytes."""
     content = bytearray(whole)
     for _ in range(generator.choice((1, 2, 5))):
         at = generator.randrange(generator.choice((len(content), min(150, len(content)))))
@@ -478,7 +478,7 @@ def damaged(generator: random.Random, whole: bytes) -> bytes:
 
 
 def with_right_checksums(png: bytes) -> bytes:
-    """So that damage gets past a PNG's checksums, as far as its chunks can be told apart."""
+    """A damaged PNG with the checksums recomputed, so that the damage reaches the decoder."""
     parts, at = [png[:8]], 8
     while at + 12 <= len(png) and at + 12 + (length := int.from_bytes(png[at : at + 4], "big")) <= len(png):
         body = png[at + 4 : at + 8 + length]
@@ -487,7 +487,7 @@ def with_right_checksums(png: bytes) -> bytes:
     return b"".join(parts) + png[at:]
 
 
-MUTATIONS = 250  # of each file
+MUTATIONS = 250  # per file
 FUZZED = {
     "RGB.png": lambda: encoded(coloured(), "PNG", exif=SIDEWAYS),
     "palette.png": lambda: encoded(palette(), "PNG", transparency=bytes([0, 10, 200, 3])),
@@ -504,7 +504,7 @@ FUZZED = {
 
 @pytest.mark.parametrize("name", FUZZED)
 def test_damaged_files_give_an_image_or_an_image_error(name, tmp_path, pixel_limit):
-    """And no warning, which would be an error here."""
+    """Never a warning: pytest turns warnings into errors."""
     pixel_limit(2 * 10**5)  # a flipped bit in the width must not take seconds
     whole, generator, path = FUZZED[name](), random.Random(0), tmp_path / name
     rejected = 0

@@ -1,4 +1,4 @@
-"""Data sets in MVTec AD's layout: what is listed, in which order, with which label; and what is missing."""
+"""Data sets in MVTec AD's layout: the images listed, their order and labels, and the errors for missing files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 SIDE = 12
 TEST_FILES = ["good/10.png", "good/9.png", "good/a.png", "bent/000.png", "bent/001.png", "scratch/000.png"]
-# as listed: by folder, then by name, letter by letter
+# sorted by folder, then by name as text
 LISTED = ["bent/000.png", "bent/001.png", "good/10.png", "good/9.png", "good/a.png", "scratch/000.png"]
 
 
@@ -51,7 +51,7 @@ def relative(paths: list[Path], folder: Path) -> list[str]:
 @pytest.mark.parametrize("place", ["data", "test", "good", "ground_truth", "goodman/my test", "bent/test/good"])
 @pytest.mark.parametrize("name", ["bolt", "good", "test"])
 def test_order_labels_and_masks_wherever_the_data_lie(place, name, tmp_path, monkeypatch):
-    """A folder above the category says nothing about its images, the disk's own order nothing about theirs."""
+    """Neither the names of the folders above a category nor the order of the disk's listing matter."""
     by_disk = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(by_disk(folder), reverse=True)))
     write_category(tmp_path / place / name)
@@ -78,7 +78,7 @@ def test_what_is_not_an_image_is_ignored(category):
 
 @pytest.mark.parametrize("suffix", [".PNG", ".jpg", ".JPG", ".jpeg", ".Bmp", ".tif", ".TIFF", ".webp"])
 def test_suffixes(suffix, category):
-    """In any case; the mask belongs to the name without its suffix."""
+    """Upper or lower case; a mask is found by the name without the suffix."""
     (category / "test/bent/001.png").rename(category / f"test/bent/001{suffix}")
     item = list_test_items(category)[1]
     assert (item.image.name, item.mask.name) == (f"001{suffix}", "001_mask.png")
@@ -94,7 +94,7 @@ def test_links_are_followed(category, tmp_path):
     assert relative([item.image for item in list_test_items(category)], category / "test")[2] == "good/0.png"
 
 
-# what is removed from the data set: what the sentence must name
+# removed from the data set: the error message
 MISSING = {
     "test": "no folder {category}/test: scoring needs",
     "test/bent, test/scratch": "{category}/test has no defective images (test/<defect>)",

@@ -1,4 +1,4 @@
-"""The synthetic data set: readable layout, exact masks, the same bytes for the same seed."""
+"""The synthetic data set: layout, exact masks, the same bytes for the same seed."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_layout_is_read_by_the_mvtec_reader(dataset, category):
     defects = sorted(CATEGORIES[category].defects)
     assert [item.defect for item in items] == sorted([*defects, "good", "good"])
     assert [path.name for path in list_images(dataset / category / "train" / "good")] == ["000.png", "001.png"]
-    assert len(contents(dataset / category)) == 2 + len(items) + len(defects)  # nothing else, nothing half-written
+    assert len(contents(dataset / category)) == 2 + len(items) + len(defects)  # no other files
     for item in items:
         image, _ = render(category, f"test/{item.defect}", int(item.image.stem), SIZE)
         np.testing.assert_array_equal(read_image(item.image, SIZE), image)
