@@ -1,6 +1,6 @@
-"""Records of test.py -> tables beside the published numbers, as Markdown, CSV, LaTeX and an HTML page; comparisons.
+"""Tables of the records of test.py beside the published numbers, as Markdown, CSV and LaTeX, and paired comparisons.
 
-All numbers of a table are percent, as in the paper.
+All numbers of a table are percent, as in the paper. For the HTML page, see grid.tables_page.
 """
 
 from __future__ import annotations
@@ -20,37 +20,44 @@ from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import summary
 from utils.errors import UserError
 
-WEIGHTS = {  # which weights a record is of, in the order of the columns, and the rule that chose them
-    "untrained": "before registration training: the trunk as downloaded",
-    "last": "the last epoch; nothing is chosen",
-    "source": "chosen by held-out source categories; no image of the target is read",
-    "best": "chosen by the image + pixel AUROC on the target's own test labels, as in the published protocol. "
-    "Nobody has these labels in use, so this column is too good; it is here to be compared with the published numbers",
+WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
+    "untrained": "the pretrained backbone, before registration training",
+    "last": "the last epoch, without selection",
+    "source": "selected on held-out source categories; no image of the target category is read",
+    "best": "selected by image + pixel AUROC on the target's own test labels, as in the published protocol. Test "
+    "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
 }
 PUBLISHED_FILE = Path(__file__).with_name("published_mvtec.csv")
 PUBLISHED = ("paper", "release")
-PRINTED_DIGITS = 0.05  # a published average is rounded to one decimal
+PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc")
 OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS)
-GRID_FILE = "grid.json"  # what reproduce.py was asked for, so that what is missing can be shown
-DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to tell two apart
+GRID_FILE = "grid.json"  # the requested categories and shots, which show what is missing
+DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
 MISSING, NOT_PUBLISHED = "missing", ""
 
 
 class Entry(NamedTuple):
-    """Numbers of one table cell, in percent. `rounds` is empty for a published number."""
+    """One table cell, in percent.
+
+    sd: sample standard deviation over `rounds`, None for a single round. rounds: empty for a published number. of:
+    "3 of 15" where a mean covers only some of the categories.
+    """
 
     mean: float
     sd: float | None = None
     rounds: tuple[float, ...] = ()
-    of: str = ""  # "3 of 15": a mean over some categories only
+    of: str = ""
 
 
-NO_TRUTH = Entry(math.nan)  # scored, but the metric does not exist: images without ground truth
+NO_TRUTH = Entry(math.nan)  # scored, but the metric is undefined: images without ground truth
 
 
 class Table(NamedTuple):
-    """`rows`: the categories, then "mean"; each with one entry per column, None where nothing was scored."""
+    """One metric at one shot, or the metrics "other" of one kind of weights.
+
+    rows: the categories, then "mean", each with one entry per column; None where nothing was scored.
+    """
 
     title: str
     metric: str
@@ -61,7 +68,7 @@ class Table(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The records of a folder by (category, shot, weights), and what the rows and the tables of them are."""
+    """The records of a folder by (category, shot, weights), with the categories and shots of its tables."""
 
     records: dict[tuple[str, int, str], dict]
     categories: list[str]
@@ -70,19 +77,19 @@ class Results(NamedTuple):
 
 
 def read_results(folder: Path) -> Results:
-    """All records of test.py directly in `folder`.
+    """Reads all records of test.py in `folder`. Its sub-folders are not searched.
 
     Raises:
-        UserError: no folder, no record, a damaged one, or records of several data types, STN modes or image sizes.
+        UserError: no folder, no record, a damaged record, or records of several data types, STN modes or image sizes.
     """
     if not folder.is_dir():
-        raise UserError(f"no results folder {folder}; python reproduce.py --output {folder} makes one")
+        raise UserError(f"no results folder {folder}; create it with python reproduce.py --output {folder}")
     contents = [(path, _read_json(path)) for path in sorted(folder.glob("*.json")) if path.name != GRID_FILE]
     records = {}
     for path, content in contents:
         arguments = content.get("arguments", {})
         if not {"rounds", "weights"} <= set(content) or not {"obj", "shot", "data_type"} <= set(arguments):
-            raise UserError(f"{path} is not a record of test.py; keep only those in {folder}")
+            raise UserError(f"{path} is not a record of test.py; remove it from {folder}")
         records[arguments["obj"], arguments["shot"], content["weights"]] = content
     if not records:
         raise UserError(f"no records of test.py in {folder}")
@@ -109,7 +116,7 @@ def _read_json(path: Path) -> dict:
 
 
 def read_published() -> dict[tuple[str, str, int], dict[str, float]]:
-    """(source, metric, shot) -> category -> percent, with the printed "average"."""
+    """The published numbers in percent: (source, metric, shot) -> category -> value, with the printed "average"."""
     lines = [line for line in PUBLISHED_FILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     rows = {}
     for row in csv.DictReader(lines):
@@ -119,7 +126,11 @@ def read_published() -> dict[tuple[str, str, int], dict[str, float]]:
 
 
 def make_tables(results: Results) -> list[Table]:
-    """For each shot: image AUROC and pixel AUROC beside the published ones, then the other metrics of one column."""
+    """Tables of image AUROC and of pixel AUROC for each shot, then of the other metrics for each shot.
+
+    The AUROC tables have one column per kind of weights. For MVTec AD, they also have the published numbers and the
+    differences from them.
+    """
     tables = []
     for metric in TABLE_METRICS:
         tables += [_compared_table(results, metric, shot) for shot in results.shots]
@@ -145,7 +156,7 @@ def _compared_table(results: Results, metric: str, shot: int) -> Table:
 
 
 def _other_table(results: Results, shot: int) -> list[Table]:
-    """AP, F1-max and PRO of the most honest weights that were scored with them; nothing where none were."""
+    """AP, F1-max and PRO of the first of last, source, best and untrained weights scored with them; or no table."""
     for weights in ("last", "source", "best", "untrained"):
         columns = {METRIC_NAMES[metric]: _column(results, metric, shot, weights) for metric in OTHER_METRICS}
         if any(_known(column) for column in columns.values()):
@@ -185,7 +196,7 @@ def _rows(categories: Sequence[str], columns: dict[str, dict[str, Entry]]) -> di
 
 
 def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
-    """Mean over categories; its SD is that over rounds of the rounds' means, so it needs equally many rounds."""
+    """Mean over categories. Its SD is that of the rounds' means, and absent if categories differ in their rounds."""
     entries = list(_known(column).values())
     if not entries:
         return NO_TRUTH if column else None
@@ -201,11 +212,11 @@ def _average_note(source: str, metric: str, shot: int, printed: float | None, ce
     if printed is None or abs(mean - printed) <= PRINTED_DIGITS:
         return []
     where = f"The {source} prints {printed:.1f} as its average of {METRIC_NAMES[metric]} at K = {shot}"
-    return [f"{where}; its own cells give {mean:.1f} (here)."]
+    return [f"{where}. The mean of its cells is {mean:.1f}, as shown here."]
 
 
 def header(results: Results) -> list[tuple[str, str]]:
-    """What a reader must know of the records: (name, value) pairs."""
+    """(name, value) pairs that describe the records: commit, dates, device, arguments, support sets, weights."""
     records = list(results.records.values())
     lines = [("commit", _distinct(record["commit"] for record in records))]
     dates = sorted(record["date"] for record in records)
@@ -215,14 +226,14 @@ def header(results: Results) -> list[tuple[str, str]]:
         lines.append((name.replace("_", " "), _distinct(record["arguments"][name] for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
     lines.append(("support sets", _support_sets(results)))
-    lines.append(("spread", "mean ± sample standard deviation over the rounds' support sets, in percent"))
+    lines.append(("spread", "mean ± sample standard deviation over rounds (one support set each), in percent"))
     shown = [name for name in WEIGHTS if any(key[2] == name for key in results.records)]
     lines += [(name, f"{_epochs(results, name)}{WEIGHTS[name]}.") for name in shown]
     return lines
 
 
 def support_name(record: dict) -> str:
-    """A short name of the images of all rounds: the file's, or `drawn`, and the beginning of a SHA-256."""
+    """Identifies the support sets of a record: the file name, or "drawn", and the first digits of a SHA-256."""
     support = record["support_set"]
     names, file = support["names"], support.get("path")
     digest = support["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
@@ -230,11 +241,11 @@ def support_name(record: dict) -> str:
 
 
 def _support_sets(results: Results) -> str:
-    """Where they came from and one SHA-256 for all of them; the records name every image that is known by name."""
+    """The number of support sets, their origin, and one SHA-256 over all of them."""
     names = {key[:2]: support_name(record) for key, record in sorted(results.records.items())}
     digest = hashlib.sha256(json.dumps(list(names.values())).encode()).hexdigest()[:DIGEST_LETTERS]
     kinds = _distinct(name.split()[0] for name in names.values())
-    return f"{len(names)} ({kinds}), together {digest}"
+    return f"{len(names)} ({kinds}), SHA-256 {digest}..."
 
 
 def _epochs(results: Results, weights: str) -> str:
@@ -245,18 +256,27 @@ def _epochs(results: Results, weights: str) -> str:
 
 
 def _distinct(values: Iterable[object]) -> str:
-    """The values that occur, each once, in the order they come."""
+    """The distinct values, in order of appearance."""
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def format_entry(entry: Entry | None, column: str, plus_minus: str = " ± ") -> str:
-    """`93.9 ± 0.4`, `+0.3` for a difference, `missing` for a cell of ours that was not run, `n/a` without truth."""
+def format_row(table: Table, entries: Sequence[Entry | None]) -> list[str]:
+    """The texts of one row of `table`, see format_entry."""
+    return [format_entry(entry, name) for entry, name in zip(entries, table.columns, strict=True)]
+
+
+def format_entry(entry: Entry | None, column: str) -> str:
+    """The text of a cell.
+
+    `93.9 ± 0.4`; `+0.3` for a difference; `missing` if it was not run; `n/a` without ground truth; empty if it was not
+    published.
+    """
     if entry is None:
         return NOT_PUBLISHED if column in PUBLISHED or " - " in column else MISSING
     if entry is NO_TRUTH:
         return "n/a"
     text = f"{entry.mean:+.1f}" if " - " in column else f"{entry.mean:.1f}"
-    text += "" if entry.sd is None else f"{plus_minus}{entry.sd:.1f}"
+    text += "" if entry.sd is None else f" ± {entry.sd:.1f}"
     return text + (f" ({entry.of})" if entry.of else "")
 
 
@@ -266,17 +286,13 @@ def to_markdown(results: Results, tables: Sequence[Table]) -> str:
     for table in tables:
         lines += ["", f"### {table.title}", "", f"| category | {' | '.join(table.columns)} |"]
         lines.append("|---" + "|---:" * len(table.columns) + "|")
-        lines += [f"| {name} | {' | '.join(_texts(table, entries))} |" for name, entries in table.rows.items()]
+        lines += [f"| {name} | {' | '.join(format_row(table, entries))} |" for name, entries in table.rows.items()]
         lines += ["", *table.notes] if table.notes else []
     return "\n".join(lines) + "\n"
 
 
-def _texts(table: Table, entries: Sequence[Entry | None], plus_minus: str = " ± ") -> list[str]:
-    return [format_entry(entry, name, plus_minus) for entry, name in zip(entries, table.columns, strict=True)]
-
-
 def write_csv(path: Path, tables: Sequence[Table]) -> None:
-    """One line per table cell, unrounded: mean, SD, Student's 95 % interval and each round, in percent."""
+    """Writes one line per table cell: mean, SD, Student's 95 % interval and every round, unrounded, in percent."""
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["shot", "metric", "category", "column", "percent", "sd", "low95", "high95", "rounds"])
@@ -294,15 +310,15 @@ def _csv_numbers(entry: Entry | None) -> list[object]:
 
 
 def to_latex(results: Results, tables: Sequence[Table]) -> str:
-    """The tables for a document that loads booktabs; the header as comments."""
-    lines = [f"% {name}: {value}" for name, value in header(results)] + ["% needs \\usepackage{booktabs}"]
+    """The tables as LaTeX that needs booktabs, with the header as comments."""
+    lines = [f"% {name}: {value}" for name, value in header(results)] + ["% requires \\usepackage{booktabs}"]
     for table in tables:
         lines += ["", "\\begin{table}", "\\centering", f"\\caption{{{_escape_latex(table.title)}, percent.}}"]
         lines += [f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", "\\toprule"]
         lines.append(_latex_row(["category", *table.columns]) + " \\midrule")
         for name, entries in table.rows.items():
             rule = "\\midrule\n" if name == "mean" else ""
-            lines.append(rule + _latex_row([name, *_texts(table, entries)]))
+            lines.append(rule + _latex_row([name, *format_row(table, entries)]))
         lines += ["\\bottomrule", "\\end{tabular}", *(f"\\\\ {_escape_latex(note)}" for note in table.notes)]
         lines.append("\\end{table}")
     return "\n".join(lines) + "\n"
@@ -322,22 +338,27 @@ def _escape_latex(text: str) -> str:
 
 
 class Comparison(NamedTuple):
-    """Two folders' numbers for one metric, shot and kind of weights, category by category; percent, B - A."""
+    """Differences B - A between two folders for one metric, shot and kind of weights, in percent.
+
+    categories: how many both folders have. better: in how many of them B is better. difference: summary of the
+    differences over categories, see evaluation.statistics.summary. sd_of_rounds: SD over rounds of a category's paired
+    differences, averaged over categories; None for single rounds.
+    """
 
     metric: str
     shot: int
     weights: str
     categories: int
     better: int
-    difference: dict  # as evaluation.statistics.summary gives it, over categories
-    sd_of_rounds: float | None  # of a category's paired differences over its rounds, mean over categories
+    difference: dict
+    sd_of_rounds: float | None
 
 
 def compare(a: Results, b: Results) -> list[Comparison]:
-    """Paired comparison of the records that both folders have, made on the same support sets.
+    """Compares the records that both folders have, paired by category and support set.
 
     Raises:
-        UserError: nothing in common, or other support sets.
+        UserError: no record in common, or different support sets.
     """
     common = [key for key in a.records if key in b.records]
     if not common:
@@ -345,7 +366,7 @@ def compare(a: Results, b: Results) -> list[Comparison]:
     for key in common:
         names = [support_name(results.records[key]) for results in (a, b)]
         if names[0] != names[1]:
-            raise UserError(f"{key[0]}, K = {key[1]} was scored on other support sets: {names[0]} and {names[1]}")
+            raise UserError(f"{key[0]}, K = {key[1]} was scored on different support sets: {names[0]} and {names[1]}")
     comparisons = []
     for metric in METRIC_NAMES:
         for shot, weights in sorted({key[1:] for key in common}):
@@ -365,7 +386,7 @@ def _compare(metric: str, shot: int, weights: str, pairs: list[tuple[Entry, Entr
 
 
 def format_comparison(comparisons: Sequence[Comparison]) -> str:
-    """A Markdown table of `compare`."""
+    """The comparisons as a Markdown table."""
     lines = ["| metric | K | weights | mean difference B - A | SD over categories | 95 % interval (Student t) | "]
     lines[0] += "SD over rounds | B better |"
     lines.append("|---|---:|---|---:|---:|---|---:|---|")

@@ -1,4 +1,4 @@
-"""The tables: every published cell, means and spreads by hand, what is missing, and the four formats."""
+"""The tables: published cells, means and spreads computed by hand, missing entries, and the four formats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PUBLISHED_CELLS = REFERENCE / "reference" / "published_mvtec.csv"
 def write_record(
     folder, category, shot, weights, rounds, data_type="mvtec", support="0" * 64, stn_mode="affine", names=None
 ):
-    """A record as test.py leaves it, with the AUROCs `rounds`: (image, pixel) pairs."""
+    """Writes a record as test.py does. rounds: (image AUROC, pixel AUROC) pairs."""
     numbers = [{"image_auroc": image, "pixel_auroc": pixel} for image, pixel in rounds]
     record = {
         "arguments": {"obj": category, "shot": shot, "data_type": data_type, "stn_mode": stn_mode}
@@ -52,7 +52,7 @@ def write_record(
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two categories of fifteen, one of them without a last column."""
+    """Records of two of the fifteen categories, one of them without last weights."""
     for weights, better in (("untrained", 0), ("last", 0.01), ("best", 0.02)):
         write_record(tmp_path, "bottle", 8, weights, [(0.97 + better, 0.95), (0.95 + better, 0.93)])
         if weights != "last":
@@ -70,7 +70,7 @@ def entry(table, category, column):
 
 @pytest.mark.skipif(not PUBLISHED_CELLS.is_file(), reason=f"no {PUBLISHED_CELLS}")
 def test_every_published_cell():
-    """In the project's file, and in the tables made from it."""
+    """The project's file equals the reference in every cell."""
     published, cells = read_published(), 0
     for row in csv.DictReader(PUBLISHED_CELLS.read_text().splitlines()):
         for source in ("paper", "release"):
@@ -84,7 +84,7 @@ def test_every_published_cell():
 @pytest.mark.parametrize("shot", [2, 4, 8])
 @pytest.mark.parametrize("metric", ["image_auroc", "pixel_auroc"])
 def test_published_columns(tmp_path, metric, shot):
-    """Each cell stands in its row, the mean is that of the cells, and a printed average that differs has a note."""
+    """Each cell is in its row, the mean is that of the cells, and a note tells where the printed average differs."""
     write_record(tmp_path, "bottle", shot, "best", [(0.9, 0.9)])
     made = table(tmp_path, f"{METRIC_NAMES[metric]}, K = {shot}")
     for source in ("paper", "release"):
@@ -110,7 +110,7 @@ def test_rows_by_hand(folder):
     mean = entry(made, "mean", "best")  # rounds: (99 + 50) / 2 and (97 + 56) / 2
     assert (mean.mean, mean.sd, mean.of) == (pytest.approx(75.5), pytest.approx(np.sqrt(2)), "2 of 15")
     assert entry(made, "mean", "last").of == "1 of 15"
-    # against the same two categories of the paper, not against its mean of fifteen
+    # compared with the same two categories of the paper, not with its mean over fifteen
     assert entry(made, "mean", "best - paper").mean == pytest.approx(((98 - 99.8) + (53 - 63.4)) / 2)
 
 
@@ -120,8 +120,8 @@ def test_other_data_have_no_published_columns(tmp_path):
     assert made.columns == ["untrained", "last", "best"] and list(made.rows) == ["screw", "mean"]
 
 
-def test_pictures_without_ground_truth(tmp_path):
-    """What cannot be measured is told apart from what was not run, and is in no mean and no comparison."""
+def test_images_without_ground_truth(tmp_path):
+    """Undefined metrics differ from missing records, and are left out of means and comparisons."""
     write_record(tmp_path, "screw", 2, "best", [(0.9, 0.8)], data_type="folder")
     write_record(tmp_path, "solar", 2, "best", [(0.9, None)], data_type="folder")
     results = read_results(tmp_path)
@@ -161,12 +161,14 @@ def test_other_metrics_come_from_the_last_weights(tmp_path):
 def test_markdown(folder):
     results = read_results(folder)
     text = to_markdown(results, make_tables(results))
-    assert "- commit: abc\n" in text and "target's own test labels" in text and "too good" in text
-    assert "- last: epoch 50: the last" in text and re.search(r"- support sets: 2 \(2_2\.pt\), together \w{8}\n", text)
+    assert "- commit: abc\n" in text and "target's own test labels" in text and "optimistic" in text
+    assert "- last: epoch 50: the last" in text and re.search(
+        r"- support sets: 2 \(2_2\.pt\), SHA-256 \w{8}\.\.\.\n", text
+    )
     row = re.search(r"\| bottle \|.*", text[text.index("image AUROC, K = 8") :])[0]
     assert row == "| bottle | 96.0 ± 1.4 | 97.0 ± 1.4 | 98.0 ± 1.4 | 99.8 | 99.8 | -1.8 | -1.8 |"
     assert "| screw | 53.0 ± 4.2 | missing |" in text and "| 75.5 ± 1.4 (2 of 15) |" in text
-    assert "The paper prints 96.8 as its average of pixel AUROC at K = 8; its own cells give 96.7 (here)." in text
+    assert "prints 96.8 as its average of pixel AUROC at K = 8. The mean of its cells is 96.7, as shown here." in text
 
 
 def test_latex(folder):
@@ -251,11 +253,11 @@ def test_comparison_by_hand(tmp_path):
 def test_comparison_needs_the_same_support_sets(tmp_path):
     write_record(tmp_path / "a", "bottle", 2, "last", [(0.9, 0.5)])
     write_record(tmp_path / "b", "bottle", 2, "last", [(0.9, 0.5)], support="1" * 64)
-    with pytest.raises(UserError, match="other support sets"):
+    with pytest.raises(UserError, match="different support sets"):
         compare(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
     for letter in "de":
         write_record(tmp_path / letter, "bottle", 2, "last", [(0.9, 0.5)], names=[[f"{letter}.png"]])
-    with pytest.raises(UserError, match=r"other support sets: drawn \w{8} and drawn \w{8}"):
+    with pytest.raises(UserError, match=r"different support sets: drawn \w{8} and drawn \w{8}"):
         compare(read_results(tmp_path / "d"), read_results(tmp_path / "e"))
     write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
     with pytest.raises(UserError, match="in common"):
