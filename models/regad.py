@@ -1,4 +1,4 @@
-"""RegAD's three networks together, and their files: the release's checkpoints and ImageNet trunks."""
+"""RegAD's three networks as one module, checkpoints in the release's format, and initial ResNet-18 weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
-RECIPE = "recipe"  # key of our own checkpoints that the release's loader ignores
-TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the part of ResNet-18 that is used
+RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
+TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of ResNet-18 in the backbone
 
 
 class RegAD(nn.Module):
-    """Backbone with spatial transformers, encoder and predictor. Scoring uses the backbone only."""
+    """Backbone with spatial transformers (`stn`), encoder and predictor. Scoring uses the backbone only."""
 
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
         super().__init__()
@@ -31,10 +31,11 @@ class RegAD(nn.Module):
         self.predictor = Predictor()
 
     def forward(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
-        """The registration loss of queries (B, 3, S, S) and K support images for each (B, K, 3, S, S), in [0, 1].
+        """The registration loss, a scalar in [-1, 1] (RegAD section 3.2).
 
-        Queries and support images go through the backbone apart, because each pass has its own batch-norm
-        statistics; the K registered maps of a query's support are averaged (release behaviour).
+        `query` (B, 3, S, S) and `support` (B, K, 3, S, S) are images with values in [0, 1]. Queries and support images
+        pass through the backbone separately, with batch-norm statistics of their own. The registered maps of the K
+        support images of a query are averaged (release behaviour).
         """
         query_map = self.stn(query).maps[-1]  # (B, 256, H, W)
         support_map = self.stn(support.flatten(0, 1)).maps[-1].unflatten(0, support.shape[:2]).mean(dim=1)
@@ -43,26 +44,29 @@ class RegAD(nn.Module):
 
 
 def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
-    """Where the release keeps the weights of one category."""
+    """The path of the selected weights of one category, as in the release."""
     return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_model.pt"
 
 
 def last_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
-    """Where train.py keeps the weights after the last epoch, beside `checkpoint_file`."""
+    """The path of the weights after the last epoch, beside `checkpoint_file`."""
     return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_last.pt"
 
 
 def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
-    """Writes the release's format, and beside it `recipe`, plain values that say how the weights came about."""
+    """Writes a checkpoint in the release's format, with `recipe` as a further entry: plain values on the training."""
     parts = {part: getattr(model, attribute).state_dict() for part, attribute in CHECKPOINT_PARTS.items()}
     with whole_file(path) as aside:
         torch.save({**parts, RECIPE: recipe}, aside)
 
 
 def selection(path: Path) -> tuple[str, int | None]:
-    """By which rule the weights of a checkpoint were chosen (train.py's --select), and their epoch where it is known.
+    """The rule that selected the weights of a checkpoint (train.py's --select), and their epoch, None if unknown.
 
-    The release's were chosen by the target's test labels: `best`.
+    The release selects by the target's test labels: `best`.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     content = load_tensors(path, "checkpoint")
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
@@ -72,14 +76,14 @@ def selection(path: Path) -> tuple[str, int | None]:
 
 
 def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
-    """The networks of a checkpoint in the release's format {'STN', 'ENC', 'PRED'}; all names and shapes must fit.
+    """The networks of a checkpoint in the release's format, {'STN', 'ENC', 'PRED'}. All names and shapes must match.
 
     Raises:
-        UserError: missing, damaged or foreign file, or one of another STN mode or image size.
+        UserError: the file is missing, damaged or no checkpoint, or has another STN mode or image size.
     """
     content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
-        raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the parts {', '.join(CHECKPOINT_PARTS)}")
+        raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
     _reject_other_recipe(path, content.get(RECIPE), stn_mode, img_size)
     _reject_other_mode(path, content["STN"], stn_mode)
     model = RegAD(stn_mode, img_size)
@@ -95,7 +99,7 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
 
 
 def _reject_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: int) -> None:
-    """Our own checkpoints say what they are."""
+    """Raises UserError where the recipe of a checkpoint names another STN mode or image size."""
     trained = recipe.get("arguments") if isinstance(recipe, dict) else None
     if isinstance(trained, dict):
         for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
@@ -104,35 +108,42 @@ def _reject_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: in
 
 
 def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
-    """A release checkpoint does not say its STN mode, and modes of equal size load silently; so look for signs.
+    """Raises UserError where a checkpoint belongs to another STN mode, as far as this can be inferred.
 
-    Signs: the mode in the file's name; the number of warp parameters; the last bias, which starts as the identity of
-    its mode and stays near it. (Of the equal-sized modes only translation and shear have the same identity.)
+    The release does not store the mode, and modes with equally many warp parameters load without an error. Three signs
+    are checked: the mode in the file's name, the number of warp parameters, and the last bias of the first STN, which
+    starts as the identity of its mode and stays near it. Translation and shear have the same identity and cannot be
+    told apart.
     """
     named = re.fullmatch(rf".+_\d+_({'|'.join(STN_MODES)})_(?:model|last)\.pt", path.name)
     if named and named[1] != stn_mode:
         raise UserError(f"checkpoint {path} is named after --stn_mode {named[1]}, not {stn_mode}")
     bias = stn.get("stn1.fc.2.bias")
     if not isinstance(bias, torch.Tensor):
-        return  # load_state_dict says which name is missing
+        return  # load_state_dict names the missing tensor
     offsets = {
         name: (bias - torch.tensor(mode.identity)).abs().max().item()
         for name, mode in STN_MODES.items()
         if len(mode.identity) == bias.numel()
     }
     if stn_mode not in offsets:
-        likely = " or ".join(offsets) or "none of ours"
-        raise UserError(f"checkpoint {path} has {bias.numel()} warp parameters, --stn_mode {likely}, not {stn_mode}")
+        likely = " or ".join(offsets) or "unknown"
+        raise UserError(f"checkpoint {path} has {bias.numel()} warp parameters: --stn_mode is {likely}, not {stn_mode}")
     nearest = min(offsets, key=offsets.get)
     if offsets[nearest] < offsets[stn_mode] and offsets[stn_mode] > 0.5:  # identities differ by 1 in some parameter
-        raise UserError(f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}: its warps show it")
+        raise UserError(
+            f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}: its warp parameters are near that identity"
+        )
 
 
 def untrained(weights: str, stn_mode: str = "rotation_scale", img_size: int = 224) -> RegAD:
-    """Networks before registration training: the trunk from `weights`, warps at the identity, heads at random.
+    """Networks before registration training: backbone from `weights`, identity warps, random encoder and predictor.
 
     `weights`: "imagenet" (torchvision's file, downloaded once), "none" (random), or the path of a ResNet-18 state
-    dict, whole or only up to layer3.
+    dict, complete or up to layer3.
+
+    Raises:
+        UserError: the weights cannot be downloaded or read, or are not those of a ResNet-18.
     """
     model = RegAD(stn_mode, img_size)
     if weights != "none":
@@ -150,10 +161,10 @@ def untrained(weights: str, stn_mode: str = "rotation_scale", img_size: int = 22
 def _imagenet_state() -> dict[str, torch.Tensor]:
     try:
         return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # no network, no disk space, or a file with another hash
+    except (OSError, RuntimeError) as error:  # no network, no disk space, or another hash
         raise UserError(
-            f"torchvision's ImageNet ResNet-18 could not be had ({error}); download "
-            f"{ResNet18_Weights.IMAGENET1K_V1.url} elsewhere and give the file with --weights FILE, "
+            f"torchvision's ImageNet ResNet-18 cannot be downloaded ({error}); download "
+            f"{ResNet18_Weights.IMAGENET1K_V1.url} on another machine and give the file with --weights FILE, "
             "or start from random weights with --weights none"
         ) from error
 

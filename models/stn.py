@@ -1,7 +1,7 @@
 """The backbone: ResNet-18 up to layer3 with a spatial transformer (STN) after each of layer1, layer2 and layer3.
 
-RegAD section 3.2 (feature registration). Layer names are torchvision's and the release's, because they are the
-checkpoint format; they may not change.
+RegAD section 3.2 (feature registration). The names of the layers are those of torchvision and the release: they are
+part of the checkpoint format and must not change.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from models.warp import full_precision, inverse_affine, warp
 from utils.errors import UserError
 
 FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
-FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position
-SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids must nest, see scorers/gaussian.py
+FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position, of layer1, layer2, layer3
+SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids are joined, so each must divide the finer one
 
 
 def check_img_size(size: int, smallest: int = SIZE_DIVISOR) -> None:
-    """UserError where --img_size is no multiple of SIZE_DIVISOR, or below `smallest`."""
+    """Raises UserError where --img_size is not a multiple of SIZE_DIVISOR, or is below `smallest`."""
     if size % SIZE_DIVISOR or size < smallest:
         least = "" if smallest == SIZE_DIVISOR else f" from {smallest} on"
         raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}{least}, got {size}")
 
 
 class WarpMode(NamedTuple):
-    """One way to constrain the affine warp: its free parameters and the matrix they make."""
+    """One of the affine warps: its free parameters and the matrix they define."""
 
-    identity: tuple[float, ...]  # parameters of the warp that moves nothing
-    matrix: Callable[[tuple[torch.Tensor, ...]], tuple]  # parameters p -> the six entries of the 2x3 matrix, row by row
+    identity: tuple[float, ...]  # parameters of the identity warp
+    matrix: Callable[[tuple[torch.Tensor, ...]], tuple]  # parameters p -> the 2x3 matrix, row by row
 
 
-# The release's nine modes. The matrix of `rotation_scale` is NOT a rotation times a scaling (p1 and p2 stand beside the
-# cosines only); released checkpoints fit it as it is.
+# The release's nine modes. The matrix of `rotation_scale` is NOT the product of a rotation and a scaling: p1 and p2
+# scale the cosines only. Released checkpoints depend on it.
 STN_MODES: dict[str, WarpMode] = {
     "affine": WarpMode((1, 0, 0, 0, 1, 0), lambda p: p),
     "translation": WarpMode((0, 0), lambda p: (1, 0, p[0], 0, 1, p[1])),
@@ -61,19 +61,18 @@ STN_MODES: dict[str, WarpMode] = {
 
 
 class SpatialTransformer(nn.Module):
-    """Predicts one 2x3 warp matrix per feature map; starts as the identity.
+    """Predicts one 2x3 warp matrix per feature map. Before training it is the identity.
 
-    Convention:
-        - the matrix maps OUTPUT positions to INPUT positions, normalised to [-1, 1], align_corners False
-        - angles are radians; a positive angle turns the sampling grid clockwise as displayed (y points down)
+    Convention: the matrix maps OUTPUT positions (x, y) to INPUT positions, both normalised to [-1, 1], align_corners
+    False. Angles are in radians; with y pointing down, a positive angle turns the sampling grid clockwise.
     """
 
     def __init__(self, in_channels: int, grid: int, stn_mode: str) -> None:
         super().__init__()
         self.mode = STN_MODES[stn_mode]
         side = _pooled(_pooled(grid))
-        # The indices in these Sequentials are the checkpoint's names: conv.0, conv.1, conv.4, conv.5, fc.0, fc.2.
-        # The release has ReLU before pooling; the two commute, in the gradient too, and after it there is less to do.
+        # The indices in these Sequentials are names in the checkpoint: conv.0, conv.1, conv.4, conv.5, fc.0, fc.2.
+        # The release applies ReLU before pooling. The two commute, also in the gradient; ReLU costs less after it.
         self.conv = nn.Sequential(
             nn.Conv2d(in_channels, 64, 3, padding=1, bias=False),
             nn.BatchNorm2d(64),
@@ -107,16 +106,17 @@ def _pooled(side: int) -> int:
 
 
 class Registered(NamedTuple):
-    """What one pass of the backbone gives: layer by layer the warped maps (B, C, H, W) and the warps (B, 2, 3)."""
+    """The outputs of the backbone for layer1, layer2, layer3: warped maps (B, C, H, W) and warps (B, 2, 3)."""
 
     maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     warps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class STNResNet18(nn.Module):
-    """ResNet-18 to layer3, registering its own feature maps layer by layer.
+    """ResNet-18 up to layer3 that registers its own feature maps layer by layer.
 
-    Takes images (B, 3, S, S) with values in [0, 1] (no ImageNet normalisation, as the release), S = `img_size`.
+    The input is images (B, 3, S, S) with values in [0, 1], S = `img_size`. There is no ImageNet normalisation (release
+    behaviour).
     """
 
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
@@ -129,8 +129,13 @@ class STNResNet18(nn.Module):
         self.stn1, self.stn2, self.stn3 = (SpatialTransformer(c, img_size // s, stn_mode) for c, s in heads)
 
     def forward(self, x: torch.Tensor) -> Registered:
-        """Registered maps of images (B, 3, S, S), 64 x S/4 x S/4, 128 x S/8 x S/8 and 256 x S/16 x S/16, with warps."""
-        x = self.relu(self.maxpool(self.bn1(_first_convolution(self.conv1, x))))  # order: see SpatialTransformer
+        """Registered maps and warps of images `x` (B, 3, S, S) in [0, 1].
+
+        The maps are (B, 64, S/4, S/4), (B, 128, S/8, S/8) and (B, 256, S/16, S/16).
+        """
+        x = self.relu(
+            self.maxpool(self.bn1(_first_convolution(self.conv1, x)))
+        )  # pooling first: see SpatialTransformer
         maps, warps = [], []
         for layer, stn in ((self.layer1, self.stn1), (self.layer2, self.stn2), (self.layer3, self.stn3)):
             x = layer(x)
@@ -140,10 +145,10 @@ class STNResNet18(nn.Module):
         return Registered(tuple(maps), tuple(warps))
 
     def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Registered maps of images (B, 3, S, S), moved back to the frame of the image; shapes as in `forward`.
+        """Registered maps of images `x` (B, 3, S, S) in [0, 1], warped back to the frame of the image; no gradient.
 
-        Map i went through the warps of layers 1..i and goes back through their inverses in reverse order, one
-        resampling each, without gradient (release behaviour).
+        Map i passed through the warps of layers 1..i. Their inverses are applied to it in reverse order, each with a
+        resampling of its own (release behaviour). Shapes are those of `forward`.
         """
         with torch.no_grad():
             registered = self(x)
@@ -157,22 +162,23 @@ class STNResNet18(nn.Module):
 
 
 def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """`convolution` of images `x` (B, 3, S, S); where all are grey, of one channel with the summed weights.
+    """`convolution` of images `x` (B, 3, S, S). Where all are grey, one channel is convolved with the summed weights.
 
-    The same numbers, and gradients, for half the time on the CPU; the comparison costs a twentieth. (On CUDA it would
-    make the host wait, and a compiled or exported network must not depend on values.)
+    On the CPU this halves the time; values and gradients are the same up to rounding, and the comparison costs a
+    twentieth. On CUDA the comparison would make the host wait. Compiled and exported networks must not depend on
+    values.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and (x[:, 1:] == x[:, :1]).all():
         weight = convolution.weight.sum(dim=1, keepdim=True)
-        grey = x[:, :1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, and so is what comes out
+        grey = x[:, :1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, as its output
         return F.conv2d(grey, weight, convolution.bias, convolution.stride, convolution.padding)
     return convolution(x)
 
 
 def folded(network: STNResNet18) -> STNResNet18:
-    """A copy of `network` for inference: same features, less work.
+    """A copy of `network` for inference with the same features up to rounding, in less time.
 
-    Batch-norm is folded into the convolutions and memory is channels-last (on the CPU, `warp` is faster for it too).
+    Batch-norm is folded into the convolutions, and memory is channels-last, for which `warp` is faster too.
     """
     return without_batch_norm(network).to(memory_format=torch.channels_last)
 

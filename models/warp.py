@@ -9,11 +9,10 @@ import torch.nn.functional as F
 
 
 def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """Maps `x` (B, C, H, W) resampled bilinearly through the matrices `theta` (B, 2, 3).
+    """The maps `x` (B, C, H, W), resampled bilinearly through the matrices `theta` (B, 2, 3).
 
-    Convention:
-        - `theta` maps OUTPUT positions (x, y) to INPUT positions, both in [-1, 1], align_corners False
-        - outside the image the image is reflected
+    Convention: `theta` maps OUTPUT positions (x, y) to INPUT positions, both normalised to [-1, 1], align_corners
+    False. Outside the map, its reflection is sampled.
     """
     with full_precision(x.device):
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, H, W, 2)
@@ -25,21 +24,27 @@ def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Autocast off on `device`: bfloat16 turns a factor of 0.9975 into 1 and moves a grid by a tenth of a cell."""
+    """A context without autocast on `device`.
+
+    bfloat16 rounds a scale of 0.9975 to 1 and moves sampling positions by a tenth of a cell.
+    """
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def sample(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """`x` (B, C, H, W) read bilinearly at `grid` (B, H, W, 2) in [-1, 1]; reflected outside, align_corners False."""
+    """`x` (B, C, H, W) sampled bilinearly at `grid` (B, H, W, 2), reflected outside: (B, C, H, W).
+
+    Convention: positions (x, y) normalised to [-1, 1], align_corners False.
+    """
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _sample_rows(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """What grid_sample gives above, for channels-last memory: each output is a weighted sum of four rows of C values.
+    """`sample` for channels-last memory on the CPU, without gradient; equal to it up to rounding.
 
-    Half the time of grid_sample on the CPU, which gathers value by value. Differs from it by rounding only.
+    Each output is a weighted sum of four rows of C values. grid_sample gathers single values and takes twice as long.
     """
     batch, channels, height, width = x.shape
     (left, right, to_right), (top, bottom, to_bottom) = (
@@ -56,16 +61,16 @@ def _sample_rows(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 
 
 def _neighbours(coordinate: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cells on both sides of coordinates in [-1, 1] (reflected outside), and the share of the second one."""
-    steps = ((coordinate + 1) * side / 2).abs()  # cells from the border at -1
+    """The two cells next to each coordinate in [-1, 1], reflected outside, and the weight of the second cell."""
+    steps = ((coordinate + 1) * side / 2).abs()  # distance in cells from the border at -1
     period = steps.remainder(2 * side)
     cell = (torch.minimum(period, 2 * side - period) - 0.5).clamp_(0, side - 1)
-    first = cell.nan_to_num().floor()  # a NaN must not become an address; the share carries it on
+    first = cell.nan_to_num().floor()  # NaN must not become an index; the weight keeps the NaN
     return first.long(), (first + 1).clamp_(max=side - 1).long(), cell - first
 
 
 def inverse_affine(theta: torch.Tensor) -> torch.Tensor:
-    """The matrices (B, 2, 3) that undo the warps `theta` (B, 2, 3): top rows of the inverse of [theta; 0 0 1]."""
+    """The inverses (B, 2, 3) of the warps `theta` (B, 2, 3): the first two rows of the inverse of [theta; 0 0 1]."""
     a, b, c, d, e, f = theta.flatten(1).unbind(1)
     determinant = a * e - b * d
     rows = (e, -b, b * f - c * e, -d, a, c * d - a * f)

@@ -1,4 +1,4 @@
-"""The backbone: its nine warps, its folded copy, and the files it loads from."""
+"""The backbone: the nine warps, the folded copy, and the files that it loads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests.evaluation.test_release import recipe_model
 from utils.devices import command_device
 from utils.errors import UserError
 
-SIDE = 64  # pixels; small and quick, the release has 224
+SIDE = 64  # pixels; the release has 224, which is slower
 COS, SIN = math.cos(0.3), math.sin(0.3)
-LITERAL = {  # parameters -> rows of the matrix, from method and release
+LITERAL = {  # parameters -> rows of the matrix, as in paper and release
     "affine": ([1, 2, 3, 4, 5, 6], [[1, 2, 3], [4, 5, 6]]),
     "translation": ([0.1, 0.2], [[1, 0, 0.1], [0, 1, 0.2]]),
     "rotation": ([0.3], [[COS, -SIN, 0], [SIN, COS, 0]]),
@@ -31,7 +31,7 @@ LITERAL = {  # parameters -> rows of the matrix, from method and release
 
 
 def shaken(stn_mode: str = "rotation_scale", size: int = SIDE) -> STNResNet18:
-    """A network whose warps and batch-norms are no longer at their start."""
+    """A network whose warps and batch-norms differ from their initial values."""
     torch.manual_seed(0)
     network = STNResNet18(stn_mode, size)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_matrix_of_each_mode(stn_mode):
 
 
 @pytest.mark.parametrize("stn_mode", STN_MODES)
-def test_untrained_warps_move_nothing(stn_mode):
+def test_untrained_warps_are_the_identity(stn_mode):
     network = STNResNet18(stn_mode, SIDE).eval()
     with torch.no_grad():
         registered, features = network(images(2)), network.features(images(2))
@@ -68,16 +68,16 @@ def test_untrained_warps_move_nothing(stn_mode):
         torch.testing.assert_close(moved, back, rtol=1e-4, atol=1e-4)
 
 
-def test_features_go_back_through_every_warp():
-    """f2 is the map of layer2 un-warped by layer2's and then layer1's inverse; with shifts, where it shows."""
+def test_features_are_unwarped_by_every_inverse():
+    """The map of layer2 is un-warped by the inverses of layer2 and then layer1; shown with translations."""
     network = STNResNet18("translation", SIDE).eval()
-    shifts = (4 / (SIDE // 4), 4 / (SIDE // 8), 4 / (SIDE // 16))  # two positions of each grid, in normalised units
+    shifts = (4 / (SIDE // 4), 4 / (SIDE // 8), 4 / (SIDE // 16))  # two positions of each grid, normalised
     with torch.no_grad():
         for stn, shift in zip((network.stn1, network.stn2, network.stn3), shifts, strict=True):
             stn.fc[2].bias.copy_(torch.tensor([shift, 0.0]))
         maps, features = network(images(1)).maps, network.features(images(1))
-    assert torch.allclose(features[0][..., 2:], maps[0][..., :-2], atol=1e-4)  # moved left by 2, so back right by 2
-    assert torch.allclose(features[1][..., 3:], maps[1][..., :-3], atol=1e-4)  # 2 of its own and 2 / 2 of layer1's
+    assert torch.allclose(features[0][..., 2:], maps[0][..., :-2], atol=1e-4)  # shifted left by 2, back right by 2
+    assert torch.allclose(features[1][..., 3:], maps[1][..., :-3], atol=1e-4)  # 2 of layer2 and 2 / 2 of layer1
     assert not torch.allclose(features[1][..., 2:], maps[1][..., :-2], atol=1e-2)
 
 
@@ -107,7 +107,7 @@ def test_folded_gives_the_same_features(stn_mode, batch):
 
 
 @pytest.mark.parametrize("make", [folded, lambda network: network.train()])
-def test_grey_images_take_the_short_way_to_the_same_maps(make, monkeypatch):
+def test_grey_images_give_the_same_maps_by_one_channel(make, monkeypatch):
     network, grey = make(shaken().double()), images(3)[:, :1].expand(-1, 3, -1, -1).double()
 
     def maps_and_gradient() -> list[torch.Tensor]:
@@ -118,21 +118,21 @@ def test_grey_images_take_the_short_way_to_the_same_maps(make, monkeypatch):
         return [*maps, weight.grad]
 
     short = maps_and_gradient()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the long way
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # three channels
     for quick, slow in zip(short, maps_and_gradient(), strict=True):
-        assert 0 < (slow - quick).norm() / slow.norm() < 1e-12  # not 0: another order of summation shows it was short
+        assert 0 < (slow - quick).norm() / slow.norm() < 1e-12  # not 0: another order of summation
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_grey_images_stay_channels_last(channels_last):
-    """Else pooling, and all that follows, takes several times as long."""
+    """In another memory format, pooling and all later layers take several times as long."""
     grey = images(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
     grey = grey.to(memory_format=torch.channels_last) if channels_last else grey
     found = _first_convolution(folded(shaken()).conv1, grey)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_folding_leaves_the_network_as_it_was():
+def test_folding_does_not_change_the_network():
     network = shaken().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     folded(network).features(images(2))
@@ -157,19 +157,19 @@ def test_only_its_own_mode_loads(stored, tmp_path):
             continue
         with pytest.raises(UserError, match=f"named after --stn_mode {stored}, not {asked}"):
             load_checkpoint(named, asked, SIDE)
-        if {asked, stored} != {"translation", "shear"}:  # two parameters, both 0 at the start: cannot be told apart
+        if {asked, stored} != {"translation", "shear"}:  # two parameters, both initially 0: cannot be distinguished
             with pytest.raises(UserError, match=str(renamed)):
                 load_checkpoint(renamed, asked, SIDE)
 
 
-def test_checkpoint_of_another_size_is_refused(tmp_path):
+def test_checkpoint_of_another_size_is_rejected(tmp_path):
     path = write_checkpoint(tmp_path / "weights.pt", "affine", 96)
     with pytest.raises(UserError, match=r"does not fit --stn_mode affine --img_size 64.*stn1\.fc\.0\.weight"):
         load_checkpoint(path, "affine", 64)
 
 
 @pytest.mark.parametrize("content", [{"STN": {}}, {"model": {}}, [1, 2], {"STN": {}, "ENC": {}, "PRED": 3}])
-def test_foreign_files_are_refused(content, tmp_path):
+def test_foreign_files_are_rejected(content, tmp_path):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"is not RegAD's"):
         load_checkpoint(tmp_path / "other.pt", "affine", SIDE)
@@ -215,7 +215,7 @@ def test_whole_resnet_weights_are_taken_too(tmp_path):
     assert torch.equal(state["layer3.1.conv2.weight"], whole["layer3.1.conv2.weight"])
 
 
-def test_weights_of_another_network_are_refused(tmp_path):
+def test_weights_of_another_network_are_rejected(tmp_path):
     torch.save({"conv1.weight": torch.rand(64, 3, 7, 7)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="not those of a ResNet-18"):
         untrained(str(tmp_path / "other.pth"), "affine", SIDE)
@@ -257,7 +257,7 @@ def test_cuda_equals_cpu(stn_mode):
 
 @needs_reference
 def test_bf16_leaves_the_warps_in_full_precision():
-    """Under autocast a head rounds its convolutions only; of the same maps it gives the same warps to 1e-4."""
+    """Under autocast a head rounds its convolutions only: for equal maps, its warps are equal to 1e-4."""
     network = recipe_model("rotation_scale").stn
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -269,12 +269,12 @@ def test_bf16_leaves_the_warps_in_full_precision():
     for ours, reference in zip(alone, heads, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
-    for ours, reference in zip(rounded.warps, exact.warps, strict=True):  # with what the rounded trunk adds
+    for ours, reference in zip(rounded.warps, exact.warps, strict=True):  # the backbone is rounded too
         torch.testing.assert_close(ours, reference, rtol=0, atol=2e-4)
 
 
 def test_bf16_keeps_the_identity_exact():
-    """An untrained warp is the identity to the last bit, and so is a factor that bfloat16 cannot hold."""
+    """Autocast changes no bit of a warp: neither of the identity nor of a scale that bfloat16 would round."""
     x = torch.rand(1, 3, 56, 56)
     theta = torch.tensor([[[0.9975, 0.0, 0.0], [0.0, 0.9975, 0.0]]])
     for matrix in (torch.eye(2, 3)[None], theta):
