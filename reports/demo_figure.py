@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = StageClock(torch.device("cpu"))
     results = score_category(network, [make_scorer(RELEASE_SCORER)], dataset, labels, support.images[:1], clock)
     maps = next(results)[RELEASE_SCORER].maps.numpy()
-    save_figure(args.output, support.images[0], _examples(dataset, maps), _limits(maps, labels))
+    save_figure(args.output, support.images[0], choose_examples(dataset, maps), _limits(maps, labels))
     print(
         f"figure: {args.output}. Left: the {args.shot} normal images that the detector knows; right: test images, the "
         "defect as labelled, and the heat map, bright where an image is unlike the normal ones"
@@ -113,7 +113,7 @@ def _draw_column(axes: Sequence[Axes], example: Example, limits: tuple[float, fl
     axes[-1].set_xlabel(f"score {example.score:.1f}", fontsize=9)
 
 
-def _examples(dataset: LabelledDataset, maps: np.ndarray) -> list[Example]:
+def choose_examples(dataset: LabelledDataset, maps: np.ndarray) -> list[Example]:
     """The first test image of each kind, the normal one first."""
     first: dict[str, int] = {}
     for index, item in enumerate(dataset.items):

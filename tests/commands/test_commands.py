@@ -18,10 +18,11 @@ import torch
 import make_support
 from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
 from datasets.images import read_image
-from datasets.mvtec import list_test_items
+from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
+from reports import demo_figure
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
 
@@ -261,6 +262,32 @@ def test_published_command_line_on_real_screws(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "round 0: image AUROC 0.6596, pixel AUROC 0.9393" in done.stdout
     assert "round 1: image AUROC 0.5376, pixel AUROC 0.9384" in done.stdout
+
+
+def test_demo_figure(arguments, tmp_path, capsys):
+    """It is drawn in both formats, and a missing checkpoint costs one sentence."""
+    flags = ("--obj", "--shot", "--inferences", "--stn_mode", "--img_size", "--data_type", "--data_path")
+    call = flat({flag: arguments[flag] for flag in (*flags, "--support_path")})
+    save_dir = Path(arguments["--checkpoint"]).parents[3]
+    for figure in (tmp_path / "figure.png", tmp_path / "figure.jpg"):
+        demo_figure.main([*call, "--save_dir", str(save_dir), "--output", str(figure)])
+        assert f"figure: {figure}" in capsys.readouterr().out
+        drawn = read_image(figure, 224)
+        assert (drawn.reshape(-1, 3).max(axis=1) > 200).any() and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500
+    with pytest.raises(UserError, match=r"no checkpoint .*nowhere.*train\.py --save_dir /nowhere"):
+        demo_figure.main([*call, "--save_dir", "/nowhere"])
+
+
+def test_demo_figure_shows_a_normal_image_and_each_kind_of_defect(demo_data):
+    items = list_test_items(demo_data / "ring")
+    dataset = LabelledDataset(items, SIZE)
+    maps = np.arange(len(items), dtype=np.float32)[:, None, None].repeat(SIZE, 1).repeat(SIZE, 2)
+    examples = demo_figure.choose_examples(dataset, maps)
+    assert [example.kind for example in examples] == ["normal", "chip", "rust", "scratch"]
+    assert [example.mask.any() for example in examples] == [False, True, True, True]
+    for example in examples:
+        of_kind = [number for number, item in enumerate(items) if item.defect.replace("good", "normal") == example.kind]
+        assert example.score == of_kind[0] and (example.scores == of_kind[0]).all()
 
 
 DOCUMENTS = [
