@@ -21,18 +21,19 @@ from evaluation.statistics import summary
 from utils.errors import UserError
 
 WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
-    "untrained": "the pretrained backbone, before registration training",
+    "untrained": "before registration training",
     "last": "the last epoch, without selection",
     "source": "selected on held-out source categories; no image of the target category is read",
     "best": "selected by image + pixel AUROC on the target's own test labels, as in the published protocol. Test "
     "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
 }
+HEADER_ARGUMENTS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}
 PUBLISHED_FILE = Path(__file__).with_name("published_mvtec.csv")
 PUBLISHED = ("paper", "release")
 PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc")
 OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS)
-GRID_FILE = "grid.json"  # the requested categories and shots, which show what is missing
+GRID_FILE = "grid.json"  # the requested categories and shots, so that missing records can be shown
 DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
 MISSING, NOT_PUBLISHED = "missing", ""
 
@@ -156,7 +157,7 @@ def _compared_table(results: Results, metric: str, shot: int) -> Table:
 
 
 def _other_table(results: Results, shot: int) -> list[Table]:
-    """AP, F1-max and PRO of the first of last, source, best and untrained weights scored with them; or no table."""
+    """AP, F1-max and PRO of one kind of weights, the first of last, source, best and untrained that has them."""
     for weights in ("last", "source", "best", "untrained"):
         columns = {METRIC_NAMES[metric]: _column(results, metric, shot, weights) for metric in OTHER_METRICS}
         if any(_known(column) for column in columns.values()):
@@ -196,7 +197,7 @@ def _rows(categories: Sequence[str], columns: dict[str, dict[str, Entry]]) -> di
 
 
 def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
-    """Mean over categories. Its SD is that of the rounds' means, and absent if categories differ in their rounds."""
+    """Mean over categories. Its SD is that of the rounds' means; it is absent if the numbers of rounds differ."""
     entries = list(_known(column).values())
     if not entries:
         return NO_TRUTH if column else None
@@ -222,8 +223,8 @@ def header(results: Results) -> list[tuple[str, str]]:
     dates = sorted(record["date"] for record in records)
     lines.append(("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"))
     lines.append(("device", _distinct(record["device"] for record in records)))
-    for name in ("data_type", "stn_mode", "img_size", "seed"):
-        lines.append((name.replace("_", " "), _distinct(record["arguments"][name] for record in records)))
+    for name, label in HEADER_ARGUMENTS.items():
+        lines.append((label, _distinct(record["arguments"][name] for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
     lines.append(("support sets", _support_sets(results)))
     lines.append(("spread", "mean ± sample standard deviation over rounds (one support set each), in percent"))

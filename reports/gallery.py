@@ -81,8 +81,8 @@ def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
 def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """False-positive rates (T + 1,), true-positive rates (T + 1,) and the T distinct scores in descending order.
 
-    scores: (B,). labels: (B,) bool, with both classes. Both rates begin at 0. Their element t + 1 is the rate if all
-    images are called defective whose score is at least the distinct score t.
+    scores: (B,). labels: (B,) bool, with both classes. Element 0 of both rates is 0. Element t + 1 is the rate when an
+    image is called defective if its score is at least the distinct score t.
     """
     thresholds = np.unique(scores)[::-1]
     below = (np.searchsorted(np.sort(scores[chosen]), thresholds) for chosen in (~labels, labels))
@@ -105,7 +105,7 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
 def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: int) -> None:
     """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` images (-1: all) into `folder`.
 
-    workers: threads that draw, at least one.
+    workers: threads that draw; 0 counts as 1.
     """
     worst = scored.worst_first().tolist()
     written = set(choose_examples(scored.dataset.items, count))
