@@ -108,7 +108,8 @@ def _score_shot(
     """Scores the rounds of one support set with every scorer; prints and writes each scorer's record."""
     print(f"support: {support.source}")
     scored = score_rounds(network, test, support.images, clock, args.batch_size, args.metrics == "all")
-    results, first_maps = _print_rounds(scored, args.scorer, keep_maps=args.save_images != 0)
+    names = [scorer.name for scorer in test.features.scorers]
+    results, first_maps = _print_rounds(scored, names, keep_maps=args.save_images != 0)
     for scorer, rounds in results.items():
         kind = "" if weights.kind == "best" else f"_{weights.kind}"
         name = f"{args.obj}_{shot}_{args.stn_mode}{kind}" + ("" if scorer == RELEASE_SCORER else f"_{scorer}")

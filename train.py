@@ -61,6 +61,7 @@ MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
     *("keep_aspect", "momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
+    "scorer",
 )
 
 

@@ -23,7 +23,7 @@ import predict
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds
 from datasets.images import is_image_file
-from inspection.detector import DISTANCE_GROUP, FewShotDetector
+from inspection.detector import SCORE_GROUP, FewShotDetector
 from inspection.inputs import read_inputs
 from models.regad import untrained
 from utils.errors import UserError, run_command
@@ -81,8 +81,8 @@ def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
     workers = predict.get_args_parser().get_default("num_workers")
     read = (item.square for item in read_inputs(paths, detector.size, False, workers, detector.clock))
     begin = time.perf_counter()
-    while group := list(itertools.islice(read, DISTANCE_GROUP)):
-        detector.features(group)
+    while group := list(itertools.islice(read, SCORE_GROUP)):
+        detector.features(detector.inputs(group))
     return time.perf_counter() - begin
 
 

@@ -19,7 +19,7 @@ METRIC_NAMES = {  # in the records -> for people
     **{"pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pixel_f1_max": "pixel F1-max", "pro": "PRO"},
 }
 PRO_FPR_LIMIT = 0.3  # MVTec AD paper: the area up to 30 % false positives
-EIGHT_CONNECTED = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # within a image, not across
+EIGHT_CONNECTED = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # within an image, not across
 
 
 class Ranking(NamedTuple):

@@ -194,7 +194,7 @@ def _support_features(
 ) -> Iterator[dict[str, Prepared]]:
     """Prepared features of all views of each round, by scorer, in the same memory for every round.
 
-    A image of several rounds goes through the network once, as far as KEPT_FEATURES_BYTES allow.
+    An image of several rounds goes through the network once, as far as KEPT_FEATURES_BYTES allow.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     keys = [[hashlib.sha256(image.numpy()).digest() for image in images] for images in rounds]

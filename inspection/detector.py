@@ -20,20 +20,20 @@ from inspection.threshold import (
     normal_threshold,
 )
 from models.stn import STNResNet18, folded
-from scorers.base import Fitted, Prepared
-from scorers.features import FeatureStore, write_support_image
+from scorers.base import Fitted, Prepared, Scorer
+from scorers.features import FeatureStore, take_images, write_support_image
 from scorers.maps import score_map_matrix, score_maps
-from scorers.registry import RELEASE_SCORER, make_scorer
+from scorers.neighbours import Neighbours
+from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.devices import resolve_device
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 from utils.stages import StageClock
 
-# Images per network pass and per distance product. Both are always filled up to this number, so a image goes
-# through the same arithmetic alone as among others. More are quicker each, but then one alone waits longer.
-NETWORK_GROUP = {"cpu": 4, "cuda": 16}
-DISTANCE_GROUP = 32
+NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass: fastest on two cores; more only wait longer
+SCORE_GROUP = 32  # images whose features are in memory at a time
+DEFAULT_SCORER = Neighbours.name  # finds more than the Gaussian on every kind of part tried: benchmarks/scorers.py
 FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
 
 ImageInput = Path | str | Image.Image | np.ndarray | torch.Tensor
@@ -47,20 +47,25 @@ class FewShotDetector:
     scores, maps = detector.score(["new.png"])
 
     Images are paths, PIL images, arrays (H, W) or (H, W, 3) uint8, or tensors (3, H, W) uint8 or float in [0, 1], of
-    any size. Scores are distances without a unit: 0 at the mean of the normal images, without upper bound, and never
-    set in relation to the other images of a call: on the CPU a image gets the same bits alone as among others.
+    any size. Scores are distances without a unit, from 0 without an upper bound. A score does not depend on the other
+    images of a call.
 
+    scorer: a name of `scorers.registry`, or a Scorer.
     threshold: set by `calibrate`, or by hand; None before. left_out: the support images against each other, None
     where K is 1 or where `fit` was told to do without. origin: plain values that say where the detector came from.
     clock: seconds by stage.
     """
 
     def __init__(
-        self, network: STNResNet18, device: str = "auto", keep_aspect: bool = False, scorer: str = RELEASE_SCORER
+        self,
+        network: STNResNet18,
+        device: str = "auto",
+        keep_aspect: bool = False,
+        scorer: str | Scorer = DEFAULT_SCORER,
     ) -> None:
         self.clock = StageClock(resolve_device(device))
         self.network, self.keep_aspect = network.to(self.clock.device), keep_aspect
-        self.scorer = make_scorer(scorer)
+        self.scorer = make_scorer(scorer) if isinstance(scorer, str) else scorer
         self.size = network.img_size
         self.threshold: Threshold | None = None
         self.left_out: NormalScores | None = None
@@ -77,7 +82,7 @@ class FewShotDetector:
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
         with self.clock("decode"):
-            inputs = self._inputs(images)
+            inputs = self.inputs(images)
         if not len(inputs):
             raise UserError("no support images: at least one normal image is needed")
         store = FeatureStore([self.scorer], len(inputs) * VIEWS_PER_IMAGE)
@@ -118,7 +123,7 @@ class FewShotDetector:
         scores, maps = self.score(images)
         if is_order_statistic(len(images), false_alarm):
             return NormalScores(scores[:, None], maps)
-        views = (support_views(self._inputs([image])) for image in images)
+        views = (support_views(self.inputs([image])) for image in images)
         return NormalScores(np.array([self.score(of_image)[0] for of_image in views]), maps)
 
     def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,47 +139,42 @@ class FewShotDetector:
             raise UserError("the detector must be fitted on support images, or loaded, before it can score")
         if not len(images):
             return np.empty(0, np.float32), np.empty((0, self.size, self.size), np.float32)
-        groups = (images[at : at + DISTANCE_GROUP] for at in range(0, len(images), DISTANCE_GROUP))
+        groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
         scores, maps = zip(*map(self._score_group, groups), strict=True)
         if not all(np.isfinite(part).all() for part in scores):
             raise UserError("scores are not finite: the checkpoint or the support images hold NaN or infinite values")
         return np.concatenate(scores), np.concatenate(maps)
 
     def _score_group(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and maps of at most DISTANCE_GROUP images."""
-        features = self.features(images)
+        """Scores and maps of images that fit in memory together."""
+        with self.clock("decode"):
+            inputs = self.inputs(images)
+        with self.clock("network"):
+            features = self.features(inputs)
         with self.clock("distance"):
             distances = self.scorer.distance_maps(self.fitted, features)
         with self.clock("smoothing"):
             matrix = score_map_matrix(distances.shape[-1], self.size, distances.device)
             scores, maps = score_maps(distances, matrix)
-            return scores[: len(images)].cpu().numpy(), maps[: len(images)].cpu().numpy()
+            return scores.cpu().numpy(), maps.cpu().numpy()
 
-    def features(self, images: Sequence[ImageInput]) -> Prepared:
-        """Prepared features of at most DISTANCE_GROUP images, filled up to as many: those beyond B repeat others."""
-        with self.clock("decode"):
-            inputs = self._inputs(images)
-        with self.clock("network"):
-            return self._features(inputs)
+    def features(self, inputs: torch.Tensor) -> Prepared:
+        """What the scorer keeps of inputs (B, 3, S, S) in [0, 1].
 
-    def _features(self, inputs: torch.Tensor) -> Prepared:
-        """`features` of inputs (B, 3, S, S).
-
-        Grey and coloured images go apart, because the network takes a shorter way where all of a pass are grey.
+        On the CPU, grey and coloured images are computed apart, because a pass of grey ones alone takes less time.
         """
-        size, store = NETWORK_GROUP[inputs.device.type], FeatureStore([self.scorer], DISTANCE_GROUP)
-        is_grey = (inputs == inputs[:, :1]).flatten(1).all(dim=1)
-        groups = [group for kind in (is_grey, ~is_grey) for group in kind.nonzero().flatten().split(size)]
-        done = 0
-        for group in filter(len, groups):
-            maps = self._folded.features(inputs[_fill_up(group, size)])
-            store.write(done, [layer[: len(group)] for layer in maps])
+        size, store = (
+            NETWORK_GROUP.get(inputs.device.type, NETWORK_GROUP["cuda"]),
+            FeatureStore([self.scorer], len(inputs)),
+        )
+        kinds, done = _grey_and_coloured(inputs), 0
+        for group in (group for kind in kinds for group in kind.split(size)):
+            store.write(done, self._folded.features(inputs[group]))
             done += len(group)
-        columns = torch.cat(groups).argsort()
-        columns = _fill_up(columns, DISTANCE_GROUP)
-        return [layer.transpose(0, 1)[:, columns].transpose(0, 1) for layer in store.prepared[self.scorer.name]]
+        prepared = store.prepared[self.scorer.name]
+        return prepared if len(kinds) == 1 else take_images(prepared, torch.cat(kinds).argsort())
 
-    def _inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
+    def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """Images as the network takes them, (B, 3, S, S) float32 in [0, 1], on the device."""
         inputs = [as_input(image, self.size, self.keep_aspect) for image in images]
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
@@ -207,17 +207,20 @@ class FewShotDetector:
             raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
 
     @classmethod
-    def load(cls, path: Path | str, device: str = "auto") -> FewShotDetector:
+    def load(cls, path: Path | str, device: str = "auto", scorer: str | Scorer | None = None) -> FewShotDetector:
         """The detector that `save` wrote; needs no support images.
 
+        scorer: needed where it is not one of the project's, because nothing in the file is executed.
+
         Raises:
-            UserError: missing, damaged or foreign file.
+            UserError: missing, damaged or foreign file, or one of another scorer.
         """
         content = _read_content(Path(path))
         try:
+            chosen = _scorer_of(Path(path), content["scorer"], scorer)
             network = STNResNet18(content["stn_mode"], content["img_size"])
             network.load_state_dict(content["network"])
-            detector = cls(network.eval(), device, content["keep_aspect"], content["scorer"])
+            detector = cls(network.eval(), device, content["keep_aspect"], chosen)
             detector.fitted = {name: value.to(detector.clock.device) for name, value in content["fitted"].items()}
             left_out, threshold = content["left_out"], content["threshold"]
             detector.left_out = None if left_out is None else NormalScores(*(part.numpy() for part in left_out))
@@ -232,7 +235,7 @@ class FewShotDetector:
 
 
 def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
-    """A image of any of the kinds in FewShotDetector as the network's input, (3, size, size) float32 in [0, 1]."""
+    """An image of any of the kinds in FewShotDetector as the network's input, (3, size, size) float32 in [0, 1]."""
     if isinstance(image, torch.Tensor):
         if image.shape == (3, size, size) and image.is_floating_point():
             return image.float()
@@ -247,9 +250,13 @@ def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
     return torch.from_numpy(square).float() / 255
 
 
-def _fill_up(indices: torch.Tensor, count: int) -> torch.Tensor:
-    """`indices` made `count` long by repeating the last one."""
-    return torch.cat([indices, indices[-1:].expand(max(0, count - len(indices)))])
+def _grey_and_coloured(inputs: torch.Tensor) -> list[torch.Tensor]:
+    """The indices of images (B, 3, S, S) that go through the network together: all, or on the CPU by kind."""
+    everything = torch.arange(len(inputs), device=inputs.device)
+    if inputs.device.type != "cpu":
+        return [everything]
+    is_grey = (inputs == inputs[:, :1]).flatten(1).all(dim=1)
+    return [kind for kind in (everything[is_grey], everything[~is_grey]) if len(kind)]
 
 
 def _read_content(path: Path) -> dict:
@@ -271,6 +278,18 @@ def _read_content(path: Path) -> dict:
     if content.get("version") != FILE_VERSION:
         raise UserError(f"detector {path} has version {content.get('version')}, this program reads {FILE_VERSION}")
     return content
+
+
+def _scorer_of(path: Path, name: str, given: str | Scorer | None) -> Scorer:
+    """The scorer of a saved detector: the project's of that name, or the one given, which must have it."""
+    if given is None:
+        if name not in SCORERS:
+            raise UserError(f"detector {path} was made with the scorer {name}; give it again: --scorer FILE.py:CLASS")
+        return make_scorer(name)
+    scorer = make_scorer(given) if isinstance(given, str) else given
+    if scorer.name != name:
+        raise UserError(f"detector {path} was made with the scorer {name}, not {scorer.name}; fit a new one")
+    return scorer
 
 
 def _from_version_2(content: dict) -> dict:

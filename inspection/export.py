@@ -52,7 +52,7 @@ class ExportedDetector(nn.Module):
 
 
 def export_metadata(detector: FewShotDetector) -> dict[str, str]:
-    """What a program needs beside the file: how to make its input, and above which score a image is defective.
+    """What a program needs beside the file: how to make its input, and above which score an image is defective.
 
     `threshold` is empty where the detector has none.
     """

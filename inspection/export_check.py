@@ -1,4 +1,4 @@
-"""Exported detectors beside the one they came from: how much the maps differ, and how long a image takes."""
+"""Exported detectors beside the one they came from: how much the maps differ, and how long an image takes."""
 
 from __future__ import annotations
 

@@ -6,11 +6,12 @@ import argparse
 import math
 from pathlib import Path
 
-from inspection.detector import FewShotDetector
+from inspection.detector import DEFAULT_SCORER, FewShotDetector
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
 from models.regad import load_checkpoint, untrained
 from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
+from scorers.registry import add_scorer_flag
 from utils.devices import seed_everything
 from utils.errors import UserError, require_positive
 from utils.files import sha256
@@ -29,6 +30,7 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     add_network_flags(detector, STN_MODES, SIZE_DIVISOR)
     add_keep_aspect_flag(detector)
     add_seed_flag(detector, "for --weights none; all else is deterministic")
+    add_scorer_flag(detector, default=None)
     decide = parser.add_argument_group("threshold")
     decide.add_argument("--false_alarm", type=float, help="share of normal images that may be called; default 0.01")
     decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal images for it")
@@ -52,7 +54,8 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
         UserError: a file or folder that is missing or unfit.
     """
     seed_everything(args.seed)
-    detector = FewShotDetector.load(args.detector, device) if args.detector else _fit(args, device)
+    detector = FewShotDetector.load(args.detector, device, args.scorer) if args.detector else _fit(args, device)
+    print(f"scorer: {detector.scorer.name}")
     _set_threshold(detector, args)
     print(f"threshold: {describe_threshold(detector.threshold)}")
     return detector
@@ -65,7 +68,7 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
         network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
     else:
         network = untrained(args.weights, args.stn_mode, args.img_size).stn
-    detector = FewShotDetector(network, device, args.keep_aspect)
+    detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER)
     print(f"fitting on {len(support)} normal image(s)")
     detector.fit(support)
     weights = f"not trained, weights {args.weights}"

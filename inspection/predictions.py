@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import restore_map
-from inspection.detector import DISTANCE_GROUP, FewShotDetector
+from inspection.detector import SCORE_GROUP, FewShotDetector
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.threshold import Threshold
 from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_image
@@ -56,7 +56,7 @@ def predict(
     groups = _scored_groups(detector, paths, workers)
     finish = partial(_finish, detector, outputs, previews)
     if detector.clock.device.type != "cpu":  # a group is kept, and drawn while the network works on the next one
-        return in_threads(finish, chain.from_iterable(groups), workers, ahead=DISTANCE_GROUP)
+        return in_threads(finish, chain.from_iterable(groups), workers, ahead=SCORE_GROUP)
     # on the CPU one after the other: the network's threads wait for each other, so drawing would hold up all of them
     return (row for group in groups for row in in_threads(finish, group, workers))
 
@@ -64,13 +64,13 @@ def predict(
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
     """Inputs with number, score and map, in groups as the detector takes them."""
     inputs = enumerate(read_inputs(paths, detector.size, detector.keep_aspect, workers, detector.clock))
-    while group := list(islice(inputs, DISTANCE_GROUP)):
+    while group := list(islice(inputs, SCORE_GROUP)):
         results = zip(*detector.score([item.square for _, item in group if item.error is None]), strict=True)
         yield [(number, item, *(next(results) if item.error is None else (None, None))) for number, item in group]
 
 
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
-    """Writes a image's files and makes its row."""
+    """Writes an image's files and makes its row."""
     number, item, score, scores = scored
     if item.error is not None:
         return Prediction(full_name(item.path), None, None, item.error)
@@ -85,7 +85,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
 def _write(
     detector: FewShotDetector, outputs: Outputs, item: InputImage, scores: np.ndarray, with_preview: bool
 ) -> str:
-    """Writes a image's files from its score map (S, S); returns the preview, or nothing."""
+    """Writes an image's files from its score map (S, S); returns the preview, or nothing."""
     restored = restore_map(scores, *item.image.size, detector.keep_aspect)
     if outputs.maps != "none":
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)

@@ -6,7 +6,7 @@ taken.
 The rule. For a false-alarm rate a with (n + 1) a >= 1, the ceil((n + 1)(1 - a))-th smallest score of the images
 themselves: it assumes no distribution (split conformal prediction). Rarer alarms cannot be read off n images. Then
 the logarithms of the n x 22 view scores are taken as normally distributed with their own mean and standard deviation,
-and the threshold is that distribution's quantile 1 - a, or the largest score of a image if that is higher.
+and the threshold is that distribution's quantile 1 - a, or the largest score of an image if that is higher.
 
 A region has a lower bound of its own: what the hottest share a of a normal image's area exceeds, the median over the
 normal images. On normal images too some area is hotter; it shows where to look and decides nothing.
@@ -43,7 +43,7 @@ class NormalScores(NamedTuple):
 
 
 def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageClock) -> NormalScores:
-    """Scores of all views in `support`; those of a image by a fit to the views of the K - 1 others."""
+    """Scores of all views in `support`; those of an image by a fit to the views of the K - 1 others."""
     scores, maps = [], []
     for start in range(0, len(support[0]), VIEWS_PER_IMAGE):
         end = start + VIEWS_PER_IMAGE

@@ -62,6 +62,14 @@ def room_for(like: torch.Tensor, count: int) -> torch.Tensor:
     return like.new_empty(shape).permute([order.index(axis) for axis in range(like.dim())])
 
 
+def take_images(prepared: Prepared, order: torch.Tensor) -> Prepared:
+    """A copy with the images in the given order."""
+    copies = [room_for(tensor, len(order)) for tensor in prepared]
+    for copy, tensor in zip(copies, prepared, strict=True):
+        copy[:] = tensor[order]
+    return copies
+
+
 def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
     """A copy that lacks the images `start` to `end`."""
     copies = []

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from utils.stages import StageClock
@@ -39,6 +40,9 @@ COVARIANCE_EPS = 0.01  # on the covariance's diagonal, release behaviour (and Pa
 # Largest temporary of one chunk of positions. CPU: the freed memory of small blocks is used again at once, that of
 # large ones goes back to the system. CUDA: few large kernels.
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+# Test images of a stored detector are filled up to a multiple of this, so that each goes through the same arithmetic
+# alone as among others: matrix products treat the columns beyond the last full vector differently.
+IMAGE_GROUP = 32
 CHOLESKY_BASE = 16  # largest matrix given to LAPACK, larger ones are split; fastest of 8..44 at sizes 44, 64 and 176
 
 Layers = Sequence[torch.Tensor]
@@ -85,11 +89,13 @@ class Gaussian(Scorer):
         layers, statistics = _positions_first(test), _from_tensors(fitted)
         if torch.compiler.is_compiling():  # chunks would depend on the number of images, which is not known then
             return _as_maps(squared_distance(statistics, layers), layers)
-        squared = layers[0].new_empty(layers[0].shape[:2])
+        count = layers[0].shape[1]
+        padding = -count % IMAGE_GROUP
+        squared = layers[0].new_empty(layers[0].shape[0], count + padding)
         for rows in _chunks(layers, fitted["joint"].shape[-1]):
-            part = [layer[r] for layer, r in zip(layers, rows, strict=True)]
+            part = [F.pad(layer[r], (0, 0, 0, padding)) for layer, r in zip(layers, rows, strict=True)]
             squared[rows[0]] = squared_distance(_rows_of(statistics, rows), part)
-        return _as_maps(squared, layers)
+        return _as_maps(squared[:, :count], layers)
 
     def measure(self, support: Prepared, test: Prepared, clock: StageClock) -> torch.Tensor:
         """Fits and measures a chunk of positions at a time, so that no statistics are kept."""

@@ -1,37 +1,73 @@
-"""Scorers by name."""
+"""Scorers by name, and a researcher's own from a file."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from scorers.base import Scorer
 from scorers.gaussian import Gaussian
+from scorers.neighbours import Neighbours
 from utils.errors import UserError
 
-SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian,)}
+SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours)}
 RELEASE_SCORER = Gaussian.name  # what the release scores with: the default of train.py and test.py
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a scorer's name becomes part of file names
 
 
 def make_scorer(name: str) -> Scorer:
-    """The scorer called `name`.
+    """The scorer called `name`, or the class in `FILE.py:CLASS`, which is imported and so may run any code.
 
     Raises:
-        UserError: no such scorer.
+        UserError: no such scorer, file or class, or a class that is no Scorer.
     """
+    if ":" in name:
+        return _from_file(*name.rsplit(":", 1))
     if name not in SCORERS:
-        raise UserError(f"no scorer {name!r}; there are {', '.join(SCORERS)}")
+        raise UserError(f"no scorer {name!r}; there are {', '.join(SCORERS)}, or your own as FILE.py:CLASS")
     return SCORERS[name]()
 
 
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
-    """The scorers called `names`; UserError as `make_scorer`, or where a name comes twice."""
-    if len(set(names)) < len(names):
-        raise UserError(f"--scorer must not name anything twice, got {' '.join(names)}")
-    return [make_scorer(name) for name in names]
+    """The scorers called `names`; UserError as `make_scorer`, or where two have the same name."""
+    scorers = [make_scorer(name) for name in names]
+    found = [scorer.name for scorer in scorers]
+    if len(set(found)) < len(found):
+        raise UserError(f"--scorer needs different names, got {', '.join(found)}")
+    return scorers
 
 
-def add_scorer_flag(group: argparse._ArgumentGroup, several: bool = False, default: str = RELEASE_SCORER) -> None:
+def add_scorer_flag(
+    group: argparse._ArgumentGroup, several: bool = False, default: str | None = RELEASE_SCORER
+) -> None:
     """--scorer: one name, or several in a list."""
-    what = {"nargs": "+", "default": [default]} if several else {"default": default}
-    group.add_argument("--scorer", metavar="NAME", help=f"{', '.join(SCORERS)}; default: {default}", **what)
+    options = {"nargs": "+", "default": [default]} if several else {"default": default}
+    known = ", ".join(SCORERS)
+    group.add_argument("--scorer", metavar="NAME", help=f"{known}, or your own class as FILE.py:CLASS", **options)
+
+
+def _from_file(file: str, name: str) -> Scorer:
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"no file {path} to take the scorer {name} from; --scorer takes a name, or FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; --scorer takes FILE.py:CLASS")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a foreign file raises while it is imported
+        raise UserError(f"the scorer's file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Scorer)):
+        raise UserError(f"{path} has no class {name} derived from scorers.base.Scorer (docs/extend.md)")
+    try:
+        scorer = found()
+    except TypeError as error:  # abstract methods missing, or arguments wanted
+        raise UserError(f"{name} in {path} cannot be made without arguments: {error}") from error
+    if not SAFE_NAME.fullmatch(getattr(scorer, "name", "")) or scorer.name in SCORERS:
+        raise UserError(f"{name} in {path} needs a `name` of its own, of letters, digits, - and _")
+    return scorer
