@@ -1,4 +1,4 @@
-"""Command: look at every image and mask of a data set; a table of what there is, and every problem with its file.
+"""Command: read every image and mask of a data set; print a table of its content and every problem.
 
 python check_data.py --data_type folder --data_path ./my_data
 """
@@ -18,18 +18,19 @@ from datasets.mvtec import CATEGORIES, category_names
 from utils.errors import UserError, require_positive, run_command
 from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_max_pixels_flag
 
-PROBLEMS = 1  # exit code where there are any; 2 is a mistake in the call
+PROBLEMS = 1  # exit code if there are problems; 2 is a mistake in the arguments
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of check_data.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Exit code: 0 clean, 1 problems, 2 a mistake in the call."
+        description=__doc__.splitlines()[0],
+        epilog="Exit code: 0 no problems, 1 problems, 2 wrong arguments.",
     )
-    parser.add_argument("--obj", nargs="+", metavar="CATEGORY", help="default: all of the data type")
+    parser.add_argument("--obj", nargs="+", metavar="CATEGORY", help="default: all categories of the data type")
     add_data_flags(parser, CATEGORIES)
-    parser.add_argument("--support", action="store_true", help="check support sets and manifests too")
-    parser.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="where they are")
+    parser.add_argument("--support", action="store_true", help="also check support sets and manifests")
+    parser.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="their folder")
     add_max_pixels_flag(parser)
     return parser
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"no data folder {args.data_path}; give the folder that holds the categories with --data_path")
     names = args.obj or category_names(args.data_path, args.data_type)
     if not names:
-        raise UserError(f"{args.data_path} holds no folder with train/good in it, so no category")
+        raise UserError(f"{args.data_path} holds no category: no sub-folder has train/good")
     with tqdm(total=count_files(args.data_path, names), unit=" files", leave=False, disable=None) as bar:
         reports = [check_category(args.data_path, args.data_type, name, bar.update) for name in names]
     print(format_reports(reports))

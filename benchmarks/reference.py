@@ -1,4 +1,4 @@
-"""Real images, an ImageNet trunk and outputs of the release. Not part of the project; tests skip without them."""
+"""Real images, ImageNet weights and outputs of the release. Not part of the project; tests skip without them."""
 
 from __future__ import annotations
 

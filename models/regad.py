@@ -131,9 +131,7 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
         raise UserError(f"checkpoint {path} has {bias.numel()} warp parameters: --stn_mode is {likely}, not {stn_mode}")
     nearest = min(offsets, key=offsets.get)
     if offsets[nearest] < offsets[stn_mode] and offsets[stn_mode] > 0.5:  # identities differ by 1 in some parameter
-        raise UserError(
-            f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}: its warp parameters are near that identity"
-        )
+        raise UserError(f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}, by its warps")
 
 
 def untrained(weights: str, stn_mode: str = "rotation_scale", img_size: int = 224) -> RegAD:

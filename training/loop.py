@@ -1,4 +1,4 @@
-"""The training step and an epoch of it; where a run stands, so that it can be saved and continued."""
+"""The training step, the training epoch, and the state of a run that is saved and resumed."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 from utils.stages import StageClock
 
-REPORT_SECONDS = 1.0  # the losses are fetched from the device, which makes the host wait, no more often than this
+REPORT_SECONDS = 1.0  # shortest time between two fetches of losses, which make the host wait for the device
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
-    """The rate of an epoch, counted from 1: half a cosine down to 0 in the last one (release behaviour)."""
+    """The learning rate of an epoch, counted from 1: half a cosine that ends at 0 (release behaviour)."""
     return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def count_images(episode: Episode) -> int:
-    """Images that pass through the network in a step: queries and their support."""
+    """The number of images that pass through the network in a step: queries and support images."""
     return len(episode.query) + sum(map(len, episode.support))
 
 
 @dataclass
 class Progress:
-    """Where a run stands: `step` of `epoch` comes next; epoch 0 is the scoring of the untrained network."""
+    """The progress of a run: `step` of `epoch` is next. Epoch 0 is the scoring of the untrained network."""
 
     epoch: int = 0
     step: int = 0
-    losses: list[float] = field(default_factory=list)  # of the current epoch's steps so far
+    losses: list[float] = field(default_factory=list)  # of the finished steps of the current epoch
     history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see train.py
     selected: int = 0  # the epoch of the weights in the selected checkpoint
 
 
 class Trainer:
-    """A model, its optimizer and its progress."""
+    """A model with its optimizer and progress. `bf16`: autocast to bfloat16; `compiled`: torch.compile."""
 
     def __init__(self, model: RegAD, lr: float, momentum: float, bf16: bool = False, compiled: bool = False) -> None:
         self.model = model.to(memory_format=torch.channels_last)
@@ -54,7 +54,10 @@ class Trainer:
         self.progress = Progress()
 
     def step(self, query: torch.Tensor, support: torch.Tensor, clock: StageClock) -> torch.Tensor:
-        """One update from queries (B, 3, S, S) and their support (B, K, 3, S, S); the loss before it, on the device."""
+        """One update from `query` (B, 3, S, S) and `support` (B, K, 3, S, S), values in [0, 1].
+
+        Returns the loss before the update, a scalar on the device.
+        """
         with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(query, support)
         with clock("backward"):
@@ -73,10 +76,10 @@ class Trainer:
         save: Callable[[], None],
         save_every: float,
     ) -> None:
-        """The rest of the current epoch, from `progress.step`; calls `save` every `save_every` seconds.
+        """Trains the current epoch from `progress.step` on, and calls `save` every `save_every` seconds.
 
         Raises:
-            UserError: a loss that is not finite; the message names the episode.
+            UserError: a loss is not finite; the message names the episode.
         """
         progress, pending = self.progress, []
         self.model.train()
@@ -104,7 +107,7 @@ class Trainer:
         self._fetch(pending, episodes)
 
     def _fetch(self, pending: list[torch.Tensor], episodes: Sequence[Episode]) -> None:
-        """Moves the losses of the steps since the last call from the device to `progress`."""
+        """Moves the losses of the steps since the last call from the device to `progress`; UserError if not finite."""
         progress = self.progress
         values = torch.stack(pending).tolist() if pending else []
         pending.clear()
@@ -113,13 +116,13 @@ class Trainer:
                 episode = episodes[progress.step]
                 raise UserError(
                     f"the loss is {loss} in epoch {progress.epoch}, step {progress.step}: category {episode.category}, "
-                    f"queries {', '.join(episode.query)}. A lower --lr may help; what was saved before is kept"
+                    f"queries {', '.join(episode.query)}. A lower --lr may help; files saved before are kept"
                 )
             progress.losses.append(loss)
             progress.step += 1
 
     def finish_epoch(self, entry: dict, is_selected: bool) -> None:
-        """Puts the epoch's entry into the history and moves on to the next one."""
+        """Appends the epoch's entry to the history and moves on to the next epoch."""
         progress = self.progress
         progress.history.append(entry)
         if is_selected:
@@ -127,7 +130,7 @@ class Trainer:
         progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
 
     def save(self, path: Path, arguments: dict) -> None:
-        """Writes all that `load` needs to continue to the same bits."""
+        """Writes the state of the run. A resumed run ends with the same bits as an undisturbed one on the CPU."""
         content = {
             "arguments": arguments,
             "model": self.model.state_dict(),
@@ -138,19 +141,19 @@ class Trainer:
             torch.save(content, aside)
 
     def load(self, path: Path, arguments: dict) -> None:
-        """Continues from a file of `save`.
+        """Reads the state that `save` wrote.
 
         Raises:
-            UserError: damaged or foreign file, or one of a run with other arguments.
+            UserError: the file is damaged or no training state, or the run had other arguments.
         """
         content = load_tensors(path, "training state")
         if not isinstance(content, dict) or set(content) != {"arguments", "model", "optimizer", "progress"}:
-            raise UserError(f"{path} is not a training state; start anew without --resume")
+            raise UserError(f"{path} is not a training state; start again without --resume")
         for name, value in arguments.items():
             if content["arguments"].get(name) != value:
                 raise UserError(
                     f"the run to resume, {path}, has {name} {content['arguments'].get(name)}, not {value}; give the "
-                    "same arguments, or start anew without --resume"
+                    "same arguments, or start again without --resume"
                 )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

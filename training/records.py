@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder: weights, state, one JSON line per epoch, a curve, a record."""
+"""The files of a training run: weights, state, one JSON line per epoch, curve and record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.files import load_tensors, whole_file
 
 
 class RunFiles(NamedTuple):
-    """The files of one run, beside each other. `state` exists while the run is unfinished, `record` once it is done."""
+    """The files of one run, in one folder. `state` exists while the run is unfinished, `record` when it is finished."""
 
     selected: Path
     last: Path
@@ -24,7 +24,7 @@ class RunFiles(NamedTuple):
 
     @classmethod
     def of(cls, save_dir: Path, stn_mode: str, shot: int, category: str) -> RunFiles:
-        """Their places under `save_dir`."""
+        """The paths under `save_dir`."""
         selected = checkpoint_file(save_dir, stn_mode, shot, category)
         stem = selected.name.removesuffix("_model.pt")
         others = (
@@ -34,10 +34,10 @@ class RunFiles(NamedTuple):
 
 
 def refuse_to_overwrite(files: RunFiles) -> None:
-    """Raises UserError where a new run would destroy an unfinished one, or weights that were not trained here."""
+    """Raises UserError where a new run would overwrite an unfinished run, or weights that train.py did not write."""
     if files.state.is_file():
         raise UserError(
-            f"{files.state} belongs to an unfinished run; continue it with --resume, or delete the file to start anew"
+            f"{files.state} belongs to an unfinished run; resume it with --resume, or delete the file to start again"
         )
     if files.selected.is_file():
         content = load_tensors(files.selected, "checkpoint")
@@ -49,24 +49,24 @@ def refuse_to_overwrite(files: RunFiles) -> None:
 
 
 def save_history(files: RunFiles, history: Sequence[dict]) -> None:
-    """One JSON line per finished epoch."""
+    """Writes one JSON line per finished epoch."""
     with whole_file(files.epochs) as aside:
         aside.write_text("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in history), encoding="utf-8")
 
 
 def merit(entry: dict) -> float:
-    """What --select best maximises: image AUROC + pixel AUROC (where there is one), means over rounds."""
+    """The value that the selection maximises: image AUROC plus pixel AUROC, if there is one, as means over rounds."""
     return sum(entry[key]["mean"] for key in ("image_auroc", "pixel_auroc") if entry[key])
 
 
 def is_selected(entry: dict, history: Sequence[dict], selected: int, rule: str) -> bool:
-    """Whether the weights of an epoch replace those of epoch `selected` as the selected ones; `rule`: --select."""
+    """Whether an epoch's weights replace those of epoch `selected` as the selected ones; `rule`: --select."""
     if rule == "last":
         return True
     return bool(entry.get("image_auroc")) and (not history or merit(entry) > merit(history[selected]))
 
 
 def outcomes(history: Sequence[dict], selected: int) -> dict[str, dict]:
-    """The scored entries that a reader compares: untrained, selected and last."""
+    """The entries of the untrained, selected and last epoch, by name, without those that were not scored."""
     chosen = {"untrained": history[0], f"selected (epoch {selected})": history[selected], "last": history[-1]}
     return {name: entry for name, entry in chosen.items() if entry.get("image_auroc")}

@@ -1,4 +1,4 @@
-"""The device, the seed, and the settings that belong to a whole process."""
+"""The device, the seed, and settings that hold for the whole process."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 
 from utils.errors import UserError
 
-DEFAULT_SEED = 668  # the release's
+DEFAULT_SEED = 668  # as in the release
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def seed_everything(seed: int) -> None:
-    """One seed for Python's, numpy's and torch's generators, on every device."""
+    """Seeds the generators of Python, NumPy and PyTorch, on every device."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA where there is one, else the CPU. Changes nothing in the process.
+    """The device `name`; `auto` is CUDA if available, else the CPU. Changes no setting of the process.
 
     Raises:
-        UserError: no such device, or it cannot be used.
+        UserError: the device does not exist or cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +40,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def command_device(name: str) -> torch.device:
-    """`resolve_device` for a command, which owns its process: also makes the settings that hold for all of it.
+    """`resolve_device` for a command, with the settings of its process.
 
-    On CUDA, convolutions use full float32 and deterministic algorithms (cuDNN's default rounds to TF32's 10 bits). On
-    the CPU, freed memory is kept, see `_keep_freed_memory`.
+    On CUDA, convolutions use full float32 and deterministic algorithms (cuDNN's default is TF32, with 10 bits of
+    mantissa). On the CPU, freed memory is kept; see `_keep_freed_memory`.
+
+    Raises:
+        UserError: as `resolve_device`.
     """
     device = resolve_device(name)
     torch.backends.cudnn.allow_tf32 = False
@@ -54,12 +57,12 @@ def command_device(name: str) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks for the next request; elsewhere, nothing happens.
+    """Makes glibc keep large freed blocks for the next request; without glibc, does nothing.
 
-    By default they go back to the kernel at once, and every page of the next block is faulted in again: a tenth of the
-    network's time, whose passes ask for the same blocks over and over.
+    By default glibc returns them to the kernel at once, and each page of the next block causes a page fault. Every pass
+    of the network requests the same blocks, so this costs a tenth of its time.
     """
-    with suppress(OSError, AttributeError):  # no glibc here
+    with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(GLIBC_M_MMAP_MAX, 0)
         libc.mallopt(GLIBC_M_TRIM_THRESHOLD, -1)

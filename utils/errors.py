@@ -1,4 +1,4 @@
-"""Errors for people: one sentence and exit code 2, in every command."""
+"""Errors that the user can correct: one sentence and exit code 2, in every command."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was looked for, where, and what to run."""
+    """An error that the user can correct. The message says what was expected, where, and what to do."""
 
 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs a command's `main` on sys.argv; a UserError or Ctrl-C ends it in one line with exit code 2 or 130."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may hold what the terminal cannot show
+    """Runs a command's `main`. A UserError ends it with one line and exit code 2, Ctrl-C with exit code 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(None)
@@ -30,7 +30,7 @@ def _complain(message: object, code: int) -> int:
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuses counts and sizes below 1, single or in a list: UserError. None, for a default, passes."""
+    """Raises UserError where an argument, or a number in a list, is below 1. None (a default) is accepted."""
     for name in names:
         values = getattr(arguments, name)
         smallest = min(values) if isinstance(values, list) else values

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, tensors without code, digests. Knows where the project lies."""
+"""Files that are complete or absent, tensor files read without running code, digests, and the project's folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a name beside `path` to write to; the file takes its final name only when it is whole and on the disk."""
+    """Yields a temporary path beside `path`. The file is renamed to `path` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,20 +31,20 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """`content` as indented JSON; NaN and infinity are refused, they are not JSON."""
+    """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_tensors(path: Path, what: str) -> object:
-    """A torch file's tensors and plain values, on the CPU. Nothing in the file is executed.
+    """The tensors and plain values of a torch file, on the CPU. No code in the file is run.
 
     Raises:
-        UserError: not a torch file, damaged, or holding anything but tensors and plain values.
+        UserError: the file is damaged, no torch file, or holds anything else than tensors and plain values.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to: pickle, zip, EOF, key and runtime errors
+    except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime
         raise UserError(
             f"{what} {path} cannot be read as a torch file of tensors: it is damaged, not a torch file (a saved web "
             f"page?), or holds objects that could run code ({type(error).__name__})"

@@ -1,4 +1,4 @@
-"""What a record says of its run: arguments, versions, commit, machine, memory."""
+"""The description of a run in its record: arguments, versions, commit, machine, memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "
 
 
 def plain_arguments(arguments: argparse.Namespace) -> dict:
-    """A command's arguments for a record: paths as text, alone or in lists."""
+    """A command's arguments for a JSON record, with paths as text."""
 
     def plain(value: object) -> object:
         if isinstance(value, list):
@@ -31,13 +31,13 @@ def plain_arguments(arguments: argparse.Namespace) -> dict:
 
 
 def peak_memory_mb() -> float:
-    """Highest resident memory of this process so far, in MB of 2**20 bytes."""
+    """The highest resident memory of this process so far, in MB (2**20 bytes)."""
     scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 
 
 def provenance(device: torch.device) -> dict:
-    """What a reader of a record needs to repeat it: commit, versions, machine."""
+    """Commit, package versions, device, number of threads and date, as entries of a record."""
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def provenance(device: torch.device) -> dict:
 
 
 def git_commit() -> str | None:
-    """The project's commit, with "+changes" where files differ from it; None outside a git checkout."""
+    """The commit of the project, with "+changes" if tracked files differ from it; None outside a git checkout."""
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+changes" if changes else "")
 

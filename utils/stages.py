@@ -1,4 +1,4 @@
-"""Stages of work: the seconds each takes, and threads that work ahead of it."""
+"""Stages of work: the seconds of each stage, and threads that prepare items ahead."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ In, Out = TypeVar("In"), TypeVar("Out")
 
 
 class StageClock:
-    """Seconds spent per stage: `with clock("network"): ...`. Waits for the device's queue, so that CUDA counts too.
+    """Seconds per stage: `with clock("network"): ...`. Waits for the device, so that work on CUDA is counted.
 
-    Threads may share one; their seconds add up.
+    Threads may share a clock; their seconds add up.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -39,8 +39,9 @@ class StageClock:
 def in_threads(
     function: Callable[[In], Out], items: Iterable[In], workers: int, ahead: int | None = None
 ) -> Iterator[Out]:
-    """`map(function, items)` in order, in `workers` threads; at most `ahead` items, or two per worker, wait or are done
-    and not yet taken.
+    """Yields `function(item)` for each of `items` in order, computed in `workers` threads.
+
+    At most `ahead` items (default: two per worker) are submitted ahead of the one that is yielded.
     """
     ahead = ahead or 2 * workers
     with ThreadPoolExecutor(workers) as pool:

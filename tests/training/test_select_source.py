@@ -1,4 +1,4 @@
-"""train.py --select source: the epoch is chosen by a held-out source category, and nothing of the target is read."""
+"""train.py --select source: a held-out source category selects the epoch; no file of the target is read."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def call(arguments):
 
 
 @pytest.mark.parametrize(("target", "expected"), [("a", "b"), ("b", "c"), ("c", "a"), ("bb", "c"), ("z", "a")])
-def test_the_next_one_is_held_out(target, expected):
+def test_the_category_after_the_target_is_held_out(target, expected):
     assert held_out_category(["c", "a", "b"], target) == expected
 
 
 def test_nothing_of_the_target_is_read(arguments, three, monkeypatch):
-    """Every way to a file of the target is closed: opening it, listing its folder, decoding its images."""
+    """Opening a file of the target, listing its folders or decoding its images would fail the test."""
     target = str(three / "ring")
 
     def guarded(original):
@@ -72,17 +72,17 @@ def test_the_target_need_not_exist(arguments):
 
 
 def test_the_epoch_is_the_best_of_the_held_out_category(arguments):
-    """Its scores are those of a run that has it as its target and the same sources; it is not trained on."""
+    """The held-out category is scored and not trained on."""
     record = call(arguments)
     epochs = record["epochs"]
     merits = [epoch["image_auroc"]["mean"] + epoch["pixel_auroc"]["mean"] for epoch in epochs]
     assert record["selected_epoch"] == merits.index(max(merits))
-    assert {epoch["steps"] for epoch in epochs[1:]} == {3}  # five images of board alone, two at a time
+    assert {epoch["steps"] for epoch in epochs[1:]} == {3}  # five images of board only, two at a time
     (weights,) = Path(arguments["--save_dir"]).rglob("*_model.pt")
     assert selection(weights) == ("source", record["selected_epoch"])
 
     other = arguments | {"--obj": "board", "--held_out": "weave", "--save_dir": arguments["--save_dir"] + "/other"}
-    assert call(other)["epochs"][1]["loss"] != epochs[1]["loss"]  # trained on ring instead
+    assert call(other)["epochs"][1]["loss"] != epochs[1]["loss"]  # trained on the other category
     assert all(torch.isfinite(torch.tensor(merit)) for merit in merits)
 
 

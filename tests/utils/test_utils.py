@@ -1,4 +1,4 @@
-"""Book-keeping: whole files, errors, clock, provenance."""
+"""Complete files, errors, clock, provenance."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_run_command_turns_user_errors_into_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: no data here\n"
 
 
-def test_run_command_lets_bugs_through():
+def test_run_command_does_not_catch_other_errors():
     def main(argv):
         raise ZeroDivisionError
 
@@ -98,7 +98,7 @@ def test_pickles_that_run_code_are_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_one_seed_governs_all():
+def test_one_seed_for_all_generators():
     def draw():
         seed_everything(3)
         return random.random(), np.random.random(), torch.rand(1).item()
