@@ -19,7 +19,7 @@ demo: .venv/runtime
 		if timeout 300 $(BIN)/python -c "$(TRY_IMAGENET)" >/dev/null 2>&1; then echo "found"; \
 		else echo "cannot be downloaded here, the demo goes on with random ones"; echo none > $(DEMO)/weights.txt; fi; fi
 	$(BIN)/python train.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
-		--support_path $(DEMO)/support_set --epochs 2 --weights $$(cat $(DEMO)/weights.txt) \
+		--support_path $(DEMO)/support_set --epochs 2 --select last --weights $$(cat $(DEMO)/weights.txt) \
 		--save_dir $(DEMO)/save_checkpoints --cache_dir $(DEMO)/cache
 	$(BIN)/python test.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints --output $(DEMO)/results --save_images -1
