@@ -1,6 +1,6 @@
-"""Times all metrics of one category beside scikit-learn and a loop over regions, on one core.
+"""Times all metrics of one category against scikit-learn and a loop over regions, on one core.
 
-python -m benchmarks.metrics    160 drawn score maps of 224 x 224; writes benchmarks/results/metrics_<device>.json
+python -m benchmarks.metrics    160 synthetic score maps of 224 x 224; writes benchmarks/results/metrics_<device>.json
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from utils.records import provenance
 from utils.stages import StageClock
 
 RESULTS = Path(__file__).parent / "results"
-PRO_THRESHOLDS = 2000  # of the plain loop, spread evenly over the normal pixels; each score would take hours
+PRO_THRESHOLDS = 2000  # of the plain loop: quantiles of the normal scores; all scores would take hours
 METRICS: dict[str, Callable[[Ranking], float]] = {"auroc": auroc, "ap": average_precision, "f1_max": f1_max}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--pictures", type=int, default=160, help="number of score maps")
     parser.add_argument("--size", type=int, default=224, help="side of the score maps in pixels")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of ours, the median counts")
-    parser.add_argument("--device", default="cpu", help="where the score maps are; cuda: sorted there")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timings of the project's metrics; the median is reported"
+    )
+    parser.add_argument("--device", default="cpu", help="device of the score maps; they are sorted there")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures both ways on one core, prints the times and the differences, writes them down."""
+    """Times both on one core, prints times and differences, and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "pictures", "size", "repeats")
     device = command_device(args.device)
@@ -65,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def one_core() -> None:
-    """Keeps this process on one core, where the system can."""
+    """Restricts this process to one core, where the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def draw_maps(images: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth score maps (B, S, S) float32, and masks with a disc in three of four, found by the scores in part."""
+    """Smooth score maps (B, S, S) float32 and masks (B, S, S) bool; three of four have a disc that scores higher."""
     rng = np.random.default_rng(0)
     maps = gaussian_filter(rng.gamma(3, size=(images, size, size)).astype(np.float32), (0, 4, 4))
     y, x = np.mgrid[:size, :size]
@@ -82,7 +84,7 @@ def draw_maps(images: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _time_ours(maps: np.ndarray, masks: np.ndarray, device: torch.device) -> tuple[dict, dict]:
-    """Seconds and values of every metric; `regions` is needed once for all rounds of a category."""
+    """Seconds and values of every metric of the project. In scoring, `regions` is computed once for all rounds."""
     clock, values = StageClock(), {}
     placed = maps if device.type == "cpu" else torch.from_numpy(maps).to(device)
     with clock("sort and count"):
@@ -98,6 +100,7 @@ def _time_ours(maps: np.ndarray, masks: np.ndarray, device: torch.device) -> tup
 
 
 def _time_plain(maps: np.ndarray, masks: np.ndarray) -> tuple[dict, dict]:
+    """Seconds and values of every metric by scikit-learn and the loop over regions."""
     clock, values = StageClock(), {}
     with clock("auroc"):
         values["auroc"] = float(roc_auc_score(masks.ravel(), maps.ravel()))

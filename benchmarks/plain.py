@@ -1,6 +1,6 @@
-"""The plain definition of training and scoring, in the release's order of work: slow, obvious, the fast path's oracle.
+"""The plain definition of training and scoring: the release's order of work, slow and easy to check.
 
-Also the baseline of the benchmarks. Works in the dtype of its input.
+The tests compare the fast code with it, and the benchmarks use it as their baseline. All in the dtype of the input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from skimage.measure import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from models.regad import RegAD
-from models.stn import STNResNet18
+from models.stn import STNResNet
 
 COVARIANCE_EPS = 0.01
 SIGMA = 4
@@ -23,12 +23,13 @@ FPR_LIMIT = 0.3
 
 
 def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """See models/warp.py, `warp`."""
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def forward(stn: STNResNet18, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The last registered map, and the un-warped features; the release computes both in training and in scoring."""
+def forward(stn: STNResNet, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The last registered map and the un-warped features. The release computes both, in training and in scoring."""
     x = stn.maxpool(stn.relu(stn.bn1(stn.conv1(x))))
     inverses, features = [], []
     for layer, head in ((stn.layer1, stn.stn1), (stn.layer2, stn.stn2), (stn.layer3, stn.stn3)):
@@ -46,7 +47,7 @@ def forward(stn: STNResNet18, x: torch.Tensor) -> tuple[torch.Tensor, list[torch
 
 
 def optimizers(model: RegAD, lr: float, momentum: float) -> list[torch.optim.Optimizer]:
-    """The release has one for each network."""
+    """One optimizer per network, as in the release."""
     networks = (model.stn, model.encoder, model.predictor)
     return [torch.optim.SGD(network.parameters(), lr=lr, momentum=momentum) for network in networks]
 
@@ -54,7 +55,7 @@ def optimizers(model: RegAD, lr: float, momentum: float) -> list[torch.optim.Opt
 def training_step(
     model: RegAD, three_optimizers: list[torch.optim.Optimizer], query: torch.Tensor, support: torch.Tensor
 ) -> float:
-    """One update from queries (B, 3, S, S) and support images (B, K, 3, S, S); the loss before it."""
+    """One update from queries (B, 3, S, S) and support images (B, K, 3, S, S). Returns the loss before it."""
     for optimizer in three_optimizers:
         optimizer.zero_grad()
     batch, shot = support.shape[:2]
@@ -70,7 +71,7 @@ def training_step(
 
 
 def embedding(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Layers (N, C_l, H_l, W_l), finest first -> the joined embedding (N, C, P)."""
+    """The joined embedding (N, C, P) of layers (N, C_l, H_l, W_l), finest first."""
     size = features[0].shape[-2:]
     return torch.cat([F.interpolate(f, size=size, mode="nearest") for f in features], dim=1).flatten(2)
 
@@ -93,30 +94,34 @@ def distances(support: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 
 
 def score_maps(distance: torch.Tensor, size: int) -> np.ndarray:
-    """Distance maps (B, H, W) -> score maps (B, size, size)."""
+    """Score maps (B, size, size) of distance maps (B, H, W)."""
     maps = F.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].numpy()
     return np.stack([gaussian_filter(m, sigma=SIGMA) for m in maps])
 
 
 def aurocs(maps: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> tuple[float, float]:
-    """Image AUROC (score: the map's maximum) and pixel AUROC."""
+    """Image AUROC and pixel AUROC. The score of an image is the maximum of its map."""
     image = roc_auc_score(labels, maps.reshape(len(maps), -1).max(axis=1))
     return float(image), float(roc_auc_score(masks.ravel(), maps.ravel()))
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Average precision by scikit-learn."""
     return float(average_precision_score(positive.ravel(), scores.ravel()))
 
 
 def f1_max(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The highest F1 over all points of scikit-learn's curve."""
+    """The largest F1 over all points of scikit-learn's precision-recall curve."""
     precision, recall, _ = precision_recall_curve(positive.ravel(), scores.ravel())
     return float(np.max(2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)))
 
 
 def pro(maps: np.ndarray, masks: np.ndarray, thresholds: np.ndarray | None = None) -> float:
-    """Area under the per-region-overlap curve up to FPR_LIMIT, over FPR_LIMIT: a point for each threshold (None: each
-    score), a loop over 8-connected regions, a straight line between points, cut at the limit."""
+    """PRO: the area under the per-region-overlap curve up to the false-positive rate FPR_LIMIT, divided by FPR_LIMIT.
+
+    The curve has a point per threshold (None: per score), straight lines between points, and is cut at the limit.
+    Regions are 8-connected.
+    """
     thresholds = np.unique(maps) if thresholds is None else thresholds
     normal = np.sort(maps[~masks])
     regions = []
@@ -135,6 +140,7 @@ def pro(maps: np.ndarray, masks: np.ndarray, thresholds: np.ndarray | None = Non
 
 
 def overlap_at_limit(rates: np.ndarray, overlaps: np.ndarray, inside: np.ndarray) -> float:
+    """The overlap at FPR_LIMIT, interpolated between the two points around it."""
     last = np.flatnonzero(inside)[-1]
     (x0, x1), (y0, y1) = rates[last : last + 2], overlaps[last : last + 2]
     return y0 + (y1 - y0) * (FPR_LIMIT - x0) / (x1 - x0)

@@ -1,4 +1,4 @@
-"""Measures predict.py's memory and where its time goes, over many real images; Linux only.
+"""Measures the memory of predict.py and the time of its stages over many real images. Linux only.
 
 python -m benchmarks.predict    prints both, writes benchmarks/results/predict_cpu.json
 """
@@ -30,24 +30,26 @@ from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, write_json
 from utils.records import provenance
 
-SETTLED_AFTER = 50  # images, when every buffer has been used once
-LOOK_SECONDS = 0.2  # between readings of the memory
+SETTLED_AFTER = 50  # images, after which every buffer has been used
+LOOK_SECONDS = 0.2  # between two measurements of the memory
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2000, help="those of --data_path, over and over")
-    parser.add_argument("--support", default="screw/train/good", help="below --data_path; its first four images")
+    parser.add_argument("--pictures", type=int, default=2000, help="number of images; those of --data_path repeat")
+    parser.add_argument(
+        "--support", default="screw/train/good", help="folder in --data_path; its first four images are the support"
+    )
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to predict.py")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all further arguments go to predict.py")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs predict.py once, watching its memory."""
+    """Runs predict.py once, measures its memory, prints the result and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
     if args.pictures <= SETTLED_AFTER:
         raise UserError(f"--pictures must be more than {SETTLED_AFTER}")
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     later = [megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER]
     settled, highest = later[0], max(later)
     total, seconds = record["total_seconds"], record["seconds"]
-    print_seconds(f"{args.pictures} images, {total:.1f} s; below: all threads, waiting included", seconds, seconds)
+    print_seconds(f"{args.pictures} images, {total:.1f} s; below: all threads, including waiting", seconds, seconds)
     print(f"decode and network alone, before and after: {bare:.1f} s, {bare / total:.0%} of predict.py's time")
     print(f"memory: {settled:.0f} MB after {SETTLED_AFTER} images, at most {highest:.0f} MB later")
     content = {"command": command_line("benchmarks.predict", args), **provenance(torch.device("cpu"))}
@@ -70,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _images(args: argparse.Namespace) -> list[Path]:
-    """The images of all categories, normal and not, over and over."""
+    """--pictures normal and defective images of all categories; they repeat if there are fewer."""
     images = sorted(filter(is_image_file, args.data_path.glob("*/t*/*/*")))
     return list(itertools.islice(itertools.cycle(images), args.pictures))
 
 
 def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
-    """Seconds of what predict.py cannot do without: decoding ahead in threads, the network in its groups."""
+    """Seconds of the unavoidable work of predict.py: decoding in threads, and the network in its groups."""
     detector = FewShotDetector(untrained(weights).stn, "cpu")
     workers = predict.get_args_parser().get_default("num_workers")
     read = (item.square for item in read_inputs(paths, detector.size, False, workers, detector.clock))
@@ -87,7 +89,7 @@ def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
 
 
 def _run(folder: Path, images: Sequence[Path], args: argparse.Namespace) -> list[tuple[int, float]]:
-    """Images scored and resident MB, reading by reading, of a predict.py over links to the images."""
+    """Runs predict.py over links to the images; returns (images scored, resident MB) at regular times."""
     (folder / "in").mkdir()
     for number, path in enumerate(images):
         (folder / "in" / f"{number:06d}{path.suffix}").symlink_to(path.resolve())

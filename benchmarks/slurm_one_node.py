@@ -1,9 +1,9 @@
-"""A real Slurm of one node, for an hour's need: the grid on it, its driver killed on the way, beside the local engine.
+"""Runs the grid on a real Slurm of one node, kills its driver, resumes, and compares with the local engine.
 
-python -m benchmarks.slurm_one_node      as root, with Debian's slurm-wlm and munge and requirements-cluster.txt
+python -m benchmarks.slurm_one_node      as root; needs Debian's slurm-wlm and munge, and requirements-cluster.txt
 
-Starts munged, slurmctld and slurmd on files in a temporary folder and ends them again. Draws a small data set, runs
-`reproduce.py --engine slurm`, kills the driver (SIGKILL), gives the same command again, runs `--engine local` and
+Starts munged, slurmctld and slurmd with files in a temporary folder, and stops them at the end. Draws a small data set,
+runs `reproduce.py --engine slurm`, kills the driver (SIGKILL), runs the same command again, then `--engine local`, and
 compares the records. Writes benchmarks/results/slurm_one_node.json.
 """
 
@@ -48,7 +48,7 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 DATA_SIZE = 64  # pixels
 GRID = ("--shots", "1", "--epochs", "2", "--inferences", "2", "--weights", "none", "--img_size", str(DATA_SIZE))
 GRID += ("--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--data_type", "folder", "--jobs", "2")
-PATIENCE = 600  # seconds
+PATIENCE = 600  # seconds to wait for the second driver
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the grid three times and prints what was seen."""
+    """Runs the grid on both engines, prints the observations and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_on_slurm(folder: Path) -> dict:
-    """The grid with a killed driver, from the first submission to the last record."""
+    """Runs the grid with a driver that is killed and a second one that finishes; returns the observations."""
     begin, driver = time.monotonic(), _start(folder, "slurm")
     _wait_for(lambda: " R " in _output("squeue"))
     driver.kill()
@@ -109,7 +109,7 @@ def _rounds(folder: Path) -> dict[str, list]:
 
 @contextmanager
 def one_node(folder: Path) -> Iterator[None]:
-    """A Slurm whose only node is this machine; the commands sbatch, squeue and others find it meanwhile."""
+    """A Slurm with this machine as its only node. Inside the context, sbatch, squeue and other commands use it."""
     host = os.uname().nodename.split(".")[0]
     file = folder / "slurm.conf"
     file.write_text(CONFIGURATION.format(host=host, folder=folder, cores=os.cpu_count()))
@@ -154,7 +154,7 @@ def _wait_for(condition: object) -> None:
     end = time.monotonic() + 60
     while not condition():
         if time.monotonic() > end:
-            raise UserError("Slurm does not come up within a minute")
+            raise UserError("Slurm did not start within a minute")
         time.sleep(0.3)
 
 

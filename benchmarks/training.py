@@ -1,6 +1,6 @@
-"""Times two epochs of train.py by stages, beside the release's loop and the release's evaluation in the same process.
+"""Times two epochs of train.py by stages, and compares them with the release's training loop and evaluation.
 
-python -m benchmarks.training    measures (minutes), writes benchmarks/results/training_<category>_<shot>_<device>.json
+python -m benchmarks.training    takes minutes; writes benchmarks/results/training_<category>_<shot>_<device>.json
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from utils.files import write_json
 from utils.records import provenance
 from utils.stages import StageClock
 
-OWN_WORK = ("forward", "backward", "optimizer", "network")  # what an epoch must cost; the rest is overhead
+OWN_WORK = ("forward", "backward", "optimizer", "network")  # the unavoidable stages; the rest is overhead
 STN_MODE, LR, MOMENTUM = "rotation_scale", 1e-4, 0.9  # the release's
-plain_loop: dict = {}  # in the process of the plain loop only
+plain_loop: dict = {}  # the state of the plain loop, in its process only
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,7 +44,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--obj", default="screw", help="the target category")
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5, help="training steps of each loop, in turn; the median counts")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="training steps of each loop, alternating; the median is reported"
+    )
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--img_size", type=int, default=224)
@@ -55,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the measurements in turn, prints them and writes one JSON file."""
+    """Runs the measurements one after the other, prints them and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     seed_everything(0)
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
-    """Seconds per training step, from image files (plain) or the cache (ours) to the update, in turn."""
+    """Seconds per training step up to the update: from image files (plain) and from the cache (ours), alternating."""
     sources = list_source_images(args.data_path, "folder", args.obj)
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     episodes = draw_episodes(names, args.shot, args.batch_size, seed=0, epoch=1)
@@ -84,7 +86,7 @@ def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -
     ours = Trainer(untrained(args.weights, STN_MODE, args.img_size).to(device), LR, MOMENTUM)
     ours.model.train()
     clock, seconds = StageClock(device), {"plain": [], "ours": []}
-    # The plain loop has a process of its own, where memory is handled as torch does by default.
+    # The plain loop has its own process, with the default memory settings of PyTorch.
     with ProcessPoolExecutor(1, get_context("spawn"), _prepare_plain, (args, sources)) as pool:
         for episode in full:
             clock.seconds.clear()
@@ -99,7 +101,7 @@ def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -
 
 
 def _prepare_plain(args: argparse.Namespace, sources: dict[str, list[Path]]) -> None:
-    """Makes the plain loop's state in its process."""
+    """Creates the state of the plain loop in its process."""
     model = untrained(args.weights, STN_MODE, args.img_size).train()
     paths = {category: {path.name: path for path in of_category} for category, of_category in sources.items()}
     plain_loop.update(model=model, optimizers=plain.optimizers(model, LR, MOMENTUM), paths=paths, size=args.img_size)
@@ -114,7 +116,7 @@ def _time_plain_step(episode: Episode) -> float:
 
 
 def _read_episode(episode: Episode, paths: dict[str, dict[str, Path]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images of an episode from their files, on all cores, as the release reads them anew in every step."""
+    """The images of an episode, decoded on all cores. The release decodes them in every step."""
     wanted = [*episode.query, *(name for of_query in episode.support for name in of_query)]
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter lock
         read = list(pool.map(lambda name: read_image(paths[episode.category][name], size), wanted))
@@ -124,7 +126,7 @@ def _read_episode(episode: Episode, paths: dict[str, dict[str, Path]], size: int
 
 
 def _time_epochs(args: argparse.Namespace, scratch: Path) -> list[dict]:
-    """The epochs' entries of a real run of train.py with two epochs; prints where the second one's time went."""
+    """The entries of a run of train.py with two epochs; prints the seconds of the stages of the second epoch."""
     given = f"--obj {args.obj} --shot {args.shot} --data_type folder --epochs 2 --inferences {args.rounds}".split()
     given += f"--img_size {args.img_size} --batch_size {args.batch_size} --device {args.device}".split()
     given += ["--data_path", str(args.data_path), "--weights", args.weights, "--save_dir", str(scratch / "save")]
@@ -141,7 +143,7 @@ def _time_epochs(args: argparse.Namespace, scratch: Path) -> list[dict]:
 
 
 def _time_evaluation(args: argparse.Namespace) -> dict:
-    """Seconds of all rounds in the release's order of work, extrapolated from one."""
+    """Seconds of all rounds in the release's order of work, extrapolated from one round."""
     folder = category_folder(args.data_path, "folder", args.obj)
     draws = draw_support_images(folder, args.shot, 1, seed=0)
     network = untrained(args.weights, STN_MODE, args.img_size).stn.eval()

@@ -1,9 +1,9 @@
-"""The cells of a results table: which are finished, and how one is run so that it may be killed at any time.
+"""The cells of a results table. A run of a cell may be killed at any time and is resumed by the next one.
 
-A cell is a few commands in turn, usually train.py and then test.py. In the results folder, beside the records:
-jobs/<name>.started, .done     stamps, JSON: the key of what was begun and of what is finished
-jobs/<name>.lock               locked (flock) by whoever works on the cell, and by its commands
-logs/<name>.log                what the commands print
+A cell is a sequence of commands, usually train.py and test.py. Its files in the results folder, beside the records:
+jobs/<name>.started, .done     JSON stamps: the key of the cell that was started or finished
+jobs/<name>.lock               locked (flock) by the process that runs the cell, and by its commands
+logs/<name>.log                the output of the commands
 """
 
 from __future__ import annotations
@@ -26,47 +26,45 @@ BUSY = "another process works on it"
 
 
 class Cell(NamedTuple):
-    """One unit of work, for one category and some shots.
-
-    commands: each a script of the project and its arguments. key: a digest of all that decides the numbers: arguments,
-    data, code. trained: the folder that train.py fills, None where nothing is trained. records: names of the files in
-    the results folder that are there when the cell is finished.
-    """
+    """One unit of work, for one category and some shots."""
 
     name: str
     category: str
     shots: tuple[int, ...]
-    commands: tuple[tuple[str, ...], ...]
-    key: str
-    trained: Path | None
-    records: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]  # each a script of the project and its arguments
+    key: str  # a digest of everything that the numbers depend on: arguments, data, code
+    trained: Path | None  # the folder that train.py writes to; None where nothing is trained
+    records: tuple[str, ...]  # names of the files that a finished cell leaves in the results folder
+
+
+Report = Callable[[Cell, str | None], None]  # called with each cell that has ended and the answer of `run_cell`
 
 
 class Fingerprints:
-    """SHA-256 of files, each read once."""
+    """The SHA-256 of files; each file is read once."""
 
     def __init__(self) -> None:
         self.known: dict[Path, str] = {}
 
     def read(self, files: Sequence[Path]) -> None:
-        """Hashes the files that are not known yet, several at a time."""
+        """Computes the hashes that are not known yet, several at a time."""
         unknown = sorted(set(files) - set(self.known))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
             self.known.update(zip(unknown, pool.map(sha256, unknown), strict=True))
 
     def of(self, files: Sequence[Path]) -> list[tuple[str, str]]:
-        """(folder's name and file's name, SHA-256) of each file: the same wherever the data lie."""
+        """(folder name/file name, SHA-256) of each file; independent of the path of the data."""
         self.read(files)
         return [(f"{file.parent.name}/{file.name}", self.known[file]) for file in files]
 
 
 def log_file(output: Path, cell: Cell) -> Path:
-    """Where a cell's commands print to."""
+    """The file with the output of a cell's commands."""
     return output / "logs" / f"{cell.name}.log"
 
 
 def is_finished(output: Path, cell: Cell) -> bool:
-    """Whether this very cell is done and its records are as it left them."""
+    """Whether a cell with this key is finished and its records are unchanged since."""
     stamp = _read_stamp(_job_file(output, cell, "done"))
     if stamp.get("key") != cell.key:
         return False
@@ -74,22 +72,22 @@ def is_finished(output: Path, cell: Cell) -> bool:
 
 
 def is_begun(output: Path, cell: Cell) -> bool:
-    """Whether this very cell was begun before."""
+    """Whether a cell with this key was started before."""
     return _read_stamp(_job_file(output, cell, "started")).get("key") == cell.key
 
 
 def run_cell(output: Path, cell: Cell, environment: Mapping[str, str], wait: bool = True) -> str | None:
-    """Runs a cell's commands unless it is finished. None: finished. Otherwise a sentence that says what is wrong.
+    """Runs the commands of a cell unless it is finished. Returns None when it is finished, else a sentence on why not.
 
-    Its lock is inherited by the commands: while one of them lives on after a killed driver, the cell is not begun anew.
-    wait: whether to wait for another process that works on the cell; if not, BUSY is given.
+    With `wait`, another process that runs the cell is waited for; without, BUSY is returned. The commands inherit the
+    lock: while a command is still running after its driver was killed, no other driver starts the cell.
     """
     with _locked(_job_file(output, cell, "lock"), wait) as lock:
         if lock is None:
             return BUSY
         try:
             return None if is_finished(output, cell) else _run_commands(output, cell, environment, lock)
-        except OSError as error:  # no space, no permission: this cell fails, the others go on
+        except OSError as error:  # no space or no permission: only this cell fails
             return f"{error} ({log_file(output, cell)})"
 
 
@@ -118,7 +116,7 @@ def _read_stamp(file: Path) -> dict:
 
 @contextmanager
 def _locked(file: Path, wait: bool) -> Iterator[int | None]:
-    """An open file that is locked; None if another process has it and `wait` is off."""
+    """Yields a locked open file; None if another process holds the lock and `wait` is False."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -136,11 +134,14 @@ def _lock(lock: int, wait: bool) -> bool:
 
 
 def _begin(output: Path, cell: Cell) -> None:
-    """Notes that the cell is begun. Of an earlier, different one of that name, weights are moved aside, records go."""
+    """Writes the stamp of a started cell.
+
+    If a cell of the same name and another key was started before, its weights are moved aside and its records removed.
+    """
     if is_begun(output, cell):
         return
     for name in cell.records:
-        (output / name).unlink(missing_ok=True)  # or a table would show them if this cell fails
+        (output / name).unlink(missing_ok=True)  # else a table would show them if this cell fails
     if cell.trained is not None and cell.trained.is_dir():
         number = 1
         while (aside := cell.trained.with_name(f"{cell.trained.name}.old{number}")).exists():
@@ -150,7 +151,7 @@ def _begin(output: Path, cell: Cell) -> None:
 
 
 def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> int:
-    """The exit code of a script of the project; what it prints is appended to `log`."""
+    """Runs a script of the project, appends its output to `log`, and returns the exit code."""
     log.parent.mkdir(parents=True, exist_ok=True)
     script, *arguments = command
     with open(log, "ab") as stream:
@@ -172,6 +173,3 @@ def _last_line(log: Path) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.rsplit("\r", 1)[-1] for line in reversed(lines) if line.strip()), "")
     return ""
-
-
-Report = Callable[[Cell, str | None], None]  # called for each cell that has ended, with run_cell's answer

@@ -1,4 +1,4 @@
-"""Where cells run: a pool of processes on this machine, or a cluster through submitit."""
+"""The engines that run cells: processes on this machine, or a cluster through submitit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from utils.files import PROJECT_ROOT, whole_file
 if TYPE_CHECKING:
     import submitit
 
-POLL_SECONDS = 10  # between looks at the cluster's queue
+POLL_SECONDS = 10  # between queries of the cluster's queue
 
 
 def visible_gpus(device: str) -> list[str]:
-    """Names, for CUDA_VISIBLE_DEVICES, of the devices that jobs may use; none with --device cpu."""
+    """The GPUs that jobs may use, as in CUDA_VISIBLE_DEVICES; none with --device cpu."""
     if device == "cpu" or not torch.cuda.is_available():
         return []
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -32,7 +32,7 @@ def visible_gpus(device: str) -> list[str]:
 
 
 def cores_per_job(jobs: int) -> int:
-    """What OMP_NUM_THREADS says, or the share of each of `jobs` in the cores that the process may use."""
+    """OMP_NUM_THREADS if it is set, else the number of cores that the process may use, divided by `jobs`."""
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return int(os.environ["OMP_NUM_THREADS"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -40,9 +40,9 @@ def cores_per_job(jobs: int) -> int:
 
 
 def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str], report: Report) -> None:
-    """Runs the cells, `jobs` at a time, each on a GPU of its own where there are enough, with its share of the cores.
+    """Runs the cells, `jobs` at a time. Each has its share of the cores, and its own GPU if there are enough.
 
-    Cells that another driver works on come last.
+    Cells that another driver runs are waited for at the end.
     """
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for number in range(jobs):
@@ -57,13 +57,13 @@ def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str
             slots.put(environment)
 
     busy = []
-    with ThreadPoolExecutor(jobs) as pool:  # a thread waits for each command, which is a process of its own
+    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a process
         try:
             for wait, now in ((False, cells), (True, busy)):
                 running = {pool.submit(run, cell, wait): cell for cell in now}
                 for future in as_completed(running):
                     if future.result() == BUSY:
-                        print(f"{running[future].name}: {BUSY}; its end is awaited", flush=True)
+                        print(f"{running[future].name}: {BUSY}; waiting for it at the end", flush=True)
                         busy.append(running[future])
                     else:
                         report(running[future], future.result())
@@ -73,7 +73,7 @@ def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str
 
 
 class Cluster(NamedTuple):
-    """What the cluster is asked for. name: submitit's, `slurm`; `local` runs the same on this machine, for tests."""
+    """The resources requested from the cluster. `name` is submitit's: `slurm`, or `local` for tests on this machine."""
 
     name: str
     partition: str | None
@@ -84,7 +84,7 @@ class Cluster(NamedTuple):
 
 
 class _OnNode:
-    """A cell as submitit's pickle; a job that runs out of time is queued again and goes on where it stopped."""
+    """A cell as submitit pickles it. A job that exceeds its time limit is queued again and resumes."""
 
     def __init__(self, output: Path, cell: Cell) -> None:
         self.output, self.cell = output, cell
@@ -99,7 +99,9 @@ class _OnNode:
 
 
 def run_on_cluster(output: Path, cells: Sequence[Cell], jobs: int, cluster: Cluster, report: Report) -> None:
-    """Submits the cells as one array of which `jobs` run at a time, and waits; cells still in the queue are kept.
+    """Submits the cells as one job array with at most `jobs` running, and waits for them.
+
+    Cells that are still in the queue from an earlier call are not submitted again.
 
     Raises:
         UserError: submitit or the cluster's commands are missing.
@@ -133,7 +135,7 @@ def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecuto
     except ImportError as error:
         raise UserError("--engine slurm needs submitit: pip install -r requirements-cluster.txt") from error
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # a job finds this module from any folder
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # jobs import this module from any folder
     try:
         executor = submitit.AutoExecutor(output / "slurm", cluster=cluster.name, slurm_max_num_timeout=cluster.requeues)
     except RuntimeError as error:
@@ -152,14 +154,14 @@ def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecuto
 
 
 def _queued_ids() -> set[str]:
-    """The user's jobs that wait or run, array tasks one by one."""
+    """The ids of the user's waiting and running jobs, one per array task; UserError if squeue fails."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     for attempt in range(5):  # the controller may be busy or restarting
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return set(done.stdout.split())
         time.sleep(POLL_SECONDS * attempt)
-    raise UserError(f"squeue fails ({done.stderr.strip()}); the jobs go on, run the same command again later")
+    raise UserError(f"squeue fails ({done.stderr.strip()}); the jobs continue, run the same command again later")
 
 
 def _id_file(output: Path, cell: Cell) -> Path:

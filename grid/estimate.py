@@ -1,4 +1,4 @@
-"""How long a grid will take, from a measurement of seconds."""
+"""An estimate of the duration of a grid, from a measurement of a few seconds."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
 from utils.stages import StageClock
 
-MEASURED_IMAGES = 8  # in a step, half of them queries
-NETWORK_SHARE = 0.77  # of scoring's time on the CPU: benchmarks/results/scoring_screw_2_cpu.json
+MEASURED_IMAGES = 8  # in the measured step, half of them queries
+NETWORK_SHARE = 0.77  # of the time of scoring, on the CPU: benchmarks/results/scoring_screw_2_cpu.json
 
 
 class Speed(NamedTuple):
-    """Seconds per image, queries and support alike."""
+    """Seconds per image, of queries and support images."""
 
     training: float
     network: float
 
 
 def measure(device: torch.device, stn_mode: str, img_size: int) -> Speed:
-    """Times one training step and one pass of the scoring network, after a first one of each."""
+    """Times one training step and one pass of the scoring network, after one of each to warm up."""
     model, clock = RegAD(stn_mode, img_size).to(device), StageClock(device)
     images = torch.rand(MEASURED_IMAGES // 2, 3, img_size, img_size, device=device)
     network = folded(model.stn)
@@ -41,19 +41,19 @@ def measure(device: torch.device, stn_mode: str, img_size: int) -> Speed:
     return Speed(*(clock.seconds[name] / MEASURED_IMAGES for name in ("training", "network")))
 
 
-def scoring_seconds(speed: Speed, test_pictures: int, shots: Sequence[int], rounds: int) -> float:
-    """Of one set of weights, over the support sets of all `shots`."""
-    images = test_pictures + sum(rounds * shot * VIEWS_PER_IMAGE for shot in shots)
+def scoring_seconds(speed: Speed, test_images: int, shots: Sequence[int], rounds: int) -> float:
+    """Seconds to score one set of weights with the support sets of all `shots`."""
+    images = test_images + sum(rounds * shot * VIEWS_PER_IMAGE for shot in shots)
     return images * speed.network / NETWORK_SHARE
 
 
 def training_seconds(speed: Speed, source_images: int, shot: int, epochs: int, scoring: float) -> float:
-    """Of one run of train.py; `scoring`: seconds of each of its scorings, before the first epoch and after each."""
+    """Seconds of one run of train.py. `scoring`: seconds of one scoring, before the first and after every epoch."""
     return epochs * source_images * (1 + shot) * speed.training + (epochs + 1) * scoring
 
 
 def format_duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.4 h`."""
+    """A duration as text, such as `45 s`, `12 min` or `3.4 h`."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
