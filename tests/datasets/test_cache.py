@@ -70,7 +70,7 @@ def rename(paths: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("change", [change_content, change_time, rename])
-def test_a_changed_image_is_noticed_and_the_old_file_goes(change, paths, tmp_path):
+def test_a_changed_image_renews_the_cache(change, paths, tmp_path):
     decoded_images(paths, SIZE, tmp_path / "cache", 0)
     (old,) = (tmp_path / "cache").iterdir()
     change(paths)
@@ -79,14 +79,14 @@ def test_a_changed_image_is_noticed_and_the_old_file_goes(change, paths, tmp_pat
     assert new != old
 
 
-def test_sizes_and_folders_are_apart(paths, tmp_path):
+def test_each_size_has_its_own_file(paths, tmp_path):
     for size in (SIZE, 16):
         decoded_images(paths, size, tmp_path / "cache", 0)
     assert decoded_images(paths, SIZE, tmp_path / "cache", 0).shape == (6, SIZE, SIZE, 3)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_a_killed_writer_leaves_nothing_that_is_trusted(paths, tmp_path):
+def test_a_killed_writer_leaves_no_cache_file(paths, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from datasets import cache\n"
         "def slow(*a): time.sleep(0.2); return original(*a)\n"
@@ -109,7 +109,7 @@ def _decode(arguments: tuple) -> bool:
     return bool((decoded_images(paths, SIZE, folder, 0) == expected(paths)).all())
 
 
-def test_processes_that_build_it_at_once_all_read_right_images(paths, tmp_path):
+def test_concurrent_writers_all_get_the_right_images(paths, tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert all(pool.map(_decode, [(paths, tmp_path / "cache")] * 6, chunksize=1))
     assert len(list((tmp_path / "cache").iterdir())) == 1

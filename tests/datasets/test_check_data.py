@@ -109,7 +109,7 @@ def run_all(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["weave/train/good/000.png", "ring/test/rust/000.png", "ring/train/good/001.png"])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_images_are_named_by_every_command_before_anything_is_computed(kind, place, data, tmp_path, capsys):
+def test_every_command_names_a_broken_image_first(kind, place, data, tmp_path, capsys):
     path = data / place
     path.write_bytes(BROKEN[kind]())
     assert check(data) == 1
@@ -132,7 +132,7 @@ def dangling(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [no_file, dangling])
-def test_what_is_no_file_is_named(spoil, data, tmp_path, capsys):
+def test_folders_and_dangling_links_are_named(spoil, data, tmp_path, capsys):
     path = data / "weave/train/good/002.png"
     spoil(path)
     assert check(data) == 1 and f"cannot read the image {path}" in capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_an_empty_folder_hides_nothing(data, capsys):
     assert all(text in printed for text in ("ring/test/dent", "ring/test/rust/001.png", "ring/train/good"))
 
 
-def test_a_test_folder_without_anything(data, capsys):
+def test_an_empty_test_folder_is_a_problem(data, capsys):
     shutil.rmtree(data / "ring/test")
     (data / "ring/test").mkdir()
     shutil.rmtree(data / "ring/ground_truth")
@@ -282,7 +282,7 @@ def test_support_sets_are_checked(data, tmp_path, capsys):
     assert "two.pt is not named <shot>_<rounds>.pt" in printed and "3 problem(s)" in printed
 
 
-def test_a_mistake_in_the_call_is_exit_code_2():
+def test_wrong_arguments_give_exit_code_2():
     done = subprocess.run(
         [sys.executable, "check_data.py", "--data_path", "/nowhere"], cwd=PROJECT_ROOT, capture_output=True, text=True
     )

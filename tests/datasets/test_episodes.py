@@ -35,7 +35,7 @@ def test_every_image_is_a_query_once_and_never_its_own_support(shot, batch_size,
                 assert len(support) == shot and query not in support and set(support) <= set(names)
 
 
-def test_drawn_the_same_everywhere():
+def test_draws_are_the_same_on_every_machine():
     """This literal must never change: runs repeat on another machine and after a resume because of it."""
     (first, *_), again = (draw_episodes(SOURCES, 2, 4, 668, 1) for _ in range(2))
     assert first == again[0]
@@ -51,7 +51,7 @@ def test_order_of_listing_does_not_matter_and_epochs_differ():
 
 
 def test_draws_are_uniform():
-    """Support of one query over many epochs: 36 others, 7,200 draws; 5 standard deviations around 200."""
+    """Support images of one query over many epochs: 7,200 draws among 4 images, within 5 standard deviations."""
     counts = Counter()
     for epoch in range(1, 3601):
         (e,) = draw_episodes({"ring": SOURCES["ring"][:5]}, 2, 5, 0, epoch)
@@ -60,7 +60,7 @@ def test_draws_are_uniform():
     assert all(abs(count - 1800) < 5 * (7200 * 0.25 * 0.75) ** 0.5 for count in counts.values())
 
 
-def test_printed_and_given_back(tmp_path, demo_data, capsys):
+def test_printed_episodes_can_be_read(tmp_path, demo_data, capsys):
     command.main(["--obj", "ring", "--data_type", "folder", "--data_path", str(demo_data), "--shot", "3"])
     file = tmp_path / "episodes.json"
     file.write_text(capsys.readouterr().out)

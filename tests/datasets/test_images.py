@@ -225,7 +225,7 @@ def test_garbage_exif_does_not_matter(garbage, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(10, 60), (60, 10), (5, 2000), (2000, 5), (1, 2), (1, 300)])
-def test_other_than_square_is_squeezed(shape, tmp_path):
+def test_images_that_are_not_square_are_squeezed(shape, tmp_path):
     """Nothing is cut off: the left half remains the left half, the top half the top half."""
     stored = np.zeros((*shape, 3), np.uint8)
     stored[:, : shape[1] // 2, 0] = 255
@@ -271,7 +271,7 @@ def flipped_png() -> bytes:
     return bytes(whole)
 
 
-ANY = "."  # Pillow words the reason
+ANY = "."  # the reason is worded by Pillow
 REJECTED = {
     "truncated PNG": (lambda: half("PNG"), "truncated"),
     "truncated JPEG": (lambda: half("JPEG"), ANY),
@@ -306,7 +306,7 @@ def test_broken_files_are_rejected_by_name(case, read, tmp_path):
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
-def test_no_file_is_rejected_by_name(read, tmp_path):
+def test_missing_files_and_folders_are_rejected_by_name(read, tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to(tmp_path / "missing.png")
     assert_rejected(read, tmp_path / "folder.png", "directory")
@@ -331,7 +331,7 @@ def test_decompression_bombs(read, tmp_path, pixel_limit):
     assert_rejected(read, tmp_path / "x.png", sentence)
 
 
-def test_limit_without_a_flag_is_pillow_s():
+def test_default_limit_is_that_of_pillow():
     assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
     limit_pixels(MAX_PIXELS)
     assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
@@ -370,7 +370,7 @@ def test_workers_obey_the_limit_and_name_the_file(workers, tmp_path, pixel_limit
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_several_frames_the_first(kind, tmp_path):
+def test_the_first_of_several_frames_is_read(kind, tmp_path):
     frames = [coloured(), Image.fromarray(noise(SIDE, SIDE, 3)), Image.fromarray(255 - COLOURS)]
     options = {"lossless": True} if kind == "WEBP" else {}
     frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:], **options)
@@ -422,7 +422,7 @@ def test_a_map_is_restored_to_the_frame_of_its_image(width, height, keep_aspect)
     assert np.abs(restored - values).mean() < 8
 
 
-def test_restored_map_literally():
+def test_restored_map_of_a_small_example():
     """An image of 3 to 2 is 6 x 4 in a square of 6: one row of padding above, one below."""
     scores = np.zeros((6, 6), np.float32)
     scores[0] = scores[5] = 99  # padding
@@ -442,7 +442,7 @@ def test_images_are_grey_or_rgb(kind, tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
 @pytest.mark.parametrize(("stored", "size"), [(50, 17), (50, 224), (64, 64)])
-def test_masks_are_pillow_s_nearest(mode, stored, size, tmp_path):
+def test_masks_equal_pillow_s_nearest_resize(mode, stored, size, tmp_path):
     path = tmp_path / "x_mask.png"
     Image.fromarray((noise(stored, stored) > 200) * np.uint8(255)).convert(mode).save(path)
     with Image.open(path) as image:

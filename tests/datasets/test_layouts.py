@@ -115,7 +115,7 @@ def test_missing_categories_are_listed(data_type, tmp_path):
         list_source_images(tmp_path, data_type, target=CATEGORIES[data_type][1])
 
 
-def test_a_nested_folder_and_a_packed_one_are_pointed_at(tmp_path):
+def test_errors_name_a_nested_folder_or_an_archive(tmp_path):
     image(tmp_path / "MVTec/bottle/train/good/000.png")
     with pytest.raises(UserError, match=r"but there is .*MVTec/bottle: give --data_path .*MVTec"):
         category_folder(tmp_path, "mvtec", "bottle")
@@ -146,7 +146,7 @@ def test_masks_are_found_under_any_usual_name_and_mode(ending, mode, category):
     assert 0.1 < found.float().mean() < 0.25
 
 
-def test_images_without_a_mask_leave_the_pixel_metrics_and_are_counted(category, capsys):
+def test_images_without_a_mask_are_left_out_of_the_pixel_metrics(category, capsys):
     mask(category / "ground_truth/dent/e_mask.png")
     items = checked_test_items(category, strict=False)
     printed = capsys.readouterr().out
@@ -196,6 +196,6 @@ def test_pixel_metrics_are_those_of_the_images_with_masks(category, tmp_path):
         assert partly[name]["mean"] == pytest.approx(whole[name]["mean"], abs=1e-4), name
 
 
-def test_without_any_mask_pixel_figures_are_absent(category, tmp_path):
+def test_without_any_mask_pixel_metrics_are_absent(category, tmp_path):
     found = score(category, tmp_path)
     assert found["image_auroc"]["mean"] >= 0 and found["pixel_auroc"] is None and found["pro"] is None

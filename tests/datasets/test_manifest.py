@@ -47,7 +47,7 @@ def test_names_that_are_not_utf_8_are_drawn_too():
     assert set(draw_manifest("bolt", names, 2, 1, 0).rounds[0]) == set(names)
 
 
-def test_draw_is_the_same_on_every_machine():
+def test_draw_of_a_fixed_manifest():
     """These literals must never change: support sets of the same seed must stay the same."""
     drawn = draw_manifest("bottle", [f"{number:03d}.png" for number in range(209)], 3, 2, 0)
     assert drawn.rounds == [["132.png", "066.png", "103.png"], ["032.png", "129.png", "014.png"]]
@@ -101,7 +101,7 @@ ANYTHING = st.recursive(
 
 @settings(deadline=None)
 @given(st.sampled_from(["category", "shot", "rounds", "sha256"]), ANYTHING)
-def test_any_value_gives_a_manifest_or_an_error_for_people(tmp_path_factory, key, value):
+def test_any_value_gives_a_manifest_or_a_user_error(tmp_path_factory, key, value):
     file = tmp_path_factory.mktemp("manifest") / "2_2.json"
     file.write_text(json.dumps(RIGHT | {key: value}))
     try:
@@ -141,7 +141,7 @@ def find(support_path: Path | None, category: Path, shot: int = 2, rounds: int =
     return find_support_rounds(support_path, category, shot, rounds, SIZE)
 
 
-def test_support_rounds_come_from_the_first_place_that_has_them(category, tmp_path, monkeypatch):
+def test_order_of_the_sources_of_support_rounds(category, tmp_path, monkeypatch):
     """The order: tensor file, manifest beside it, manifest of the category, draw. `source` names which it was."""
     monkeypatch.chdir(tmp_path)
     root = Path("support_set")
@@ -176,7 +176,7 @@ def test_a_manifest_that_does_not_fit_the_data(category, tmp_path):
         find(tmp_path, category, shot=3)
 
 
-def test_the_default_manifests_give_way_only_where_they_have_no_hashes(category, tmp_path, monkeypatch):
+def test_default_manifests_without_hashes_are_optional(category, tmp_path, monkeypatch):
     """A user's category may have the name of one of MVTec AD's, whose manifest does not fit it."""
     monkeypatch.chdir(tmp_path)
     file = category_manifest(Path("support_set"), "ring")
@@ -190,7 +190,7 @@ def test_the_default_manifests_give_way_only_where_they_have_no_hashes(category,
         find(None, category)
 
 
-def test_tensors_made_here_have_names_and_one_aspect(category, tmp_path):
+def test_tensors_of_make_support_have_names_and_an_aspect(category, tmp_path):
     make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2", "--keep_aspect")
     found = find_support_rounds(tmp_path, category, 2, 2, SIZE, keep_aspect=True)
     assert found.names == draw_from_folder(category, 2, 2, 0).rounds and "names in 2_2.json" in found.source
@@ -219,7 +219,7 @@ def test_names_are_found_again(category, tmp_path, capsys):
     assert load_manifest(foreign.with_suffix(".json")).tensors == sha256(foreign)
 
 
-def test_nearest_within_a_tolerance(category, tmp_path):
+def test_nearest_images_within_a_tolerance(category, tmp_path):
     names = ["000.png", "003.png"]
     images = read_support_images([category / "train/good" / name for name in names], SIZE)
     file = tmp_path / "ring/2_1.pt"
@@ -243,7 +243,7 @@ def test_verify_command(category, tmp_path, capsys):
     assert "its SHA-256 is not the one in the manifest" in capsys.readouterr().out
 
 
-def test_other_people_s_tensors_are_not_overwritten(category, tmp_path):
+def test_foreign_tensors_are_not_overwritten(category, tmp_path):
     file = tmp_path / "ring/2_2.pt"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"official")

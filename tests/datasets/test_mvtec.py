@@ -50,7 +50,7 @@ def relative(paths: list[Path], folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("place", ["data", "test", "good", "ground_truth", "goodman/my test", "bent/test/good"])
 @pytest.mark.parametrize("name", ["bolt", "good", "test"])
-def test_order_labels_and_masks_wherever_the_data_lie(place, name, tmp_path, monkeypatch):
+def test_order_labels_and_masks_for_any_folder_names(place, name, tmp_path, monkeypatch):
     """Neither the names of the folders above a category nor the order of the disk's listing matter."""
     by_disk = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(by_disk(folder), reverse=True)))
@@ -108,7 +108,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("removed", MISSING)
-def test_what_is_missing_is_named(removed, category):
+def test_missing_files_and_folders_are_named(removed, category):
     for pattern in removed.split(", "):
         for path in list(category.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -127,7 +127,7 @@ def test_no_data_folder(tmp_path):
         category_folder(tmp_path / "x", "folder", "bolt")
 
 
-def test_no_such_category_names_those_there_are(category):
+def test_an_unknown_category_lists_the_existing_ones(category):
     data = category.parent
     write_category(data / "anchor")
     (data / "notes").mkdir()
@@ -140,7 +140,7 @@ def test_no_such_category_names_those_there_are(category):
         category_folder(data / "notes", "folder", "nut")
 
 
-def test_unknown_mvtec_name_names_the_fifteen(category):
+def test_an_unknown_mvtec_category_lists_all_fifteen(category):
     with pytest.raises(UserError, match="mvtec has no category 'bolt'") as caught:
         category_folder(category.parent, "mvtec", "bolt")
     assert len(CATEGORIES["mvtec"]) == 15
@@ -157,7 +157,7 @@ def test_without_ground_truth_there_are_labels_but_no_masks(category):
 
 
 @pytest.mark.parametrize("size", [8, SIDE, 32])
-def test_dataset_gives_what_the_reader_reads(category, size):
+def test_dataset_equals_the_reader(category, size):
     items = list_test_items(category)
     dataset = LabelledDataset(items, size)
     assert len(dataset) == len(items) == 6
@@ -179,6 +179,6 @@ def test_broken_file_is_named_when_it_is_read(file, category):
 
 
 @needs_reference
-def test_order_is_the_release_s():
+def test_order_equals_the_release():
     recorded = json.loads((GOLDEN / "screw.json").read_text())["test_order"]
     assert relative([item.image for item in list_test_items(DATA / "screw")], DATA / "screw") == recorded

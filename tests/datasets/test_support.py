@@ -54,7 +54,7 @@ def load(path: Path) -> list[torch.Tensor]:
     return load_support_rounds(path, SHOT, ROUNDS, SIZE)
 
 
-def test_place_is_the_release_s():
+def test_path_equals_the_release():
     assert support_file(Path("support_set"), "metal_nut", 4, 10) == Path("support_set/metal_nut/4_10.pt")
 
 
@@ -186,13 +186,13 @@ def test_other_rounds_seeds_and_categories_draw_other_images():
     assert len(draws) == len(cases)
 
 
-def test_every_image_has_the_same_chance():
+def test_every_image_has_the_same_probability():
     """2000 draws of 2 out of 10: each 400 times, standard deviation 18."""
     counts = Counter(name for number in range(2000) for name in draw_support_names(NAMES[:10], 2, number, 0, "screw"))
     assert len(counts) == 10 and all(320 < count < 480 for count in counts.values())
 
 
-def test_the_rule_literally():
+def test_draw_of_fixed_names():
     """Computed with `printf 0/screw/1/000.png | sha256sum` of each name, sorted. Published draws depend on it."""
     assert draw_support_names(NAMES, 4, 1, 0, "screw") == ["093.png", "094.png", "044.png", "079.png"]
 
@@ -219,7 +219,7 @@ def test_command_writes_what_it_prints(demo_data, tmp_path, capsys):
     assert files == sorted([f"{shot}_{ROUNDS}.{ending}" for shot in (1, 2) for ending in ("pt", "json")] * 2)
 
 
-def test_command_repeats_itself_and_obeys_the_seed(demo_data, tmp_path, capsys):
+def test_command_is_deterministic_and_uses_the_seed(demo_data, tmp_path, capsys):
     rounds = []
     for name, flags in (("a", ""), ("b", ""), ("c", "--seed 1")):
         make(demo_data, tmp_path / name, f"--obj ring {flags}")
@@ -246,7 +246,7 @@ def test_decode_images(demo_data):
 
 @needs_reference
 @pytest.mark.parametrize("shot", ["2", "4", "8"])
-def test_the_release_s_own_support_sets_bit_for_bit(shot):
+def test_support_sets_equal_the_release_bit_for_bit(shot):
     recorded = golden_rounds()[shot]
     path = support_file(GOLDEN / "support_set", "screw", int(shot), len(recorded))
     for saved, one in zip(load_support_rounds(path, int(shot), len(recorded), 224), recorded, strict=True):

@@ -82,7 +82,7 @@ def test_categories_look_different():
         assert all(distance(first, other[0]) > 1.2 * own for key, other in images.items() if key != name)
 
 
-def test_same_seed_same_bytes_however_many_are_made(dataset, tmp_path):
+def test_bytes_depend_on_the_seed_only(dataset, tmp_path):
     write_dataset(tmp_path, **{**SMALL, "train": 3, "defective": 2})
     larger = contents(tmp_path)
     assert contents(dataset) == {name: larger[name] for name in contents(dataset)}
@@ -95,7 +95,7 @@ def test_other_seed_other_images(dataset, tmp_path):
     assert all(here[name] != there[name] for name in here)
 
 
-def test_command_writes_every_category_and_may_be_repeated(dataset, tmp_path, capsys):
+def test_command_writes_every_category_and_can_be_repeated(dataset, tmp_path, capsys):
     arguments = ["--output", str(tmp_path), "--train", "2", "--good", "2", "--defective", "1", "--size", str(SIZE)]
     main(arguments)
     main(arguments)

@@ -96,7 +96,7 @@ def test_golden_trace(path, trace, monkeypatch):
 
 @needs_reference
 def test_golden_trace_in_float32(trace):
-    """The first loss; after one update, rounding has grown too much to compare."""
+    """Only the first loss is compared: after one update, rounding errors are too large."""
     recorded, episodes, sources = trace
     query, support = SourceImages(sources, 224, None, 0, CPU).episode(episodes[0])
     loss = golden_trainer(torch.float32, recorded).step(query, support, StageClock())
@@ -104,7 +104,7 @@ def test_golden_trace_in_float32(trace):
 
 
 def test_step_equals_the_plain_step(demo_data):
-    """Coloured images, in float64: the loss, and every weight after one update."""
+    """Loss and all weights after one update, for coloured images in float64."""
     sources = list_source_images(demo_data, "folder", "ring")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     images = SourceImages(sources, SIZE, None, 0, CPU, torch.float64)
@@ -144,7 +144,7 @@ def test_learning_rates():
 
 
 def arguments(data: Path, folder: Path, **changes: object) -> list[str]:
-    """A complete call of train.py on the small synthetic data."""
+    """All arguments of a run of train.py on the small synthetic data."""
     given = {
         "obj": "ring",
         "shot": 1,
@@ -301,7 +301,7 @@ def run_and_kill(command: list[str], state: Path, after: float) -> bool:
 
 
 def start_training(command: list[str]) -> BaseProcess:
-    """train.py in a process of its own, forked from a server that has imported it once."""
+    """Starts train.py in a new process, forked from a server that has imported it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
     process = context.Process(target=train.main, args=(command,))

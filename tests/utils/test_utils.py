@@ -21,7 +21,7 @@ from utils.records import git_commit, provenance
 from utils.stages import StageClock
 
 
-def test_whole_file_leaves_nothing_after_an_error(tmp_path):
+def test_whole_file_leaves_no_file_after_an_error(tmp_path):
     target = tmp_path / "deep" / "record.json"
     with pytest.raises(RuntimeError), whole_file(target) as aside:
         aside.write_text("half")
@@ -29,7 +29,7 @@ def test_whole_file_leaves_nothing_after_an_error(tmp_path):
     assert list(target.parent.iterdir()) == []
 
 
-def test_whole_file_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+def test_whole_file_keeps_the_old_file_until_the_new_one_is_complete(tmp_path):
     target = tmp_path / "record.json"
     write_json(target, {"number": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -47,7 +47,7 @@ while True:
 """
 
 
-def test_killed_while_writing_leaves_a_whole_file(tmp_path):
+def test_a_killed_writer_leaves_a_complete_file(tmp_path):
     path = tmp_path / "weights.pt"
     generator = random.Random(0)
     for _ in range(3):
