@@ -23,7 +23,7 @@ from grid.estimate import format_duration
 from grid.plan import Plan, count_jobs, take_shard
 from grid.tables import GRID_FILE, compare, format_comparison, read_results
 from grid.tables_page import write_tables
-from models.stn import SIZE_DIVISOR, STN_MODES
+from models.stn import BACKBONES, STN_MODES
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
 from utils.flags import (
@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     grid = parser.add_argument_group("grid")
     grid.add_argument("--objs", nargs="+", default=["all"], metavar="CATEGORY", help="all, or names")
     grid.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], metavar="K")
-    add_network_flags(grid, STN_MODES, SIZE_DIVISOR)
+    add_network_flags(grid, STN_MODES, list(BACKBONES))
     add_data_flags(grid, CATEGORIES)
     add_support_flags(grid)
     grid.add_argument(

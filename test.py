@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from datasets.images import limit_pixels
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items
@@ -19,8 +20,11 @@ from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.scoring import RoundResult, TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import format_interval, format_summary, summary
-from models.regad import RegAD, checkpoint_file, last_file, load_checkpoint, selection, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES, STNResNet18, check_img_size, folded
+from models.networks import network_name, scoring_network, settle_img_size
+from models.regad import checkpoint_file, last_file, selection
+from models.stn import BACKBONES, STN_MODES, folded
+from models.timm_features import PREFIX
+from scorers.features import FeatureNetwork
 from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
@@ -50,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_support_flags(what)
     add_image_flags(parser.add_argument_group("images"))
     network = parser.add_argument_group("network")
-    add_network_flags(network, STN_MODES, SIZE_DIVISOR)
+    add_network_flags(network, STN_MODES, list(BACKBONES))
     network.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's and the release's")
     network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
     network.add_argument("--last", action="store_true", help="score train.py's weights after the last epoch instead")
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scorers, labels = make_scorers(args.scorer), [item.label for item in items]
     for weights, shots in _find_weights(args).items():
         print(f"scoring {args.obj}: {len(items)} test images, {weights.file or f'untrained, weights {args.weights}'}")
-        network, clock = folded(_load_model(args, weights).stn.to(device)), StageClock(device)
+        network, clock = folded(_load_network(args, weights).to(device)), StageClock(device)
         test = compute_test_features(network, scorers, dataset, labels, clock, args.batch_size, args.num_workers)
         shared_seconds = clock.seconds
         for shot in shots:
@@ -100,7 +104,7 @@ def _score_shot(
     shot: int,
     support: SupportRounds,
     weights: Weights,
-    network: STNResNet18,
+    network: FeatureNetwork,
     test: TestFeatures,
     dataset: LabelledDataset,
     clock: StageClock,
@@ -112,7 +116,9 @@ def _score_shot(
     results, first_maps = _print_rounds(scored, names, keep_maps=args.save_images != 0)
     for scorer, rounds in results.items():
         kind = "" if weights.kind == "best" else f"_{weights.kind}"
-        name = f"{args.obj}_{shot}_{args.stn_mode}{kind}" + ("" if scorer == RELEASE_SCORER else f"_{scorer}")
+        network_part = network_name(args.backbone, args.stn_mode)
+        scorer_part = "" if scorer == RELEASE_SCORER else f"_{scorer}"
+        name = f"{args.obj}_{shot}_{network_part}{kind}{scorer_part}"
         content = {
             "arguments": plain_arguments(args) | {"shot": shot, "scorer": scorer},
             **provenance(clock.device),
@@ -142,7 +148,9 @@ class Weights(NamedTuple):
 
 def _check_numbers(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "inferences", "batch_size", "img_size", "max_pixels")
-    check_img_size(args.img_size)
+    args.img_size = settle_img_size(args.backbone, args.img_size)
+    if args.backbone.startswith(PREFIX) and not args.untrained:
+        raise UserError(f"{args.backbone} is not trained here: give --untrained")
     if args.untrained + args.last + bool(args.checkpoint) > 1:
         raise UserError("--untrained, --last and --checkpoint exclude each other")
     if args.num_workers < 0:
@@ -156,7 +164,7 @@ def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
     found: dict[str, tuple[Weights, list[int]]] = {}
     default = last_file if args.last else checkpoint_file
     for shot in args.shot:
-        file = args.checkpoint or default(args.save_dir, args.stn_mode, shot, args.obj)
+        file = args.checkpoint or default(args.save_dir, args.stn_mode, shot, args.obj, args.backbone)
         if not file.is_file():
             raise UserError(
                 f"no checkpoint {file}; make it with: python train.py --obj {args.obj} --shot {shot} "
@@ -170,10 +178,8 @@ def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
     return dict(found.values())
 
 
-def _load_model(args: argparse.Namespace, weights: Weights) -> RegAD:
-    if weights.file is None:
-        return untrained(args.weights, args.stn_mode, args.img_size)
-    return load_checkpoint(weights.file, args.stn_mode, args.img_size)
+def _load_network(args: argparse.Namespace, weights: Weights) -> torch.nn.Module:
+    return scoring_network(args.backbone, args.stn_mode, args.img_size, weights.file, args.weights)
 
 
 def _print_rounds(

@@ -32,8 +32,9 @@ from datasets.mvtec import (
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
 from evaluation.statistics import format_summary, summary
+from models.networks import settle_img_size
 from models.regad import save_checkpoint, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
+from models.stn import BACKBONES, STN_MODES
 from reports.training_curve import save_curve
 from scorers.base import Scorer
 from scorers.registry import add_scorer_flag, make_scorers
@@ -61,7 +62,7 @@ MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
     *("keep_aspect", "momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
-    "scorer",
+    *("scorer", "backbone"),
 )
 
 
@@ -77,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add_image_flags(parser.add_argument_group("images"))
     how = parser.add_argument_group("training")
-    add_network_flags(how, STN_MODES, SIZE_DIVISOR)
+    add_network_flags(how, STN_MODES, list(BACKBONES), timm=False)
     add_weights_flag(how, "trunk to start from")
     how.add_argument("--epochs", type=int, default=50)
     how.add_argument("--batch_size", type=int, default=32, help="queries per step")
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_pixels(args.max_pixels)
     device = command_device(args.device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj)
+    files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
     sources = list_source_images(args.data_path, args.data_type, args.obj)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
@@ -189,7 +190,9 @@ class Target(NamedTuple):
 
 def _check(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
-    check_img_size(args.img_size, MIN_IMG_SIZE)
+    if args.backbone not in BACKBONES:
+        raise UserError(f"--backbone {args.backbone} cannot be trained; there are {', '.join(BACKBONES)}")
+    args.img_size = settle_img_size(args.backbone, args.img_size, MIN_IMG_SIZE)
     for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")
@@ -236,7 +239,7 @@ def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, 
     resumed = args.resume and files.state.is_file()
     if not resumed:
         refuse_to_overwrite(files)
-    model = untrained("none" if resumed else args.weights, args.stn_mode, args.img_size).to(device)
+    model = untrained("none" if resumed else args.weights, args.stn_mode, args.img_size, args.backbone).to(device)
     trainer = Trainer(model, args.lr, args.momentum, bf16=args.amp == "bf16", compiled=args.compile)
     if resumed:
         trainer.load(files.state, decisive)

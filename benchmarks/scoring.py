@@ -23,7 +23,7 @@ from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list
 from datasets.support import read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from models.regad import load_checkpoint
-from models.stn import STNResNet18, folded
+from models.stn import STNResNet, folded
 from scorers.gaussian import Gaussian
 from scorers.views import support_views
 from utils.devices import command_device, seed_everything
@@ -107,7 +107,7 @@ def report(results: Path) -> str:
 
 
 def _time_fast(
-    network: STNResNet18,
+    network: STNResNet,
     items: list[LabelledImage],
     draws: list[list[Path]],
     device: torch.device,
@@ -126,7 +126,7 @@ def _time_fast(
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
 
 
-def _time_network(network: STNResNet18, device: torch.device, args: argparse.Namespace) -> dict:
+def _time_network(network: STNResNet, device: torch.device, args: argparse.Namespace) -> dict:
     """Milliseconds per image of the forward with un-warping: plain eager NCHW against the folded copy.
 
     On coloured images; grey ones are cheaper still.
@@ -150,7 +150,7 @@ def _time_network(network: STNResNet18, device: torch.device, args: argparse.Nam
     return {"eager_ms": eager, "folded_ms": quick, "times_faster": eager / quick, "relative_error": max(errors)}
 
 
-def time_plain(network: STNResNet18, items: list[LabelledImage], support: list[Path], img_size: int) -> dict:
+def time_plain(network: STNResNet, items: list[LabelledImage], support: list[Path], img_size: int) -> dict:
     """One round in the release's order of work, on the CPU: all anew, test images one by one, views at once."""
     network, clock = network.cpu(), StageClock()
 

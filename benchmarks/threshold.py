@@ -25,7 +25,7 @@ from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
 from inspection.threshold import leave_one_out, normal_threshold
 from models.regad import load_checkpoint, untrained
-from models.stn import STNResNet18, folded
+from models.stn import STNResNet, folded
 from scorers.base import Prepared
 from scorers.features import FeatureStore, write_support_image
 from scorers.gaussian import Gaussian
@@ -104,7 +104,7 @@ def report(content: dict) -> str:
     return "\n".join(lines)
 
 
-def _measure(category: str, network: STNResNet18, clock: StageClock, args: argparse.Namespace) -> Iterator[dict]:
+def _measure(category: str, network: STNResNet, clock: StageClock, args: argparse.Namespace) -> Iterator[dict]:
     """One row per draw and K."""
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)
@@ -112,13 +112,13 @@ def _measure(category: str, network: STNResNet18, clock: StageClock, args: argpa
     test = compute_test_features(network, [SCORER], dataset, labels, clock, None, args.num_workers)
     largest = max(args.shots)
     for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
-        store = FeatureStore([SCORER], largest * VIEWS_PER_IMAGE)
+        store = FeatureStore([SCORER], largest, with_views=True)
         images = read_support_images(paths, args.img_size).to(clock.device)
         with clock("network"):
             for at, image in enumerate(images):
                 write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
         for shot in args.shots:
-            support = store.part(0, shot * VIEWS_PER_IMAGE)[SCORER.name]
+            support = store.part(0, shot)[SCORER.name]
             row = _judge(support, test, clock, args)
             print(f"{category}, K = {shot}, draw {number}: {row['false_alarms']:.0%} false alarms", flush=True)
             yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}

@@ -16,11 +16,10 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_batches
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from models.stn import STNResNet18, folded
+from models.stn import STNResNet, folded
 from scorers.base import Prepared, Scorer
 from scorers.features import FeatureNetwork, FeatureStore, write_support_image
 from scorers.maps import score_map_matrix, score_maps
-from scorers.views import VIEWS_PER_IMAGE
 from utils.errors import UserError
 from utils.stages import StageClock
 
@@ -55,7 +54,7 @@ class RoundResult(NamedTuple):
 
 
 def score_category(
-    network: STNResNet18,
+    network: STNResNet,
     scorers: Sequence[Scorer],
     dataset: Dataset,
     labels: Sequence[int],
@@ -200,19 +199,18 @@ def _support_features(
     keys = [[hashlib.sha256(image.numpy()).digest() for image in images] for images in rounds]
     to_come = Counter(key for of_round in keys for key in of_round)
     kept: dict[bytes, dict[str, Prepared]] = {}
-    store = FeatureStore(scorers, len(rounds[0]) * VIEWS_PER_IMAGE)
+    store = FeatureStore(scorers, len(rounds[0]), with_views=True)
     for images, of_round in zip(rounds, keys, strict=True):
         with clock("network"):
             for number, (image, key) in enumerate(zip(images, of_round, strict=True)):
-                start = number * VIEWS_PER_IMAGE
                 if key in kept:
-                    store.copy(start, kept[key])
+                    store.copy_image(number, kept[key])
                 else:
                     write_support_image(store, number, network, image.to(clock.device), batch_size)
                 to_come[key] -= 1
                 if not to_come[key]:
                     kept.pop(key, None)
                 elif key not in kept and (len(kept) + 1) * store.nbytes <= KEPT_FEATURES_BYTES * len(images):
-                    part = store.part(start, start + VIEWS_PER_IMAGE)
+                    part = store.part(number, number + 1)
                     kept[key] = {name: [layer.clone() for layer in layers] for name, layers in part.items()}
         yield store.prepared

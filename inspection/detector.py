@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from datasets.images import decode_image, eight_bit, to_square
 from inspection.threshold import (
@@ -19,7 +20,8 @@ from inspection.threshold import (
     leave_one_out,
     normal_threshold,
 )
-from models.stn import STNResNet18, folded
+from models.stn import RELEASE_BACKBONE, STNResNet, folded
+from models.timm_features import PREFIX, TimmFeatures
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, take_images, write_support_image
 from scorers.maps import score_map_matrix, score_maps
@@ -58,7 +60,7 @@ class FewShotDetector:
 
     def __init__(
         self,
-        network: STNResNet18,
+        network: STNResNet,
         device: str = "auto",
         keep_aspect: bool = False,
         scorer: str | Scorer = DEFAULT_SCORER,
@@ -85,7 +87,7 @@ class FewShotDetector:
             inputs = self.inputs(images)
         if not len(inputs):
             raise UserError("no support images: at least one normal image is needed")
-        store = FeatureStore([self.scorer], len(inputs) * VIEWS_PER_IMAGE)
+        store = FeatureStore([self.scorer], len(inputs), with_views=True)
         with self.clock("network"):
             for number, image in enumerate(inputs):
                 write_support_image(store, number, self._folded, image, VIEWS_PER_IMAGE)
@@ -123,7 +125,7 @@ class FewShotDetector:
         scores, maps = self.score(images)
         if is_order_statistic(len(images), false_alarm):
             return NormalScores(scores[:, None], maps)
-        views = (support_views(self.inputs([image])) for image in images)
+        views = (support_views(self.inputs([image]))[list(self.scorer.views)] for image in images)
         return NormalScores(np.array([self.score(of_image)[0] for of_image in views]), maps)
 
     def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
@@ -191,6 +193,7 @@ class FewShotDetector:
             "format": FILE_FORMAT,
             "version": FILE_VERSION,
             "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
+            "backbone": self.network.backbone,
             "stn_mode": self.network.stn_mode,
             "img_size": self.size,
             "keep_aspect": self.keep_aspect,
@@ -218,7 +221,7 @@ class FewShotDetector:
         content = _read_content(Path(path))
         try:
             chosen = _scorer_of(Path(path), content["scorer"], scorer)
-            network = STNResNet18(content["stn_mode"], content["img_size"])
+            network = _empty_network(content)
             network.load_state_dict(content["network"])
             detector = cls(network.eval(), device, content["keep_aspect"], chosen)
             detector.fitted = {name: value.to(detector.clock.device) for name, value in content["fitted"].items()}
@@ -278,6 +281,14 @@ def _read_content(path: Path) -> dict:
     if content.get("version") != FILE_VERSION:
         raise UserError(f"detector {path} has version {content.get('version')}, this program reads {FILE_VERSION}")
     return content
+
+
+def _empty_network(content: dict) -> nn.Module:
+    """The network of a saved detector, before its weights are loaded."""
+    backbone, size = content.get("backbone", RELEASE_BACKBONE), content["img_size"]  # older files do not name it
+    if backbone.startswith(PREFIX):
+        return TimmFeatures(backbone.removeprefix(PREFIX), "none", size)
+    return STNResNet(content["stn_mode"], size, backbone)
 
 
 def _scorer_of(path: Path, name: str, given: str | Scorer | None) -> Scorer:

@@ -9,8 +9,8 @@ from pathlib import Path
 from inspection.detector import DEFAULT_SCORER, FewShotDetector
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
-from models.regad import load_checkpoint, untrained
-from models.stn import SIZE_DIVISOR, STN_MODES, check_img_size
+from models.networks import scoring_network, settle_img_size
+from models.stn import BACKBONES, STN_MODES
 from scorers.registry import add_scorer_flag
 from utils.devices import seed_everything
 from utils.errors import UserError, require_positive
@@ -27,7 +27,7 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     detector.add_argument("--detector", type=Path, metavar="FILE", help="of predict.py --save; replaces --support")
     detector.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
     add_weights_flag(detector, "without --checkpoint")
-    add_network_flags(detector, STN_MODES, SIZE_DIVISOR)
+    add_network_flags(detector, STN_MODES, list(BACKBONES))
     add_keep_aspect_flag(detector)
     add_seed_flag(detector, "for --weights none; all else is deterministic")
     add_scorer_flag(detector, default=None)
@@ -40,7 +40,7 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
 def check_detector_flags(args: argparse.Namespace) -> None:
     """UserError where the flags of `add_detector_flags` do not fit together."""
     require_positive(args, "img_size")
-    check_img_size(args.img_size)
+    args.img_size = settle_img_size(args.backbone, args.img_size)
     if bool(args.support) == bool(args.detector):
         raise UserError("give either normal images with --support, or a saved detector with --detector")
     if args.threshold is not None and not math.isfinite(args.threshold):
@@ -64,10 +64,7 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
 def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
     """A detector of the support images."""
     support = list_inputs(args.support, args.output)
-    if args.checkpoint:
-        network = load_checkpoint(args.checkpoint, args.stn_mode, args.img_size).stn
-    else:
-        network = untrained(args.weights, args.stn_mode, args.img_size).stn
+    network = scoring_network(args.backbone, args.stn_mode, args.img_size, args.checkpoint, args.weights)
     detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER)
     print(f"fitting on {len(support)} normal image(s)")
     detector.fit(support)

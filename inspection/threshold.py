@@ -28,7 +28,6 @@ from scipy.special import ndtri
 from scorers.base import Prepared, Scorer
 from scorers.features import without_images
 from scorers.maps import score_map_matrix, score_maps
-from scorers.views import VIEWS_PER_IMAGE
 from utils.errors import UserError
 from utils.stages import StageClock
 
@@ -45,8 +44,9 @@ class NormalScores(NamedTuple):
 def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageClock) -> NormalScores:
     """Scores of all views in `support`; those of an image by a fit to the views of the K - 1 others."""
     scores, maps = [], []
-    for start in range(0, len(support[0]), VIEWS_PER_IMAGE):
-        end = start + VIEWS_PER_IMAGE
+    views = len(scorer.views)
+    for start in range(0, len(support[0]), views):
+        end = start + views
         own, others = [layer[start:end] for layer in support], without_images(support, start, end)
         distances = scorer.measure(others, own, clock)
         matrix = score_map_matrix(distances.shape[-1], size, distances.device)

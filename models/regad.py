@@ -1,4 +1,4 @@
-"""RegAD's three networks as one module, checkpoints in the release's format, and initial ResNet-18 weights."""
+"""RegAD's three networks as one module, checkpoints in the release's format, and initial weights of the backbone."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import ResNet18_Weights
 
 from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
-from models.stn import STN_MODES, STNResNet18
+from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES, STNResNet
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
-TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of ResNet-18 in the backbone
+TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of a ResNet in the backbone
 
 
 class RegAD(nn.Module):
     """Backbone with spatial transformers (`stn`), encoder and predictor. Scoring uses the backbone only."""
 
-    def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
+    def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE) -> None:
         super().__init__()
-        self.stn_mode, self.img_size = stn_mode, img_size
-        self.stn = STNResNet18(stn_mode, img_size)
-        self.encoder = Encoder()
-        self.predictor = Predictor()
+        self.stn_mode, self.img_size, self.backbone = stn_mode, img_size, backbone
+        self.stn = STNResNet(stn_mode, img_size, backbone)
+        channels = BACKBONES[backbone].channels[-1]
+        self.encoder = Encoder(channels)
+        self.predictor = Predictor(channels)
 
     def forward(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
         """The registration loss, a scalar in [-1, 1] (RegAD section 3.2).
@@ -37,20 +37,25 @@ class RegAD(nn.Module):
         pass through the backbone separately, with batch-norm statistics of their own. The registered maps of the K
         support images of a query are averaged (release behaviour).
         """
-        query_map = self.stn(query).maps[-1]  # (B, 256, H, W)
+        query_map = self.stn(query).maps[-1]
         support_map = self.stn(support.flatten(0, 1)).maps[-1].unflatten(0, support.shape[:2]).mean(dim=1)
         z_query, z_support = self.encoder(query_map), self.encoder(support_map)
         return registration_loss(self.predictor(z_query), z_query, self.predictor(z_support), z_support)
 
 
-def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
-    """The path of the selected weights of one category, as in the release."""
-    return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_model.pt"
+def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str = RELEASE_BACKBONE) -> Path:
+    """The path of the selected weights of one category, as in the release; another backbone is part of the name."""
+    return _weights_file(root, stn_mode, shot, category, backbone, "model")
 
 
-def last_file(root: Path, stn_mode: str, shot: int, category: str) -> Path:
+def last_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str = RELEASE_BACKBONE) -> Path:
     """The path of the weights after the last epoch, beside `checkpoint_file`."""
-    return root / stn_mode / str(shot) / category / f"{category}_{shot}_{stn_mode}_last.pt"
+    return _weights_file(root, stn_mode, shot, category, backbone, "last")
+
+
+def _weights_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str, which: str) -> Path:
+    name = f"{category}_{shot}_{stn_mode}" + ("" if backbone == RELEASE_BACKBONE else f"_{backbone}")
+    return root / stn_mode / str(shot) / category / f"{name}_{which}.pt"
 
 
 def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
@@ -75,18 +80,19 @@ def selection(path: Path) -> tuple[str, int | None]:
     return rule, recipe.get("epoch")
 
 
-def load_checkpoint(path: Path, stn_mode: str, img_size: int) -> RegAD:
+def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RELEASE_BACKBONE) -> RegAD:
     """The networks of a checkpoint in the release's format, {'STN', 'ENC', 'PRED'}. All names and shapes must match.
 
     Raises:
-        UserError: the file is missing, damaged or no checkpoint, or has another STN mode or image size.
+        UserError: the file is missing, damaged or no checkpoint, or has another backbone, STN mode or image size.
     """
     content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
     _reject_other_recipe(path, content.get(RECIPE), stn_mode, img_size)
+    _reject_other_backbone(path, content["STN"], backbone)
     _reject_other_mode(path, content["STN"], stn_mode)
-    model = RegAD(stn_mode, img_size)
+    model = RegAD(stn_mode, img_size, backbone)
     for part, attribute in CHECKPOINT_PARTS.items():
         try:
             getattr(model, attribute).load_state_dict(content[part], strict=True)
@@ -107,6 +113,25 @@ def _reject_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: in
                 raise UserError(f"checkpoint {path} was trained with --{name} {trained[name]}, not {asked}")
 
 
+def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
+    """Raises UserError where the layers in a checkpoint are those of another backbone."""
+    found = [name for name in BACKBONES if _layer_shapes(name).items() <= _shapes(stn).items()]
+    if found and backbone not in found:
+        raise UserError(f"checkpoint {path} has the backbone {found[0]}, not {backbone}: give --backbone {found[0]}")
+
+
+def _layer_shapes(backbone: str) -> dict[str, torch.Size]:
+    """Names and shapes of a backbone's own layers; nothing is allocated."""
+    with torch.device("meta"):
+        state = BACKBONES[backbone].build(weights=None).state_dict()
+    return {name: shape for name, shape in _shapes(state).items() if name.split(".")[0] in TRUNK_LAYERS}
+
+
+def _shapes(state: dict) -> dict[str, torch.Size]:
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: value.shape for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+
+
 def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     """Raises UserError where a checkpoint belongs to another STN mode, as far as this can be inferred.
 
@@ -115,7 +140,9 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     starts as the identity of its mode and stays near it. Translation and shear have the same identity and cannot be
     told apart.
     """
-    named = re.fullmatch(rf".+_\d+_({'|'.join(STN_MODES)})_(?:model|last)\.pt", path.name)
+    named = re.fullmatch(
+        rf".+_\d+_({'|'.join(STN_MODES)})(?:_(?:{'|'.join(BACKBONES)}))?_(?:model|last)\.pt", path.name
+    )
     if named and named[1] != stn_mode:
         raise UserError(f"checkpoint {path} is named after --stn_mode {named[1]}, not {stn_mode}")
     bias = stn.get("stn1.fc.2.bias")
@@ -134,44 +161,44 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
         raise UserError(f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}, by its warps")
 
 
-def untrained(weights: str, stn_mode: str = "rotation_scale", img_size: int = 224) -> RegAD:
+def untrained(
+    weights: str, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE
+) -> RegAD:
     """Networks before registration training: backbone from `weights`, identity warps, random encoder and predictor.
 
-    `weights`: "imagenet" (torchvision's file, downloaded once), "none" (random), or the path of a ResNet-18 state
-    dict, complete or up to layer3.
+    `weights`: "imagenet" (torchvision's file, downloaded once), "none" (random), or the path of a state dict of that
+    ResNet, complete or up to layer3.
 
     Raises:
-        UserError: the weights cannot be downloaded or read, or are not those of a ResNet-18.
+        UserError: the weights cannot be downloaded or read, or are those of another backbone.
     """
-    model = RegAD(stn_mode, img_size)
+    model = RegAD(stn_mode, img_size, backbone)
     if weights != "none":
-        state = _imagenet_state() if weights == "imagenet" else _trunk_state(Path(weights))
+        state = _imagenet_state(backbone) if weights == "imagenet" else _trunk_state(Path(weights))
+        needed = _layer_shapes(backbone)
+        other = [name for name, shape in needed.items() if _shapes(state).get(name) != shape]
+        if other:
+            raise UserError(f"weights {weights} are not those of a {backbone}: {len(other)} differ, e.g. {other[0]}")
         trunk = {name: value for name, value in state.items() if name.split(".")[0] in TRUNK_LAYERS}
-        missing, _ = model.stn.load_state_dict(trunk, strict=False)
-        missing = [name for name in missing if not name.startswith("stn") and not name.endswith("num_batches_tracked")]
-        if missing:
-            raise UserError(
-                f"weights {weights} are not those of a ResNet-18: {len(missing)} missing, e.g. {missing[0]}"
-            )
+        model.stn.load_state_dict(trunk, strict=False)
     return model
 
 
-def _imagenet_state() -> dict[str, torch.Tensor]:
+def _imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
+    weights = BACKBONES[backbone].weights
     try:
-        return ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, no disk space, or another hash
         raise UserError(
-            f"torchvision's ImageNet ResNet-18 cannot be downloaded ({error}); download "
-            f"{ResNet18_Weights.IMAGENET1K_V1.url} on another machine and give the file with --weights FILE, "
+            f"torchvision's ImageNet {backbone} cannot be downloaded ({error}); download "
+            f"{weights.url} on another machine and give the file with --weights FILE, "
             "or start from random weights with --weights none"
         ) from error
 
 
 def _trunk_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise UserError(
-            f"no weights file {path}; --weights takes imagenet, none, or the path of a ResNet-18 state dict"
-        )
+        raise UserError(f"no weights file {path}; --weights takes imagenet, none, or the path of a state dict")
     state = load_tensors(path, "weights file")
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"weights file {path} is not a state dict (names -> tensors)")

@@ -1,4 +1,4 @@
-"""The backbone: ResNet-18 up to layer3 with a spatial transformer (STN) after each of layer1, layer2 and layer3.
+"""The backbone: a ResNet up to layer3 with a spatial transformer (STN) after each of layer1, layer2 and layer3.
 
 RegAD section 3.2 (feature registration). The names of the layers are those of torchvision and the release: they are
 part of the checkpoint format and must not change.
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import resnet18
+from torchvision import models as zoo
 
 from models.warp import full_precision, inverse_affine, warp
 from utils.errors import UserError
 
-FEATURE_CHANNELS = (64, 128, 256)  # of layer1, layer2, layer3
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position, of layer1, layer2, layer3
 SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids are joined, so each must divide the finer one
 
@@ -105,6 +104,23 @@ def _pooled(side: int) -> int:
     return (side + 1) // 2
 
 
+class Backbone(NamedTuple):
+    """A ResNet of torchvision, its ImageNet weights, and the channels of its layer1, layer2 and layer3."""
+
+    build: Callable[..., zoo.ResNet]
+    weights: zoo.WeightsEnum
+    channels: tuple[int, int, int]
+
+
+RELEASE_BACKBONE = "resnet18"
+BACKBONES = {
+    RELEASE_BACKBONE: Backbone(zoo.resnet18, zoo.ResNet18_Weights.IMAGENET1K_V1, (64, 128, 256)),
+    "resnet34": Backbone(zoo.resnet34, zoo.ResNet34_Weights.IMAGENET1K_V1, (64, 128, 256)),
+    "resnet50": Backbone(zoo.resnet50, zoo.ResNet50_Weights.IMAGENET1K_V1, (256, 512, 1024)),
+    "wide_resnet50_2": Backbone(zoo.wide_resnet50_2, zoo.Wide_ResNet50_2_Weights.IMAGENET1K_V1, (256, 512, 1024)),
+}
+
+
 class Registered(NamedTuple):
     """The outputs of the backbone for layer1, layer2, layer3: warped maps (B, C, H, W) and warps (B, 2, 3)."""
 
@@ -112,26 +128,26 @@ class Registered(NamedTuple):
     warps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class STNResNet18(nn.Module):
-    """ResNet-18 up to layer3 that registers its own feature maps layer by layer.
+class STNResNet(nn.Module):
+    """A ResNet up to layer3 that registers its own feature maps layer by layer.
 
     The input is images (B, 3, S, S) with values in [0, 1], S = `img_size`. There is no ImageNet normalisation (release
-    behaviour).
+    behaviour). `backbone` is a key of BACKBONES.
     """
 
-    def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224) -> None:
+    def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE) -> None:
         super().__init__()
-        self.stn_mode, self.img_size = stn_mode, img_size
-        trunk = resnet18(weights=None)
+        self.stn_mode, self.img_size, self.backbone = stn_mode, img_size, backbone
+        trunk = BACKBONES[backbone].build(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
         self.layer1, self.layer2, self.layer3 = trunk.layer1, trunk.layer2, trunk.layer3
-        heads = zip(FEATURE_CHANNELS, FEATURE_STRIDES, strict=True)
+        heads = zip(BACKBONES[backbone].channels, FEATURE_STRIDES, strict=True)
         self.stn1, self.stn2, self.stn3 = (SpatialTransformer(c, img_size // s, stn_mode) for c, s in heads)
 
     def forward(self, x: torch.Tensor) -> Registered:
         """Registered maps and warps of images `x` (B, 3, S, S) in [0, 1].
 
-        The maps are (B, 64, S/4, S/4), (B, 128, S/8, S/8) and (B, 256, S/16, S/16).
+        The maps are (B, C, S/4, S/4), (B, C, S/8, S/8) and (B, C, S/16, S/16) with the channels of BACKBONES.
         """
         x = self.relu(
             self.maxpool(self.bn1(_first_convolution(self.conv1, x)))
@@ -175,17 +191,20 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return convolution(x)
 
 
-def folded(network: STNResNet18) -> STNResNet18:
+def folded(network: nn.Module) -> nn.Module:
     """A copy of `network` for inference with the same features up to rounding, in less time.
 
-    Batch-norm is folded into the convolutions, and memory is channels-last, for which `warp` is faster too.
+    Batch-norm is folded into the convolutions, and memory is channels-last, for which `warp` is faster too. A network
+    that is not a STNResNet is only put into eval mode.
     """
     return without_batch_norm(network).to(memory_format=torch.channels_last)
 
 
-def without_batch_norm(network: STNResNet18) -> STNResNet18:
-    """A copy of `network` in eval mode with batch-norm folded into the convolutions."""
+def without_batch_norm(network: nn.Module) -> nn.Module:
+    """A copy of `network` in eval mode; in a STNResNet batch-norm is folded into the convolutions."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
+    if not isinstance(network, STNResNet):  # which layers follow each other is not known
+        return network
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, layer), (next_name, following) in itertools.pairwise(children):

@@ -21,7 +21,7 @@ from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
 from models.regad import checkpoint_file, load_checkpoint
-from models.stn import SIZE_DIVISOR, STN_MODES
+from models.stn import BACKBONES, STN_MODES
 from reports.drawing import colour_limits, overlay
 from scorers.registry import RELEASE_SCORER, make_scorer
 from utils.errors import UserError, require_positive, run_command
@@ -51,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shot", type=int, default=2, metavar="K", help="support images")
     add_data_flags(parser, CATEGORIES)
     add_support_flags(parser)
-    add_network_flags(parser, STN_MODES, SIZE_DIVISOR)
+    add_network_flags(parser, STN_MODES, list(BACKBONES))
     parser.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's checkpoints")
     parser.add_argument("--output", type=Path, default=Path("figure.png"), help="a .png or .jpg file")
     return parser

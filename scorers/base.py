@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from scorers.views import VIEWS_PER_IMAGE
 from utils.stages import StageClock
 
 FeatureMaps = Sequence[torch.Tensor]  # per layer (N, C_l, H_l, W_l), finest first
@@ -27,6 +28,7 @@ class Scorer(ABC):
     """
 
     name: str
+    views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # numbers of `support_views`, ascending from 0, the image
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
         """What is kept of N images: any number of tensors (N, ...). Here: the maps as they are."""
@@ -34,7 +36,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def fit(self, support: Prepared) -> Fitted:
-        """What is learned from the prepared features of all support views, the 22 of an image one after the other."""
+        """What is learned from the prepared features of all support views, those of an image one after the other."""
 
     @abstractmethod
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:

@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 
 from scorers.base import FeatureMaps, Prepared, Scorer
-from scorers.views import VIEWS_PER_IMAGE, support_views
+from scorers.views import GREY_VIEW, support_views
 
 
 class FeatureNetwork(Protocol):
-    """What scoring needs of a network; `models.stn.STNResNet18` is one."""
+    """What scoring needs of a network; `models.stn.STNResNet` is one."""
 
     img_size: int
 
@@ -21,33 +21,39 @@ class FeatureNetwork(Protocol):
 
 
 class FeatureStore:
-    """What each of several scorers keeps of `count` images; filled a batch at a time."""
+    """What each of several scorers keeps of a number of images, or of their support views; filled a batch at a time.
 
-    def __init__(self, scorers: Sequence[Scorer], count: int) -> None:
-        self.scorers, self.count = scorers, count
+    with_views: whether each scorer keeps its own `views` of an image, or the image alone.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer], images: int, with_views: bool = False) -> None:
+        self.scorers, self.images = scorers, images
+        self.per_image = {scorer.name: len(scorer.views) if with_views else 1 for scorer in scorers}
         self.prepared: dict[str, Prepared] = {}
 
     def write(self, start: int, maps: FeatureMaps) -> None:
         """Keeps the feature maps of the images from number `start` on."""
         for scorer in self.scorers:
-            new = scorer.prepare(maps)
-            kept = self.prepared.setdefault(scorer.name, [])
-            if not kept:
-                kept.extend(room_for(tensor, self.count) for tensor in new)
-            for tensor, of_batch in zip(kept, new, strict=True):
-                tensor[start : start + len(of_batch)] = of_batch
+            self.write_rows(scorer.name, start, scorer.prepare(maps))
 
-    def copy(self, start: int, images: dict[str, Prepared]) -> None:
-        """Keeps, from number `start` on, what `part` of a store gave."""
-        for name, prepared in images.items():
-            if name not in self.prepared:
-                self.prepared[name] = [room_for(tensor, self.count) for tensor in prepared]
-            for tensor, part in zip(self.prepared[name], prepared, strict=True):
-                tensor[start : start + len(part)] = part
+    def write_rows(self, name: str, start: int, prepared: Prepared) -> None:
+        """Keeps prepared features of one scorer, from row `start` on."""
+        if name not in self.prepared:
+            self.prepared[name] = [room_for(tensor, self.images * self.per_image[name]) for tensor in prepared]
+        for tensor, rows in zip(self.prepared[name], prepared, strict=True):
+            tensor[start : start + len(rows)] = rows
 
-    def part(self, start: int, end: int) -> dict[str, Prepared]:
-        """What is kept of the images `start` to `end`, in the same memory."""
-        return {name: [tensor[start:end] for tensor in prepared] for name, prepared in self.prepared.items()}
+    def copy_image(self, number: int, image: dict[str, Prepared]) -> None:
+        """Keeps as image `number` what `part` of a store gave of one image."""
+        for name, prepared in image.items():
+            self.write_rows(name, number * self.per_image[name], prepared)
+
+    def part(self, first: int, last: int) -> dict[str, Prepared]:
+        """What is kept of the images `first` to `last` (exclusive), in the same memory."""
+        return {
+            name: [tensor[first * self.per_image[name] : last * self.per_image[name]] for tensor in prepared]
+            for name, prepared in self.prepared.items()
+        }
 
     @property
     def nbytes(self) -> int:
@@ -83,14 +89,23 @@ def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
 def write_support_image(
     store: FeatureStore, number: int, network: FeatureNetwork, image: torch.Tensor, batch_size: int
 ) -> None:
-    """Keeps the features of all views of support image `number`, (3, S, S) in [0, 1].
+    """Keeps the features of the support views of image `number`, (3, S, S) in [0, 1].
 
-    The grey view of a grey image is the image itself, which equals it up to rounding.
+    A view that several scorers need goes through the network once. The grey view of a grey image is the image itself,
+    which equals it up to rounding.
     """
-    start, views = number * VIEWS_PER_IMAGE, support_views(image[None])
-    is_grey = bool((image == image[:1]).all())
-    different = views[: len(views) - is_grey]
-    for done, batch in enumerate(different.split(batch_size)):
-        store.write(start + done * batch_size, network.features(batch))
-    if is_grey:
-        store.copy(start + len(different), store.part(start, start + 1))
+    views, needed = support_views(image[None]), sorted({view for scorer in store.scorers for view in scorer.views})
+    is_grey = GREY_VIEW in needed and bool((image == image[:1]).all())
+    for batch in torch.tensor(needed[: len(needed) - is_grey]).split(batch_size):
+        maps, numbers = network.features(views[batch.to(views.device)]), batch.tolist()
+        for scorer in store.scorers:
+            rows = [row for row, view in enumerate(numbers) if view in scorer.views]
+            if rows:
+                own = maps if len(rows) == len(numbers) else [layer[rows] for layer in maps]
+                first = number * len(scorer.views) + scorer.views.index(numbers[rows[0]])
+                store.write_rows(scorer.name, first, scorer.prepare(own))
+    for scorer in store.scorers:
+        if is_grey and GREY_VIEW in scorer.views:
+            start = number * len(scorer.views)
+            original = [tensor[start : start + 1] for tensor in store.prepared[scorer.name]]
+            store.write_rows(scorer.name, start + scorer.views.index(GREY_VIEW), original)

@@ -10,7 +10,8 @@ After PatchCore (Roth et al., CVPR 2022, section 3), changed in what costs littl
 3. Damping. A row x becomes x / sqrt(|x|^2 + mean |x|^2 of the support): halfway between Euclidean and cosine distance.
 4. Distance. Euclidean, to the nearest row of the memory, computed exactly as one matrix product.
 
-A region's position plays no part, so parts may lie anywhere. benchmarks/scorers.py measures what each choice gives;
+A region's position plays no part, so parts may lie anywhere. Of the 22 views the translated and the grey ones are left
+out: they add rows and network passes, and hardly any accuracy. benchmarks/scorers.py measures what each choice gives;
 each was made on categories other than the one it is judged on.
 """
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
+from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # largest block of the table of distances
 SHRINKAGE = 0.01  # of the mean variance, added to each before whitening: weak directions must not become noise
@@ -58,6 +60,7 @@ class Neighbours(Scorer):
     """
 
     name = "neighbours"
+    views = tuple(view for view in range(VIEWS_PER_IMAGE) if view not in TRANSLATED_VIEWS and view != GREY_VIEW)
 
     def __init__(self, choices: Choices = CHOSEN) -> None:
         self.choices = choices

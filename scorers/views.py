@@ -16,6 +16,8 @@ TRANSLATIONS = tuple(
 )  # (x, y) in normalised units, release's table
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as kornia's rgb_to_grayscale in the release
 VIEWS_PER_IMAGE = 1 + len(ROTATION_ANGLES) + len(TRANSLATIONS) + 1 + 3 + 1  # 22
+TRANSLATED_VIEWS = range(1 + len(ROTATION_ANGLES), 1 + len(ROTATION_ANGLES) + len(TRANSLATIONS))
+GREY_VIEW = VIEWS_PER_IMAGE - 1
 
 
 def support_views(images: torch.Tensor) -> torch.Tensor:

@@ -23,14 +23,14 @@ class RunFiles(NamedTuple):
     record: Path
 
     @classmethod
-    def of(cls, save_dir: Path, stn_mode: str, shot: int, category: str) -> RunFiles:
+    def of(cls, save_dir: Path, stn_mode: str, shot: int, category: str, backbone: str) -> RunFiles:
         """The paths under `save_dir`."""
-        selected = checkpoint_file(save_dir, stn_mode, shot, category)
+        selected = checkpoint_file(save_dir, stn_mode, shot, category, backbone)
         stem = selected.name.removesuffix("_model.pt")
         others = (
             selected.with_name(f"{stem}_{end}") for end in ("state.pt", "epochs.jsonl", "curve.png", "record.json")
         )
-        return cls(selected, last_file(save_dir, stn_mode, shot, category), *others)
+        return cls(selected, last_file(save_dir, stn_mode, shot, category, backbone), *others)
 
 
 def refuse_to_overwrite(files: RunFiles) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.devices import DEFAULT_SEED
@@ -41,10 +41,15 @@ def add_max_pixels_flag(group: Group) -> None:
     group.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
 
 
-def add_network_flags(group: Group, stn_modes: Iterable[str], size_divisor: int) -> None:
-    """Adds --stn_mode, one of `stn_modes`, and --img_size."""
+def add_network_flags(group: Group, stn_modes: Iterable[str], backbones: Sequence[str], timm: bool = True) -> None:
+    """What the network is, before its weights.
+
+    backbones: names, the release's first. timm: whether the backbone may also be a model of timm.
+    """
+    other = ", or timm:NAME for any model of the timm library, without registration" if timm else ""
     group.add_argument("--stn_mode", choices=list(stn_modes), default="rotation_scale")
-    group.add_argument("--img_size", type=int, default=224, help=f"side in pixels, a multiple of {size_divisor}")
+    group.add_argument("--backbone", default=backbones[0], help=f"{', '.join(backbones)}{other}")
+    group.add_argument("--img_size", type=int, help="side in pixels, a multiple of 16; default: 224, or timm's own")
 
 
 def add_weights_flag(group: Group, use: str) -> None:

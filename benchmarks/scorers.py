@@ -1,0 +1,183 @@
+"""Compares scorers, and what each choice of the neighbours scorer gives, on real categories; nothing is trained.
+
+A variant differs from the scorer that the project uses in one choice. All variants see the same features of the same
+support sets, so differences are paired over rounds. `held out` says whether the choice made on the other categories
+would also be the better one on this category.
+
+python -m benchmarks.scorers                    prints the table, writes benchmarks/results/scorers_<K>.json
+python -m benchmarks.scorers --report           prints the tables of the files there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.reference import DATA, TRUNK
+from benchmarks.scoring import RESULTS, command_line
+from datasets.mvtec import LabelledDataset, category_folder, list_test_items
+from datasets.support import find_support_rounds
+from evaluation.scoring import compute_test_features, score_rounds
+from evaluation.statistics import summary
+from models.networks import scoring_network, settle_img_size
+from models.stn import folded
+from scorers.base import Scorer
+from scorers.features import FeatureNetwork
+from scorers.gaussian import Gaussian
+from scorers.neighbours import Choices, Neighbours
+from scorers.views import TRANSLATED_VIEWS, VIEWS_PER_IMAGE
+from utils.devices import command_device
+from utils.errors import UserError, run_command
+from utils.files import write_json
+from utils.records import provenance
+from utils.stages import StageClock
+
+ALL_VIEWS = tuple(range(VIEWS_PER_IMAGE))
+METRICS = ("image_auroc", "pixel_auroc")
+BASE = "neighbours"
+PROTOTYPE = Choices(finer=2, components=None, whitening=0, damped=False, limit=6000)
+VARIANTS: dict[str, tuple[Choices, tuple[int, ...]]] = {
+    "prototype": (PROTOTYPE, ALL_VIEWS),
+    BASE: (Choices(), Neighbours.views),
+    "with the translated and grey views": (Choices(), ALL_VIEWS),
+    "without rotated views": (Choices(), tuple(v for v in Neighbours.views if v == 0 or v > TRANSLATED_VIEWS[-1])),
+    "the image alone": (Choices(), (0,)),
+    "grid twice as fine": (Choices(finer=2), Neighbours.views),
+    "layer 3 alone": (Choices(layers=1), Neighbours.views),
+    "layer 1 too": (Choices(layers=3), Neighbours.views),
+    "no local average": (Choices(window=1), Neighbours.views),
+    "average over 5 x 5": (Choices(window=5), Neighbours.views),
+    "64 components": (Choices(components=64), Neighbours.views),
+    "no whitening": (Choices(whitening=0), Neighbours.views),
+    "full whitening": (Choices(whitening=1), Neighbours.views),
+    "no damping": (Choices(damped=False), Neighbours.views),
+    "2,000 rows": (Choices(limit=2000), Neighbours.views),
+}
+FEW = ("prototype", BASE)
+
+
+def make_variant(name: str) -> Scorer:
+    """The scorer of a row of the table."""
+    if name == Gaussian.name:
+        return Gaussian()
+    choices, views = VARIANTS[name]
+    scorer = Neighbours(choices)
+    scorer.name, scorer.views = name, views
+    return scorer
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--obj", nargs="+", help="default: every category with a test set")
+    parser.add_argument("--shot", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--variants", choices=("all", "few"), default="all", help="few: prototype and neighbours only")
+    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--weights", default=str(TRUNK))
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of the JSON files")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures category by category, prints the table and writes one JSON file."""
+    args = get_args_parser().parse_args(argv)
+    if args.report:
+        files = sorted(args.output.glob("scorers_[0-9]*.json"), key=lambda path: int(path.stem.split("_")[1]))
+        print("\n\n".join(report(json.loads(file.read_text())) for file in files))
+        return
+    device, begin = command_device(args.device), time.perf_counter()
+    size = settle_img_size(args.backbone, None)
+    network = folded(scoring_network(args.backbone, "rotation_scale", size, None, args.weights).to(device))
+    names = args.obj or sorted(path.parent.name for path in args.data_path.glob("*/test"))
+    if not names:
+        raise UserError(f"no category with a folder test in {args.data_path}")
+    content = {"command": command_line("benchmarks.scorers", args), **provenance(device), "rounds": {}}
+    for name in names:
+        content["rounds"][name] = _measure(name, network, size, device, args)
+    content["total_seconds"] = time.perf_counter() - begin
+    target = args.output / f"scorers_{args.shot}.json"
+    write_json(target, content)
+    print(report(content))
+    print(f"\n{content['total_seconds']:.0f} s; written: {target}")
+
+
+def _measure(
+    category: str, network: FeatureNetwork, size: int, device: torch.device, args: argparse.Namespace
+) -> dict[str, dict[str, list]]:
+    """Per variant and metric the values of the rounds, one per support set."""
+    folder = category_folder(args.data_path, "folder", category)
+    items = list_test_items(folder)
+    rounds = find_support_rounds(None, folder, args.shot, args.rounds, size).images
+    variants = [Gaussian.name, *(FEW if args.variants == "few" else VARIANTS)]
+    found: dict[str, dict[str, list]] = {name: {metric: [] for metric in METRICS} for name in variants}
+    for group in _in_groups(variants):
+        scorers, clock = [make_variant(name) for name in group], StageClock(device)
+        dataset, labels = LabelledDataset(items, size), [item.label for item in items]
+        test = compute_test_features(network, scorers, dataset, labels, clock, None, args.num_workers)
+        for results in score_rounds(network, test, rounds, clock):
+            for name, result in results.items():
+                found[name]["image_auroc"].append(result.image_auroc)
+                found[name]["pixel_auroc"].append(result.pixel_auroc)
+    means = {name: 100 * float(np.mean(of["image_auroc"])) for name, of in found.items()}
+    print(f"{category}: " + ", ".join(f"{name} {means[name]:.1f}" for name in (Gaussian.name, *FEW)), flush=True)
+    return found
+
+
+def _in_groups(names: Sequence[str], size: int = 8) -> Iterator[Sequence[str]]:
+    """Variants that share a pass of the images through the network: as many as fit into the memory."""
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
+
+
+def report(content: dict) -> str:
+    """Markdown: image AUROC per category, its mean, the paired difference to the project's scorer, pixel AUROC."""
+    rounds = content["rounds"]
+    categories, names = list(rounds), list(next(iter(rounds.values())))
+    count = len(rounds[categories[0]][BASE]["image_auroc"])
+    lines = [f"{content['command']} (commit {content['commit']}, {content['device']}, {count} rounds, percent)", ""]
+    lines.append(f"| scorer | {' | '.join(categories)} | image mean | minus {BASE} (95 %) | held out | pixel mean |")
+    lines.append("|---" + "|---:" * (len(categories) + 4) + "|")
+    for name in names:
+        image = [100 * np.mean(rounds[category][name]["image_auroc"]) for category in categories]
+        cells = [f"{value:.1f}" for value in image] + [f"{np.mean(image):.2f}", *_paired(rounds, categories, name)]
+        lines.append(f"| {' | '.join([name, *cells, _pixel_mean(rounds, categories, name)])} |")
+    return "\n".join(lines)
+
+
+def _paired(rounds: dict, categories: Sequence[str], name: str) -> tuple[str, str]:
+    """Mean difference to BASE with Student's interval over rounds; and in how many categories the others agree."""
+    if name == BASE:
+        return "", ""
+    gains = np.array(
+        [
+            100 * np.subtract(rounds[category][name]["image_auroc"], rounds[category][BASE]["image_auroc"])
+            for category in categories
+        ]
+    )  # (categories, rounds)
+    numbers = summary(gains.mean(axis=0).tolist())
+    interval = numbers["interval95"]
+    text = f"{numbers['mean']:+.2f}" + (f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else "")
+    own = gains.mean(axis=1)
+    others = (own.sum() - own) / max(1, len(own) - 1)
+    return text, f"{int((np.sign(others) == np.sign(own)).sum())} of {len(own)}"
+
+
+def _pixel_mean(rounds: dict, categories: Sequence[str], name: str) -> str:
+    values = [rounds[category][name]["pixel_auroc"] for category in categories]
+    known = [100 * np.mean(of_category) for of_category in values if None not in of_category]
+    return f"{np.mean(known):.2f} ({len(known)} of {len(values)})" if known else "n/a"
+
+
+if __name__ == "__main__":
+    run_command(main)

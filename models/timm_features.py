@@ -1,0 +1,101 @@
+"""Feature maps of any model in the timm library, without registration and without training (optional package).
+
+Convolutional networks give the maps of strides 4, 8 and 16; vision transformers the patch tokens of their last block,
+as one map. Input size and normalisation are the model's own.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.files import load_tensors
+
+PREFIX = "timm:"  # --backbone timm:NAME
+STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
+
+
+class TimmFeatures(nn.Module):
+    """A timm model as scoring needs it: `features` of images (B, 3, S, S) in [0, 1], S = `img_size`.
+
+    name: timm's, without the prefix. weights: "imagenet" for timm's own pretrained ones (downloaded by timm), "none"
+    for random ones, or the path of a state dict. img_size: None for the model's own.
+
+    Raises:
+        UserError: no package timm, no such model, weights that do not fit, or a size that the model cannot take.
+    """
+
+    stn_mode = None
+
+    def __init__(self, name: str, weights: str = "imagenet", img_size: int | None = None) -> None:
+        super().__init__()
+        timm = _timm()
+        self.backbone = PREFIX + name
+        config = _config(timm, name)
+        self.img_size = img_size or config["input_size"][-1]
+        self.net = self._create(timm, name, weights).eval().requires_grad_(False)
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1), persistent=False)
+
+    def _create(self, timm: object, name: str, weights: str) -> nn.Module:
+        options = {"pretrained": weights == "imagenet", "features_only": True}
+        try:
+            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+            if len(set(reductions)) == 1:  # a vision transformer
+                options |= {"out_indices": (-1,), "img_size": self.img_size}
+            else:
+                options["out_indices"] = tuple(i for i, stride in enumerate(reductions) if stride in STRIDES)
+            net = timm.create_model(name, **options)
+            if weights not in ("imagenet", "none"):
+                _load(net, Path(weights))
+        except UserError:
+            raise
+        except Exception as error:  # models, and the hub that weights come from, raise what they like
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"the timm model {name} at {self.img_size} pixels cannot be made: {reason}") from error
+        return net
+
+    def features(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Feature maps (B, C_l, H_l, H_l), finest first, no gradient."""
+        with torch.no_grad():
+            return tuple(self.net((x - self.mean) / self.std))
+
+
+def _load(net: nn.Module, path: Path) -> None:
+    """Weights from a file: timm's names, with or without the classifier that is not used here."""
+    if not path.is_file():
+        raise UserError(f"no weights file {path}; --weights takes imagenet, none, or the path of a state dict")
+    state = load_tensors(path, "weights file")
+    own = net.state_dict()
+    prefix = "model." if all(name.startswith("model.") for name in own) else ""
+    found = {name: state[name.removeprefix(prefix)] for name in own if name.removeprefix(prefix) in state}
+    missing = sorted(set(own) - set(found))
+    if missing:
+        raise UserError(f"weights {path} are those of another model: {len(missing)} are missing, e.g. {missing[0]}")
+    net.load_state_dict(found)
+
+
+def own_img_size(name: str) -> int:
+    """The side of the input that the model was made for; UserError as TimmFeatures."""
+    return _config(_timm(), name)["input_size"][-1]
+
+
+def _config(timm: object, name: str) -> dict:
+    """Input size and normalisation of a model."""
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
+        raise UserError(f"timm has no model {name}" + (f"; similar: {similar}" if similar else ""))
+    return timm.data.resolve_model_data_config(timm.get_pretrained_cfg(name).to_dict())
+
+
+def _timm() -> object:
+    if find_spec("timm") is None:
+        raise UserError("--backbone timm:NAME needs the package timm: pip install -r requirements-timm.txt")
+    import timm
+    import timm.data
+
+    return timm
