@@ -105,9 +105,9 @@ def command_device(name):
 utils.devices.command_device = command_device
 
 from inspection.detector import FewShotDetector
-from models.stn import STNResNet18
+from models.stn import STNResNet
 images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
-detector = FewShotDetector(STNResNet18(img_size=64).eval(), "cpu").fit(images[:2])
+detector = FewShotDetector(STNResNet(img_size=64).eval(), "cpu").fit(images[:2])
 detector.calibrate(0.05)
 scores, maps = detector.score(images[2:])
 assert np.isfinite(scores).all() and maps.shape == (3, 64, 64)
