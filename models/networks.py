@@ -1,4 +1,4 @@
-"""The network that a command scores with: trained or not, with registration or any model of timm."""
+"""The network that a command scores with: from a checkpoint, untrained, or a model of timm."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ RELEASE_IMG_SIZE = 224
 
 
 def settle_img_size(backbone: str, img_size: int | None, smallest: int | None = None) -> int:
-    """The side that images are resized to: the one asked for, else the backbone's own.
+    """The side of the network's input in pixels: `img_size`, or the default of the backbone where it is None.
 
     Raises:
-        UserError: no such backbone, or a size that it cannot take.
+        UserError: the backbone does not exist or does not accept the size.
     """
     if backbone.startswith(PREFIX):
         return img_size or own_img_size(backbone.removeprefix(PREFIX))
     if backbone not in BACKBONES:
-        raise UserError(f"no backbone {backbone!r}; there are {', '.join(BACKBONES)}, and timm:NAME")
+        raise UserError(f"no backbone {backbone!r}; give {', '.join(BACKBONES)} or timm:NAME")
     check_img_size(img_size or RELEASE_IMG_SIZE, *([smallest] if smallest else []))
     return img_size or RELEASE_IMG_SIZE
 
@@ -33,11 +33,11 @@ def scoring_network(
     """The network of a checkpoint; without one, the backbone with `weights` before any registration training.
 
     Raises:
-        UserError: files that are missing or do not fit, or a checkpoint for a backbone of timm.
+        UserError: a file is missing or does not fit, or a checkpoint is given for a backbone of timm.
     """
     if backbone.startswith(PREFIX):
         if checkpoint:
-            raise UserError(f"{backbone} is not trained here, so no checkpoint belongs to it: leave out {checkpoint}")
+            raise UserError(f"{backbone} is not trained here and has no checkpoint: leave out {checkpoint}")
         return TimmFeatures(backbone.removeprefix(PREFIX), weights, img_size)
     if checkpoint:
         return load_checkpoint(checkpoint, stn_mode, img_size, backbone).stn
@@ -45,7 +45,7 @@ def scoring_network(
 
 
 def network_name(backbone: str, stn_mode: str) -> str:
-    """The part of a record's file name that stands for the network; the release's backbone is left out."""
+    """The name of the network in the file name of a record. The backbone of the release is not named."""
     if backbone == RELEASE_BACKBONE:
         return stn_mode
     return re.sub(r"[^\w.-]", "-", backbone) if backbone.startswith(PREFIX) else f"{stn_mode}_{backbone}"

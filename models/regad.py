@@ -121,7 +121,7 @@ def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
 
 
 def _layer_shapes(backbone: str) -> dict[str, torch.Size]:
-    """Names and shapes of a backbone's own layers; nothing is allocated."""
+    """Names and shapes of the layers of a backbone, without the STNs. On the meta device nothing is allocated."""
     with torch.device("meta"):
         state = BACKBONES[backbone].build(weights=None).state_dict()
     return {name: shape for name, shape in _shapes(state).items() if name.split(".")[0] in TRUNK_LAYERS}

@@ -203,7 +203,7 @@ def folded(network: nn.Module) -> nn.Module:
 def without_batch_norm(network: nn.Module) -> nn.Module:
     """A copy of `network` in eval mode; in a STNResNet batch-norm is folded into the convolutions."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    if not isinstance(network, STNResNet):  # which layers follow each other is not known
+    if not isinstance(network, STNResNet):  # the order of its layers is unknown
         return network
     for parent in list(network.modules()):
         children = list(parent.named_children())

@@ -1,7 +1,7 @@
-"""Feature maps of any model in the timm library, without registration and without training (optional package).
+"""Feature maps of any model of the timm library (an optional package), without registration or training.
 
-Convolutional networks give the maps of strides 4, 8 and 16; vision transformers the patch tokens of their last block,
-as one map. Input size and normalisation are the model's own.
+A convolutional network has the maps of strides 4, 8 and 16. A vision transformer has one map: the patch tokens of its
+last block. Normalisation and default input size are those of the model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
 
 
 class TimmFeatures(nn.Module):
-    """A timm model as scoring needs it: `features` of images (B, 3, S, S) in [0, 1], S = `img_size`.
+    """The feature maps of a timm model for images (B, 3, S, S) in [0, 1], S = `img_size` (None: the model's default).
 
-    name: timm's, without the prefix. weights: "imagenet" for timm's own pretrained ones (downloaded by timm), "none"
-    for random ones, or the path of a state dict. img_size: None for the model's own.
+    `name` is timm's, without PREFIX. `weights`: "imagenet" (pretrained, downloaded by timm), "none" (random), or the
+    path of a state dict.
 
     Raises:
-        UserError: no package timm, no such model, weights that do not fit, or a size that the model cannot take.
+        UserError: timm is not installed, the model does not exist, the weights do not fit, or the model does not accept
+            the size.
     """
 
     stn_mode = None
@@ -54,19 +55,19 @@ class TimmFeatures(nn.Module):
                 _load(net, Path(weights))
         except UserError:
             raise
-        except Exception as error:  # models, and the hub that weights come from, raise what they like
+        except Exception as error:  # models and downloads raise errors of any type
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"the timm model {name} at {self.img_size} pixels cannot be made: {reason}") from error
         return net
 
     def features(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Feature maps (B, C_l, H_l, H_l), finest first, no gradient."""
+        """Feature maps (B, C_l, H_l, H_l) of images `x` (B, 3, S, S) in [0, 1], finest first, without gradient."""
         with torch.no_grad():
             return tuple(self.net((x - self.mean) / self.std))
 
 
 def _load(net: nn.Module, path: Path) -> None:
-    """Weights from a file: timm's names, with or without the classifier that is not used here."""
+    """Loads a state dict with timm's names. It may hold the classifier, which is not used."""
     if not path.is_file():
         raise UserError(f"no weights file {path}; --weights takes imagenet, none, or the path of a state dict")
     state = load_tensors(path, "weights file")
@@ -80,12 +81,12 @@ def _load(net: nn.Module, path: Path) -> None:
 
 
 def own_img_size(name: str) -> int:
-    """The side of the input that the model was made for; UserError as TimmFeatures."""
+    """The default input size of a model in pixels; UserError as TimmFeatures."""
     return _config(_timm(), name)["input_size"][-1]
 
 
 def _config(timm: object, name: str) -> dict:
-    """Input size and normalisation of a model."""
+    """Input size and normalisation of a model; UserError if it does not exist."""
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         raise UserError(f"timm has no model {name}" + (f"; similar: {similar}" if similar else ""))

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
-from models.stn import STN_MODES, STNResNet18, _first_convolution, folded
+from models.stn import STN_MODES, STNResNet, _first_convolution, folded
 from models.warp import warp
 from tests.evaluation.test_release import recipe_model
 from utils.devices import command_device
@@ -30,10 +30,10 @@ LITERAL = {  # parameters -> rows of the matrix, as in paper and release
 }
 
 
-def shaken(stn_mode: str = "rotation_scale", size: int = SIDE) -> STNResNet18:
+def shaken(stn_mode: str = "rotation_scale", size: int = SIDE) -> STNResNet:
     """A network whose warps and batch-norms differ from their initial values."""
     torch.manual_seed(0)
-    network = STNResNet18(stn_mode, size)
+    network = STNResNet(stn_mode, size)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if "fc.2" in name:
@@ -49,7 +49,7 @@ def images(count: int, size: int = SIDE) -> torch.Tensor:
 
 @pytest.mark.parametrize("stn_mode", STN_MODES)
 def test_matrix_of_each_mode(stn_mode):
-    network = STNResNet18(stn_mode, SIDE).eval()
+    network = STNResNet(stn_mode, SIDE).eval()
     parameters, rows = LITERAL[stn_mode]
     with torch.no_grad():
         network.stn1.fc[2].bias.copy_(torch.tensor(parameters))
@@ -59,7 +59,7 @@ def test_matrix_of_each_mode(stn_mode):
 
 @pytest.mark.parametrize("stn_mode", STN_MODES)
 def test_untrained_warps_are_the_identity(stn_mode):
-    network = STNResNet18(stn_mode, SIDE).eval()
+    network = STNResNet(stn_mode, SIDE).eval()
     with torch.no_grad():
         registered, features = network(images(2)), network.features(images(2))
     for theta in registered.warps:
@@ -70,7 +70,7 @@ def test_untrained_warps_are_the_identity(stn_mode):
 
 def test_features_are_unwarped_by_every_inverse():
     """The map of layer2 is un-warped by the inverses of layer2 and then layer1; shown with translations."""
-    network = STNResNet18("translation", SIDE).eval()
+    network = STNResNet("translation", SIDE).eval()
     shifts = (4 / (SIDE // 4), 4 / (SIDE // 8), 4 / (SIDE // 16))  # two positions of each grid, normalised
     with torch.no_grad():
         for stn, shift in zip((network.stn1, network.stn2, network.stn3), shifts, strict=True):
@@ -83,7 +83,7 @@ def test_features_are_unwarped_by_every_inverse():
 
 @pytest.mark.parametrize("size", [32, 64, 96, 224])
 def test_shapes_at_sizes_divisible_by_16(size):
-    features = STNResNet18("affine", size).eval().features(images(1, size))
+    features = STNResNet("affine", size).eval().features(images(1, size))
     assert [tuple(f.shape[1:]) for f in features] == [
         (64, size // 4, size // 4),
         (128, size // 8, size // 8),
@@ -92,7 +92,7 @@ def test_shapes_at_sizes_divisible_by_16(size):
 
 
 def test_head_sizes_of_the_release():
-    sides = [STNResNet18().state_dict()[f"stn{i}.fc.0.weight"].shape[1] / 16 for i in (1, 2, 3)]
+    sides = [STNResNet().state_dict()[f"stn{i}.fc.0.weight"].shape[1] / 16 for i in (1, 2, 3)]
     assert sides == [14**2, 7**2, 4**2]
 
 
@@ -148,7 +148,7 @@ def write_checkpoint(path, stn_mode: str, size: int = SIDE):
 
 
 @pytest.mark.parametrize("stored", STN_MODES)
-def test_only_its_own_mode_loads(stored, tmp_path):
+def test_a_checkpoint_loads_in_its_own_mode_only(stored, tmp_path):
     named = write_checkpoint(checkpoint_file(tmp_path, stored, 2, "screw"), stored)
     renamed = write_checkpoint(tmp_path / "weights.pt", stored)
     for asked in STN_MODES:
@@ -190,7 +190,7 @@ def test_path_of_a_checkpoint(tmp_path):
 
 
 @needs_reference
-def test_released_format_has_exactly_our_names():
+def test_released_checkpoints_have_the_same_names():
     stored = torch.load(GOLDEN_CHECKPOINT, weights_only=True)
     model = RegAD("rotation_scale")
     for part, attribute in CHECKPOINT_PARTS.items():
@@ -199,13 +199,13 @@ def test_released_format_has_exactly_our_names():
 
 
 @needs_reference
-def test_trunk_weights_reach_the_trunk():
+def test_file_weights_are_loaded_into_the_backbone():
     stored = torch.load(TRUNK, weights_only=True)
     state = untrained(str(TRUNK), "rotation_scale", SIDE).stn.state_dict()
     assert all(torch.equal(state[name], value) for name, value in stored.items())
 
 
-def test_whole_resnet_weights_are_taken_too(tmp_path):
+def test_complete_resnet_weights_are_accepted(tmp_path):
     from torchvision.models import resnet18
 
     torch.manual_seed(5)
@@ -223,7 +223,7 @@ def test_weights_of_another_network_are_rejected(tmp_path):
         untrained(str(tmp_path / "missing.pth"), "affine", SIDE)
 
 
-def test_without_network_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_connection_the_error_says_what_to_do(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("Network is unreachable")
 
