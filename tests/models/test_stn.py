@@ -217,7 +217,7 @@ def test_complete_resnet_weights_are_accepted(tmp_path):
 
 def test_weights_of_another_network_are_rejected(tmp_path):
     torch.save({"conv1.weight": torch.rand(64, 3, 7, 7)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="not those of a ResNet-18"):
+    with pytest.raises(UserError, match="not those of a resnet18"):
         untrained(str(tmp_path / "other.pth"), "affine", SIDE)
     with pytest.raises(UserError, match="no weights file"):
         untrained(str(tmp_path / "missing.pth"), "affine", SIDE)
