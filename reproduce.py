@@ -23,7 +23,9 @@ from grid.estimate import format_duration
 from grid.plan import Plan, count_jobs, take_shard
 from grid.tables import GRID_FILE, compare, format_comparison, read_results
 from grid.tables_page import write_tables
+from models.networks import settle_img_size
 from models.stn import BACKBONES, STN_MODES
+from scorers.registry import add_scorer_flag
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
 from utils.flags import (
@@ -50,6 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_network_flags(grid, STN_MODES, list(BACKBONES))
     add_data_flags(grid, CATEGORIES)
     add_support_flags(grid)
+    add_scorer_flag(grid, several=True)
     grid.add_argument(
         "--eval_only",
         nargs="?",
@@ -122,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check(args: argparse.Namespace) -> None:
     counts = ("shots", "inferences", "epochs", "batch_size", "img_size", "eval_every", "slurm_minutes", "slurm_cpus")
     require_positive(args, *counts, *(["jobs"] if args.jobs is not None else []))
+    args.img_size = settle_img_size(args.backbone, args.img_size)
     if args.readme:
         raise UserError("--readme goes with --report DIR")
     if len(set(args.shots)) < len(args.shots) or len(set(args.objs)) < len(args.objs):

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from models.networks import scoring_network
 from models.regad import RegAD
-from models.stn import folded
+from models.stn import BACKBONES, folded
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
 from utils.stages import StageClock
@@ -25,17 +26,18 @@ class Speed(NamedTuple):
     network: float
 
 
-def measure(device: torch.device, stn_mode: str, img_size: int) -> Speed:
+def measure(device: torch.device, stn_mode: str, img_size: int, backbone: str) -> Speed:
     """Times one training step and one pass of the scoring network, after one of each to warm up."""
-    model, clock = RegAD(stn_mode, img_size).to(device), StageClock(device)
+    clock = StageClock(device)
     images = torch.rand(MEASURED_IMAGES // 2, 3, img_size, img_size, device=device)
-    network = folded(model.stn)
-    trainer = Trainer(model, lr=0.0, momentum=0.9)
+    network = folded(scoring_network(backbone, stn_mode, img_size, None, "none").to(device))
+    trainer = Trainer(RegAD(stn_mode, img_size, backbone).to(device), 0.0, 0.9) if backbone in BACKBONES else None
     for _ in range(2):
         clock.seconds.clear()
         with clock("training"):
-            trainer.model.train()
-            trainer.step(images, images[:, None], StageClock(device))
+            if trainer:  # a model of timm is not trained
+                trainer.model.train()
+                trainer.step(images, images[:, None], StageClock(device))
         with clock("network"), torch.no_grad():
             network.features(torch.cat([images, images]))
     return Speed(*(clock.seconds[name] / MEASURED_IMAGES for name in ("training", "network")))

@@ -21,7 +21,10 @@ from grid.cells import Cell, Fingerprints, is_begun, is_finished
 from grid.code import code_version
 from grid.engines import cores_per_job, visible_gpus
 from grid.estimate import format_duration, measure, scoring_seconds, training_seconds
+from models.networks import network_name
 from models.regad import checkpoint_file, last_file, selection
+from models.timm_features import PREFIX
+from scorers.registry import RELEASE_SCORER, make_scorers
 from utils.devices import command_device
 from utils.errors import UserError
 from utils.files import digest
@@ -40,6 +43,8 @@ class Plan:
         else:
             self.sources = list_source_images(args.data_path, args.data_type, target="")
         self.files, self.code = Fingerprints(), code_version()
+        self.scorers = [scorer.name for scorer in make_scorers(args.scorer)]
+        self.network = network_name(args.backbone, args.stn_mode)
 
     def cells(self) -> list[Cell]:
         """In the order of running: an untrained cell per category, then the trained ones; or the weights found."""
@@ -48,13 +53,16 @@ class Plan:
             if not cells:
                 raise UserError(f"no checkpoint of the grid in {self.args.eval_only}, see save_checkpoints/README.md")
             return cells
+        untrained = [self._untrained_cell(name) for name in self.categories]
+        if self.args.backbone.startswith(PREFIX):  # nothing of it is trained here
+            return untrained
         trained = [
             self._trained_cell(name, shot, select)
             for shot in self.args.shots
             for name in self.categories
             for select in self.args.select
         ]
-        return [*(self._untrained_cell(name) for name in self.categories), *trained]
+        return [*untrained, *trained]
 
     def print_plan(self, cells: Sequence[Cell]) -> list[Cell]:
         """Prints one line per cell and an estimate of the time; gives the cells that are to be run."""
@@ -77,22 +85,24 @@ class Plan:
         args = self.args
         flags = ["--obj", category, "--data_type", args.data_type, "--data_path", str(args.data_path)]
         flags += ["--inferences", str(args.inferences), "--stn_mode", args.stn_mode, "--img_size", str(args.img_size)]
-        flags += ["--seed", str(args.seed), "--weights", args.weights]
+        flags += ["--seed", str(args.seed), "--weights", args.weights, "--backbone", args.backbone]
         flags += ["--device", args.device, "--num_workers", str(args.num_workers)]
         return flags + (["--support_path", str(args.support_path)] if args.support_path else [])
 
     def _test(self, category: str, shots: Sequence[int], *flags: str) -> tuple[str, ...]:
         """The command that scores one kind of weights."""
-        output = ("--output", str(self.args.output))
+        output = ("--scorer", *self.args.scorer, "--output", str(self.args.output))
         return ("test.py", *self._data_flags(category), "--shot", *map(str, shots), *flags, *output)
 
-    def _record(self, category: str, shot: int, kind: str) -> str:
-        return f"{category}_{shot}_{self.args.stn_mode}{kind}.json"
+    def _records(self, category: str, shots: Sequence[int], kind: str) -> tuple[str, ...]:
+        """What test.py writes: one record per shot and scorer."""
+        endings = [kind + ("" if name == RELEASE_SCORER else f"_{name}") for name in self.scorers]
+        return tuple(f"{category}_{shot}_{self.network}{ending}.json" for shot in shots for ending in endings)
 
     def _untrained_cell(self, category: str) -> Cell:
-        records = tuple(self._record(category, shot, "_untrained") for shot in self.args.shots)
+        records = self._records(category, self.args.shots, "_untrained")
         command = self._test(category, self.args.shots, "--untrained")
-        name = f"{category}_{'-'.join(map(str, self.args.shots))}_{self.args.stn_mode}_untrained"
+        name = f"{category}_{'-'.join(map(str, self.args.shots))}_{self.network}_untrained"
         shots, key = tuple(self.args.shots), self._key(category, self.args.shots, "untrained")
         return Cell(name, category, shots, (command,), key, None, records)
 
@@ -101,13 +111,13 @@ class Plan:
         save_dir = args.output / f"save_checkpoints{which}"
         train = ["train.py", *self._data_flags(category), "--shot", str(shot), "--epochs", str(args.epochs)]
         train += ["--batch_size", str(args.batch_size), "--select", select, "--eval_every", str(args.eval_every)]
-        train += ["--save_dir", str(save_dir), "--cache_dir", args.cache_dir, "--resume"]
+        train += ["--scorer", args.scorer[0], "--save_dir", str(save_dir), "--cache_dir", args.cache_dir, "--resume"]
         commands = [tuple(train), self._test(category, [shot], "--save_dir", str(save_dir))]
-        records = [self._record(category, shot, which)]
+        records = [*self._records(category, [shot], which)]
         if select == "best":
             commands.append(self._test(category, [shot], "--save_dir", str(save_dir), "--last"))
-            records.append(self._record(category, shot, "_last"))
-        weights = checkpoint_file(save_dir, args.stn_mode, shot, category)
+            records += self._records(category, [shot], "_last")
+        weights = checkpoint_file(save_dir, args.stn_mode, shot, category, args.backbone)
         key = self._key(category, [shot], select, args.epochs, args.batch_size, args.eval_every)
         name = weights.stem.removesuffix("_model") + which
         return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records))
@@ -118,7 +128,7 @@ class Plan:
         found: dict[tuple[str, str], dict[int, Path]] = {}  # (rule, flag for test.py) -> shot -> file
         for flag, place in (("--last", last_file), ("", checkpoint_file)):
             for shot in args.shots:
-                file = place(args.eval_only, args.stn_mode, shot, category)
+                file = place(args.eval_only, args.stn_mode, shot, category, args.backbone)
                 rule = selection(file)[0] if file.is_file() else None
                 if rule and shot not in found.get((rule, "--last"), {}):
                     found.setdefault((rule, flag), {})[shot] = file
@@ -129,9 +139,9 @@ class Plan:
     def _found_cell(self, category: str, rule: str, flag: str, files: dict[int, Path]) -> Cell:
         shots, ending = tuple(files), "" if rule == "best" else f"_{rule}"
         flags = ["--save_dir", str(self.args.eval_only), *filter(None, [flag])]
-        records = tuple(self._record(category, shot, ending) for shot in shots)
+        records = self._records(category, shots, ending)
         key = self._key(category, shots, flag, self.files.of(list(files.values())))
-        name = f"{category}_{'-'.join(map(str, shots))}_{self.args.stn_mode}{ending}{flag.replace('--', '_')}_eval"
+        name = f"{category}_{'-'.join(map(str, shots))}_{self.network}{ending}{flag.replace('--', '_')}_eval"
         return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records)
 
     def _key(self, category: str, shots: Sequence[int], *decisive: object) -> str:
@@ -149,6 +159,7 @@ class Plan:
             {
                 "arguments": [category, shots, args.stn_mode, args.img_size, args.seed, args.inferences, decisive],
                 "weights": weights,
+                "scored": [args.backbone, [self._scorer_key(name) for name in args.scorer]],
                 "data": [
                     data,
                     files.of([item.image for item in test]),
@@ -159,6 +170,11 @@ class Plan:
             }
         )
 
+    def _scorer_key(self, name: str) -> object:
+        """A scorer's name; of one from a file also the file's content."""
+        file, _, _ = name.rpartition(":")
+        return [name.removeprefix(file), self.files.of([Path(file)])] if file else name
+
     def _support_files(self, category: str, shot: int) -> list[Path]:
         root = self.args.support_path or DEFAULT_SUPPORT_PATH
         files = [*(root / category).glob(f"{shot}_{self.args.inferences}*"), category_manifest(root, category)]
@@ -168,7 +184,7 @@ class Plan:
         """Estimated from a measurement on this machine, with a job's share of its cores."""
         args = self.args
         torch.set_num_threads(cores_per_job(count_jobs(args)))
-        speed = measure(command_device(args.device), args.stn_mode, args.img_size)
+        speed = measure(command_device(args.device), args.stn_mode, args.img_size, args.backbone)
         seconds = {}
         for cell in cells:
             scoring = scoring_seconds(speed, len(self.tests[cell.category]), cell.shots, args.inferences)

@@ -18,6 +18,8 @@ import numpy as np
 from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import summary
+from models.stn import RELEASE_BACKBONE
+from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError
 
 WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
@@ -69,12 +71,21 @@ class Table(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The records of a folder by (category, shot, weights), with the categories and shots of its tables."""
+    """The records of a folder by (category, shot, kind), with the categories, shots and scorers of its tables.
+
+    A kind is a key of WEIGHTS, followed by the scorer where it is not the release's, see `kind_name`.
+    """
 
     records: dict[tuple[str, int, str], dict]
     categories: list[str]
     shots: list[int]
     data_type: str
+    scorers: list[str]
+
+
+def kind_name(weights: str, scorer: str) -> str:
+    """The column of a kind of weights scored by one scorer: `last`, or `last, neighbours`."""
+    return weights if scorer == RELEASE_SCORER else f"{weights}, {scorer}"
 
 
 def read_results(folder: Path) -> Results:
@@ -91,11 +102,12 @@ def read_results(folder: Path) -> Results:
         arguments = content.get("arguments", {})
         if not {"rounds", "weights"} <= set(content) or not {"obj", "shot", "data_type"} <= set(arguments):
             raise UserError(f"{path} is not a record of test.py; remove it from {folder}")
-        records[arguments["obj"], arguments["shot"], content["weights"]] = content
+        kind = kind_name(content["weights"], content.get("scorer", RELEASE_SCORER))
+        records[arguments["obj"], arguments["shot"], kind] = content
     if not records:
         raise UserError(f"no records of test.py in {folder}")
-    for name in ("data_type", "stn_mode", "img_size"):
-        found = {content["arguments"][name] for content in records.values()}
+    for name in ("data_type", "stn_mode", "img_size", "backbone"):
+        found = {content["arguments"].get(name, RELEASE_BACKBONE) for content in records.values()}
         if len(found) > 1:
             raise UserError(f"{folder} mixes records of --{name} {' and '.join(map(str, sorted(found)))}")
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"objs": [], "shots": []}
@@ -103,7 +115,9 @@ def read_results(folder: Path) -> Results:
     found = {category for category, _, _ in records} | set(asked["objs"])
     order = CATEGORIES[data_type] if data_type == "mvtec" else ()
     categories = [*order, *sorted(found - set(order))]
-    return Results(records, categories, sorted({shot for _, shot, _ in records} | set(asked["shots"])), data_type)
+    shots = sorted({shot for _, shot, _ in records} | set(asked["shots"]))
+    others = {content.get("scorer", RELEASE_SCORER) for content in records.values()} - {RELEASE_SCORER}
+    return Results(records, categories, shots, data_type, [RELEASE_SCORER, *sorted(others)])
 
 
 def _read_json(path: Path) -> dict:
@@ -129,20 +143,22 @@ def read_published() -> dict[tuple[str, str, int], dict[str, float]]:
 def make_tables(results: Results) -> list[Table]:
     """Tables of image AUROC and of pixel AUROC for each shot, then of the other metrics for each shot.
 
+    Where there are several scorers, each AUROC has tables of their paired differences to the release's.
+
     The AUROC tables have one column per kind of weights. For MVTec AD, they also have the published numbers and the
     differences from them.
     """
     tables = []
     for metric in TABLE_METRICS:
         tables += [_compared_table(results, metric, shot) for shot in results.shots]
+        tables += [table for shot in results.shots for table in _scorer_tables(results, metric, shot)]
     for shot in results.shots:
         tables += _other_table(results, shot)
     return tables
 
 
 def _compared_table(results: Results, metric: str, shot: int) -> Table:
-    weights = [w for w in WEIGHTS if w != "source" or any(key[2] == "source" for key in results.records)]
-    columns = {name: _column(results, metric, shot, name) for name in weights}
+    columns = {name: _column(results, metric, shot, name) for name in _kinds(results)}
     notes = []
     if results.data_type == "mvtec":
         for source in PUBLISHED:
@@ -156,9 +172,46 @@ def _compared_table(results: Results, metric: str, shot: int) -> Table:
     return Table(title, metric, shot, list(columns), _rows(results.categories, columns), notes)
 
 
+def _kinds(results: Results) -> list[str]:
+    """The columns: the release's scorer with all kinds of weights, and every other combination that has records."""
+    found = {key[2] for key in results.records}
+    always = {kind_name(weights, RELEASE_SCORER) for weights in WEIGHTS if weights != "source"}
+    if not any(kind in found for kind in WEIGHTS):  # only other scorers were run
+        always = set()
+    kinds = [kind_name(weights, scorer) for scorer in results.scorers for weights in WEIGHTS]
+    return [kind for kind in kinds if kind in found | always]
+
+
+def _scorer_tables(results: Results, metric: str, shot: int) -> list[Table]:
+    """For each further scorer the paired differences to the release's, round by round on the same support sets."""
+    tables = []
+    for scorer in results.scorers[1:]:
+        columns = {}
+        for weights in WEIGHTS:
+            pairs = _paired(results, metric, shot, (weights, kind_name(weights, scorer)))
+            if pairs:
+                columns[f"{weights}, {scorer} - {RELEASE_SCORER}"] = pairs
+        if columns:
+            title = f"{METRIC_NAMES[metric]}, K = {shot}: {scorer} minus {RELEASE_SCORER}, paired"
+            tables.append(Table(title, f"{metric}_paired", shot, list(columns), _rows(results.categories, columns), []))
+    return tables
+
+
+def _paired(results: Results, metric: str, shot: int, kinds: tuple[str, str]) -> dict[str, Entry]:
+    """Category -> the second kind minus the first, where both were scored on the same support sets."""
+    first, second = (_known(_column(results, metric, shot, kind)) for kind in kinds)
+    pairs = {}
+    for category in first:
+        records = [results.records.get((category, shot, kind)) for kind in kinds]
+        if category in second and support_name(records[0]) == support_name(records[1]):
+            pairs[category] = _entry(np.subtract(second[category].rounds, first[category].rounds).tolist())
+    return pairs
+
+
 def _other_table(results: Results, shot: int) -> list[Table]:
     """AP, F1-max and PRO of one kind of weights, the first of last, source, best and untrained that has them."""
-    for weights in ("last", "source", "best", "untrained"):
+    order = ("last", "source", "best", "untrained")
+    for weights in [kind_name(weights, scorer) for weights in order for scorer in results.scorers]:
         columns = {METRIC_NAMES[metric]: _column(results, metric, shot, weights) for metric in OTHER_METRICS}
         if any(_known(column) for column in columns.values()):
             title = f"Other metrics, {weights} weights, K = {shot}"
@@ -225,10 +278,12 @@ def header(results: Results) -> list[tuple[str, str]]:
     lines.append(("device", _distinct(record["device"] for record in records)))
     for name, label in HEADER_ARGUMENTS.items():
         lines.append((label, _distinct(record["arguments"][name] for record in records)))
+    lines.append(("backbone", _distinct(record["arguments"].get("backbone", RELEASE_BACKBONE) for record in records)))
+    lines.append(("scorers", _distinct(record.get("scorer", RELEASE_SCORER) for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
     lines.append(("support sets", _support_sets(results)))
     lines.append(("spread", "mean ± sample standard deviation over rounds (one support set each), in percent"))
-    shown = [name for name in WEIGHTS if any(key[2] == name for key in results.records)]
+    shown = [name for name in WEIGHTS if any(key[2].split(", ")[0] == name for key in results.records)]
     lines += [(name, f"{_epochs(results, name)}{WEIGHTS[name]}.") for name in shown]
     return lines
 
@@ -250,7 +305,8 @@ def _support_sets(results: Results) -> str:
 
 
 def _epochs(results: Results, weights: str) -> str:
-    epochs = {record.get("epoch") for key, record in results.records.items() if key[2] == weights} - {None}
+    epochs = {record.get("epoch") for key, record in results.records.items() if key[2].split(", ")[0] == weights}
+    epochs -= {None}
     if not epochs or weights == "untrained":
         return ""
     return f"epoch {min(epochs)}: " if len(epochs) == 1 else f"epochs {min(epochs)} to {max(epochs)}: "

@@ -53,7 +53,7 @@ def to_html(results: Results, tables: Sequence[Table]) -> str:
 
 def _figure(table: Table) -> Markup:
     """An SVG with a line per category, a mark per column and bars of one SD over rounds; empty without any number."""
-    shown = [name for name in table.columns if name in MARKS and any(_drawable(table, name))]
+    shown = [name for name in table.columns if _mark(name) and any(_drawable(table, name))]
     if not shown:
         return Markup()
     figure = Figure(figsize=(WIDTH_INCHES, FRAME_INCHES + CATEGORY_INCHES * len(table.rows)), layout="constrained")
@@ -61,7 +61,7 @@ def _figure(table: Table) -> Markup:
     for number, name in enumerate(shown):
         shift = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
         points = [(y + shift, entry) for y, entry in enumerate(_drawable(table, name)) if entry]
-        shape, colour = MARKS[name]
+        shape, colour = _mark(name)
         axis.errorbar(
             [entry.mean for _, entry in points],
             [y for y, _ in points],
@@ -69,6 +69,7 @@ def _figure(table: Table) -> Markup:
             fmt=shape,
             color=colour,
             markerfacecolor="none" if name in PUBLISHED else colour,
+            markeredgecolor="black" if ", " in name else colour,
             markersize=5,
             elinewidth=1,
             label=name,
@@ -81,6 +82,11 @@ def _figure(table: Table) -> Markup:
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(shown), frameon=False)
     return _as_svg(figure)
+
+
+def _mark(column: str) -> tuple[str, str] | None:
+    """Shape and colour of a column. A further scorer has those of the same weights, with a black edge."""
+    return None if " - " in column else MARKS.get(column.split(", ")[0])
 
 
 def _drawable(table: Table, name: str) -> list[Entry | None]:
