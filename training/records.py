@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.regad import RECIPE, checkpoint_file, last_file
+from models.stn import RELEASE_BACKBONE
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 
@@ -23,7 +24,7 @@ class RunFiles(NamedTuple):
     record: Path
 
     @classmethod
-    def of(cls, save_dir: Path, stn_mode: str, shot: int, category: str, backbone: str) -> RunFiles:
+    def of(cls, save_dir: Path, stn_mode: str, shot: int, category: str, backbone: str = RELEASE_BACKBONE) -> RunFiles:
         """The paths under `save_dir`."""
         selected = checkpoint_file(save_dir, stn_mode, shot, category, backbone)
         stem = selected.name.removesuffix("_model.pt")
