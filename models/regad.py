@@ -115,7 +115,8 @@ def _reject_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: in
 
 def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
     """Raises UserError where the layers in a checkpoint are those of another backbone."""
-    found = [name for name in BACKBONES if _layer_shapes(name).items() <= _shapes(stn).items()]
+    layers = {name: shape for name, shape in _shapes(stn).items() if name.split(".")[0] in TRUNK_LAYERS}
+    found = [name for name in BACKBONES if _layer_shapes(name) == layers]
     if found and backbone not in found:
         raise UserError(f"checkpoint {path} has the backbone {found[0]}, not {backbone}: give --backbone {found[0]}")
 

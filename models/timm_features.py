@@ -90,7 +90,7 @@ def _config(timm: object, name: str) -> dict:
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         raise UserError(f"timm has no model {name}" + (f"; similar: {similar}" if similar else ""))
-    return timm.data.resolve_model_data_config(timm.get_pretrained_cfg(name).to_dict())
+    return timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
 
 
 def _timm() -> object:

@@ -1,0 +1,117 @@
+"""Other backbones: the ResNets of torchvision with registration, and models of timm without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.networks import network_name, scoring_network, settle_img_size
+from models.regad import RegAD, checkpoint_file, load_checkpoint, save_checkpoint, untrained
+from models.stn import BACKBONES, folded
+from scorers.gaussian import Gaussian
+from scorers.neighbours import Neighbours
+from training.loop import Trainer
+from utils.errors import UserError
+from utils.stages import StageClock
+
+SIZE = 64
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_resnet_is_trained_and_scored(backbone):
+    torch.manual_seed(0)
+    model = RegAD("affine", SIZE, backbone)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    trainer = Trainer(model, lr=0.01, momentum=0.9)
+    trainer.model.train()
+    before = model.stn.stn3.fc[2].weight.clone()
+    assert torch.isfinite(trainer.step(images, images[:, None], StageClock()))
+    assert not torch.equal(before, model.stn.stn3.fc[2].weight)
+    model.eval()
+    maps, fast = model.stn.features(images), folded(model.stn).features(images)
+    channels = BACKBONES[backbone].channels
+    assert [tuple(layer.shape[1:]) for layer in maps] == [
+        (c, side, side) for c, side in zip(channels, (16, 8, 4), strict=True)
+    ]
+    for ours, reference in zip(fast, maps, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
+    for scorer, side in ((Gaussian(), 16), (Neighbours(), 4)):
+        prepared = scorer.prepare(maps)
+        assert scorer.measure(prepared, prepared, StageClock()).shape == (2, side, side)
+
+
+def test_a_checkpoint_of_another_backbone_is_rejected_in_a_sentence(tmp_path):
+    file = checkpoint_file(tmp_path, "affine", 2, "ring", "resnet34")
+    assert file.name == "ring_2_affine_resnet34_model.pt"
+    assert checkpoint_file(tmp_path, "affine", 2, "ring").name == "ring_2_affine_model.pt"
+    save_checkpoint(file, RegAD("affine", SIZE, "resnet34"), {})
+    assert load_checkpoint(file, "affine", SIZE, "resnet34").backbone == "resnet34"
+    for other in ("resnet18", "resnet50", "wide_resnet50_2"):
+        with pytest.raises(UserError, match=f"has the backbone resnet34, not {other}"):
+            load_checkpoint(file, "affine", SIZE, other)
+
+
+def test_weights_of_another_backbone_are_rejected_in_a_sentence(tmp_path):
+    torch.save(BACKBONES["resnet50"].build(weights=None).state_dict(), tmp_path / "weights.pth")
+    assert untrained(str(tmp_path / "weights.pth"), "affine", SIZE, "resnet50").stn.backbone == "resnet50"
+    with pytest.raises(UserError, match=r"are not those of a resnet18: \d+ differ, e\.g\. layer1"):
+        untrained(str(tmp_path / "weights.pth"), "affine", SIZE)
+
+
+def test_names_and_sizes():
+    assert network_name("resnet18", "affine") == "affine"
+    assert network_name("resnet34", "affine") == "affine_resnet34"
+    assert network_name("timm:test_vit.r160_in1k", "affine") == "timm-test_vit.r160_in1k"
+    assert settle_img_size("resnet18", None) == 224 and settle_img_size("resnet50", 64) == 64
+    with pytest.raises(UserError, match="multiple of 16"):
+        settle_img_size("resnet18", 100)
+    with pytest.raises(UserError, match="no backbone 'resnet19'; give resnet18, resnet34"):
+        settle_img_size("resnet19", None)
+
+
+@pytest.mark.parametrize(("name", "shapes"), [("test_resnet", 3), ("test_vit", 1)])
+def test_models_of_timm_give_maps_for_every_scorer(name, shapes, tmp_path):
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    size = settle_img_size(f"timm:{name}", None)
+    network = scoring_network(f"timm:{name}", "affine", size, None, "none")
+    images = torch.rand(2, 3, size, size)
+    maps = folded(network).features(images)
+    assert size == 160 and len(maps) == shapes
+    normalised = network.net((images - network.mean) / network.std)
+    assert all(torch.equal(one, other) for one, other in zip(maps, normalised, strict=True))
+    for scorer in (Gaussian(), Neighbours()):
+        prepared = scorer.prepare(maps)
+        assert torch.isfinite(scorer.measure(prepared, prepared, StageClock())).all()
+    torch.save({k.removeprefix("model."): v for k, v in network.net.state_dict().items()}, tmp_path / "weights.pth")
+    again = scoring_network(f"timm:{name}", "affine", size, None, str(tmp_path / "weights.pth"))
+    assert all(torch.equal(one, other) for one, other in zip(again.features(images), maps, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "sentence"),
+    [
+        ("timm:resnet_18", "none", "timm has no model resnet_18"),
+        ("timm:test_vit", "missing.pth", "no weights file missing.pth"),
+        ("timm:test_vit", "{other}", "are those of another model: .* are missing"),
+    ],
+)
+def test_what_timm_cannot_give_is_a_sentence(backbone, weights, sentence, tmp_path):
+    pytest.importorskip("timm")
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(1)}, other)
+    with pytest.raises(UserError, match=sentence):
+        size = settle_img_size(backbone, None)
+        scoring_network(backbone, "affine", size, None, weights.format(other=other))
+
+
+def test_without_timm_the_command_to_install_it(monkeypatch):
+    monkeypatch.setattr("models.timm_features.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-timm\.txt"):
+        settle_img_size("timm:test_vit", None)
+    assert settle_img_size("resnet18", None) == 224
+
+
+def test_a_checkpoint_for_a_model_of_timm_is_rejected(tmp_path):
+    with pytest.raises(UserError, match="is not trained here and has no checkpoint"):
+        scoring_network("timm:test_vit", "affine", 160, tmp_path / "some.pt", "none")
