@@ -35,7 +35,7 @@ class ExportedDetector(nn.Module):
         self.network, self.scorer = without_batch_norm(detector.network).cpu(), detector.scorer
         self.names = list(detector.fitted)
         for name, tensor in detector.fitted.items():
-            self.register_buffer(f"fitted_{name}", tensor.cpu())
+            self.register_buffer(f"fitted_{name}", tensor.cpu().contiguous())
         with torch.no_grad():
             grid = self._distances(torch.zeros(1, 3, detector.size, detector.size)).shape[-1]
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))

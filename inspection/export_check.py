@@ -13,6 +13,7 @@ import torch
 from inspection.detector import FewShotDetector
 from utils.errors import UserError
 
+FLOOR = 1e-3  # of the largest value: smaller ones are compared with it, as the distance to a known region is 0
 TOLERANCE = 1e-3  # largest relative difference of a pixel; above it a file is refused
 CHECK_BATCHES = (1, 4)  # images per call
 CHECK_IMAGES = 20  # of a folder, evenly spread over its names
@@ -68,7 +69,7 @@ def _run_all(runtimes: dict[str, Runtime], batch: np.ndarray) -> dict[str, Resul
 def _difference(result: Result, reference: Result) -> float:
     """Largest relative difference of any pixel or score; NaN counts as infinite."""
     pairs = ((result.maps, reference.maps), (result.scores, reference.scores))
-    relative = [(np.abs(one - other) / other).max() for one, other in pairs]
+    relative = [(np.abs(one - other) / np.maximum(other, FLOOR * other.max())).max() for one, other in pairs]
     return float(np.nan_to_num(np.max(relative), nan=np.inf))
 
 

@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # largest block of the table of distances
+CUDA_TABLE_BYTES = 512 * 2**20  # of the largest table of distances between rows of test images and the memory
 SHRINKAGE = 0.01  # of the mean variance, added to each before whitening: weak directions must not become noise
-EPS = 1e-12  # a layer without any variance
+RIDGE = 1e-5  # of the mean variance, on the diagonal: without it the eigenvectors take seconds on some features
+EPS = 1e-12  # where a layer has no variance, or all rows are alike
+ROUNDING = 4e-6  # squared distances below it are what float32 makes of 0 in |q|^2 + |m|^2 - 2 q m
 SUBSET_SEED = 0  # of the rows that are kept where there are more than `limit`
 
 
@@ -101,21 +103,32 @@ class Neighbours(Scorer):
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Distances (B, H, H) to the nearest row of the memory; without a unit, with damping from 0 to 2."""
         images, positions = test[0].shape[:2]
-        rows = torch.cat(test, dim=2).flatten(0, 1)
-        rows = torch.addmm(fitted["offset"], rows, fitted["directions"])
+        rows = torch.cat(test, dim=2)
+        if torch.compiler.is_compiling():  # parts would depend on the number of images, which is not known then
+            squared = self._squared_distances(fitted, rows)
+        else:
+            parts = rows.split(self._images_at_once(fitted["memory"], positions))
+            squared = torch.cat([self._squared_distances(fitted, part) for part in parts])
+        side = math.isqrt(positions)
+        return F.threshold(squared, ROUNDING, 0.0).sqrt().view(images, side, side)
+
+    def _squared_distances(self, fitted: Fitted, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows (B, P, C) to the nearest row of the memory: (B, P), negative by rounding at most."""
+        rows = torch.addmm(fitted["offset"], rows.flatten(0, 1), fitted["directions"])
         if self.choices.damped:
             rows = _damp(rows, fitted["damping"])
-        squared = rows.square().sum(dim=1) + self._nearest(F.pad(rows, (0, 1), value=1.0), fitted["memory"])
-        side = math.isqrt(positions)
-        return squared.clamp(min=0).sqrt().view(images, side, side)
+        nearest = (F.pad(rows, (0, 1), value=1.0) @ fitted["memory"]).amin(dim=1)
+        return rows.square().sum(dim=1) + nearest
 
-    def _nearest(self, rows: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """The smallest entry of each line of `rows @ memory`, (N,); the table of all of them is never whole."""
-        if torch.compiler.is_compiling():  # chunks would depend on the number of images, which is not known then
-            return (rows @ memory).amin(dim=1)
-        budget = CHUNK_BYTES.get(rows.device.type, CHUNK_BYTES["cpu"])
-        step = max(1, budget // (memory.shape[1] * memory.element_size()))
-        return torch.cat([(part @ memory).amin(dim=1) for part in rows.split(step)])
+    def _images_at_once(self, memory: torch.Tensor, positions: int) -> int:
+        """How many images share a table of distances.
+
+        On the CPU one, whose table fits into the caches. An image then goes through the same arithmetic alone as among
+        others. On CUDA as many as CUDA_TABLE_BYTES allow.
+        """
+        if memory.device.type == "cpu":
+            return 1
+        return max(1, CUDA_TABLE_BYTES // (positions * memory.shape[1] * memory.element_size()))
 
     def _coordinates(self, rows: torch.Tensor, channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Directions (C, D) and offset (D,) that take a row x to its coordinates x @ directions + offset."""
@@ -126,13 +139,16 @@ class Neighbours(Scorer):
         covariance = centred.T @ centred / (len(rows) - 1)
         variances = covariance.diagonal().split(channels)
         scale = torch.cat([v.sum().clamp(min=EPS).rsqrt().expand(len(v)) for v in variances])
-        values, vectors = torch.linalg.eigh(covariance * scale * scale[:, None])
+        covariance = covariance * scale * scale[:, None]
+        typical = len(channels) / len(mean)  # the mean variance: each layer has a total of 1 now
+        covariance.diagonal().add_(RIDGE * typical)
+        values, vectors = torch.linalg.eigh(covariance)
         values, vectors = values.flip(0)[: choices.components].clamp(min=0), vectors.flip(1)[:, : choices.components]
-        floor = SHRINKAGE * len(channels) / rows.shape[1]  # of the mean variance, which is layers / C after scaling
+        floor = SHRINKAGE * typical
         directions = scale[:, None] * vectors * (values + floor).pow(-choices.whitening / 2)
         return directions, -(mean @ directions)
 
 
 def _damp(rows: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
     """Rows (N, D) shortened to a length below 1; half the squared length where it equals `damping`."""
-    return rows * (rows.square().sum(dim=1, keepdim=True) + damping).rsqrt()
+    return rows * (rows.square().sum(dim=1, keepdim=True) + damping).clamp(min=EPS).rsqrt()

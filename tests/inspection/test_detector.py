@@ -64,16 +64,20 @@ def test_same_maps_as_the_evaluation(detector, network, files):
     assert (scores == maps.max(axis=(1, 2))).all() and maps.shape == (len(images), SIZE, SIZE)
 
 
-def test_a_picture_alone_gets_the_bits_it_gets_among_others(detector, files):
+@pytest.mark.parametrize("name", ["gaussian", "neighbours"])
+def test_an_image_alone_gets_the_score_it_gets_among_others(name, network, files):
+    """Up to rounding: the network's convolutions may differ in the last bit between batches."""
+    detector = FewShotDetector(network, "cpu", scorer=name).fit(files[0])
     grey = Image.open(files[1][0]).convert("L")
     images = [*files[1][:3], grey, *files[1][3:], grey] + files[1][:7]
     scores, maps = detector.score(images)
     assert len(images) > 16  # more than one group
     for index in (0, 3, 5, len(images) - 1):
         alone, own_map = detector.score([images[index]])
-        assert alone[0] == scores[index] and (own_map[0] == maps[index]).all()
+        np.testing.assert_allclose(alone[0], scores[index], rtol=1e-5)
+        np.testing.assert_allclose(own_map[0], maps[index], rtol=1e-4)
     backwards, _ = detector.score(images[::-1])
-    assert (backwards[::-1] == scores).all()
+    np.testing.assert_allclose(backwards[::-1], scores, rtol=1e-5)
 
 
 def test_kinds_of_images_agree(detector, files):
@@ -82,8 +86,8 @@ def test_kinds_of_images_agree(detector, files):
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     kinds = [path, str(path), decode_image(path), array, tensor, tensor.float() / 255]
     scores, _ = detector.score(kinds)
-    assert (scores == scores[0]).all()
-    assert detector.score(torch.stack([tensor, tensor]))[0].tolist() == scores[:2].tolist()
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-5)
+    np.testing.assert_allclose(detector.score(torch.stack([tensor, tensor]))[0], scores[:2], rtol=1e-5)
     with pytest.raises(TypeError, match="a list of images"):
         detector.score(path)
     with pytest.raises(TypeError, match="uint8"):
@@ -94,7 +98,7 @@ def test_kinds_of_images_agree(detector, files):
 def test_leave_one_out_is_fitting_without_the_image(detector, network, files):
     for index, left_out in enumerate(files[0]):
         others = [path for path in files[0] if path != left_out]
-        views = support_views(read_support_images([left_out], SIZE))
+        views = support_views(read_support_images([left_out], SIZE))[list(detector.scorer.views)]
         scores, maps = FewShotDetector(network, "cpu").fit(others).score(views)
         np.testing.assert_allclose(maps[0], detector.left_out.maps[index], rtol=1e-4)
         np.testing.assert_allclose(scores, detector.left_out.scores[index], rtol=1e-4)
@@ -170,7 +174,7 @@ def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
 
 def test_calibration_takes_views_where_images_are_too_few(detector, files):
     normal = files[1][:3]
-    views = [support_views(read_support_images([path], SIZE)) for path in normal]
+    views = [support_views(read_support_images([path], SIZE))[list(detector.scorer.views)] for path in normal]
     scores = np.stack([detector.score(image)[0] for image in views])
     assert detector.calibrate(0.05, normal).value == pytest.approx(threshold_of(scores, 0.05).value)
     assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max())
