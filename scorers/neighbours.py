@@ -49,7 +49,7 @@ class Choices(NamedTuple):
     components: int | None = 128
     whitening: float = 0.5
     damped: bool = True
-    limit: int = 16384
+    limit: int = 12288
 
 
 CHOSEN = Choices()
