@@ -143,7 +143,7 @@ def read_published() -> dict[tuple[str, str, int], dict[str, float]]:
 def make_tables(results: Results) -> list[Table]:
     """Tables of image AUROC and of pixel AUROC for each shot, then of the other metrics for each shot.
 
-    Where there are several scorers, each AUROC has tables of their paired differences to the release's.
+    Where there are several scorers, each AUROC has tables of paired differences: of scorers, and of training.
 
     The AUROC tables have one column per kind of weights. For MVTec AD, they also have the published numbers and the
     differences from them.
@@ -151,7 +151,7 @@ def make_tables(results: Results) -> list[Table]:
     tables = []
     for metric in TABLE_METRICS:
         tables += [_compared_table(results, metric, shot) for shot in results.shots]
-        tables += [table for shot in results.shots for table in _scorer_tables(results, metric, shot)]
+        tables += [table for shot in results.shots for table in _paired_tables(results, metric, shot)]
     for shot in results.shots:
         tables += _other_table(results, shot)
     return tables
@@ -182,18 +182,24 @@ def _kinds(results: Results) -> list[str]:
     return [kind for kind in kinds if kind in found | always]
 
 
-def _scorer_tables(results: Results, metric: str, shot: int) -> list[Table]:
-    """For each further scorer the paired differences to the release's, round by round on the same support sets."""
+def _paired_tables(results: Results, metric: str, shot: int) -> list[Table]:
+    """Paired differences, round by round on the same support sets: of each further scorer, and of training."""
+    differences = {
+        f"{scorer} minus {RELEASE_SCORER}": [(weights, kind_name(weights, scorer)) for weights in WEIGHTS]
+        for scorer in results.scorers[1:]
+    }
+    if len(results.scorers) > 1:
+        differences["last minus untrained"] = [
+            (kind_name("untrained", scorer), kind_name("last", scorer)) for scorer in results.scorers
+        ]
     tables = []
-    for scorer in results.scorers[1:]:
-        columns = {}
-        for weights in WEIGHTS:
-            pairs = _paired(results, metric, shot, (weights, kind_name(weights, scorer)))
-            if pairs:
-                columns[f"{weights}, {scorer} - {RELEASE_SCORER}"] = pairs
+    for title, kinds in differences.items():
+        columns = {f"{second} - {first}": _paired(results, metric, shot, (first, second)) for first, second in kinds}
+        columns = {name: column for name, column in columns.items() if column}
         if columns:
-            title = f"{METRIC_NAMES[metric]}, K = {shot}: {scorer} minus {RELEASE_SCORER}, paired"
-            tables.append(Table(title, f"{metric}_paired", shot, list(columns), _rows(results.categories, columns), []))
+            rows = _rows(results.categories, columns)
+            title = f"{METRIC_NAMES[metric]}, K = {shot}: {title}, paired"
+            tables.append(Table(title, f"{metric}_paired", shot, list(columns), rows, []))
     return tables
 
 
