@@ -4,8 +4,9 @@ A variant differs from the scorer that the project uses in one choice. All varia
 support sets, so differences are paired over rounds. `held out` says whether the choice made on the other categories
 would also be the better one on this category.
 
-python -m benchmarks.scorers                    prints the table, writes benchmarks/results/scorers_<K>.json
-python -m benchmarks.scorers --report           prints the tables of the files there
+python -m benchmarks.scorers                     gaussian, prototype, neighbours: benchmarks/results/scorers_<K>.json
+python -m benchmarks.scorers --variants all      every variant too: benchmarks/results/scorers_<K>_variants.json
+python -m benchmarks.scorers --report            prints the tables of the files there
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--obj", nargs="+", help="default: every category with a test set")
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--variants", choices=("all", "few"), default="all", help="few: prototype and neighbours only")
+    parser.add_argument("--variants", choices=("few", "all"), default="few", help="few: prototype and neighbours only")
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--backbone", default="resnet18")
@@ -106,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in names:
         content["rounds"][name] = _measure(name, network, size, device, args)
     content["total_seconds"] = time.perf_counter() - begin
-    target = args.output / f"scorers_{args.shot}.json"
+    ending = "_variants" if args.variants == "all" else ""
+    target = args.output / f"scorers_{args.shot}{ending}.json"
     write_json(target, content)
     print(report(content))
     print(f"\n{content['total_seconds']:.0f} s; written: {target}")

@@ -1,6 +1,6 @@
 """Times the scoring of one category by stages, beside one round of the plain definition in the same run.
 
-python -m benchmarks.scoring --shot 2    measures, writes benchmarks/results/scoring_<category>_<shot>_<device>.json
+python -m benchmarks.scoring --shot 2                          measures, writes benchmarks/results/scoring_<category>_<shot>_<device>.json
 python -m benchmarks.scoring --report    prints the table of what is written there
 """
 
@@ -24,10 +24,10 @@ from datasets.support import read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from models.regad import load_checkpoint
 from models.stn import STNResNet, folded
-from scorers.gaussian import Gaussian
+from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from scorers.views import support_views
 from utils.devices import command_device, seed_everything
-from utils.errors import run_command
+from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, write_json
 from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock
@@ -49,6 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--scorer", choices=list(SCORERS), help="also time this one, first, beside the release's")
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain definition (minutes)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the JSON files")
@@ -69,12 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     draws = draw_support_images(folder, args.shot, args.rounds, seed=0)
     network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn.eval()
 
-    fast = _time_fast(network, items, draws, device, args)
+    other = _time_fast(network, items, draws, device, args, args.scorer) if args.scorer else None
+    fast = _time_fast(network, items, draws, device, args, RELEASE_SCORER)
     print_seconds(f"{args.rounds} rounds, {len(items)} test images, K = {args.shot}", fast["seconds"], STAGES)
     rest = fast["total"] - fast["seconds"]["decode"] - fast["seconds"]["network"]
     print(f"outside decode and network: {rest / fast['total']:.1%} of {fast['total']:.1f} s")
     print(f"peak resident memory: {fast['peak_memory_mb']:.0f} MB")
     content = {"command": command_line("benchmarks.scoring", args), **provenance(device), "fast": fast}
+    if other:
+        content[args.scorer] = other
+        print_seconds(f"the same with the scorer {args.scorer}", other["seconds"], other["seconds"])
+        print(f"{args.scorer}: {other['total'] / fast['total']:.2f} times the time of {RELEASE_SCORER}, ", end="")
+        print(f"peak resident memory {other['peak_memory_mb']:.0f} MB")
     content["network"] = _time_network(network, device, args)
     if not args.no_plain:
         # in a process of its own, where memory is handled as torch does by default
@@ -95,14 +102,23 @@ def report(results: Path) -> str:
     """Markdown table of the JSON files in `results` that hold a plain round too."""
     lines = ["| device | K | s per round | plain definition | times faster | outside decode and network | memory |"]
     lines.append("|---" * 7 + "|")
-    for path in sorted(results.glob("scoring_*.json")):
-        content = json.loads(path.read_text())
+    contents = {path: json.loads(path.read_text()) for path in sorted(results.glob("scoring_*.json"))}
+    for path, content in contents.items():
+        if "plain_round" not in content:
+            raise UserError(f"{path} was measured with --no_plain, so there is nothing to compare; measure it again")
         fast, plain_seconds = content["fast"], sum(content["plain_round"]["seconds"].values())
         seconds = fast["total"] / len(fast["aurocs"])
         rest = 1 - (fast["seconds"]["decode"] + fast["seconds"]["network"]) / fast["total"]
         cells = (content["device"], path.stem.split("_")[-2], f"{seconds:.2f}", f"{plain_seconds:.0f}")
         cells += (f"{content['times_faster']:.0f}", f"{rest:.0%}", f"{fast['peak_memory_mb'] / 1024:.1f} GB")
         lines.append(f"| {' | '.join(cells)} |")
+        for name in SCORERS:
+            if name in content:
+                other = content[name]
+                cells = (content["device"], f"{cells[1]}, {name}", f"{other['total'] / len(other['aurocs']):.2f}")
+                share = 1 - (other["seconds"]["decode"] + other["seconds"]["network"]) / other["total"]
+                cells += ("", "", f"{share:.0%}", f"{other['peak_memory_mb'] / 1024:.1f} GB")
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -112,6 +128,7 @@ def _time_fast(
     draws: list[list[Path]],
     device: torch.device,
     args: argparse.Namespace,
+    scorer: str,
 ) -> dict:
     """The project's own way, everything from image files to AUROCs."""
     clock = StageClock(device)
@@ -120,8 +137,8 @@ def _time_fast(
     with clock("decode"):
         rounds = [read_support_images(paths, args.img_size) for paths in draws]
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(fast, [Gaussian()], dataset, labels, clock, args.batch_size, args.num_workers)
-    results = [results["gaussian"][:2] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
+    test = compute_test_features(fast, [make_scorer(scorer)], dataset, labels, clock, args.batch_size, args.num_workers)
+    results = [results[scorer][:2] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
     total = time.perf_counter() - begin
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
 

@@ -3,7 +3,7 @@
 Per category the test features are computed once. Each draw of the largest K gives one detector per K, of its first
 images; the threshold comes from leaving one out, as in predict.py.
 
-python -m benchmarks.threshold             prints the table, writes benchmarks/results/threshold_cpu.json
+python -m benchmarks.threshold             prints the table, writes benchmarks/results/threshold_<scorer>_<device>.json
 python -m benchmarks.threshold --report    prints the table of that file
 """
 
@@ -23,13 +23,14 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
+from inspection.detector import DEFAULT_SCORER
 from inspection.threshold import leave_one_out, normal_threshold
 from models.regad import load_checkpoint, untrained
 from models.stn import STNResNet, folded
 from scorers.base import Prepared
 from scorers.features import FeatureStore, write_support_image
-from scorers.gaussian import Gaussian
 from scorers.maps import score_map_matrix, score_maps
+from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import run_command
@@ -47,17 +48,21 @@ COLUMNS = {
     "left_out_spread": "of left-out logs",
     "left_out_shift": "left out minus normal",
 }
-SCORER = Gaussian()
 PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--obj", nargs="+", default=["screw", "magnetic_tile", "solar_mono", "solar_poly"])
+    parser.add_argument(
+        "--obj",
+        nargs="+",
+        default=["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"],
+    )
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=4, help="of support images, seed 0")
     parser.add_argument("--false_alarm", type=float, default=0.05)
+    parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--checkpoint", type=Path, help="of stn_mode rotation_scale, instead of --weights")
@@ -73,18 +78,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures category by category, prints the table and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
-    target = args.output / f"threshold_{device.type}.json"
+    target = args.output / f"threshold_{args.scorer}_{device.type}.json"
     if args.report:
         print(report(json.loads(target.read_text())))
         return
-    begin = time.perf_counter()
+    begin, arguments = time.perf_counter(), plain_arguments(args)
+    args.scorer = make_scorer(args.scorer)
     if args.checkpoint:
         network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
     else:
         network = untrained(args.weights, img_size=args.img_size).stn
     network, clock = folded(network.to(device)), StageClock(device)
     rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
-    content = {"arguments": plain_arguments(args), **provenance(device), "rounds": rounds, "seconds": clock.seconds}
+    content = {"arguments": arguments, **provenance(device), "rounds": rounds, "seconds": clock.seconds}
     content["total_seconds"] = time.perf_counter() - begin
     write_json(target, content)
     print(report(content))
@@ -109,16 +115,16 @@ def _measure(category: str, network: STNResNet, clock: StageClock, args: argpars
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
-    test = compute_test_features(network, [SCORER], dataset, labels, clock, None, args.num_workers)
+    test = compute_test_features(network, [args.scorer], dataset, labels, clock, None, args.num_workers)
     largest = max(args.shots)
     for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
-        store = FeatureStore([SCORER], largest, with_views=True)
+        store = FeatureStore([args.scorer], largest, with_views=True)
         images = read_support_images(paths, args.img_size).to(clock.device)
         with clock("network"):
             for at, image in enumerate(images):
                 write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
         for shot in args.shots:
-            support = store.part(0, shot)[SCORER.name]
+            support = store.part(0, shot)[args.scorer.name]
             row = _judge(support, test, clock, args)
             print(f"{category}, K = {shot}, draw {number}: {row['false_alarms']:.0%} false alarms", flush=True)
             yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}
@@ -131,10 +137,10 @@ def _judge(support: Prepared, test: TestFeatures, clock: StageClock, args: argpa
         views, from which the threshold comes.
     left_out_shift: mean logarithm of the left-out views' scores minus that of the normal test scores.
     """
-    distances = SCORER.measure(support, test.features.prepared[SCORER.name], clock)
+    distances = args.scorer.measure(support, test.features.prepared[args.scorer.name], clock)
     matrix = score_map_matrix(distances.shape[-1], args.img_size, clock.device)
     scores = score_maps(distances, matrix)[0].cpu().numpy()
-    left_out, left_out_maps = leave_one_out(SCORER, support, args.img_size, clock)
+    left_out, left_out_maps = leave_one_out(args.scorer, support, args.img_size, clock)
     threshold = normal_threshold(left_out, left_out_maps, args.false_alarm, "").value
     normal, defective = scores[~test.labels], scores[test.labels]
     exact = np.quantile(normal, 1 - args.false_alarm)
