@@ -1,7 +1,10 @@
 """Times the scoring of one category by stages, beside one round of the plain definition in the same run.
 
-python -m benchmarks.scoring --shot 2                          measures, writes benchmarks/results/scoring_<category>_<shot>_<device>.json
-python -m benchmarks.scoring --report    prints the table of what is written there
+python -m benchmarks.scoring --shot 2                        measures the release's scorer
+python -m benchmarks.scoring --shot 2 --scorer neighbours    and another one beside it
+python -m benchmarks.scoring --report                        prints the table of what was measured
+
+The measurements are in benchmarks/results/scoring_<category>_<shot>_<device>.json.
 """
 
 from __future__ import annotations

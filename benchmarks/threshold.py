@@ -48,17 +48,14 @@ COLUMNS = {
     "left_out_spread": "of left-out logs",
     "left_out_shift": "left out minus normal",
 }
+CATEGORIES = ["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"]
 PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--obj",
-        nargs="+",
-        default=["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"],
-    )
+    parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=4, help="of support images, seed 0")
     parser.add_argument("--false_alarm", type=float, default=0.05)
