@@ -16,7 +16,7 @@ from datasets.check import check_category, check_support, count_files, format_re
 from datasets.images import limit_pixels
 from datasets.mvtec import CATEGORIES, category_names
 from utils.errors import UserError, require_positive, run_command
-from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_max_pixels_flag
+from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_max_pixels_flag, category_name
 
 PROBLEMS = 1  # exit code if there are problems; 2 is a mistake in the arguments
 
@@ -27,7 +27,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog="Exit code: 0 no problems, 1 problems, 2 wrong arguments.",
     )
-    parser.add_argument("--obj", nargs="+", metavar="CATEGORY", help="default: all categories of the data type")
+    parser.add_argument(
+        "--obj", type=category_name, nargs="+", metavar="CATEGORY", help="default: all categories of the data type"
+    )
     add_data_flags(parser, CATEGORIES)
     parser.add_argument("--support", action="store_true", help="also check support sets and manifests")
     parser.add_argument("--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="their folder")

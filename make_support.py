@@ -23,14 +23,16 @@ from datasets.mvtec import CATEGORIES, category_folder
 from datasets.support import find_names, read_rounds, save_support_rounds, support_file
 from utils.errors import UserError, require_positive, run_command
 from utils.files import sha256
-from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_image_flags
+from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_image_flags, category_name
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of make_support.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     task = parser.add_argument_group("task: draw, or one of --from_pt and --verify")
-    task.add_argument("--obj", nargs="+", metavar="CATEGORY", help="categories to draw from; not for --verify")
+    task.add_argument(
+        "--obj", type=category_name, nargs="+", metavar="CATEGORY", help="categories to draw from; not for --verify"
+    )
     task.add_argument("--shots", nargs="+", type=int, default=[2], metavar="K", help="images per round")
     task.add_argument("--rounds", type=int, default=10, help="rounds per support set (test.py's --inferences)")
     task.add_argument("--seed", type=int, default=DRAW_SEED, help="seed of the draw")

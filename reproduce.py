@@ -35,6 +35,7 @@ from utils.flags import (
     add_seed_flag,
     add_support_flags,
     add_weights_flag,
+    category_name,
 )
 
 SLURM_CLUSTER = "slurm"  # submitit's name; tests put "local" here
@@ -47,7 +48,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 all done, 1 some cells failed, 2 a mistake in the call.",
     )
     grid = parser.add_argument_group("grid")
-    grid.add_argument("--objs", nargs="+", default=["all"], metavar="CATEGORY", help="all, or names")
+    grid.add_argument(
+        "--objs", type=category_name, nargs="+", default=["all"], metavar="CATEGORY", help="all, or names"
+    )
     grid.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], metavar="K")
     add_network_flags(grid, STN_MODES, list(BACKBONES))
     add_data_flags(grid, CATEGORIES)

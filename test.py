@@ -39,6 +39,7 @@ from utils.flags import (
     add_support_flags,
     add_weights_flag,
     add_workers_flag,
+    category_name,
 )
 from utils.records import peak_memory_mb, plain_arguments, provenance
 from utils.stages import StageClock
@@ -48,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of test.py: the release's flags, and ours."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to score")
+    what.add_argument("--obj", type=category_name, required=True, metavar="CATEGORY", help="the category to score")
     add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support images per round")
     add_support_flags(what)

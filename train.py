@@ -38,7 +38,7 @@ from models.stn import BACKBONES, STN_MODES
 from reports.training_curve import save_curve
 from scorers.base import Scorer
 from scorers.registry import add_scorer_flag, make_scorers
-from training.loop import Trainer, learning_rate
+from training.loop import ADDED_LATER, Trainer, learning_rate
 from training.records import RunFiles, is_selected, outcomes, refuse_to_overwrite, save_history
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
@@ -53,6 +53,7 @@ from utils.flags import (
     add_support_flags,
     add_weights_flag,
     add_workers_flag,
+    category_name,
 )
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
@@ -70,7 +71,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of train.py: the release's flags, and ours."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is trained on")
-    what.add_argument("--obj", required=True, metavar="CATEGORY", help="the target: left out of training, scored")
+    what.add_argument(
+        "--obj", type=category_name, required=True, metavar="CATEGORY", help="the target: left out of training, scored"
+    )
     add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", type=int, default=2, metavar="K", help="support images per query")
     what.add_argument(
@@ -96,7 +99,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="best: by the target's test labels; source: by a held-out source category, the target is never read",
     )
     score.add_argument(
-        "--held_out", metavar="CATEGORY", help="for --select source; default: the next one after the target by name"
+        "--held_out",
+        type=category_name,
+        metavar="CATEGORY",
+        help="for --select source; default: the next one after the target by name",
     )
     run = parser.add_argument_group("run")
     add_device_flag(run)
@@ -119,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     limit_pixels(args.max_pixels)
     device = command_device(args.device)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
     sources = list_source_images(args.data_path, args.data_type, args.obj)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
@@ -207,7 +212,7 @@ def _is_finished(files: RunFiles, decisive: dict) -> bool:
     if files.state.is_file() or not files.record.is_file():
         return False
     record = json.loads(files.record.read_text(encoding="utf-8"))
-    if record.get("decisive") != decisive:
+    if ADDED_LATER | record.get("decisive", {}) != decisive:
         raise UserError(f"{files.record} is of a run with other arguments; start anew without --resume")
     print(f"already finished: {files.record}\n{_format_outcomes(record['epochs'], record['selected_epoch'])}")
     return True
@@ -240,7 +245,7 @@ def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, 
     if not resumed:
         refuse_to_overwrite(files)
     model = untrained("none" if resumed else args.weights, args.stn_mode, args.img_size, args.backbone).to(device)
-    trainer = Trainer(model, args.lr, args.momentum, bf16=args.amp == "bf16", compiled=args.compile)
+    trainer = Trainer(model, args.lr, args.momentum, bf16=args.amp == "bf16", tf32=args.tf32, compiled=args.compile)
     if resumed:
         trainer.load(files.state, decisive)
         print(f"resumed at epoch {trainer.progress.epoch}, step {trainer.progress.step}: {files.state}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +30,11 @@ RESIDENT_BYTES = 4 * 2**30  # source images up to this total are kept on the CUD
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/regad, by default ~/.cache/regad."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regad"
+    """$XDG_CACHE_HOME/regad, by default ~/.cache/regad; without a home folder, a folder for temporary files."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regad"
+    except RuntimeError:  # no HOME and an unknown user id, as in containers
+        return Path(tempfile.gettempdir()) / "regad"
 
 
 def decoded_images(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from datasets.mvtec import CATEGORIES, list_source_images
 from utils.errors import UserError, require_positive, run_command
-from utils.flags import add_data_flags, add_seed_flag
+from utils.flags import add_data_flags, add_seed_flag, category_name
 
 
 class Episode(NamedTuple):
@@ -93,7 +93,9 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of datasets.episodes."""
     parser = argparse.ArgumentParser(description="Print the episodes of one training epoch as JSON.")
-    parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the target category, not drawn from")
+    parser.add_argument(
+        "--obj", type=category_name, required=True, metavar="CATEGORY", help="the target category, not drawn from"
+    )
     add_data_flags(parser, CATEGORIES)
     parser.add_argument("--shot", type=int, default=2, help="support images per query")
     parser.add_argument("--batch_size", type=int, default=32, help="queries per episode, at most")

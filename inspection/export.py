@@ -62,6 +62,8 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
         "size": str(detector.size),
         "keep_aspect": str(detector.keep_aspect).lower(),
         "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
+        "scorer": detector.scorer.name,
+        "backbone": detector.network.backbone,
         "threshold": "" if threshold is None else repr(float(threshold.value)),
         "threshold_rule": "" if threshold is None else threshold.how,
     }

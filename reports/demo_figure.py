@@ -26,7 +26,7 @@ from reports.drawing import colour_limits, overlay
 from scorers.registry import RELEASE_SCORER, make_scorer
 from utils.errors import UserError, require_positive, run_command
 from utils.files import whole_file
-from utils.flags import DEFAULT_SAVE_DIR, add_data_flags, add_network_flags, add_support_flags
+from utils.flags import DEFAULT_SAVE_DIR, add_data_flags, add_network_flags, add_support_flags, category_name
 from utils.stages import StageClock
 
 MAX_COLUMNS = 4  # test images: a normal one and up to three defects
@@ -47,7 +47,7 @@ class Example(NamedTuple):
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of reports.demo_figure; the flags mean what they mean in test.py."""
     parser = argparse.ArgumentParser(prog="python -m reports.demo_figure", description=__doc__.splitlines()[0])
-    parser.add_argument("--obj", required=True, metavar="CATEGORY", help="the category to show")
+    parser.add_argument("--obj", type=category_name, required=True, metavar="CATEGORY", help="the category to show")
     parser.add_argument("--shot", type=int, default=2, metavar="K", help="support images")
     add_data_flags(parser, CATEGORIES)
     add_support_flags(parser)

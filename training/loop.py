@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from tqdm import tqdm
 from datasets.cache import SourceImages
 from datasets.episodes import Episode
 from models.regad import RegAD
+from models.stn import RELEASE_BACKBONE
+from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 from utils.stages import StageClock
 
+# Arguments that runs of earlier versions do not name, with the values that those had.
+ADDED_LATER = {"scorer": [RELEASE_SCORER], "backbone": RELEASE_BACKBONE}
 REPORT_SECONDS = 1.0  # shortest time between two fetches of losses, which make the host wait for the device
 
 
@@ -29,6 +34,20 @@ def learning_rate(base: float, epoch: int, epochs: int) -> float:
 def count_images(episode: Episode) -> int:
     """The number of images that pass through the network in a step: queries and support images."""
     return len(episode.query) + sum(map(len, episode.support))
+
+
+@contextmanager
+def _tf32(enabled: bool) -> Iterator[None]:
+    """CUDA's convolutions and matrix products in TF32, for training steps only: epochs are scored as test.py scores."""
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [of_library.allow_tf32 for of_library in settings]
+    try:
+        for of_library in settings:
+            of_library.allow_tf32 = enabled
+        yield
+    finally:
+        for of_library, value in zip(settings, before, strict=True):
+            of_library.allow_tf32 = value
 
 
 @dataclass
@@ -45,11 +64,13 @@ class Progress:
 class Trainer:
     """A model with its optimizer and progress. `bf16`: autocast to bfloat16; `compiled`: torch.compile."""
 
-    def __init__(self, model: RegAD, lr: float, momentum: float, bf16: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self, model: RegAD, lr: float, momentum: float, bf16: bool = False, tf32: bool = False, compiled: bool = False
+    ) -> None:
         self.model = model.to(memory_format=torch.channels_last)
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
-        self.lr, self.bf16 = lr, bf16
+        self.lr, self.bf16, self.tf32 = lr, bf16, tf32
         self.loss = torch.compile(model) if compiled else model
         self.progress = Progress()
 
@@ -58,11 +79,12 @@ class Trainer:
 
         Returns the loss before the update, a scalar on the device.
         """
-        with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(query, support)
-        with clock("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        with _tf32(self.tf32):
+            with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.loss(query, support)
+            with clock("backward"):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
         with clock("optimizer"):
             self.optimizer.step()
         return loss.detach()
@@ -149,10 +171,11 @@ class Trainer:
         content = load_tensors(path, "training state")
         if not isinstance(content, dict) or set(content) != {"arguments", "model", "optimizer", "progress"}:
             raise UserError(f"{path} is not a training state; start again without --resume")
+        stored = ADDED_LATER | content["arguments"]
         for name, value in arguments.items():
-            if content["arguments"].get(name) != value:
+            if stored.get(name) != value:
                 raise UserError(
-                    f"the run to resume, {path}, has {name} {content['arguments'].get(name)}, not {value}; give the "
+                    f"the run to resume, {path}, has {name} {stored.get(name)}, not {value}; give the "
                     "same arguments, or start again without --resume"
                 )
         self.model.load_state_dict(content["model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,18 @@ DEFAULT_SUPPORT_PATH = Path("./support_set")
 DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def category_name(text: str) -> str:
+    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
+
+    Raises:
+        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
+    """
+    name = os.path.normpath(text) if text else ""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
+    return name
 
 
 def add_data_flags(group: Group, data_types: Iterable[str]) -> None:

@@ -408,3 +408,25 @@ def test_a_category_with_a_single_image_is_rejected(demo_data, tmp_path):
     (tmp_path / "data" / "ring").symlink_to(demo_data / "ring")
     with pytest.raises(UserError, match=r"lonely/train/good has one image; training needs at least two"):
         train.main(arguments(tmp_path / "data", tmp_path))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tf32_is_for_training_steps_only(enabled, monkeypatch):
+    """Within a step TF32 is as asked, afterwards as before: epochs are scored as test.py scores them."""
+    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    seen, before = [], [of_library.allow_tf32 for of_library in settings]
+    model = RegAD("affine", 64)
+    trainer = Trainer(model, 0.01, 0.9, tf32=enabled)
+    trainer.loss = lambda *inputs: seen.append([one.allow_tf32 for one in settings]) or model(*inputs)
+    images = torch.rand(2, 3, 64, 64)
+    trainer.step(images, images[:, None], StageClock())
+    assert seen == [[enabled, enabled]] and [of_library.allow_tf32 for of_library in settings] == before
+
+
+def test_a_run_of_an_earlier_version_is_continued(tmp_path):
+    """Its state does not name the scorer and the backbone, which were the release's."""
+    trainer = Trainer(RegAD("affine", 64), 0.01, 0.9)
+    trainer.save(tmp_path / "state.pt", {"obj": "ring"})
+    trainer.load(tmp_path / "state.pt", {"obj": "ring", "scorer": ["gaussian"], "backbone": "resnet18"})
+    with pytest.raises(UserError, match=r"scorer \['gaussian'\], not \['neighbours'\]"):
+        trainer.load(tmp_path / "state.pt", {"obj": "ring", "scorer": ["neighbours"], "backbone": "resnet18"})
