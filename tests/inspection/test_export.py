@@ -60,9 +60,9 @@ def images(demo_data) -> np.ndarray:
     return np.stack([*squares, squares[0][..., :1].repeat(3, axis=2)])
 
 
-@pytest.fixture(scope="module")
-def detector(network, normal):
-    fitted = FewShotDetector(network, "cpu").fit(normal[:3])
+@pytest.fixture(scope="module", params=["neighbours", "gaussian"])
+def detector(network, normal, request):
+    fitted = FewShotDetector(network, "cpu", scorer=request.param).fit(normal[:3])
     fitted.calibrate(0.05)
     return fitted
 
@@ -76,12 +76,15 @@ def exported(detector, tmp_path_factory) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.parametrize("shots", [1, 3, 18])  # each form of the distance; 18 x 22 views exceed 384 channels
-def test_module_is_the_detector(network, normal, images, shots):
+# gaussian: each form of its distance; 18 x 22 views exceed 384 channels
+@pytest.mark.parametrize(
+    ("scorer", "shots"), [("gaussian", 1), ("gaussian", 3), ("gaussian", 18), ("neighbours", 1), ("neighbours", 3)]
+)
+def test_module_is_the_detector(network, normal, images, scorer, shots):
     generator = np.random.default_rng(0)
     support = [read_image(path, SIZE) for path in normal[:shots]]
     support += [generator.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(shots - len(support))]
-    detector = FewShotDetector(network, "cpu").fit(support, for_threshold=False)
+    detector = FewShotDetector(network, "cpu", scorer=scorer).fit(support, for_threshold=False)
     with torch.no_grad():
         maps, scores = ExportedDetector(detector)(torch.from_numpy(images))
     expected_scores, expected_maps = detector.score(list(images))
@@ -110,6 +113,7 @@ def test_onnx_is_one_file_that_says_how_to_use_it(detector, exported):
     about = {entry.key: entry.value for entry in model.metadata_props}
     assert float(about["threshold"]) == detector.threshold.value and about["threshold_rule"] == detector.threshold.how
     assert (about["size"], about["keep_aspect"]) == (str(SIZE), "false")
+    assert (about["scorer"], about["backbone"]) == (detector.scorer.name, "resnet18")
 
 
 def test_pt2_carries_the_same_metadata(detector, exported):
