@@ -26,17 +26,9 @@ from grid.tables_page import write_tables
 from models.networks import settle_img_size
 from models.stn import BACKBONES, STN_MODES
 from scorers.registry import add_scorer_flag
+from utils import flags
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
-from utils.flags import (
-    DEFAULT_SAVE_DIR,
-    add_data_flags,
-    add_network_flags,
-    add_seed_flag,
-    add_support_flags,
-    add_weights_flag,
-    category_name,
-)
 
 SLURM_CLUSTER = "slurm"  # submitit's name; tests put "local" here
 
@@ -49,26 +41,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     grid = parser.add_argument_group("grid")
     grid.add_argument(
-        "--objs", type=category_name, nargs="+", default=["all"], metavar="CATEGORY", help="all, or names"
+        "--objs", type=flags.category_name, nargs="+", default=["all"], metavar="CATEGORY", help="all, or names"
     )
     grid.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], metavar="K")
-    add_network_flags(grid, STN_MODES, list(BACKBONES))
-    add_data_flags(grid, CATEGORIES)
-    add_support_flags(grid)
+    flags.add_network_flags(grid, STN_MODES, list(BACKBONES))
+    flags.add_data_flags(grid, CATEGORIES)
+    flags.add_support_flags(grid)
     add_scorer_flag(grid, several=True)
     grid.add_argument(
         "--eval_only",
         nargs="?",
         type=Path,
-        const=DEFAULT_SAVE_DIR,
+        const=flags.DEFAULT_SAVE_DIR,
         metavar="DIR",
         help="train nothing, score the weights that are in DIR (default ./save_checkpoints)",
     )
     training = parser.add_argument_group("training, see train.py")
-    add_weights_flag(training, "trunk to start from")
+    flags.add_weights_flag(training, "trunk to start from")
     training.add_argument("--epochs", type=int, default=50)
     training.add_argument("--batch_size", type=int, default=32)
-    add_seed_flag(training)
+    flags.add_seed_flag(training)
     training.add_argument(
         "--select",
         nargs="+",

@@ -26,21 +26,10 @@ from models.stn import BACKBONES, STN_MODES, folded
 from models.timm_features import PREFIX
 from scorers.features import FeatureNetwork
 from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers
+from utils import flags
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
 from utils.files import sha256, write_json
-from utils.flags import (
-    DEFAULT_SAVE_DIR,
-    add_data_flags,
-    add_device_flag,
-    add_image_flags,
-    add_network_flags,
-    add_seed_flag,
-    add_support_flags,
-    add_weights_flag,
-    add_workers_flag,
-    category_name,
-)
 from utils.records import peak_memory_mb, plain_arguments, provenance
 from utils.stages import StageClock
 
@@ -49,23 +38,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of test.py: the release's flags, and ours."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--obj", type=category_name, required=True, metavar="CATEGORY", help="the category to score")
-    add_data_flags(what, CATEGORIES)
+    what.add_argument(
+        "--obj", type=flags.category_name, required=True, metavar="CATEGORY", help="the category to score"
+    )
+    flags.add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", nargs="+", type=int, default=[2], metavar="K", help="support images per round")
-    add_support_flags(what)
-    add_image_flags(parser.add_argument_group("images"))
+    flags.add_support_flags(what)
+    flags.add_image_flags(parser.add_argument_group("images"))
     network = parser.add_argument_group("network")
-    add_network_flags(network, STN_MODES, list(BACKBONES))
-    network.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's and the release's")
+    flags.add_network_flags(network, STN_MODES, list(BACKBONES))
+    network.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="train.py's and the release's")
     network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
     network.add_argument("--last", action="store_true", help="score train.py's weights after the last epoch instead")
     network.add_argument("--untrained", action="store_true", help="score without any registration training")
-    add_weights_flag(network, "trunk for --untrained")
+    flags.add_weights_flag(network, "trunk for --untrained")
     run = parser.add_argument_group("run")
-    add_device_flag(run)
+    flags.add_device_flag(run)
     run.add_argument("--batch_size", type=int, help="images per network pass; changes time, memory, last digits")
-    add_workers_flag(run)
-    add_seed_flag(run, "for --weights none; all else is deterministic")
+    flags.add_workers_flag(run)
+    flags.add_seed_flag(run, "for --weights none; all else is deterministic")
     add_scorer_flag(run, several=True)
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and images")

@@ -40,21 +40,10 @@ from scorers.base import Scorer
 from scorers.registry import add_scorer_flag, make_scorers
 from training.loop import ADDED_LATER, Trainer, learning_rate
 from training.records import RunFiles, is_selected, outcomes, refuse_to_overwrite, save_history
+from utils import flags
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
 from utils.files import digest, write_json
-from utils.flags import (
-    DEFAULT_SAVE_DIR,
-    add_data_flags,
-    add_device_flag,
-    add_image_flags,
-    add_network_flags,
-    add_seed_flag,
-    add_support_flags,
-    add_weights_flag,
-    add_workers_flag,
-    category_name,
-)
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
@@ -72,24 +61,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_argument_group("what is trained on")
     what.add_argument(
-        "--obj", type=category_name, required=True, metavar="CATEGORY", help="the target: left out of training, scored"
+        "--obj",
+        type=flags.category_name,
+        required=True,
+        metavar="CATEGORY",
+        help="the target: left out of training, scored",
     )
-    add_data_flags(what, CATEGORIES)
+    flags.add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", type=int, default=2, metavar="K", help="support images per query")
     what.add_argument(
         "--episodes", type=Path, metavar="FILE", help="train on these in every epoch (datasets/episodes.py)"
     )
-    add_image_flags(parser.add_argument_group("images"))
+    flags.add_image_flags(parser.add_argument_group("images"))
     how = parser.add_argument_group("training")
-    add_network_flags(how, STN_MODES, list(BACKBONES), timm=False)
-    add_weights_flag(how, "trunk to start from")
+    flags.add_network_flags(how, STN_MODES, list(BACKBONES), timm=False)
+    flags.add_weights_flag(how, "trunk to start from")
     how.add_argument("--epochs", type=int, default=50)
     how.add_argument("--batch_size", type=int, default=32, help="queries per step")
     how.add_argument("--lr", type=float, default=0.0001, help="learning rate, falls to 0 on a half cosine")
     how.add_argument("--momentum", type=float, default=0.9)
-    add_seed_flag(how)
+    flags.add_seed_flag(how)
     score = parser.add_argument_group("scoring, and the choice of an epoch")
-    add_support_flags(score)
+    flags.add_support_flags(score)
     add_scorer_flag(score, several=True)
     score.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="0: never (needs --select last)")
     score.add_argument(
@@ -100,15 +93,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     score.add_argument(
         "--held_out",
-        type=category_name,
+        type=flags.category_name,
         metavar="CATEGORY",
         help="for --select source; default: the next one after the target by name",
     )
     run = parser.add_argument_group("run")
-    add_device_flag(run)
-    add_workers_flag(run)
+    flags.add_device_flag(run)
+    flags.add_workers_flag(run)
     run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded images; none: keep in memory")
-    run.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="where test.py looks for weights")
+    run.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="where test.py looks for weights")
     run.add_argument("--resume", action="store_true", help="go on where a killed run stopped; start if there is none")
     run.add_argument(
         "--save_every", type=float, default=300, metavar="SECONDS", help="at most this is lost when killed"

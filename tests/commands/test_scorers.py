@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +15,17 @@ import train
 from inspection.detector import FewShotDetector
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 SIZE = "64"
-MINE = """
-from scorers.base import Scorer
-
-class Mine(Scorer):
-    name = "mine"
-
-    def fit(self, support):
-        return {"mean": support[-1].mean(dim=0)}
-
-    def distance_maps(self, fitted, test):
-        return (test[-1] - fitted["mean"]).norm(dim=1) + 1e-3
-"""
 
 
 @pytest.fixture
 def mine(tmp_path) -> str:
-    (tmp_path / "my_scorer.py").write_text(MINE)
-    return f"{tmp_path / 'my_scorer.py'}:Mine"
+    """The example in docs/extend.md, as its reader would use it."""
+    block = re.search(r"```python\n(# nearest\.py\n.*?)```", (PROJECT_ROOT / "docs/extend.md").read_text(), re.DOTALL)
+    (tmp_path / "nearest.py").write_text(block[1])
+    return f"{tmp_path / 'nearest.py'}:NearestView"
 
 
 def score(demo_data: Path, output: Path, *flags: str) -> dict[str, dict]:
@@ -47,7 +39,9 @@ def score(demo_data: Path, output: Path, *flags: str) -> dict[str, dict]:
 def test_several_scorers_share_a_run_and_give_what_each_gives_alone(demo_data, mine, tmp_path, capsys):
     flags = ("--img_size", SIZE, "--scorer")
     together = score(demo_data, tmp_path / "all", *flags, "gaussian", "neighbours", mine)
-    assert set(together) == {f"ring_2_rotation_scale_untrained{ending}.json" for ending in ("", "_neighbours", "_mine")}
+    assert set(together) == {
+        f"ring_2_rotation_scale_untrained{ending}.json" for ending in ("", "_neighbours", "_nearest")
+    }
     assert "round 0, neighbours: image AUROC" in capsys.readouterr().out
     for name in ("gaussian", "neighbours", mine):
         (record,) = score(demo_data, tmp_path / "alone" / name.rsplit(":")[-1], *flags, name).values()
@@ -61,11 +55,11 @@ def test_reproduce_has_a_column_per_scorer_and_paired_differences(demo_data, min
     score(demo_data, tmp_path / "out", "--img_size", SIZE, "--scorer", "gaussian", mine)
     reproduce.main(["--report", str(tmp_path / "out")])
     printed = capsys.readouterr().out
-    assert "| category | untrained | last | best | untrained, mine |" in printed
-    assert "image AUROC, K = 2: mine minus gaussian, paired" in printed
+    assert "| category | untrained | last | best | untrained, nearest |" in printed
+    assert "image AUROC, K = 2: nearest minus gaussian, paired" in printed
     records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("ring*.json"))]
     first, second = ([100 * numbers["image_auroc"] for numbers in record["rounds"]] for record in records)
-    difference = np.subtract(second, first) if records[1]["scorer"] == "mine" else np.subtract(first, second)
+    difference = np.subtract(second, first) if records[1]["scorer"] == "nearest" else np.subtract(first, second)
     assert f"| ring | {difference.mean():+.1f} ± {difference.std(ddof=1):.1f} |" in printed
 
 
@@ -109,12 +103,12 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
     file = tmp_path / "part.regad"
     predict.main(["--support", *support, *common, "--scorer", mine, "--save", str(file)])
     saved = ["--detector", str(file), *inputs, "--device", "cpu", "--no_pictures", "--output", str(tmp_path / "saved")]
-    with pytest.raises(UserError, match=r"made with the scorer mine; give it again: --scorer FILE\.py:CLASS"):
+    with pytest.raises(UserError, match=r"made with the scorer nearest; give it again: --scorer FILE\.py:CLASS"):
         predict.main(saved)
-    with pytest.raises(UserError, match="made with the scorer mine, not gaussian"):
+    with pytest.raises(UserError, match="made with the scorer nearest, not gaussian"):
         predict.main([*saved, "--scorer", "gaussian"])
     predict.main([*saved, "--scorer", mine])
-    assert "scorer: mine" in capsys.readouterr().out
+    assert "scorer: nearest" in capsys.readouterr().out
 
 
 def test_a_detector_of_the_release_s_scorer_still_loads(demo_data, tmp_path):
