@@ -20,6 +20,7 @@ from PIL import Image
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
+from models.networks import settle_img_size
 from models.regad import checkpoint_file, load_checkpoint
 from models.stn import BACKBONES, STN_MODES
 from reports.drawing import colour_limits, overlay
@@ -51,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shot", type=int, default=2, metavar="K", help="support images")
     add_data_flags(parser, CATEGORIES)
     add_support_flags(parser)
-    add_network_flags(parser, STN_MODES, list(BACKBONES))
+    add_network_flags(parser, STN_MODES, list(BACKBONES), timm=False)
     parser.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's checkpoints")
     parser.add_argument("--output", type=Path, default=Path("figure.png"), help="a .png or .jpg file")
     return parser
@@ -61,13 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Scores the category by the first support set and draws one test image of each kind."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shot", "inferences", "img_size")
+    args.img_size = settle_img_size(args.backbone, args.img_size)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = checked_test_items(folder, strict=False)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
-    checkpoint = checkpoint_file(args.save_dir, args.stn_mode, args.shot, args.obj)
+    checkpoint = checkpoint_file(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
     if not checkpoint.is_file():
         raise UserError(f"no checkpoint {checkpoint}; train.py --save_dir {args.save_dir} writes it")
-    network = load_checkpoint(checkpoint, args.stn_mode, args.img_size).stn
+    network = load_checkpoint(checkpoint, args.stn_mode, args.img_size, args.backbone).stn
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
     clock = StageClock(torch.device("cpu"))
     results = score_category(network, [make_scorer(RELEASE_SCORER)], dataset, labels, support.images[:1], clock)
