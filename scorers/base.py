@@ -1,8 +1,8 @@
-"""The seam between a network and its scores: what a scorer is.
+"""The scorer interface: from feature maps to distance maps.
 
-A scorer gets the feature maps of the support views, keeps what it needs of them as named tensors, and gives a distance
-map for each test image. Everything else is shared: views, network, score maps, metrics, thresholds, files. Scorers are
-chosen by name, see `scorers.registry`; docs/extend.md adds one.
+A scorer takes the feature maps of the support views, keeps what it needs as named tensors, and computes a distance map
+for each test image. All scorers share the support views, the network, the score maps, the metrics, the thresholds and
+the file formats. Scorers are chosen by name (`scorers.registry`). docs/extend.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -15,35 +15,43 @@ import torch
 from scorers.views import VIEWS_PER_IMAGE
 from utils.stages import StageClock
 
-FeatureMaps = Sequence[torch.Tensor]  # per layer (N, C_l, H_l, W_l), finest first
-Prepared = list[torch.Tensor]  # tensors whose first dimension counts images
+FeatureMaps = Sequence[torch.Tensor]  # per layer (N, C_l, H_l, W_l), finest layer first
+Prepared = list[torch.Tensor]  # tensors whose first dimension is the image
 Fitted = dict[str, torch.Tensor]
 
 
 class Scorer(ABC):
-    """One way to measure how far the features of a test image are from those of the support views.
+    """Measures the distance between the features of a test image and those of the support views.
 
-    An instance has no state: what `fit` learns is in the tensors that it returns, and these are what a detector's file
-    and an exported file hold.
+    An instance has no state. `fit` returns everything it learns as tensors. Detector files and exported files store
+    these tensors.
+
+    name: the name in --scorer, records and file names. views: the support views that the scorer uses.
     """
 
     name: str
-    views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # numbers of `support_views`, ascending from 0, the image
+    views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # indices of `support_views`, ascending; 0: the image
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
-        """What is kept of N images: any number of tensors (N, ...). Here: the maps as they are."""
+        """Features to keep of N images: any number of tensors (N, ...). The default returns the maps unchanged."""
         return list(maps)
 
     @abstractmethod
     def fit(self, support: Prepared) -> Fitted:
-        """What is learned from the prepared features of all support views, those of an image one after the other."""
+        """Learns from the prepared features of all support views; the views of one image are consecutive.
+
+        Returns tensors by name.
+        """
 
     @abstractmethod
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Distances (B, H, H) of B test images, at least 0, higher where an image is less like the support."""
+        """Distance maps (B, H, H) of B test images. Values are at least 0 and grow with the distance to the support."""
 
     def measure(self, support: Prepared, test: Prepared, clock: StageClock) -> torch.Tensor:
-        """`distance_maps` of a fit that is not needed again. Stages: the scorer's name (fitting) and `distance`."""
+        """Fits on `support` and returns `distance_maps` of `test`; the fit is not kept.
+
+        The clock records the stages `self.name` (fitting) and `distance`.
+        """
         with clock(self.name):
             fitted = self.fit(support)
         with clock("distance"):

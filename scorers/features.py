@@ -1,4 +1,4 @@
-"""Images through the network, and what the scorers keep of them."""
+"""Runs images through the network and stores the features that each scorer needs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from scorers.views import GREY_VIEW, support_views
 
 
 class FeatureNetwork(Protocol):
-    """What scoring needs of a network; `models.stn.STNResNet` is one."""
+    """The interface that scoring requires of a network; `models.stn.STNResNet` implements it."""
 
     img_size: int
 
     def features(self, x: torch.Tensor) -> FeatureMaps:
-        """Feature maps of images (B, 3, S, S) in [0, 1]."""
+        """Feature maps of images (B, 3, S, S) in [0, 1], finest layer first."""
 
 
 class FeatureStore:
-    """What each of several scorers keeps of a number of images, or of their support views; filled a batch at a time.
+    """Prepared features of a fixed number of images for several scorers, filled batch by batch.
 
-    with_views: whether each scorer keeps its own `views` of an image, or the image alone.
+    images: number of images. with_views: store each scorer's own `views` of every image; otherwise the image alone.
     """
 
     def __init__(self, scorers: Sequence[Scorer], images: int, with_views: bool = False) -> None:
@@ -32,24 +32,24 @@ class FeatureStore:
         self.prepared: dict[str, Prepared] = {}
 
     def write(self, start: int, maps: FeatureMaps) -> None:
-        """Keeps the feature maps of the images from number `start` on."""
+        """Prepares and stores the feature maps of consecutive images, the first at index `start`."""
         for scorer in self.scorers:
             self.write_rows(scorer.name, start, scorer.prepare(maps))
 
     def write_rows(self, name: str, start: int, prepared: Prepared) -> None:
-        """Keeps prepared features of one scorer, from row `start` on."""
+        """Stores prepared features of one scorer, the first at row `start`."""
         if name not in self.prepared:
             self.prepared[name] = [room_for(tensor, self.images * self.per_image[name]) for tensor in prepared]
         for tensor, rows in zip(self.prepared[name], prepared, strict=True):
             tensor[start : start + len(rows)] = rows
 
     def copy_image(self, number: int, image: dict[str, Prepared]) -> None:
-        """Keeps as image `number` what `part` of a store gave of one image."""
+        """Stores the features of one image, as returned by `part`, at index `number`."""
         for name, prepared in image.items():
             self.write_rows(name, number * self.per_image[name], prepared)
 
     def part(self, first: int, last: int) -> dict[str, Prepared]:
-        """What is kept of the images `first` to `last` (exclusive), in the same memory."""
+        """Features of the images `first` to `last` (exclusive) by scorer name, as views without a copy."""
         return {
             name: [tensor[first * self.per_image[name] : last * self.per_image[name]] for tensor in prepared]
             for name, prepared in self.prepared.items()
@@ -57,19 +57,19 @@ class FeatureStore:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all that is kept."""
+        """Size of the stored features in bytes."""
         return sum(tensor.nbytes for prepared in self.prepared.values() for tensor in prepared)
 
 
 def room_for(like: torch.Tensor, count: int) -> torch.Tensor:
-    """An empty tensor for `count` images, its dimensions in the same order in memory as those of `like`."""
+    """An uninitialised tensor for `count` images, with the memory layout of `like`."""
     order = sorted(range(like.dim()), key=lambda axis: -like.stride(axis))
     shape = [count if axis == 0 else like.shape[axis] for axis in order]
     return like.new_empty(shape).permute([order.index(axis) for axis in range(like.dim())])
 
 
 def take_images(prepared: Prepared, order: torch.Tensor) -> Prepared:
-    """A copy with the images in the given order."""
+    """A copy of the prepared features with the images in the given order."""
     copies = [room_for(tensor, len(order)) for tensor in prepared]
     for copy, tensor in zip(copies, prepared, strict=True):
         copy[:] = tensor[order]
@@ -77,7 +77,7 @@ def take_images(prepared: Prepared, order: torch.Tensor) -> Prepared:
 
 
 def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
-    """A copy that lacks the images `start` to `end`."""
+    """A copy of the prepared features without the images `start` to `end` (exclusive)."""
     copies = []
     for tensor in prepared:
         copy = room_for(tensor, len(tensor) - (end - start))
@@ -89,10 +89,12 @@ def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
 def write_support_image(
     store: FeatureStore, number: int, network: FeatureNetwork, image: torch.Tensor, batch_size: int
 ) -> None:
-    """Keeps the features of the support views of image `number`, (3, S, S) in [0, 1].
+    """Computes and stores the features of the support views of one image.
 
-    A view that several scorers need goes through the network once. The grey view of a grey image is the image itself,
-    which equals it up to rounding.
+    A view that several scorers need goes through the network once. For a grey image, the features of the image are
+    reused for its grey view; both are equal up to rounding.
+
+    number: index of the image in the store. image: (3, S, S) in [0, 1]. batch_size: views per network pass.
     """
     views, needed = support_views(image[None]), sorted({view for scorer in store.scorers for view in scorer.views})
     is_grey = GREY_VIEW in needed and bool((image == image[:1]).all())

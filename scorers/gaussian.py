@@ -1,27 +1,32 @@
-"""The few-shot Gaussian: support features -> statistics per position -> Mahalanobis distance of test features.
+"""The Gaussian scorer: support features -> statistics per position -> Mahalanobis distance of test features.
 
-RegAD section 3.3 (after PaDiM). By definition, at each of the P positions of the finest grid: join the three layers'
-features (the coarser ones enlarged by repeating; C = 448 channels), take mean m and covariance S over the V support
-views (divided by n = V - 1) with e = COVARIANCE_EPS added on the diagonal, and measure sqrt((f - m)^T S^-1 (f - m)).
+Source: RegAD section 3.3, after PaDiM. The definition, at each of the P positions of the finest grid:
+- f joins the features of the three layers (C = 448 channels). The coarser layers are enlarged by repetition.
+- m and S are mean and covariance over the V support views. S is divided by n = V - 1, and e = COVARIANCE_EPS is added
+  to its diagonal.
+- The distance is sqrt((f - m)^T S^-1 (f - m)).
 
-The same number is had without the joined features and without a 448 x 448 matrix per position. Write A (V, C) for the
-centred views, d = f - m, and R for the inverse of a matrix's lower Cholesky factor.
+This module computes the same distance without joining the features and without a 448 x 448 matrix per position.
+A (V, C) denotes the centred views, d = f - m, and R the inverse of a matrix's lower Cholesky factor.
 
-1. The smaller side decides (Woodbury identity). If V <= C, take R of e n I + A A^T and w = R A d; then
-       distance^2 = (|d|^2 - |w|^2) / e;      if not, take R of S and w = R d; then      distance^2 = |w|^2.
-2. A A^T, A d and |d|^2 are sums over the layers, and a coarse layer is constant on blocks of positions, so each term
-   is computed on its layer's own grid.
-3. If V exceeds the C1 channels of the finest layer, 1. is done for the coarser layers only (on a quarter of the
-   positions), and the finest layer, with A1 and d1, is conditioned on them (chain rule of the Gaussian):
+1. The smaller of V and C sets the matrix size (Woodbury identity).
+   V <= C: R is computed from e n I + A A^T, and w = R A d. Then distance^2 = (|d|^2 - |w|^2) / e.
+   V > C:  R is computed from S, and w = R d. Then distance^2 = |w|^2.
+2. A A^T, A d and |d|^2 are sums over the layers. A coarse layer is constant on blocks of positions. Each term is
+   therefore computed on the grid of its layer.
+3. If V exceeds C1, the channels of the finest layer, step 1 is applied to the coarser layers only, on a quarter of the
+   positions. The finest layer, with A1 and d1, is conditioned on them (chain rule of the Gaussian):
        distance^2 = distance^2 of the coarser layers + |R1 (d1 - X^T w)|^2
-   where X = R A1 and R1 belongs to e (I + X^T X) if V <= C; if not, X = R S_c1, with S_c1 the covariance between the
-   coarser layers and the finest, and R1 belongs to S_11 - X^T X. R1's matrix is what is left of S_11.
+   V <= C: X = R A1, and R1 is computed from e (I + X^T X).
+   V > C:  X = R S_c1, and R1 is computed from S_11 - X^T X, the conditional covariance of the finest layer.
+   C counts the channels of the coarser layers here, S_c1 is the covariance between them and the finest layer, and S_11
+   is the covariance of the finest layer.
 
-Everything runs in the dtype of the features, float32 in use. There the error against the definition in float64 is
-below 1e-5 (norm of the difference over norm of the map); tests/scorers/test_gaussian.py holds it to that.
+All computations use the dtype of the features, float32 in practice. The relative error against the definition in
+float64 is below 1e-5 (norm of the difference divided by the norm of the map). tests/scorers/test_gaussian.py checks it.
 
-A layer is (P_l, N, C_l) here, finest layer first, with the positions in NESTED order: position i lies in block i // 4
-of the next coarser grid. Any run of whole coarsest blocks can be worked on alone.
+Convention: a layer is (P_l, N, C_l), finest layer first, with the positions in NESTED order. Position i lies in block
+i // 4 of the next coarser grid. Any range of whole blocks of the coarsest grid can be processed alone.
 """
 
 from __future__ import annotations
@@ -36,24 +41,26 @@ import torch.nn.functional as F
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from utils.stages import StageClock
 
-COVARIANCE_EPS = 0.01  # on the covariance's diagonal, release behaviour (and PaDiM's)
-# Largest temporary of one chunk of positions. CPU: the freed memory of small blocks is used again at once, that of
-# large ones goes back to the system. CUDA: few large kernels.
+COVARIANCE_EPS = 0.01  # added to the covariance's diagonal, as in the release and in PaDiM
+# Largest temporary tensor of one chunk of positions. CPU: the allocator reuses small freed blocks and returns large
+# ones to the system. CUDA: a few large kernels are fastest.
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
-# Test images of a stored detector are filled up to a multiple of this, so that each goes through the same arithmetic
-# alone as among others: matrix products treat the columns beyond the last full vector differently.
+# Batches for a stored detector are padded to a multiple of this. The result for an image then does not depend on the
+# batch: matrix products use a different code path for the columns beyond the last full vector.
 IMAGE_GROUP = 32
-CHOLESKY_BASE = 16  # largest matrix given to LAPACK, larger ones are split; fastest of 8..44 at sizes 44, 64 and 176
+CHOLESKY_BASE = 16  # largest matrix given to LAPACK; larger ones are split. Fastest of 8..44 at sizes 44, 64, 176
 
 Layers = Sequence[torch.Tensor]
 
 
 class SupportStatistics(NamedTuple):
-    """The Gaussians of a support set at some positions, built by `fit`.
+    """Gaussian statistics of a support set at a range of positions, computed by `fit`.
 
-    means: per layer (P_l, 1, C_l). centred: A, per layer treated together (P_l, V, C_l). joint: their R, (P_j, k, k),
-    k = min(V, their channels). regression: X^T (P_j, 4 C_1, k) and residual: R1 (P_1, C_1, C_1) of the
-    finest layer, None where all layers are treated together.
+    The joint layers are all layers, or all but the finest one if that is conditioned on the others (step 3).
+
+    means: m, per layer (P_l, 1, C_l). centred: A, per joint layer (P_l, V, C_l). joint: R of the joint layers,
+    (P_j, k, k), with k = min(V, their channels). regression: X^T (P_j, 4 C_1, k); residual: R1 (P_1, C_1, C_1). Both
+    are None if all layers are joint.
     """
 
     means: list[torch.Tensor]
@@ -64,20 +71,23 @@ class SupportStatistics(NamedTuple):
 
 
 class Gaussian(Scorer):
-    """The release's scorer: a Gaussian per position and the Mahalanobis distance to it.
+    """The scorer of the release: one Gaussian per position, and the Mahalanobis distance to it.
 
-    Prepared features are the layers of the module's docstring with the images first, (N, P_l, C_l); in memory the
-    positions come first.
+    Prepared features are per layer (N, P_l, C_l), positions in nested order. In memory, the positions come first.
     """
 
     name = "gaussian"
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
-        """Feature maps, each half as wide as the one before, as (N, P_l, C_l) in nested order."""
+        """Converts square feature maps to (N, P_l, C_l) in nested order; each map is half as wide as the one before."""
         return [layer.transpose(0, 1) for layer in nested_layers(maps)]
 
     def fit(self, support: Prepared) -> Fitted:
-        """The statistics of all positions, see `SupportStatistics`; their names end in the layer's number."""
+        """The tensors of `SupportStatistics` for all positions; per-layer names end in the layer's number.
+
+        Raises:
+            ValueError: fewer than 2 support views.
+        """
         layers = _positions_first(support)
         parts = [
             _to_tensors(fit([layer[r] for layer, r in zip(layers, rows, strict=True)])) for rows in _chunks(layers)
@@ -85,9 +95,9 @@ class Gaussian(Scorer):
         return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Mahalanobis distances (B, H, H)."""
+        """Mahalanobis distances (B, H, H): at least 0, without a unit."""
         layers, statistics = _positions_first(test), _from_tensors(fitted)
-        if torch.compiler.is_compiling():  # chunks would depend on the number of images, which is not known then
+        if torch.compiler.is_compiling():  # no chunks: their size depends on the number of images, unknown here
             return _as_maps(squared_distance(statistics, layers), layers)
         count = layers[0].shape[1]
         padding = -count % IMAGE_GROUP
@@ -98,7 +108,7 @@ class Gaussian(Scorer):
         return _as_maps(squared[:, :count], layers)
 
     def measure(self, support: Prepared, test: Prepared, clock: StageClock) -> torch.Tensor:
-        """Fits and measures a chunk of positions at a time, so that no statistics are kept."""
+        """Fits and scores one chunk of positions at a time. The statistics of all positions are never in memory."""
         layers, of_test = _positions_first(support), _positions_first(test)
         squared = of_test[0].new_empty(of_test[0].shape[:2])
         for rows in _chunks(layers, of_test[0].shape[1]):
@@ -115,7 +125,7 @@ def _positions_first(prepared: Prepared) -> list[torch.Tensor]:
 
 
 def _as_maps(squared: torch.Tensor, layers: Layers) -> torch.Tensor:
-    """Squared distances (P, B) in nested order as distances (B, H, H)."""
+    """Converts squared distances (P, B) in nested order to distances (B, H, H)."""
     return from_nested(squared.sqrt(), depth=len(layers) - 1)
 
 
@@ -134,7 +144,7 @@ def _from_tensors(fitted: Fitted) -> SupportStatistics:
 
 
 def _rows_of(statistics: SupportStatistics, rows: Sequence[slice]) -> SupportStatistics:
-    """The statistics of some positions, given per layer."""
+    """The statistics of a range of positions; `rows` gives the range per layer."""
     conditioned = statistics.regression is not None
     together = rows[conditioned:]
     return SupportStatistics(
@@ -147,7 +157,11 @@ def _rows_of(statistics: SupportStatistics, rows: Sequence[slice]) -> SupportSta
 
 
 def fit(support: Layers) -> SupportStatistics:
-    """Statistics of the support views' features; V >= 2, or ValueError."""
+    """Statistics of the support features, per layer (P_l, V, C_l).
+
+    Raises:
+        ValueError: fewer than 2 support views.
+    """
     views = support[0].shape[1]
     if views < 2:
         raise ValueError(f"a covariance needs at least 2 support views, got {views}")
@@ -171,9 +185,9 @@ def fit(support: Layers) -> SupportStatistics:
 def _condition_finest(
     finest: torch.Tensor, joint: torch.Tensor, joined: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Regression and residual of SupportStatistics, for A1 = `finest` (4 P_j, V, C_1); `joined`: None if V <= C."""
+    """Regression and residual of SupportStatistics for A1 = `finest` (4 P_j, V, C_1). `joined` is None if V <= C."""
     views, channels = finest.shape[1:]
-    blocks = finest.unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)  # the four positions side by side: (P_j, V, 4 C_1)
+    blocks = finest.unflatten(0, (-1, 4)).transpose(1, 2).flatten(2)  # four positions side by side: (P_j, V, 4 C_1)
     cross = blocks if joined is None else joined.mT @ blocks / math.sqrt(views - 1)
     regression = cross.mT @ joint.mT  # X^T: (P_j, 4 C_1, k)
     x = regression.view(-1, channels, joint.shape[1])
@@ -183,7 +197,7 @@ def _condition_finest(
 
 
 def squared_distance(statistics: SupportStatistics, test: Layers) -> torch.Tensor:
-    """Squared Mahalanobis distances (P, B) of test features (P_l, B, C_l). No unit, 0 at the mean, never negative."""
+    """Squared Mahalanobis distances (P, B) of test features (P_l, B, C_l): at least 0, without a unit."""
     deltas = [layer - mean for layer, mean in zip(test, statistics.means, strict=True)]
     conditioned = statistics.regression is not None
     together, centred = deltas[conditioned:], statistics.centred
@@ -194,19 +208,19 @@ def squared_distance(statistics: SupportStatistics, test: Layers) -> torch.Tenso
     else:
         whitened = statistics.joint @ _join_on_finest(together).mT  # w: (P_j, C_j, B)
         squared = whitened.square().sum(dim=1)
-    squared.clamp_(min=0)  # rounding
+    squared.clamp_(min=0)  # rounding can make it negative
     if not conditioned:
         return squared
-    finest = deltas[0].mT.unflatten(0, (-1, 4)).flatten(1, 2)  # the four positions one below the other: (P_j, 4 C_1, B)
+    finest = deltas[0].mT.unflatten(0, (-1, 4)).flatten(1, 2)  # four positions stacked: (P_j, 4 C_1, B)
     unexplained = torch.baddbmm(finest, statistics.regression, whitened, alpha=-1).view_as(deltas[0].mT)  # d1 - X^T w
     own = (statistics.residual @ unexplained).square().sum(dim=1)
     return own + squared.repeat_interleave(4, dim=0)
 
 
 def inverse_cholesky(matrices: torch.Tensor) -> torch.Tensor:
-    """Inverses of the lower Cholesky factors of positive definite `matrices` (N, k, k); NaN where one is not.
+    """Inverses of the lower Cholesky factors of `matrices` (N, k, k); NaN for a matrix that is not positive definite.
 
-    Halves the matrices until LAPACK's unblocked routine is cheap, so nearly all work is batched products.
+    The matrices are halved recursively down to CHOLESKY_BASE, so that nearly all work is done in batched products.
     """
     size = matrices.shape[-1]
     if size <= CHOLESKY_BASE:
@@ -225,9 +239,10 @@ def inverse_cholesky(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _chunks(layers: Layers, others: int = 1) -> Iterator[list[slice]]:
-    """Per-layer row ranges of whole coarsest blocks, so that no temporary is much larger than CHUNK_BYTES.
+    """Yields per-layer row ranges of whole coarsest blocks that keep temporary tensors near or below CHUNK_BYTES.
 
-    layers: (P_l, N, C_l); others: how many images (or directions) each position is multiplied with, beside its own N.
+    layers: (P_l, N, C_l). others: the number of images or directions that each position is multiplied with, besides
+    its own N.
     """
     count, blocks = layers[0].shape[1], layers[-1].shape[0]
     ratios = [layer.shape[0] // blocks for layer in layers]
@@ -240,12 +255,15 @@ def _chunks(layers: Layers, others: int = 1) -> Iterator[list[slice]]:
 
 
 def nested_layers(features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Square feature maps (N, C_l, H_l, H_l), finest first, each half as wide as the one before, as (P_l, N, C_l)."""
+    """Converts square feature maps (N, C_l, H_l, H_l), finest first, to (P_l, N, C_l) in nested order.
+
+    Each map is half as wide as the one before.
+    """
     return [to_nested(layer, depth=len(features) - 1 - level) for level, layer in enumerate(features)]
 
 
 def to_nested(layer: torch.Tensor, depth: int) -> torch.Tensor:
-    """Square feature maps (N, C, H, H) as (P, N, C), positions in nested order; `depth` coarser grids lie below."""
+    """Converts square feature maps (N, C, H, H) to (P, N, C) in nested order; depth: the number of coarser grids."""
     count, channels, side, _ = layer.shape
     split = layer.permute(2, 3, 0, 1).reshape(*_nested_sides(side, depth) * 2, count, channels)
     order = [axis for level in range(depth + 1) for axis in (level, level + depth + 1)]
@@ -253,7 +271,7 @@ def to_nested(layer: torch.Tensor, depth: int) -> torch.Tensor:
 
 
 def from_nested(maps: torch.Tensor, depth: int) -> torch.Tensor:
-    """The way back for one channel: (P, B) in nested order -> (B, H, H)."""
+    """Inverse of `to_nested` for one channel: (P, B) in nested order -> (B, H, H)."""
     side = math.isqrt(maps.shape[0])
     split = maps.reshape(*[s for s in _nested_sides(side, depth) for _ in "xy"], -1)
     axes = range(2 * depth + 2)
@@ -265,7 +283,7 @@ def _nested_sides(side: int, depth: int) -> list[int]:
 
 
 def _views_are_fewer(layers: Layers) -> bool:
-    """Whether V <= C, the choice between the two forms of the module's docstring."""
+    """Whether V <= C: selects between the two forms of step 1 in the module's docstring."""
     return layers[0].shape[1] <= sum(layer.shape[2] for layer in layers)
 
 
@@ -275,7 +293,7 @@ def _add_diagonal(matrices: torch.Tensor, value: float) -> torch.Tensor:
 
 
 def _sum_on_finest(terms: Layers) -> torch.Tensor:
-    """Sum of per-layer terms (P_l, ...) on the finest grid; overwrites them."""
+    """Sum of per-layer terms (P_l, ...) on the finest grid; the terms are overwritten."""
     total = terms[-1]
     for term in reversed(terms[:-1]):
         term.unflatten(0, (total.shape[0], -1)).add_(total.unsqueeze(1))
@@ -284,6 +302,6 @@ def _sum_on_finest(terms: Layers) -> torch.Tensor:
 
 
 def _join_on_finest(layers: Layers) -> torch.Tensor:
-    """The joined features of the definition, (P, N, sum of C_l)."""
+    """The joined features f of the definition, (P, N, sum of C_l)."""
     positions = layers[0].shape[0]
     return torch.cat([layer.repeat_interleave(positions // layer.shape[0], dim=0) for layer in layers], dim=2)

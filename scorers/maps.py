@@ -1,4 +1,4 @@
-"""From distance maps to score maps and image scores: enlarged, smoothed, the maximum taken."""
+"""Converts distance maps to score maps (enlarged and smoothed) and image scores (the maximum of the score map)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-SMOOTHING_SIGMA = 4.0  # pixels of the score map, the release's gaussian_filter (truncate 4, mode "reflect")
+SMOOTHING_SIGMA = 4.0  # pixels of the score map; as in the release, with scipy's truncate 4, mode "reflect"
 
 
 def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, H); `matrix` from `score_map_matrix`.
+    """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, H).
 
-    An image's score is the maximum of its map (release behaviour).
+    An image's score is the maximum of its score map (release behaviour). matrix: from `score_map_matrix`.
     """
     maps = matrix @ distances @ matrix.T
     return maps.flatten(1).amax(dim=1), maps
@@ -21,8 +21,11 @@ def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Ten
 def score_map_matrix(grid: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The matrix M (size, grid) that turns a distance map D (grid, grid) into the score map M D M^T (size, size).
 
-    Bilinear enlargement (align_corners False) and smoothing by scipy's gaussian_filter with SMOOTHING_SIGMA are linear
-    and act on rows and columns alike, so M is had by applying them to the columns of the identity, in float64.
+    M combines bilinear enlargement and smoothing by scipy's gaussian_filter with SMOOTHING_SIGMA. Both are linear and
+    treat rows and columns alike. M is therefore the result of applying both to the columns of the identity matrix. It
+    is computed in float64 and returned in float32.
+
+    Convention: align_corners=False, as in the release.
     """
     identity = torch.eye(grid, dtype=torch.float64)
     enlarged = F.interpolate(identity[None], size=size, mode="linear", align_corners=False)[0].T  # (size, grid)

@@ -1,18 +1,20 @@
-"""Nearest neighbours: how far each region of a test image is from the most similar region of any support view.
+"""The nearest-neighbour scorer: the distance of each image region to the most similar region of any support view.
 
-After PatchCore (Roth et al., CVPR 2022, section 3), changed in what costs little and gives much with few images:
+After PatchCore (Roth et al., CVPR 2022, section 3), adapted to a few support images:
 
-1. Regions. The two coarsest layers, each averaged over 3 x 3 positions, on the coarsest grid (14 x 14 at 224 pixels),
-   joined: one row of 384 numbers per region. On this grid the rows of all views fit into the memory, where PatchCore
-   keeps a few of many.
-2. Coordinates. Each layer is scaled to the same total variance. The rows of the support views give the principal
-   directions; the first COMPONENTS are kept, each divided by the fourth root of its variance (half of whitening).
-3. Damping. A row x becomes x / sqrt(|x|^2 + mean |x|^2 of the support): halfway between Euclidean and cosine distance.
-4. Distance. Euclidean, to the nearest row of the memory, computed exactly as one matrix product.
+1. Regions. The two coarsest layers are averaged over 3 x 3 positions and joined on the coarsest grid (14 x 14 at 224
+   pixels). Each region is one row of 384 features. The memory holds the rows of all views, up to a limit; PatchCore
+   keeps a small subset (coreset).
+2. Coordinates. Each layer is scaled to the same total variance. The rows of the support views determine the principal
+   directions. The first `components` directions are kept. Each is divided by the fourth root of its variance, which is
+   half of full whitening.
+3. Damping. A row x becomes x / sqrt(|x|^2 + mean |x|^2 of the support). The resulting distance lies between the
+   Euclidean and the cosine distance.
+4. Distance. The Euclidean distance to the nearest row of the memory, computed exactly with one matrix product.
 
-A region's position plays no part, so parts may lie anywhere. Of the 22 views the translated and the grey ones are left
-out: they add rows and network passes, and hardly any accuracy. benchmarks/scorers.py measures what each choice gives;
-each was made on categories other than the one it is judged on.
+The position of a region does not matter, so parts may lie anywhere in the image. The translated and the grey views are
+not used: they add rows and network passes, and hardly any accuracy. benchmarks/scorers.py measures what each choice
+gives, and whether the choice would also have been made without the category it is judged on.
 """
 
 from __future__ import annotations
@@ -26,21 +28,22 @@ import torch.nn.functional as F
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 
-CUDA_TABLE_BYTES = 512 * 2**20  # of the largest table of distances between rows of test images and the memory
-SHRINKAGE = 0.01  # of the mean variance, added to each before whitening: weak directions must not become noise
-RIDGE = 1e-5  # of the mean variance, on the diagonal: without it the eigenvectors take seconds on some features
-EPS = 1e-12  # where a layer has no variance, or all rows are alike
-ROUNDING = 4e-6  # squared distances below it are what float32 makes of 0 in |q|^2 + |m|^2 - 2 q m
-SUBSET_SEED = 0  # of the rows that are kept where there are more than `limit`
+CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test rows and the memory
+SHRINKAGE = 0.01  # times the mean variance, added to every variance before whitening: limits noise in weak directions
+RIDGE = 1e-5  # times the mean variance, added to the diagonal: eigh can take seconds without it
+EPS = 1e-12  # avoids division by 0 where a layer has no variance or all rows are equal
+ROUNDING = 4e-6  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
+SUBSET_SEED = 0  # of the random subset of rows, if there are more than `limit`
 
 
 class Choices(NamedTuple):
-    """What benchmarks/scorers.py varies, one at a time; the defaults are what the project uses.
+    """Parameters that benchmarks/scorers.py varies one at a time. The project uses the defaults.
 
-    layers: how many, the coarsest ones. window: side of the square that is averaged over. finer: grid positions per
-    position of the coarsest layer, along a side. components: kept directions, None for the features as they are.
-    whitening: exponent of the standard deviation that each direction is divided by, 0 none, 1 full. damped: step 3.
-    limit: rows of the memory; a random subset where there are more.
+    layers: number of layers, counted from the coarsest. window: side of the averaging window in positions. finer: grid
+    positions per position of the coarsest layer, along one side. components: number of principal directions, None for
+    the features without step 2. whitening: exponent of the standard deviation that each direction is divided by; 0 is
+    none, 1 is full whitening. damped: whether step 3 is applied. limit: largest number of rows in the memory; a random
+    subset is kept if there are more.
     """
 
     layers: int = 2
@@ -56,9 +59,9 @@ CHOSEN = Choices()
 
 
 class Neighbours(Scorer):
-    """The distance of each region to the nearest one in a memory of the support's regions.
+    """The distance of each region to the nearest region of the support.
 
-    Prepared features are rows (N, P, C) of the regions of N images, P = side * side.
+    Prepared features are per layer (N, P, C_l): one row per region, with P = side * side regions per image.
     """
 
     name = "neighbours"
@@ -68,9 +71,11 @@ class Neighbours(Scorer):
         self.choices = choices
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
-        """Per layer (N, P, C_l): means over `window` x `window` positions on one grid, zeros beyond the border counted.
+        """Averages each layer over `window` x `window` positions and resamples it to one grid: (N, P, C_l) per layer.
 
-        Counting the zeros keeps the border, which every view shows alike, from standing out.
+        The averages count zeros beyond the border. This damps the border, where the features of all views are alike.
+
+        Convention: bilinear resampling with align_corners=False.
         """
         side, window = maps[-1].shape[-1] * self.choices.finer, self.choices.window
         layers = []
@@ -84,9 +89,10 @@ class Neighbours(Scorer):
         return layers
 
     def fit(self, support: Prepared) -> Fitted:
-        """`directions` (C, D) and `offset` (D,) of step 2, `damping` of step 3, and the `memory` (D + 1, M) of rows m.
+        """Computes `directions` (C, D) and `offset` (D,) of step 2, `damping` of step 3 and `memory` (D + 1, M).
 
-        The memory holds -2 m, and |m|^2 in the last line, so that one product with a test row gives |m|^2 - 2 q m.
+        A column of the memory holds -2 m for a support row m, followed by |m|^2. One product with a test row q then
+        gives |m|^2 - 2 q m.
         """
         rows = torch.cat(support, dim=2).flatten(0, 1)  # (N P, C)
         directions, offset = self._coordinates(rows, [layer.shape[2] for layer in support])
@@ -101,10 +107,10 @@ class Neighbours(Scorer):
         return {"directions": directions, "offset": offset, "damping": damping, "memory": memory}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Distances (B, H, H) to the nearest row of the memory; without a unit, with damping from 0 to 2."""
+        """Distances (B, H, H) to the nearest row of the memory: at least 0, at most 2 with damping, without a unit."""
         images, positions = test[0].shape[:2]
         rows = torch.cat(test, dim=2)
-        if torch.compiler.is_compiling():  # parts would depend on the number of images, which is not known then
+        if torch.compiler.is_compiling():  # no parts: their size depends on the number of images, unknown here
             squared = self._squared_distances(fitted, rows)
         else:
             parts = rows.split(self._images_at_once(fitted["memory"], positions))
@@ -113,7 +119,7 @@ class Neighbours(Scorer):
         return F.threshold(squared, ROUNDING, 0.0).sqrt().view(images, side, side)
 
     def _squared_distances(self, fitted: Fitted, rows: torch.Tensor) -> torch.Tensor:
-        """Of rows (B, P, C) to the nearest row of the memory: (B, P), negative by rounding at most."""
+        """Squared distances (B, P) of rows (B, P, C) to the nearest row of the memory; can be negative by rounding."""
         rows = torch.addmm(fitted["offset"], rows.flatten(0, 1), fitted["directions"])
         if self.choices.damped:
             rows = _damp(rows, fitted["damping"])
@@ -121,17 +127,17 @@ class Neighbours(Scorer):
         return rows.square().sum(dim=1) + nearest
 
     def _images_at_once(self, memory: torch.Tensor, positions: int) -> int:
-        """How many images share a table of distances.
+        """Number of images that share a table of distances.
 
-        On the CPU one, whose table fits into the caches. An image then goes through the same arithmetic alone as among
-        others. On CUDA as many as CUDA_TABLE_BYTES allow.
+        CPU: one. Its table fits into the caches, and the result for an image does not depend on the batch. CUDA: as
+        many as CUDA_TABLE_BYTES allows.
         """
         if memory.device.type == "cpu":
             return 1
         return max(1, CUDA_TABLE_BYTES // (positions * memory.shape[1] * memory.element_size()))
 
     def _coordinates(self, rows: torch.Tensor, channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Directions (C, D) and offset (D,) that take a row x to its coordinates x @ directions + offset."""
+        """Directions (C, D) and offset (D,); the coordinates of a row x are x @ directions + offset."""
         choices, mean = self.choices, rows.mean(dim=0)
         if choices.components is None:
             return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device), torch.zeros_like(mean)
@@ -140,7 +146,7 @@ class Neighbours(Scorer):
         variances = covariance.diagonal().split(channels)
         scale = torch.cat([v.sum().clamp(min=EPS).rsqrt().expand(len(v)) for v in variances])
         covariance = covariance * scale * scale[:, None]
-        typical = len(channels) / len(mean)  # the mean variance: each layer has a total of 1 now
+        typical = len(channels) / len(mean)  # the mean variance, as each layer now has a total variance of 1
         covariance.diagonal().add_(RIDGE * typical)
         values, vectors = torch.linalg.eigh(covariance)
         values, vectors = values.flip(0)[: choices.components].clamp(min=0), vectors.flip(1)[:, : choices.components]
@@ -150,5 +156,5 @@ class Neighbours(Scorer):
 
 
 def _damp(rows: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """Rows (N, D) shortened to a length below 1; half the squared length where it equals `damping`."""
+    """Scales rows x (N, D) to x / sqrt(|x|^2 + damping), so that their length is below 1."""
     return rows * (rows.square().sum(dim=1, keepdim=True) + damping).clamp(min=EPS).rsqrt()

@@ -1,4 +1,4 @@
-"""Scorers by name, and a researcher's own from a file."""
+"""Looks up scorers by name and loads custom scorers from files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from scorers.neighbours import Neighbours
 from utils.errors import UserError
 
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours)}
-RELEASE_SCORER = Gaussian.name  # what the release scores with: the default of train.py and test.py
+RELEASE_SCORER = Gaussian.name  # the scorer of the release; default of train.py and test.py
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a scorer's name becomes part of file names
 
 
 def make_scorer(name: str) -> Scorer:
-    """The scorer called `name`, or the class in `FILE.py:CLASS`, which is imported and so may run any code.
+    """The scorer called `name`, or an instance of the class given as `FILE.py:CLASS`.
+
+    The file is imported: its code is executed.
 
     Raises:
-        UserError: no such scorer, file or class, or a class that is no Scorer.
+        UserError: the scorer, file or class does not exist, or the class is not a Scorer.
     """
     if ":" in name:
         return _from_file(*name.rsplit(":", 1))
@@ -32,7 +34,11 @@ def make_scorer(name: str) -> Scorer:
 
 
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
-    """The scorers called `names`; UserError as `make_scorer`, or where two have the same name."""
+    """The scorers called `names`, see `make_scorer`.
+
+    Raises:
+        UserError: as for `make_scorer`, or two scorers have the same name.
+    """
     scorers = [make_scorer(name) for name in names]
     found = [scorer.name for scorer in scorers]
     if len(set(found)) < len(found):
@@ -43,10 +49,10 @@ def make_scorers(names: Sequence[str]) -> list[Scorer]:
 def add_scorer_flag(
     group: argparse._ArgumentGroup, several: bool = False, default: str | None = RELEASE_SCORER
 ) -> None:
-    """--scorer: one name, or several in a list."""
+    """Adds --scorer, which takes one name, or with `several` a list of names."""
     options = {"nargs": "+", "default": [default]} if several else {"default": default}
     known = ", ".join(SCORERS)
-    group.add_argument("--scorer", metavar="NAME", help=f"{known}, or your own class as FILE.py:CLASS", **options)
+    group.add_argument("--scorer", metavar="NAME", help=f"{known}, or a custom class as FILE.py:CLASS", **options)
 
 
 def _from_file(file: str, name: str) -> Scorer:
@@ -59,14 +65,14 @@ def _from_file(file: str, name: str) -> Scorer:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a foreign file raises while it is imported
+    except Exception as error:  # importing a user's file can raise any exception
         raise UserError(f"the scorer's file {path} cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Scorer)):
         raise UserError(f"{path} has no class {name} derived from scorers.base.Scorer (docs/extend.md)")
     try:
         scorer = found()
-    except TypeError as error:  # abstract methods missing, or arguments wanted
+    except TypeError as error:  # abstract methods are missing, or the constructor requires arguments
         raise UserError(f"{name} in {path} cannot be made without arguments: {error}") from error
     if not SAFE_NAME.fullmatch(getattr(scorer, "name", "")) or scorer.name in SCORERS:
         raise UserError(f"{name} in {path} needs a `name` of its own, of letters, digits, - and _")
