@@ -1,4 +1,4 @@
-"""Command: export a fitted detector as an ONNX or torch.export file, for programs without this project.
+"""Exports a fitted detector to an ONNX or torch.export file, for use without this project.
 
 python export.py --detector part.regad --output part.onnx --check photos/
 """
@@ -26,14 +26,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_detector_flags(parser)
     export = parser.add_argument_group("export")
-    export.add_argument("--output", type=Path, default=Path("part.onnx"), help="the suffix is that of the format")
-    export.add_argument("--format", nargs="+", choices=list(WRITERS), default=["onnx"], help="one or both")
+    export.add_argument("--output", type=Path, default=Path("part.onnx"), help="the suffix is set by --format")
+    export.add_argument("--format", nargs="+", choices=list(WRITERS), default=["onnx"], help="one or both formats")
     export.add_argument(
         "--check",
         nargs="*",
         type=Path,
         metavar="PATH",
-        help=f"compare with PyTorch on at most {CHECK_IMAGES} of these images; without PATH, on --support images",
+        help=f"compare with PyTorch on at most {CHECK_IMAGES} of these images; without PATH, on the --support images",
     )
     return parser
 
@@ -54,16 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises UserError for arguments and missing packages before the work starts."""
+    """Checks arguments and optional packages.
+
+    Raises:
+        UserError: arguments contradict each other, or a package is missing.
+    """
     check_detector_flags(args)
     if args.check == [] and not args.support:
-        raise UserError("--check needs images, and a saved detector holds none; give files or a folder after --check")
+        raise UserError("--check needs images, and a saved detector contains none; give files or folders after --check")
     if "onnx" in args.format:
         require_packages("onnx", "onnxscript", *([] if args.check is None else ["onnxruntime"]))
 
 
 def _compare(detector: FewShotDetector, files: dict[str, Path], paths: Sequence[Path]) -> None:
-    """Prints differences and times; UserError where the maps of a file differ from PyTorch's."""
+    """Prints differences and times.
+
+    Raises:
+        UserError: the maps or scores of a file differ from those in PyTorch.
+    """
     chosen = np.unique(np.linspace(0, len(paths) - 1, CHECK_IMAGES).round().astype(int))
     images = np.stack([read_image(paths[index], detector.size, detector.keep_aspect) for index in chosen])
     print(f"{len(images)} images, {torch.get_num_threads()} thread(s), without decoding")

@@ -1,4 +1,4 @@
-"""Command: score your own images against a few normal ones, with heat-maps, decisions and a report.
+"""Scores images against a few normal images of the same part; writes heat maps, decisions and a report.
 
 python predict.py --support good_1.png good_2.png --input photos/ --output out
 """
@@ -24,28 +24,28 @@ from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
 from utils.records import peak_memory_mb, plain_arguments, provenance
 
-SOME_FAILED = 1  # exit code where inputs could not be read, all others being done
+SOME_FAILED = 1  # exit code if some images failed; all others are processed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of predict.py."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_argument_group("pictures")
+    what = parser.add_argument_group("images")
     what.add_argument("--input", nargs="+", type=Path, metavar="PATH", help="images to score: files or folders")
     what.add_argument("--watch", type=Path, metavar="DIR", help="score images as they arrive here, until Ctrl-C")
-    what.add_argument("--output", type=Path, default=Path("./predictions"), help="folder of everything written")
+    what.add_argument("--output", type=Path, default=Path("./predictions"), help="folder of all output files")
     add_detector_flags(parser)
     run = parser.add_argument_group("run")
-    run.add_argument("--save", type=Path, metavar="FILE", help="write the detector into one file, e.g. part.regad")
-    run.add_argument("--maps", choices=("none", "png", "npy"), default="none", help="raw maps; png: score * 256")
-    run.add_argument("--no_pictures", action="store_true", help="write numbers and the report only")
+    run.add_argument("--save", type=Path, metavar="FILE", help="save the detector to a file, e.g. part.regad")
+    run.add_argument("--maps", choices=("none", "png", "npy"), default="none", help="score maps; png: score * 256")
+    run.add_argument("--no_pictures", action="store_true", help="write only scores and the report")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--num_workers", type=int, default=2, help="threads that decode and draw")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fits or loads the detector, scores everything, writes table, record and report."""
+    """Fits or loads the detector, scores all images, and writes the table, the record and the report."""
     args = get_args_parser().parse_args(argv)
     _check(args)
     paths = list_inputs(args.input, args.output) if args.input else []
@@ -77,16 +77,16 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Namespace) -> list[Prediction]:
-    """Scores `paths`, writes everything; returns the rows that failed."""
+    """Scores `paths` and writes all output files; returns the rows that failed."""
     root = Path(os.path.commonpath([absolute(path).parent for path in paths]))
-    detector.clock.seconds.clear()  # of fitting
+    detector.clock.seconds.clear()  # discard the times of fitting
     begin = time.perf_counter()
     rows = list(_rows(detector, tqdm(paths, unit="image", disable=None), root, args, PAGE_IMAGES, False))
     seconds = time.perf_counter() - begin
     _finish(detector, rows, root, args, seconds)
     failed = [row for row in rows if row.error]
     scored, calls = sum(row.score is not None for row in rows), sum(row.decision == "defective" for row in rows)
-    print(f"{scored} images scored, {calls} called defective, {len(failed)} failed: {args.output}")
+    print(f"{scored} images scored, {calls} defective, {len(failed)} failed: {args.output}")
     print(f"{seconds:.1f} s, {1000 * seconds / len(rows):.0f} ms per image")
     total = sum(detector.clock.seconds.values())
     print("work:", ", ".join(f"{stage} {s / total:.0%}" for stage, s in detector.clock.seconds.items()))
@@ -94,13 +94,13 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
 
 
 def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
-    """Scores images as they arrive; table, record and report are brought up to date after each lot.
+    """Scores images as they arrive; table, record and report are updated after each group.
 
-    Goes on where an earlier watch with the same output ended: its images, broken ones included, are not scored again,
-    but decided by the threshold of now.
+    Resumes an earlier watch with the same output folder. Its images, including unreadable ones, are not scored again.
+    Their decisions use the current threshold.
     """
     rows, root = read_scores(args.output / "scores.csv", detector.threshold), absolute(args.watch)
-    print(f"watching {args.watch}; Ctrl-C ends" + (f"; {len(rows)} images scored before" if rows else ""))
+    print(f"watching {args.watch}; press Ctrl-C to stop" + (f"; {len(rows)} images scored before" if rows else ""))
     for arrived in watch(args.watch, args.output, done={row.path for row in rows}):
         previews = PAGE_IMAGES - sum(bool(row.preview) for row in rows)
         for row in _rows(detector, arrived, root, args, previews, True):
@@ -126,7 +126,7 @@ def _finish(
     args: argparse.Namespace,
     total_seconds: float | None = None,
 ) -> None:
-    """scores.json and report.html, which names images as below `root`."""
+    """Writes scores.json and report.html. The report names images relative to `root`."""
     threshold = detector.threshold
     content = {
         "arguments": plain_arguments(args),
@@ -145,7 +145,7 @@ def _finish(
 
 
 def _below(root: Path, path: str) -> str:
-    """The shorter name, where the image lies there; rows of an earlier watch may not."""
+    """The path relative to `root`; unchanged for images outside it, which an earlier watch may have scored."""
     return path.removeprefix(f"{full_name(root).rstrip('/')}/")
 
 

@@ -1,9 +1,9 @@
-"""Command: the paper's tables, category by category and shot by shot; plans, runs, goes on after a kill, prints.
+"""Reproduces the tables of the paper: trains and scores every category and K, resumes interrupted runs.
 
-python reproduce.py --objs all --shots 2 4 8 --data_path ./MVTec/ --output results/mvtec      the whole table
-python reproduce.py ... --dry_run                       what exists, what will run, how long it will take
-python reproduce.py ... --eval_only ./save_checkpoints  score the weights there, train nothing
-python reproduce.py --report results/mvtec              print the tables again
+python reproduce.py --objs all --shots 2 4 8 --data_path ./MVTec/ --output results/mvtec      the full table
+python reproduce.py ... --dry_run                       show finished cells, pending cells and estimated time
+python reproduce.py ... --eval_only ./save_checkpoints  score existing checkpoints without training
+python reproduce.py --report results/mvtec              print the tables of a results folder
 python reproduce.py --compare results/a results/b       paired comparison of two folders
 """
 
@@ -30,18 +30,18 @@ from utils import flags
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
 
-SLURM_CLUSTER = "slurm"  # submitit's name; tests put "local" here
+SLURM_CLUSTER = "slurm"  # name of the submitit executor; tests use "local"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of reproduce.py."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="Exit code: 0 all done, 1 some cells failed, 2 a mistake in the call.",
+        epilog="Exit code: 0 all cells finished, 1 some cells failed, 2 invalid arguments or data.",
     )
     grid = parser.add_argument_group("grid")
     grid.add_argument(
-        "--objs", type=flags.category_name, nargs="+", default=["all"], metavar="CATEGORY", help="all, or names"
+        "--objs", type=flags.category_name, nargs="+", default=["all"], metavar="CATEGORY", help="all, or categories"
     )
     grid.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], metavar="K")
     flags.add_network_flags(grid, STN_MODES, list(BACKBONES))
@@ -54,10 +54,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=Path,
         const=flags.DEFAULT_SAVE_DIR,
         metavar="DIR",
-        help="train nothing, score the weights that are in DIR (default ./save_checkpoints)",
+        help="score the checkpoints in DIR without training (default ./save_checkpoints)",
     )
     training = parser.add_argument_group("training, see train.py")
-    flags.add_weights_flag(training, "trunk to start from")
+    flags.add_weights_flag(training, "initial backbone weights")
     training.add_argument("--epochs", type=int, default=50)
     training.add_argument("--batch_size", type=int, default=32)
     flags.add_seed_flag(training)
@@ -66,33 +66,33 @@ def get_args_parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("best", "source"),
         default=["best"],
-        help="source: a second training per cell, whose epoch is chosen without the target",
+        help="source: a second training per cell, whose epoch is selected without the target",
     )
-    training.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="how often an epoch is scored")
+    training.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="epochs between scorings")
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, default=Path("./results/grid"), help="records, tables, weights, logs")
-    run.add_argument("--jobs", type=int, help="cells at a time; default: the number of GPUs, or 1; slurm: all")
+    run.add_argument("--jobs", type=int, help="parallel cells; default: the number of GPUs, or 1; slurm: all")
     run.add_argument("--engine", choices=("local", "slurm"), default="local")
-    run.add_argument("--shard", metavar="I/N", help="only every N-th cell, from the I-th (0 to N-1) on")
+    run.add_argument("--shard", metavar="I/N", help="only every N-th cell, starting at the I-th (0 to N-1)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--num_workers", type=int, default=2, help="processes per cell that decode images")
-    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded images, shared by all cells")
-    run.add_argument("--dry_run", action="store_true", help="print the plan and an estimate, run nothing")
+    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="image cache, shared by all cells")
+    run.add_argument("--dry_run", action="store_true", help="print the plan and an estimate without running it")
     slurm = parser.add_argument_group("slurm (needs requirements-cluster.txt)")
     slurm.add_argument("--slurm_partition", metavar="NAME")
     slurm.add_argument("--slurm_minutes", type=int, default=1440, help="time limit of a cell")
     slurm.add_argument("--slurm_gpus", type=int, default=1, help="GPUs per cell, 0 or 1")
     slurm.add_argument("--slurm_cpus", type=int, default=4, help="cores per cell")
-    slurm.add_argument("--slurm_requeue", type=int, default=3, help="how often a cell that ran out of time goes on")
-    results = parser.add_argument_group("results, nothing is run")
-    results.add_argument("--report", type=Path, metavar="DIR", help="print the tables of DIR and write them anew")
-    results.add_argument("--readme", type=Path, metavar="FILE", help="with --report: put them into FILE too")
+    slurm.add_argument("--slurm_requeue", type=int, default=3, help="how often a cell is requeued after its time limit")
+    results = parser.add_argument_group("results of earlier runs")
+    results.add_argument("--report", type=Path, metavar="DIR", help="print the tables of DIR and rewrite their files")
+    results.add_argument("--readme", type=Path, metavar="FILE", help="with --report: also insert them in FILE")
     results.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="paired differences B - A")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Plans, runs what is not finished, prints the tables."""
+    """Plans the cells, runs those that are not finished, and prints the tables."""
     args = get_args_parser().parse_args(argv)
     if args.compare:
         print(format_comparison(compare(*map(read_results, args.compare))))
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, reason in failed.items():
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again", file=sys.stderr)
+        print(f"{len(failed)} of {len(cells)} cells failed; run the same command to retry them", file=sys.stderr)
         sys.exit(1)
 
 
@@ -124,16 +124,16 @@ def _check(args: argparse.Namespace) -> None:
     if args.readme:
         raise UserError("--readme goes with --report DIR")
     if len(set(args.shots)) < len(args.shots) or len(set(args.objs)) < len(args.objs):
-        raise UserError("--shots and --objs must not name anything twice")
+        raise UserError("--shots and --objs must not contain duplicates")
 
 
 def _run(args: argparse.Namespace, cells: list[Cell]) -> dict[str, str]:
-    """Runs the cells; gives the names of those that failed, with the reasons."""
+    """Runs the cells. Returns the names of failed cells with the reasons."""
     failed: dict[str, str] = {}
     begin, done = time.monotonic(), 0
 
     def report(cell: Cell, reason: str | None) -> None:
-        """Counts and prints a cell that ended, with the reason if it failed, and the time since the start."""
+        """Counts and prints a completed cell, with the elapsed time and the reason if it failed."""
         nonlocal done
         done += 1
         if reason:

@@ -1,7 +1,7 @@
-"""Command: few-shot scoring of one category, image and pixel metrics over several support sets.
+"""Scores one category against few-shot support sets and reports image and pixel metrics.
 
 python test.py --obj bottle --shot 2 --stn_mode rotation_scale
-python test.py --obj bottle --shot 2 4 8 --untrained        several support sets; test features once per set of weights
+python test.py --obj bottle --shot 2 4 8 --untrained        several K; test features are computed once per checkpoint
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from utils.stages import StageClock
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of test.py: the release's flags, and ours."""
+    """The command line of test.py: the flags of the release and those of this project."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_argument_group("what is scored")
+    what = parser.add_argument_group("data")
     what.add_argument(
         "--obj", type=flags.category_name, required=True, metavar="CATEGORY", help="the category to score"
     )
@@ -47,25 +47,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_image_flags(parser.add_argument_group("images"))
     network = parser.add_argument_group("network")
     flags.add_network_flags(network, STN_MODES, list(BACKBONES))
-    network.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="train.py's and the release's")
-    network.add_argument("--checkpoint", type=Path, help="default: where train.py and the release put it")
-    network.add_argument("--last", action="store_true", help="score train.py's weights after the last epoch instead")
-    network.add_argument("--untrained", action="store_true", help="score without any registration training")
-    flags.add_weights_flag(network, "trunk for --untrained")
+    network.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="folder of the checkpoints")
+    network.add_argument("--checkpoint", type=Path, help="default: the file of train.py or the release in --save_dir")
+    network.add_argument("--last", action="store_true", help="score the weights of the last epoch instead")
+    network.add_argument("--untrained", action="store_true", help="score without registration training")
+    flags.add_weights_flag(network, "backbone weights for --untrained")
     run = parser.add_argument_group("run")
     flags.add_device_flag(run)
-    run.add_argument("--batch_size", type=int, help="images per network pass; changes time, memory, last digits")
+    run.add_argument("--batch_size", type=int, help="images per network pass; affects time, memory, last digits")
     flags.add_workers_flag(run)
-    flags.add_seed_flag(run, "for --weights none; all else is deterministic")
+    flags.add_seed_flag(run, "for --weights none; everything else is deterministic")
     add_scorer_flag(run, several=True)
-    run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: AP, F1-max and PRO too")
+    run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: also AP, F1-max and PRO")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and images")
-    run.add_argument("--save_images", type=int, default=0, metavar="N", help="of round 0, with a report; -1: all")
+    run.add_argument("--save_images", type=int, default=0, metavar="N", help="images of round 0, with a report; -1: all")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks all input, scores every round, prints the numbers and writes the records."""
+    """Checks all inputs, scores every round, prints the metrics and writes the records."""
     args = get_args_parser().parse_args(argv)
     _check_numbers(args)
     limit_pixels(args.max_pixels)
@@ -101,7 +101,7 @@ def _score_shot(
     dataset: LabelledDataset,
     clock: StageClock,
 ) -> None:
-    """Scores the rounds of one support set with every scorer; prints and writes each scorer's record."""
+    """Scores all rounds of one K with every scorer; prints the metrics and writes one record per scorer."""
     print(f"support: {support.source}")
     scored = score_rounds(network, test, support.images, clock, args.batch_size, args.metrics == "all")
     names = [scorer.name for scorer in test.features.scorers]
@@ -130,7 +130,7 @@ def _score_shot(
 
 
 class Weights(NamedTuple):
-    """What is scored. `kind` is a key of grid.tables.WEIGHTS. `file`: None for an untrained network."""
+    """The weights to score. kind: a key of grid.tables.WEIGHTS. file, sha256: None for an untrained network."""
 
     file: Path | None
     sha256: str | None
@@ -150,7 +150,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
-    """Each set of weights, with the shots it is scored for."""
+    """The weights to score, each with its list of K. Equal files are scored once.
+
+    Raises:
+        UserError: a checkpoint is missing.
+    """
     if args.untrained:
         return {Weights(None, None, "untrained", 0): args.shot}
     found: dict[str, tuple[Weights, list[int]]] = {}
@@ -177,7 +181,7 @@ def _load_network(args: argparse.Namespace, weights: Weights) -> torch.nn.Module
 def _print_rounds(
     scored: Iterable[dict[str, RoundResult]], names: Sequence[str], keep_maps: bool
 ) -> tuple[dict[str, list[dict]], dict[str, np.ndarray]]:
-    """The numbers of every round by scorer, printed as they come; with `keep_maps` also the first round's maps."""
+    """Prints the metrics of every round. Returns them by scorer, with `keep_maps` also the maps of round 0."""
     results: dict[str, list[dict]] = {name: [] for name in names}
     first_maps: dict[str, np.ndarray] = {}
     for number, by_scorer in enumerate(scored):
@@ -205,7 +209,7 @@ def _support_record(support: SupportRounds) -> dict:
 
 
 def _save_images(args: argparse.Namespace, name: str, dataset: LabelledDataset, maps: np.ndarray) -> None:
-    from reports.gallery import save_gallery, with_own_threshold  # scikit-learn and matplotlib take seconds to import
+    from reports.gallery import save_gallery, with_own_threshold  # slow: imports scikit-learn and matplotlib
 
     folder = args.output / name
     try:

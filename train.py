@@ -1,7 +1,7 @@
-"""Command: meta-train the registration network on every category but the target.
+"""Meta-trains the registration network on all categories except the target.
 
 python train.py --obj bottle --shot 2 --stn_mode rotation_scale
-python train.py --obj bottle --shot 2 --select source       the epoch is chosen without looking at bottle
+python train.py --obj bottle --shot 2 --select source       select the epoch without using bottle
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from utils.files import digest, write_json
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
-MIN_IMG_SIZE = 64  # smaller, and the last warp head's batch-norm sees one value of a single image
-# Arguments that decide the weights or which are kept: a run is resumed only with the same ones.
+MIN_IMG_SIZE = 64  # below, the batch norm of the last warp head gets one value per channel
+# Arguments that affect the weights or the selected epoch. A run is resumed only with the same values.
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
     *("keep_aspect", "momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
@@ -57,31 +57,31 @@ DECISIVE = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of train.py: the release's flags, and ours."""
+    """The command line of train.py: the flags of the release and those of this project."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    what = parser.add_argument_group("what is trained on")
+    what = parser.add_argument_group("data")
     what.add_argument(
         "--obj",
         type=flags.category_name,
         required=True,
         metavar="CATEGORY",
-        help="the target: left out of training, scored",
+        help="target category: excluded from training, scored",
     )
     flags.add_data_flags(what, CATEGORIES)
     what.add_argument("--shot", type=int, default=2, metavar="K", help="support images per query")
     what.add_argument(
-        "--episodes", type=Path, metavar="FILE", help="train on these in every epoch (datasets/episodes.py)"
+        "--episodes", type=Path, metavar="FILE", help="use these episodes in every epoch (datasets/episodes.py)"
     )
     flags.add_image_flags(parser.add_argument_group("images"))
     how = parser.add_argument_group("training")
     flags.add_network_flags(how, STN_MODES, list(BACKBONES), timm=False)
-    flags.add_weights_flag(how, "trunk to start from")
+    flags.add_weights_flag(how, "initial backbone weights")
     how.add_argument("--epochs", type=int, default=50)
     how.add_argument("--batch_size", type=int, default=32, help="queries per step")
-    how.add_argument("--lr", type=float, default=0.0001, help="learning rate, falls to 0 on a half cosine")
+    how.add_argument("--lr", type=float, default=0.0001, help="learning rate, decays to 0 with a half cosine")
     how.add_argument("--momentum", type=float, default=0.9)
     flags.add_seed_flag(how)
-    score = parser.add_argument_group("scoring, and the choice of an epoch")
+    score = parser.add_argument_group("scoring and selection of the epoch")
     flags.add_support_flags(score)
     add_scorer_flag(score, several=True)
     score.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="0: never (needs --select last)")
@@ -89,31 +89,31 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--select",
         choices=("best", "last", "source"),
         default="best",
-        help="best: by the target's test labels; source: by a held-out source category, the target is never read",
+        help="best: by the target's test labels; source: by a held-out source category, without the target",
     )
     score.add_argument(
         "--held_out",
         type=flags.category_name,
         metavar="CATEGORY",
-        help="for --select source; default: the next one after the target by name",
+        help="for --select source; default: the next category after the target by name",
     )
     run = parser.add_argument_group("run")
     flags.add_device_flag(run)
     flags.add_workers_flag(run)
-    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="decoded images; none: keep in memory")
-    run.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="where test.py looks for weights")
-    run.add_argument("--resume", action="store_true", help="go on where a killed run stopped; start if there is none")
+    run.add_argument("--cache_dir", default=str(default_cache_dir()), help="cache of decoded images; none: in memory")
+    run.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="folder of the checkpoints")
+    run.add_argument("--resume", action="store_true", help="resume an interrupted run, or start a new one")
     run.add_argument(
-        "--save_every", type=float, default=300, metavar="SECONDS", help="at most this is lost when killed"
+        "--save_every", type=float, default=300, metavar="SECONDS", help="interval for saving the state to resume from"
     )
-    run.add_argument("--amp", choices=("off", "bf16"), default="off", help="bf16: other numbers, for CUDA")
-    run.add_argument("--tf32", action="store_true", help="CUDA arithmetic in TF32: other numbers, faster")
-    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    run.add_argument("--amp", choices=("off", "bf16"), default="off", help="bf16: bfloat16 (CUDA), changes results")
+    run.add_argument("--tf32", action="store_true", help="TF32 (CUDA): faster, changes results")
+    run.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks all input, then trains, scores and saves, epoch by epoch."""
+    """Checks all inputs, then trains, scores and saves epoch by epoch."""
     args = get_args_parser().parse_args(argv)
     _check(args)
     limit_pixels(args.max_pixels)
@@ -127,15 +127,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     replayed = read_episodes(args.episodes, names) if args.episodes else None
     target = _load_target(args, scored) if args.eval_every else None
-    seed_everything(args.seed)  # after all that may draw numbers: epoch 0 is what test.py --untrained scores
+    seed_everything(args.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
     images = SourceImages(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
     print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} images; target {args.obj}")
     if args.select == "best":
-        print("note: --select best chooses the epoch by the target's test labels, as the published protocol does")
+        print("note: --select best selects the epoch by the target's test labels, as in the published protocol")
     if args.select == "source":
-        print(f"the epoch is chosen by {scored}, which is not trained on; {args.obj} is not read. test.py scores it")
+        print(f"the epoch is selected by {scored}, which is excluded from training; score {args.obj} with test.py")
     run = {"arguments": plain_arguments(args), **provenance(device)}
     for entry, selected in _epochs(
         trainer, args, names, replayed, images, partial(trainer.save, files.state, decisive), target
@@ -161,10 +161,10 @@ def _epochs(
     save: Callable[[], None],
     target: Target | None,
 ) -> Iterator[tuple[dict, bool]]:
-    """Trains and scores the epochs that are left; for each its entry and whether its weights are selected."""
+    """Trains and scores the remaining epochs. Yields the entry of each, and whether its weights are selected."""
     started = time.perf_counter()
     while (epoch := trainer.progress.epoch) <= args.epochs:
-        clock = StageClock()  # on CUDA it counts the host's time only: waiting would slow the loop
+        clock = StageClock()  # on CUDA, host time only: synchronisation would slow down training
         episodes: list[Episode] = []
         if epoch:
             episodes = replayed or draw_episodes(names, args.shot, args.batch_size, args.seed, epoch)
@@ -172,13 +172,13 @@ def _epochs(
         entry = _entry(trainer, args, episodes, clock)
         if target and (epoch % args.eval_every == 0 or epoch == args.epochs):
             entry |= _score(trainer, target)
-        entry["elapsed_seconds"] = time.perf_counter() - started  # with the saving of the epoch before
+        entry["elapsed_seconds"] = time.perf_counter() - started  # includes saving the previous epoch
         started = time.perf_counter()
         yield entry, is_selected(entry, trainer.progress.history, trainer.progress.selected, args.select)
 
 
 class Target(NamedTuple):
-    """The left-out category that is scored, decoded."""
+    """The category to score, with decoded images: the target, or with --select source the held-out category."""
 
     dataset: Preloaded
     labels: list[int]
@@ -195,26 +195,30 @@ def _check(args: argparse.Namespace) -> None:
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")
     if args.select != "last" and not args.eval_every:
-        raise UserError(f"--select {args.select} needs scores to choose by; give --select last with --eval_every 0")
+        raise UserError(f"--select {args.select} needs scores; give --select last with --eval_every 0")
     if args.held_out and args.select != "source":
         raise UserError("--held_out is for --select source")
 
 
 def _is_finished(files: RunFiles, decisive: dict) -> bool:
-    """Whether this very run has been completed; says so."""
+    """Whether a run with the same arguments is finished. Prints its results.
+
+    Raises:
+        UserError: the finished run had other arguments.
+    """
     if files.state.is_file() or not files.record.is_file():
         return False
     record = json.loads(files.record.read_text(encoding="utf-8"))
     if ADDED_LATER | record.get("decisive", {}) != decisive:
-        raise UserError(f"{files.record} is of a run with other arguments; start anew without --resume")
+        raise UserError(f"{files.record} belongs to a run with other arguments; start a new run without --resume")
     print(f"already finished: {files.record}\n{_format_outcomes(record['epochs'], record['selected_epoch'])}")
     return True
 
 
 def _hold_out(args: argparse.Namespace, sources: dict[str, list[Path]]) -> str:
-    """Takes the category that the epoch is chosen by out of the sources, and notes it in the arguments."""
+    """Removes the category that selects the epoch from the sources, and stores it in `args.held_out`."""
     if len(sources) < 2:
-        raise UserError(f"--select source needs two source categories, one to hold out; there is {', '.join(sources)}")
+        raise UserError(f"--select source needs two source categories, one is held out; found {', '.join(sources)}")
     args.held_out = args.held_out or held_out_category(sources, args.obj)
     if args.held_out not in sources:
         raise UserError(f"--held_out {args.held_out} is no source category; they are {', '.join(sources)}")
@@ -248,7 +252,7 @@ def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, 
 
 
 def _entry(trainer: Trainer, args: argparse.Namespace, episodes: Sequence[Episode], clock: StageClock) -> dict:
-    """What is known of an epoch after its training."""
+    """The record entry of an epoch after training, without scores."""
     progress = trainer.progress
     if not progress.epoch:
         return {"epoch": 0, "loss": None, "lr": None, "steps": 0, "seconds": {}}
@@ -262,7 +266,7 @@ def _entry(trainer: Trainer, args: argparse.Namespace, episodes: Sequence[Episod
 
 
 def _score(trainer: Trainer, target: Target) -> dict:
-    """The target's numbers with the weights as they are: of the first scorer, and of each where there are several."""
+    """Scores the target with the current weights: metrics of the first scorer, and of every scorer if several."""
     clock = StageClock(trainer.device)
     scored = list(
         score_category(trainer.model.stn, target.scorers, target.dataset, target.labels, target.rounds, clock)
@@ -291,7 +295,7 @@ def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
 
 
 def _format_outcomes(history: Sequence[dict], selected: int) -> str:
-    """Untrained, selected and last weights side by side."""
+    """Formats the metrics of the untrained, selected and last weights as a table."""
     lines = [f"{'weights':22}{'image AUROC':20}pixel AUROC"]
     for name, entry in outcomes(history, selected).items():
         image, pixel = format_summary(entry["image_auroc"]), format_summary(entry["pixel_auroc"])
@@ -300,7 +304,7 @@ def _format_outcomes(history: Sequence[dict], selected: int) -> str:
 
 
 def _finish(files: RunFiles, trainer: Trainer, run: dict, decisive: dict) -> None:
-    """Writes the record, prints the outcome and removes the state."""
+    """Writes the record, prints the results and removes the state file."""
     history, selected = trainer.progress.history, trainer.progress.selected
     record = {
         **run,

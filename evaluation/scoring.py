@@ -1,6 +1,6 @@
-"""The one evaluation: network + support rounds + test images -> score maps and metrics of every round.
+"""Evaluation of a category: network + support sets + test images -> score maps and metrics of every round.
 
-Test features depend neither on the round nor on the support set: they are computed once and used by all rounds.
+The test features depend neither on the round nor on the support set. They are computed once and used in all rounds.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from scorers.maps import score_map_matrix, score_maps
 from utils.errors import UserError
 from utils.stages import StageClock
 
-# Images per network pass; changes time, memory and the last digits, nothing else. On the CPU the caches decide:
-# benchmarks/scoring.py --batch_size N prints the milliseconds per image.
+# Images per network pass. Affects time, memory and the last digits only. On the CPU, the best value depends on the
+# caches; benchmarks/scoring.py --batch_size N prints the milliseconds per image.
 SCORING_BATCH = {"cpu": 12, "cuda": 64}
-KEPT_FEATURES_BYTES = 512 * 2**20  # at most, of support images that come again in a later round
+KEPT_FEATURES_BYTES = 512 * 2**20  # limit for cached features of support images that occur again in later rounds
 
 
 class TestFeatures(NamedTuple):
-    """A category's test side, ready for any number of rounds."""
+    """Test features and ground truth of a category, used in all rounds."""
 
     features: FeatureStore
     labels: np.ndarray  # (B,) bool, True for defective
-    masks: np.ndarray | None  # (B, S, S) bool; None: no pixel is known to be defective, so there is no pixel metric
-    counted: np.ndarray | None = None  # (B, S, S) bool, the pixels whose truth is known; None: all
+    masks: np.ndarray | None  # (B, S, S) bool; None if no pixel is known to be defective: no pixel metrics
+    counted: np.ndarray | None = None  # (B, S, S) bool, the pixels with known ground truth; None: all
 
 
 class RoundResult(NamedTuple):
-    """One support set's outcome by one scorer. distances: (B, H, H); maps: (B, S, S), enlarged and smoothed."""
+    """The result of one support set and one scorer. distances: (B, H, H); maps: (B, S, S), enlarged and smoothed."""
 
     image_auroc: float
     pixel_auroc: float | None
     distances: torch.Tensor
     maps: torch.Tensor
-    more: dict[str, float | None]  # the other metrics, where asked for; None where there is no ground truth
+    more: dict[str, float | None]  # the other metrics, if requested; None without ground truth
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """Every metric by its name in the records."""
+        """All metrics by their key in the records."""
         return {"image_auroc": self.image_auroc, "pixel_auroc": self.pixel_auroc, **self.more}
 
 
@@ -63,9 +63,9 @@ def score_category(
     batch_size: int | None = None,
     num_workers: int = 0,
 ) -> Iterator[dict[str, RoundResult]]:
-    """Scores a category with `network` as it is (it is not changed): test features once, then round after round.
+    """Scores a category with a copy of `network`: computes the test features once, then scores each round.
 
-    The arguments are those of `compute_test_features` and of `score_rounds`.
+    The arguments are those of `compute_test_features` and `score_rounds`.
     """
     network = folded(network.to(clock.device))
     test = compute_test_features(network, scorers, dataset, labels, clock, batch_size, num_workers)
@@ -81,9 +81,10 @@ def compute_test_features(
     batch_size: int | None,
     num_workers: int,
 ) -> TestFeatures:
-    """Features and ground truth of the test images in `dataset`, whose items are datasets.mvtec.LabelledDataset's.
+    """Features and ground truth of the test images in `dataset`.
 
-    `network` comes from `models.stn.folded`, on the clock's device. batch_size: None for SCORING_BATCH.
+    network: from `models.stn.folded`, on the clock's device. dataset: its items are those of
+    datasets.mvtec.LabelledDataset. labels: 1 for defective images. batch_size: None for SCORING_BATCH.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     store = FeatureStore(scorers, len(labels))
@@ -111,13 +112,15 @@ def score_rounds(
     batch_size: int | None = None,
     all_metrics: bool = False,
 ) -> Iterator[dict[str, RoundResult]]:
-    """Scores the test features against each round's support images (K, 3, S, S) in [0, 1], one round at a time.
+    """Scores the test features against the support images of each round, one round at a time.
 
-    Yields the results of every scorer of `test.features`, by name. all_metrics: average precision, F1-max and PRO too,
-    not only the AUROCs.
+    Yields the result of every scorer of `test.features` by name.
+
+    rounds: support images (K, 3, S, S) in [0, 1], per round. all_metrics: also computes average precision, F1-max and
+    PRO.
 
     Raises:
-        UserError: scores that are not finite.
+        UserError: a score is not finite.
     """
     metrics = _Metrics(test, clock.device, all_metrics)
     supports = _support_features(network, test.features.scorers, rounds, clock, batch_size)
@@ -142,7 +145,7 @@ def _score_round(
 
 
 class _Metrics:
-    """The metrics of a round; what does not depend on the round is made once."""
+    """Computes the metrics of each round; values that do not depend on the round are computed once."""
 
     def __init__(self, test: TestFeatures, device: torch.device, all_metrics: bool) -> None:
         self.labels, self.all_metrics = test.labels, all_metrics
@@ -152,19 +155,22 @@ class _Metrics:
         self.pixel: Ranking | None = None
 
     def aurocs(self, image_scores: np.ndarray, maps: torch.Tensor) -> tuple[float, float | None]:
-        """Image and pixel AUROC; keeps the rankings for `more`."""
+        """Image and pixel AUROC; stores the rankings for `more`.
+
+        The pixel AUROC is None if no pixel is known to be defective.
+        """
         self.image, self.pixel = rank(image_scores, self.labels), None
         if self.truth is not None:
             self.pixel = _rank_pixels(maps if self.counted is None else maps[self.counted], self.truth)
         return auroc(self.image), None if self.pixel is None else auroc(self.pixel)
 
     def more(self) -> dict[str, float | None]:
-        """The other metrics of the rankings, where they are asked for."""
+        """The other metrics of the stored rankings, if requested."""
         return _more_metrics(self.image, self.pixel, self.regions) if self.all_metrics else {}
 
 
 def _known_truth(test: TestFeatures, device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:
-    """Which of the counted pixels are defective, and which pixels are counted, on `device`; None as in `test`."""
+    """The ground truth of the counted pixels, and the mask of counted pixels on `device`; None as in `TestFeatures`."""
     if test.masks is None or test.counted is None:
         return test.masks, None
     return test.masks[test.counted], torch.from_numpy(test.counted).to(device)
@@ -191,9 +197,9 @@ def _support_features(
     clock: StageClock,
     batch_size: int | None,
 ) -> Iterator[dict[str, Prepared]]:
-    """Prepared features of all views of each round, by scorer, in the same memory for every round.
+    """Yields the prepared features of all views of each round, by scorer. All rounds share the same memory.
 
-    An image of several rounds goes through the network once, as far as KEPT_FEATURES_BYTES allow.
+    The features of an image that occurs in several rounds are cached, up to KEPT_FEATURES_BYTES.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     keys = [[hashlib.sha256(image.numpy()).digest() for image in images] for images in rounds]

@@ -1,4 +1,4 @@
-"""Numbers over rounds: mean, spread, interval, and how they are printed."""
+"""Statistics over rounds (mean, standard deviation, 95 % interval) and their text format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from scipy.special import stdtrit
 
 
 def summary(values: Sequence[float | None]) -> dict | None:
-    """Mean, sample standard deviation and 95 % interval over rounds; None where the metric is absent.
+    """Mean, sample standard deviation and 95 % interval over rounds; None if a value is None.
 
-    The interval [low, high] is Student's t for the mean of another set of as many rounds. A single round has no spread.
+    The interval [low, high] is Student's t confidence interval of the mean. With a single round, standard deviation
+    and interval are None.
     """
     if any(value is None for value in values):
         return None
@@ -24,13 +25,13 @@ def summary(values: Sequence[float | None]) -> dict | None:
 
 
 def format_summary(numbers: dict | None) -> str:
-    """`0.6596 +- 0.0123`, or `n/a`."""
+    """Mean and standard deviation as text: `0.6596 +- 0.0123`, or `n/a` without values."""
     if numbers is None:
         return "n/a"
     return f"{numbers['mean']:.4f}" + ("" if numbers["sd"] is None else f" +- {numbers['sd']:.4f}")
 
 
 def format_interval(numbers: dict | None) -> str:
-    """`0.6508 to 0.6684`, the 95 % interval as far as it lies in [0, 1]; empty where there is none."""
+    """The 95 % interval as text, clipped to [0, 1]: `0.6508 to 0.6684`; empty without an interval."""
     interval = numbers and numbers["interval95"]
     return f"{max(interval[0], 0):.4f} to {min(interval[1], 1):.4f}" if interval else ""

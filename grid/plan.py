@@ -1,4 +1,4 @@
-"""The plan of a grid: its cells, their commands, the keys that say what their numbers depend on, an estimate."""
+"""The plan of a grid: its cells, their commands, a key of all inputs per cell, and a time estimate."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from utils.flags import DEFAULT_SUPPORT_PATH
 
 
 class Plan:
-    """The cells of the grid that the arguments ask for, and what their numbers depend on."""
+    """The cells of the grid given by the command-line arguments of reproduce.py."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -47,14 +47,20 @@ class Plan:
         self.network = network_name(args.backbone, args.stn_mode)
 
     def cells(self) -> list[Cell]:
-        """In the order of running: an untrained cell per category, then the trained ones; or the weights found."""
+        """The cells in running order: one untrained cell per category, then the trained cells.
+
+        With --eval_only, the cells of the checkpoints that exist.
+
+        Raises:
+            UserError: --eval_only finds no checkpoint.
+        """
         if self.args.eval_only:
             cells = [cell for name in self.categories for cell in self._found_cells(name)]
             if not cells:
                 raise UserError(f"no checkpoint of the grid in {self.args.eval_only}, see save_checkpoints/README.md")
             return cells
         untrained = [self._untrained_cell(name) for name in self.categories]
-        if self.args.backbone.startswith(PREFIX):  # nothing of it is trained here
+        if self.args.backbone.startswith(PREFIX):  # timm backbones are not trained in this project
             return untrained
         trained = [
             self._trained_cell(name, shot, select)
@@ -65,12 +71,12 @@ class Plan:
         return [*untrained, *trained]
 
     def print_plan(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Prints one line per cell and an estimate of the time; gives the cells that are to be run."""
+        """Prints one line per cell and a time estimate. Returns the cells to run."""
         output = self.args.output
         to_run = [cell for cell in cells if not is_finished(output, cell)]
         seconds = self._seconds(to_run) if to_run and self.args.engine == "local" else {}
         for cell in cells:
-            state = "finished" if cell not in to_run else "goes on" if is_begun(output, cell) else "new"
+            state = "finished" if cell not in to_run else "resume" if is_begun(output, cell) else "new"
             about = f": about {format_duration(seconds[cell])}" if cell in seconds else ""
             print(f"  {state:9} {cell.name}{about}")
         print(f"{len(cells)} cells, {len(cells) - len(to_run)} finished, {len(to_run)} to run", end="")
@@ -90,12 +96,12 @@ class Plan:
         return flags + (["--support_path", str(args.support_path)] if args.support_path else [])
 
     def _test(self, category: str, shots: Sequence[int], *flags: str) -> tuple[str, ...]:
-        """The command that scores one kind of weights."""
+        """The test.py command that scores one kind of weights."""
         output = ("--scorer", *self.args.scorer, "--output", str(self.args.output))
         return ("test.py", *self._data_flags(category), "--shot", *map(str, shots), *flags, *output)
 
     def _records(self, category: str, shots: Sequence[int], kind: str) -> tuple[str, ...]:
-        """What test.py writes: one record per shot and scorer."""
+        """The record files that test.py writes: one per K and scorer."""
         endings = [kind + ("" if name == RELEASE_SCORER else f"_{name}") for name in self.scorers]
         return tuple(f"{category}_{shot}_{self.network}{ending}.json" for shot in shots for ending in endings)
 
@@ -123,7 +129,7 @@ class Plan:
         return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records))
 
     def _found_cells(self, category: str) -> list[Cell]:
-        """Existing weights of a category: one cell for all shots, so that equal files are scored together."""
+        """The cells of a category's existing checkpoints. A cell covers all K, so that equal files are scored once."""
         args = self.args
         found: dict[tuple[str, str], dict[int, Path]] = {}  # (rule, flag for test.py) -> shot -> file
         for flag, place in (("--last", last_file), ("", checkpoint_file)):
@@ -133,7 +139,7 @@ class Plan:
                 if rule and shot not in found.get((rule, "--last"), {}):
                     found.setdefault((rule, flag), {})[shot] = file
                 elif not rule and not flag:
-                    print(f"no weights {file}: the table will show the cell as missing")
+                    print(f"no checkpoint {file}: the table will show the cell as missing")
         return [self._found_cell(category, *kind, files) for kind, files in found.items()]
 
     def _found_cell(self, category: str, rule: str, flag: str, files: dict[int, Path]) -> Cell:
@@ -145,7 +151,7 @@ class Plan:
         return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records)
 
     def _key(self, category: str, shots: Sequence[int], *decisive: object) -> str:
-        """A digest of what the numbers depend on: arguments, data, code. Not of where the data lie."""
+        """A digest of all that affects the metrics: arguments, data and code, but not the location of the data."""
         args, files = self.args, self.files
         weights = files.of([Path(args.weights)]) if Path(args.weights).is_file() else args.weights
         support = [file for shot in shots for file in self._support_files(category, shot)]
@@ -171,7 +177,7 @@ class Plan:
         )
 
     def _scorer_key(self, name: str) -> object:
-        """A scorer's name; of one from a file also the file's content."""
+        """The name of a scorer; for a custom scorer, also the digest of its file."""
         file, _, _ = name.rpartition(":")
         return [name.removeprefix(file), self.files.of([Path(file)])] if file else name
 
@@ -181,7 +187,7 @@ class Plan:
         return sorted(file for file in files if file.is_file())
 
     def _seconds(self, cells: Sequence[Cell]) -> dict[Cell, float]:
-        """Estimated from a measurement on this machine, with a job's share of its cores."""
+        """Estimated seconds per cell, from a measurement on this machine with the CPU cores of one job."""
         args = self.args
         torch.set_num_threads(cores_per_job(count_jobs(args)))
         speed = measure(command_device(args.device), args.stn_mode, args.img_size, args.backbone)
@@ -207,7 +213,11 @@ def _categories(args: argparse.Namespace) -> list[str]:
 
 
 def take_shard(cells: list[Cell], shard: str | None) -> list[Cell]:
-    """Every N-th cell from the I-th on, for a shard "I/N"; UserError for any other text."""
+    """Every N-th cell, starting at the I-th, for a shard "I/N"; all cells for None.
+
+    Raises:
+        UserError: `shard` has another format.
+    """
     if shard is None:
         return cells
     first, _, count = shard.partition("/")
@@ -217,5 +227,5 @@ def take_shard(cells: list[Cell], shard: str | None) -> list[Cell]:
 
 
 def count_jobs(args: argparse.Namespace) -> int:
-    """Cells at a time on this machine."""
+    """Number of parallel cells on this machine."""
     return args.jobs or max(1, len(visible_gpus(args.device)))

@@ -1,4 +1,4 @@
-"""The few-shot detector: fitted once on support images, then asked for scores and maps of any images."""
+"""The few-shot detector: fitted once on support images, then computes scores and score maps of any images."""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ from utils.errors import UserError
 from utils.files import load_tensors, whole_file
 from utils.stages import StageClock
 
-NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass: fastest on two cores; more only wait longer
-SCORE_GROUP = 32  # images whose features are in memory at a time
-DEFAULT_SCORER = Neighbours.name  # finds more than the Gaussian on every kind of part tried: benchmarks/scorers.py
+NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
+SCORE_GROUP = 32  # images whose features are in memory at the same time
+DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
 FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
 
 ImageInput = Path | str | Image.Image | np.ndarray | torch.Tensor
 
 
 class FewShotDetector:
-    """Scores images of a part by their distance to a few normal images of it.
+    """Scores images of a part by their distance to a few normal images of the same part.
 
     detector = FewShotDetector(untrained("imagenet").stn)  # or load_checkpoint(file, stn_mode, img_size).stn
     detector.fit(["normal_1.png", "normal_2.png"])
     scores, maps = detector.score(["new.png"])
 
-    Images are paths, PIL images, arrays (H, W) or (H, W, 3) uint8, or tensors (3, H, W) uint8 or float in [0, 1], of
-    any size. Scores are distances without a unit, from 0 without an upper bound. A score does not depend on the other
-    images of a call.
+    Images of any size are paths, PIL images, arrays (H, W) or (H, W, 3) uint8, or tensors (3, H, W) uint8 or float in
+    [0, 1]. Scores are distances: at least 0, without a unit. The score of an image does not depend on the other images
+    of the call.
 
-    scorer: a name of `scorers.registry`, or a Scorer.
-    threshold: set by `calibrate`, or by hand; None before. left_out: the support images against each other, None
-    where K is 1 or where `fit` was told to do without. origin: plain values that say where the detector came from.
-    clock: seconds by stage.
+    scorer: a name in `scorers.registry`, or a Scorer. keep_aspect: pad images by reflection instead of squeezing them
+    to a square.
+    threshold: set by `calibrate` or by the caller; None until then. left_out: the leave-one-out scores of the support
+    images, None if K is 1 or if `fit` was called with `for_threshold=False`. origin: plain values that describe the
+    support images and the weights. clock: seconds per stage.
     """
 
     def __init__(
@@ -76,10 +77,14 @@ class FewShotDetector:
         self._folded = folded(self.network)
 
     def fit(self, images: Sequence[ImageInput], for_threshold: bool = True) -> FewShotDetector:
-        """Learns what is normal from K >= 1 images; with `for_threshold` also scores each against the others.
+        """Fits the detector to K >= 1 normal images.
+
+        for_threshold: also compute the leave-one-out scores that `calibrate` needs.
 
         Raises:
-            UserError: no images; ImageError: a file that cannot be read.
+            UserError: no images are given.
+            ImageError: a file cannot be read.
+            TypeError: a single image instead of a list, or an array of another type or shape.
         """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
@@ -100,12 +105,13 @@ class FewShotDetector:
         return self
 
     def calibrate(self, false_alarm: float, normal: Sequence[ImageInput] | None = None) -> Threshold:
-        """Sets the threshold that a share of `false_alarm` normal images should exceed, see inspection/threshold.py.
+        """Sets the threshold for a false-positive rate of `false_alarm`, see inspection/threshold.py.
 
-        From the scores of the images `normal`; without them, from `left_out`.
+        The rate is the share of normal images that should score above the threshold. The threshold is computed from
+        the scores of the images `normal`, or from `left_out` if none are given.
 
         Raises:
-            UserError: fewer than two normal scores, or a share outside (0, 1).
+            UserError: fewer than two normal scores, or a rate outside (0, 1).
         """
         if normal is not None:
             check_calibration(len(normal), false_alarm)
@@ -121,7 +127,7 @@ class FewShotDetector:
         return self.threshold
 
     def _normal_scores(self, images: Sequence[ImageInput], false_alarm: float) -> NormalScores:
-        """Normal images as they are, or with their views where the threshold needs them."""
+        """Scores and score maps of normal images; the scores include the views if the threshold rule needs them."""
         scores, maps = self.score(images)
         if is_order_statistic(len(images), false_alarm):
             return NormalScores(scores[:, None], maps)
@@ -129,11 +135,14 @@ class FewShotDetector:
         return NormalScores(np.array([self.score(of_image)[0] for of_image in views]), maps)
 
     def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
-        """Image scores (B,) and score maps (B, S, S), float32, of images; `datasets.images.restore_map` brings a map
-        to its image's own size.
+        """Image scores (B,) and score maps (B, S, S), float32, at least 0.
+
+        S is the side of the network's input in pixels. `datasets.images.restore_map` resizes a map to its image.
 
         Raises:
-            UserError: not fitted, or scores that are not finite; ImageError: a file that cannot be read.
+            UserError: the detector is not fitted, or a score is not finite.
+            ImageError: a file cannot be read.
+            TypeError: a single image instead of a list, or an array of another type or shape.
         """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
@@ -148,7 +157,7 @@ class FewShotDetector:
         return np.concatenate(scores), np.concatenate(maps)
 
     def _score_group(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and maps of images that fit in memory together."""
+        """Scores and maps of at most SCORE_GROUP images."""
         with self.clock("decode"):
             inputs = self.inputs(images)
         with self.clock("network"):
@@ -161,9 +170,9 @@ class FewShotDetector:
             return scores.cpu().numpy(), maps.cpu().numpy()
 
     def features(self, inputs: torch.Tensor) -> Prepared:
-        """What the scorer keeps of inputs (B, 3, S, S) in [0, 1].
+        """The scorer's prepared features of inputs (B, 3, S, S) in [0, 1].
 
-        On the CPU, grey and coloured images are computed apart, because a pass of grey ones alone takes less time.
+        On the CPU, grey and colour images are processed separately: a pass of grey images alone takes less time.
         """
         size, store = (
             NETWORK_GROUP.get(inputs.device.type, NETWORK_GROUP["cuda"]),
@@ -177,15 +186,15 @@ class FewShotDetector:
         return prepared if len(kinds) == 1 else take_images(prepared, torch.cat(kinds).argsort())
 
     def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
-        """Images as the network takes them, (B, 3, S, S) float32 in [0, 1], on the device."""
+        """Converts images to network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
         inputs = [as_input(image, self.size, self.keep_aspect) for image in images]
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
 
     def save(self, path: Path | str) -> None:
-        """Writes network, statistics, preprocessing and threshold into one file of tensors and plain values.
+        """Writes network, fitted tensors, preprocessing and threshold to one file of tensors and plain values.
 
         Raises:
-            UserError: not fitted, or the file cannot be written.
+            UserError: the detector is not fitted, or the file cannot be written.
         """
         if not self.fitted:
             raise UserError("only a fitted detector can be saved")
@@ -211,12 +220,12 @@ class FewShotDetector:
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto", scorer: str | Scorer | None = None) -> FewShotDetector:
-        """The detector that `save` wrote; needs no support images.
+        """Loads a detector that `save` wrote, without its support images.
 
-        scorer: needed where it is not one of the project's, because nothing in the file is executed.
+        scorer: required for a custom scorer, as the file contains no code.
 
         Raises:
-            UserError: missing, damaged or foreign file, or one of another scorer.
+            UserError: the file is missing, damaged or not a detector, or was made with another scorer.
         """
         content = _read_content(Path(path))
         try:
@@ -238,7 +247,12 @@ class FewShotDetector:
 
 
 def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
-    """An image of any of the kinds in FewShotDetector as the network's input, (3, size, size) float32 in [0, 1]."""
+    """Converts an image of any type that FewShotDetector accepts to (3, size, size), float32 in [0, 1].
+
+    Raises:
+        ImageError: a file cannot be read.
+        TypeError: an array of another type or shape.
+    """
     if isinstance(image, torch.Tensor):
         if image.shape == (3, size, size) and image.is_floating_point():
             return image.float()
@@ -254,7 +268,7 @@ def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
 
 
 def _grey_and_coloured(inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The indices of images (B, 3, S, S) that go through the network together: all, or on the CPU by kind."""
+    """Groups of image indices for the network: grey and colour images on the CPU, one group on other devices."""
     everything = torch.arange(len(inputs), device=inputs.device)
     if inputs.device.type != "cpu":
         return [everything]
@@ -263,7 +277,7 @@ def _grey_and_coloured(inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _read_content(path: Path) -> dict:
-    """The dict in a detector's file; its checksums are verified, which torch does not do."""
+    """Reads the content of a detector file. Verifies the checksums of the archive, which torch does not do."""
     if not path.is_file():
         raise UserError(f"no detector file {path}; make one with: python predict.py --support ... --save {path}")
     try:
@@ -284,15 +298,15 @@ def _read_content(path: Path) -> dict:
 
 
 def _empty_network(content: dict) -> nn.Module:
-    """The network of a saved detector, before its weights are loaded."""
-    backbone, size = content.get("backbone", RELEASE_BACKBONE), content["img_size"]  # older files do not name it
+    """The network of a saved detector, without its weights."""
+    backbone, size = content.get("backbone", RELEASE_BACKBONE), content["img_size"]  # older files do not store it
     if backbone.startswith(PREFIX):
         return TimmFeatures(backbone.removeprefix(PREFIX), "none", size)
     return STNResNet(content["stn_mode"], size, backbone)
 
 
 def _scorer_of(path: Path, name: str, given: str | Scorer | None) -> Scorer:
-    """The scorer of a saved detector: the project's of that name, or the one given, which must have it."""
+    """The scorer of a saved detector: the registered one, or the given one, whose name must match."""
     if given is None:
         if name not in SCORERS:
             raise UserError(f"detector {path} was made with the scorer {name}; give it again: --scorer FILE.py:CLASS")
@@ -304,7 +318,7 @@ def _scorer_of(path: Path, name: str, given: str | Scorer | None) -> Scorer:
 
 
 def _from_version_2(content: dict) -> dict:
-    """The content of a file of version 2, which held the release's Gaussian in parts of some positions each."""
+    """Converts the content of a version 2 file, which stored the Gaussian statistics in parts by position."""
     parts = content["statistics"]
     fitted = {}
     for name, value in parts[0].items():

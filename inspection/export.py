@@ -1,4 +1,4 @@
-"""A fitted detector as one module without Python around it, and as files for other runtimes: ONNX and torch.export."""
+"""Exports a fitted detector as a single module to ONNX and torch.export files for other runtimes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from scorers.maps import score_map_matrix, score_maps
 from utils.errors import UserError
 from utils.files import whole_file
 
-ONNX_OPSET = 20  # the first with affine grids; GridSample is older
-ONNX_LIMIT = 2**31 - 1  # bytes of one ONNX file (a protocol buffer)
-METADATA_FILE = "metadata.json"  # inside a .pt2
-EXAMPLE_BATCH = 2  # a batch of one would be taken for a fixed size
+ONNX_OPSET = 20  # the first opset with AffineGrid; GridSample was added earlier
+ONNX_LIMIT = 2**31 - 1  # bytes, size limit of an ONNX file (protocol buffer)
+METADATA_FILE = "metadata.json"  # extra file inside a .pt2 file
+EXAMPLE_BATCH = 2  # with a batch of 1, the exporter would treat the batch size as constant
 
 
 class ExportedDetector(nn.Module):
-    """The chain of FewShotDetector.score on the CPU, for a batch of any size.
+    """The computation of FewShotDetector.score on the CPU, for any batch size.
 
-    Takes images (B, S, S, 3) uint8 RGB, resized as `export_metadata` says; gives maps (B, S, S) and scores (B,).
-    Nothing depends on values, and memory is contiguous, so that warps stay grid_sample (see scorers.views.warp).
+    Input: images (B, S, S, 3) uint8 RGB, resized as described by `export_metadata`. Output: maps (B, S, S) and scores
+    (B,). The control flow does not depend on values. Tensors are contiguous, so that `models.warp.warp` uses
+    grid_sample.
     """
 
     def __init__(self, detector: FewShotDetector) -> None:
@@ -41,7 +42,7 @@ class ExportedDetector(nn.Module):
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps (B, S, S) and scores (B,), float32, of images (B, S, S, 3) uint8."""
+        """Score maps (B, S, S) and image scores (B,), float32, of images (B, S, S, 3) uint8 RGB."""
         x = image.permute(0, 3, 1, 2).contiguous().float() / 255
         scores, maps = score_maps(self._distances(x), self.matrix)
         return maps, scores
@@ -52,9 +53,9 @@ class ExportedDetector(nn.Module):
 
 
 def export_metadata(detector: FewShotDetector) -> dict[str, str]:
-    """What a program needs beside the file: how to make its input, and above which score an image is defective.
+    """Metadata stored in an exported file: how to prepare the input, and the score above which an image is defective.
 
-    `threshold` is empty where the detector has none.
+    `threshold` and `threshold_rule` are empty if the detector has no threshold.
     """
     threshold = detector.threshold
     return {
@@ -70,10 +71,10 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
 
 
 def write_onnx(detector: FewShotDetector, path: Path) -> None:
-    """The detector as one ONNX file; input `image`, outputs `map` and `score` (see ExportedDetector).
+    """Writes the detector to one ONNX file with input `image` and outputs `map` and `score` (see ExportedDetector).
 
     Raises:
-        UserError: the file would exceed what ONNX can hold.
+        UserError: the detector is not fitted, or the file would exceed ONNX_LIMIT.
     """
     module = ExportedDetector(detector).eval()
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
@@ -97,7 +98,11 @@ def write_onnx(detector: FewShotDetector, path: Path) -> None:
 
 
 def write_pt2(detector: FewShotDetector, path: Path) -> None:
-    """The detector as a torch.export file, with the metadata as JSON in its extra file METADATA_FILE."""
+    """Writes the detector to a torch.export file, with the metadata as JSON in the extra file METADATA_FILE.
+
+    Raises:
+        UserError: the detector is not fitted.
+    """
     module = ExportedDetector(detector).eval()
     with torch.no_grad():
         program = torch.export.export(module, _example(detector), dynamic_shapes=_dynamic_batch())
@@ -109,7 +114,11 @@ WRITERS = {"onnx": write_onnx, "pt2": write_pt2}
 
 
 def require_packages(*names: str) -> None:
-    """UserError where one of the optional packages is missing."""
+    """Checks that the optional packages `names` are installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise UserError(f"no package {' and '.join(missing)}: run pip install -r requirements-export.txt")

@@ -1,4 +1,4 @@
-"""Exported detectors beside the one they came from: how much the maps differ, and how long an image takes."""
+"""Compares exported detectors with the original in PyTorch: difference of the maps and time per image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from inspection.detector import FewShotDetector
 from utils.errors import UserError
 
-FLOOR = 1e-3  # of the largest value: smaller ones are compared with it, as the distance to a known region is 0
-TOLERANCE = 1e-3  # largest relative difference of a pixel; above it a file is refused
+FLOOR = 1e-3  # times the largest value: lower bound of the divisor, as distances can be 0
+TOLERANCE = 1e-3  # largest relative difference of a pixel or score; above it, a file is rejected
 CHECK_BATCHES = (1, 4)  # images per call
-CHECK_IMAGES = 20  # of a folder, evenly spread over its names
+CHECK_IMAGES = 20  # at most, evenly spread over the file names of a folder
 
 REFERENCE = "PyTorch"
 
@@ -24,7 +24,7 @@ Runtime = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # images (B, S,
 
 
 class Result(NamedTuple):
-    """What one call gave: maps (B, S, S), scores (B,), and the seconds it took."""
+    """The result of one call: maps (B, S, S), scores (B,), and its duration in seconds."""
 
     maps: np.ndarray
     scores: np.ndarray
@@ -32,7 +32,7 @@ class Result(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One runtime at one batch size. difference: largest relative one to PyTorch of any map's pixel, or score."""
+    """One runtime at one batch size. difference: largest relative difference of a pixel or score from PyTorch."""
 
     runtime: str
     batch: int
@@ -43,14 +43,14 @@ class Comparison(NamedTuple):
 def compare(detector: FewShotDetector, files: dict[str, Path], images: np.ndarray) -> Iterator[Comparison]:
     """Runs `images` (N, S, S, 3) uint8 through FewShotDetector.score and the exported `files` (format -> path).
 
-    The runtimes take turns batch by batch, so that a machine's other work falls on all of them. The last batch is
-    filled up from the first images.
+    The runtimes alternate batch by batch, so that other load on the machine affects all of them. The last batch is
+    padded with the first images.
     """
     runtimes = {REFERENCE: _pytorch(detector), **{kind: OPENERS[kind](path) for kind, path in files.items()}}
     for size in CHECK_BATCHES:
         filled = images[np.arange(-(-len(images) // size) * size) % len(images)]
         batches = np.split(filled, len(filled) // size)
-        results = [_run_all(runtimes, batch) for batch in [batches[0], *batches]][1:]  # the first call is slower
+        results = [_run_all(runtimes, batch) for batch in [batches[0], *batches]][1:]  # the first call is a warm-up
         for name in runtimes:
             difference = max(_difference(result[name], result[REFERENCE]) for result in results)
             seconds = float(np.median([result[name].seconds for result in results]))
@@ -82,8 +82,8 @@ def _pytorch(detector: FewShotDetector) -> Runtime:
 
 
 def open_onnx(path: Path) -> Runtime:
-    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch uses."""
-    import onnxruntime  # optional: only those who check ONNX files need it
+    """Opens an ONNX file in ONNX Runtime on the CPU, with the number of threads that PyTorch uses."""
+    import onnxruntime  # optional: needed only to check ONNX files
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -92,7 +92,7 @@ def open_onnx(path: Path) -> Runtime:
 
 
 def open_pt2(path: Path) -> Runtime:
-    """A torch.export file on the CPU."""
+    """Opens a torch.export file on the CPU."""
     module = torch.export.load(path).module()
 
     def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,10 +107,14 @@ OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
 
 
 def refuse_differences(comparisons: list[Comparison]) -> None:
-    """UserError where a runtime's maps are not PyTorch's to TOLERANCE."""
+    """Checks that the maps and scores of every runtime agree with PyTorch up to TOLERANCE.
+
+    Raises:
+        UserError: a difference exceeds TOLERANCE.
+    """
     for row in comparisons:
         if row.difference > TOLERANCE:
             raise UserError(
                 f"the {row.runtime} file must not be used: at batch size {row.batch} its maps differ from PyTorch's "
-                f"by {row.difference:.1e}, allowed is {TOLERANCE:g}"
+                f"by {row.difference:.1e}; the limit is {TOLERANCE:g}"
             )

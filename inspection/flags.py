@@ -1,4 +1,4 @@
-"""A detector as a command line asks for it: saved earlier, or fitted on normal images, and with a threshold."""
+"""Command-line flags of the detector: load or fit it, and set its threshold."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ DEFAULT_FALSE_ALARM = 0.01
 
 
 def add_detector_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that takes or makes a detector."""
+    """Adds the flags of all commands that load or fit a detector."""
     detector = parser.add_argument_group("detector")
     detector.add_argument("--support", nargs="+", type=Path, metavar="PATH", help="normal images: files or folders")
-    detector.add_argument("--detector", type=Path, metavar="FILE", help="of predict.py --save; replaces --support")
-    detector.add_argument("--checkpoint", type=Path, help="of train.py or the release; default: not trained")
+    detector.add_argument("--detector", type=Path, metavar="FILE", help="from predict.py --save; replaces --support")
+    detector.add_argument("--checkpoint", type=Path, help="from train.py or the release; default: not trained")
     add_weights_flag(detector, "without --checkpoint")
     add_network_flags(detector, STN_MODES, list(BACKBONES))
     add_keep_aspect_flag(detector)
-    add_seed_flag(detector, "for --weights none; all else is deterministic")
+    add_seed_flag(detector, "for --weights none; everything else is deterministic")
     add_scorer_flag(detector, default=None)
     decide = parser.add_argument_group("threshold")
-    decide.add_argument("--false_alarm", type=float, help="share of normal images that may be called; default 0.01")
-    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal images for it")
-    decide.add_argument("--threshold", type=float, help="a fixed score; wins over calibration")
+    decide.add_argument("--false_alarm", type=float, help="accepted false-positive rate of normal images; default 0.01")
+    decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal images to set it")
+    decide.add_argument("--threshold", type=float, help="fixed threshold; overrides calibration")
 
 
 def check_detector_flags(args: argparse.Namespace) -> None:
-    """UserError where the flags of `add_detector_flags` do not fit together."""
+    """Checks the flags of `add_detector_flags` and sets the default of --img_size.
+
+    Raises:
+        UserError: flags contradict each other, or a value is invalid.
+    """
     require_positive(args, "img_size")
     args.img_size = settle_img_size(args.backbone, args.img_size)
     if bool(args.support) == bool(args.detector):
@@ -48,10 +52,12 @@ def check_detector_flags(args: argparse.Namespace) -> None:
 
 
 def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
-    """The detector that the flags of `add_detector_flags` ask for, on `device`, with its threshold; says what it is.
+    """Loads or fits the detector given by the flags of `add_detector_flags`, on `device`, and sets its threshold.
+
+    Prints the scorer and the threshold.
 
     Raises:
-        UserError: a file or folder that is missing or unfit.
+        UserError: a file or folder is missing or unsuitable.
     """
     seed_everything(args.seed)
     detector = FewShotDetector.load(args.detector, device, args.scorer) if args.detector else _fit(args, device)
@@ -62,7 +68,7 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
 
 
 def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
-    """A detector of the support images."""
+    """Fits a detector to the support images."""
     support = list_inputs(args.support, args.output)
     network = scoring_network(args.backbone, args.stn_mode, args.img_size, args.checkpoint, args.weights)
     detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER)
@@ -77,7 +83,7 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
 
 
 def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
-    """The fixed one, that of --calibrate, or that of leaving one out; a saved one stands unless one is asked for."""
+    """Sets the threshold: --threshold, else --calibrate, else leave-one-out. Without flags, a saved one is kept."""
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     normal = list_inputs(args.calibrate, args.output) if args.calibrate else None
     is_fresh = detector.threshold is None and detector.left_out is not None
@@ -85,7 +91,7 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
         try:
             detector.calibrate(false_alarm, normal)
         except UserError:
-            if args.threshold is None:  # else only the colours would have come from it
+            if args.threshold is None:  # otherwise calibration only provides the colour scale
                 raise
     if args.threshold is not None:
         known = detector.threshold or Threshold(0.0, "", args.threshold, args.threshold)
@@ -93,7 +99,7 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
 
 
 def describe_threshold(threshold: Threshold | None) -> str:
-    """Value and origin of a threshold in words."""
+    """Value and origin of a threshold as text."""
     if threshold is None:
-        return "none, so nothing is decided; give two support images or more, --calibrate, or --threshold"
+        return "none, images are not classified; give two support images or more, --calibrate, or --threshold"
     return f"{threshold.value:.3f} ({threshold.how})"

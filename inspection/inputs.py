@@ -1,4 +1,4 @@
-"""Unlabelled images to score: listing files and folders, decoding ahead of the network, waiting for new ones."""
+"""Unlabelled images to score: listing files and folders, decoding ahead of the network, watching for new images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from datasets.images import IMAGE_SUFFIXES, ImageError, decode_image, is_image_f
 from utils.errors import UserError
 from utils.stages import StageClock, in_threads
 
-POLL_SECONDS = 0.5  # between looks into a watched folder
+POLL_SECONDS = 0.5  # interval between scans of a watched folder
 
 
 class InputImage(NamedTuple):
-    """A decoded image and the same as the network's square (S, S, 3) uint8, or why there is none."""
+    """A decoded image and its square network input (S, S, 3) uint8, or the reason why it cannot be read."""
 
     path: Path
     image: Image.Image | None
@@ -29,12 +29,13 @@ class InputImage(NamedTuple):
 
 
 def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Path]:
-    """The images among files and folders, folders searched to any depth, in order and each once.
+    """Lists the images in files and folders, in order and without duplicates.
 
-    Files named outright are taken whatever their ending, hidden ones in folders and what lies in `output` are not.
+    Folders are searched recursively; hidden files and files in `output` are skipped. Files given by name are always
+    included, with any suffix.
 
     Raises:
-        UserError: a source is missing, or there is no image at all.
+        UserError: a source is missing, or no image is found.
     """
     found: dict[Path, Path] = {}
     for source in sources:
@@ -48,17 +49,17 @@ def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Pat
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root on, without `..`; links stay, so two links to one file are two images."""
+    """The absolute path without `..`. Links are not resolved: two links to one file are two images."""
     return Path(os.path.abspath(path))
 
 
 def full_name(path: Path) -> str:
-    """The absolute path as text for tables, the same from wherever the image is named and whatever bytes it holds."""
+    """The absolute path as text for tables, independent of the working directory; undecodable bytes are escaped."""
     return str(absolute(path)).encode(errors="backslashreplace").decode()
 
 
 def _images_below(folder: Path, output: Path | None) -> list[Path]:
-    """The images in a folder, at any depth, sorted; without those in `output`, where that lies in the folder."""
+    """The images in a folder, recursive and sorted. Images in `output` are skipped if it lies inside the folder."""
     found = sorted(filter(is_image_file, folder.rglob("*")))
     own = output.resolve() if output else None
     if own is None or folder.resolve() not in own.parents:
@@ -70,7 +71,10 @@ def _images_below(folder: Path, output: Path | None) -> list[Path]:
 def read_inputs(
     paths: Iterable[Path], size: int, keep_aspect: bool, workers: int, clock: StageClock
 ) -> Iterator[InputImage]:
-    """Decoded images in the order of `paths`, a few ahead; one that cannot be read comes with its error instead."""
+    """Yields decoded images in the order of `paths`, decoded a few images ahead.
+
+    An image that cannot be read is yielded with its error.
+    """
     return in_threads(partial(_read, size=size, keep_aspect=keep_aspect, clock=clock), paths, workers)
 
 
@@ -84,9 +88,12 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock) -> InputI
 
 
 def watch(folder: Path, output: Path, done: Collection[str] = ()) -> Iterator[list[Path]]:
-    """Images as they arrive in `folder`, without end; those already there come first, those in `output` never.
+    """Yields images as they arrive in `folder`, without end.
 
-    A file counts as arrived once its size stayed the same from one look to the next. done: full names to leave out.
+    Existing images come first. Images in `output` are skipped. A file counts as arrived once its size is unchanged
+    between two scans.
+
+    done: full names (`full_name`) of images to skip.
     """
     sizes: dict[Path, int] = {}
     seen_before = set(done)
@@ -104,5 +111,5 @@ def watch(folder: Path, output: Path, done: Collection[str] = ()) -> Iterator[li
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except OSError:  # taken away meanwhile
+    except OSError:  # removed in the meantime
         return None

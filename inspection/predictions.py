@@ -1,4 +1,4 @@
-"""Unlabelled images through a fitted detector: a stream of images in, one row of results and its files each."""
+"""Scores unlabelled images with a fitted detector: one result row per image, with its output files."""
 
 from __future__ import annotations
 
@@ -23,21 +23,26 @@ from utils.files import whole_file
 from utils.stages import in_threads
 
 CSV_COLUMNS = ("path", "score", "decision", "error")
-MAP_SCALE_16BIT = 256  # a 16-bit PNG map holds score * 256, so scores up to 255.99; .npy holds the scores themselves
+MAP_SCALE_16BIT = 256  # 16-bit PNG maps store score * 256, up to a score of 255.99; .npy maps store the scores
 
 
 class Prediction(NamedTuple):
-    """One image's result. decision: defective, normal, or None without a threshold. error: why there is no score."""
+    """The result of one image.
+
+    path: from `inspection.inputs.full_name`. score: a distance, at least 0; None if the image cannot be read. decision:
+    `defective`, `normal`, or None without a threshold or score. error: why the image cannot be read, or its files
+    cannot be written.
+    """
 
     path: str
     score: float | None
     decision: str | None
     error: str | None
-    preview: str = ""  # for the page: the panels, small, as a data URI
+    preview: str = ""  # small image of the panels for the report, as a data URI
 
 
 class Outputs(NamedTuple):
-    """What is written per image, and where: images/ and maps/ in `folder`, named as below `root`."""
+    """Which files are written per image: in `folder`, as pictures/ and maps/, with the paths relative to `root`."""
 
     folder: Path
     root: Path
@@ -45,24 +50,27 @@ class Outputs(NamedTuple):
     maps: str  # "none", "png" or "npy"
 
     def place(self, kind: str, path: Path, ending: str) -> Path:
-        """The file of `kind` for the image `path`; its whole name stays, as a.png and a.jpg may lie together."""
+        """The output file of `kind` for the image `path`. Its suffix is kept, to distinguish a.png from a.jpg."""
         return self.folder / kind / absolute(path).relative_to(self.root).with_name(path.name + ending)
 
 
 def predict(
     detector: FewShotDetector, paths: Iterable[Path], outputs: Outputs, workers: int, previews: int
 ) -> Iterator[Prediction]:
-    """Results in the order of `paths`; memory does not grow with their number. At most `previews` previews."""
+    """Yields results in the order of `paths`; memory does not grow with their number.
+
+    workers: threads that decode and draw. previews: largest number of previews.
+    """
     groups = _scored_groups(detector, paths, workers)
     finish = partial(_finish, detector, outputs, previews)
-    if detector.clock.device.type != "cpu":  # a group is kept, and drawn while the network works on the next one
+    if detector.clock.device.type != "cpu":  # drawing overlaps with the network pass of the next group
         return in_threads(finish, chain.from_iterable(groups), workers, ahead=SCORE_GROUP)
-    # on the CPU one after the other: the network's threads wait for each other, so drawing would hold up all of them
+    # CPU: no overlap. The threads of the network wait for each other, so drawing would slow down all of them
     return (row for group in groups for row in in_threads(finish, group, workers))
 
 
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
-    """Inputs with number, score and map, in groups as the detector takes them."""
+    """Yields groups of (number, input, score, map), at most SCORE_GROUP images each."""
     inputs = enumerate(read_inputs(paths, detector.size, detector.keep_aspect, workers, detector.clock))
     while group := list(islice(inputs, SCORE_GROUP)):
         results = zip(*detector.score([item.square for _, item in group if item.error is None]), strict=True)
@@ -70,7 +78,7 @@ def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: in
 
 
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
-    """Writes an image's files and makes its row."""
+    """Writes the files of an image and returns its row."""
     number, item, score, scores = scored
     if item.error is not None:
         return Prediction(full_name(item.path), None, None, item.error)
@@ -78,14 +86,14 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     try:
         with detector.clock("pictures"):
             return row._replace(preview=_write(detector, outputs, item, scores, number < previews))
-    except OSError as error:  # no room, or too wide for a JPEG; the score stays
+    except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
         return row._replace(error=f"scored, but its files cannot be written: {item.path} ({error})")
 
 
 def _write(
     detector: FewShotDetector, outputs: Outputs, item: InputImage, scores: np.ndarray, with_preview: bool
 ) -> str:
-    """Writes an image's files from its score map (S, S); returns the preview, or nothing."""
+    """Writes the files of an image from its score map (S, S); returns the preview or an empty string."""
     restored = restore_map(scores, *item.image.size, detector.keep_aspect)
     if outputs.maps != "none":
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
@@ -99,16 +107,20 @@ def _write(
 
 
 def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> list[Image.Image]:
-    """Input, heat-map over it, outlines of what is hot and of what lies above the threshold; scores: (H, W)."""
+    """The panels: the image, the heat map over it, and outlines of regions above `region` and above the threshold.
+
+    scores: the score map (H, W). Without a threshold, there are no outlines, and each heat map has its own colour
+    scale.
+    """
     image = image.convert("RGB")
-    if threshold is None:  # colours cannot be compared between images then
+    if threshold is None:  # the colours are not comparable between images
         return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
     outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
     return [image, overlay(image, scores, colour_limits(threshold.typical)), outlined]
 
 
 def _save_map(path: Path, scores: np.ndarray) -> None:
-    """The raw map as .npy (float32) or 16-bit .png."""
+    """Saves the score map as .npy (float32) or 16-bit .png."""
     if path.suffix == ".npy":
         with whole_file(path) as aside, open(aside, "wb") as stream:
             np.save(stream, scores)
@@ -117,10 +129,10 @@ def _save_map(path: Path, scores: np.ndarray) -> None:
 
 
 def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:
-    """The rows in a table of `ScoreTable`, decided anew by `threshold`; none where there is no such file.
+    """Reads the rows of a `ScoreTable` and applies `threshold` to their scores; empty if the file does not exist.
 
     Raises:
-        UserError: the file is not such a table.
+        UserError: the file is not a table of scores.
     """
     if not path.is_file():
         return []
@@ -143,7 +155,13 @@ def _decide(score: float | None, threshold: Threshold | None) -> str | None:
 
 
 class ScoreTable:
-    """scores.csv, written row by row, so that nothing computed is lost; `append` goes on with a file that exists."""
+    """The table scores.csv, written row by row, so that an interrupted run keeps its results.
+
+    append: continue an existing file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
 
     def __init__(self, path: Path, append: bool) -> None:
         is_new = not (append and path.is_file())
@@ -157,8 +175,8 @@ class ScoreTable:
             self._writer.writerow(CSV_COLUMNS)
 
     def add(self, row: Prediction) -> None:
-        """Writes one row, at once."""
-        score = "" if row.score is None else f"{row.score:.9g}"  # 9 digits give a float32 back exactly
+        """Writes one row and flushes the file."""
+        score = "" if row.score is None else f"{row.score:.9g}"  # 9 digits represent a float32 exactly
         self._writer.writerow((row.path, score, row.decision or "", row.error or ""))
         self._stream.flush()
 

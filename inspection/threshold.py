@@ -1,20 +1,22 @@
-"""From the scores of a few normal images to a threshold, with no defect seen.
+"""Computes a threshold from the scores of n normal images, without defective images.
 
-Where n normal images are few, each is scored in all its 22 views, which stand in for the images that were not
-taken.
+The threshold for a false-positive rate a (the share of normal images that cause a false alarm):
 
-The rule. For a false-alarm rate a with (n + 1) a >= 1, the ceil((n + 1)(1 - a))-th smallest score of the images
-themselves: it assumes no distribution (split conformal prediction). Rarer alarms cannot be read off n images. Then
-the logarithms of the n x 22 view scores are taken as normally distributed with their own mean and standard deviation,
-and the threshold is that distribution's quantile 1 - a, or the largest score of an image if that is higher.
+- If (n + 1) a >= 1, it is the ceil((n + 1)(1 - a))-th smallest score of the images (split conformal prediction). This
+  assumes no distribution.
+- Otherwise n images are too few for the rate a. Each image is then scored in all views that the scorer uses (up to 22).
+  The logarithms of these scores are modelled as a normal distribution with their mean and standard deviation. The
+  threshold is the quantile 1 - a of this distribution, or the largest score of an image if that is higher.
 
-A region has a lower bound of its own: what the hottest share a of a normal image's area exceeds, the median over the
-normal images. On normal images too some area is hotter; it shows where to look and decides nothing.
+The region threshold is usually lower. It is the quantile 1 - a of the pixels of a normal score map, as the median over
+the normal images. Regions above it are outlined. Normal images contain such regions too, so the region threshold shows
+where to look and does not affect the decision.
 
-Its weakness: views of one image resemble each other, so two to eight images still say little about the spread
-between images and next to nothing about rare odd ones, which makes the threshold too low. Scores of a support image
-come from the K - 1 others instead of K, and rotated or shifted views are a little odd in themselves, which makes it too
-high. So the rate holds on average over parts at best, not for each; benchmarks/threshold.py measures what comes of it.
+Limits: the views of an image are similar to each other. Two to eight images say little about the spread between images
+and almost nothing about rare unusual images, which makes the threshold too low. Two effects make it too high: the score
+of a support image is computed from the K - 1 others instead of K, and rotated or shifted views score slightly higher.
+The rate can therefore hold on average over parts, but not for every part. benchmarks/threshold.py measures the actual
+rate.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from utils.stages import StageClock
 
 
 class NormalScores(NamedTuple):
-    """What a threshold comes from: scores (n, views) of normal images, the first view being the image itself, and
-    score maps (n, S, S) of the images themselves.
+    """Scores of normal images, from which a threshold is computed.
+
+    scores: (n, views), at least 0; the first view is the image itself. maps: (n, S, S), score maps of the images.
     """
 
     scores: np.ndarray
@@ -42,7 +45,10 @@ class NormalScores(NamedTuple):
 
 
 def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageClock) -> NormalScores:
-    """Scores of all views in `support`; those of an image by a fit to the views of the K - 1 others."""
+    """Leave-one-out scores of the support images: each image is scored by a fit to the views of the K - 1 others.
+
+    support: prepared features of all views. size: side of the score maps in pixels.
+    """
     scores, maps = [], []
     views = len(scorer.views)
     for start in range(0, len(support[0]), views):
@@ -57,10 +63,11 @@ def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageCloc
 
 
 class Threshold(NamedTuple):
-    """A score above `value` (a distance) is called defective; `how` says where the value came from.
+    """An image with a score above `value` is classified as defective.
 
-    typical: the median score of the normal images; heat-maps are coloured by it. region: places above it are
-    outlined. Both are `value` where no normal score is known.
+    All values are distances. how: the origin of `value`, as text. typical: the median score of the normal images; sets
+    the colour scale of the heat maps. region: regions above it are outlined. `typical` and `region` equal `value` if no
+    normal scores are known.
     """
 
     value: float
@@ -70,22 +77,23 @@ class Threshold(NamedTuple):
 
 
 def is_order_statistic(count: int, false_alarm: float) -> bool:
-    """Whether the scores of `count` normal images alone give the threshold, without their views."""
+    """Whether `count` normal images are enough for a threshold from their scores alone, without views."""
     return _order(count, false_alarm) <= count
 
 
 def normal_threshold(scores: np.ndarray, maps: np.ndarray, false_alarm: float, source: str) -> Threshold:
-    """The threshold that about a share `false_alarm` of normal images exceeds, by the module's rule.
+    """The threshold for a false-positive rate of `false_alarm`, by the rule in the module's docstring.
 
-    scores: (n, views) above 0, of normal images; the first view is the image itself, maps: (n, S, S) its score map.
+    scores: (n, views), above 0, of normal images; the first view is the image itself. maps: (n, S, S), score maps of
+    the images. source: where the scores come from, as text for `Threshold.how`.
 
     Raises:
-        UserError: fewer than two images, a score of 0, or a share outside (0, 1).
+        UserError: fewer than two images, a score of 0, or a rate outside (0, 1).
     """
     count = len(scores)
     check_calibration(count, false_alarm)
     if scores.min() <= 0:
-        raise UserError("normal images that are all alike give no threshold; give other ones, or --threshold")
+        raise UserError("identical normal images give no threshold; give other images, or --threshold")
     images = np.sort(scores[:, 0])
     if is_order_statistic(count, false_alarm):
         order = _order(count, false_alarm)
@@ -102,9 +110,13 @@ def normal_threshold(scores: np.ndarray, maps: np.ndarray, false_alarm: float, s
 
 
 def check_calibration(count: int, false_alarm: float) -> None:
-    """UserError where `count` normal images and that share can give no threshold."""
+    """Checks that a threshold can be computed from `count` normal images for the rate `false_alarm`.
+
+    Raises:
+        UserError: fewer than two images, or a rate outside (0, 1).
+    """
     if not 0 < false_alarm < 1:
-        raise UserError(f"--false_alarm is a share between 0 and 1, got {false_alarm}")
+        raise UserError(f"--false_alarm must be between 0 and 1, got {false_alarm}")
     if count < 2:
         raise UserError(f"a threshold needs the scores of at least 2 normal images, got {count}")
 

@@ -1,4 +1,4 @@
-"""predict.py as a user meets it: images in, scores, decisions and images out."""
+"""predict.py as a command: scores, decisions, heat maps, maps, watching, and error messages."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_given_threshold_wins(support, demo_data, tmp_path):
 def test_one_support_picture_decides_nothing(support, demo_data, tmp_path, capsys):
     record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
     assert record["threshold"] is None and {row["decision"] for row in record["pictures"]} == {None}
-    assert "nothing is decided; give two support images or more" in capsys.readouterr().out
+    assert "images are not classified; give two support images or more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 damaged"])
@@ -118,7 +118,7 @@ def test_foreign_detector_files_are_refused(content, demo_data, tmp_path):
 
 
 def test_every_picture_has_its_own_files(support, demo_data, tmp_path):
-    """Same names in different folders, same names with different endings, links to one file, names of any letters."""
+    """Equal names in different folders, equal names with different suffixes, links to one file, non-ASCII names."""
     good = sorted((demo_data / "ring/test/good").iterdir())
     for name in ("x/a.png", "y/a.png", "x/größe 7 部品.png"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def test_alone_as_among_others(support, demo_data, tmp_path):
 
 
 def test_heat_maps_are_seen(support, demo_data, tmp_path):
-    """Whatever the threshold says: on an image as normal as the support, the hottest place has colour."""
+    """The heat map of an image as normal as the support is coloured at its maximum, for any threshold."""
     record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")
     assert all(row["decision"] == "normal" for row in record["pictures"])
     for row in record["pictures"]:
@@ -203,7 +203,7 @@ def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
 @given(st.integers(1, 12), st.integers(1, 700), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
 def test_outlines_run_inside_the_border(height, width, seed):
-    """Amber around what is above the region's limit, cyan above the threshold; a region ends at the image's edge."""
+    """Amber outlines above the region threshold, cyan ones above the threshold; outlines close at the image border."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8))
     scores = gaussian_filter(rng.normal(size=(height, width)), 2).astype(np.float32)
@@ -218,7 +218,7 @@ def test_outlines_run_inside_the_border(height, width, seed):
 
 @needs_reference
 def test_marked_places_lie_on_the_real_part(tmp_path):
-    """Four screws, not trained: nearly all of what is outlined on damaged ones is screw, not background."""
+    """Four screws, untrained network: nearly all outlined pixels of damaged screws are on the screw."""
     screws = sorted((DATA / "screw/test").glob("*_[fnt]*/00*.png"))  # manipulated_front, scratch_neck, thread_top
     predict.main(
         ["--support", *(str(DATA / f"screw/train/good/00{number}.png") for number in range(4)), "--device", "cpu"]
@@ -238,7 +238,7 @@ def test_marked_places_lie_on_the_real_part(tmp_path):
 def test_support_images_without_any_difference(tmp_path):
     for name in "ab":
         Image.new("L", (80, 60)).save(tmp_path / f"{name}.png")
-    with pytest.raises(UserError, match="all alike"):
+    with pytest.raises(UserError, match="identical normal images"):
         run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out")
     rows = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out", "--threshold", "1")
     assert rows["pictures"][0]["decision"] == "normal"
@@ -291,7 +291,7 @@ def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A job in the background ignores Ctrl-C, and so would the programs it starts; a handler here is not inherited."""
+    """Background jobs ignore SIGINT, and their child processes inherit this. A handler is not inherited."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -299,7 +299,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_watching(support, demo_data, tmp_path):
-    """Images that arrive one after the other, in the watched folder that also holds the output; ended by Ctrl-C."""
+    """Images arrive one by one in a watched folder that also contains the output; Ctrl-C ends the command."""
     images = sorted((demo_data / "ring/test").rglob("*.png"))
     folder, output = tmp_path / "in", tmp_path / "in/out"
     folder.mkdir()

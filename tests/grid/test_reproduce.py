@@ -243,7 +243,7 @@ def test_readme_section(arguments, in_process, tmp_path):
     ("change", "sentence"),
     [
         ({"--shots": ["0"]}, "--shots must be at least 1"),
-        ({"--shots": ["2", "2"]}, "must not name anything twice"),
+        ({"--shots": ["2", "2"]}, "must not contain duplicates"),
         ({"--objs": ["nut"]}, "no category folder"),
         ({"--jobs": ["0"]}, "--jobs must be at least 1"),
     ],

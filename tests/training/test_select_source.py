@@ -91,7 +91,7 @@ def test_the_epoch_is_the_best_of_the_held_out_category(arguments):
     [
         ({"--held_out": "ring"}, r"--held_out ring is no source category; they are board, weave"),
         ({"--select": "best", "--held_out": "weave"}, "--held_out is for --select source"),
-        ({"--eval_every": "0"}, "--select source needs scores to choose by"),
+        ({"--eval_every": "0"}, "--select source needs scores; give --select last"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, change, sentence):
