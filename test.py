@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_scorer_flag(run, several=True)
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: also AP, F1-max and PRO")
     run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and images")
-    run.add_argument("--save_images", type=int, default=0, metavar="N", help="images of round 0, with a report; -1: all")
+    run.add_argument("--save_images", type=int, default=0, metavar="N", help="images of round 0 and a report; -1: all")
     return parser
 
 

@@ -1,8 +1,9 @@
-"""Compares scorers, and what each choice of the neighbours scorer gives, on real categories; nothing is trained.
+"""Compares scorers, and variants of the neighbours scorer, on real categories without training.
 
-A variant differs from the scorer that the project uses in one choice. All variants see the same features of the same
-support sets, so differences are paired over rounds. `held out` says whether the choice made on the other categories
-would also be the better one on this category.
+A variant differs from the scorer of the project in one choice; `prototype` differs in several. All variants are scored
+on the same features and support sets, so the differences are paired over rounds. The column `held out` counts the
+categories on which the mean difference of the other categories has the same sign: the choice would also have been made
+without the category it is judged on.
 
 python -m benchmarks.scorers                     gaussian, prototype, neighbours: benchmarks/results/scorers_<K>.json
 python -m benchmarks.scorers --variants all      every variant too: benchmarks/results/scorers_<K>_variants.json
@@ -64,7 +65,7 @@ FEW = ("prototype", BASE)
 
 
 def make_variant(name: str) -> Scorer:
-    """The scorer of a row of the table."""
+    """The scorer of one row of the table."""
     if name == Gaussian.name:
         return Gaussian()
     choices, views = VARIANTS[name]
@@ -86,12 +87,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the tables of the JSON files")
+    parser.add_argument("--report", action="store_true", help="print the tables of the JSON files without measuring")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures category by category, prints the table and writes one JSON file."""
+    """Measures all categories, prints the table and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
     if args.report:
         files = sorted(args.output.glob("scorers_[0-9]*.json"), key=lambda path: int(path.stem.split("_")[1]))
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(
     category: str, network: FeatureNetwork, size: int, device: torch.device, args: argparse.Namespace
 ) -> dict[str, dict[str, list]]:
-    """Per variant and metric the values of the rounds, one per support set."""
+    """The metrics by variant: per metric a list with one value per round."""
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)
     rounds = find_support_rounds(None, folder, args.shot, args.rounds, size).images
@@ -137,13 +138,13 @@ def _measure(
 
 
 def _in_groups(names: Sequence[str], size: int = 8) -> Iterator[Sequence[str]]:
-    """Variants that share a pass of the images through the network: as many as fit into the memory."""
+    """Groups of variants that share one pass of the images through the network; `size` is limited by memory."""
     for start in range(0, len(names), size):
         yield names[start : start + size]
 
 
 def report(content: dict) -> str:
-    """Markdown: image AUROC per category, its mean, the paired difference to the project's scorer, pixel AUROC."""
+    """Markdown table in percent: image AUROC per category and mean, paired difference to BASE, mean pixel AUROC."""
     rounds = content["rounds"]
     categories, names = list(rounds), list(next(iter(rounds.values())))
     count = len(rounds[categories[0]][BASE]["image_auroc"])
@@ -158,7 +159,10 @@ def report(content: dict) -> str:
 
 
 def _paired(rounds: dict, categories: Sequence[str], name: str) -> tuple[str, str]:
-    """Mean difference to BASE with Student's interval over rounds; and in how many categories the others agree."""
+    """Two cells: the mean difference to BASE with Student's 95 % interval over rounds, and the `held out` count.
+
+    The count is the number of categories whose difference has the sign of the mean difference of the others.
+    """
     if name == BASE:
         return "", ""
     gains = np.array(

@@ -1,8 +1,8 @@
-"""Times the scoring of one category by stages, beside one round of the plain definition in the same run.
+"""Times the scoring of one category by stage, and one round of the plain definition for comparison.
 
-python -m benchmarks.scoring --shot 2                        measures the release's scorer
-python -m benchmarks.scoring --shot 2 --scorer neighbours    and another one beside it
-python -m benchmarks.scoring --report                        prints the table of what was measured
+python -m benchmarks.scoring --shot 2                        measure the scorer of the release
+python -m benchmarks.scoring --shot 2 --scorer neighbours    measure another scorer too
+python -m benchmarks.scoring --report                        print the table of all measurements
 
 The measurements are in benchmarks/results/scoring_<category>_<shot>_<device>.json.
 """
@@ -37,7 +37,7 @@ from utils.stages import StageClock
 
 STAGES = ("decode", "network", "gaussian", "distance", "smoothing", "metrics")
 RESULTS = PROJECT_ROOT / "benchmarks" / "results"
-NETWORK_REPEATS = 5  # timings of one batch, the median counts
+NETWORK_REPEATS = 5  # timings of one batch; the median is reported
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,20 +47,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="of stn_mode rotation_scale")
+    parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="with stn_mode rotation_scale")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--scorer", choices=list(SCORERS), help="also time this one, first, beside the release's")
-    parser.add_argument("--no_plain", action="store_true", help="leave out the plain definition (minutes)")
+    parser.add_argument("--scorer", choices=list(SCORERS), help="also time this scorer, before that of the release")
+    parser.add_argument("--no_plain", action="store_true", help="skip the plain definition, which takes minutes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the JSON files")
+    parser.add_argument("--report", action="store_true", help="print the table of the JSON files without measuring")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the measurements in turn, prints them as tables and writes one JSON file."""
+    """Runs the measurements, prints them as tables and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
     if args.report:
         print(report(args.output))
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"peak resident memory {other['peak_memory_mb']:.0f} MB")
     content["network"] = _time_network(network, device, args)
     if not args.no_plain:
-        # in a process of its own, where memory is handled as torch does by default
+        # in a separate process, which uses torch's default memory handling
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             content["plain_round"] = pool.submit(_time_plain_anew, args.checkpoint, items, draws[0], args).result()
         seconds = content["plain_round"]["seconds"]
@@ -102,13 +102,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(results: Path) -> str:
-    """Markdown table of the JSON files in `results` that hold a plain round too."""
+    """Markdown table of the JSON files in `results`.
+
+    Raises:
+        UserError: a file contains no measurement of the plain definition.
+    """
     lines = ["| device | K | s per round | plain definition | times faster | outside decode and network | memory |"]
     lines.append("|---" * 7 + "|")
     contents = {path: json.loads(path.read_text()) for path in sorted(results.glob("scoring_*.json"))}
     for path, content in contents.items():
         if "plain_round" not in content:
-            raise UserError(f"{path} was measured with --no_plain, so there is nothing to compare; measure it again")
+            raise UserError(f"{path} was measured with --no_plain, so it has no reference; measure it again")
         fast, plain_seconds = content["fast"], sum(content["plain_round"]["seconds"].values())
         seconds = fast["total"] / len(fast["aurocs"])
         rest = 1 - (fast["seconds"]["decode"] + fast["seconds"]["network"]) / fast["total"]
@@ -133,7 +137,7 @@ def _time_fast(
     args: argparse.Namespace,
     scorer: str,
 ) -> dict:
-    """The project's own way, everything from image files to AUROCs."""
+    """Times the project's implementation, from image files to AUROCs."""
     clock = StageClock(device)
     begin = time.perf_counter()
     fast = folded(network.to(device))
@@ -147,21 +151,21 @@ def _time_fast(
 
 
 def _time_network(network: STNResNet, device: torch.device, args: argparse.Namespace) -> dict:
-    """Milliseconds per image of the forward with un-warping: plain eager NCHW against the folded copy.
+    """Milliseconds per image of the forward pass with un-warping: eager NCHW and the folded copy.
 
-    On coloured images; grey ones are cheaper still.
+    Measured on colour images. Grey images take less time.
     """
     images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
     fast, clock = folded(network), StageClock(device)
     versions = {"eager": network.features, "folded": fast.features}
     times = {name: [] for name in versions}
-    for _ in range(NETWORK_REPEATS + 1):  # in turn, so that a busy machine slows both
+    for _ in range(NETWORK_REPEATS + 1):  # alternating, so that other load affects both
         for name, features in versions.items():
             clock.seconds.clear()
             with clock(name):
                 features(images)
             times[name].append(1000 * clock.seconds[name] / len(images))
-    eager, quick = (float(np.median(times[name][1:])) for name in versions)  # the first call warms up
+    eager, quick = (float(np.median(times[name][1:])) for name in versions)  # the first call is a warm-up
     errors = [
         float((a - b).norm() / b.norm()) for a, b in zip(fast.features(images), network.features(images), strict=True)
     ]
@@ -171,7 +175,10 @@ def _time_network(network: STNResNet, device: torch.device, args: argparse.Names
 
 
 def time_plain(network: STNResNet, items: list[LabelledImage], support: list[Path], img_size: int) -> dict:
-    """One round in the release's order of work, on the CPU: all anew, test images one by one, views at once."""
+    """Times one round of the plain definition on the CPU, in the processing order of the release.
+
+    Nothing is reused. Test images go through the network one by one, all support views in one batch.
+    """
     network, clock = network.cpu(), StageClock()
 
     def embed(images: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -204,7 +211,7 @@ def _time_plain_anew(
 
 
 def print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] | dict) -> None:
-    """Prints seconds and shares of `stages`, in their order, and the sum of all `seconds`."""
+    """Prints seconds and share of each stage in `stages`, in order, and the sum of all `seconds`."""
     total = sum(seconds.values())
     print(f"\n{title}\n{'stage':24}{'seconds':>9}{'share':>8}")
     for stage in stages:
@@ -213,7 +220,7 @@ def print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] |
 
 
 def command_line(module: str, args: argparse.Namespace) -> str:
-    """What a record says of how it was made: the module and every argument, given or not."""
+    """The command for the record: the module and all arguments, including defaults."""
     return " ".join([f"python -m {module}", *(f"--{key} {value}" for key, value in vars(args).items())])
 
 

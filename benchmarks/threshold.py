@@ -1,10 +1,10 @@
-"""Measures how many normal images predict.py's threshold really calls, on real categories, network not trained.
+"""Measures the false alarms of the threshold of predict.py on real categories, by default without training.
 
-Per category the test features are computed once. Each draw of the largest K gives one detector per K, of its first
-images; the threshold comes from leaving one out, as in predict.py.
+The test features of a category are computed once. Each draw contains as many support images as the largest K. Its first
+K images give the detector for K. The threshold is computed from leave-one-out scores, as in predict.py.
 
-python -m benchmarks.threshold             prints the table, writes benchmarks/results/threshold_<scorer>_<device>.json
-python -m benchmarks.threshold --report    prints the table of that file
+python -m benchmarks.threshold             print the table, write benchmarks/results/threshold_<scorer>_<device>.json
+python -m benchmarks.threshold --report    print the table of that file
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--draws", type=int, default=4, help="of support images, seed 0")
+    parser.add_argument("--draws", type=int, default=4, help="draws of support images, seed 0")
     parser.add_argument("--false_alarm", type=float, default=0.05)
     parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--checkpoint", type=Path, help="of stn_mode rotation_scale, instead of --weights")
+    parser.add_argument("--checkpoint", type=Path, help="with stn_mode rotation_scale, instead of --weights")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--report", action="store_true", help="measure nothing, print the table of the JSON file")
+    parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures category by category, prints the table and writes one JSON file."""
+    """Measures all categories, prints the table and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"threshold_{args.scorer}_{device.type}.json"
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(content: dict) -> str:
-    """Markdown table of a result: means over the draws, one row per category and K."""
+    """Markdown table of the results: one row per category and K, means over the draws."""
     lines = [f"| category | K | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
     keys = dict.fromkeys((row["category"], row["shot"]) for row in content["rounds"])
     for key in keys:
@@ -108,7 +108,7 @@ def report(content: dict) -> str:
 
 
 def _measure(category: str, network: STNResNet, clock: StageClock, args: argparse.Namespace) -> Iterator[dict]:
-    """One row per draw and K."""
+    """Yields one result row per draw and K."""
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
@@ -128,11 +128,13 @@ def _measure(category: str, network: STNResNet, clock: StageClock, args: argpars
 
 
 def _judge(support: Prepared, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
-    """The threshold of one support set on the test images.
+    """Applies the threshold of one support set to the test images.
 
-    normal_spread: standard deviation of the logarithms of the normal test scores; left_out_spread: that of the left-out
-        views, from which the threshold comes.
-    left_out_shift: mean logarithm of the left-out views' scores minus that of the normal test scores.
+    false_alarms, defects_called: shares of normal and defective test images with a score above the threshold.
+    defects_at_rate: the same for defective images, with the threshold that has exactly the requested rate.
+    normal_spread: standard deviation of the logarithms of the normal test scores. left_out_spread: the same for the
+    left-out views, from which the threshold is computed. left_out_shift: mean logarithm of the scores of the left-out
+    views minus that of the normal test scores.
     """
     distances = args.scorer.measure(support, test.features.prepared[args.scorer.name], clock)
     matrix = score_map_matrix(distances.shape[-1], args.img_size, clock.device)

@@ -1,4 +1,4 @@
-"""The network that a command scores with: from a checkpoint, untrained, or a model of timm."""
+"""Selects the network for scoring: from a checkpoint, untrained, or a timm model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ RELEASE_IMG_SIZE = 224
 
 
 def settle_img_size(backbone: str, img_size: int | None, smallest: int | None = None) -> int:
-    """The side of the network's input in pixels: `img_size`, or the default of the backbone where it is None.
+    """The side of the network's input in pixels: `img_size`, or the default of the backbone if it is None.
+
+    smallest: minimum side for ResNet backbones; None for that of `check_img_size`.
 
     Raises:
-        UserError: the backbone does not exist or does not accept the size.
+        UserError: the backbone does not exist, or does not accept the size.
     """
     if backbone.startswith(PREFIX):
         return img_size or own_img_size(backbone.removeprefix(PREFIX))
@@ -30,10 +32,12 @@ def settle_img_size(backbone: str, img_size: int | None, smallest: int | None = 
 def scoring_network(
     backbone: str, stn_mode: str, img_size: int, checkpoint: Path | None, weights: str
 ) -> STNResNet | TimmFeatures:
-    """The network of a checkpoint; without one, the backbone with `weights` before any registration training.
+    """The network of `checkpoint`, or without one the backbone with `weights` and no registration training.
+
+    weights: imagenet, none, or a file.
 
     Raises:
-        UserError: a file is missing or does not fit, or a checkpoint is given for a backbone of timm.
+        UserError: a file is missing or does not match the network, or a checkpoint is given for a timm backbone.
     """
     if backbone.startswith(PREFIX):
         if checkpoint:
@@ -45,7 +49,7 @@ def scoring_network(
 
 
 def network_name(backbone: str, stn_mode: str) -> str:
-    """The name of the network in the file name of a record. The backbone of the release is not named."""
+    """The network's part of a record's file name. It omits the backbone of the release."""
     if backbone == RELEASE_BACKBONE:
         return stn_mode
     return re.sub(r"[^\w.-]", "-", backbone) if backbone.startswith(PREFIX) else f"{stn_mode}_{backbone}"

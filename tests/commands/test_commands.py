@@ -1,4 +1,4 @@
-"""The commands as a user meets them: from data to record, and one sentence for each mistake."""
+"""The commands from data to record, and one error message per mistake."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reports import demo_figure
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
 
-# `import test` would find the standard library's package of that name
+# `import test` would import the package `test` of the standard library
 _spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
 test_command = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(test_command)
@@ -46,7 +46,7 @@ def support_path(demo_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Random weights in the release's format, at the release's place."""
+    """Random weights in the release's format and at its path."""
     torch.manual_seed(0)
     model = RegAD("affine", SIZE)
     path = checkpoint_file(tmp_path_factory.mktemp("checkpoints"), "affine", 2, "ring")
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def arguments(demo_data, support_path, checkpoint, tmp_path) -> dict[str, str]:
-    """A complete, right call of test.py; tests change single flags."""
+    """Valid arguments of test.py; tests change single flags."""
     return {
         "--obj": "ring",
         "--shot": "2",
@@ -79,7 +79,7 @@ def flat(arguments: dict[str, str]) -> list[str]:
 
 
 def call(arguments: dict[str, str], *extra: str) -> dict:
-    """Runs test.py's main and returns its record."""
+    """Runs main of test.py and returns its record."""
     test_command.main(flat(arguments) + list(extra))
     (record,) = Path(arguments["--output"]).glob("*.json")
     return json.loads(record.read_text())
@@ -106,7 +106,7 @@ def test_record(arguments, capsys):
 
 
 def test_numbers_depend_on_nothing_but_the_input(arguments, demo_data, tmp_path):
-    """Not on batch size, worker processes, repetition, or where the data lie (a folder named test/good)."""
+    """Batch size, workers, repetition and the location of the data (a folder named test/good) have no effect."""
     reference = call(arguments)["rounds"]
     moved = tmp_path / "test" / "good"
     moved.mkdir(parents=True)
@@ -127,7 +127,7 @@ def test_single_shot_and_untrained(arguments):
 
 
 def test_several_shots_share_the_test_features(arguments, monkeypatch):
-    """Records as of single runs; features once for the weights that all shots share, here the untrained ones."""
+    """The records equal those of single runs; features are computed once for the untrained weights that all K share."""
     del arguments["--checkpoint"]
     shots, output = ("1", "2"), Path(arguments["--output"])
     for shot in shots:
@@ -144,7 +144,7 @@ def test_several_shots_share_the_test_features(arguments, monkeypatch):
 
 
 def test_weights_of_every_kind_have_their_record(arguments, checkpoint, tmp_path):
-    """The release's weights count as `best`; ours say by which rule they were chosen."""
+    """Weights of the release count as `best`; checkpoints of train.py store their selection rule."""
     record = call(arguments)
     assert record["weights"] == "best" and record["epoch"] is None
     content = torch.load(checkpoint, weights_only=True)
@@ -253,7 +253,7 @@ def test_exit_code_2_and_no_traceback(command, tmp_path):
 
 @needs_reference
 def test_published_command_line_on_real_screws(tmp_path):
-    """The command and the numbers of the release, through the command itself."""
+    """The release's command reproduces the release's metrics."""
     done = run(
         *("test.py", "--obj", "screw", "--shot", "2", "--inferences", "2", "--data_path", str(DATA)),
         *("--checkpoint", str(GOLDEN_CHECKPOINT), "--support_path", str(GOLDEN / "support_set")),
@@ -265,7 +265,7 @@ def test_published_command_line_on_real_screws(tmp_path):
 
 
 def test_demo_figure(arguments, tmp_path, capsys):
-    """It is drawn in both formats, and a missing checkpoint costs one sentence."""
+    """The figure is drawn in both formats; a missing checkpoint gives one error message."""
     flags = ("--obj", "--shot", "--inferences", "--stn_mode", "--img_size", "--data_type", "--data_path")
     call = flat({flag: arguments[flag] for flag in (*flags, "--support_path")})
     save_dir = Path(arguments["--checkpoint"]).parents[3]
@@ -297,7 +297,7 @@ DOCUMENTS = [
 
 
 def documented_commands() -> list[str]:
-    """The lines of all ```bash blocks, and what stands in the text as `python ...` or `make ...`."""
+    """The lines of all ```bash blocks, and inline code of the form `python ...` or `make ...`."""
     lines = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
@@ -317,7 +317,7 @@ def command_parser(words: list[str]):
 
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands(command):
-    """Each would start: the target or the file is there, and every flag is known."""
+    """Every command would start: the make target or file exists, and all flags are known."""
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (PROJECT_ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -339,7 +339,7 @@ COMMANDS = sorted(path.name for path in PROJECT_ROOT.glob("*.py"))
 
 @pytest.mark.parametrize("file", COMMANDS)
 def test_every_flag_is_used(file):
-    """A flag that parses but is never read would be a silent no-op."""
+    """Every flag is read: a flag that is parsed but not read would have no effect."""
     parser, _ = command_parser(["python", file])
     code = (PROJECT_ROOT / file).read_text()
     if "add_detector_flags(parser)" in code:

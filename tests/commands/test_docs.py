@@ -1,4 +1,4 @@
-"""README and docs agree with the project: sizes, links, the tree of files, and Python that runs."""
+"""README and docs match the project: sizes, links, file tree, and Python examples that run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_sizes():
 
 
 def anchors(text: str) -> set[str]:
-    """The names that a Markdown page's headings get."""
+    """The anchor names of the headings in a Markdown page."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -45,14 +45,14 @@ def test_links_lead_somewhere(name):
 
 
 def product_files() -> set[str]:
-    """Every .py file that is not empty and no test."""
+    """All .py files except tests and empty files."""
     rooms = {path.parent for path in PROJECT_ROOT.glob("*/__init__.py")} - {PROJECT_ROOT / "tests"}
     files = [*PROJECT_ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
     return {str(file.relative_to(PROJECT_ROOT)) for file in files if file.stat().st_size}
 
 
 def listed_files(tree: str) -> list[str]:
-    """The .py files of the tree in docs/design.md: a line per file, indented below that of its folder."""
+    """The .py files in the tree of docs/design.md: one line per file, indented below its folder."""
     folder, files = "", []
     for line in tree.splitlines():
         name = line.split()[0] if line.strip() else ""
@@ -71,7 +71,7 @@ def test_the_tree_lists_every_file():
 
 
 def python_blocks() -> dict[str, str]:
-    """All Python in README and docs by its first line."""
+    """All Python blocks in README and docs, by their first line."""
     blocks = [block for text in TEXTS.values() for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)]
     return {block.splitlines()[0]: block for block in blocks}
 
@@ -83,7 +83,7 @@ def test_every_python_block_has_a_test():
 
 
 def test_the_scorer_of_the_docs():
-    """Zero at the support's own views, more elsewhere; the shapes that scorers.base asks for."""
+    """The distance is 0 at the support views and positive elsewhere; shapes are those of scorers.base."""
     names: dict = {}
     exec(python_blocks()["# nearest.py"], names)
     scorer = names["NearestView"]()
@@ -105,7 +105,7 @@ def test_the_scorer_of_the_docs():
 
 
 def test_the_backbone_of_the_docs(demo_data):
-    """Random weights in place of the download, at a small size, on the drawn data."""
+    """Runs on synthetic data at a small size, with random weights instead of the download."""
     code = python_blocks()["# backbone.py"].replace('"IMAGENET1K_V2"', "None").replace("224", str(SIZE))
     folder = Path(demo_data) / "ring"
     items = list_test_items(folder)
@@ -119,7 +119,7 @@ def test_the_backbone_of_the_docs(demo_data):
 
 
 def test_the_record_of_the_docs(tmp_path):
-    """It makes a table, and can be compared with another of the same support sets."""
+    """It writes a table that can be compared with another one of the same support sets."""
     (text,) = re.findall(r"```json\n(.*?)```", TEXTS["docs/extend.md"], flags=re.DOTALL)
     record = json.loads(text)
     for name, gain in (("a", 0), ("b", 0.01)):

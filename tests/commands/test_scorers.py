@@ -22,14 +22,14 @@ SIZE = "64"
 
 @pytest.fixture
 def mine(tmp_path) -> str:
-    """The example in docs/extend.md, as its reader would use it."""
+    """The example scorer in docs/extend.md, as a file."""
     block = re.search(r"```python\n(# nearest\.py\n.*?)```", (PROJECT_ROOT / "docs/extend.md").read_text(), re.DOTALL)
     (tmp_path / "nearest.py").write_text(block[1])
     return f"{tmp_path / 'nearest.py'}:NearestView"
 
 
 def score(demo_data: Path, output: Path, *flags: str) -> dict[str, dict]:
-    """Runs test.py on the drawn rings, untrained; the records by file name."""
+    """Runs test.py untrained on the synthetic rings; returns the records by file name."""
     arguments = ["--obj", "ring", "--shot", "2", "--inferences", "2", "--data_type", "folder", "--untrained"]
     arguments += ["--data_path", str(demo_data), "--weights", "none", "--device", "cpu", "--num_workers", "0"]
     test_command.main([*arguments, "--output", str(output), *flags])
@@ -112,7 +112,7 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
 
 
 def test_a_detector_of_the_release_s_scorer_still_loads(demo_data, tmp_path):
-    """--scorer gaussian brings the old scores back, and its file holds them."""
+    """--scorer gaussian gives the scores of earlier versions, and a saved detector keeps them."""
     support = [str(path) for path in sorted((demo_data / "ring/train/good").iterdir())[:2]]
     file = tmp_path / "part.regad"
     predict.main(

@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn, a per-region loop and counting by hand, on input made to break them."""
+"""The metrics against scikit-learn, a loop over regions and manual counts, on difficult inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our numbers against the release's own, on real screws."""
+"""The project's scores and metrics against those of the release, on real screws."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def relative(ours: np.ndarray, golden: np.ndarray) -> float:
 
 
 def recipe_value(part: str, name: str, shape: tuple[int, ...], identity: tuple[float, ...]) -> np.ndarray:
-    """The golden README's recipe for one tensor that is not of the trunk; the first rule that fits."""
+    """One tensor outside the backbone, by the first matching rule in the README of the golden data."""
     x = np.random.RandomState(zlib.crc32(f"{part}.{name}".encode())).standard_normal(shape)
     rules = (
         (name.endswith("running_var"), lambda: 1 + 0.1 * np.abs(x)),
@@ -43,7 +43,7 @@ def recipe_value(part: str, name: str, shape: tuple[int, ...], identity: tuple[f
 
 
 def recipe_model(stn_mode: str) -> RegAD:
-    """The model behind features_*.npz."""
+    """The model that produced features_*.npz."""
     model = RegAD(stn_mode)
     trunk = torch.load(TRUNK, weights_only=True)
     for part, network in (("STN", model.stn), ("ENC", model.encoder), ("PRED", model.predictor)):
@@ -79,7 +79,7 @@ def test_features(stn_mode, version):
 
 @pytest.fixture(scope="module")
 def scored():
-    """Our results per (shot, round), from the golden checkpoint and support sets; and the labels."""
+    """The project's results per (K, round) for the golden checkpoint and support sets, and the labels."""
     network, clock = folded(load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn), StageClock(CPU)
     items = list_test_items(DATA / "screw")
     labels = [item.label for item in items]
@@ -115,6 +115,6 @@ def test_aurocs(scored, shot, number):
 
 
 def test_our_ranking_of_the_release_s_scores(scored):
-    """The recorded image AUROC comes out of the recorded image scores: labels and order are the release's."""
+    """The recorded image scores give the recorded image AUROC: labels and order match the release."""
     golden = np.load(GOLDEN / "screw_2_round0.npz")["image_score"]
     assert auroc(rank(golden, scored[1])) == pytest.approx(golden_rounds()["2"][0]["image_auroc"], abs=1e-9)

@@ -1,4 +1,4 @@
-"""The few-shot detector: the evaluation's own numbers, the same bits alone as in a batch, files, thresholds."""
+"""The few-shot detector: agreement with the evaluation, independence of the batch, files and thresholds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def files(demo_data):
-    """Three normal images, then nineteen others."""
+    """Three normal images, followed by nineteen other images."""
     ring = demo_data / "ring"
     others = [p for folder in sorted((ring / "test").iterdir()) for p in sorted(folder.iterdir())]
     others += sorted((demo_data / "weave" / "test/good").iterdir())
@@ -66,7 +66,7 @@ def test_same_maps_as_the_evaluation(detector, network, files):
 
 @pytest.mark.parametrize("name", ["gaussian", "neighbours"])
 def test_an_image_alone_gets_the_score_it_gets_among_others(name, network, files):
-    """Up to rounding: the network's convolutions may differ in the last bit between batches."""
+    """Equal up to rounding: convolutions may differ in the last bit between batch sizes."""
     detector = FewShotDetector(network, "cpu", scorer=name).fit(files[0])
     grey = Image.open(files[1][0]).convert("L")
     images = [*files[1][:3], grey, *files[1][3:], grey] + files[1][:7]
@@ -151,7 +151,7 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
 
 
 def threshold_of(scores, share: float) -> Threshold:
-    """The threshold where maps play no part; scores: (n,) or (n, views)."""
+    """The threshold for scores (n,) or (n, views); the maps do not matter."""
     scores = np.array(scores, float).reshape(len(scores), -1)
     return normal_threshold(scores, np.zeros((len(scores), 2, 2)), share, "")
 
@@ -196,7 +196,7 @@ def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, 
 
 
 def test_false_alarms_of_log_normal_scores_are_as_asked():
-    """On average over many draws, where the views of an image differ as images do."""
+    """Mean rate over many draws, for views that vary as much as images do."""
     rng = np.random.default_rng(0)
     for count in (4, 40):
         draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
@@ -215,7 +215,7 @@ def test_impossible_shares(share, detector, files):
 
 
 def test_the_readme_s_python(files, tmp_path, monkeypatch):
-    """The docs' own lines, beside the images they name; no weights are downloaded."""
+    """Runs the example from the docs on the images it names, without downloading weights."""
     block = re.search(
         r"```python\n(from inspection\.detector import FewShotDetector.*?)```",
         (PROJECT_ROOT / "docs/inspection.md").read_text(),

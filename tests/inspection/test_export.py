@@ -1,4 +1,4 @@
-"""Exported detectors: the same maps in ONNX Runtime and torch.export, at any batch size, and what the files say."""
+"""Exported detectors: equal maps in ONNX Runtime and torch.export for any batch size, and the metadata."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ needs_onnx = pytest.mark.skipif(not has_onnx, reason="needs the packages of requ
 
 @pytest.fixture(scope="module")
 def network():
-    """Random weights, and warps that reach far outside the image."""
+    """Random weights, with warps that sample far outside the image."""
     torch.manual_seed(0)
     model = RegAD("affine", SIZE)
     for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
@@ -76,7 +76,7 @@ def exported(detector, tmp_path_factory) -> dict[str, Path]:
     return files
 
 
-# gaussian: each form of its distance; 18 x 22 views exceed 384 channels
+# gaussian: every form of the distance; 18 x 22 views exceed 384 channels
 @pytest.mark.parametrize(
     ("scorer", "shots"), [("gaussian", 1), ("gaussian", 3), ("gaussian", 18), ("neighbours", 1), ("neighbours", 3)]
 )
@@ -175,7 +175,7 @@ def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeyp
 
 @needs_onnx
 def test_readme_example_runs_without_torch(exported, detector, images, tmp_path):
-    """The docs' own lines, beside the file they name, in a fresh interpreter."""
+    """Runs the example from the docs in a new interpreter, with the file it names."""
     (example,) = re.findall(
         r"```python\n(import.*?onnxruntime.*?)```", (PROJECT_ROOT / "docs/inspection.md").read_text(), re.DOTALL
     )
@@ -195,7 +195,7 @@ def test_readme_example_runs_without_torch(exported, detector, images, tmp_path)
 @needs_onnx
 @needs_reference
 def test_twenty_real_images(tmp_path):
-    """Screws and tiles at 224 pixels, with warps as trained; the detector knows screws only."""
+    """Screws and tiles at 224 pixels, with trained warps; the support set contains screws only."""
     network = load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn
     normal = sorted((DATA / "screw/train/good").iterdir())[:2]
     detector = FewShotDetector(network, "cpu").fit(normal, for_threshold=False)

@@ -1,4 +1,4 @@
-"""The fast Gaussian against its definition, in all its forms."""
+"""The fast Gaussian scorer against its definition, in all its forms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDES, CHANNELS = (8, 4, 2), (6, 12, 20)  # 38 channels
 
 
 def feature_maps(count: int, seed: int, dtype=torch.float64) -> list[torch.Tensor]:
-    """Correlated positive features, (count, C_l, H_l, H_l) per layer; variances around 0.3, real ones are below 0.2."""
+    """Correlated positive features, (count, C_l, H_l, H_l) per layer; variances near 0.3, on real data below 0.2."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for side, channels in zip(SIDES, CHANNELS, strict=True):
@@ -26,7 +26,7 @@ def feature_maps(count: int, seed: int, dtype=torch.float64) -> list[torch.Tenso
 
 
 def fast_distances(support: list[torch.Tensor], test: list[torch.Tensor], budget: int = 2**40) -> torch.Tensor:
-    """Distances (B, H, W) by the fast way, piece by piece; the same from what is stored."""
+    """Distances (B, H, W) of the fast implementation in chunks; checks that stored tensors give the same."""
     scorer = Gaussian()
     support, test = scorer.prepare(support), scorer.prepare(test)
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +76,7 @@ def test_order_of_views_and_constant_shift_change_nothing():
 
 
 def test_identical_views_leave_the_added_diagonal_only():
-    """With no spread at all the covariance is 0.01 I, so the distance is ten times the Euclidean one."""
+    """For equal views, the covariance is 0.01 I, so the distance is ten times the Euclidean distance."""
     one, test = feature_maps(1, 2), feature_maps(3, 3)
     support = [layer.expand(22, -1, -1, -1) for layer in one]
     euclidean = (plain.embedding(test) - plain.embedding(one)).norm(dim=1)

@@ -27,7 +27,7 @@ def feature_maps(count: int, seed: int) -> list[torch.Tensor]:
 
 
 def definition(support: list[torch.Tensor], test: list[torch.Tensor], components: int = 10) -> np.ndarray:
-    """The module's docstring, step by step, in float64 and without a chunk: distances (B, 4, 4)."""
+    """The definition in the docstring of scorers/neighbours.py, in float64 and without chunks: distances (B, 4, 4)."""
 
     def regions(maps: list[torch.Tensor]) -> np.ndarray:
         fine, coarse = (uniform_filter(m.double().numpy(), (1, 1, 3, 3), mode="constant") for m in maps[1:])
@@ -64,7 +64,7 @@ def test_a_support_view_has_no_distance_and_anything_else_has_some():
 
 
 def test_where_a_region_lies_plays_no_part():
-    """A test image turned by a quarter gets its map turned by a quarter."""
+    """Rotating a test image by 90 degrees rotates its map by 90 degrees."""
     scorer = Neighbours()
     fitted, test = scorer.fit(scorer.prepare(feature_maps(22, 2))), feature_maps(2, 3)
     upright = scorer.distance_maps(fitted, scorer.prepare(test))
@@ -87,7 +87,7 @@ def test_a_layer_without_variance_is_no_obstacle():
 
 
 def test_the_prototype_is_one_of_the_choices():
-    """Layers 2 and 3 on the finer grid, as they are, against a random subset of the rows: no step but the fourth."""
+    """Layers 2 and 3 on the finer grid, with a random subset of the rows and without steps 2 and 3."""
     scorer = Neighbours(Choices(finer=2, components=None, whitening=0, damped=False, limit=500))
     support, test = scorer.prepare(feature_maps(22, 2)), scorer.prepare(feature_maps(2, 3))
     rows = torch.cat(support, dim=2).flatten(0, 1)

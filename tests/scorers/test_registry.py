@@ -1,4 +1,4 @@
-"""Scorers by name and from a file."""
+"""Scorers from the registry and from files."""
 
 from __future__ import annotations
 

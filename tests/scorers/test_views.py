@@ -1,4 +1,4 @@
-"""Views, warps and score maps against kornia, scipy, and images small enough to check by eye."""
+"""Views, warps and score maps against kornia, scipy, and small images with known results."""
 
 from __future__ import annotations
 
