@@ -164,7 +164,7 @@ def _find_weights(args: argparse.Namespace) -> dict[Weights, list[int]]:
         if not file.is_file():
             raise UserError(
                 f"no checkpoint {file}; make it with: python train.py --obj {args.obj} --shot {shot} "
-                f"--stn_mode {args.stn_mode} --data_path <data folder>. Or put the release's file there, name another "
+                f"--stn_mode {args.stn_mode} --data_path <data folder>. Or put the release's file there, give another "
                 "with --checkpoint FILE, or score the network before training with --untrained"
             )
         digest = sha256(file)

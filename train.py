@@ -47,7 +47,7 @@ from utils.files import digest, write_json
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
-MIN_IMG_SIZE = 64  # below, the batch norm of the last warp head gets one value per channel
+MIN_IMG_SIZE = 64  # smaller images leave the batch norm of the last warp head one value per channel
 # Arguments that affect the weights or the selected epoch. A run is resumed only with the same values.
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
@@ -189,7 +189,7 @@ class Target(NamedTuple):
 def _check(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
     if args.backbone not in BACKBONES:
-        raise UserError(f"--backbone {args.backbone} cannot be trained; there are {', '.join(BACKBONES)}")
+        raise UserError(f"--backbone {args.backbone} cannot be trained; choose from {', '.join(BACKBONES)}")
     args.img_size = settle_img_size(args.backbone, args.img_size, MIN_IMG_SIZE)
     for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:

@@ -139,7 +139,7 @@ def _score_round(
         image_scores, maps = score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
         image_scores = image_scores.cpu().numpy()
     if not np.isfinite(image_scores).all():
-        raise UserError("scores are not finite: the checkpoint or the support set holds NaN or infinite values")
+        raise UserError("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
     with clock("metrics"):
         return RoundResult(*metrics.aurocs(image_scores, maps), distances, maps, metrics.more())
 

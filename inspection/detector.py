@@ -147,13 +147,13 @@ class FewShotDetector:
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
         if not self.fitted:
-            raise UserError("the detector must be fitted on support images, or loaded, before it can score")
+            raise UserError("the detector must be fitted on support images, or loaded, before it can score images")
         if not len(images):
             return np.empty(0, np.float32), np.empty((0, self.size, self.size), np.float32)
         groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
         scores, maps = zip(*map(self._score_group, groups), strict=True)
         if not all(np.isfinite(part).all() for part in scores):
-            raise UserError("scores are not finite: the checkpoint or the support images hold NaN or infinite values")
+            raise UserError("scores are not finite: the checkpoint or a support image contains NaN or infinity")
         return np.concatenate(scores), np.concatenate(maps)
 
     def _score_group(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
@@ -293,7 +293,7 @@ def _read_content(path: Path) -> dict:
     if content.get("version") == 2:
         return _from_version_2(content)
     if content.get("version") != FILE_VERSION:
-        raise UserError(f"detector {path} has version {content.get('version')}, this program reads {FILE_VERSION}")
+        raise UserError(f"detector {path} has version {content.get('version')}, this program supports {FILE_VERSION}")
     return content
 
 
@@ -309,11 +309,11 @@ def _scorer_of(path: Path, name: str, given: str | Scorer | None) -> Scorer:
     """The scorer of a saved detector: the registered one, or the given one, whose name must match."""
     if given is None:
         if name not in SCORERS:
-            raise UserError(f"detector {path} was made with the scorer {name}; give it again: --scorer FILE.py:CLASS")
+            raise UserError(f"detector {path} was made with the scorer {name}; give --scorer FILE.py:CLASS")
         return make_scorer(name)
     scorer = make_scorer(given) if isinstance(given, str) else given
     if scorer.name != name:
-        raise UserError(f"detector {path} was made with the scorer {name}, not {scorer.name}; fit a new one")
+        raise UserError(f"detector {path} was made with the scorer {name}, not {scorer.name}; fit a new detector")
     return scorer
 
 

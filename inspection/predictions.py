@@ -141,7 +141,7 @@ def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:
             rows = [[row[name] for name in ("path", "score", "error")] for row in csv.DictReader(stream)]
             scores = [float(score) if score else None for _, score, _ in rows]
     except (KeyError, TypeError, ValueError, csv.Error) as fault:
-        raise UserError(f"{path} is not a table of scores by predict.py; give another --output") from fault
+        raise UserError(f"{path} is not a score table of predict.py; give another --output") from fault
     return [
         Prediction(name, score, _decide(score, threshold), error or None)
         for (name, _, error), score in zip(rows, scores, strict=True)

@@ -45,8 +45,8 @@ COVARIANCE_EPS = 0.01  # added to the covariance's diagonal, as in the release a
 # Largest temporary tensor of one chunk of positions. CPU: the allocator reuses small freed blocks and returns large
 # ones to the system. CUDA: a few large kernels are fastest.
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
-# Batches for a stored detector are padded to a multiple of this. The result for an image then does not depend on the
-# batch: matrix products use a different code path for the columns beyond the last full vector.
+# The images of a batch are padded to a multiple of this. The result for an image then does not depend on its batch:
+# matrix products treat the columns beyond the last full vector register differently.
 IMAGE_GROUP = 32
 CHOLESKY_BASE = 16  # largest matrix given to LAPACK; larger ones are split. Fastest of 8..44 at sizes 44, 64, 176
 

@@ -29,7 +29,7 @@ def make_scorer(name: str) -> Scorer:
     if ":" in name:
         return _from_file(*name.rsplit(":", 1))
     if name not in SCORERS:
-        raise UserError(f"no scorer {name!r}; there are {', '.join(SCORERS)}, or your own as FILE.py:CLASS")
+        raise UserError(f"no scorer {name!r}; there are {', '.join(SCORERS)}, or a custom one as FILE.py:CLASS")
     return SCORERS[name]()
 
 
@@ -58,7 +58,7 @@ def add_scorer_flag(
 def _from_file(file: str, name: str) -> Scorer:
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"no file {path} to take the scorer {name} from; --scorer takes a name, or FILE.py:CLASS")
+        raise UserError(f"no file {path} with the scorer {name}; --scorer takes a name or FILE.py:CLASS")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file; --scorer takes FILE.py:CLASS")

@@ -331,7 +331,7 @@ def test_documented_commands(command):
     else:
         assert words[0] == "python"
         parser, rest = command_parser(words)
-        parser.parse_args(rest)  # exits with an error where a flag is unknown
+        parser.parse_args(rest)  # exits with an error for an unknown flag
 
 
 COMMANDS = sorted(path.name for path in PROJECT_ROOT.glob("*.py"))

@@ -55,7 +55,7 @@ def test_scores_are_the_detector_s(support, demo_data, tmp_path):
     assert len(paths) == 9
     scores, maps = detector.score(paths)
     assert [row["score"] for row in record["pictures"]] == scores.tolist()
-    np.testing.assert_allclose(detector.score(paths[4:5])[1][0], maps[4], rtol=1e-4, atol=1e-6)  # alone as among others
+    np.testing.assert_allclose(detector.score(paths[4:5])[1][0], maps[4], rtol=1e-4, atol=1e-6)  # not batch-dependent
     rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert [np.float32(row["score"]) for row in rows] == scores.tolist()
     limit = record["threshold"]["value"]
@@ -137,7 +137,7 @@ def test_every_picture_has_its_own_files(support, demo_data, tmp_path):
 
 
 def test_a_name_that_is_no_text(support, demo_data, tmp_path):
-    name = os.fsdecode(b"caf\xe9.png")  # Latin-1, as old cameras and archives leave it
+    name = os.fsdecode(b"caf\xe9.png")  # Latin-1, as in file names of old cameras and archives
     try:
         (tmp_path / name).write_bytes(b"broken")
     except OSError:
@@ -274,12 +274,12 @@ def test_own_output_is_not_scored(support, demo_data, tmp_path):
         assert len(run(support, [tmp_path / "in"], tmp_path / "in/out")["pictures"]) == 1
     (tmp_path / "out/in").mkdir(parents=True)
     (tmp_path / "in/a.png").rename(tmp_path / "out/in/a.png")
-    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["pictures"]) == 1  # above the inputs is no harm
+    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["pictures"]) == 1  # allowed: above inputs
 
 
 def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "images/000.png.jpg").mkdir()  # in the way
+    (tmp_path / "images/000.png.jpg").mkdir()  # blocks the output file
     with pytest.raises(SystemExit) as ended:
         run(support, [demo_data / "ring/test/good"], tmp_path)
     rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
@@ -310,13 +310,13 @@ def test_watching(support, demo_data, tmp_path):
             for number in range(3):
                 (folder / f"{number}.png").write_bytes(images[number].read_bytes() if number != 1 else b"broken")
                 _wait_for_rows(number + 1, output, process)
-            time.sleep(1.2)  # two more looks: would it score its own images?
+            time.sleep(1.2)  # two more scans: it must not score its own output
         finally:
             process.send_signal(signal.SIGINT)
             try:
                 _, errors = process.communicate(timeout=60)
             except subprocess.TimeoutExpired:
-                process.kill()  # or leaving the block would wait for ever
+                process.kill()  # otherwise, leaving the block would wait without end
                 raise
     assert process.returncode == 130 and errors.decode().splitlines() == ["error: interrupted"]
     record = run(support, [images[0], images[2]], tmp_path / "direct")["pictures"]
@@ -329,8 +329,8 @@ def test_watching(support, demo_data, tmp_path):
 
 
 def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypatch, capsys):
-    """Interrupted and started again, from elsewhere and with another threshold: every image once, a broken one too,
-    whatever bytes a name has.
+    """A watch resumes in another working directory and with another threshold. Every image is scored once, including
+    unreadable ones and names with undecodable bytes.
     """
     folder, images = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
     folder.mkdir()
@@ -346,7 +346,7 @@ def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypat
             (folder / name).write_bytes(content)
         except OSError:
             pytest.skip("this file system takes only UTF-8 names")
-        looks = iter([None])  # the first look sees the file's size, the second that it stayed
+        looks = iter([None])  # the second scan sees that the size is unchanged
         monkeypatch.setattr("inspection.inputs.time.sleep", lambda _, looks=looks: _next_or_interrupt(looks))
         with pytest.raises(KeyboardInterrupt):
             predict.main([*flags, place, "--threshold", threshold])
@@ -355,8 +355,8 @@ def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypat
     assert [bool(row["score"]) for row in rows] == [True, False, True, True] and "cannot read" in rows[1]["error"]
     record = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
     assert [row["score"] for row in record] == [(row["score"] and np.float32(row["score"])) or None for row in rows]
-    assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the threshold of now
-    assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # of the newest; the others' are gone
+    assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the current threshold
+    assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # only the newest image has a preview
     assert "3 images scored before" in capsys.readouterr().out
     (tmp_path / "out/scores.csv").write_text("something else\n1\n")
     with pytest.raises(UserError, match="not a table of scores"):

@@ -47,7 +47,7 @@ def test_several_scorers_share_a_run_and_give_what_each_gives_alone(demo_data, m
         (record,) = score(demo_data, tmp_path / "alone" / name.rsplit(":")[-1], *flags, name).values()
         (shared,) = (other for other in together.values() if other["scorer"] == record["scorer"])
         assert record["arguments"]["scorer"] == record["scorer"]
-        for alone, among in zip(record["rounds"], shared["rounds"], strict=True):  # other batches, other last digits
+        for alone, among in zip(record["rounds"], shared["rounds"], strict=True):  # last digits depend on the batch
             assert alone == pytest.approx(among, abs=2e-3)
 
 
@@ -103,7 +103,7 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
     file = tmp_path / "part.regad"
     predict.main(["--support", *support, *common, "--scorer", mine, "--save", str(file)])
     saved = ["--detector", str(file), *inputs, "--device", "cpu", "--no_pictures", "--output", str(tmp_path / "saved")]
-    with pytest.raises(UserError, match=r"made with the scorer nearest; give it again: --scorer FILE\.py:CLASS"):
+    with pytest.raises(UserError, match=r"made with the scorer nearest; give --scorer FILE\.py:CLASS"):
         predict.main(saved)
     with pytest.raises(UserError, match="made with the scorer nearest, not gaussian"):
         predict.main([*saved, "--scorer", "gaussian"])

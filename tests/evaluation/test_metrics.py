@@ -19,7 +19,7 @@ def some_scores(draw, size):
     kind = draw(st.sampled_from(["few values", "neighbours", "any"]))
     if kind == "few values":
         values = draw(st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.5]), min_size=size, max_size=size))
-    elif kind == "neighbours":  # float32 values next to each other around 30, where distances lie
+    elif kind == "neighbours":  # adjacent float32 values around 30, a typical distance
         steps = draw(st.lists(st.integers(0, 3), min_size=size, max_size=size))
         values = np.float32(30) + np.array(steps) * np.spacing(np.float32(30))
     else:
@@ -95,11 +95,11 @@ def test_by_hand():
 
 
 def test_pro_by_hand():
-    """Two regions, of one pixel and of two that touch at a corner; ten normal pixels, 3 of them allowed."""
+    """Two regions, one of a single pixel, one of two pixels that touch at a corner; nine normal pixels."""
     masks = np.zeros((1, 3, 4), bool)
     masks[0, 0, 0] = masks[0, 1, 2] = masks[0, 2, 3] = True
     maps = np.zeros((1, 3, 4))
-    maps[masks] = 9.0, 7.0, 1.0  # the pixel at 1 comes after two normal ones
+    maps[masks] = 9.0, 7.0, 1.0  # two normal pixels score higher than the pixel at 1
     maps[0, 0, 1:3] = 8.0, 2.0
     assert len(np.unique(region_weights(masks))) == 2
     # overlap: 1/2 up to the first normal pixel of nine, 3/4 up to the second, 1 up to the limit 0.3

@@ -34,7 +34,7 @@ def network():
     torch.manual_seed(0)
     model = RegAD("affine", SIZE)
     for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
-        torch.nn.init.normal_(stn.fc[2].weight, std=0.01)  # warps that move something
+        torch.nn.init.normal_(stn.fc[2].weight, std=0.01)  # non-trivial warps
     return model.stn.eval()
 
 
@@ -161,7 +161,7 @@ def test_threshold_of_few_images_by_the_definition():
     expected = np.exp(stats.norm(3.2, np.sqrt(0.035)).ppf(0.99))  # (0.04 + 0.01 + 0 + 0.09) / 4
     assert threshold_of(np.exp(logs), 0.01).value == pytest.approx(expected)
     same_views = np.exp(logs[:, :1].repeat(22, axis=1))
-    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest image's
+    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest image score
     assert threshold_of(np.exp(logs), 0.01).typical == pytest.approx(np.exp([3.0, 3.2]).mean())
 
 

@@ -37,7 +37,7 @@ def fast_distances(support: list[torch.Tensor], test: list[torch.Tensor], budget
     return at_once
 
 
-# 5 views: all layers together, V x V; 22: V x V for the coarse layers, the finest conditioned; 36: C x C for the
+# 5 views: all layers joint, V x V; 22: V x V for the coarse layers, the finest conditioned; 36: C x C for the
 # coarse layers (32 channels), the finest conditioned; 60: more views than all channels
 @pytest.mark.parametrize("views", [2, 5, 6, 7, 22, 32, 33, 36, 60])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
