@@ -6,6 +6,7 @@ python predict.py --support good_1.png good_2.png --input photos/ --output out
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from inspection.flags import add_detector_flags, check_detector_flags, describe_
 from inspection.inputs import absolute, full_name, list_inputs, watch
 from inspection.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
 from reports.page import PAGE_IMAGES, PageRow, write_page
+from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
 from utils.records import peak_memory_mb, plain_arguments, provenance
@@ -99,6 +101,7 @@ def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
     Resumes an earlier watch with the same output folder. Its images, including unreadable ones, are not scored again.
     Their decisions use the current threshold.
     """
+    _check_same_scorer(detector, args.output)
     rows, root = read_scores(args.output / "scores.csv", detector.threshold), absolute(args.watch)
     print(f"watching {args.watch}; press Ctrl-C to stop" + (f"; {len(rows)} images scored before" if rows else ""))
     for arrived in watch(args.watch, args.output, done={row.path for row in rows}):
@@ -107,6 +110,23 @@ def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
             rows.append(row)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
         _finish(detector, rows, root, args)
+
+
+def _check_same_scorer(detector: FewShotDetector, output: Path) -> None:
+    """Raises UserError where the folder holds scores of another scorer, which the threshold does not fit."""
+    file = output / "scores.json"
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        before = content.get("scorer", RELEASE_SCORER)  # earlier versions had no other
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}; give another --output") from error
+    if before != detector.scorer.name:
+        raise UserError(
+            f"{output} holds scores of the scorer {before}, not {detector.scorer.name}: "
+            "give another --output, or --scorer as before"
+        )
 
 
 def _rows(
@@ -132,6 +152,9 @@ def _finish(
         "arguments": plain_arguments(args),
         **provenance(detector.clock.device),
         "detector": detector.origin,
+        "scorer": detector.scorer.name,
+        "backbone": getattr(detector.network, "backbone", None),
+        "img_size": detector.size,
         "threshold": None if threshold is None else threshold._asdict(),
         "pictures": [{key: value for key, value in row._asdict().items() if key != "preview"} for row in rows],
         "seconds": detector.clock.seconds,

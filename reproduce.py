@@ -25,6 +25,7 @@ from grid.tables import GRID_FILE, compare, format_comparison, read_results
 from grid.tables_page import write_tables
 from models.networks import settle_img_size
 from models.stn import BACKBONES, STN_MODES
+from models.timm_features import PREFIX
 from scorers.registry import add_scorer_flag
 from utils import flags
 from utils.errors import UserError, require_positive, run_command
@@ -121,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
     counts = ("shots", "inferences", "epochs", "batch_size", "img_size", "eval_every", "slurm_minutes", "slurm_cpus")
     require_positive(args, *counts, *(["jobs"] if args.jobs is not None else []))
     args.img_size = settle_img_size(args.backbone, args.img_size)
+    if args.eval_only and args.backbone.startswith(PREFIX):
+        raise UserError(f"{args.backbone} is not trained here, so there is nothing for --eval_only to score")
     if args.readme:
         raise UserError("--readme goes with --report DIR")
     if len(set(args.shots)) < len(args.shots) or len(set(args.objs)) < len(args.objs):

@@ -202,7 +202,7 @@ def _support_features(
     The features of an image that occurs in several rounds are cached, up to KEPT_FEATURES_BYTES.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
-    keys = [[hashlib.sha256(image.numpy()).digest() for image in images] for images in rounds]
+    keys = [[hashlib.sha256(image.cpu().contiguous().numpy()).digest() for image in images] for images in rounds]
     to_come = Counter(key for of_round in keys for key in of_round)
     kept: dict[bytes, dict[str, Prepared]] = {}
     store = FeatureStore(scorers, len(rounds[0]), with_views=True)

@@ -35,6 +35,7 @@ class Cell(NamedTuple):
     key: str  # a digest of everything that the numbers depend on: arguments, data, code
     trained: Path | None  # the folder that train.py writes to; None where nothing is trained
     records: tuple[str, ...]  # names of the files that a finished cell leaves in the results folder
+    training: str = ""  # a digest of what the weights depend on; the same weights may be scored in other ways
 
 
 Report = Callable[[Cell, str | None], None]  # called with each cell that has ended and the answer of `run_cell`
@@ -136,18 +137,23 @@ def _lock(lock: int, wait: bool) -> bool:
 def _begin(output: Path, cell: Cell) -> None:
     """Writes the stamp of a started cell.
 
-    If a cell of the same name and another key was started before, its weights are moved aside and its records removed.
+    If a cell of the same name and another key was started before, its records are removed. Its weights are moved aside,
+    unless they depend on the same.
     """
     if is_begun(output, cell):
         return
-    for name in cell.records:
+    before = _read_stamp(_job_file(output, cell, "started"))
+    outdated = _read_stamp(_job_file(output, cell, "done")).get("records", {})
+    for name in {*cell.records, *outdated}:
         (output / name).unlink(missing_ok=True)  # else a table would show them if this cell fails
-    if cell.trained is not None and cell.trained.is_dir():
+    same_weights = bool(cell.training) and before.get("training") == cell.training
+    if cell.trained is not None and cell.trained.is_dir() and not same_weights:
         number = 1
         while (aside := cell.trained.with_name(f"{cell.trained.name}.old{number}")).exists():
             number += 1
         os.rename(cell.trained, aside)
-    write_json(_job_file(output, cell, "started"), {"key": cell.key, "commands": cell.commands})
+    stamp = {"key": cell.key, "training": cell.training, "commands": cell.commands}
+    write_json(_job_file(output, cell, "started"), stamp)
 
 
 def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> int:

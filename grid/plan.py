@@ -109,7 +109,7 @@ class Plan:
         records = self._records(category, self.args.shots, "_untrained")
         command = self._test(category, self.args.shots, "--untrained")
         name = f"{category}_{'-'.join(map(str, self.args.shots))}_{self.network}_untrained"
-        shots, key = tuple(self.args.shots), self._key(category, self.args.shots, "untrained")
+        shots, key = tuple(self.args.shots), self._key(category, self.args.shots, self.args.scorer, "untrained")
         return Cell(name, category, shots, (command,), key, None, records)
 
     def _trained_cell(self, category: str, shot: int, select: str) -> Cell:
@@ -124,9 +124,11 @@ class Plan:
             commands.append(self._test(category, [shot], "--save_dir", str(save_dir), "--last"))
             records += self._records(category, [shot], "_last")
         weights = checkpoint_file(save_dir, args.stn_mode, shot, category, args.backbone)
-        key = self._key(category, [shot], select, args.epochs, args.batch_size, args.eval_every)
+        decisive = (select, args.epochs, args.batch_size, args.eval_every)
+        key = self._key(category, [shot], args.scorer, *decisive)
+        training = self._key(category, [shot], args.scorer[:1], *decisive)
         name = weights.stem.removesuffix("_model") + which
-        return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records))
+        return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records), training)
 
     def _found_cells(self, category: str) -> list[Cell]:
         """The cells of a category's existing checkpoints. A cell covers all K, so that equal files are scored once."""
@@ -146,11 +148,11 @@ class Plan:
         shots, ending = tuple(files), "" if rule == "best" else f"_{rule}"
         flags = ["--save_dir", str(self.args.eval_only), *filter(None, [flag])]
         records = self._records(category, shots, ending)
-        key = self._key(category, shots, flag, self.files.of(list(files.values())))
+        key = self._key(category, shots, self.args.scorer, flag, self.files.of(list(files.values())))
         name = f"{category}_{'-'.join(map(str, shots))}_{self.network}{ending}{flag.replace('--', '_')}_eval"
         return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records)
 
-    def _key(self, category: str, shots: Sequence[int], *decisive: object) -> str:
+    def _key(self, category: str, shots: Sequence[int], scorers: Sequence[str], *decisive: object) -> str:
         """A digest of all that affects the metrics: arguments, data and code, but not the location of the data."""
         args, files = self.args, self.files
         weights = files.of([Path(args.weights)]) if Path(args.weights).is_file() else args.weights
@@ -165,7 +167,7 @@ class Plan:
             {
                 "arguments": [category, shots, args.stn_mode, args.img_size, args.seed, args.inferences, decisive],
                 "weights": weights,
-                "scored": [args.backbone, [self._scorer_key(name) for name in args.scorer]],
+                "scored": [args.backbone, [self._scorer_key(name) for name in scorers]],
                 "data": [
                     data,
                     files.of([item.image for item in test]),

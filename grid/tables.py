@@ -19,7 +19,7 @@ from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import summary
 from models.stn import RELEASE_BACKBONE
-from scorers.registry import RELEASE_SCORER
+from scorers.registry import RELEASE_SCORER, SCORERS
 from utils.errors import UserError
 
 WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
@@ -107,7 +107,8 @@ def read_results(folder: Path) -> Results:
     if not records:
         raise UserError(f"no records of test.py in {folder}")
     for name in ("data_type", "stn_mode", "img_size", "backbone"):
-        found = {content["arguments"].get(name, RELEASE_BACKBONE) for content in records.values()}
+        own = [content["arguments"] for content in records.values() if content.get("scorer", RELEASE_SCORER) in SCORERS]
+        found = {arguments.get(name, RELEASE_BACKBONE) for arguments in own}
         if len(found) > 1:
             raise UserError(f"{folder} mixes records of --{name} {' and '.join(map(str, sorted(found)))}")
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"objs": [], "shots": []}
@@ -166,7 +167,7 @@ def _compared_table(results: Results, metric: str, shot: int) -> Table:
             printed = cells.pop("average", None)
             columns[source] = {category: Entry(value) for category, value in cells.items()}
             notes += _average_note(source, metric, shot, printed, list(cells.values()))
-        for source in PUBLISHED:
+        for source in PUBLISHED if "best" in columns else ():
             columns[f"best - {source}"] = _difference(columns["best"], columns[source])
     title = f"{METRIC_NAMES[metric]}, K = {shot}"
     return Table(title, metric, shot, list(columns), _rows(results.categories, columns), notes)
@@ -209,9 +210,15 @@ def _paired(results: Results, metric: str, shot: int, kinds: tuple[str, str]) ->
     pairs = {}
     for category in first:
         records = [results.records.get((category, shot, kind)) for kind in kinds]
-        if category in second and support_name(records[0]) == support_name(records[1]):
+        if category in second and support_name(records[0]) == support_name(records[1]) and _same_weights(*records):
             pairs[category] = _entry(np.subtract(second[category].rounds, first[category].rounds).tolist())
     return pairs
+
+
+def _same_weights(one: dict, other: dict) -> bool:
+    """Whether two records of one kind of weights are of the same file; records of different kinds are compared too."""
+    files = [(record.get("checkpoint") or {}).get("sha256") for record in (one, other)]
+    return one["weights"] != other["weights"] or files[0] == files[1]
 
 
 def _other_table(results: Results, shot: int) -> list[Table]:
@@ -283,7 +290,7 @@ def header(results: Results) -> list[tuple[str, str]]:
     lines.append(("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"))
     lines.append(("device", _distinct(record["device"] for record in records)))
     for name, label in HEADER_ARGUMENTS.items():
-        lines.append((label, _distinct(record["arguments"][name] for record in records)))
+        lines.append((label, _distinct(record["arguments"].get(name, "not given") for record in records)))
     lines.append(("backbone", _distinct(record["arguments"].get("backbone", RELEASE_BACKBONE) for record in records)))
     lines.append(("scorers", _distinct(record.get("scorer", RELEASE_SCORER) for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))

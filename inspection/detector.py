@@ -198,6 +198,8 @@ class FewShotDetector:
         """
         if not self.fitted:
             raise UserError("only a fitted detector can be saved")
+        if not hasattr(self.network, "backbone"):
+            raise UserError("a detector with a network of your own cannot be saved: no file could say how to build it")
         content = {
             "format": FILE_FORMAT,
             "version": FILE_VERSION,

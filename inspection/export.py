@@ -35,8 +35,8 @@ class ExportedDetector(nn.Module):
             raise UserError("only a fitted detector can be exported")
         self.network, self.scorer = without_batch_norm(detector.network).cpu(), detector.scorer
         self.names = list(detector.fitted)
-        for name, tensor in detector.fitted.items():
-            self.register_buffer(f"fitted_{name}", tensor.cpu().contiguous())
+        for number, tensor in enumerate(detector.fitted.values()):
+            self.register_buffer(f"fitted_{number}", tensor.cpu().contiguous())
         with torch.no_grad():
             grid = self._distances(torch.zeros(1, 3, detector.size, detector.size)).shape[-1]
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))
@@ -48,7 +48,7 @@ class ExportedDetector(nn.Module):
         return maps, scores
 
     def _distances(self, x: torch.Tensor) -> torch.Tensor:
-        fitted = {name: getattr(self, f"fitted_{name}") for name in self.names}
+        fitted = {name: getattr(self, f"fitted_{number}") for number, name in enumerate(self.names)}
         return self.scorer.distance_maps(fitted, self.scorer.prepare(self.network.features(x)))
 
 
@@ -64,7 +64,7 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
         "keep_aspect": str(detector.keep_aspect).lower(),
         "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
         "scorer": detector.scorer.name,
-        "backbone": detector.network.backbone,
+        "backbone": getattr(detector.network, "backbone", "of your own"),
         "threshold": "" if threshold is None else repr(float(threshold.value)),
         "threshold_rule": "" if threshold is None else threshold.how,
     }

@@ -88,18 +88,21 @@ def normal_threshold(scores: np.ndarray, maps: np.ndarray, false_alarm: float, s
     the images. source: where the scores come from, as text for `Threshold.how`.
 
     Raises:
-        UserError: fewer than two images, a score of 0, or a rate outside (0, 1).
+        UserError: fewer than two images that differ, or a rate outside (0, 1).
     """
+    check_calibration(len(scores), false_alarm)
+    known = scores[:, 0] <= 0  # copies of another normal image: they say nothing about how much images differ
+    source += f", {known.sum()} identical to others left out" if known.any() else ""
+    scores, maps = scores[~known], maps[~known]
     count = len(scores)
-    check_calibration(count, false_alarm)
-    if scores.min() <= 0:
+    if count < 2:
         raise UserError("identical normal images give no threshold; give other images, or --threshold")
     images = np.sort(scores[:, 0])
     if is_order_statistic(count, false_alarm):
         order = _order(count, false_alarm)
         value, rule = float(images[order - 1]), f"the {order}-th smallest of {count} scores"
     else:
-        logs = np.log(scores.astype(np.float64))
+        logs = np.log(scores[scores > 0].astype(np.float64))
         value = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
         rule = f"log-normal bound of {scores.size} views"
         if value < images[-1]:

@@ -54,8 +54,9 @@ def last_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str
 
 
 def _weights_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str, which: str) -> Path:
-    name = f"{category}_{shot}_{stn_mode}" + ("" if backbone == RELEASE_BACKBONE else f"_{backbone}")
-    return root / stn_mode / str(shot) / category / f"{name}_{which}.pt"
+    network = stn_mode if backbone == RELEASE_BACKBONE else f"{stn_mode}_{backbone}"
+    name = f"{category}_{shot}_{network}"
+    return root / network / str(shot) / category / f"{name}_{which}.pt"
 
 
 def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:

@@ -6,6 +6,8 @@ last block. Normalisation and default input size are those of the model.
 
 from __future__ import annotations
 
+import itertools
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +43,22 @@ class TimmFeatures(nn.Module):
         self.net = self._create(timm, name, weights).eval().requires_grad_(False)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1), persistent=False)
+        self._check_grids(name)
+
+    def _check_grids(self, name: str) -> None:
+        """Raises UserError unless the maps cover the image, each half as wide as the one before."""
+        try:
+            sides = [tuple(layer.shape[2:]) for layer in self.features(torch.zeros(1, 3, self.img_size, self.img_size))]
+        except Exception as error:  # whatever a model raises at a size it cannot take
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the timm model {name} does not run at {self.img_size} pixels: {reason}") from error
+        nested = all(fine == (2 * coarse[0], 2 * coarse[1]) for fine, coarse in itertools.pairwise(sides))
+        if not nested or sides[-1][0] != sides[-1][1] or self.img_size % sides[-1][0]:
+            grids = ", ".join(f"{height} x {width}" for height, width in sides)
+            raise UserError(
+                f"the timm model {name} gives grids of {grids} at {self.img_size} pixels, which do not tile the image; "
+                "give an --img_size that is a multiple of its coarsest stride (16 or 32 for most)"
+            )
 
     def _create(self, timm: object, name: str, weights: str) -> nn.Module:
         options = {"pretrained": weights == "imagenet", "features_only": True}
@@ -72,12 +90,20 @@ def _load(net: nn.Module, path: Path) -> None:
         raise UserError(f"no weights file {path}; --weights takes imagenet, none, or the path of a state dict")
     state = load_tensors(path, "weights file")
     own = net.state_dict()
-    prefix = "model." if all(name.startswith("model.") for name in own) else ""
-    found = {name: state[name.removeprefix(prefix)] for name in own if name.removeprefix(prefix) in state}
+    names = {name: _timm_name(name, state) for name in own}
+    found = {name: state[given] for name, given in names.items() if given in state}
     missing = sorted(set(own) - set(found))
     if missing:
         raise UserError(f"weights {path} are those of another model: {len(missing)} are missing, e.g. {missing[0]}")
     net.load_state_dict(found)
+
+
+def _timm_name(name: str, state: dict) -> str:
+    """The name that a tensor of a features-only model has in a state dict of the whole one."""
+    plain = name.removeprefix("model.")
+    first, dot, rest = plain.partition(".")
+    split = re.sub(r"_(\d+)", r".\1", first) + dot + rest  # stages_0.blocks is stages.0.blocks there
+    return next((candidate for candidate in (name, plain, split) if candidate in state), name)
 
 
 def own_img_size(name: str) -> int:

@@ -82,7 +82,7 @@ class Neighbours(Scorer):
         for layer in maps[-self.choices.layers :]:
             layer = F.avg_pool2d(layer, window, stride=1, padding=window // 2)
             if layer.shape[-1] > side:
-                layer = F.avg_pool2d(layer, layer.shape[-1] // side)
+                layer = F.adaptive_avg_pool2d(layer, side)
             elif layer.shape[-1] < side:
                 layer = F.interpolate(layer, size=(side, side), mode="bilinear", align_corners=False)
             layers.append(layer.flatten(2).transpose(1, 2))

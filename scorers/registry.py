@@ -8,13 +8,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.stn import BACKBONES
 from scorers.base import Scorer
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
+from scorers.views import VIEWS_PER_IMAGE
 from utils.errors import UserError
 
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours)}
 RELEASE_SCORER = Gaussian.name  # the scorer of the release; default of train.py and test.py
+TAKEN_NAMES = {*SCORERS, *BACKBONES, "untrained", "last", "source", "best"}  # other parts of the names of records
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a scorer's name becomes part of file names
 
 
@@ -72,8 +75,16 @@ def _from_file(file: str, name: str) -> Scorer:
         raise UserError(f"{path} has no class {name} derived from scorers.base.Scorer (docs/extend.md)")
     try:
         scorer = found()
-    except TypeError as error:  # abstract methods are missing, or the constructor requires arguments
+    except Exception as error:  # abstract methods missing, arguments wanted, or whatever the class raises
         raise UserError(f"{name} in {path} cannot be made without arguments: {error}") from error
-    if not SAFE_NAME.fullmatch(getattr(scorer, "name", "")) or scorer.name in SCORERS:
+    if not SAFE_NAME.fullmatch(str(getattr(scorer, "name", ""))) or scorer.name in TAKEN_NAMES:
         raise UserError(f"{name} in {path} needs a `name` of its own, of letters, digits, - and _")
+    _check_views(scorer, f"{name} in {path}")
     return scorer
+
+
+def _check_views(scorer: Scorer, where: str) -> None:
+    """Raises UserError unless `views` are numbers of support views in ascending order, the image itself first."""
+    views = list(scorer.views)
+    if not views or views[0] != 0 or views != sorted(set(views)) or views[-1] >= VIEWS_PER_IMAGE:
+        raise UserError(f"{where} needs `views` from 0 up, in ascending order, below {VIEWS_PER_IMAGE}; got {views}")

@@ -279,7 +279,7 @@ def test_own_output_is_not_scored(support, demo_data, tmp_path):
 
 def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "images/000.png.jpg").mkdir()  # blocks the output file
+    (tmp_path / "pictures/000.png.jpg").mkdir()  # blocks the output file
     with pytest.raises(SystemExit) as ended:
         run(support, [demo_data / "ring/test/good"], tmp_path)
     rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
@@ -432,3 +432,20 @@ def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkey
     with pytest.raises(UserError) as caught:
         predict.main([*flags.split(), "--weights", "none", *size, *device])
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_watch_is_not_resumed_with_another_scorer(support, demo_data, tmp_path):
+    """Its threshold would not fit the scores that are there."""
+    run(support, [demo_data / "ring/test/good"], tmp_path / "out", "--no_pictures", "--scorer", "gaussian")
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="holds scores of the scorer gaussian, not neighbours"):
+        predict.main(
+            ["--support", *map(str, support), "--watch", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+            + ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu"]
+        )
+
+
+def test_a_copy_among_the_support_images_is_left_out_of_the_threshold(support, demo_data, tmp_path):
+    (tmp_path / "copy.png").write_bytes(support[0].read_bytes())
+    record = run([*support, tmp_path / "copy.png"], [demo_data / "ring/test/good"], tmp_path / "out", "--no_pictures")
+    assert "2 identical to others left out" in record["threshold"]["how"]

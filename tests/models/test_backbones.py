@@ -92,7 +92,7 @@ def test_models_of_timm_give_maps_for_every_scorer(name, shapes, tmp_path):
     ("backbone", "weights", "sentence"),
     [
         ("timm:resnet_18", "none", "timm has no model resnet_18"),
-        ("timm:test_vit", "missing.pth", "no weights file missing.pth"),
+        ("timm:test_vit", "missing.pth", r"no weights file missing\.pth"),
         ("timm:test_vit", "{other}", "are those of another model: .* are missing"),
     ],
 )
@@ -115,3 +115,17 @@ def test_without_timm_the_command_to_install_it(monkeypatch):
 def test_a_checkpoint_for_a_model_of_timm_is_rejected(tmp_path):
     with pytest.raises(UserError, match="is not trained here and has no checkpoint"):
         scoring_network("timm:test_vit", "affine", 160, tmp_path / "some.pt", "none")
+
+
+def test_weights_of_a_whole_model_load_where_timm_flattens_the_names(tmp_path):
+    timm = pytest.importorskip("timm")
+    whole = timm.create_model("test_convnext", pretrained=False)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    network = scoring_network("timm:test_convnext", "affine", 160, None, str(tmp_path / "weights.pth"))
+    assert torch.equal(network.net.stages_0.blocks[0].conv_dw.weight, whole.stages[0].blocks[0].conv_dw.weight)
+
+
+def test_a_size_whose_grids_do_not_tile_the_image_is_rejected():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="do not tile the image"):
+        scoring_network("timm:test_resnet", "affine", 150, None, "none")

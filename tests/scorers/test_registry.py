@@ -28,6 +28,15 @@ class Thief(Mine):
 class Unfinished(Scorer):
     name = "unfinished"
 
+class Last(Mine):
+    name = "last"
+
+class Unordered(Mine):
+    views = (0, 3, 2)
+
+class WithoutTheImage(Mine):
+    views = (5, 21)
+
 class NoScorer:
     pass
 """
@@ -55,6 +64,9 @@ def test_by_name_and_from_a_file(file):
         ("{file}:Unfinished", "cannot be made without arguments.*abstract"),
         ("{file}:Nameless", "needs a `name` of its own"),
         ("{file}:Thief", "needs a `name` of its own"),
+        ("{file}:Last", "needs a `name` of its own"),
+        ("{file}:Unordered", "needs `views` from 0 up"),
+        ("{file}:WithoutTheImage", "needs `views` from 0 up"),
         ("{broken}:Mine", r"cannot be imported: ZeroDivisionError"),
         ("{text}:Mine", "is not a Python file"),
     ],
