@@ -262,3 +262,38 @@ def test_comparison_needs_the_same_support_sets(tmp_path):
     write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
     with pytest.raises(UserError, match="in common"):
         compare(read_results(tmp_path / "a"), read_results(tmp_path / "c"))
+
+
+def with_scorer(folder, name, scorer, **arguments):
+    """The record `name` in `folder` as another scorer would have written it, a percent better."""
+    record = json.loads((folder / name).read_text())
+    record |= {"scorer": scorer, "arguments": record["arguments"] | arguments}
+    for numbers in record["rounds"]:
+        numbers["image_auroc"] += 0.01
+    (folder / name.replace(".json", f"_{scorer}.json")).write_text(json.dumps(record))
+
+
+def test_only_another_scorer_beside_the_published_numbers(tmp_path):
+    write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95)])
+    with_scorer(tmp_path, "bottle_2_affine_untrained.json", "neighbours")
+    (tmp_path / "bottle_2_affine_untrained.json").unlink()
+    found = table(tmp_path, "image AUROC, K = 2")
+    assert found.columns == ["untrained, neighbours", "paper", "release"]
+    assert entry(found, "bottle", "untrained, neighbours").mean == pytest.approx(98)
+
+
+def test_another_method_beside_the_project_s_own_records(tmp_path):
+    """Its settings are its own: no STN mode, another size."""
+    write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95), (0.95, 0.93)])
+    with_scorer(tmp_path, "bottle_2_affine_untrained.json", "mine", stn_mode="none", img_size=320)
+    paired = table(tmp_path, "image AUROC, K = 2: mine minus gaussian, paired")
+    assert entry(paired, "bottle", "untrained, mine - untrained").mean == pytest.approx(1)
+
+
+def test_scorers_are_compared_on_the_same_weights_only(tmp_path):
+    record = write_record(tmp_path, "bottle", 2, "last", [(0.97, 0.95), (0.95, 0.93)])
+    name = "bottle_2_affine_last.json"
+    (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "a"}}))
+    with_scorer(tmp_path, name, "neighbours")
+    (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "b"}}))
+    assert not [table for table in make_tables(read_results(tmp_path)) if table.title.endswith("paired")]
