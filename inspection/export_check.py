@@ -69,7 +69,7 @@ def _run_all(runtimes: dict[str, Runtime], batch: np.ndarray) -> dict[str, Resul
 def _difference(result: Result, reference: Result) -> float:
     """Largest relative difference of any pixel or score; NaN counts as infinite."""
     pairs = ((result.maps, reference.maps), (result.scores, reference.scores))
-    relative = [(np.abs(one - other) / np.maximum(other, FLOOR * other.max())).max() for one, other in pairs]
+    relative = [(np.abs(one - other) / np.maximum(other, FLOOR * (other.max() or 1))).max() for one, other in pairs]
     return float(np.nan_to_num(np.max(relative), nan=np.inf))
 
 

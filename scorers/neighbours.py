@@ -32,7 +32,7 @@ CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test rows a
 SHRINKAGE = 0.01  # times the mean variance, added to every variance before whitening: limits noise in weak directions
 RIDGE = 1e-5  # times the mean variance, added to the diagonal: eigh can take seconds without it
 EPS = 1e-12  # avoids division by 0 where a layer has no variance or all rows are equal
-ROUNDING = 4e-6  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
+ROUNDING = 1e-5  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
 SUBSET_SEED = 0  # for the random subset of rows, if there are more than `limit`
 
 

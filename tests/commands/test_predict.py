@@ -359,7 +359,7 @@ def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypat
     assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # only the newest image has a preview
     assert "3 images scored before" in capsys.readouterr().out
     (tmp_path / "out/scores.csv").write_text("something else\n1\n")
-    with pytest.raises(UserError, match="not a table of scores"):
+    with pytest.raises(UserError, match="not a score table"):
         predict.main([*flags, "."])
 
 
@@ -409,7 +409,7 @@ MISTAKES = {
     "--support in --input in --output in": "--output in is also where the images come from",
     "--support in --input in --output in/a.png": "cannot write in/a.png",
     "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal images",
-    "--support in in2 --input in --false_alarm 5": "a share between 0 and 1, got 5",
+    "--support in in2 --input in --false_alarm 5": "must be between 0 and 1, got 5",
     "--support broken.png --input in": "cannot read the image broken.png",
     "--detector nowhere --input in": "no detector file nowhere",
     "--support in --save in --checkpoint x": "x",
