@@ -19,7 +19,7 @@ from tqdm import tqdm
 from inspection.detector import FewShotDetector
 from inspection.flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
 from inspection.inputs import absolute, full_name, list_inputs, watch
-from inspection.predictions import Outputs, Prediction, ScoreTable, predict, read_scores
+from inspection.predictions import Outputs, Prediction, ScoreTable, map_scale, predict, read_scores
 from reports.page import PAGE_IMAGES, PageRow, write_page
 from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError, require_positive, run_command
@@ -39,7 +39,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_detector_flags(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--save", type=Path, metavar="FILE", help="save the detector to a file, e.g. part.regad")
-    run.add_argument("--maps", choices=("none", "png", "npy"), default="none", help="score maps; png: score * 256")
+    run.add_argument(
+        "--maps",
+        choices=("none", "png", "npy"),
+        default="none",
+        help="score maps; png: 16 bits, scaled by map_scale in scores.json",
+    )
     run.add_argument("--no_pictures", action="store_true", help="write only scores and the report")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     run.add_argument("--num_workers", type=int, default=2, help="threads that decode and draw")
@@ -155,6 +160,7 @@ def _finish(
         "scorer": detector.scorer.name,
         "backbone": getattr(detector.network, "backbone", None),
         "img_size": detector.size,
+        "map_scale": map_scale(detector),
         "threshold": None if threshold is None else threshold._asdict(),
         "pictures": [{key: value for key, value in row._asdict().items() if key != "preview"} for row in rows],
         "seconds": detector.clock.seconds,

@@ -44,7 +44,8 @@ def check_detector_flags(args: argparse.Namespace) -> None:
         UserError: flags contradict each other, or a value is invalid.
     """
     require_positive(args, "img_size")
-    args.img_size = settle_img_size(args.backbone, args.img_size)
+    if not args.detector:  # a saved one has its own
+        args.img_size = settle_img_size(args.backbone, args.img_size)
     if bool(args.support) == bool(args.detector):
         raise UserError("give either normal images with --support, or a saved detector with --detector")
     if args.threshold is not None and not math.isfinite(args.threshold):

@@ -23,7 +23,7 @@ from utils.files import whole_file
 from utils.stages import in_threads
 
 CSV_COLUMNS = ("path", "score", "decision", "error")
-MAP_SCALE_16BIT = 256  # 16-bit PNG maps store score * 256, up to a score of 255.99; .npy maps store the scores
+UNBOUNDED_MAP_SCALE = 256  # 16-bit PNG maps store score times a scale: up to a score of 255.99 where there is no bound
 
 
 class Prediction(NamedTuple):
@@ -96,7 +96,7 @@ def _write(
     """Writes the files of an image from its score map (S, S); returns the preview or an empty string."""
     restored = restore_map(scores, *item.image.size, detector.keep_aspect)
     if outputs.maps != "none":
-        _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored)
+        _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored, map_scale(detector))
     if not (outputs.images or with_preview):
         return ""
     panels = beside(draw_panels(item.image, restored, detector.threshold))
@@ -119,13 +119,19 @@ def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | N
     return [image, overlay(image, scores, colour_limits(threshold.typical)), outlined]
 
 
-def _save_map(path: Path, scores: np.ndarray) -> None:
-    """Saves the score map as .npy (float32) or 16-bit .png."""
+def map_scale(detector: FewShotDetector) -> int:
+    """The factor of 16-bit PNG maps: the largest power of two at which the scorer's largest score fits."""
+    largest = detector.scorer.largest
+    return UNBOUNDED_MAP_SCALE if largest is None else 2 ** int(np.floor(np.log2(65535 / largest)))
+
+
+def _save_map(path: Path, scores: np.ndarray, scale: int) -> None:
+    """Saves the score map as .npy (float32), or as 16-bit .png times `scale`."""
     if path.suffix == ".npy":
         with whole_file(path) as aside, open(aside, "wb") as stream:
             np.save(stream, scores)
     else:
-        save_image(path, Image.fromarray(np.clip(np.rint(scores * MAP_SCALE_16BIT), 0, 65535).astype(np.uint16)))
+        save_image(path, Image.fromarray(np.clip(np.rint(scores * scale), 0, 65535).astype(np.uint16)))
 
 
 def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:

@@ -30,6 +30,7 @@ class Scorer(ABC):
     """
 
     name: str
+    largest: float | None = None  # no distance is larger; None: there is no bound
     views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # indices of `support_views`, ascending; 0: the image
 
     def prepare(self, maps: FeatureMaps) -> Prepared:

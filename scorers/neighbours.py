@@ -65,6 +65,7 @@ class Neighbours(Scorer):
     """
 
     name = "neighbours"
+    largest = 2.0  # between damped rows, which are shorter than 1
     views = tuple(view for view in range(VIEWS_PER_IMAGE) if view not in TRANSLATED_VIEWS and view != GREY_VIEW)
 
     def __init__(self, choices: Choices = CHOSEN) -> None:

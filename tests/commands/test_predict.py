@@ -150,15 +150,16 @@ def test_a_name_that_is_no_text(support, demo_data, tmp_path):
     assert [bool(row["score"]) for row in rows] == [False, True] and (tmp_path / "out/report.html").is_file()
 
 
-def test_maps_hold_the_scores(support, demo_data, tmp_path):
-    image = demo_data / "ring/test/good/000.png"
-    score = run(support, [image], tmp_path / "a", "--maps", "npy", "--no_pictures")["pictures"][0]["score"]
-    run(support, [image], tmp_path / "b", "--maps", "png", "--no_pictures")
+@pytest.mark.parametrize(("scorer", "scale"), [("gaussian", 256), ("neighbours", 16384)])
+def test_maps_hold_the_scores(support, demo_data, tmp_path, scorer, scale):
+    image, flags = demo_data / "ring/test/good/000.png", ("--no_pictures", "--scorer", scorer, "--maps")
+    score = run(support, [image], tmp_path / "a", *flags, "npy")["pictures"][0]["score"]
+    assert run(support, [image], tmp_path / "b", *flags, "png")["map_scale"] == scale
     with Image.open(tmp_path / "b/maps/000.png.png") as image:
-        coarse = np.asarray(image) / 256
+        coarse = np.asarray(image) / scale
     scores = np.load(tmp_path / "a/maps/000.png.npy")
     assert coarse.shape == scores.shape == (64, 64)
-    np.testing.assert_allclose(coarse, np.minimum(scores, 65535 / 256), atol=1 / 512 + 1e-4)
+    np.testing.assert_allclose(coarse, np.minimum(scores, 65535 / scale), atol=1 / (2 * scale) + 1e-4)
     assert scores.max() == pytest.approx(score)
     assert not (tmp_path / "a/pictures").exists() and not (tmp_path / "b/pictures").exists()
 
