@@ -19,7 +19,7 @@ from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.scoring import RoundResult, TestFeatures, compute_test_features, score_rounds
-from evaluation.statistics import format_interval, format_summary, summary
+from evaluation.statistics import format_interval, format_summary, summaries
 from models.networks import network_name, scoring_network, settle_img_size
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import BACKBONES, STN_MODES, folded
@@ -196,12 +196,12 @@ def _print_rounds(
 
 
 def _print_summaries(scorer: str, rounds: list[dict]) -> dict[str, dict | None]:
-    summaries = {name: summary([numbers[name] for numbers in rounds]) for name in rounds[0]}
+    numbers_by_metric = summaries(rounds)
     label = "" if scorer == RELEASE_SCORER else f"{scorer}: "
     print(f"{label}mean +- SD of {len(rounds)} rounds, and Student's 95 % interval of the mean:")
-    for name, numbers in summaries.items():
+    for name, numbers in numbers_by_metric.items():
         print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{format_interval(numbers)}".rstrip())
-    return summaries
+    return numbers_by_metric
 
 
 def _support_record(support: SupportRounds) -> dict:

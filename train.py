@@ -31,7 +31,7 @@ from datasets.mvtec import (
 )
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
-from evaluation.statistics import format_summary, summary
+from evaluation.statistics import format_summary, summaries
 from models.networks import settle_img_size
 from models.regad import save_checkpoint, untrained
 from models.stn import BACKBONES, STN_MODES
@@ -273,12 +273,8 @@ def _score(trainer: Trainer, target: Target) -> dict:
     )
     by_scorer = {}
     for scorer in target.scorers:
-        rounds = [
-            {"image_auroc": results[scorer.name].image_auroc, "pixel_auroc": results[scorer.name].pixel_auroc}
-            for results in scored
-        ]
-        numbers = {key: summary([result[key] for result in rounds]) for key in ("image_auroc", "pixel_auroc")}
-        by_scorer[scorer.name] = {**numbers, "rounds": rounds}
+        rounds = [results[scorer.name].numbers for results in scored]
+        by_scorer[scorer.name] = {**summaries(rounds), "rounds": rounds}
     entry = {**next(iter(by_scorer.values())), "scoring_seconds": clock.seconds}
     return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
 

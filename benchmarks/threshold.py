@@ -29,7 +29,7 @@ from models.regad import load_checkpoint, untrained
 from models.stn import STNResNet, folded
 from scorers.base import Prepared
 from scorers.features import FeatureStore, write_support_image
-from scorers.maps import score_map_matrix, score_maps
+from scorers.maps import score_maps_at
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
@@ -137,8 +137,7 @@ def _judge(support: Prepared, test: TestFeatures, clock: StageClock, args: argpa
     views minus that of the normal test scores.
     """
     distances = args.scorer.measure(support, test.features.prepared[args.scorer.name], clock)
-    matrix = score_map_matrix(distances.shape[-1], args.img_size, clock.device)
-    scores = score_maps(distances, matrix)[0].cpu().numpy()
+    scores = score_maps_at(distances, args.img_size)[0].cpu().numpy()
     left_out, left_out_maps = leave_one_out(args.scorer, support, args.img_size, clock)
     threshold = normal_threshold(left_out, left_out_maps, args.false_alarm, "").value
     normal, defective = scores[~test.labels], scores[test.labels]

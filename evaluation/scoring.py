@@ -19,7 +19,7 @@ from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, r
 from models.stn import STNResNet, folded
 from scorers.base import Prepared, Scorer
 from scorers.features import FeatureNetwork, FeatureStore, write_support_image
-from scorers.maps import score_map_matrix, score_maps
+from scorers.maps import score_maps_at
 from utils.errors import UserError
 from utils.stages import StageClock
 
@@ -136,12 +136,12 @@ def _score_round(
 ) -> RoundResult:
     distances = scorer.measure(support[scorer.name], test.features.prepared[scorer.name], clock)
     with clock("smoothing"):
-        image_scores, maps = score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
+        image_scores, maps = score_maps_at(distances, size)
         image_scores = image_scores.cpu().numpy()
     if not np.isfinite(image_scores).all():
         raise UserError("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
     with clock("metrics"):
-        return RoundResult(*metrics.aurocs(image_scores, maps), distances, maps, metrics.more())
+        return RoundResult(distances=distances, maps=maps, **metrics.of_round(image_scores, maps))
 
 
 class _Metrics:
@@ -151,22 +151,17 @@ class _Metrics:
         self.labels, self.all_metrics = test.labels, all_metrics
         self.regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
         self.truth, self.counted = _known_truth(test, device)
-        self.image: Ranking | None = None
-        self.pixel: Ranking | None = None
 
-    def aurocs(self, image_scores: np.ndarray, maps: torch.Tensor) -> tuple[float, float | None]:
-        """Image and pixel AUROC; stores the rankings for `more`.
-
-        The pixel AUROC is None if no pixel is known to be defective.
-        """
-        self.image, self.pixel = rank(image_scores, self.labels), None
+    def of_round(self, image_scores: np.ndarray, maps: torch.Tensor) -> dict:
+        """`image_auroc`, `pixel_auroc` (None if no pixel is known to be defective), and in `more` what is requested."""
+        image, pixel = rank(image_scores, self.labels), None
         if self.truth is not None:
-            self.pixel = _rank_pixels(maps if self.counted is None else maps[self.counted], self.truth)
-        return auroc(self.image), None if self.pixel is None else auroc(self.pixel)
-
-    def more(self) -> dict[str, float | None]:
-        """The other metrics of the stored rankings, if requested."""
-        return _more_metrics(self.image, self.pixel, self.regions) if self.all_metrics else {}
+            pixel = _rank_pixels(maps if self.counted is None else maps[self.counted], self.truth)
+        return {
+            "image_auroc": auroc(image),
+            "pixel_auroc": None if pixel is None else auroc(pixel),
+            "more": _more_metrics(image, pixel, self.regions) if self.all_metrics else {},
+        }
 
 
 def _known_truth(test: TestFeatures, device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:

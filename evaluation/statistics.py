@@ -24,6 +24,11 @@ def summary(values: Sequence[float | None]) -> dict | None:
     return {"mean": mean, "sd": spread, "interval95": [mean - reach, mean + reach]}
 
 
+def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | None]:
+    """The `summary` of every metric; rounds: one dict per round, metric -> value."""
+    return {name: summary([numbers[name] for numbers in rounds]) for name in rounds[0]}
+
+
 def format_summary(numbers: dict | None) -> str:
     """Mean and standard deviation as text: `0.6596 +- 0.0123`, or `n/a` without values."""
     if numbers is None:

@@ -24,7 +24,7 @@ from models.stn import RELEASE_BACKBONE, STNResNet, folded
 from models.timm_features import PREFIX, TimmFeatures
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, take_images, write_support_image
-from scorers.maps import score_map_matrix, score_maps
+from scorers.maps import score_maps_at
 from scorers.neighbours import Neighbours
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
@@ -165,8 +165,7 @@ class FewShotDetector:
         with self.clock("distance"):
             distances = self.scorer.distance_maps(self.fitted, features)
         with self.clock("smoothing"):
-            matrix = score_map_matrix(distances.shape[-1], self.size, distances.device)
-            scores, maps = score_maps(distances, matrix)
+            scores, maps = score_maps_at(distances, self.size)
             return scores.cpu().numpy(), maps.cpu().numpy()
 
     def features(self, inputs: torch.Tensor) -> Prepared:

@@ -29,7 +29,7 @@ from scipy.special import ndtri
 
 from scorers.base import Prepared, Scorer
 from scorers.features import without_images
-from scorers.maps import score_map_matrix, score_maps
+from scorers.maps import score_maps_at
 from utils.errors import UserError
 from utils.stages import StageClock
 
@@ -55,8 +55,7 @@ def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageCloc
         end = start + views
         own, others = [layer[start:end] for layer in support], without_images(support, start, end)
         distances = scorer.measure(others, own, clock)
-        matrix = score_map_matrix(distances.shape[-1], size, distances.device)
-        of_views, maps_of_views = score_maps(distances, matrix)
+        of_views, maps_of_views = score_maps_at(distances, size)
         scores.append(of_views.cpu().numpy())
         maps.append(maps_of_views[0].cpu().numpy())
     return NormalScores(np.stack(scores), np.stack(maps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
@@ -18,6 +20,12 @@ def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Ten
     return maps.flatten(1).amax(dim=1), maps
 
 
+def score_maps_at(distances: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_maps` of distance maps (B, H, H) for images of side `size`."""
+    return score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
+
+
+@functools.cache
 def score_map_matrix(grid: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The matrix M (size, grid) that turns a distance map D (grid, grid) into the score map M D M^T (size, size).
 
