@@ -25,7 +25,7 @@ from models.regad import checkpoint_file, last_file, selection
 from models.stn import BACKBONES, STN_MODES, folded
 from models.timm_features import PREFIX
 from scorers.features import FeatureNetwork
-from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers
+from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers, record_ending
 from utils import flags
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
@@ -109,8 +109,7 @@ def _score_shot(
     for scorer, rounds in results.items():
         kind = "" if weights.kind == "best" else f"_{weights.kind}"
         network_part = network_name(args.backbone, args.stn_mode)
-        scorer_part = "" if scorer == RELEASE_SCORER else f"_{scorer}"
-        name = f"{args.obj}_{shot}_{network_part}{kind}{scorer_part}"
+        name = f"{args.obj}_{shot}_{network_part}{kind}{record_ending(scorer)}"
         content = {
             "arguments": plain_arguments(args) | {"shot": shot, "scorer": scorer},
             **provenance(clock.device),

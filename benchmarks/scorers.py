@@ -61,6 +61,7 @@ VARIANTS: dict[str, tuple[Choices, tuple[int, ...]]] = {
     "no damping": (Choices(damped=False), Neighbours.views),
     "2,000 rows": (Choices(limit=2000), Neighbours.views),
 }
+CHOSEN_ON = 2  # rounds at K = 2 on which the choices were made
 FEW = ("prototype", BASE)
 
 
@@ -155,7 +156,18 @@ def report(content: dict) -> str:
         image = [100 * np.mean(rounds[category][name]["image_auroc"]) for category in categories]
         cells = [f"{value:.1f}" for value in image] + [f"{np.mean(image):.2f}", *_paired(rounds, categories, name)]
         lines.append(f"| {' | '.join([name, *cells, _pixel_mean(rounds, categories, name)])} |")
+    lines += ["", *_unseen_rounds(rounds, categories)] if count > CHOSEN_ON else []
     return "\n".join(lines)
+
+
+def _unseen_rounds(rounds: dict, categories: Sequence[str]) -> Iterator[str]:
+    """Differences of the means on the support sets that played no part in the choices."""
+    for other in (Gaussian.name, "prototype"):
+        gains = [
+            100 * np.mean(np.subtract(*(rounds[name][one]["image_auroc"][CHOSEN_ON:] for one in (BASE, other))))
+            for name in categories
+        ]
+        yield f"- without the first {CHOSEN_ON} rounds: {BASE} - {other} {np.mean(gains):+.2f}"
 
 
 def _paired(rounds: dict, categories: Sequence[str], name: str) -> tuple[str, str]:

@@ -22,9 +22,11 @@ import torch
 
 from benchmarks import plain
 from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, draw_support_images
+from datasets.images import read_image
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
+from inspection.detector import FewShotDetector
 from models.regad import load_checkpoint
 from models.stn import STNResNet, folded
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
@@ -37,6 +39,7 @@ from utils.stages import StageClock
 
 STAGES = ("decode", "network", "gaussian", "distance", "smoothing", "metrics")
 RESULTS = PROJECT_ROOT / "benchmarks" / "results"
+ONE_IMAGE_REPEATS = 31
 NETWORK_REPEATS = 5  # timings of one batch; the median is reported
 
 
@@ -85,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_seconds(f"the same with the scorer {args.scorer}", other["seconds"], other["seconds"])
         print(f"{args.scorer}: {other['total'] / fast['total']:.2f} times the time of {RELEASE_SCORER}, ", end="")
         print(f"peak resident memory {other['peak_memory_mb']:.0f} MB")
+        content["one_image"] = _time_one_image(network, draws[0], args.scorer, args.device)
     content["network"] = _time_network(network, device, args)
     if not args.no_plain:
         # in a separate process, which uses torch's default memory handling
@@ -148,6 +152,21 @@ def _time_fast(
     results = [results[scorer][:2] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
     total = time.perf_counter() - begin
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
+
+
+def _time_one_image(network: STNResNet, support: list[Path], scorer: str, device: str) -> dict:
+    """Milliseconds of one image alone through FewShotDetector.score and through its network, medians in turn."""
+    detector = FewShotDetector(network, device, scorer=scorer).fit(support, for_threshold=False)
+    image = read_image(support[0], detector.size)
+    fast, inputs, times = folded(network), detector.inputs([image]), {"score": [], "network": []}
+    for _ in range(ONE_IMAGE_REPEATS):
+        for name, run in (("score", lambda: detector.score([image])), ("network", lambda: fast.features(inputs))):
+            begin = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - begin))
+    score, alone = (float(np.median(times[name][1:])) for name in times)  # the first call warms up
+    print(f"one image alone, {len(support)} support images: {score:.1f} ms, {score / alone:.2f} times the network's")
+    return {"score_ms": score, "network_ms": alone, "ratio": score / alone}
 
 
 def _time_network(network: STNResNet, device: torch.device, args: argparse.Namespace) -> dict:

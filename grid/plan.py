@@ -24,7 +24,7 @@ from grid.estimate import format_duration, measure, scoring_seconds, training_se
 from models.networks import network_name
 from models.regad import checkpoint_file, last_file, selection
 from models.timm_features import PREFIX
-from scorers.registry import RELEASE_SCORER, make_scorers
+from scorers.registry import make_scorers, record_ending
 from utils.devices import command_device
 from utils.errors import UserError
 from utils.files import digest
@@ -102,7 +102,7 @@ class Plan:
 
     def _records(self, category: str, shots: Sequence[int], kind: str) -> tuple[str, ...]:
         """The record files that test.py writes: one per K and scorer."""
-        endings = [kind + ("" if name == RELEASE_SCORER else f"_{name}") for name in self.scorers]
+        endings = [kind + record_ending(name) for name in self.scorers]
         return tuple(f"{category}_{shot}_{self.network}{ending}.json" for shot in shots for ending in endings)
 
     def _untrained_cell(self, category: str) -> Cell:

@@ -37,6 +37,7 @@ NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on tw
 SCORE_GROUP = 32  # images whose features are in memory at the same time
 DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
 FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
+READABLE_VERSIONS = (2, FILE_VERSION)
 
 ImageInput = Path | str | Image.Image | np.ndarray | torch.Tensor
 
@@ -230,6 +231,8 @@ class FewShotDetector:
         """
         content = _read_content(Path(path))
         try:
+            if content["version"] == 2:
+                content = _from_version_2(content)
             chosen = _scorer_of(Path(path), content["scorer"], scorer)
             network = _empty_network(content)
             network.load_state_dict(content["network"])
@@ -291,9 +294,7 @@ def _read_content(path: Path) -> dict:
     content = load_tensors(path, "detector")
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
         raise UserError(f"{path} is not a detector (a checkpoint or support set?); predict.py --save writes one")
-    if content.get("version") == 2:
-        return _from_version_2(content)
-    if content.get("version") != FILE_VERSION:
+    if content.get("version") not in READABLE_VERSIONS:
         raise UserError(f"detector {path} has version {content.get('version')}, this program supports {FILE_VERSION}")
     return content
 

@@ -36,6 +36,11 @@ def make_scorer(name: str) -> Scorer:
     return SCORERS[name]()
 
 
+def record_ending(scorer: str) -> str:
+    """The part of a record's file name that stands for the scorer; the release's is not named."""
+    return "" if scorer == RELEASE_SCORER else f"_{scorer}"
+
+
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
     """The scorers called `names`, see `make_scorer`.
 
