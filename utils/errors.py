@@ -1,10 +1,11 @@
-"""Errors that the user can correct: one sentence and exit code 2, in every command."""
+"""How every command runs: a mistake costs one sentence and exit code 2, and the time it took stands at the end."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 
@@ -13,15 +14,40 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs a command's `main`. A UserError ends it with one line and exit code 2, Ctrl-C with exit code 130."""
+    """Runs a command's `main`. A UserError ends it with one line and exit code 2, Ctrl-C with exit code 130.
+
+    A command that did its work, in whole or in part (exit code 1), ends with the time it took. The line goes to
+    stderr, so that redirected output holds the results only. The start of Python is not included.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    started = time.perf_counter()
     try:
         main(None)
     except UserError as error:
         sys.exit(_complain(error, 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
+    except SystemExit as end:
+        if end.code == 1:
+            _print_elapsed(started)
+        raise
+    _print_elapsed(started)
+
+
+def _print_elapsed(started: float) -> None:
+    sys.stdout.flush()  # where both go to one file, this line comes last
+    print(f"finished in {format_elapsed(time.perf_counter() - started)}", file=sys.stderr)
+
+
+def format_elapsed(seconds: float) -> str:
+    """A measured time as text: `4.2 s`, `45 s`, `3 min 12 s` or `2 h 5 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
 def _complain(message: object, code: int) -> int:

@@ -250,7 +250,8 @@ def test_a_name_that_the_terminal_cannot_show(data):
         text=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
     )
-    assert done.returncode == 1 and "gr\\udcfcn.png" in done.stdout and not done.stderr, done.stderr
+    assert done.returncode == 1 and "gr\\udcfcn.png" in done.stdout, done.stderr
+    assert done.stderr.startswith("finished in ") and done.stderr.count("\n") == 1
 
 
 def test_test_and_ground_truth_may_be_missing(data, capsys):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from utils.devices import resolve_device, seed_everything
-from utils.errors import UserError, run_command
+from utils.errors import UserError, format_elapsed, run_command
 from utils.files import PROJECT_ROOT, load_tensors, whole_file, write_json
 from utils.records import git_commit, provenance
 from utils.stages import StageClock
@@ -77,6 +77,40 @@ def test_run_command_does_not_catch_other_errors():
 
     with pytest.raises(ZeroDivisionError):
         run_command(main)
+
+
+@pytest.mark.parametrize("code", [None, 1])
+def test_a_command_that_did_its_work_says_how_long_it_took(code, capsys):
+    """On stderr: what a command writes to a file or a pipe stays as it is."""
+
+    def main(argv):
+        print("[]")
+        if code:
+            sys.exit(code)
+
+    if code:
+        with pytest.raises(SystemExit):
+            run_command(main)
+    else:
+        run_command(main)
+    printed = capsys.readouterr()
+    assert printed.out == "[]\n" and printed.err == "finished in 0.0 s\n"
+
+
+def test_help_and_mistakes_have_no_time(capsys):
+    for code in (0, 2):
+        with pytest.raises(SystemExit):
+            run_command(lambda argv, code=code: sys.exit(code))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (4.21, "4.2 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 0 s")]
+    + [(192, "3 min 12 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h 0 min"), (7500, "2 h 5 min"), (90000, "25 h 0 min")],
+)
+def test_elapsed_times(seconds, text):
+    assert format_elapsed(seconds) == text
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"PK\x03\x04 broken zip"])
