@@ -73,7 +73,8 @@ def _compare(detector: FewShotDetector, files: dict[str, Path], paths: Sequence[
         UserError: the maps or scores of a file differ from those in PyTorch.
     """
     chosen = np.unique(np.linspace(0, len(paths) - 1, CHECK_IMAGES).round().astype(int))
-    images = np.stack([read_image(paths[index], detector.size, detector.keep_aspect) for index in chosen])
+    how = (detector.size, detector.keep_aspect, detector.bits)
+    images = np.stack([read_image(paths[index], *how) for index in chosen])
     if shifted:  # a support image as it is may have no distance anywhere, and would compare zeros
         images = np.roll(images, detector.size // 10, axis=2)
     print(f"{len(images)} images, {torch.get_num_threads()} thread(s), without decoding")

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.images import limit_pixels
+from datasets.images import limit_pixels, settle_bits
 from datasets.manifest import (
     DRAW_SEED,
     Manifest,
@@ -19,7 +19,7 @@ from datasets.manifest import (
     verify,
     with_hashes,
 )
-from datasets.mvtec import CATEGORIES, category_folder
+from datasets.mvtec import CATEGORIES, category_folder, list_train_images
 from datasets.support import find_names, read_rounds, save_support_rounds, support_file
 from utils.errors import UserError, require_positive, run_command
 from utils.files import sha256
@@ -73,14 +73,17 @@ def _draw(args: argparse.Namespace, category: str) -> None:
     """Draws the largest set and writes every shot as a part of it, because draws are nested."""
     folder = category_folder(args.data_path, args.data_type, category)
     drawn = with_hashes(draw_from_folder(folder, max(args.shots), args.rounds, args.seed), folder)
-    images = [] if args.names_only else read_rounds(folder, drawn, args.img_size, args.keep_aspect)
+    decoded = [] if args.names_only else list_train_images(folder)
+    images, bits = [], settle_bits(args.bits, decoded, category)
+    if not args.names_only:
+        images = read_rounds(folder, drawn, args.img_size, args.keep_aspect, bits)
     for shot in args.shots:
         target = support_file(args.support_path, category, shot, args.rounds)
         _reject_foreign_file(target)
         part = drawn.part(shot, args.rounds)
         if images:
             save_support_rounds(target, [of_round[:shot].clone() for of_round in images])
-            part = part._replace(tensors=sha256(target), keep_aspect=args.keep_aspect)
+            part = part._replace(tensors=sha256(target), keep_aspect=args.keep_aspect, bits=bits)
         save_manifest(target.with_suffix(".json"), part)
         print(f"wrote {target if images else target.with_suffix('.json')}")
         _print_rounds(part)
@@ -96,7 +99,8 @@ def _reject_foreign_file(target: Path) -> None:
 def _find_names(args: argparse.Namespace) -> None:
     category = args.obj[0] if args.obj else args.from_pt.absolute().parent.name
     folder = category_folder(args.data_path, args.data_type, category)
-    manifest, differences = find_names(args.from_pt, folder, args.keep_aspect)
+    bits = settle_bits(args.bits, list_train_images(folder), category)
+    manifest, differences = find_names(args.from_pt, folder, args.keep_aspect, bits)
     target = args.support_path / category / args.from_pt.with_suffix(".json").name
     save_manifest(target, manifest)
     _print_rounds(manifest)

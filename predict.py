@@ -91,13 +91,19 @@ def _predict(detector: FewShotDetector, paths: Sequence[Path], args: argparse.Na
     rows = list(_rows(detector, tqdm(paths, unit="image", disable=None), root, args, PAGE_IMAGES, False))
     seconds = time.perf_counter() - begin
     _finish(detector, rows, root, args, seconds)
-    failed = [row for row in rows if row.error]
+    failed, doubtful = [row for row in rows if row.error], [row for row in rows if row.warning]
+    for row in doubtful:
+        print(f"warning: {row.warning}", file=sys.stderr)
     scored, calls = sum(row.score is not None for row in rows), sum(row.decision == "defective" for row in rows)
-    print(f"{scored} images scored, {calls} defective, {len(failed)} failed: {args.output}")
+    print(f"{scored} images scored, {calls} defective, {len(failed)} failed{_count_doubtful(doubtful)}: {args.output}")
     print(f"{seconds:.1f} s, {1000 * seconds / len(rows):.0f} ms per image")
     total = sum(detector.clock.seconds.values())
     print("work:", ", ".join(f"{stage} {s / total:.0%}" for stage, s in detector.clock.seconds.items()))
     return failed
+
+
+def _count_doubtful(doubtful: Sequence[Prediction]) -> str:
+    return f", {len(doubtful)} beyond the bit depth" if doubtful else ""
 
 
 def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
@@ -113,6 +119,8 @@ def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
         previews = PAGE_IMAGES - sum(bool(row.preview) for row in rows)
         for row in _rows(detector, arrived, root, args, previews, True):
             rows.append(row)
+            if row.warning:
+                print(f"warning: {row.warning}", file=sys.stderr)
             print(f"{row.path}: {row.error or f'{row.score:.3f} {row.decision or str()}'}", flush=True)
         _finish(detector, rows, root, args)
 
@@ -160,6 +168,7 @@ def _finish(
         "scorer": detector.scorer.name,
         "backbone": getattr(detector.network, "backbone", None),
         "img_size": detector.size,
+        "bits": detector.bits,
         "map_scale": map_scale(detector),
         "threshold": None if threshold is None else threshold._asdict(),
         "pictures": [{key: value for key, value in row._asdict().items() if key != "preview"} for row in rows],
@@ -169,6 +178,7 @@ def _finish(
     }
     write_json(args.output / "scores.json", content)
     notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
+    notes += [f"Warning: {row.warning}" for row in rows if row.warning]
     shown = [PageRow(_below(root, row.path), row.score, None, row.preview) for row in rows if row.score is not None]
     write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
 

@@ -47,6 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     grid.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], metavar="K")
     flags.add_network_flags(grid, STN_MODES, list(BACKBONES))
     flags.add_data_flags(grid, CATEGORIES)
+    flags.add_bits_flag(grid, "the training images")
     flags.add_support_flags(grid)
     add_scorer_flag(grid, several=True)
     grid.add_argument(

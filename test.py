@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.images import limit_pixels
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items
+from datasets.images import limit_pixels, settle_bits, warn_beyond
+from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items, normal_images
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.scoring import RoundResult, TestFeatures, compute_test_features, score_rounds
@@ -73,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = checked_test_items(folder, args.strict)
+    args.bits = settle_bits(args.bits, normal_images(folder), f"{args.obj}/train")
+    warn_beyond([item.image for item in items], args.bits)
     supports = {
         shot: find_support_rounds(
-            args.support_path, folder, shot, args.inferences, args.img_size, keep_aspect=args.keep_aspect
+            args.support_path, folder, shot, args.inferences, args.img_size, args.keep_aspect, args.bits
         )
         for shot in args.shot
     }
-    dataset = LabelledDataset(items, args.img_size, args.keep_aspect)
+    dataset = LabelledDataset(items, args.img_size, args.keep_aspect, args.bits)
     scorers, labels = make_scorers(args.scorer), [item.label for item in items]
     for weights, shots in _find_weights(args).items():
         print(f"scoring {args.obj}: {len(items)} test images, {weights.file or f'untrained, weights {args.weights}'}")

@@ -19,7 +19,7 @@ import torch
 
 from datasets.cache import SourceImages, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.images import limit_pixels
+from datasets.images import limit_pixels, settle_bits, warn_beyond
 from datasets.mvtec import (
     CATEGORIES,
     LabelledDataset,
@@ -28,6 +28,7 @@ from datasets.mvtec import (
     checked_test_items,
     held_out_category,
     list_source_images,
+    normal_images,
 )
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
@@ -52,7 +53,7 @@ MIN_IMG_SIZE = 64  # smaller images leave the batch norm of the last warp head o
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
     *("keep_aspect", "momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
-    *("scorer", "backbone"),
+    *("scorer", "backbone", "bits"),
 )
 
 
@@ -121,22 +122,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
     sources = list_source_images(args.data_path, args.data_type, args.obj)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
+    asked_bits, training = args.bits, [path for paths in sources.values() for path in paths]
+    args.bits = settle_bits(asked_bits, training, "the categories to train on")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     decisive = {name: plain_arguments(args)[name] for name in DECISIVE} | {"pictures": digest(names)}
     if args.resume and _is_finished(files, decisive):
         return
     replayed = read_episodes(args.episodes, names) if args.episodes else None
-    target = _load_target(args, scored) if args.eval_every else None
+    target = _load_target(args, scored, asked_bits) if args.eval_every else None
     seed_everything(args.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
-    images = SourceImages(sources, args.img_size, cache_dir, args.num_workers, device, keep_aspect=args.keep_aspect)
+    images = SourceImages(
+        *(sources, args.img_size, cache_dir, args.num_workers, device),
+        keep_aspect=args.keep_aspect,
+        bits=args.bits,
+    )
     print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} images; target {args.obj}")
     if args.select == "best":
         print("note: --select best selects the epoch by the target's test labels, as in the published protocol")
     if args.select == "source":
         print(f"the epoch is selected by {scored}, which is excluded from training; score {args.obj} with test.py")
-    run = {"arguments": plain_arguments(args), **provenance(device)}
+    run = {"arguments": plain_arguments(args), "scored_bits": target and target.bits, **provenance(device)}
     for entry, selected in _epochs(
         trainer, args, names, replayed, images, partial(trainer.save, files.state, decisive), target
     ):
@@ -184,6 +191,7 @@ class Target(NamedTuple):
     labels: list[int]
     rounds: list[torch.Tensor]
     scorers: list[Scorer]
+    bits: int  # depth of its 16-bit images
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -226,15 +234,18 @@ def _hold_out(args: argparse.Namespace, sources: dict[str, list[Path]]) -> str:
     return args.held_out
 
 
-def _load_target(args: argparse.Namespace, category: str) -> Target:
+def _load_target(args: argparse.Namespace, category: str, asked_bits: int | str) -> Target:
+    """Reads the category as test.py does, with a bit depth of its own where --bits is auto."""
     folder = category_folder(args.data_path, args.data_type, category)
     items = checked_test_items(folder, args.strict)
+    bits = settle_bits(asked_bits, normal_images(folder), f"{category}/train")
+    warn_beyond([item.image for item in items], bits)
     support = find_support_rounds(
-        args.support_path, folder, args.shot, args.inferences, args.img_size, args.keep_aspect
+        args.support_path, folder, args.shot, args.inferences, args.img_size, args.keep_aspect, bits
     )
     print(f"support: {support.source}")
-    dataset = Preloaded(LabelledDataset(items, args.img_size, args.keep_aspect), args.num_workers)
-    return Target(dataset, [item.label for item in items], support.images, make_scorers(args.scorer))
+    dataset = Preloaded(LabelledDataset(items, args.img_size, args.keep_aspect, bits), args.num_workers)
+    return Target(dataset, [item.label for item in items], support.images, make_scorers(args.scorer), bits)
 
 
 def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, device: torch.device) -> Trainer:

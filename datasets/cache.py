@@ -1,8 +1,8 @@
 """The cache of decoded images: one memory-mapped uint8 array per folder, shared by epochs, runs and processes.
 
 File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path.
-`what` is a digest of the images' names, sizes and modification times, of S and of the resizing rule. A changed image
-therefore leads to a new file; the file of the old state is removed.
+`what` is a digest of the images' names, sizes and modification times, of S, of the bit depth and of the resizing rule.
+A changed image therefore leads to a new file; the file of the old state is removed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from datasets.episodes import Episode
 from datasets.images import ImageError, check_headers, read_batches, read_image
 from utils.errors import UserError
 from utils.files import whole_file
+from utils.flags import FULL_BITS
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
@@ -38,7 +39,12 @@ def default_cache_dir() -> Path:
 
 
 def decoded_images(
-    paths: Sequence[Path], size: int, cache_dir: Path | None, num_workers: int, keep_aspect: bool = False
+    paths: Sequence[Path],
+    size: int,
+    cache_dir: Path | None,
+    num_workers: int,
+    keep_aspect: bool = False,
+    bits: int = FULL_BITS,
 ) -> np.ndarray:
     """The images `paths` of one folder as (N, size, size, 3) uint8 RGB, each decoded at most once per machine.
 
@@ -49,14 +55,14 @@ def decoded_images(
     """
     if cache_dir is None:
         images = np.empty((len(paths), size, size, 3), np.uint8)
-        _decode(paths, images, num_workers, keep_aspect)
+        _decode(paths, images, num_workers, keep_aspect, bits)
         return images
-    file = _cache_file(paths, size, cache_dir, keep_aspect)
+    file = _cache_file(paths, size, cache_dir, keep_aspect, bits)
     if not file.is_file():
         try:
             with whole_file(file) as aside:
                 images = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
-                _decode(paths, images, num_workers, keep_aspect)
+                _decode(paths, images, num_workers, keep_aspect, bits)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache of decoded images {file}: {error.strerror}; "
@@ -66,11 +72,11 @@ def decoded_images(
     return np.load(file, mmap_mode="r")
 
 
-def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: bool) -> Path:
+def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: bool, bits: int) -> Path:
     folder = paths[0].parent.resolve()
     states = [_state(path) for path in paths]
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = hashlib.sha256(repr((size, keep_aspect, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
+    what = hashlib.sha256(repr((size, keep_aspect, bits, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{size}_{where}_{what}.npy"
 
 
@@ -93,19 +99,19 @@ def _remove_outdated(file: Path) -> None:
 
 
 class _Images(Dataset):
-    def __init__(self, paths: Sequence[Path], size: int, keep_aspect: bool) -> None:
-        self.paths, self.size, self.keep_aspect = paths, size, keep_aspect
+    def __init__(self, paths: Sequence[Path], size: int, keep_aspect: bool, bits: int) -> None:
+        self.paths, self.size, self.keep_aspect, self.bits = paths, size, keep_aspect, bits
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(read_image(self.paths[number], self.size, self.keep_aspect).copy())
+        return torch.from_numpy(read_image(self.paths[number], self.size, self.keep_aspect, self.bits).copy())
 
 
-def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspect: bool) -> None:
+def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspect: bool, bits: int) -> None:
     """Decodes the images into the rows of `into` (N, S, S, 3) uint8."""
-    images = read_batches(_Images(paths, into.shape[1], keep_aspect), None, num_workers)
+    images = read_batches(_Images(paths, into.shape[1], keep_aspect, bits), None, num_workers)
     progress = tqdm(images, f"decoding {paths[0].parent}", len(paths), unit=" images", leave=False, disable=None)
     for number, image in enumerate(progress):
         into[number] = image.numpy()
@@ -127,15 +133,19 @@ class SourceImages:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         keep_aspect: bool = False,
+        bits: int = FULL_BITS,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.rows = {name: {p.name: row for row, p in enumerate(paths)} for name, paths in sources.items()}
         to_decode = [
-            p for p in sources.values() if not cache_dir or not _cache_file(p, size, cache_dir, keep_aspect).is_file()
+            p
+            for p in sources.values()
+            if not cache_dir or not _cache_file(p, size, cache_dir, keep_aspect, bits).is_file()
         ]
         check_headers([path for paths in to_decode for path in paths])  # fails early: decoding takes minutes
         self.images = {
-            name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect) for name, paths in sources.items()
+            name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect, bits)
+            for name, paths in sources.items()
         }
         fits = sum(array.nbytes for array in self.images.values()) <= RESIDENT_BYTES
         self.resident = {}

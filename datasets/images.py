@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,21 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
+from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-FULL_SCALE_16BIT = 65535  # 16-bit images are scaled by this, never by their brightest pixel
+CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
+NAMED_AT_MOST = 10  # images that a warning names one by one
 MASK_THRESHOLD = 127  # of 255; a mask pixel above it is defective (release behaviour)
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
 
 class ImageError(UserError):
     """An image that cannot be used. The message holds its path and the reason."""
+
+
+class ClippedWarning(UserWarning):
+    """A 16-bit image has values beyond its bit depth."""
 
 
 class _PillowWarningsIgnored:
@@ -66,13 +72,13 @@ def is_image_file(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
+def read_image(path: Path, size: int, keep_aspect: bool = False, bits: int = FULL_BITS) -> np.ndarray:
     """The image as RGB, (size, size, 3) uint8; see `decode_image` and `to_square`.
 
     Raises:
         ImageError: as `decode_image`.
     """
-    return to_square(decode_image(path), size, keep_aspect)
+    return to_square(decode_image(path, bits), size, keep_aspect)
 
 
 def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
@@ -84,11 +90,11 @@ def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
     return to_mask(decode_image(path), size, keep_aspect)
 
 
-def decode_image(path: Path) -> Image.Image:
+def decode_image(path: Path, bits: int = FULL_BITS) -> Image.Image:
     """The decoded image in mode L or RGB, turned upright by its EXIF orientation. Safe to call from several threads.
 
     Grey and 1-bit images become L; palette, RGBA and CMYK images become RGB, without the alpha channel. 16-bit grey is
-    scaled by its full range to 8 bits. Only the first of several frames or pages is read.
+    scaled to 8 bits by the full range of `bits`, see `eight_bit`. Only the first of several frames or pages is read.
 
     Raises:
         ImageError: the file is missing, damaged, no image or too large, or its values have no fixed range (float TIFF).
@@ -96,7 +102,7 @@ def decode_image(path: Path) -> Image.Image:
     try:
         with _pillow_warnings_ignored, Image.open(path) as image:  # Pillow warns about odd and large files
             image.load()
-            return eight_bit(_upright(image))
+            return eight_bit(_upright(image), bits)
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         raise ImageError(f"cannot read the image {path}: {_reason(error)}") from error
 
@@ -250,21 +256,102 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def eight_bit(image: Image.Image) -> Image.Image:
+def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
     """`image` in mode L or RGB, values 0..255.
 
     Grey images stay in one channel: to resize one channel and copy it costs half as much as to resize three.
 
+    bits: one of BIT_DEPTHS, of 16-bit grey images. Their values 0..2**bits - 1 become 0..255, whatever the brightest
+    pixel is. Larger values become 255; the largest is kept in the result's `info` for `clipping_note`.
+
     Raises:
         ValueError: its values have no fixed range or do not fit 16 bits.
     """
-    if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit grey
+    if _is_16bit(image.mode):
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > FULL_SCALE_16BIT:
-            raise ValueError(f"its values {values.min()}..{values.max()} do not fit 16 bits")
-        return Image.fromarray(np.rint(values * (255 / FULL_SCALE_16BIT)).astype(np.uint8))
+        largest = int(values.max())
+        if values.min() < 0 or largest > full_scale(FULL_BITS):
+            raise ValueError(f"its values {values.min()}..{largest} do not fit 16 bits")
+        scaled = np.rint(values * (255 / full_scale(bits)))
+        grey = Image.fromarray(np.minimum(scaled, 255).astype(np.uint8))
+        if largest > full_scale(bits):
+            grey.info[CLIPPED_FROM] = largest
+        return grey
     _reject_floats(image)
     return image if image.mode == "L" else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+
+
+def _is_16bit(mode: str) -> bool:
+    return mode.startswith("I")  # I;16, I;16B, and I for 16-bit PNG in some versions of Pillow
+
+
+def full_scale(bits: int) -> int:
+    """The largest value of `bits` bits."""
+    return 2**bits - 1
+
+
+def clipping_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
+    """A sentence where `eight_bit` clipped values of the image called `name`, else None."""
+    largest = image.info.get(CLIPPED_FROM)
+    return None if largest is None else _exceeds(name, largest, bits)
+
+
+def _exceeds(name: Path | str, largest: int, bits: int) -> str:
+    limit = f"the {full_scale(bits)} of {bits} bits"
+    return f"{name} has values up to {largest}, more than {limit}; they are clipped. --bits sets another depth"
+
+
+def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]]:
+    """The name and the largest value of every 16-bit grey image among files and decoded images.
+
+    Only the headers of other files are read. Files that cannot be read are left out: their reader reports them.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = [named for named in pool.map(_largest_value, images) if named]
+    return [(name, value) for name, value in found if value <= full_scale(FULL_BITS)]
+
+
+def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
+    try:
+        if isinstance(image, Image.Image):
+            return ("an image", int(np.asarray(image).max())) if _is_16bit(image.mode) else None
+        with _pillow_warnings_ignored, Image.open(image) as opened:
+            return (str(image), int(np.asarray(opened).max())) if _is_16bit(opened.mode) else None
+    except Exception:  # as in decode_image
+        return None
+
+
+def smallest_depth(values: Sequence[tuple[str, int]]) -> int:
+    """The smallest of BIT_DEPTHS that holds all `largest_values`; FULL_BITS where there are none."""
+    largest = max((value for _, value in values), default=full_scale(FULL_BITS))
+    return next((bits for bits in BIT_DEPTHS if largest <= full_scale(bits)), FULL_BITS)
+
+
+def settle_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
+    """The bit depth that --bits asks for; with AUTO_BITS, the smallest that holds the 16-bit grey images of `paths`.
+
+    Where `paths` has 16-bit grey images, prints the depth, and a warning for those that exceed it. of: what they are.
+    """
+    values = [] if asked == FULL_BITS else largest_values(paths)
+    bits = smallest_depth(values) if asked == AUTO_BITS else asked
+    if values:
+        largest = max(value for _, value in values)
+        print(f"bits: {bits} ({len(values)} 16-bit image(s) of {of}, largest value {largest})")
+    _warn_beyond(values, bits)
+    return bits
+
+
+def warn_beyond(paths: Sequence[Path], bits: int) -> None:
+    """Prints a warning for each 16-bit grey image with values beyond `bits` bits, at most NAMED_AT_MOST by name."""
+    _warn_beyond([] if bits == FULL_BITS else largest_values(paths), bits)
+
+
+def _warn_beyond(values: Sequence[tuple[str, int]], bits: int) -> None:
+    beyond = [(name, value) for name, value in values if value > full_scale(bits)]
+    for name, value in beyond[:NAMED_AT_MOST]:
+        print(f"warning: {_exceeds(name, value, bits)}")
+    if len(beyond) > NAMED_AT_MOST:
+        print(f"warning: {len(beyond) - NAMED_AT_MOST} more images exceed {bits} bits")
 
 
 def _reject_floats(image: Image.Image) -> None:

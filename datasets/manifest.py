@@ -19,7 +19,7 @@ from typing import NamedTuple
 from datasets.mvtec import TRAINING_IMAGES, list_train_images
 from utils.errors import UserError, run_command
 from utils.files import sha256, whole_file
-from utils.flags import DEFAULT_SUPPORT_PATH
+from utils.flags import DEFAULT_SUPPORT_PATH, FULL_BITS
 from utils.records import VERSION
 
 DRAW_SEED = 0  # default seed of support sets
@@ -38,6 +38,7 @@ class Manifest(NamedTuple):
     keep_aspect: bool | None  # whether the images in the .pt file are padded
     rounds: list[list[str]]  # file names in the category's training folder
     sha256: dict[str, str]  # by file name; {} where the manifest was written without the data
+    bits: int = FULL_BITS  # depth by which 16-bit images in the .pt file are scaled
 
     def names(self) -> list[str]:
         """The names in all rounds, without repetitions, sorted."""

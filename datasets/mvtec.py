@@ -33,6 +33,7 @@ from datasets.images import (
     to_square,
 )
 from utils.errors import UserError
+from utils.flags import FULL_BITS
 
 TRAINING_IMAGES = {  # MVTec AD: number of normal training images, named from 000.png on
     **{"bottle": 209, "cable": 224, "capsule": 219, "carpet": 280, "grid": 264, "hazelnut": 391, "leather": 245},
@@ -149,6 +150,14 @@ def list_train_images(category: Path) -> list[Path]:
     if not images:
         raise UserError(f"{category.parent / VISA_SPLIT} has no training images of {category.name}")
     return sorted(images)
+
+
+def normal_images(category: Path) -> list[Path]:
+    """`list_train_images`, empty where there are none: a stored support set needs no training images."""
+    try:
+        return list_train_images(category)
+    except UserError:
+        return []
 
 
 def list_test_items(category: Path, strict: bool = False, need_both: bool = True) -> list[LabelledImage]:
@@ -296,19 +305,21 @@ class LabelledDataset(Dataset):
     `mask` is True on the defect. `counted` is True on the pixels that enter the pixel metrics: all but the padding of
     `keep_aspect`, and none of a defective image without a mask. `mask` is False where `counted` is.
 
+    bits: the depth of 16-bit grey images, not of masks.
+
     Raises, when an item is read:
         ImageError: a file cannot be read, or a mask and its image differ in size.
     """
 
-    def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False) -> None:
-        self.items, self.size, self.keep_aspect = items, size, keep_aspect
+    def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False, bits: int = FULL_BITS) -> None:
+        self.items, self.size, self.keep_aspect, self.bits = items, size, keep_aspect, bits
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.items[index]
-        decoded = decode_image(item.image)
+        decoded = decode_image(item.image, self.bits)
         square = to_square(decoded, self.size, self.keep_aspect).transpose(2, 0, 1)
         counted = np.zeros((self.size, self.size), dtype=bool)
         if item.has_truth:

@@ -27,7 +27,7 @@ from datasets.manifest import (
 from datasets.mvtec import list_train_images
 from utils.errors import UserError
 from utils.files import load_tensors, sha256, whole_file
-from utils.flags import DEFAULT_SUPPORT_PATH
+from utils.flags import DEFAULT_SUPPORT_PATH, FULL_BITS
 from utils.records import VERSION
 
 NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above
@@ -48,7 +48,13 @@ class SupportRounds(NamedTuple):
 
 
 def find_support_rounds(
-    support_path: Path | None, folder: Path, shot: int, rounds: int, size: int, keep_aspect: bool = False
+    support_path: Path | None,
+    folder: Path,
+    shot: int,
+    rounds: int,
+    size: int,
+    keep_aspect: bool = False,
+    bits: int = FULL_BITS,
 ) -> SupportRounds:
     """The support set of the category in `folder`: the tensors under `support_path`, else the images of a manifest.
 
@@ -56,12 +62,12 @@ def find_support_rounds(
     DRAW_SEED.
 
     Raises:
-        UserError: no support set, a support set of another shot, size or aspect, or images that are missing, changed,
-            damaged or too few.
+        UserError: no support set, a support set of another shot, size, aspect or bit depth, or images that are missing,
+            changed, damaged or too few.
     """
     tensors = support_file(support_path or DEFAULT_SUPPORT_PATH, folder.name, shot, rounds)
     if tensors.is_file():
-        return _stored_rounds(tensors, shot, rounds, size, keep_aspect)
+        return _stored_rounds(tensors, shot, rounds, size, keep_aspect, bits)
     file = _find_manifest(tensors, shot, rounds)
     if file is None and support_path:
         raise _missing(tensors, shot, rounds, size)
@@ -70,14 +76,14 @@ def find_support_rounds(
         manifest = load_manifest(file).part(shot, rounds)
         problems = verify(manifest, folder)
         if not problems:
-            images = read_rounds(folder, manifest, size, keep_aspect)
+            images = read_rounds(folder, manifest, size, keep_aspect, bits)
             return SupportRounds(images, manifest.rounds, f"images named in {file}", file)
         if support_path or manifest.sha256:
             raise UserError(f"{file} does not fit the data, {len(problems)} problem(s), the first: {problems[0]}")
         reason = f"{file} belongs to other data: {problems[0]}"
     drawn = draw_from_folder(folder, shot, rounds, DRAW_SEED)
     source = f"drawn from {folder} with seed {DRAW_SEED} ({reason})"
-    return SupportRounds(read_rounds(folder, drawn, size, keep_aspect), drawn.rounds, source, None)
+    return SupportRounds(read_rounds(folder, drawn, size, keep_aspect, bits), drawn.rounds, source, None)
 
 
 def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
@@ -90,7 +96,7 @@ def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
     return None
 
 
-def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: bool) -> SupportRounds:
+def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: bool, bits: int) -> SupportRounds:
     """The rounds of a tensor file, with names where the manifest beside it holds the SHA-256 of this file."""
     images = load_support_rounds(file, shot, rounds, size)
     beside = file.with_suffix(".json")
@@ -100,6 +106,8 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
     if manifest.keep_aspect != keep_aspect:
         made = "with" if manifest.keep_aspect else "without"
         raise UserError(f"support set {file} was made {made} --keep_aspect; remove it or give another --support_path")
+    if manifest.bits != bits:
+        raise UserError(f"support set {file} was made with --bits {manifest.bits}, not {bits}; make it again")
     return SupportRounds(images, manifest.rounds, f"{file}, names in {beside.name}", file)
 
 
@@ -136,22 +144,26 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
     return [images.float() for images in content]
 
 
-def read_rounds(category: Path, manifest: Manifest, size: int, keep_aspect: bool = False) -> list[torch.Tensor]:
+def read_rounds(
+    category: Path, manifest: Manifest, size: int, keep_aspect: bool = False, bits: int = FULL_BITS
+) -> list[torch.Tensor]:
     """The images that a manifest names, read from the category folder: per round (K, 3, S, S) float32 in [0, 1]."""
     files = training_files(category, manifest)
-    return [read_support_images([files[name] for name in names], size, keep_aspect) for names in manifest.rounds]
+    return [read_support_images([files[name] for name in names], size, keep_aspect, bits) for names in manifest.rounds]
 
 
-def read_support_images(paths: Sequence[Path], size: int, keep_aspect: bool = False) -> torch.Tensor:
+def read_support_images(
+    paths: Sequence[Path], size: int, keep_aspect: bool = False, bits: int = FULL_BITS
+) -> torch.Tensor:
     """Images as one round of a support set, (K, 3, S, S) float32 in [0, 1]."""
-    images = torch.from_numpy(_read_all(paths, size, keep_aspect))
+    images = torch.from_numpy(_read_all(paths, size, keep_aspect, bits))
     return images.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool) -> np.ndarray:
+def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool, bits: int) -> np.ndarray:
     """The images as (N, S, S, 3) uint8."""
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter lock
-        return np.stack(list(pool.map(lambda path: read_image(path, size, keep_aspect), paths)))
+        return np.stack(list(pool.map(lambda path: read_image(path, size, keep_aspect, bits), paths)))
 
 
 def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
@@ -160,7 +172,9 @@ def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
         torch.save(rounds, aside)
 
 
-def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Manifest, dict[str, float]]:
+def find_names(
+    file: Path, folder: Path, keep_aspect: bool = False, bits: int = FULL_BITS
+) -> tuple[Manifest, dict[str, float]]:
     """A manifest of the training images in `folder` that a tensor file was made of.
 
     An image with equal values is taken, else the one with the smallest mean difference up to NEAREST_TOLERANCE. The
@@ -175,7 +189,7 @@ def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Man
         raise UserError(f"support set {file} is not a list of tensors (K, 3, S, S), one per round")
     rounds = load_support_rounds(file, len(first), len(content), first.shape[-1])
     paths = list_train_images(folder)
-    images = _read_all(paths, first.shape[-1], keep_aspect)
+    images = _read_all(paths, first.shape[-1], keep_aspect, bits)
     by_content = {image.tobytes(): index for index, image in reversed(list(enumerate(images)))}
     names, differences = [], {}
     for number, of_round in enumerate(rounds):
@@ -190,7 +204,7 @@ def find_names(file: Path, folder: Path, keep_aspect: bool = False) -> tuple[Man
         differences |= {paths[index].name: difference for index, difference in found if difference}
     origin = f"found in {file.name}: {len(differences)} image(s) as the nearest, all others bit for bit"
     shot, tool = len(first), f"regad {VERSION}"
-    manifest = Manifest(folder.name, shot, None, origin, tool, sha256(file), keep_aspect, names, {})
+    manifest = Manifest(folder.name, shot, None, origin, tool, sha256(file), keep_aspect, names, {}, bits)
     return with_hashes(manifest, folder), differences
 
 

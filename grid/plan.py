@@ -93,6 +93,7 @@ class Plan:
         flags += ["--inferences", str(args.inferences), "--stn_mode", args.stn_mode, "--img_size", str(args.img_size)]
         flags += ["--seed", str(args.seed), "--weights", args.weights, "--backbone", args.backbone]
         flags += ["--device", args.device, "--num_workers", str(args.num_workers)]
+        flags += ["--bits", str(args.bits)]
         return flags + (["--support_path", str(args.support_path)] if args.support_path else [])
 
     def _test(self, category: str, shots: Sequence[int], *flags: str) -> tuple[str, ...]:
@@ -165,7 +166,9 @@ class Plan:
         data = {name: files.of(paths) for name, paths in images.items()}
         return digest(
             {
-                "arguments": [category, shots, args.stn_mode, args.img_size, args.seed, args.inferences, decisive],
+                "arguments": [
+                    *(category, shots, args.stn_mode, args.img_size, args.seed, args.inferences, args.bits, decisive)
+                ],
                 "weights": weights,
                 "scored": [args.backbone, [self._scorer_key(name) for name in scorers]],
                 "data": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from datasets.images import decode_image, eight_bit, to_square
+from datasets.images import (
+    ClippedWarning,
+    clipping_note,
+    decode_image,
+    eight_bit,
+    largest_values,
+    smallest_depth,
+    to_square,
+)
 from inspection.threshold import (
     NormalScores,
     Threshold,
@@ -31,6 +40,7 @@ from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.devices import resolve_device
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
+from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 from utils.stages import StageClock
 
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
@@ -54,7 +64,8 @@ class FewShotDetector:
     of the call.
 
     scorer: a name in `scorers.registry`, or a Scorer. keep_aspect: pad images by reflection instead of squeezing them
-    to a square.
+    to a square. bits: the bit depth of 16-bit grey files and PIL images, 8 to 16; "auto": `fit` sets it to the smallest
+    that holds the values of the support images. A later image that exceeds it is clipped, with a ClippedWarning.
     threshold: set by `calibrate` or by the caller; None until then. left_out: the leave-one-out scores of the support
     images, None if K is 1 or if `fit` was called with `for_threshold=False`. origin: plain values that describe the
     support images and the weights. clock: seconds per stage.
@@ -66,10 +77,14 @@ class FewShotDetector:
         device: str = "auto",
         keep_aspect: bool = False,
         scorer: str | Scorer = DEFAULT_SCORER,
+        bits: int | str = AUTO_BITS,
     ) -> None:
         self.clock = StageClock(resolve_device(device))
         self.network, self.keep_aspect = network.to(self.clock.device), keep_aspect
         self.scorer = make_scorer(scorer) if isinstance(scorer, str) else scorer
+        if bits not in (AUTO_BITS, *BIT_DEPTHS):
+            raise ValueError(f"bits must be {AUTO_BITS} or one of {BIT_DEPTHS}, got {bits!r}")
+        self.measures_bits, self.bits = bits == AUTO_BITS, FULL_BITS if bits == AUTO_BITS else bits
         self.size = network.img_size
         self.threshold: Threshold | None = None
         self.left_out: NormalScores | None = None
@@ -90,6 +105,8 @@ class FewShotDetector:
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
         with self.clock("decode"):
+            if self.measures_bits:
+                self.bits = smallest_depth(largest_values(_files_and_pil(images)))
             inputs = self.inputs(images)
         if not len(inputs):
             raise UserError("no support images: at least one normal image is needed")
@@ -187,7 +204,7 @@ class FewShotDetector:
 
     def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """Converts images to network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
-        inputs = [as_input(image, self.size, self.keep_aspect) for image in images]
+        inputs = [as_input(image, self.size, self.keep_aspect, self.bits) for image in images]
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
 
     def save(self, path: Path | str) -> None:
@@ -208,6 +225,7 @@ class FewShotDetector:
             "stn_mode": self.network.stn_mode,
             "img_size": self.size,
             "keep_aspect": self.keep_aspect,
+            "bits": self.bits,
             "scorer": self.scorer.name,
             "fitted": {name: value.cpu() for name, value in self.fitted.items()},
             "left_out": None if self.left_out is None else [torch.from_numpy(part) for part in self.left_out],
@@ -236,7 +254,8 @@ class FewShotDetector:
             chosen = _scorer_of(Path(path), content["scorer"], scorer)
             network = _empty_network(content)
             network.load_state_dict(content["network"])
-            detector = cls(network.eval(), device, content["keep_aspect"], chosen)
+            bits = content.get("bits", FULL_BITS)  # older files do not store it
+            detector = cls(network.eval(), device, content["keep_aspect"], chosen, bits)
             detector.fitted = {name: value.to(detector.clock.device) for name, value in content["fitted"].items()}
             left_out, threshold = content["left_out"], content["threshold"]
             detector.left_out = None if left_out is None else NormalScores(*(part.numpy() for part in left_out))
@@ -250,8 +269,10 @@ class FewShotDetector:
         return detector
 
 
-def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
+def as_input(image: ImageInput, size: int, keep_aspect: bool, bits: int = FULL_BITS) -> torch.Tensor:
     """Converts an image of any type that FewShotDetector accepts to (3, size, size), float32 in [0, 1].
+
+    bits: the bit depth of 16-bit grey images; a ClippedWarning names an image that exceeds it.
 
     Raises:
         ImageError: a file cannot be read.
@@ -266,9 +287,18 @@ def as_input(image: ImageInput, size: int, keep_aspect: bool) -> torch.Tensor:
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise TypeError(f"arrays must be (H, W) or (H, W, 3) uint8, got {image.shape} {image.dtype}")
         image = Image.fromarray(image)
-    image = eight_bit(image) if isinstance(image, Image.Image) else decode_image(Path(image))
+    name = "an image" if isinstance(image, Image.Image) else Path(image)
+    image = eight_bit(image, bits) if isinstance(image, Image.Image) else decode_image(name, bits)
+    if warning := clipping_note(image, name, bits):
+        warnings.warn(warning, ClippedWarning, stacklevel=2)
     square = np.ascontiguousarray(to_square(image, size, keep_aspect).transpose(2, 0, 1))
     return torch.from_numpy(square).float() / 255
+
+
+def _files_and_pil(images: Sequence[ImageInput]) -> list[Path | Image.Image]:
+    """The images that may have 16 bits: files and PIL images."""
+    kept = [image for image in images if isinstance(image, str | Path | Image.Image)]
+    return [Path(image) if isinstance(image, str) else image for image in kept]
 
 
 def _grey_and_coloured(inputs: torch.Tensor) -> list[torch.Tensor]:

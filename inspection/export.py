@@ -62,6 +62,7 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
         "input": "uint8 RGB (batch, size, size, 3)",
         "size": str(detector.size),
         "keep_aspect": str(detector.keep_aspect).lower(),
+        "bits": str(detector.bits),
         "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
         "scorer": detector.scorer.name,
         "backbone": getattr(detector.network, "backbone", "of your own"),

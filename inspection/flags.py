@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from pathlib import Path
 
+from datasets.images import ClippedWarning, settle_bits, warn_beyond
 from inspection.detector import DEFAULT_SCORER, FewShotDetector
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
@@ -15,7 +17,14 @@ from scorers.registry import add_scorer_flag
 from utils.devices import seed_everything
 from utils.errors import UserError, require_positive
 from utils.files import sha256
-from utils.flags import add_keep_aspect_flag, add_network_flags, add_seed_flag, add_weights_flag
+from utils.flags import (
+    AUTO_BITS,
+    add_bits_flag,
+    add_keep_aspect_flag,
+    add_network_flags,
+    add_seed_flag,
+    add_weights_flag,
+)
 
 DEFAULT_FALSE_ALARM = 0.01
 
@@ -29,6 +38,7 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     add_weights_flag(detector, "without --checkpoint")
     add_network_flags(detector, STN_MODES, list(BACKBONES))
     add_keep_aspect_flag(detector)
+    add_bits_flag(detector, "the support images")
     add_seed_flag(detector, "for --weights none; everything else is deterministic")
     add_scorer_flag(detector, default=None)
     decide = parser.add_argument_group("threshold")
@@ -55,16 +65,26 @@ def check_detector_flags(args: argparse.Namespace) -> None:
 def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
     """Loads or fits the detector given by the flags of `add_detector_flags`, on `device`, and sets its threshold.
 
-    Prints the scorer and the threshold.
+    Prints the scorer, the threshold and, where 16-bit images are among the support images, their bit depth.
 
     Raises:
         UserError: a file or folder is missing or unsuitable.
     """
     seed_everything(args.seed)
-    detector = FewShotDetector.load(args.detector, device, args.scorer) if args.detector else _fit(args, device)
-    print(f"scorer: {detector.scorer.name}")
-    _set_threshold(detector, args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClippedWarning)  # printed by settle_bits and warn_beyond
+        detector = _load(args, device) if args.detector else _fit(args, device)
+        print(f"scorer: {detector.scorer.name}")
+        _set_threshold(detector, args)
     print(f"threshold: {describe_threshold(detector.threshold)}")
+    return detector
+
+
+def _load(args: argparse.Namespace, device: str) -> FewShotDetector:
+    """Loads the saved detector. --bits overrides its bit depth."""
+    detector = FewShotDetector.load(args.detector, device, args.scorer)
+    if args.bits != AUTO_BITS:
+        detector.bits = args.bits
     return detector
 
 
@@ -72,8 +92,9 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
     """Fits a detector to the support images."""
     support = list_inputs(args.support, args.output)
     network = scoring_network(args.backbone, args.stn_mode, args.img_size, args.checkpoint, args.weights)
-    detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER)
     print(f"fitting on {len(support)} normal image(s)")
+    bits = settle_bits(args.bits, support, "the support")
+    detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER, bits)
     detector.fit(support)
     weights = f"not trained, weights {args.weights}"
     detector.origin = {
@@ -88,6 +109,7 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     normal = list_inputs(args.calibrate, args.output) if args.calibrate else None
     is_fresh = detector.threshold is None and detector.left_out is not None
+    warn_beyond(normal or [], detector.bits)
     if normal or args.false_alarm is not None or is_fresh:
         try:
             detector.calibrate(false_alarm, normal)

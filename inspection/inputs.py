@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import IMAGE_SUFFIXES, ImageError, decode_image, is_image_file, to_square
+from datasets.images import IMAGE_SUFFIXES, ImageError, clipping_note, decode_image, is_image_file, to_square
 from utils.errors import UserError
+from utils.flags import FULL_BITS
 from utils.stages import StageClock, in_threads
 
 POLL_SECONDS = 0.5  # interval between scans of a watched folder
@@ -26,6 +27,7 @@ class InputImage(NamedTuple):
     image: Image.Image | None
     square: np.ndarray | None
     error: str | None
+    warning: str | None = None  # why its scores may mislead
 
 
 def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Path]:
@@ -69,20 +71,21 @@ def _images_below(folder: Path, output: Path | None) -> list[Path]:
 
 
 def read_inputs(
-    paths: Iterable[Path], size: int, keep_aspect: bool, workers: int, clock: StageClock
+    paths: Iterable[Path], size: int, keep_aspect: bool, workers: int, clock: StageClock, bits: int = FULL_BITS
 ) -> Iterator[InputImage]:
     """Yields decoded images in the order of `paths`, decoded a few images ahead.
 
-    An image that cannot be read is yielded with its error.
+    An image that cannot be read is yielded with its error, a 16-bit image that exceeds `bits` with a warning.
     """
-    return in_threads(partial(_read, size=size, keep_aspect=keep_aspect, clock=clock), paths, workers)
+    return in_threads(partial(_read, size=size, keep_aspect=keep_aspect, clock=clock, bits=bits), paths, workers)
 
 
-def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock) -> InputImage:
+def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock, bits: int) -> InputImage:
     try:
         with clock("decode"):
-            image = decode_image(path)
-            return InputImage(path, image, to_square(image, size, keep_aspect), None)
+            image = decode_image(path, bits)
+            warning = clipping_note(image, path, bits)
+            return InputImage(path, image, to_square(image, size, keep_aspect), None, warning)
     except ImageError as error:
         return InputImage(path, None, None, str(error))
 

@@ -31,13 +31,14 @@ class Prediction(NamedTuple):
 
     path: from `inspection.inputs.full_name`. score: a distance, at least 0; None if the image cannot be read. decision:
     `defective`, `normal`, or None without a threshold or score. error: why the image cannot be read, or its files
-    cannot be written.
+    cannot be written. warning: why the score may mislead.
     """
 
     path: str
     score: float | None
     decision: str | None
     error: str | None
+    warning: str | None = None
     preview: str = ""  # small image of the panels for the report, as a data URI
 
 
@@ -71,7 +72,8 @@ def predict(
 
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
     """Yields groups of (number, input, score, map), at most SCORE_GROUP images each."""
-    inputs = enumerate(read_inputs(paths, detector.size, detector.keep_aspect, workers, detector.clock))
+    size, keep_aspect, bits = detector.size, detector.keep_aspect, detector.bits
+    inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits))
     while group := list(islice(inputs, SCORE_GROUP)):
         results = zip(*detector.score([item.square for _, item in group if item.error is None]), strict=True)
         yield [(number, item, *(next(results) if item.error is None else (None, None))) for number, item in group]
@@ -82,7 +84,8 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     number, item, score, scores = scored
     if item.error is not None:
         return Prediction(full_name(item.path), None, None, item.error)
-    row = Prediction(full_name(item.path), float(score), _decide(float(score), detector.threshold), None)
+    decision = _decide(float(score), detector.threshold)
+    row = Prediction(full_name(item.path), float(score), decision, None, item.warning)
     try:
         with detector.clock("pictures"):
             return row._replace(preview=_write(detector, outputs, item, scores, number < previews))

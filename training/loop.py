@@ -19,10 +19,11 @@ from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError
 from utils.files import load_tensors, whole_file
+from utils.flags import FULL_BITS
 from utils.stages import StageClock
 
 # Arguments that runs of earlier versions do not name, with the values that those had.
-ADDED_LATER = {"scorer": [RELEASE_SCORER], "backbone": RELEASE_BACKBONE}
+ADDED_LATER = {"scorer": [RELEASE_SCORER], "backbone": RELEASE_BACKBONE, "bits": FULL_BITS}
 REPORT_SECONDS = 1.0  # shortest time between two fetches of losses, which make the host wait for the device
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from utils.devices import DEFAULT_SEED
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
+FULL_BITS = BIT_DEPTHS[-1]
+AUTO_BITS = "auto"
 DEFAULT_SUPPORT_PATH = Path("./support_set")
 DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 
@@ -37,8 +40,9 @@ def add_data_flags(group: Group, data_types: Iterable[str]) -> None:
 
 
 def add_image_flags(group: Group, strict: bool = True) -> None:
-    """Adds --keep_aspect and --max_pixels; with `strict`, also --strict."""
+    """Adds --keep_aspect, --bits and --max_pixels; with `strict`, also --strict."""
     add_keep_aspect_flag(group)
+    add_bits_flag(group, "the training images")
     if strict:
         group.add_argument("--strict", action="store_true", help="reject defective test images without a mask")
     add_max_pixels_flag(group)
@@ -47,6 +51,17 @@ def add_image_flags(group: Group, strict: bool = True) -> None:
 def add_keep_aspect_flag(group: Group) -> None:
     """Adds --keep_aspect."""
     group.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
+
+
+def add_bits_flag(group: Group, measured: str) -> None:
+    """Adds --bits: one of BIT_DEPTHS, or AUTO_BITS (default). measured: the images that decide for AUTO_BITS."""
+    group.add_argument(
+        "--bits",
+        type=lambda text: text if text == AUTO_BITS else int(text),
+        choices=(AUTO_BITS, *BIT_DEPTHS),
+        default=AUTO_BITS,
+        help=f"bit depth of 16-bit grey files; auto: the smallest that holds the values of {measured}",
+    )
 
 
 def add_max_pixels_flag(group: Group) -> None:

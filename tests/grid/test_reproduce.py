@@ -113,13 +113,21 @@ def key_of(arguments, name):
     return {cell.name: cell.key for cell in plan(arguments).cells()}[name]
 
 
+def test_every_command_gets_the_bit_depth(arguments):
+    commands = [command for cell in plan(arguments | {"--bits": ["12"]}).cells() for command in cell.commands]
+    assert {command[0] for command in commands} == {"train.py", "test.py"}
+    assert all(command[command.index("--bits") + 1] == "12" for command in commands)
+
+
 def test_what_makes_a_cell_another_one(arguments, demo_data, own_data, monkeypatch):
     """Arguments, images, masks and code do; where the data lie and other categories' test images do not."""
     name = "ring_1_rotation_scale"
     original = key_of(arguments, name)
     arguments["--data_path"] = [str(own_data)]
     assert key_of(arguments, name) == original
-    for change in ({"--epochs": ["2"]}, {"--seed": ["1"]}, {"--inferences": ["3"]}, {"--batch_size": ["5"]}):
+    for change in ({"--epochs": ["2"]}, {"--seed": ["1"]}, {"--inferences": ["3"]}, {"--bits": ["12"]}):
+        assert key_of(arguments | change, name) != original
+    for change in ({"--batch_size": ["5"]}, {"--bits": ["16"]}):
         assert key_of(arguments | change, name) != original
     assert key_of(arguments | {"--num_workers": ["1"]}, name) == original
 

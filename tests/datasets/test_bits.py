@@ -1,0 +1,311 @@
+"""16-bit grey files of cameras with fewer bits: the same numbers as from their 8-bit twins, in every command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+import make_support
+import predict
+import train
+from benchmarks.reference import DATA, needs_reference
+from datasets.cache import decoded_images
+from datasets.images import (
+    ClippedWarning,
+    clipping_note,
+    eight_bit,
+    full_scale,
+    largest_values,
+    read_image,
+    read_mask,
+    settle_bits,
+    smallest_depth,
+)
+from datasets.manifest import load_manifest
+from inspection.detector import FewShotDetector
+from inspection.export import export_metadata
+from models.regad import untrained
+from tests.commands.test_commands import test_command
+from utils.devices import seed_everything
+from utils.errors import UserError
+from utils.flags import BIT_DEPTHS
+
+SIZE = 64
+RUN = ["--data_type", "folder", "--img_size", str(SIZE), "--num_workers", "0", "--weights", "none", "--device", "cpu"]
+
+
+def stored(values: np.ndarray, bits: int) -> Image.Image:
+    """Grey values 0..255 as a camera of `bits` bits gives them: a 16-bit image whose range is 0..2**bits - 1."""
+    return Image.fromarray(np.rint(values * (full_scale(bits) / 255)).astype(np.uint16))
+
+
+def twin(source: Path, target: Path, bits: int | None) -> Path:
+    """A grey copy of the image `source`: as 16-bit PNG with `bits` bits, or with None as 8-bit PNG."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(source) as image:
+        grey = image.convert("L")
+    (stored(np.asarray(grey), bits) if bits else grey).save(target)
+    return target
+
+
+def grey_copy(data: Path, target: Path, bits: int | None) -> Path:
+    """A copy of a data folder with grey images of `bits` bits; masks are copied as they are."""
+    for file in data.rglob("*.png"):
+        place = target / file.relative_to(data)
+        if "ground_truth" in file.parts:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+        else:
+            twin(file, place, bits)
+    return target
+
+
+@given(st.sampled_from(BIT_DEPTHS), st.lists(st.integers(0, 255), min_size=1, max_size=9))
+def test_every_depth_gives_back_the_8_bit_values(bits, values):
+    """For each depth all 256 levels survive, whatever the brightest pixel of an image is."""
+    found = eight_bit(stored(np.array([values]), bits), bits)
+    assert found.mode == "L" and np.asarray(found)[0].tolist() == values
+    assert clipping_note(found, "x.png", bits) is None
+
+
+@given(st.sampled_from(BIT_DEPTHS), st.lists(st.integers(0, 65535), min_size=1, max_size=9))
+def test_values_beyond_the_depth_become_white_and_are_named(bits, values):
+    found = eight_bit(Image.fromarray(np.array([values], np.uint16)), bits)
+    expected = [min(255, round(value * 255 / full_scale(bits))) for value in values]
+    assert np.asarray(found)[0].tolist() == expected
+    note = clipping_note(found, "x.png", bits)
+    assert (note is None) == (max(values) <= full_scale(bits))
+    if note:
+        assert note.startswith(f"x.png has values up to {max(values)}, more than the {full_scale(bits)} of {bits} bits")
+
+
+@given(st.lists(st.integers(0, 65535), max_size=5))
+def test_the_smallest_depth_that_holds_all_images(values):
+    bits = smallest_depth(largest_values([Image.fromarray(np.array([[0, value]], np.uint16)) for value in values]))
+    assert bits == 16 if not values else max(values) <= full_scale(bits)
+    smaller = [depth for depth in BIT_DEPTHS if depth < bits]
+    assert not values or not smaller or max(values) > full_scale(smaller[-1])
+
+
+def test_only_16_bit_files_are_decoded_to_find_the_depth(tmp_path, monkeypatch, capsys):
+    values = np.arange(256).reshape(16, 16)
+    for name, image in {
+        "a.png": Image.fromarray(values.astype(np.uint8)),
+        "b.jpg": Image.fromarray(values.astype(np.uint8)).convert("RGB"),
+        "c.png": stored(values, 12),
+        "d.tif": stored(values, 10),
+        "e.tif": stored(values, 8),
+    }.items():
+        image.save(tmp_path / name)
+    (tmp_path / "f.png").write_bytes(b"broken")
+    Image.fromarray(np.full((2, 2), 70000, np.int32)).save(tmp_path / "g.tif")  # no reader accepts it
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.filename) or load(self))
+    paths = sorted(tmp_path.iterdir())
+    found = largest_values(paths)
+    assert found == [(str(tmp_path / "c.png"), 4095), (str(tmp_path / "d.tif"), 1023), (str(tmp_path / "e.tif"), 255)]
+    assert {Path(name).name for name in decoded} == {"c.png", "d.tif", "e.tif", "g.tif"}
+    assert settle_bits("auto", paths, "the test") == 12
+    assert capsys.readouterr().out == "bits: 12 (3 16-bit image(s) of the test, largest value 4095)\n"
+    assert settle_bits("auto", paths[:2], "the test") == 16 and settle_bits(16, paths, "the test") == 16
+    assert capsys.readouterr().out == ""
+    assert settle_bits(10, paths, "the test") == 10
+    warning = capsys.readouterr().out.splitlines()[1]
+    assert warning.startswith(f"warning: {tmp_path / 'c.png'} has values up to 4095, more than the 1023 of 10 bits")
+
+
+def test_masks_keep_the_full_range(tmp_path):
+    values = np.zeros((8, 8), np.uint16)
+    values[:4] = 65535
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", 8)[:4].all() and read_mask(tmp_path / "mask.png", 8).sum() == 32
+
+
+def test_the_cache_distinguishes_depths(tmp_path):
+    folder = tmp_path / "part/train/good"
+    folder.mkdir(parents=True)
+    values = np.arange(256).reshape(16, 16)
+    stored(values, 12).save(folder / "a.png")
+    for bits in (12, 16, 12):
+        (found,) = decoded_images([folder / "a.png"], 16, tmp_path / "cache", 0, bits=bits)
+        assert (found == read_image(folder / "a.png", 16, bits=bits)).all()
+    assert (found[..., 0] == values).all()
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_commands_give_the_numbers_of_the_8_bit_twins(bits, demo_data, tmp_path, capsys):
+    """Training, support set and scoring; the depth is in the records."""
+    records, losses = {}, {}
+    for depth in (None, bits):
+        data, out = grey_copy(demo_data, tmp_path / f"data {depth}", depth), tmp_path / f"out {depth}"
+        common = ["--obj", "ring", "--data_path", str(data), *RUN]
+        support = ["--support_path", str(out / "support"), "--inferences", "2"]
+        make_support.main(
+            ["--obj", "ring", "--shots", "2", "--rounds", "2", "--support_path", str(out / "support")]
+            + ["--data_type", "folder", "--data_path", str(data), "--img_size", str(SIZE)]
+        )
+        train.main(
+            [*common, *support, "--epochs", "1", "--batch_size", "4", "--save_dir", str(out)]
+            + ["--cache_dir", str(out / "cache"), "--select", "last"]
+        )
+        test_command.main([*common, *support, "--save_dir", str(out), "--output", str(out)])
+        printed = capsys.readouterr().out
+        assert (f"bits: {bits} (5 16-bit image(s) of ring/train" in printed) == bool(depth)
+        assert ("bits:" in printed) == bool(depth) and "warning" not in printed
+        (record,) = (json.loads(file.read_text()) for file in out.glob("*.json"))
+        (training,) = (json.loads(file.read_text()) for file in out.rglob("*record*.json"))
+        assert record["arguments"]["bits"] == training["decisive"]["bits"] == training["scored_bits"] == (depth or 16)
+        assert load_manifest(out / "support/ring/2_2.json").bits == (depth or 16)
+        records[depth], losses[depth] = record["rounds"], training["epochs"][1]["loss"]
+    assert records[None] == records[bits] and losses[None] == losses[bits]
+
+
+def test_a_test_image_beyond_the_depth_is_named_and_does_not_decide(demo_data, tmp_path, capsys):
+    data = grey_copy(demo_data, tmp_path / "data", 10)
+    bright = twin(demo_data / "ring/test/good/000.png", data / "ring/test/good/000.png", 12)
+    test_command.main(["--obj", "ring", "--data_path", str(data), *RUN, "--untrained", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "bits: 10 (" in printed
+    (warning,) = [line for line in printed.splitlines() if line.startswith("warning")]
+    assert str(bright) in warning and "1023 of 10 bits" in warning
+
+
+def test_a_support_set_of_another_depth_is_refused(demo_data, tmp_path):
+    data = grey_copy(demo_data, tmp_path / "data", 12)
+    make_support.main(
+        ["--obj", "ring", "--rounds", "1", "--support_path", str(tmp_path), "--bits", "16"]
+        + ["--data_type", "folder", "--data_path", str(data), "--img_size", str(SIZE)]
+    )
+    command = ["--obj", "ring", "--data_path", str(data), *RUN, "--untrained", "--output", str(tmp_path / "out")]
+    command += ["--support_path", str(tmp_path), "--inferences", "1"]
+    with pytest.raises(UserError, match="was made with --bits 16, not 12; make it again"):
+        test_command.main(command)
+    test_command.main([*command, "--bits", "16"])
+
+
+def test_the_depth_decides_whether_a_run_is_the_same(demo_data, tmp_path, capsys):
+    """A run of a version without --bits is resumed with 16 bits and not with others."""
+    command = ["--obj", "ring", "--data_path", str(demo_data), *RUN, "--epochs", "1", "--select", "last", "--resume"]
+    command += ["--eval_every", "0", "--save_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
+    train.main(command)
+    (file,) = tmp_path.rglob("*record.json")
+    record = json.loads(file.read_text())
+    assert record["decisive"].pop("bits") == 16 and record["scored_bits"] is None
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+    train.main(command)
+    assert "already finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="belongs to a run with other arguments"):
+        train.main([*command, "--bits", "12"])
+
+
+@pytest.fixture(scope="module")
+def network():
+    seed_everything(0)
+    return untrained("none", img_size=SIZE).stn.eval()
+
+
+@pytest.fixture(scope="module")
+def greys(demo_data, tmp_path_factory) -> dict[int | None, tuple[list[Path], list[Path]]]:
+    """Support and test images of ring, by depth; None: 8-bit files."""
+    root = tmp_path_factory.mktemp("greys")
+    found = {}
+    for bits in (None, *BIT_DEPTHS):
+        data = grey_copy(demo_data / "ring", root / f"{bits}", bits)
+        found[bits] = sorted((data / "train/good").iterdir())[:3], sorted((data / "test").rglob("*.png"))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["files", "PIL images"])
+@pytest.mark.parametrize("bits", BIT_DEPTHS)
+def test_the_detector_s_scores_are_those_of_the_8_bit_twins(bits, kind, network, greys):
+    expected, _ = FewShotDetector(network, "cpu").fit(greys[None][0], False).score(greys[None][1])
+    support, images = greys[bits]
+    if kind == "PIL images":
+        support, images = [list(map(Image.open, paths)) for paths in (support, images)]
+    detector = FewShotDetector(network, "cpu").fit(support, False)
+    assert detector.bits == bits
+    assert (detector.score(images)[0] == expected).all()
+
+
+def test_the_depth_is_stored_with_the_detector(network, greys, tmp_path):
+    support, images = greys[10]
+    detector = FewShotDetector(network, "cpu").fit(support)
+    detector.save(tmp_path / "part.regad")
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert loaded.bits == 10 and (loaded.score(images)[0] == detector.score(images)[0]).all()
+    assert export_metadata(loaded)["bits"] == "10"
+    content = torch.load(tmp_path / "part.regad")
+    del content["bits"]
+    torch.save(content, tmp_path / "old.regad")
+    assert FewShotDetector.load(tmp_path / "old.regad", "cpu").bits == 16
+    torch.save(content | {"bits": 11}, tmp_path / "wrong.regad")
+    with pytest.raises(UserError, match="bits must be"):
+        FewShotDetector.load(tmp_path / "wrong.regad", "cpu")
+
+
+def test_an_image_beyond_the_depth_of_the_detector_is_named(network, greys):
+    detector = FewShotDetector(network, "cpu").fit(greys[10][0])
+    bright = greys[12][1][0]
+    with pytest.warns(ClippedWarning, match=f"{bright} has values up to .* more than the 1023 of 10 bits"):
+        detector.score([bright])
+    with pytest.warns(ClippedWarning, match="an image has values up to"), Image.open(bright) as image:
+        detector.score([image])
+
+
+def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, capsys):
+    support, images = greys[10]
+    bright = greys[12][1][0]
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--no_pictures"]
+    base = ["--input", str(bright), str(images[1]), "--output", str(tmp_path / "out"), *flags]
+    predict.main(["--support", *map(str, support), "--save", str(tmp_path / "part.regad"), *base])
+    printed = capsys.readouterr()
+    assert "bits: 10 (3 16-bit image(s) of the support" in printed.out
+    assert ", 0 failed, 1 beyond the bit depth:" in printed.out
+    assert f"warning: {bright} has values up to" in printed.err
+    record = json.loads((tmp_path / "out/scores.json").read_text())
+    assert record["bits"] == 10 and [bool(row["warning"]) for row in record["pictures"]] == [True, False]
+    assert str(bright) in record["pictures"][0]["warning"]
+    assert "1023 of 10 bits" in (tmp_path / "out/report.html").read_text()
+    other = ["--detector", str(tmp_path / "part.regad"), *base]
+    predict.main([*other, "--bits", "12", "--calibrate", *map(str, greys[12][1][2:5])])
+    printed = capsys.readouterr()
+    assert "warning" not in printed.out + printed.err and "beyond" not in printed.out
+    predict.main([*other, "--calibrate", *map(str, greys[12][1][2:5])])
+    printed = capsys.readouterr()
+    assert printed.out.count("warning: ") == 3 and str(greys[12][1][4]) in printed.out
+
+
+def test_predict_says_nothing_about_8_bit_files(greys, tmp_path, capsys):
+    support, images = greys[None]
+    predict.main(
+        ["--support", *map(str, support), "--input", *map(str, images), "--output", str(tmp_path), "--no_pictures"]
+        + ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu"]
+    )
+    printed = capsys.readouterr()
+    assert "bits" not in printed.out + printed.err
+    assert json.loads((tmp_path / "scores.json").read_text())["bits"] == 16
+
+
+@needs_reference
+def test_real_images_of_a_12_bit_camera(tmp_path, network):
+    """Magnetic tiles of any size: their scores are those of the JPEG files; the full range of 16 bits gives others."""
+    source = DATA / "magnetic_tile"
+    support, images = sorted((source / "train/good").iterdir())[:2], sorted((source / "test").rglob("*.jpg"))[::40]
+    twins = [
+        [twin(path, tmp_path / path.parent.name / f"{path.stem}.png", 12) for path in p] for p in (support, images)
+    ]
+    expected, _ = FewShotDetector(network, "cpu").fit(support, False).score(images)
+    found, _ = FewShotDetector(network, "cpu").fit(twins[0], False).score(twins[1])
+    assert len(images) > 2 and (found == expected).all()
+    as_before, _ = FewShotDetector(network, "cpu", bits=16).fit(twins[0], False).score(twins[1])
+    assert (as_before != expected).all()
