@@ -10,6 +10,7 @@ python reproduce.py --compare results/a results/b       paired comparison of two
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ from pathlib import Path
 
 from datasets.cache import default_cache_dir
 from datasets.mvtec import CATEGORIES
-from grid.cells import Cell
+from grid.cells import Cell, require_locks
 from grid.engines import Cluster, run_local, run_on_cluster, visible_gpus
 from grid.estimate import format_duration
-from grid.plan import Plan, count_jobs, take_shard
+from grid.plan import RECIPE, Plan, count_jobs, take_shard
 from grid.tables import GRID_FILE, compare, format_comparison, read_results
 from grid.tables_page import write_tables
 from models.networks import settle_img_size
@@ -62,6 +63,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_weights_flag(training, "initial backbone weights")
     training.add_argument("--epochs", type=int, default=50)
     training.add_argument("--batch_size", type=int, default=32)
+    training.add_argument("--lr", type=float, default=RECIPE["lr"], help="learning rate")
+    training.add_argument("--momentum", type=float, default=RECIPE["momentum"])
+    training.add_argument("--amp", choices=("off", "bf16"), default=RECIPE["amp"])
     flags.add_seed_flag(training)
     training.add_argument(
         "--select",
@@ -81,7 +85,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument("--cache_dir", default=str(default_cache_dir()), help="image cache, shared by all cells")
     run.add_argument("--dry_run", action="store_true", help="print the plan and an estimate without running it")
     slurm = parser.add_argument_group("slurm (needs requirements-cluster.txt)")
-    slurm.add_argument("--slurm_partition", metavar="NAME")
+    for name in ("partition", "account", "qos"):
+        slurm.add_argument(f"--slurm_{name}", type=_one_line, metavar="NAME")
+    slurm.add_argument("--slurm_constraint", type=_one_line, metavar="FEATURES", help="of the nodes, such as a100|h100")
+    slurm.add_argument("--slurm_mem", type=_one_line, metavar="SIZE", help="memory per cell, such as 32G")
+    slurm.add_argument(
+        "--slurm_setup",
+        nargs="+",
+        type=_one_line,
+        metavar="LINE",
+        help="shell lines that a job runs first, as they are",
+    )
     slurm.add_argument("--slurm_minutes", type=int, default=1440, help="time limit of a cell")
     slurm.add_argument("--slurm_gpus", type=int, default=1, help="GPUs per cell, 0 or 1")
     slurm.add_argument("--slurm_cpus", type=int, default=4, help="cores per cell")
@@ -123,6 +137,9 @@ def _check(args: argparse.Namespace) -> None:
     counts = ("shots", "inferences", "epochs", "batch_size", "img_size", "eval_every", "slurm_minutes", "slurm_cpus")
     require_positive(args, *counts, *(["jobs"] if args.jobs is not None else []))
     args.img_size = settle_img_size(args.backbone, args.img_size)
+    for name in ("lr", "momentum"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")
     if args.eval_only and args.backbone.startswith(PREFIX):
         raise UserError(f"{args.backbone} is not trained here, so there is nothing for --eval_only to score")
     if args.readme:
@@ -147,15 +164,27 @@ def _run(args: argparse.Namespace, cells: list[Cell]) -> dict[str, str]:
 
     if not cells:
         return failed
+    alone = args.shard is not None  # no other command has these cells
+    if not alone:
+        require_locks(args.output)
     if args.engine == "local":
-        run_local(args.output, cells, count_jobs(args), visible_gpus(args.device), report)
+        run_local(args.output, cells, count_jobs(args), visible_gpus(args.device), report, alone)
     else:
-        cluster = Cluster(
-            *(SLURM_CLUSTER, args.slurm_partition, args.slurm_minutes),
-            *(args.slurm_gpus, args.slurm_cpus, args.slurm_requeue),
-        )
-        run_on_cluster(args.output, cells, args.jobs or len(cells), cluster, report)
+        run_on_cluster(args.output, cells, args.jobs or len(cells), _cluster(args), report, alone)
     return failed
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    options = {"partition": args.slurm_partition, "account": args.slurm_account, "qos": args.slurm_qos}
+    options |= {"constraint": args.slurm_constraint, "mem": args.slurm_mem, "setup": args.slurm_setup}
+    return Cluster(SLURM_CLUSTER, args.slurm_minutes, args.slurm_gpus, args.slurm_cpus, args.slurm_requeue, options)
+
+
+def _one_line(text: str) -> str:
+    """A value for the script of a cluster's job, in which a second line would be a command of its own."""
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} holds a line break or another control character")
+    return text
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import stdtrit
 
+SHARE = (0.0, 1.0)  # the range of every metric
 
-def summary(values: Sequence[float | None]) -> dict | None:
+
+def summary(values: Sequence[float | None], limits: tuple[float, float] | None = None) -> dict | None:
     """Mean, sample standard deviation and 95 % interval over rounds; None if a value is None.
 
-    The interval [low, high] is Student's t confidence interval of the mean. With a single round, standard deviation
-    and interval are None.
+    The interval [low, high] is Student's t confidence interval of the mean, clipped to `limits`, the range that the
+    values can have. With a single round, standard deviation and interval are None.
     """
     if any(value is None for value in values):
         return None
@@ -21,12 +23,15 @@ def summary(values: Sequence[float | None]) -> dict | None:
         return {"mean": mean, "sd": None, "interval95": None}
     spread = float(np.std(values, ddof=1))
     reach = float(stdtrit(rounds - 1, 0.975)) * spread / rounds**0.5
-    return {"mean": mean, "sd": spread, "interval95": [mean - reach, mean + reach]}
+    interval = [mean - reach, mean + reach]
+    if limits:
+        interval = [min(max(end, limits[0]), limits[1]) for end in interval]
+    return {"mean": mean, "sd": spread, "interval95": interval}
 
 
 def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | None]:
-    """The `summary` of every metric; rounds: one dict per round, metric -> value."""
-    return {name: summary([numbers[name] for numbers in rounds]) for name in rounds[0]}
+    """The `summary` of every metric, a share; rounds: one dict per round, metric -> value."""
+    return {name: summary([numbers[name] for numbers in rounds], SHARE) for name in rounds[0]}
 
 
 def format_summary(numbers: dict | None) -> str:
@@ -37,6 +42,6 @@ def format_summary(numbers: dict | None) -> str:
 
 
 def format_interval(numbers: dict | None) -> str:
-    """The 95 % interval as text, clipped to [0, 1]: `0.6508 to 0.6684`; empty without an interval."""
+    """The 95 % interval as text: `0.6508 to 0.6684`; empty without an interval."""
     interval = numbers and numbers["interval95"]
-    return f"{max(interval[0], 0):.4f} to {min(interval[1], 1):.4f}" if interval else ""
+    return f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""

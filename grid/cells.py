@@ -4,11 +4,13 @@ A cell is a sequence of commands, usually train.py and test.py. Its files in the
 jobs/<name>.started, .done     JSON stamps: the key of the cell that was started or finished
 jobs/<name>.lock               locked (flock) by the process that runs the cell, and by its commands
 logs/<name>.log                the output of the commands
+
+Locks keep two commands from running one cell. Where there are none (Windows, some network file systems), commands must
+share no cell: --shard gives each its own, and a cell's commands end with the command that started them.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -20,7 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 BUSY = "another process works on it"
 
@@ -77,22 +85,37 @@ def is_begun(output: Path, cell: Cell) -> bool:
     return _read_stamp(_job_file(output, cell, "started")).get("key") == cell.key
 
 
-def run_cell(output: Path, cell: Cell, environment: Mapping[str, str], wait: bool = True) -> str | None:
+def run_cell(
+    output: Path, cell: Cell, environment: Mapping[str, str], wait: bool = True, alone: bool = False
+) -> str | None:
     """Runs the commands of a cell unless it is finished. Returns None when it is finished, else a sentence on why not.
 
     With `wait`, another process that runs the cell is waited for; without, BUSY is returned. The commands inherit the
-    lock: while a command is still running after its driver was killed, no other driver starts the cell.
+    lock: while a command is still running after its driver was killed, no other driver starts the cell. `alone`: no
+    other driver has this cell, so that it also runs where locks fail; its commands then end with their driver.
     """
-    with _locked(_job_file(output, cell, "lock"), wait) as lock:
-        if lock is None:
-            return BUSY
-        try:
+    try:
+        with _locked(_job_file(output, cell, "lock"), wait, alone) as lock:
             return None if is_finished(output, cell) else _run_commands(output, cell, environment, lock)
-        except OSError as error:  # no space or no permission: only this cell fails
-            return f"{error} ({log_file(output, cell)})"
+    except _Busy:
+        return BUSY
+    except OSError as error:  # no space, no permission, no locks: only this cell fails
+        return f"{error} ({log_file(output, cell)})"
 
 
-def _run_commands(output: Path, cell: Cell, environment: Mapping[str, str], lock: int) -> str | None:
+def require_locks(output: Path) -> None:
+    """Raises UserError where files in `output` cannot be locked."""
+    try:
+        with _locked(output / "jobs" / "locks.lock", wait=True, alone=False):
+            pass
+    except _NoLocksError as error:
+        raise UserError(
+            f"{output} has no file locks ({error}), which keep two commands from running one cell: "
+            "give each command its own cells with --shard I/N, or --shard 0/1 if it is the only one"
+        ) from error
+
+
+def _run_commands(output: Path, cell: Cell, environment: Mapping[str, str], lock: int | None) -> str | None:
     _begin(output, cell)
     log = log_file(output, cell)
     for command in cell.commands:
@@ -115,21 +138,41 @@ def _read_stamp(file: Path) -> dict:
         return {}
 
 
+class _Busy(Exception):
+    """Another process holds the lock."""
+
+
+class _NoLocksError(OSError):
+    """Files cannot be locked: not on this system, or not on this file system."""
+
+
 @contextmanager
-def _locked(file: Path, wait: bool) -> Iterator[int | None]:
-    """Yields a locked open file; None if another process holds the lock and `wait` is False."""
+def _locked(file: Path, wait: bool, alone: bool) -> Iterator[int | None]:
+    """Yields a locked open file; with `alone`, None where locks fail.
+
+    Raises:
+        _Busy: another process holds the lock and `wait` is False.
+        _NoLocksError: locks fail and `alone` is False.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield lock if _lock(lock, wait) else None
+        yield lock if _lock(lock, wait, alone) else None
     finally:
         os.close(lock)
 
 
-def _lock(lock: int, wait: bool) -> bool:
+def _lock(lock: int, wait: bool, alone: bool) -> bool:
+    """Whether the open file is locked now; raises as `_locked`."""
     try:
+        if fcntl is None:
+            raise OSError("not on this system")
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    except BlockingIOError as error:
+        raise _Busy from error
+    except OSError as error:
+        if not alone:
+            raise _NoLocksError(error.strerror or str(error)) from error
         return False
     return True
 
@@ -156,22 +199,30 @@ def _begin(output: Path, cell: Cell) -> None:
     write_json(_job_file(output, cell, "started"), stamp)
 
 
-def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int) -> int:
-    """Runs a script of the project, appends its output to `log`, and returns the exit code."""
+def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int | None) -> int:
+    """Runs a script of the project, appends its output to `log`, and returns the exit code.
+
+    lock: the open lock file, which the script inherits; None: the script ends when this process does.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     script, *arguments = command
+    leash = [] if lock is not None else [str(PROJECT_ROOT / "grid" / "leash.py")]
     with open(log, "ab") as stream:
         stream.write(f"\n$ python {shlex.join(command)}\n".encode())
         stream.flush()
-        return subprocess.run(
-            [sys.executable, str(PROJECT_ROOT / script), *arguments],
-            stdin=subprocess.DEVNULL,
+        with subprocess.Popen(
+            [sys.executable, *leash, str(PROJECT_ROOT / script), *arguments],
+            stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
-            pass_fds=[lock],
-            check=False,
-        ).returncode
+            pass_fds=() if lock is None else (lock,),
+        ) as process:  # the pipe stays open until the script has ended
+            try:
+                return process.wait()
+            except BaseException:  # Ctrl-C, or the end of a cluster's job
+                process.kill()
+                raise
 
 
 def _last_line(log: Path) -> str:

@@ -6,9 +6,10 @@ import os
 import queue
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -39,20 +40,26 @@ def cores_per_job(jobs: int) -> int:
     return max(1, cores // jobs)
 
 
-def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str], report: Report) -> None:
+def job_environment(cores: int, gpu: str | None) -> dict[str, str]:
+    """The environment variables of a job: its threads, and its GPU as in CUDA_VISIBLE_DEVICES."""
+    return {"OMP_NUM_THREADS": str(cores)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+
+
+def run_local(
+    output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str], report: Report, alone: bool = False
+) -> None:
     """Runs the cells, `jobs` at a time. Each has its share of the cores, and its own GPU if there are enough.
 
-    Cells that another driver runs are waited for at the end.
+    Cells that another driver runs are waited for at the end. `alone`: no other driver has these cells, see `run_cell`.
     """
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for number in range(jobs):
-        environment = {"OMP_NUM_THREADS": str(cores_per_job(jobs))}
-        slots.put(environment | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}))
+        slots.put(job_environment(cores_per_job(jobs), gpus[number % len(gpus)] if gpus else None))
 
     def run(cell: Cell, wait: bool) -> str | None:
         environment = slots.get()
         try:
-            return run_cell(output, cell, environment, wait)
+            return run_cell(output, cell, environment, wait, alone)
         finally:
             slots.put(environment)
 
@@ -73,24 +80,27 @@ def run_local(output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str
 
 
 class Cluster(NamedTuple):
-    """The resources requested from the cluster. `name` is submitit's: `slurm`, or `local` for tests on this machine."""
+    """The resources requested from the cluster. `name` is submitit's: `slurm`, or `local` for tests on this machine.
+
+    options: further parameters of submitit, such as `account`; None where the cluster's default is taken.
+    """
 
     name: str
-    partition: str | None
     minutes: int
     gpus: int
     cpus: int
     requeues: int
+    options: Mapping[str, str | list[str] | None] = MappingProxyType({})
 
 
 class _OnNode:
     """A cell as submitit pickles it. A job that exceeds its time limit is queued again and resumes."""
 
-    def __init__(self, output: Path, cell: Cell) -> None:
-        self.output, self.cell = output, cell
+    def __init__(self, output: Path, cell: Cell, alone: bool) -> None:
+        self.output, self.cell, self.alone = output, cell, alone
 
     def __call__(self) -> str | None:
-        return run_cell(self.output, self.cell, {})
+        return run_cell(self.output, self.cell, {}, alone=self.alone)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         from submitit.helpers import DelayedSubmission
@@ -98,10 +108,12 @@ class _OnNode:
         return DelayedSubmission(self)
 
 
-def run_on_cluster(output: Path, cells: Sequence[Cell], jobs: int, cluster: Cluster, report: Report) -> None:
+def run_on_cluster(
+    output: Path, cells: Sequence[Cell], jobs: int, cluster: Cluster, report: Report, alone: bool = False
+) -> None:
     """Submits the cells as one job array with at most `jobs` running, and waits for them.
 
-    Cells that are still in the queue from an earlier call are not submitted again.
+    Cells that are still in the queue from an earlier call are not submitted again. `alone`: as for `run_local`.
 
     Raises:
         UserError: submitit or the cluster's commands are missing.
@@ -110,7 +122,7 @@ def run_on_cluster(output: Path, cells: Sequence[Cell], jobs: int, cluster: Clus
     queued = _queued_ids() if cluster.name == "slurm" else set()
     waiting = {cell: kept for cell in cells if (kept := _read_id(output, cell)) in queued}
     fresh = [cell for cell in cells if cell not in waiting]
-    submitted = executor.submit_array([_OnNode(output, cell) for cell in fresh]) if fresh else []
+    submitted = executor.submit_array([_OnNode(output, cell, alone) for cell in fresh]) if fresh else []
     for cell, job in zip(fresh, submitted, strict=True):
         with whole_file(_id_file(output, cell)) as aside:
             aside.write_text(job.job_id)
@@ -148,7 +160,7 @@ def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecuto
         cpus_per_task=cluster.cpus,
         slurm_array_parallelism=jobs,
         **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
-        **({"slurm_partition": cluster.partition} if cluster.partition else {}),
+        **{f"slurm_{name}": value for name, value in cluster.options.items() if value},
     )
     return executor
 

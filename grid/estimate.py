@@ -1,21 +1,36 @@
-"""An estimate of the duration of a grid, from a measurement of a few seconds."""
+"""An estimate of the duration of a grid, from a measurement of a few seconds in a process of its own.
+
+python -m grid.estimate --device cuda --batch_size 32      prints the measured seconds per image as JSON
+
+The process ends before the first cell begins, so that the driver of a grid holds no CUDA context.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
+from evaluation.scoring import SCORING_BATCH
 from models.networks import scoring_network
 from models.regad import RegAD
-from models.stn import BACKBONES, folded
+from models.stn import BACKBONES, RELEASE_BACKBONE, folded
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
+from utils.devices import command_device
+from utils.errors import UserError, run_command
+from utils.files import PROJECT_ROOT
 from utils.stages import StageClock
 
-MEASURED_IMAGES = 8  # in the measured step, half of them queries
+CPU_IMAGES = 8  # in a measured step or pass on the CPU, which takes about a second
+CUDA_PASSES = 10  # where a pass takes milliseconds
 NETWORK_SHARE = 0.77  # of the time of scoring, on the CPU: benchmarks/results/scoring_screw_2_cpu.json
 
 
@@ -26,21 +41,72 @@ class Speed(NamedTuple):
     network: float
 
 
-def measure(device: torch.device, stn_mode: str, img_size: int, backbone: str) -> Speed:
-    """Times one training step and one pass of the scoring network, after one of each to warm up."""
+def measure(settings: argparse.Namespace) -> Speed:
+    """Times training steps and passes of the scoring network on the device, after one of each to warm up."""
+    device = command_device(settings.device)
+    queries, scored, passes = _batches(device, settings.batch_size)
+    images = torch.rand(queries, 3, settings.img_size, settings.img_size, device=device)
+    batch = images[:1].expand(scored, -1, -1, -1).contiguous()
+    network = scoring_network(settings.backbone, settings.stn_mode, settings.img_size, None, "none")
+    network = folded(network.to(device))
+    step = _training_step(settings, images) if settings.backbone in BACKBONES else lambda: None
     clock = StageClock(device)
-    images = torch.rand(MEASURED_IMAGES // 2, 3, img_size, img_size, device=device)
-    network = folded(scoring_network(backbone, stn_mode, img_size, None, "none").to(device))
-    trainer = Trainer(RegAD(stn_mode, img_size, backbone).to(device), 0.0, 0.9) if backbone in BACKBONES else None
-    for _ in range(2):
+    for repeats in (1, passes):
         clock.seconds.clear()
         with clock("training"):
-            if trainer:  # a model of timm is not trained
-                trainer.model.train()
-                trainer.step(images, images[:, None], StageClock(device))
+            for _ in range(repeats):
+                step()
         with clock("network"), torch.no_grad():
-            network.features(torch.cat([images, images]))
-    return Speed(*(clock.seconds[name] / MEASURED_IMAGES for name in ("training", "network")))
+            for _ in range(repeats):
+                network.features(batch)
+    return Speed(clock.seconds["training"] / (passes * 2 * queries), clock.seconds["network"] / (passes * scored))
+
+
+def _batches(device: torch.device, batch_size: int) -> tuple[int, int, int]:
+    """Queries of a training step, images of a scoring pass, and how often each is measured.
+
+    On CUDA these are the batches of a run: a small batch would measure the launching of kernels. On the CPU the time of
+    an image hardly depends on the batch.
+    """
+    if device.type == "cpu":
+        return CPU_IMAGES // 2, CPU_IMAGES, 1
+    return batch_size, SCORING_BATCH[device.type], CUDA_PASSES
+
+
+def _training_step(settings: argparse.Namespace, images: torch.Tensor) -> Callable[[], None]:
+    """A training step with one support image per query: 2 B images pass through the network."""
+    model = RegAD(settings.stn_mode, settings.img_size, settings.backbone).to(images.device)
+    trainer = Trainer(model, 0.0, 0.9, bf16=settings.amp == "bf16")
+    trainer.model.train()
+    return lambda: trainer.step(images, images[:, None], StageClock(images.device))
+
+
+def measure_apart(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Speed | None:
+    """`measure` in a process of its own, for the arguments of reproduce.py; None where it fails, with a printed line.
+
+    Raises:
+        UserError: the measurement cannot be made because of an argument, such as a device that does not exist.
+    """
+    command = [sys.executable, "-m", "grid.estimate"]
+    for name in ("device", "stn_mode", "img_size", "backbone", "batch_size", "amp"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        command,
+        cwd=PROJECT_ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Speed(**json.loads(done.stdout.splitlines()[-1]))
+    reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+    if done.returncode == 2:
+        raise UserError(reason.removeprefix("error: "))
+    print(f"no estimate, its measurement failed: {reason}")
+    return None
 
 
 def scoring_seconds(speed: Speed, test_images: int, shots: Sequence[int], rounds: int) -> float:
@@ -59,3 +125,24 @@ def format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of grid.estimate."""
+    parser = argparse.ArgumentParser(prog="python -m grid.estimate", description="Measure seconds per image.")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--stn_mode", default="rotation_scale")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--backbone", default=RELEASE_BACKBONE)
+    parser.add_argument("--batch_size", type=int, default=32, help="queries of a training step, on CUDA")
+    parser.add_argument("--amp", choices=("off", "bf16"), default="off")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the measured speed as one line of JSON."""
+    print(json.dumps(measure(get_args_parser().parse_args(argv))._asdict()))
+
+
+if __name__ == "__main__":
+    run_command(main)

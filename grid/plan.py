@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from datasets.manifest import category_manifest
 from datasets.mvtec import (
     CATEGORIES,
@@ -19,16 +17,17 @@ from datasets.mvtec import (
 )
 from grid.cells import Cell, Fingerprints, is_begun, is_finished
 from grid.code import code_version
-from grid.engines import cores_per_job, visible_gpus
-from grid.estimate import format_duration, measure, scoring_seconds, training_seconds
+from grid.engines import cores_per_job, job_environment, visible_gpus
+from grid.estimate import format_duration, measure_apart, scoring_seconds, training_seconds
 from models.networks import network_name
 from models.regad import checkpoint_file, last_file, selection
 from models.timm_features import PREFIX
 from scorers.registry import make_scorers, record_ending
-from utils.devices import command_device
 from utils.errors import UserError
 from utils.files import digest
 from utils.flags import DEFAULT_SUPPORT_PATH
+
+RECIPE = {"lr": 0.0001, "momentum": 0.9, "amp": "off"}  # the defaults of train.py
 
 
 class Plan:
@@ -118,6 +117,7 @@ class Plan:
         save_dir = args.output / f"save_checkpoints{which}"
         train = ["train.py", *self._data_flags(category), "--shot", str(shot), "--epochs", str(args.epochs)]
         train += ["--batch_size", str(args.batch_size), "--select", select, "--eval_every", str(args.eval_every)]
+        train += ["--lr", str(args.lr), "--momentum", str(args.momentum), "--amp", args.amp]
         train += ["--scorer", args.scorer[0], "--save_dir", str(save_dir), "--cache_dir", args.cache_dir, "--resume"]
         commands = [tuple(train), self._test(category, [shot], "--save_dir", str(save_dir))]
         records = [*self._records(category, [shot], which)]
@@ -125,11 +125,16 @@ class Plan:
             commands.append(self._test(category, [shot], "--save_dir", str(save_dir), "--last"))
             records += self._records(category, [shot], "_last")
         weights = checkpoint_file(save_dir, args.stn_mode, shot, category, args.backbone)
-        decisive = (select, args.epochs, args.batch_size, args.eval_every)
+        decisive = (select, args.epochs, args.batch_size, args.eval_every, *self._changed_recipe())
         key = self._key(category, [shot], args.scorer, *decisive)
         training = self._key(category, [shot], args.scorer[:1], *decisive)
         name = weights.stem.removesuffix("_model") + which
         return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records), training)
+
+    def _changed_recipe(self) -> list[tuple[str, object]]:
+        """The arguments of RECIPE that are not the defaults, so that the keys of default runs stay as they were."""
+        given = {name: getattr(self.args, name) for name in RECIPE}
+        return [(name, value) for name, value in given.items() if value != RECIPE[name]]
 
     def _found_cells(self, category: str) -> list[Cell]:
         """The cells of a category's existing checkpoints. A cell covers all K, so that equal files are scored once."""
@@ -162,7 +167,9 @@ class Plan:
         images = self.sources if trains else {category: self.sources[category]}
         test = list(self.tests[category])
         if "source" in decisive:
-            test += list_test_items(self._folder(held_out_category(self.sources, category)))
+            held_out = held_out_category(self.sources, category)
+            test += list_test_items(self._folder(held_out))
+            support += [file for shot in shots for file in self._support_files(held_out, shot)]
         data = {name: files.of(paths) for name, paths in images.items()}
         return digest(
             {
@@ -192,10 +199,12 @@ class Plan:
         return sorted(file for file in files if file.is_file())
 
     def _seconds(self, cells: Sequence[Cell]) -> dict[Cell, float]:
-        """Estimated seconds per cell, from a measurement on this machine with the CPU cores of one job."""
+        """Estimated seconds per cell, from a measurement with the CPU cores and GPU of one job; empty if it fails."""
         args = self.args
-        torch.set_num_threads(cores_per_job(count_jobs(args)))
-        speed = measure(command_device(args.device), args.stn_mode, args.img_size, args.backbone)
+        gpus, cores = visible_gpus(args.device), cores_per_job(count_jobs(args))
+        speed = measure_apart(args, job_environment(cores, gpus[0] if gpus else None))
+        if speed is None:
+            return {}
         seconds = {}
         for cell in cells:
             scoring = scoring_seconds(speed, len(self.tests[cell.category]), cell.shots, args.inferences)

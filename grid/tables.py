@@ -38,6 +38,8 @@ OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS
 GRID_FILE = "grid.json"  # the requested categories and shots, so that missing records can be shown
 DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
 MISSING, NOT_PUBLISHED = "missing", ""
+DIFFERENCE = " - "  # in the names of columns of differences
+PERCENT = (0.0, 100.0)  # the range of a metric
 
 
 class Entry(NamedTuple):
@@ -342,10 +344,10 @@ def format_entry(entry: Entry | None, column: str) -> str:
     published.
     """
     if entry is None:
-        return NOT_PUBLISHED if column in PUBLISHED or " - " in column else MISSING
+        return NOT_PUBLISHED if column in PUBLISHED or DIFFERENCE in column else MISSING
     if entry is NO_TRUTH:
         return "n/a"
-    text = f"{entry.mean:+.1f}" if " - " in column else f"{entry.mean:.1f}"
+    text = f"{entry.mean:+.1f}" if DIFFERENCE in column else f"{entry.mean:.1f}"
     text += "" if entry.sd is None else f" ± {entry.sd:.1f}"
     return text + (f" ({entry.of})" if entry.of else "")
 
@@ -369,13 +371,14 @@ def write_csv(path: Path, tables: Sequence[Table]) -> None:
         for table in tables:
             for category, entries in table.rows.items():
                 for column, entry in zip(table.columns, entries, strict=True):
-                    writer.writerow([table.shot, table.metric, category, column, *_csv_numbers(entry)])
+                    writer.writerow([table.shot, table.metric, category, column, *_csv_numbers(entry, column)])
 
 
-def _csv_numbers(entry: Entry | None) -> list[object]:
+def _csv_numbers(entry: Entry | None, column: str) -> list[object]:
     if entry is None or entry is NO_TRUTH:
         return ["" if entry is None else "n/a", *[""] * 4]
-    interval = summary(entry.rounds)["interval95"] if entry.rounds else None
+    limits = None if DIFFERENCE in column else PERCENT
+    interval = summary(entry.rounds, limits)["interval95"] if entry.rounds else None
     return [entry.mean, entry.sd, *(interval or ("", "")), " ".join(map(str, entry.rounds))]
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from grid import cells as cells_module
 from grid import engines
-from grid.cells import BUSY, Cell, is_begun, is_finished, log_file, run_cell
+from grid.cells import BUSY, Cell, is_begun, is_finished, log_file, require_locks, run_cell
 from grid.engines import Cluster, run_local, run_on_cluster
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
@@ -31,6 +35,8 @@ if how == "fails":
     sys.exit("error: no such luck")
 if how == "is killed once" and first:
     os.kill(os.getpid(), signal.SIGKILL)
+if how == "takes a moment":
+    time.sleep(0.2)
 while how == "waits" and not (output / "go").exists() and time.monotonic() < end:
     time.sleep(0.02)
 (output / f"{name}.json").write_text(name)
@@ -152,6 +158,90 @@ def test_a_killed_drivers_command_is_waited_for(output):
     assert is_finished(output, cell) and len(runs(output, "a")) == 2
 
 
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks, such as some NFS."""
+    monkeypatch.setattr(cells_module.fcntl, "flock", _no_locks)
+
+
+def _no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_only_cells_of_ones_own_run(output, no_locks):
+    cell = make_cell(output, "a")
+    assert "No locks available" in run_cell(output, cell, {}) and not runs(output, "a")
+    with pytest.raises(UserError, match=r"has no file locks \(No locks available\).* --shard I/N, or --shard 0/1"):
+        require_locks(output)
+    assert run_cell(output, cell, {}, alone=True) is None
+    assert is_finished(output, cell) and len(runs(output, "a")) == 1
+
+
+def test_without_fcntl(output, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setattr(cells_module, "fcntl", None)
+    with pytest.raises(UserError, match="has no file locks"):
+        require_locks(output)
+    assert run_cell(output, make_cell(output, "a"), {}, alone=True) is None
+
+
+def test_without_locks_a_killed_drivers_command_ends_with_it(output):
+    """Else the next driver would start the cell beside it."""
+    cell = make_cell(output, "a", "waits")
+    code = "import errno, fcntl\nfrom pathlib import PosixPath\n"
+    code += "def fails(*_): raise OSError(errno.ENOLCK, '')\nfcntl.flock = fails\n"
+    code += f"from grid.cells import *\nrun_cell({output!r}, {cell!r}, {{}}, alone=True)"
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT)
+    wait_for(lambda: runs(output, "a"))
+    assert working(output)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    wait_for(lambda: not working(output))
+    assert not (output / "a.json").exists()
+
+
+def working(output) -> list[int]:
+    """The processes that run work.py in this folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and f"{output}/work.py".encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def start_driver(output, cells, locks: bool) -> subprocess.Popen:
+    """A driver with two workers; without locks, of a file system that has none."""
+    code = "import errno, fcntl\nfrom pathlib import PosixPath\nfrom grid.cells import *\nfrom grid.engines import *\n"
+    if not locks:
+        code += "def fails(*_): raise OSError(errno.ENOLCK, '')\nfcntl.flock = fails\n"
+    code += f"run_local({output!r}, {cells!r}, 2, [], lambda cell, why: print(cell.name, why), alone={not locks})"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_killed_at_random_with_and_without_locks(output):
+    """Two drivers and four workers, one driver's locks fail: after kills and restarts, every record is whole."""
+    rng = random.Random(1)
+    cells = [make_cell(output, str(number), "takes a moment") for number in range(12)]
+    shards = {True: cells[::2], False: cells[1::2]}
+    drivers = {locks: start_driver(output, shard, locks) for locks, shard in shards.items()}
+    for _ in range(6):
+        time.sleep(rng.uniform(0.05, 0.4))
+        alive = working(output)
+        victim = rng.choice([drivers[True].pid, drivers[False].pid, *alive])
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        for locks, driver in drivers.items():
+            if driver.poll() is not None:
+                drivers[locks] = start_driver(output, shards[locks], locks)
+    for driver in drivers.values():
+        driver.wait()
+    for locks, shard in shards.items():
+        assert start_driver(output, shard, locks).wait() == 0
+    assert all(is_finished(output, cell) for cell in cells)
+    assert [(output / f"{cell.name}.json").read_text() for cell in cells] == [cell.name for cell in cells]
+
+
 def test_on_a_cluster(output, monkeypatch):
     """Through submitit on this machine: the job array, a failure, and what is already finished."""
     pytest.importorskip("submitit")
@@ -159,7 +249,7 @@ def test_on_a_cluster(output, monkeypatch):
     cells = [make_cell(output, name, how) for name, how in (("a", "works"), ("b", "fails"))]
     said = {}
     run_on_cluster(
-        output, cells, 2, Cluster("local", None, 5, 0, 1, 0), lambda cell, reason: said.update({cell.name: reason})
+        output, cells, 2, Cluster("local", 5, 0, 1, 0), lambda cell, reason: said.update({cell.name: reason})
     )
     assert said["a"] is None and is_finished(output, cells[0])
     assert f"left it unfinished ({output}/logs/b.log" in said["b"]
@@ -169,7 +259,7 @@ def test_without_slurm(output, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="no Slurm on this machine"):
-        run_on_cluster(output, [make_cell(output, "a")], 1, Cluster("slurm", None, 5, 0, 1, 0), lambda *_: None)
+        run_on_cluster(output, [make_cell(output, "a")], 1, Cluster("slurm", 5, 0, 1, 0), lambda *_: None)
 
 
 def test_cells_in_the_queue_are_not_submitted_again(output, monkeypatch):
@@ -183,6 +273,33 @@ def test_cells_in_the_queue_are_not_submitted_again(output, monkeypatch):
     monkeypatch.setattr(engines, "POLL_SECONDS", 0)
     monkeypatch.setattr(engines, "_executor", lambda *_: None)  # nothing may be submitted
     said = {}
-    run_on_cluster(output, [cell], 1, Cluster("slurm", None, 5, 0, 1, 0), lambda c, reason: said.update({c: reason}))
+    run_on_cluster(output, [cell], 1, Cluster("slurm", 5, 0, 1, 0), lambda c, reason: said.update({c: reason}))
     assert "job 12_0 left it unfinished" in said[cell]
     assert Path(output / "jobs" / "a.slurm").read_text() == "12_0"
+
+
+SBATCH = """#!/bin/sh
+cp "$1" "{folder}/script.sh"
+echo Submitted batch job 12
+"""
+
+
+def test_what_the_cluster_is_asked_for(output, monkeypatch):
+    """sbatch and squeue are played: the script has every option, quoted, and the setup lines as they were given."""
+    pytest.importorskip("submitit")
+    tools = output / "tools"
+    tools.mkdir()
+    for name, text in (("sbatch", SBATCH.format(folder=output)), ("squeue", "#!/bin/sh\n"), ("srun", "#!/bin/sh\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(engines, "POLL_SECONDS", 0)
+    options = {"account": "lab; rm -rf x", "qos": "high", "constraint": "a100|h100", "mem": "32G", "partition": None}
+    options["setup"] = ["module load 'cuda/12'", 'source "$HOME/venv/bin/activate"']
+    cluster = Cluster("slurm", 5, 1, 2, 0, options)
+    run_on_cluster(output, [make_cell(output, "a")], 1, cluster, lambda *_: None)
+    lines = (output / "script.sh").read_text().splitlines()
+    assert "#SBATCH --account='lab; rm -rf x'" in lines and "#SBATCH --constraint='a100|h100'" in lines
+    assert {"#SBATCH --qos=high", "#SBATCH --mem=32G", "#SBATCH --gpus-per-node=1", *options["setup"]} <= set(lines)
+    assert not any("partition" in line for line in lines)

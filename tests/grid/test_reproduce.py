@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -14,12 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import reproduce
 import train
 from grid import cells as grid
+from grid import estimate
 from grid import plan as grid_plan
 from grid.cells import is_finished
+from grid.estimate import Speed, measure_apart
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
@@ -49,6 +53,13 @@ def arguments(demo_data, tmp_path):
         "--cache_dir": [str(tmp_path / "cache")],
         "--output": [str(tmp_path / "out")],
     }
+
+
+@pytest.fixture(autouse=True)
+def speed(monkeypatch, request):
+    """A speed that was not measured, which spares the seconds of a process."""
+    if "estimate" not in request.node.name:
+        monkeypatch.setattr(grid_plan, "measure_apart", lambda *_: Speed(0.01, 0.01))
 
 
 @pytest.fixture
@@ -146,6 +157,82 @@ def test_what_makes_a_cell_another_one(arguments, demo_data, own_data, monkeypat
     assert key_of(arguments, name) == original
     monkeypatch.setattr(grid_plan, "code_version", lambda: "another")
     assert key_of(arguments, name) != original
+
+
+def test_the_support_set_of_the_held_out_category_counts(arguments, tmp_path):
+    """With --select source it chooses the epoch; the other cells do not read it."""
+    arguments |= {"--select": ["best", "source"], "--support_path": [str(tmp_path / "support")]}
+    before = {name: key_of(arguments, name) for name in ("ring_1_rotation_scale", "ring_1_rotation_scale_source")}
+    (tmp_path / "support" / "weave").mkdir(parents=True)
+    (tmp_path / "support" / "weave" / "1_2.json").write_text("{}")
+    assert key_of(arguments, "ring_1_rotation_scale") == before["ring_1_rotation_scale"]
+    assert key_of(arguments, "ring_1_rotation_scale_source") != before["ring_1_rotation_scale_source"]
+
+
+def test_the_recipe_is_passed_on_and_part_of_the_key(arguments, monkeypatch):
+    name = "ring_1_rotation_scale"
+    default, untrained = key_of(arguments, name), key_of(arguments, f"{name}_untrained")
+    for change in ({"--lr": ["0.5"]}, {"--momentum": ["0.5"]}, {"--amp": ["bf16"]}):
+        (cell,) = (cell for cell in plan(arguments | change).cells() if cell.name == name)
+        ((flag, (value,)),) = change.items()
+        train_command = cell.commands[0]
+        assert train_command[train_command.index(flag) + 1] == value and cell.key != default
+        train.get_args_parser().parse_args(train_command[1:])
+        assert key_of(arguments | change, f"{name}_untrained") == untrained
+    parsed = vars(train.get_args_parser().parse_args(["--obj", "ring"]))
+    assert {key: parsed[key] for key in grid_plan.RECIPE} == grid_plan.RECIPE
+    monkeypatch.setattr(grid_plan, "RECIPE", {})  # the keys of before
+    assert key_of(arguments, name) == default
+
+
+def test_the_estimate_is_measured_in_a_process_of_its_own(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "rand", lambda *_: pytest.fail("measured in the driver"))
+    args = reproduce.get_args_parser().parse_args(flat(arguments))
+    speed = measure_apart(args, {"OMP_NUM_THREADS": "1"})
+    assert 0 < speed.network < 1 and 0 < speed.training < 1
+    with pytest.raises(UserError, match="device 'cuda:99' cannot be used"):
+        args.device = "cuda:99"
+        measure_apart(args, {})
+    assert measure_apart(args, {"PYTHONHOME": "/nowhere"}) is None
+    assert "no estimate, its measurement failed" in capsys.readouterr().out
+
+
+def test_estimate_with_the_batches_of_a_run(monkeypatch):
+    """On CUDA a batch of the run; a pass of a few images would measure launches. The device is played."""
+    passes, steps = [], []
+
+    class Network:
+        def to(self, device):
+            return self
+
+        def features(self, images):
+            passes.append(len(images))
+
+    monkeypatch.setattr(estimate, "command_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(estimate, "scoring_network", lambda *_: Network())
+    monkeypatch.setattr(estimate, "folded", lambda network: network)
+    monkeypatch.setattr(estimate, "_training_step", lambda settings, images: lambda: steps.append(len(images)))
+    settings = estimate.get_args_parser().parse_args(["--batch_size", "24", "--img_size", "32"])
+    estimate.measure(settings)
+    assert (passes, steps) == ([8, 8], [4, 4])
+    passes.clear(), steps.clear()
+    monkeypatch.setattr(estimate, "_batches", lambda device, batch_size: (batch_size, 64, 10))
+    estimate.measure(settings)
+    assert (passes, steps) == ([64] * 11, [24] * 11)
+
+
+def test_where_locks_fail_a_shard_is_needed(arguments, in_process, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(grid.fcntl, "flock", fails)
+    arguments |= {"--objs": ["ring"]}
+    with pytest.raises(UserError, match="No locks available"):
+        reproduce.main(flat(arguments))
+    assert not in_process
+    reproduce.main([*flat(arguments), "--shard", "0/2"])
+    reproduce.main([*flat(arguments), "--shard", "1/2"])
+    assert len(records(arguments["--output"][0])) == 3
 
 
 def test_grid_end_to_end(arguments, in_process, capsys):
@@ -254,6 +341,7 @@ def test_readme_section(arguments, in_process, tmp_path):
         ({"--shots": ["2", "2"]}, "must not contain duplicates"),
         ({"--objs": ["nut"]}, "no category folder"),
         ({"--jobs": ["0"]}, "--jobs must be at least 1"),
+        ({"--lr": ["nan"]}, "--lr must not be negative or infinite"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, change, sentence):
