@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from datasets.images import limit_pixels, settle_bits, warn_beyond
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items, normal_images
+from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, normal_images
+from datasets.notes import checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.scoring import RoundResult, TestFeatures, compute_test_features, score_rounds

@@ -25,11 +25,11 @@ from datasets.mvtec import (
     LabelledDataset,
     Preloaded,
     category_folder,
-    checked_test_items,
     held_out_category,
     list_source_images,
     normal_images,
 )
+from datasets.notes import checked_test_items, print_notes, unread_images
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
 from evaluation.statistics import format_summary, summaries
@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _start_or_resume(args, files, decisive, device)
     cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
+    print_notes(note for name in sources for note in unread_images(args.data_path / name))
     images = SourceImages(
         *(sources, args.img_size, cache_dir, args.num_workers, device),
         keep_aspect=args.keep_aspect,

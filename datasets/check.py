@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from datasets.images import ImageError, decode_image, is_image_file, read_header, size_mismatch, to_mask
+from datasets.images import ImageError, eight_bit, is_image_file, read_header, read_pixels, size_mismatch
 from datasets.manifest import category_manifest, load_manifest, verify
+from datasets.masks import Look, decode_mask, mask_notes
 from datasets.mvtec import (
     GOOD,
     LabelledImage,
@@ -21,7 +24,9 @@ from datasets.mvtec import (
     list_folder_items,
     list_test_items,
     list_train_images,
+    without_truth,
 )
+from datasets.notes import images_like_masks, stray_masks, unread_images
 from datasets.support import load_support_rounds
 from utils.errors import UserError
 
@@ -31,7 +36,8 @@ class Seen(NamedTuple):
 
     size: tuple[int, int]  # width and height in pixels, upright
     mode: str  # Pillow's name of the stored format
-    empty: bool  # a mask that marks no pixel
+    look: Look | None  # of a mask
+    pixels: bytes  # digest of an image's pixels, equal for equal images in any format
 
 
 class CategoryReport(NamedTuple):
@@ -54,15 +60,16 @@ def check_category(data_path: Path, data_type: str, name: str, progress: Progres
     """Reads every image and mask of a category, on all cores. Problems are listed in the report, never raised."""
     problems: list[str] = []
     train, test = _list_files(data_path, data_type, name, problems)
-    masks = [item.mask for item in test if item.mask]
+    masks = [mask for item in test for mask in item.masks]
     images = [*train, *(item.image for item in test)]
     seen = dict(_read_all(images, masks, progress))
     problems += [found for found in seen.values() if isinstance(found, str)]
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one image; training needs at least two")
     problems += _same_names(images)
-    problems += _mask_problems(test, seen)
-    problems += _masks_of_nothing(data_path / name, set(masks)) if test else []
+    problems += _copies(train, test, seen)
+    problems += [*unread_images(data_path / name), *images_like_masks(test)]
+    problems += _mask_problems(data_path / name, test, seen)
     good = [found for path in images if isinstance(found := seen[path], Seen)]
     defects = Counter(item.defect for item in test)
     return CategoryReport(
@@ -129,11 +136,47 @@ def _read_all(images: Sequence[Path], masks: Sequence[Path], progress: Progress)
 
 def _look(path: Path, is_mask: bool) -> Seen | str:
     try:
-        header, image = read_header(path), decode_image(path)
-        empty = is_mask and not to_mask(image, max(image.size)).any()
-        return Seen(image.size, header.mode, empty)
+        mode = read_header(path).mode
+        if is_mask:
+            mask = decode_mask(path)
+            return Seen(mask.size, mode, Look.at(mask), b"")
+        size, pixels = read_pixels(path, _identify)
+        return Seen(size, mode, None, pixels)
     except ImageError as error:
         return str(error)
+
+
+def _identify(image: Image.Image) -> tuple[tuple[int, int], bytes]:
+    """Width and height of an image, and a digest of its pixels: of its stored values if they have 16 bits, else RGB."""
+    shown = eight_bit(image).convert("RGB")  # also rejects what the reader rejects
+    pixels = np.asarray(image).astype(np.int64) if image.mode.startswith("I") else np.asarray(shown)
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype)).encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return image.size, digest.digest()
+
+
+def _copies(train: Sequence[Path], test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
+    """Training images that are equal, test images that are also training images, and images both normal and defective.
+
+    A copy in the test set is scored against itself, or cannot be scored right.
+    """
+
+    def first_by_pixels(paths: Iterable[Path]) -> dict[bytes, Path]:
+        return {seen[path].pixels: path for path in reversed(list(paths)) if isinstance(seen[path], Seen)}
+
+    def equal(paths: Iterable[Path], others: dict[bytes, Path], which: str) -> list[str]:
+        found = [(path, others.get(seen[path].pixels)) for path in paths if isinstance(seen[path], Seen)]
+        return [
+            f"{path} has the same pixels as the {which} {other}" for path, other in found if other not in (None, path)
+        ]
+
+    first, defective = first_by_pixels(train), [item.image for item in test if item.label]
+    normal = first_by_pixels(item.image for item in test if not item.label)
+    return [
+        *equal(train, first, "training image"),
+        *equal((item.image for item in test), first, "training image"),
+        *equal(defective, normal, "normal test image"),
+    ]
 
 
 def _same_names(images: Iterable[Path]) -> list[str]:
@@ -146,20 +189,27 @@ def _same_names(images: Iterable[Path]) -> list[str]:
     ]
 
 
-def _mask_problems(test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
-    """Masks that differ in size from their image or mark no pixel.
+def _mask_problems(category: Path, test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
+    """Masks that differ in size from their image, mark no pixel, look odd or belong to no image.
 
-    A missing mask is a problem only where other images of the category have one.
+    A missing mask is a problem only where other images of the category have one, or where a stray file may be it.
     """
-    problems, some_have_one = [], any(item.mask for item in test)
+    problems, looks = [], {}
+    some_have_one = any(item.masks for item in test)
     for item in test:
-        image, mask = seen[item.image], seen.get(item.mask)
+        image = seen[item.image]
         if some_have_one and not item.has_truth:
             problems.append(f"{item.image} has no mask")
-        if isinstance(image, Seen) and isinstance(mask, Seen):
-            problems += filter(None, [size_mismatch(item.mask, mask.size, image.size)])
-            problems += [f"the mask {item.mask} marks no pixel"] * mask.empty
-    return problems
+        for path in item.masks:
+            if isinstance(mask := seen[path], Seen):
+                looks[path] = mask.look
+                problems += [f"the mask {path} marks no pixel"] * (mask.look.share == 0)
+                if isinstance(image, Seen):
+                    problems += filter(None, [size_mismatch(path, mask.size, image.size)])
+    strays = _masks_of_nothing(category, {path for item in test for path in item.masks}) if test else []
+    if not strays and without_truth(test):
+        strays = stray_masks(category, test)
+    return problems + mask_notes(looks) + strays
 
 
 def _masks_of_nothing(category: Path, masks: set[Path]) -> list[str]:

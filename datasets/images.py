@@ -1,17 +1,17 @@
-"""The image reader of every command: image files to (S, S, 3) uint8 RGB, mask files to (S, S) bool.
+"""The image reader of every command: image files to (S, S, 3) uint8 RGB. Masks are read by datasets/masks.py.
 
-Image size, resampling and mask threshold follow the release's data loader.
+Image size and resampling follow the release's data loader.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 NAMED_AT_MOST = 10  # images that a warning names one by one
-MASK_THRESHOLD = 127  # of 255; a mask pixel above it is defective (release behaviour)
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
+
+Pixels = TypeVar("Pixels")
 
 
 class ImageError(UserError):
@@ -81,15 +82,6 @@ def read_image(path: Path, size: int, keep_aspect: bool = False, bits: int = FUL
     return to_square(decode_image(path, bits), size, keep_aspect)
 
 
-def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A ground-truth mask as (size, size) bool, True on the defect; see `decode_image` and `to_mask`.
-
-    Raises:
-        ImageError: as `decode_image`.
-    """
-    return to_mask(decode_image(path), size, keep_aspect)
-
-
 def decode_image(path: Path, bits: int = FULL_BITS) -> Image.Image:
     """The decoded image in mode L or RGB, turned upright by its EXIF orientation. Safe to call from several threads.
 
@@ -99,10 +91,19 @@ def decode_image(path: Path, bits: int = FULL_BITS) -> Image.Image:
     Raises:
         ImageError: the file is missing, damaged, no image or too large, or its values have no fixed range (float TIFF).
     """
+    return read_pixels(path, partial(eight_bit, bits=bits))
+
+
+def read_pixels(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
+    """What `convert` makes of the decoded image in its stored mode, turned upright. Safe to call from several threads.
+
+    Raises:
+        ImageError: the file is missing, damaged, no image or too large, or `convert` raises an error.
+    """
     try:
         with _pillow_warnings_ignored, Image.open(path) as image:  # Pillow warns about odd and large files
             image.load()
-            return eight_bit(_upright(image), bits)
+            return convert(_upright(image))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         raise ImageError(f"cannot read the image {path}: {_reason(error)}") from error
 
@@ -113,19 +114,8 @@ def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.nd
     Pillow's LANCZOS with antialiasing resizes it (release behaviour). An image that is not square is squeezed. With
     `keep_aspect` its longer side becomes `size` and reflection pads the other one; see `content_box`.
     """
-    square = _fit(image, size, keep_aspect, Image.Resampling.LANCZOS)
+    square = fit(image, size, keep_aspect, Image.Resampling.LANCZOS)
     return square if square.ndim == 3 else square[..., None].repeat(3, axis=2)
-
-
-def to_mask(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A mask from `decode_image` as (size, size) bool, True on the defect.
-
-    Resized by NEAREST, then thresholded (release behaviour): True where the brightest channel exceeds MASK_THRESHOLD.
-    A mask without any such pixel holds class numbers, as VisA's masks do: True where it is not 0.
-    """
-    grey = image if image.mode == "L" else Image.fromarray(np.asarray(image).max(axis=2))
-    threshold = MASK_THRESHOLD if grey.getextrema()[1] > MASK_THRESHOLD else 0
-    return _fit(grey, size, keep_aspect, Image.Resampling.NEAREST) > threshold
 
 
 def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[int, int, int, int]:
@@ -221,7 +211,7 @@ def _limit_pixels_of_worker(limit: float, _worker: int) -> None:
     Image.MAX_IMAGE_PIXELS = limit  # a process that is not forked starts with Pillow's default
 
 
-def _fit(image: Image.Image, size: int, keep_aspect: bool, resampling: Image.Resampling) -> np.ndarray:
+def fit(image: Image.Image, size: int, keep_aspect: bool, resampling: Image.Resampling) -> np.ndarray:
     """`image` resized into its `content_box` and padded by reflection, (size, size) or (size, size, 3) uint8."""
     left, top, right, bottom = content_box(*image.size, size, keep_aspect)
     inner = np.asarray(image.resize((right - left, bottom - top), resampling))

@@ -4,6 +4,8 @@ MVTec AD's layout, also of MPDD and of `--data_type folder`:
     <data_path>/<category>/train/good/*.png
     <data_path>/<category>/test/good/*.png, test/<defect>/*.png
     <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any image suffix
+MVTec LOCO's layout has several masks per image, which count together; its validation images are not used:
+    <data_path>/<category>/ground_truth/<defect>/<name>/*.png
 VisA's layout, as distributed:
     <data_path>/split_csv/1cls.csv      columns object, split, label, image, mask; paths relative to <data_path>
 A category without a train folder has VisA's layout if that file exists.
@@ -22,16 +24,13 @@ from torch.utils.data import Dataset
 
 from datasets.images import (
     IMAGE_SUFFIXES,
-    ImageError,
-    check_headers,
     content_box,
     decode_image,
     is_image_file,
     read_batches,
-    size_mismatch,
-    to_mask,
     to_square,
 )
+from datasets.masks import decode_masks, to_square_mask
 from utils.errors import UserError
 from utils.flags import FULL_BITS
 
@@ -47,6 +46,7 @@ CATEGORIES = {
         *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3"),
         *("pcb4", "pipe_fryum"),
     ),
+    "loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
     "folder": None,  # any sub-folder of the data folder
 }
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
@@ -56,10 +56,10 @@ VISA_DEFECT = "anomaly"  # VisA's split file names no kinds of defects
 
 
 class LabelledImage(NamedTuple):
-    """One test image. `mask` is None for a normal image and for a defective image without ground truth."""
+    """One test image. `masks` is empty for a normal image and for a defective image without ground truth."""
 
     image: Path
-    mask: Path | None
+    masks: tuple[Path, ...]
     defect: str  # "good" for a normal image
 
     @property
@@ -70,7 +70,7 @@ class LabelledImage(NamedTuple):
     @property
     def has_truth(self) -> bool:
         """Whether the defective pixels are known. A normal image has none."""
-        return not self.label or self.mask is not None
+        return not self.label or bool(self.masks)
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:
@@ -167,7 +167,7 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
 
     Raises:
         UserError: no test images; with `need_both`, no normal or no defective images; with `strict`, a defective image
-            without a mask. (Without `strict` its mask is None.)
+            without a mask.
     """
     if is_visa(category):
         items = _visa_rows(category, "test")
@@ -184,21 +184,6 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
             f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png); without --strict these "
             "images are left out of the pixel metrics only"
         )
-    return items
-
-
-def checked_test_items(category: Path, strict: bool) -> list[LabelledImage]:
-    """`list_test_items`, after the headers of all images and masks were read. Prints how many masks are missing.
-
-    Raises:
-        UserError: as `list_test_items`, or an image or mask that cannot be read.
-    """
-    items = list_test_items(category, strict)
-    check_headers([path for item in items for path in (item.image, item.mask) if path])
-    unknown = without_truth(items)
-    if unknown and any(item.mask for item in items):
-        names = f"{len(unknown)} defective image(s) have no mask, e.g. {unknown[0].image}"
-        print(f"note: {names}; the pixel metrics leave them out")
     return items
 
 
@@ -220,16 +205,23 @@ def list_folder_items(folder: Path) -> list[LabelledImage]:
     masks = _masks(folder.parent.parent / "ground_truth" / folder.name) if folder.name != GOOD else {}
     images = list_images(folder)
     return [
-        LabelledImage(image, masks.get(f"{image.stem}_mask") or masks.get(image.stem), folder.name) for image in images
+        LabelledImage(image, masks.get(f"{image.stem}_mask") or masks.get(image.stem) or (), folder.name)
+        for image in images
     ]
 
 
-def _masks(folder: Path) -> dict[str, Path]:
-    """The images in a folder of masks, by name without suffix. A PNG wins over other files of the same name."""
+def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """The masks of a kind of defect by name: a file by its name without suffix, or all images in a sub-folder (LOCO).
+
+    A PNG wins over other files of the same name, and a file over a folder.
+    """
     if not folder.is_dir():
         return {}
-    masks = filter(is_image_file, _entries(folder))
-    return {mask.stem: mask for mask in sorted(masks, key=lambda mask: mask.suffix.lower() == ".png")}
+    entries = _entries(folder)
+    files = sorted(filter(is_image_file, entries), key=lambda file: file.suffix.lower() == ".png")
+    folders = [entry for entry in entries if entry.is_dir() and entry not in files]
+    several = {entry.name: tuple(filter(is_image_file, _entries(entry))) for entry in folders}
+    return several | {file.stem: (file,) for file in files}
 
 
 def is_visa(category: Path) -> bool:
@@ -254,7 +246,7 @@ def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
     if outside := [path for path in named if path.is_absolute() or ".." in path.parts]:
         raise UserError(f"{file} names {outside[0]}, which is not below {root}")
     items = [
-        LabelledImage(root / row["image"], root / row["mask"] if row["mask"] else None, defect)
+        LabelledImage(root / row["image"], (root / row["mask"],) if row["mask"] else (), defect)
         for row, defect in zip(rows, defects, strict=True)
     ]
     return sorted(items, key=lambda item: (item.defect, item.image.name))
@@ -325,12 +317,8 @@ class LabelledDataset(Dataset):
         if item.has_truth:
             left, top, right, bottom = content_box(*decoded.size, self.size, self.keep_aspect)
             counted[top:bottom, left:right] = True
-        mask = np.zeros_like(counted)
-        if item.mask is not None:
-            decoded_mask = decode_image(item.mask)
-            if problem := size_mismatch(item.mask, decoded_mask.size, decoded.size):
-                raise ImageError(problem)
-            mask = counted & to_mask(decoded_mask, self.size, self.keep_aspect)
+        pixels = decode_masks(item.masks, decoded.size)
+        mask = counted & to_square_mask(pixels, self.size, self.keep_aspect)
         arrays = {"image": np.ascontiguousarray(square), "mask": mask, "counted": counted}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

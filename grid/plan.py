@@ -181,7 +181,7 @@ class Plan:
                 "data": [
                     data,
                     files.of([item.image for item in test]),
-                    files.of([item.mask for item in test if item.mask]),
+                    files.of([mask for item in test for mask in item.masks]),
                 ],
                 "support": files.of(support),
                 "code": self.code,

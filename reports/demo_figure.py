@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, checked_test_items
+from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder
+from datasets.notes import checked_test_items
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
 from models.networks import settle_img_size

@@ -96,7 +96,9 @@ BROKEN = {
 def test_every_kind_of_image_works_in_training_and_scoring(kind, data, tmp_path, capsys):
     for place in ("ring/train/good/000.png", "ring/test/good/000.png", "weave/train/good/000.png"):
         (data / place).write_bytes(FINE[kind]())
-    assert check(data) == 0, capsys.readouterr().out
+    assert check(data) == 1
+    printed = capsys.readouterr().out
+    assert "1 problem(s)" in printed and "test/good/000.png has the same pixels as the training image" in printed
     run_all(data, tmp_path)
 
 
@@ -191,6 +193,18 @@ FAULTS = {
     "one image": (
         lambda d: [p.unlink() for p in sorted((d / "ring/train/good").iterdir())[1:]],
         "ring/train/good has one image; training needs at least two",
+    ),
+    "two equal training images": (
+        lambda d: Image.open(d / "ring/train/good/001.png").save(d / "ring/train/good/9.tif"),
+        "ring/train/good/9.tif has the same pixels as the training image",
+    ),
+    "a training image among the test images": (
+        lambda d: Image.open(d / "ring/train/good/001.png").convert("RGBA").save(d / "ring/test/rust/001.png"),
+        "ring/test/rust/001.png has the same pixels as the training image",
+    ),
+    "a normal image among the defective ones": (
+        lambda d: shutil.copy(d / "ring/test/good/001.png", d / "ring/test/rust/001.png"),
+        "ring/test/rust/001.png has the same pixels as the normal test image",
     ),
     "no images": (lambda d: [p.unlink() for p in (d / "ring/train/good").iterdir()], "no images (.bmp"),
     "an empty kind": (lambda d: (d / "ring/test/dent").mkdir(), "ring/test/dent"),

@@ -26,10 +26,10 @@ from datasets.images import (
     read_batches,
     read_header,
     read_image,
-    read_mask,
     restore_map,
     to_square,
 )
+from datasets.masks import read_mask
 from datasets.mvtec import LabelledDataset, LabelledImage
 from utils.flags import MAX_PIXELS
 
@@ -281,12 +281,14 @@ REJECTED = {
     "text": (lambda: b"this is no image\n" * 30, "not an image or damaged"),
     "web page": (lambda: b"<!DOCTYPE html><html></html>", "not an image or damaged"),
     "float TIFF": (lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), "save it with 8 or 16 bits"),
+    "TIFF with a fractional offset": (tiff_with_fractional_offset, ANY),
+}
+WITHOUT_RANGE = {  # masks may have such values
     "32-bit TIFF": (
         lambda: encoded(Image.fromarray(GREYS.astype(np.int32) * 1000), "TIFF"),
         r"0\.\.255000 do not fit 16",
     ),
     "negative TIFF": (lambda: encoded(Image.fromarray(-GREYS.astype(np.int32)), "TIFF"), r"-255\.\.0 do not fit 16"),
-    "TIFF with a fractional offset": (tiff_with_fractional_offset, ANY),
 }
 
 
@@ -303,6 +305,13 @@ def test_broken_files_are_rejected_by_name(case, read, tmp_path):
     make, reason = REJECTED[case]
     (tmp_path / "x.png").write_bytes(make())
     assert_rejected(read, tmp_path / "x.png", reason)
+
+
+@pytest.mark.parametrize("case", WITHOUT_RANGE)
+def test_images_whose_values_have_no_range_are_rejected(case, tmp_path):
+    make, reason = WITHOUT_RANGE[case]
+    (tmp_path / "x.png").write_bytes(make())
+    assert_rejected(read_image, tmp_path / "x.png", reason)
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
@@ -361,7 +370,7 @@ def test_workers_obey_the_limit_and_name_the_file(workers, tmp_path, pixel_limit
     grey().save(tmp_path / "a.png")
     Image.new("L", (SIDE, SIDE + 1)).save(tmp_path / "b.png")
     pixel_limit(SIDE * SIDE)
-    items = [LabelledImage(tmp_path / name, None, "good") for name in ("a.png", "b.png")]
+    items = [LabelledImage(tmp_path / name, (), "good") for name in ("a.png", "b.png")]
     images = read_batches(LabelledDataset(items, 8), 1, workers)
     assert next(images)["image"].shape == (1, 3, 8, 8)
     with pytest.raises(ImageError, match=r"cannot read the image .*b\.png: .*limit of 1024 pixels") as caught:

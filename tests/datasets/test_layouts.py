@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
+import check_data
 import train
 from datasets.mvtec import (
     CATEGORIES,
@@ -16,12 +20,12 @@ from datasets.mvtec import (
     LabelledDataset,
     category_folder,
     category_names,
-    checked_test_items,
     list_source_images,
     list_test_items,
     list_train_images,
     without_truth,
 )
+from datasets.notes import checked_test_items, unread_images
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import SIDEWAYS
 from utils.errors import UserError
@@ -141,7 +145,7 @@ def category(tmp_path) -> Path:
 def test_masks_are_found_under_any_usual_name_and_mode(ending, mode, category):
     mask(category / f"ground_truth/dent/e{ending}", mode=mode)
     (item,) = [item for item in list_test_items(category) if item.image.name == "e.tif"]
-    assert item.mask.name == f"e{ending}"
+    assert item.masks[0].name == f"e{ending}"
     found = LabelledDataset([item], HEIGHT)[0]["mask"]
     assert 0.1 < found.float().mean() < 0.25
 
@@ -199,3 +203,142 @@ def test_pixel_metrics_are_those_of_the_images_with_masks(category, tmp_path):
 def test_without_any_mask_pixel_metrics_are_absent(category, tmp_path):
     found = score(category, tmp_path)
     assert found["image_auroc"]["mean"] >= 0 and found["pixel_auroc"] is None and found["pro"] is None
+
+
+@pytest.fixture
+def loco(tmp_path) -> Path:
+    """Two categories in MVTec LOCO's tree: several masks of an image, with other values, and validation images."""
+    for category in ("pushpins", "screw_bag"):
+        folder = tmp_path / category
+        for number in range(3):
+            image(folder / f"train/good/{number:03d}.png", number)
+        image(folder / "validation/good/000.png", 3)
+        image(folder / "test/good/000.png", 4)
+        for number, kind in enumerate(("logical_anomalies", "structural_anomalies")):
+            image(folder / f"test/{kind}/000.png", 5 + number)
+            mask(folder / f"ground_truth/{kind}/000/000.png", value=254)
+        several = np.zeros((HEIGHT, WIDTH), np.uint8)
+        several[:5, :10] = 233
+        Image.fromarray(several).save(folder / "ground_truth/logical_anomalies/000/001.png")
+    return tmp_path
+
+
+def test_loco_is_read_in_place_and_its_masks_count_together(loco, capsys):
+    folder = category_folder(loco, "loco", "pushpins")
+    assert [path.name for path in list_train_images(folder)] == ["000.png", "001.png", "002.png"]
+    items = checked_test_items(folder, strict=True)
+    assert [(item.defect, len(item.masks)) for item in items] == [
+        ("good", 0),
+        ("logical_anomalies", 2),
+        ("structural_anomalies", 1),
+    ]
+    found = [int(LabelledDataset(items, 60)[number]["mask"].sum()) for number in range(3)]
+    block = (60 // HEIGHT) * (60 // WIDTH)  # pixels of the square per pixel of the mask
+    assert found == [0, (10 * 10 + 5 * 10) * block, 10 * 10 * block]
+    assert not capsys.readouterr().out
+
+
+def test_loco_through_the_commands(loco, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CATEGORIES, "loco", ("pushpins", "screw_bag"))
+    check_data.main(["--data_type", "loco", "--data_path", str(loco)])
+    assert "no problems" in capsys.readouterr().out
+    flags = "--obj pushpins --shot 2 --inferences 1 --img_size 64 --data_type loco --device cpu --num_workers 0"
+    out = [*flags.split(), "--weights", "none", "--data_path", str(loco), "--output", str(tmp_path / "out")]
+    test_command.main([*out, "--untrained", "--strict"])
+    assert json.loads((tmp_path / "out/pushpins_2_rotation_scale_untrained.json").read_text())["pro"]["mean"] >= 0
+    assert "note:" not in capsys.readouterr().out
+
+
+LOST_MASKS = {  # where the masks of the fixture's three defective images lie; each fits no image
+    "another ending": ["ground_truth/dent/e_gt.png", "ground_truth/dent/f_gt.png", "ground_truth/hole/g_gt.png"],
+    "no image": ["ground_truth/dent/e_mask.npy", "ground_truth/hole/g_mask.gif"],
+    "without the kind": ["ground_truth/e_mask.png", "ground_truth/f_mask.png", "ground_truth/g_mask.png"],
+    "another name of the folder": ["masks/dent/e_mask.png", "masks/hole/g_mask.png"],
+    "a folder too many": ["ground_truth/dent/png/e_mask.png", "ground_truth/dent/png/f_mask.png"],
+    "the kind in capitals": ["Ground_Truth/Dent/e_mask.png"],
+}
+
+
+@pytest.mark.parametrize("case", LOST_MASKS)
+def test_masks_that_fit_no_image_are_told(case, category, capsys):
+    files = LOST_MASKS[case]
+    for name in files:
+        mask(category / "mask.png")
+        (category / name).parent.mkdir(parents=True, exist_ok=True)
+        (category / "mask.png").replace(category / name)
+    folder = category / files[0].split("/")[0]
+    items = checked_test_items(category, strict=False)
+    printed = capsys.readouterr().out
+    assert not any(item.masks for item in items)
+    assert "note: no defective image has a mask" in printed and "there are no pixel metrics" in printed
+    assert (
+        f"{len(files)} file(s) in {folder} are the mask of no image, e.g. {category / files[0]}; expected: " in printed
+    )
+    with pytest.raises(SystemExit):
+        check_data.main(["--data_type", "folder", "--data_path", str(category.parent), "--obj", "part"])
+    printed = capsys.readouterr().out
+    assert str(category / files[0]) in printed and "of no" in printed
+
+
+def test_masks_beside_their_images_are_told(category, capsys):
+    mask(category / "test/hole/g_mask.png")
+    checked_test_items(category, strict=False)
+    printed = capsys.readouterr().out
+    assert (
+        f"1 test image(s) are named like masks but scored as images, e.g. {category / 'test/hole/g_mask.png'}"
+        in printed
+    )
+
+
+PARTS = st.sampled_from(["good", "dent", "sub", "x"])
+
+
+@given(st.sets(st.tuples(st.sampled_from(["train", "test"]), st.lists(PARTS, max_size=3).map(tuple)), max_size=6))
+def test_every_image_is_read_or_told(places):
+    """Images at any depth below train and test: those that no command reads are counted."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "part"
+        for place in ("train/good/a.png", "test/good/b.png", "test/dent/c.png"):
+            image(folder / place)
+        for part, below in places:
+            image(folder / part / Path(*below) / "more.png")
+            image(folder / part / Path(*below[:1]) / "own.png")  # a kind without an image of its own is an error
+        found = {part: set((folder / part).rglob("*.png")) for part in ("train", "test")}
+        read = {"train": set(list_train_images(folder)), "test": {item.image for item in list_test_items(folder)}}
+        notes = unread_images(folder)
+        lost = {part: found[part] - read[part] for part in found}
+        assert [int(note.split()[0]) for note in notes] == [len(files) for files in lost.values() if files]
+        for note, files in zip(notes, filter(None, lost.values()), strict=True):
+            assert note.endswith(f"are not read, e.g. {min(files)}")
+
+
+def test_unread_images_and_odd_masks_are_told_by_the_commands(category, tmp_path, capsys):
+    for number in range(2):
+        image(tmp_path / f"other/train/good/{number}.png", number)
+    image(tmp_path / "other/train/good/camera 2/0.png", 5)
+    image(category / "train/good/camera 2/0.png", 6)
+    image(category / "test/dent/camera 2/0.png", 7)
+    for name in ("dent/e", "dent/f", "hole/g"):
+        mask(category / f"ground_truth/{name}_mask.png")
+        inverted = ImageOps.invert(Image.open(category / f"ground_truth/{name}_mask.png"))
+        inverted.save(category / f"ground_truth/{name}_mask.png")
+    score(category, tmp_path)
+    scored = capsys.readouterr().out
+    flags = (
+        "--obj part --shot 1 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers 0 --epochs 1"
+    )
+    flags = [*flags.split(), "--weights", "none", "--data_path", str(tmp_path), "--save_dir", str(tmp_path / "out")]
+    train.main([*flags, "--cache_dir", "none"])
+    trained = capsys.readouterr().out
+    sentences = [
+        f"note: 1 image(s) outside train/good/<name> are not read, e.g. {category / 'train/good/camera 2/0.png'}",
+        f"test/<defect>/<name> are not read, e.g. {category / 'test/dent/camera 2/0.png'}",
+        "3 of 3 masks mark more than half of their image",
+    ]
+    for sentence in sentences:
+        assert sentence in scored and sentence in trained
+    assert f"are not read, e.g. {tmp_path / 'other/train/good/camera 2/0.png'}" in trained
+    with pytest.raises(SystemExit):
+        check_data.main(["--data_type", "folder", "--data_path", str(tmp_path)])
+    checked = capsys.readouterr().out
+    assert all(sentence.removeprefix("note: ") in checked for sentence in sentences)

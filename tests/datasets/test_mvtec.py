@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from benchmarks.reference import DATA, GOLDEN, needs_reference
-from datasets.images import ImageError, read_image, read_mask
+from datasets.images import ImageError, read_image
+from datasets.masks import read_mask
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, list_images, list_test_items
 from utils.errors import UserError
 
@@ -60,9 +61,9 @@ def test_order_labels_and_masks_for_any_folder_names(place, name, tmp_path, monk
     assert relative([item.image for item in items], category / "test") == LISTED
     assert [item.defect for item in items] == ["bent", "bent", "good", "good", "good", "scratch"]
     assert [item.label for item in items] == [1, 1, 0, 0, 0, 1]
-    masks = relative([item.mask for item in items if item.label], category / "ground_truth")
+    masks = relative([mask for item in items for mask in item.masks if item.label], category / "ground_truth")
     assert masks == ["bent/000_mask.png", "bent/001_mask.png", "scratch/000_mask.png"]
-    assert [item.mask for item in items if not item.label] == [None] * 3
+    assert [item.masks for item in items if not item.label] == [()] * 3
     assert relative(list_images(category / "train/good"), category) == [f"train/good/{n}.png" for n in (1, 10, 2)]
 
 
@@ -81,7 +82,7 @@ def test_suffixes(suffix, category):
     """Upper or lower case; a mask is found by the name without the suffix."""
     (category / "test/bent/001.png").rename(category / f"test/bent/001{suffix}")
     item = list_test_items(category)[1]
-    assert (item.image.name, item.mask.name) == (f"001{suffix}", "001_mask.png")
+    assert (item.image.name, item.masks[0].name) == (f"001{suffix}", "001_mask.png")
 
 
 def test_links_are_followed(category, tmp_path):
@@ -152,7 +153,7 @@ def test_without_ground_truth_there_are_labels_but_no_masks(category):
     shutil.rmtree(category / "ground_truth")
     items = list_test_items(category)
     assert [item.label for item in items] == [1, 1, 0, 0, 0, 1]
-    assert [item.mask for item in items] == [None] * 6
+    assert [item.masks for item in items] == [()] * 6
     assert not any(item["mask"].any() for item in LabelledDataset(items, 8))
 
 
@@ -166,7 +167,7 @@ def test_dataset_equals_the_reader(category, size):
         assert (found["image"].shape, found["image"].dtype) == ((3, size, size), torch.uint8)
         assert (found["mask"].shape, found["mask"].dtype) == ((size, size), torch.bool)
         np.testing.assert_array_equal(found["image"].permute(1, 2, 0), read_image(item.image, size))
-        expected = read_mask(item.mask, size) if item.label else np.zeros((size, size), bool)
+        expected = read_mask(*item.masks, size) if item.label else np.zeros((size, size), bool)
         np.testing.assert_array_equal(found["mask"], expected)
         assert found["mask"].any() == item.label
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.images import read_image, read_mask
+from datasets.images import read_image
+from datasets.masks import read_mask
 from datasets.mvtec import list_images, list_test_items
 from datasets.synthetic import CATEGORIES, NOISE, main, render, write_dataset
 from utils.errors import UserError
@@ -46,11 +47,11 @@ def test_layout_is_read_by_the_mvtec_reader(dataset, category):
 def test_mask_files_are_grey_and_binary(dataset):
     for category in CATEGORIES:
         for item in list_test_items(dataset / category):
-            if item.mask is not None:
-                with Image.open(item.mask) as stored:
+            for path in item.masks:
+                with Image.open(path) as stored:
                     assert (stored.mode, stored.size, set(np.unique(stored))) == ("L", (SIZE, SIZE), {0, 255})
                 _, mask = render(category, f"test/{item.defect}", 0, SIZE)
-                np.testing.assert_array_equal(read_mask(item.mask, SIZE), mask)
+                np.testing.assert_array_equal(read_mask(path, SIZE), mask)
 
 
 @pytest.mark.parametrize(("category", "defect"), DEFECTS)

@@ -1,0 +1,177 @@
+"""Ground-truth masks: mask files to (S, S) bool, True on the defect, and hints at masks that may mean something else.
+
+A pixel is decided by its raw value: that of its brightest channel as stored, without the alpha channel.
+
+grey levels       the mask holds the full scale (255; 65535 where a value exceeds 255), or else a value above half of
+                  it and more than MOST_CLASSES different values: defective above half of the full scale, which for
+                  8 bits is the release's rule, above 127
+class numbers     every other mask, as VisA's: defective where not 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from datasets.images import ImageError, eight_bit, fit, full_scale, read_pixels, size_mismatch
+from utils.flags import FULL_BITS
+
+FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
+MOST_CLASSES = 8  # different values besides 0; masks with antialiased edges have more, thin ones a dozen
+NEARLY_ALL = 0.9  # share of the masks that must look inverted before a hint says so
+ALPHA = "have an alpha channel that marks other pixels than the colours do; it is not read"
+MIXED = "have a few small values beside 255; those up to 127 count as normal, as in the release"
+
+
+class Mask(NamedTuple):
+    """A mask that was read."""
+
+    pixels: np.ndarray  # (H, W) bool, upright, True on the defect
+    doubt: str | None  # ALPHA or MIXED where it may mean something else
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+
+def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
+    """A ground-truth mask as (size, size) bool, True on the defect; see `decode_mask` and `to_square_mask`.
+
+    Raises:
+        ImageError: as `decode_mask`.
+    """
+    return to_square_mask(decode_mask(path).pixels, size, keep_aspect)
+
+
+def decode_mask(path: Path) -> Mask:
+    """The mask in a file of any integer mode, turned upright by its EXIF orientation.
+
+    Raises:
+        ImageError: the file is missing, damaged, no image or too large, or has negative or floating-point values.
+    """
+    return read_pixels(path, _mask)
+
+
+def decode_masks(paths: Sequence[Path], image_size: tuple[int, int]) -> np.ndarray:
+    """The masks of one image together, (H, W) bool: True where one of them is.
+
+    Raises:
+        ImageError: as `decode_mask`, or a mask's size is not `image_size` (width, height).
+    """
+    together = np.zeros(image_size[::-1], dtype=bool)
+    for path in paths:
+        mask = decode_mask(path)
+        if problem := size_mismatch(path, mask.size, image_size):
+            raise ImageError(problem)
+        together |= mask.pixels
+    return together
+
+
+def to_square_mask(pixels: np.ndarray, size: int, keep_aspect: bool = False) -> np.ndarray:
+    """(H, W) bool as (size, size) bool, resized by NEAREST (release behaviour) and padded as `to_square` does.
+
+    The release resizes before it thresholds; NEAREST only picks pixels, so the result is the same.
+    """
+    image = Image.fromarray(pixels.astype(np.uint8))
+    return fit(image, size, keep_aspect, Image.Resampling.NEAREST).astype(bool)
+
+
+def _mask(image: Image.Image) -> Mask:
+    values = _raw_values(image)
+    different = _different_values(values)
+    pixels = values > _threshold(different)
+    doubt = ALPHA if _alpha_differs(image, pixels) else MIXED if _is_mixed(different) else None
+    return Mask(pixels, doubt)
+
+
+def _raw_values(image: Image.Image) -> np.ndarray:
+    """(H, W) integers, 0 or more. A palette counts by its colours, or by its numbers where it has one colour only.
+
+    Raises:
+        ValueError: negative or floating-point values.
+    """
+    if image.mode.startswith("I"):  # I;16, I;16B, I
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0:
+            raise ValueError(f"its values {values.min()}..{values.max()} are no mask: some are negative")
+        return values
+    colours = np.asarray(eight_bit(image))
+    values = colours if colours.ndim == 2 else colours.max(axis=2)
+    return np.asarray(image) if image.mode == "P" and values.min() == values.max() else values
+
+
+def _different_values(values: np.ndarray) -> np.ndarray:
+    """The different values besides 0, in rising order."""
+    if values.dtype == np.uint8:
+        return np.flatnonzero(np.bincount(values.ravel(), minlength=1)[1:]) + 1  # much faster than np.unique
+    different = np.unique(values)
+    return different[different > 0]
+
+
+def _threshold(different: np.ndarray) -> int:
+    """The largest value that is normal in a mask with these different values besides 0."""
+    most, half = different.max(initial=0), _full_scale(different) // 2
+    grey_levels = most == _full_scale(different) or (most > half and len(different) > MOST_CLASSES)
+    return half if grey_levels and most <= FULL_SCALE_16BIT else 0
+
+
+def _full_scale(different: np.ndarray) -> int:
+    return FULL_SCALE_8BIT if different.max(initial=0) <= FULL_SCALE_8BIT else FULL_SCALE_16BIT
+
+
+def _is_mixed(different: np.ndarray) -> bool:
+    """Whether small values beside the full scale, and none between, look like class numbers beside another mark."""
+    full, small = _full_scale(different), different[:-1]
+    return 0 < len(small) <= MOST_CLASSES and different[-1] == full and small[-1] <= full // 2
+
+
+def _alpha_differs(image: Image.Image, pixels: np.ndarray) -> bool:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if "A" not in image.getbands():
+        return False
+    alpha = np.asarray(image.getchannel("A"))
+    return alpha.min() != alpha.max() and bool(((alpha > FULL_SCALE_8BIT // 2) != pixels).any())
+
+
+class Look(NamedTuple):
+    """What is kept of a mask for `mask_notes`."""
+
+    share: float  # of the pixels that are defective
+    doubt: str | None  # as Mask.doubt
+
+    @classmethod
+    def at(cls, mask: Mask) -> Look:
+        """The look of a mask that was read."""
+        return cls(float(mask.pixels.mean()), mask.doubt)
+
+
+def look_at_masks(paths: Sequence[Path]) -> dict[Path, Look]:
+    """Reads masks, several at a time.
+
+    Raises:
+        ImageError: as `decode_mask`.
+    """
+    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
+        return dict(zip(paths, pool.map(lambda path: Look.at(decode_mask(path)), paths), strict=True))
+
+
+def mask_notes(looks: Mapping[Path, Look]) -> list[str]:
+    """A sentence for each kind of mask of a category that may mean something else than it is read as."""
+    notes = []
+    for doubt in (ALPHA, MIXED):
+        if doubted := [path for path, look in looks.items() if look.doubt == doubt]:
+            notes.append(f"{len(doubted)} of {len(looks)} masks {doubt}, e.g. {doubted[0]}")
+    mostly = [path for path, look in looks.items() if look.share > 0.5]
+    if mostly and len(mostly) >= NEARLY_ALL * len(looks):
+        notes.append(
+            f"{len(mostly)} of {len(looks)} masks mark more than half of their image, e.g. {mostly[0]}: are they "
+            "inverted? A defect is bright, everything else 0"
+        )
+    return notes
