@@ -17,10 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from inspection.detector import FewShotDetector
-from inspection.flags import add_detector_flags, check_detector_flags, describe_threshold, make_detector
-from inspection.inputs import absolute, full_name, list_inputs, watch
+from inspection.flags import add_detector_flags, check_detector_flags, make_detector
+from inspection.inputs import absolute, list_inputs, watch
 from inspection.predictions import Outputs, Prediction, ScoreTable, map_scale, predict, read_scores
-from reports.page import PAGE_IMAGES, PageRow, write_page
+from inspection.report import report_page
+from reports.page import PAGE_IMAGES, write_page
 from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
@@ -116,7 +117,7 @@ def _watch(detector: FewShotDetector, args: argparse.Namespace) -> None:
     rows, root = read_scores(args.output / "scores.csv", detector.threshold), absolute(args.watch)
     print(f"watching {args.watch}; press Ctrl-C to stop" + (f"; {len(rows)} images scored before" if rows else ""))
     for arrived in watch(args.watch, args.output, done={row.path for row in rows}):
-        previews = PAGE_IMAGES - sum(bool(row.preview) for row in rows)
+        previews = PAGE_IMAGES - sum(bool(row.preview.thumbnail) for row in rows)
         for row in _rows(detector, arrived, root, args, previews, True):
             rows.append(row)
             if row.warning:
@@ -177,15 +178,8 @@ def _finish(
         "peak_memory_mb": peak_memory_mb(),
     }
     write_json(args.output / "scores.json", content)
-    notes = [f"Threshold: {describe_threshold(threshold)}", *(f"Failed: {row.error}" for row in rows if row.error)]
-    notes += [f"Warning: {row.warning}" for row in rows if row.warning]
-    shown = [PageRow(_below(root, row.path), row.score, None, row.preview) for row in rows if row.score is not None]
-    write_page(args.output / "report.html", "Predictions", notes, shown, threshold and threshold.value)
-
-
-def _below(root: Path, path: str) -> str:
-    """The path relative to `root`; unchanged for images outside it, which an earlier watch may have scored."""
-    return path.removeprefix(f"{full_name(root).rstrip('/')}/")
+    page = report_page(detector, args.save or args.detector, rows, root)
+    write_page(args.output / "report.html", page)
 
 
 if __name__ == "__main__":

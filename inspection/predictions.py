@@ -17,12 +17,13 @@ from inspection.detector import SCORE_GROUP, FewShotDetector
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.threshold import Threshold
 from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_image
-from reports.page import as_data_uri
+from reports.page import NO_PREVIEW, Preview, make_preview
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.stages import in_threads
 
 CSV_COLUMNS = ("path", "score", "decision", "error")
+HEAT_PANEL = "heat map"  # title of the panel that thumbnails show
 UNBOUNDED_MAP_SCALE = 256  # 16-bit PNG maps store score times a scale: up to a score of 255.99 where there is no bound
 
 
@@ -39,7 +40,7 @@ class Prediction(NamedTuple):
     decision: str | None
     error: str | None
     warning: str | None = None
-    preview: str = ""  # small image of the panels for the report, as a data URI
+    preview: Preview = NO_PREVIEW  # for the report
 
 
 class Outputs(NamedTuple):
@@ -95,31 +96,30 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
 
 def _write(
     detector: FewShotDetector, outputs: Outputs, item: InputImage, scores: np.ndarray, with_preview: bool
-) -> str:
-    """Writes the files of an image from its score map (S, S); returns the preview or an empty string."""
+) -> Preview:
+    """Writes the files of an image from its score map (S, S); returns the preview, empty unless asked for."""
     restored = restore_map(scores, *item.image.size, detector.keep_aspect)
     if outputs.maps != "none":
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored, map_scale(detector))
     if not (outputs.images or with_preview):
-        return ""
-    panels = beside(draw_panels(item.image, restored, detector.threshold))
-    preview = as_data_uri(panels) if with_preview else ""
+        return NO_PREVIEW
+    panels = draw_panels(item.image, restored, detector.threshold)
     if outputs.images:
-        save_image(outputs.place("pictures", item.path, ".jpg"), panels)
-    return preview
+        save_image(outputs.place("pictures", item.path, ".jpg"), beside(list(panels.values())))
+    return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
 
 
-def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> list[Image.Image]:
-    """The panels: the image, the heat map over it, and outlines of regions above `region` and above the threshold.
+def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> dict[str, Image.Image]:
+    """The panels by title: the image, the heat map over it, outlines of regions above `region` and the threshold.
 
     scores: the score map (H, W). Without a threshold, there are no outlines, and each heat map has its own colour
     scale.
     """
     image = image.convert("RGB")
     if threshold is None:  # the colours are not comparable between images
-        return [image, overlay(image, scores, (float(scores.min()), float(scores.max())))]
+        return {"input": image, HEAT_PANEL: overlay(image, scores, (float(scores.min()), float(scores.max())))}
     outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
-    return [image, overlay(image, scores, colour_limits(threshold.typical)), outlined]
+    return {"input": image, HEAT_PANEL: overlay(image, scores, colour_limits(threshold.typical)), "outlines": outlined}
 
 
 def map_scale(detector: FewShotDetector) -> int:

@@ -95,6 +95,16 @@ def _coloured(levels: Image.Image) -> Image.Image:
     return levels.convert("RGB")
 
 
+def css_colour(colour: tuple[int, int, int]) -> str:
+    """An outline's colour in CSS."""
+    return "#" + bytes(colour).hex()
+
+
+def colour_stops(count: int = 17) -> list[str]:
+    """Evenly spaced colours of the colour map as CSS colours, the lowest first."""
+    return [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, count))]
+
+
 @functools.cache
 def _colours() -> bytes:
     """The colour map as a palette."""

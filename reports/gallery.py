@@ -15,14 +15,25 @@ from PIL import Image
 
 from datasets.mvtec import LabelledDataset, LabelledImage
 from evaluation.metrics import auroc, rank
-from reports.drawing import CALLED, GAP, beside, captioned, colour_limits, heat_map, outline, overlay, save_image
-from reports.page import PAGE_IMAGES, PageRow, as_data_uri, write_page
+from reports.drawing import (
+    CALLED,
+    GAP,
+    beside,
+    captioned,
+    colour_limits,
+    css_colour,
+    heat_map,
+    outline,
+    overlay,
+    save_image,
+)
+from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, make_preview, write_page
 from utils.files import whole_file
 from utils.stages import in_threads
 
 SHEET_IMAGES, SHEET_COLUMNS = 40, 4
 TILE = 180  # pixels; a tile of the contact sheet holds two images of this size
-NORMAL_COLOUR, DEFECTIVE_COLOUR = "#5b7a99", "#c4420a"  # as in page.css
+NORMAL_COLOUR, DEFECTIVE_COLOUR = "#46698c", "#b83c06"  # as in page.css
 WRONG_COLOUR = DEFECTIVE_COLOUR  # of the captions of misses and false alarms
 
 
@@ -117,9 +128,16 @@ def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: 
     sheet = _sheet([drawn[index].tile for index in tiled])
     save_image(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
     _save_curves(folder / "curves.png", scored)
-    notes = (f"Initial {verdict}", "Panels of each image: input, ground truth, heat map, heat map over the input")
     rows = [_page_row(scored, index, drawn) for index in range(len(scored.scores))]
-    write_page(folder / "report.html", title, notes, rows, scored.threshold)
+    page = Page(
+        title=title,
+        threshold=scored.threshold,
+        rows=rows,
+        notes=[f"Initial {verdict}"],
+        colours=scored.limits,
+        outlines=[(css_colour(CALLED), "ground truth")],
+    )
+    write_page(folder / "report.html", page)
 
 
 def _verdict(scored: Scored) -> str:
@@ -131,9 +149,9 @@ def _verdict(scored: Scored) -> str:
 
 
 class _Drawn(NamedTuple):
-    """preview: all panels as a data URI, for the page, or "". tile: for the contact sheet, or None."""
+    """preview: for the page. tile: for the contact sheet, or None."""
 
-    preview: str
+    preview: Preview
     tile: Image.Image | None
 
 
@@ -146,12 +164,14 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
     limits = scored.limits
     truth, over = outline(image, mask, CALLED), overlay(image, scored.maps[index], limits)
-    panels = beside([image, truth, heat_map(scored.maps[index], limits), over])
+    heat = heat_map(scored.maps[index], limits)
+    panels = {"input": image, "ground truth": truth, "heat map": heat, "heat map over the input": over}
     caption, colour = scored.caption(index), WRONG_COLOUR if scored.wrong[index] else "black"
     if index in written:
-        save_image(folder / f"{scored.name(index)}.jpg", captioned(panels, caption, colour))
+        save_image(folder / f"{scored.name(index)}.jpg", captioned(beside(list(panels.values())), caption, colour))
     tile = captioned(beside([_small(truth), _small(over)]), caption, colour) if index in tiled else None
-    return _Drawn(as_data_uri(panels) if index in shown else "", tile)
+    preview = make_preview(panels, "heat map over the input") if index in shown else NO_PREVIEW
+    return _Drawn(preview, tile)
 
 
 def _small(panel: Image.Image) -> Image.Image:
@@ -160,7 +180,7 @@ def _small(panel: Image.Image) -> Image.Image:
 
 def _page_row(scored: Scored, index: int, drawn: dict[int, _Drawn]) -> PageRow:
     kind = scored.dataset.items[index].defect if scored.labels[index] else "good"
-    preview = drawn[index].preview if index in drawn else ""
+    preview = drawn[index].preview if index in drawn else NO_PREVIEW
     return PageRow(scored.name(index), float(scored.scores[index]), kind, preview)
 
 

@@ -1,54 +1,149 @@
-"""The HTML report: one self-contained page that opens from disk and needs no network."""
+"""The HTML report: one self-contained page that opens from disk and needs no network.
+
+`write_page` writes a whole page. `append_rows` adds rows to its end, so that a long run need not write the page again
+for each image: a browser reads every row up to the end of the file.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from reports.render import get_template
+from reports.drawing import colour_stops
+from reports.render import get_template, to_json
 from utils.files import whole_file
 
-PAGE_IMAGES = 500  # previews in one page, which keep it below about 20 MB; rows without a preview are shown too
-PREVIEW_WIDTH, PREVIEW_HEIGHT = 960, 2000  # pixels, of all panels together
+PAGE_IMAGES = 500  # rows with a preview in one page, which keep it below about 30 MB; other rows are shown without
+PANEL_SIDE = 400  # pixels of the longer side of a panel in the enlarged view
+THUMBNAIL_SIDE = 128  # the same of a thumbnail
 PREVIEW_QUALITY = 75  # of JPEG
+
+
+class Preview(NamedTuple):
+    """What the page shows of an image. thumbnail: a data URI. panels: (title, data URI) of the enlarged view."""
+
+    thumbnail: str = ""
+    panels: Sequence[tuple[str, str]] = ()
+
+
+NO_PREVIEW = Preview()
 
 
 class PageRow(NamedTuple):
     """One image of the page.
 
-    kind: "good" or the name of a defect, None without labels. image: the preview as a data URI, or "" without one.
+    score: None if the image could not be scored; `error` says why. kind: "good" or the name of a defect, None without
+    labels. decision: "unusual" if the image is neither normal nor defective, whatever its score and the threshold; any
+    other value is ignored, because the threshold that the reader sets decides. boxes: regions above the threshold as
+    (x, y, width, height, area, peak), in pixels of the image; peak is a score.
     """
 
     name: str
-    score: float
-    kind: str | None
-    image: str
+    score: float | None
+    kind: str | None = None
+    preview: Preview = NO_PREVIEW
+    decision: str | None = None
+    error: str | None = None
+    boxes: Sequence[Sequence[float]] = ()
 
 
-def write_page(path: Path, title: str, notes: Sequence[str], rows: Sequence[PageRow], threshold: float | None) -> None:
-    """Writes a page with a histogram of the scores, a threshold slider and a sortable table of `rows`.
+class Reference(NamedTuple):
+    """An image known before: normal, or with a known defect.
 
-    With kinds, the page also has a ROC curve and a table by kind. Without a threshold, images are called normal or
-    defective only once the reader sets one. Rows are written one by one, because all previews together are large.
+    role: "support" (score: leave-one-out), "calibration" or "known defect". score: None if there is none.
+    """
+
+    name: str
+    role: str
+    score: float | None
+    preview: Preview = NO_PREVIEW
+
+
+class Table(NamedTuple):
+    """A table of texts. The first column is aligned to the left, the others to the right."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Page(NamedTuple):
+    """All that a page shows.
+
+    threshold: above it, an image is called defective; None: the reader sets one. warnings: sentences, shown first.
+    facts: name and value, such as date and detector. typical: a typical score of a normal image; scores are also shown
+    as its multiples. colours: the scores of the first and the last colour of all heat maps; None if each has its own.
+    outlines: CSS colour and meaning of each outline.
+    """
+
+    title: str
+    threshold: float | None = None
+    rows: Iterable[PageRow] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    references: Sequence[Reference] = ()
+    tables: Sequence[Table] = ()
+    typical: float | None = None
+    colours: tuple[float, float] | None = None
+    outlines: Sequence[tuple[str, str]] = ()
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Writes a page with a histogram of the scores, a threshold slider and a sortable table of the rows.
+
+    With kinds, the page also has a ROC curve and a table by kind. Rows are written one by one, because all previews
+    together are large.
 
     Raises:
         ValueError: a score or the threshold is NaN or infinite.
     """
-    values = {"title": title, "notes": notes, "threshold": threshold, "rows": (row._asdict() for row in rows)}
-    with whole_file(path) as aside:
-        page = get_template("page.html").stream(values)
-        page.dump(str(aside), encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
+    values = {
+        **page._asdict(),
+        "references": [_plain(reference) for reference in page.references],
+        "rows": map(_plain, page.rows),
+        "gradient": ", ".join(colour_stops()),
+    }
+    with whole_file(path) as aside:  # file names may hold any bytes
+        get_template("page.html").stream(values).dump(str(aside), encoding="utf-8", errors="backslashreplace")
 
 
-def as_data_uri(image: Image.Image) -> str:
-    """An RGB image, reduced to at most PREVIEW_WIDTH x PREVIEW_HEIGHT pixels, as a JPEG in a data URI."""
-    factor = math.ceil(max(1, image.width / PREVIEW_WIDTH, image.height / PREVIEW_HEIGHT))
+def append_rows(path: Path, rows: Iterable[PageRow]) -> None:
+    """Adds rows to a page that `write_page` wrote. A row that is cut off by a crash is left out by the browser.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
+        OSError: the page cannot be written.
+    """
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        for row in rows:
+            stream.write(f'<script type="application/json" class="row">{to_json(_plain(row))}</script>\n')
+            stream.flush()
+
+
+def _plain(row: PageRow | Reference) -> dict:
+    """The values of a row as page.js reads them."""
+    values = row._asdict()
+    return values | values.pop("preview")._asdict()
+
+
+def make_preview(panels: Mapping[str, Image.Image], thumbnail: str) -> Preview:
+    """The preview of an image. panels: title and RGB image. thumbnail: the title of the panel for the table."""
+    small = [(title, as_data_uri(panel, PANEL_SIDE)) for title, panel in panels.items()]
+    return Preview(as_data_uri(panels[thumbnail], THUMBNAIL_SIDE), small)
+
+
+def as_data_uri(image: Image.Image, side: int = PANEL_SIDE) -> str:
+    """An RGB image, reduced to at most `side` pixels on its longer side, as a JPEG in a data URI."""
+    factor = min(1.0, side / max(image.size))
+    if factor < 1:
+        width, height = (max(1, round(factor * length)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
     stream = io.BytesIO()
-    image.reduce(factor).save(stream, format="JPEG", quality=PREVIEW_QUALITY)  # reduce is faster than resize
+    image.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,32 +1,69 @@
-"use strict";
-
 // Draws the histogram and the ROC curve, fills the tables, and applies the threshold that the reader sets.
-// The element #data holds {threshold: number or null, rows: [{name, score, kind, image}, ...]}.
-// kind is "good" or the name of a defect, and null without labels. image is a data URI, or "".
+// The element #data holds {threshold, typical: number or null, references: [...]}, and each script.row at the end of
+// the page one image. reports/page.py describes the fields. The script is a module: it runs when all rows are read.
 
 const TABLE_ROWS = 2000;  // longer tables take the browser seconds at each step of the slider
 const BINS = 40;
-const HISTOGRAM = { left: 30, right: 410, top: 20, bottom: 170 };  // the axes, in units of the drawing
+const HISTOGRAM = { left: 34, right: 410, top: 20, bottom: 170 };  // the axes, in units of the drawing
+const LANE = 14;  // height of the row of marks of each role, below the axis
 const ROC = { left: 120, right: 300, top: 10, bottom: 185 };
+const ROLES = {  // of references: what the legend says, and the mark, around (0, 0)
+  "support": { label: "support, leave-one-out", mark: "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0" },
+  "calibration": { label: "calibration", mark: "M-4 3.5L0 -4L4 3.5Z" },
+  "known defect": { label: "known defects", mark: "M-4 -4L4 4M-4 4L4 -4" },
+};
+const DECISIONS = ["normal", "defective", "unusual"];
+const FILTERS = {
+  "all": () => true,
+  "defective": row => decide(row) === "defective",
+  "normal": row => decide(row) === "normal",
+  "unusual": row => decide(row) === "unusual",
+  "missed or false alarm": row => decide(row) === (isDefect(row) ? "normal" : "defective"),
+};
 
-const { rows, threshold: initialThreshold } = JSON.parse(byId("data").textContent);
+const { threshold: initialThreshold, typical, references } = JSON.parse(byId("data").textContent);
+const everything = [...document.querySelectorAll("script.row")].flatMap(takeRow);
+const rows = everything.filter(row => row.score !== null), failed = everything.filter(row => row.score === null);
 const labelled = rows.some(row => row.kind !== null);
 const defects = rows.filter(isDefect).length, goods = rows.length - defects;
+const unusual = rows.filter(row => row.decision === "unusual").length;
+const scoredReferences = references.filter(row => row.score !== null).sort((a, b) => b.score - a.score);
+const lanes = Object.keys(ROLES).filter(role => scoredReferences.some(row => row.role === role));
 const range = makeRange();
-const order = [...rows];  // as the table shows them
+const order = [...rows];  // as the table is sorted
 const sorting = { key: "score", descending: true };
+const enlarged = { list: [], index: 0 };  // what the dialog shows
+let shown = [];  // the rows of the table
+let filter = "all";
 let threshold = initialThreshold;  // null: no decisions
 
 function byId(id) {
   return document.getElementById(id);
 }
 
+// The row of a script element, which is removed. None if the file ends in the middle of it.
+function takeRow(element) {
+  element.remove();
+  try {
+    return [JSON.parse(element.textContent)];
+  } catch {
+    return [];
+  }
+}
+
 function isDefect(row) {
-  return row.kind !== null && row.kind !== "good";
+  return row.kind !== undefined && row.kind !== null && row.kind !== "good";
+}
+
+// "normal", "defective", "unusual", or "" without a threshold.
+function decide(row) {
+  if (row.decision === "unusual") return "unusual";
+  if (threshold === null || row.score === null) return "";
+  return row.score > threshold ? "defective" : "normal";
 }
 
 function isCalled(row) {
-  return threshold !== null && row.score > threshold;
+  return decide(row) === "defective";
 }
 
 // Appends an element, or an SVG element to an SVG parent.
@@ -50,14 +87,14 @@ function addWords(tableRow, text) {
   addBreakable(add(tableRow, "td", { class: "words" }), text);
 }
 
-function addNumber(tableRow, text) {
-  add(tableRow, "td", { class: "number" }, text);
+function addNumber(tableRow, text, kind = "") {
+  add(tableRow, "td", { class: `number ${kind}` }, text);
 }
 
 // The slider's range: all scores, the initial threshold, and a margin. It moves in steps of a power of ten, so that the
 // number field shows exactly the value that scores are compared with.
 function makeRange() {
-  const sorted = rows.map(row => row.score).sort((a, b) => a - b);
+  const sorted = [...rows, ...scoredReferences].map(row => row.score).sort((a, b) => a - b);
   const low = sorted.length ? sorted[0] : 0, high = sorted.length ? sorted.at(-1) : 1;
   const margin = (high - low) / 50 || 1;
   const from = Math.min(low - margin, initialThreshold ?? low);
@@ -85,25 +122,45 @@ function scoreToX(score) {
   return HISTOGRAM.left + (HISTOGRAM.right - HISTOGRAM.left) * (score - range.start) / (range.end - range.start);
 }
 
+// The axes, and everything that the threshold does not change. Bars of kinds are fixed, those of decisions are not.
 function drawHistogram() {
-  const svg = byId("histogram");
-  const { left, right, top, bottom } = HISTOGRAM;
-  const [normal, defective] = [countBins(row => !isDefect(row)), countBins(isDefect)];
-  const highest = Math.max(1, ...normal.map((count, bin) => count + defective[bin]));
-  const width = (right - left) / BINS, height = count => (bottom - top) * count / highest;
-  for (let bin = 0; bin < BINS; bin++) {
-    const h = height(normal[bin]), stacked = height(defective[bin]);
-    const shared = { x: left + .5 + width * bin, width: width - 1 };
-    add(svg, "rect", { ...shared, y: bottom - h, height: h, fill: "var(--bar)" });
-    add(svg, "rect", { ...shared, y: bottom - h - stacked, height: stacked, fill: "var(--bad)" });
-  }
+  const svg = byId("histogram"), { left, right, top, bottom } = HISTOGRAM;
+  const end = bottom + LANE * lanes.length;
+  svg.setAttribute("viewBox", `0 0 420 ${end + 36 + 14 * lanes.length}`);
+  add(svg, "g", { id: "bars" });
+  drawBars();
   add(svg, "path", { d: `M${left} ${top}V${bottom}H${right}`, stroke: "currentColor", fill: "none" });
-  add(svg, "text", { x: left, y: 14 }, highest + (highest === 1 ? " image" : " images"));
+  const highest = byId("bars").dataset.highest;
+  add(svg, "text", { x: left, y: 14 }, highest + (highest === "1" ? " image" : " images"));
   add(svg, "text", { x: left - 5, y: bottom + 4, "text-anchor": "end" }, 0);
-  drawTicks(svg);
-  drawLegend(svg);
+  drawTicks(svg, end + 15);
+  drawLegend(svg, end + 31);
+  lanes.forEach((role, lane) => drawLane(svg, role, bottom + LANE * (lane + .5) + 1, end + 31 + 14 * (lane + 1)));
   const line = { stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": "5 3" };
-  add(svg, "line", { id: "mark", y1: top, y2: bottom, ...line });
+  add(svg, "line", { id: "mark", y1: top, y2: end, ...line });
+}
+
+// What the bars are split by: kinds where they are known, else decisions.
+function groupOf(row) {
+  return labelled ? (isDefect(row) ? "defective" : "normal") : decide(row) || "normal";
+}
+
+function drawBars() {
+  const group = byId("bars"), { left, right, top, bottom } = HISTOGRAM;
+  const counts = DECISIONS.map(decision => countBins(row => groupOf(row) === decision));
+  const totals = counts[0].map((_, bin) => counts.reduce((sum, of) => sum + of[bin], 0));
+  const highest = Math.max(1, ...totals), width = (right - left) / BINS;
+  group.dataset.highest = highest;
+  group.replaceChildren();
+  for (let bin = 0; bin < BINS; bin++) {
+    let y = bottom;
+    DECISIONS.forEach((decision, index) => {
+      if (!counts[index][bin]) return;
+      const height = (bottom - top) * counts[index][bin] / highest;
+      y -= height;
+      add(group, "rect", { x: left + .5 + width * bin, y, width: width - 1, height, class: `bar-${decision}` });
+    });
+  }
 }
 
 // How many of the chosen rows fall into each bin.
@@ -116,24 +173,36 @@ function countBins(chosen) {
 }
 
 // Numbers below the axis, at most six steps of 1, 2 or 5 times a power of ten apart.
-function drawTicks(svg) {
+function drawTicks(svg, y) {
   const smallest = (range.end - range.start) / 6;
   const power = Number("1e" + Math.floor(Math.log10(smallest)));
   const step = power * [1, 2, 5, 10].find(factor => factor * power >= smallest);
   const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   for (let i = Math.ceil(range.start / step); scoreToX(i * step) < HISTOGRAM.right - 20; i++) {
-    const place = { x: scoreToX(i * step), y: HISTOGRAM.bottom + 15, "text-anchor": "middle" };
-    add(svg, "text", place, (i * step).toFixed(decimals));
+    add(svg, "text", { x: scoreToX(i * step), y, "text-anchor": "middle", class: "tick" }, (i * step).toFixed(decimals));
   }
 }
 
-function drawLegend(svg) {
-  const y = HISTOGRAM.bottom + 31;
+function drawLegend(svg, y) {
   add(svg, "text", { x: HISTOGRAM.left, y }, "score (distance)");
-  if (!labelled) return;
-  const entry = { y, "text-anchor": "end" };
-  add(svg, "text", { ...entry, x: HISTOGRAM.right - 80, style: "fill: var(--bar)" }, "\u25A0 normal");
-  add(svg, "text", { ...entry, x: HISTOGRAM.right, style: "fill: var(--bad)" }, "\u25A0 defective");
+  const names = labelled || initialThreshold !== null || unusual ? ["normal", "defective"] : [];
+  if (unusual && !labelled) names.push("unusual");
+  names.forEach((name, index) => {
+    const x = HISTOGRAM.right - 78 * (names.length - index);
+    add(svg, "rect", { x, y: y - 9, width: 10, height: 10, class: `key bar-${name}` });
+    add(svg, "text", { x: x + 14, y }, name);
+  });
+}
+
+// A mark for each reference of a role below the axis, and its entry in the legend.
+function drawLane(svg, role, y, legendY) {
+  const { label, mark } = ROLES[role], own = scoredReferences.filter(row => row.role === role);
+  for (const row of own) {
+    const place = { d: mark, class: "reference", transform: `translate(${scoreToX(row.score)} ${y})` };
+    add(add(svg, "path", place), "title", {}, `${row.name}: ${formatScore(row.score)}`);
+  }
+  add(svg, "path", { d: mark, class: "key-mark", transform: `translate(${HISTOGRAM.left + 5} ${legendY - 4})` });
+  add(svg, "text", { x: HISTOGRAM.left + 14, y: legendY }, `${label} (${own.length})`);
 }
 
 // ROC curve
@@ -149,93 +218,279 @@ function rocPoint(falsePositiveRate, truePositiveRate) {
 function drawRoc() {
   if (!defects || !goods || !labelled) return;
   byId("roc-part").hidden = false;
-  const svg = byId("roc"), { left, right, top, bottom } = ROC;
+  const svg = byId("roc"), { left, right, top, bottom } = ROC, curve = rocCurve(rows);
   const points = list => list.map(([fpr, tpr]) => rocPoint(fpr, tpr)).map(({ x, y }) => `${x},${y}`).join(" ");
   const thin = { stroke: "var(--line)", fill: "none" };
   add(svg, "rect", { x: left, y: top, width: right - left, height: bottom - top, ...thin });
   add(svg, "polyline", { points: points([[0, 0], [1, 1]]), ...thin });
-  const curve = { id: "curve", stroke: "var(--bad)", "stroke-width": 2, fill: "none" };
-  add(svg, "polyline", { ...curve, points: points(rocCurve()) });
+  add(svg, "polyline", { id: "curve", stroke: "var(--bad)", "stroke-width": 2, fill: "none", points: points(curve) });
   add(svg, "text", { x: (left + right) / 2, y: bottom + 16, "text-anchor": "middle" }, "false-positive rate, 0 to 1");
   add(svg, "text", { x: left - 8, y: 92, "text-anchor": "end" }, "true-positive");
   add(svg, "text", { x: left - 8, y: 107, "text-anchor": "end" }, "rate, 0 to 1");
   add(svg, "circle", { id: "dot", r: 4, fill: "currentColor" });
+  byId("auroc").textContent = "AUROC " + formatArea(curve);
 }
 
-// [false-positive rate, true-positive rate] above every score, from (0, 0) to (1, 1).
-function rocCurve() {
-  const descending = [...rows].sort((a, b) => b.score - a.score), curve = [[0, 0]];
+// [false-positive rate, true-positive rate] above every score of `list`, from (0, 0) to (1, 1).
+function rocCurve(list) {
+  const descending = [...list].sort((a, b) => b.score - a.score), curve = [[0, 0]];
+  const positives = list.filter(isDefect).length, negatives = list.length - positives;
   let found = 0, falseAlarms = 0;
   descending.forEach((row, index) => {
     if (isDefect(row)) found++; else falseAlarms++;
-    if (descending[index + 1]?.score !== row.score) curve.push([falseAlarms / goods, found / defects]);
+    if (descending[index + 1]?.score !== row.score) curve.push([falseAlarms / negatives, found / positives]);
   });
   return curve;
 }
 
+// The area under a curve in percent.
+function formatArea(curve) {
+  let area = 0;
+  curve.slice(1).forEach(([x, y], index) => { area += (x - curve[index][0]) * (y + curve[index][1]) / 2; });
+  return (100 * area).toFixed(2) + " %";
+}
+
 // Tables
 
-function makeTableRow(row) {
-  const tableRow = document.createElement("tr"), first = add(tableRow, "td");
-  if (row.image) {
-    const button = add(first, "button", { type: "button", class: "thumb", "aria-label": "enlarge " + row.name });
-    add(button, "img", { src: row.image, alt: "", loading: "lazy" });
-    button.onclick = () => enlarge(row);
-  }
+function makeTableRow(row, list) {
+  const tableRow = document.createElement("tr"), open = () => enlarge(list(), row);
+  const verb = row.panels.length ? "enlarge" : "details of";
+  const button = add(add(tableRow, "td"), "button", { type: "button", class: "thumb", "aria-label": `${verb} ${row.name}` });
+  if (row.thumbnail) add(button, "img", { src: row.thumbnail, alt: "", loading: "lazy" });
+  else button.textContent = "no image";
+  button.tabIndex = -1;
+  row.button = button;
+  tableRow.onclick = open;  // also Enter and space on the button
   addWords(tableRow, row.name);
-  if (labelled) addWords(tableRow, row.kind);
-  addNumber(tableRow, formatScore(row.score));
-  row.decision = add(tableRow, "td");
   return tableRow;
 }
 
-function enlarge(row) {
-  const dialog = byId("large");
-  dialog.querySelector("img").src = row.image;
-  dialog.querySelector("p").textContent = `${row.name}, score ${formatScore(row.score)}`;
-  dialog.showModal();
+function addResult(tableRow, row) {
+  addNumber(tableRow, row.score === null ? "" : formatScore(row.score));
+  if (typical) addNumber(tableRow, row.score === null ? "" : formatRatio(row.score), "ratio");
+  row.cell = add(tableRow, "td");
 }
 
-function sortTable() {
+function formatRatio(score) {
+  return (score / typical).toFixed(2);
+}
+
+function makeImageRow(row) {
+  const tableRow = makeTableRow(row, () => shown);
+  if (labelled) addWords(tableRow, row.kind ?? "");
+  addResult(tableRow, row);
+  return tableRow;
+}
+
+// Fills the table with the rows of the filter in the chosen order.
+function fillTable() {
   const { key, descending } = sorting, sign = descending ? -1 : 1;
   order.sort((a, b) => sign * (a[key] < b[key] ? -1 : a[key] > b[key] ? 1 : 0));
-  const shown = order.slice(0, TABLE_ROWS);
-  for (const row of shown) row.tableRow ??= makeTableRow(row);
-  byId("pictures").tBodies[0].replaceChildren(...shown.map(row => row.tableRow));
-  updateDecisions();
+  const chosen = order.filter(FILTERS[filter]);
+  shown = chosen.slice(0, TABLE_ROWS);
+  for (const row of shown) row.tableRow ??= makeImageRow(row);
+  const body = byId("pictures").tBodies[0];
+  body.replaceChildren(...shown.map(row => row.tableRow));
+  makeOneTabStop(body);
+  byId("left-out").hidden = chosen.length <= TABLE_ROWS;
+  byId("left-out").textContent = `This table shows the first ${TABLE_ROWS} images in the chosen order. ` +
+    `Figures and counts cover all ${rows.length}.`;
   for (const head of document.querySelectorAll("#pictures th[data-key]")) {
     if (head.dataset.key === key) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
   }
+  updateDecisions(shown);
 }
 
 // Sorts by a column. The column already sorted by changes its direction; scores begin with the highest.
 function chooseColumn(key) {
   sorting.descending = key === sorting.key ? !sorting.descending : key === "score";
   sorting.key = key;
-  sortTable();
+  fillTable();
 }
 
-function updateDecisions() {
-  for (const row of order.slice(0, TABLE_ROWS)) {
-    const text = threshold === null ? "" : isCalled(row) ? "defective" : "normal";
-    if (row.decision.textContent !== text) row.decision.textContent = row.decision.className = text;
+function updateDecisions(list) {
+  for (const row of list) {
+    if (!row.cell) continue;
+    const text = decide(row);
+    if (row.cell.textContent !== text) row.cell.textContent = row.cell.className = text;
   }
 }
 
 function updateKinds() {
   if (!labelled) return;
-  byId("kinds-part").hidden = byId("kind-head").hidden = false;
-  const body = byId("kinds").tBodies[0];
+  const body = byId("kinds").tBodies[0], normal = rows.filter(row => !isDefect(row));
+  const withArea = Boolean(defects && goods);
+  document.querySelector(".kind-auroc").hidden = !withArea;
   body.replaceChildren();
   for (const kind of [...new Set(rows.map(row => row.kind))].sort()) {
     const own = rows.filter(row => row.kind === kind), called = own.filter(isCalled).length;
     const tableRow = add(body, "tr");
-    addWords(tableRow, kind);
+    addWords(tableRow, kind ?? "");
     addNumber(tableRow, own.length);
     addNumber(tableRow, formatScore(own.reduce((sum, row) => sum + row.score, 0) / own.length));
     addNumber(tableRow, threshold === null ? "" : `${called} (${formatPercent(called, own.length)})`);
+    if (withArea) addNumber(tableRow, isDefect(own[0]) ? formatArea(rocCurve([...normal, ...own])) : "");
   }
+}
+
+// One element of a table is reached by Tab; the arrow keys lead to the others.
+function makeOneTabStop(body) {
+  const buttons = [...body.querySelectorAll(".thumb")];
+  buttons.forEach((button, index) => { button.tabIndex = index ? -1 : 0; });
+}
+
+function connectArrows(table) {
+  table.tBodies[0].onkeydown = event => {
+    const buttons = [...table.querySelectorAll(".thumb")], at = buttons.indexOf(document.activeElement);
+    const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
+    if (at < 0 || !buttons[to]) return;
+    event.preventDefault();
+    focusRow(buttons[to]);
+  };
+}
+
+function focusRow(button) {
+  for (const other of button.closest("tbody").querySelectorAll(".thumb[tabindex='0']")) other.tabIndex = -1;
+  button.tabIndex = 0;
+  button.focus();
+}
+
+// Filters
+
+function makeFilters() {
+  const names = Object.keys(FILTERS).filter(
+    name => (name !== "unusual" || unusual) && (name !== "missed or false alarm" || (labelled && defects && goods)));
+  for (const name of names) {
+    add(byId("filters"), "button", { type: "button", "data-filter": name }).onclick = () => {
+      filter = name;
+      updateFilters();
+      fillTable();
+    };
+  }
+}
+
+function updateFilters() {
+  for (const button of byId("filters").children) {
+    const name = button.dataset.filter, fixed = name === "all" || name === "unusual";
+    button.disabled = threshold === null && !fixed;
+    if (button.disabled && filter === name) filter = "all";
+    button.textContent = button.disabled ? name : `${name} ${rows.filter(FILTERS[name]).length}`;
+  }
+  for (const button of byId("filters").children) button.setAttribute("aria-pressed", button.dataset.filter === filter);
+}
+
+// References and failed images
+
+function fillReferences() {
+  if (!references.length) return;
+  const support = references.filter(row => row.role === "support"), withScore = row => row.score !== null;
+  byId("support-part").hidden = !support.some(row => row.thumbnail);
+  for (const row of support.filter(row => row.thumbnail)) {
+    const verb = `enlarge support image ${row.name}`;
+    const button = add(byId("support"), "button", { type: "button", class: "thumb", "aria-label": verb, title: row.name });
+    add(button, "img", { src: row.thumbnail, alt: "", loading: "lazy" });
+    button.onclick = () => enlarge(support, row);
+  }
+  byId("references-part").hidden = false;
+  const list = [...scoredReferences, ...references.filter(row => row.score === null)];
+  const body = byId("references").tBodies[0];
+  for (const row of list) {
+    const tableRow = makeTableRow(row, () => list);
+    addWords(tableRow, row.role);
+    addResult(tableRow, row);
+    body.append(tableRow);
+  }
+  makeOneTabStop(body);
+  byId("references-part").open = references.length <= 10;
+  byId("references-count").textContent = `(${references.length})`;
+  const normal = references.filter(row => withScore(row) && row.role !== "known defect").map(row => row.score);
+  byId("normal-range").hidden = !normal.length;
+  byId("normal-range").textContent = `Scores of ${normal.length} normal images: ` +
+    `${formatScore(Math.min(...normal))} to ${formatScore(Math.max(...normal))}.`;
+}
+
+function fillFailed() {
+  const withError = everything.filter(row => row.error);
+  byId("failed-part").hidden = !withError.length;
+  for (const row of withError) {
+    const item = add(byId("failed"), "li");
+    addBreakable(item, row.name);
+    item.append(": ", row.error ?? "");
+  }
+}
+
+// The enlarged view
+
+function enlarge(list, row) {
+  enlarged.list = list;
+  showLarge(list.indexOf(row));
+  byId("large").showModal();
+}
+
+function showLarge(index) {
+  enlarged.index = index;
+  const row = enlarged.list[index], decision = decide(row);
+  byId("large-name").replaceChildren();
+  addBreakable(byId("large-name"), row.name);
+  const kind = row.role ?? (labelled ? row.kind : null);
+  const ratio = typical && row.score !== null ? `${formatRatio(row.score)} times a typical normal score` : "";
+  const limit = threshold === null ? "" : `threshold ${formatScore(threshold)}`;
+  const result = byId("large-result");
+  result.replaceChildren();
+  if (decision) add(result, "span", { class: decision }, decision);
+  const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, kind ?? ""];
+  result.append((decision ? ", " : "") + texts.filter(Boolean).join(", "));
+  byId("large-error").hidden = !row.error;
+  byId("large-error").textContent = row.error ?? "";
+  byId("place").textContent = `${index + 1} of ${enlarged.list.length}`;
+  byId("previous").disabled = index === 0;
+  byId("next").disabled = index === enlarged.list.length - 1;
+  if (document.activeElement.disabled) byId("close").focus();
+  showPanels(row);
+  showBoxes(row.boxes ?? []);
+}
+
+function showPanels(row) {
+  byId("panels").replaceChildren();
+  for (const [title, image] of row.panels) {
+    const figure = add(byId("panels"), "figure");
+    add(figure, "figcaption", {}, title);
+    add(figure, "img", { src: image, alt: `${title} of ${row.name}` });
+  }
+  if (!row.panels.length) add(byId("panels"), "p", {}, "This page holds no view of this image.");
+}
+
+function showBoxes(boxes) {
+  byId("boxes").hidden = !boxes.length;
+  const body = byId("boxes").tBodies[0];
+  body.replaceChildren();
+  boxes.forEach(([x, y, width, height, area, peak], index) => {
+    const tableRow = add(body, "tr");
+    add(tableRow, "td", {}, index + 1);
+    for (const text of [`${x}, ${y}`, `${width} \u00D7 ${height}`, area, formatScore(peak)]) addNumber(tableRow, text);
+  });
+}
+
+function step(by) {
+  const index = enlarged.index + by;
+  if (enlarged.list[index]) showLarge(index);
+}
+
+function connectDialog() {
+  const dialog = byId("large");
+  byId("previous").onclick = () => step(-1);
+  byId("next").onclick = () => step(1);
+  dialog.onkeydown = event => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    step(by);
+  };
+  dialog.onclose = () => {  // back to the row that was shown last
+    const row = enlarged.list[enlarged.index];
+    if (row.button?.isConnected && document.activeElement.closest("tbody")) focusRow(row.button);
+  };
 }
 
 // Threshold
@@ -247,13 +502,18 @@ function setThreshold(value) {
   const called = rows.filter(isCalled), found = called.filter(isDefect).length;
   byId("counts").textContent = describeCounts(called.length, found);
   moveMarks(found, called.length - found);
+  if (!labelled) drawBars();
   updateKinds();
-  updateDecisions();
+  updateFilters();
+  if (filter === "all") updateDecisions(shown);
+  else fillTable();
+  updateDecisions(references);
 }
 
 function describeCounts(called, found) {
-  if (threshold === null) return "no threshold: move the slider or enter a number";
-  const text = `${called} of ${rows.length} called defective`;
+  const others = (unusual ? `; ${unusual} unusual` : "") + (failed.length ? `; ${failed.length} not scored` : "");
+  if (threshold === null) return "no threshold: move the slider or enter a number" + others;
+  const text = `${called} of ${rows.length} called defective${others}`;
   if (!labelled) return text;
   const alarms = called - found, rate = goods ? ` (false-positive rate ${formatPercent(alarms, goods)})` : "";
   return `${text}; ${found} of ${defects} defects found, ${alarms} of ${goods} false alarms${rate}`;
@@ -290,16 +550,21 @@ function connectControls() {
   for (const button of document.querySelectorAll("#pictures th button")) {
     button.onclick = () => chooseColumn(button.parentElement.dataset.key);
   }
+  connectArrows(byId("pictures"));
+  connectArrows(byId("references"));
+  connectDialog();
 }
 
 const heading = document.querySelector("h1");
 heading.replaceChildren();
 addBreakable(heading, document.title);
-byId("left-out").hidden = rows.length <= TABLE_ROWS;
-byId("left-out").textContent =
-  `This table shows the first ${TABLE_ROWS} images in the chosen order. Figures and counts cover all ${rows.length}.`;
+byId("kinds-part").hidden = document.querySelector("#pictures .kind").hidden = !labelled;
+for (const head of document.querySelectorAll("th.ratio")) head.hidden = !typical;
 connectControls();
 drawHistogram();
 drawRoc();
-sortTable();
+fillReferences();
+fillFailed();
+makeFilters();
+fillTable();
 resetThreshold();

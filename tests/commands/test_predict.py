@@ -197,7 +197,7 @@ def test_heat_maps_are_seen(support, demo_data, tmp_path):
 def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
     monkeypatch.setattr("predict.PAGE_IMAGES", 2)
     run(support, [demo_data / "ring/test"], tmp_path)
-    assert (tmp_path / "report.html").read_text().count("data:image") == 2
+    assert (tmp_path / "report.html").read_text().count('"thumbnail": "data:image') == 2
     assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9
 
 
@@ -209,7 +209,7 @@ def test_outlines_run_inside_the_border(height, width, seed):
     image = Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8))
     scores = gaussian_filter(rng.normal(size=(height, width)), 2).astype(np.float32)
     low, high = np.quantile(scores, rng.random(2)) * [1, 2] - [0.1, 0]
-    image, _, outlined = map(np.array, draw_panels(image, scores, Threshold(high, "", 1.0, low)))
+    image, _, outlined = map(np.array, draw_panels(image, scores, Threshold(high, "", 1.0, low)).values())
     expected = image.copy()
     for limit, colour in ((low, HOT), (high, CALLED)):
         line = max(1, round(max(height, width) / 250))
@@ -357,7 +357,9 @@ def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypat
     record = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
     assert [row["score"] for row in record] == [(row["score"] and np.float32(row["score"])) or None for row in rows]
     assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the current threshold
-    assert (tmp_path / "out/report.html").read_text().count("data:image") == 1  # only the newest image has a preview
+    assert (tmp_path / "out/report.html").read_text().count(
+        '"thumbnail": "data:image'
+    ) == 1  # only the newest image has a preview
     assert "3 images scored before" in capsys.readouterr().out
     (tmp_path / "out/scores.csv").write_text("something else\n1\n")
     with pytest.raises(UserError, match="not a score table"):

@@ -77,9 +77,9 @@ def test_files(scored, tmp_path, monkeypatch, count):
     sheet = decode_image(tmp_path / "contact_sheet.jpg")
     assert sheet.width == SHEET_COLUMNS * (2 * TILE + 2 * GAP) - GAP
     page = (tmp_path / "report.html").read_text()
-    rows = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])["rows"]
+    rows = [json.loads(row) for row in re.findall(r'class="row">(.*?)</script>', page)]
     assert [row["score"] for row in rows] == scored.scores.tolist()
-    assert [index for index, row in enumerate(rows) if row["image"]] == sorted(scored.worst_first()[:2])
+    assert [index for index, row in enumerate(rows) if row["thumbnail"]] == sorted(scored.worst_first()[:2])
     assert [row["kind"] == "good" for row in rows] == (~scored.labels).tolist()
     assert f"{(scored.wrong & scored.labels).sum()} missed" in page
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
-from reports.page import PageRow, as_data_uri, write_page
+from reports.page import NO_PREVIEW, Page, PageRow, Preview, make_preview, write_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (requirements-dev.txt)")
 
@@ -52,16 +52,27 @@ def make_rows(with_kinds: bool, count: int = 12) -> list[PageRow]:
     images = rng.integers(0, 256, (count, 8, 24, 3), dtype=np.uint8)
     rows = zip(rng.permutation(count), scores.tolist(), [*KINDS] * count, images, strict=False)
     return [
-        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, as_data_uri(Image.fromarray(image)))
+        PageRow(f"part {name:03}.png", score, kind if with_kinds else None, of_image(image))
         for name, score, kind, image in rows
     ]
+
+
+def of_image(image: np.ndarray) -> Preview:
+    """Two panels of an image."""
+    panel = Image.fromarray(image)
+    return make_preview({"input": panel, "heat map": panel.rotate(180)}, "heat map")
 
 
 def show(
     browser, folder: Path, rows: Sequence[PageRow], threshold: float | None = 16.0, texts: Sequence[str] = ("a", "b")
 ) -> str:
     """Writes a page with a title and notes, opens it and returns its address."""
-    write_page(folder / "page.html", texts[0], texts[1:], rows, threshold)
+    return show_page(browser, folder, Page(texts[0], threshold, rows, notes=texts[1:]))
+
+
+def show_page(browser, folder: Path, page: Page) -> str:
+    """Writes a page, opens it and returns its address."""
+    write_page(folder / "page.html", page)
     for log in ("browser", "performance"):
         browser.get_log(log)  # reading empties them
     browser.get((folder / "page.html").as_uri())
@@ -92,11 +103,15 @@ def tab_to(browser, selector: str):
     pytest.fail(f"Tab does not reach {selector}")
 
 
-def bars(browser, selector: str = "rect") -> np.ndarray:
-    """The number of images in each bar of the histogram, computed from its height and the label of the axis."""
-    script = "return [...document.querySelectorAll('#histogram ' + arguments[0])].map(r => +r.getAttribute('height'))"
+def bars(browser, kind: str = "") -> np.ndarray:
+    """The number of images in each bin of the histogram, from its bar's place and height and the label of the axis."""
+    script = """return [...document.querySelectorAll('#bars rect' + arguments[0])].map(
+        r => ["x", "width", "height"].map(name => +r.getAttribute(name)))"""
     top = int(find(browser, "#histogram text").get_attribute("textContent").split()[0])
-    return np.array(browser.execute_script(script, selector)) / 150 * top
+    counts = np.zeros(40)
+    for x, width, height in browser.execute_script(script, kind):
+        counts[round((x - 34.5) / (width + 1))] += height / 150 * top
+    return counts
 
 
 def check_decisions(browser, rows: Sequence[PageRow], limit: float) -> None:
@@ -109,7 +124,7 @@ def check_decisions(browser, rows: Sequence[PageRow], limit: float) -> None:
         goods = sum(row.kind == "good" for row in rows)
         counts += f"; {found} of {len(rows) - goods} defects found, {alarms} of {goods} false alarms"
         counts += f" (false-positive rate {100 * alarms / goods:.0f} %)"
-        assert cells(browser, "#kinds") == by_kind(rows, limit)
+        assert [row[:4] for row in cells(browser, "#kinds")] == by_kind(rows, limit)
         dot = [float(find(browser, "#dot").get_attribute(key)) for key in ("cx", "cy")]
         np.testing.assert_allclose(roc_points([dot]), [[alarms / goods, found / (len(rows) - goods)]], atol=1e-9)
     assert find(browser, "#counts").text == counts
@@ -127,6 +142,11 @@ def by_kind(rows: Sequence[PageRow], limit: float) -> list[list[str]]:
 def roc_points(places: Sequence[Sequence[float]]) -> np.ndarray:
     """Points of the drawing -> (false-positive rate, true-positive rate), by the drawn frame."""
     return (np.asarray(places) - [120, 185]) / [180, -175]
+
+
+def as_share(percent: str) -> float:
+    """The number before the percent sign."""
+    return float(percent.removesuffix(" %").split()[-1]) / 100
 
 
 @pytest.mark.parametrize("with_kinds", [True, False])
@@ -165,16 +185,21 @@ def test_the_drawings_hold_the_scores(browser, tmp_path):
     shown = roc_points([[float(value) for value in point.split(",")] for point in points])
     np.testing.assert_allclose(shown, np.stack([alarms, found], 1), atol=1e-9)
     reach = tuple(float(find(browser, "#slider").get_property(end)) for end in ("min", "max"))
-    for fill, chosen in (("bar", ~defects), ("bad", defects)):
-        drawn = bars(browser, f"rect[fill='var(--{fill})']")
+    for kind, chosen in (("normal", ~defects), ("defective", defects)):
+        drawn = bars(browser, f".bar-{kind}")
         np.testing.assert_allclose(drawn, np.histogram(scores[chosen], 40, reach)[0], atol=1e-9)
-    ticks = "return [...document.querySelectorAll('#histogram text')].map(t => [+t.textContent, +t.getAttribute('x')])"
-    values, places = np.array(
-        [tick for tick in browser.execute_script(ticks)[2:] if tick[0] is not None]
-    ).T  # in JSON no NaN
+    ticks = "return [...document.querySelectorAll('#histogram .tick')].map(t => [+t.textContent, +t.getAttribute('x')])"
+    values, places = np.array(browser.execute_script(ticks)).T
     assert len(values) > 2
-    np.testing.assert_allclose(places, 30 + 380 * (values - reach[0]) / (reach[1] - reach[0]))
-    assert float(find(browser, "#mark").get_attribute("x1")) == pytest.approx(np.interp(16, reach, (30, 410)))
+    np.testing.assert_allclose(places, 34 + 376 * (values - reach[0]) / (reach[1] - reach[0]))
+    assert float(find(browser, "#mark").get_attribute("x1")) == pytest.approx(np.interp(16, reach, (34, 410)))
+    assert as_share(find(browser, "#auroc").text) == pytest.approx(roc_auc_score(defects, scores), abs=6e-5)
+    kinds = np.array([row.kind for row in rows])
+    for kind, *_, area in cells(browser, "#kinds")[1:]:
+        chosen = (kinds == "good") | (kinds == kind)
+        expected = roc_auc_score(kinds[chosen] == kind, scores[chosen])
+        assert as_share(area) == pytest.approx(expected, abs=6e-5) != roc_auc_score(defects, scores)
+    assert cells(browser, "#kinds")[0][-1] == ""  # good
 
 
 def test_sorting_by_keyboard(browser, tmp_path):
@@ -184,7 +209,7 @@ def test_sorting_by_keyboard(browser, tmp_path):
     score, by_name = (lambda row: row.score), (lambda row: row.name)
     ordered = sorted(rows, key=score, reverse=True)
     assert [row[1] for row in cells(browser, "#pictures")] == [row.name for row in ordered]
-    assert browser.execute_script(states) == [None, None, None, "descending", None]
+    assert browser.execute_script(states) == [None, None, None, "descending", None, None]
     for column, key, falling in ((1, by_name, False), (1, by_name, True), (3, score, True), (3, score, False)):
         button = tab_to(browser, f"#pictures th:nth-child({column + 1}) button")
         press(browser, webdriver.Keys.ENTER)
@@ -192,7 +217,7 @@ def test_sorting_by_keyboard(browser, tmp_path):
         shown = cells(browser, "#pictures")
         assert [row[1] for row in shown] == [row.name for row in ordered]
         assert [row[3] for row in shown] == [f"{row.score:.2f}" for row in ordered]
-        expected = [None] * 5
+        expected = [None] * 6
         expected[column] = "descending" if falling else "ascending"
         assert browser.execute_script(states) == expected
         assert browser.switch_to.active_element == button
@@ -200,8 +225,8 @@ def test_sorting_by_keyboard(browser, tmp_path):
 
 
 def test_names_are_text(browser, tmp_path):
-    image = make_rows(False, 1)[0].image
-    rows = [PageRow(name, float(i), name, image) for i, name in enumerate(ODD_NAMES)]
+    preview = make_rows(False, 1)[0].preview
+    rows = [PageRow(name, float(i), name, preview) for i, name in enumerate(ODD_NAMES)]
     show(browser, tmp_path, rows, 2.0, [" ".join(ODD_NAMES), *ODD_NAMES])
     assert browser.title == find(browser, "h1").text == " ".join(ODD_NAMES)
     assert [note.text for note in browser.find_elements("css selector", ".notes li")] == list(ODD_NAMES)
@@ -210,10 +235,11 @@ def test_names_are_text(browser, tmp_path):
     for row, button in zip(reversed(rows), browser.find_elements("css selector", ".thumb"), strict=True):
         assert button.accessible_name == f"enlarge {row.name}"
         button.send_keys(webdriver.Keys.ENTER)
-        assert find(browser, "dialog p").text == f"{row.name}, score {row.score:.2f}"
+        assert find(browser, "#large-name").text == row.name
+        assert row.name in find(browser, "#large-result").text  # its kind
         press(browser, webdriver.Keys.ESCAPE)
     assert len(browser.find_elements("css selector", "script")) == 2
-    assert len(browser.find_elements("css selector", "img")) == len(rows) + 1  # thumbnails, and the dialog's
+    assert len(browser.find_elements("css selector", "img")) == len(rows) + 2  # thumbnails, and the dialog's panels
     assert browser.get_log("browser") == []  # an open alert would have made the calls above fail
 
 
@@ -249,12 +275,14 @@ def test_thumbnails_open_by_keyboard(browser, tmp_path):
     rows = sorted(make_rows(False), key=lambda row: -row.score)
     show(browser, tmp_path, rows)
     thumbnail, dialog = tab_to(browser, ".thumb"), find(browser, "dialog")
+    assert find(browser, ".thumb img").get_property("src") == rows[0].preview.thumbnail
     assert not dialog.is_displayed()
     press(browser, webdriver.Keys.ENTER)
-    assert dialog.is_displayed() and find(browser, "dialog p").text == f"{rows[0].name}, score {rows[0].score:.2f}"
-    large = find(browser, "dialog img")
-    assert large.get_property("src") == rows[0].image and large.get_property("naturalWidth") == 24
-    assert large.size["width"] > 500 and thumbnail.size["width"] < 100
+    assert dialog.is_displayed() and find(browser, "#large-name").text == rows[0].name
+    panels = browser.find_elements("css selector", "#panels img")
+    assert [panel.get_property("src") for panel in panels] == [image for _, image in rows[0].preview.panels]
+    assert [panel.text for panel in browser.find_elements("css selector", "figcaption")] == ["input", "heat map"]
+    assert all(panel.size["width"] > 300 for panel in panels) and thumbnail.size["width"] < 100
     press(browser, webdriver.Keys.ESCAPE)
     assert not dialog.is_displayed() and browser.switch_to.active_element == thumbnail
     press(browser, webdriver.Keys.ENTER, webdriver.Keys.ENTER)  # opens, and its button closes
@@ -274,7 +302,7 @@ def test_nothing_is_fetched(browser, tmp_path):
 
 def test_a_long_table_is_cut(browser, tmp_path):
     """Counts and drawings still cover all rows."""
-    rows = [row._replace(image="") for row in make_rows(True, 2100)]
+    rows = [row._replace(preview=NO_PREVIEW) for row in make_rows(True, 2100)]
     show(browser, tmp_path, rows)
     assert find(browser, "#left-out").text.startswith("This table shows the first 2000 images")
     assert round(bars(browser).sum()) == 2100
@@ -299,7 +327,7 @@ ODD_TABLES = {
     "only good": ([row._replace(kind="good") for row in make_rows(True)], 16.0),
     "only defects": ([row._replace(kind="rust") for row in make_rows(True)], 16.0),
     "no threshold": (make_rows(True), None),
-    "no images": ([row._replace(image="") for row in make_rows(False)], 16.0),
+    "no images": ([row._replace(preview=NO_PREVIEW) for row in make_rows(False)], 16.0),
     "far threshold": (make_rows(True), -1e6),
     "tiny scores": ([row._replace(score=row.score * 1e-7) for row in make_rows(False)], 1.6e-6),
     "large scores": ([row._replace(score=row.score * 1e7) for row in make_rows(False)], 1.6e8),
@@ -323,7 +351,7 @@ def test_odd_tables(case, browser, tmp_path):
     goods = sum(row.kind in ("good", None) for row in rows)
     assert find(browser, "#roc-part").is_displayed() == (0 < goods < len(rows))
     if threshold is None:
-        assert {row[-1] for table in ("#pictures", "#kinds") for row in cells(browser, table)} <= {""}
+        assert {row[-1] for row in cells(browser, "#pictures")} | {row[3] for row in cells(browser, "#kinds")} <= {""}
         assert find(browser, "#counts").text.startswith("no threshold: ")
     slider = find(browser, "#slider")
     for key in (webdriver.Keys.HOME, webdriver.Keys.END, webdriver.Keys.ARROW_LEFT):
