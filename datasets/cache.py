@@ -3,6 +3,9 @@
 File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path.
 `what` is a digest of the images' names, sizes and modification times, of S, of the bit depth and of the resizing rule.
 A changed image therefore leads to a new file; the file of the old state is removed.
+
+A process that fills a file holds a lock (flock) on .<file>.lock beside it, so processes that start together decode each
+image once. Where there are no locks (Windows, some network file systems) each of them decodes, with the same result.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,11 @@ from datasets.episodes import Episode
 from datasets.images import ImageError, check_headers, read_batches, read_image
 from utils.errors import UserError
 from utils.files import whole_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 from utils.flags import FULL_BITS
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
@@ -58,18 +66,63 @@ def decoded_images(
         _decode(paths, images, num_workers, keep_aspect, bits)
         return images
     file = _cache_file(paths, size, cache_dir, keep_aspect, bits)
-    if not file.is_file():
+    while True:
+        if file.is_file():
+            with suppress(FileNotFoundError):  # a run with other settings may remove the file as outdated at any time
+                return np.load(file, mmap_mode="r")
         try:
-            with whole_file(file) as aside:
-                images = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
-                _decode(paths, images, num_workers, keep_aspect, bits)
+            with _lock(file, f"waiting for another process, which decodes {paths[0].parent}"):
+                if not file.is_file():
+                    with whole_file(file) as aside:
+                        images = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
+                        _decode(paths, images, num_workers, keep_aspect, bits)
         except OSError as error:
             raise UserError(
                 f"cannot write the cache of decoded images {file}: {error.strerror}; "
                 "give another folder with --cache_dir, or no cache with --cache_dir none"
             ) from error
         _remove_outdated(file)
-    return np.load(file, mmap_mode="r")
+
+
+@contextmanager
+def _lock(file: Path, waiting: str) -> Iterator[None]:
+    """Holds the lock of a cache file, or nothing where there are no locks. Prints `waiting` if another has it.
+
+    The system releases the lock of a process that ends in any way, so a crashed holder blocks nobody. The lock file
+    stays: if it were removed, a new process would lock another file than those that wait for the removed one.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = None
+    with suppress(OSError):  # a lock file of another user; if the folder cannot be written, writing the file says so
+        lock = os.open(_lock_file(file), os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        if lock is not None and fcntl is not None:
+            _wait(lock, waiting)
+        yield
+    finally:
+        if lock is not None:
+            _unlock(lock)
+
+
+def _lock_file(file: Path) -> Path:
+    return file.with_name(f".{file.name}.lock")
+
+
+def _wait(lock: int, waiting: str) -> None:
+    """Locks an open file as soon as no other process has it locked."""
+    with suppress(OSError):  # the file system has no locks
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def _unlock(lock: int) -> None:
+    with suppress(OSError):
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # forked readers have the descriptor too: closing it is not enough
+    os.close(lock)
 
 
 def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: bool, bits: int) -> Path:
@@ -94,8 +147,9 @@ def _remove_outdated(file: Path) -> None:
     same_folder = file.name.rsplit("_", 1)[0] + "_"
     for other in file.parent.iterdir():
         if other.name.startswith(same_folder) and other.suffix == ".npy" and other != file:
-            with suppress(OSError):
-                other.unlink()
+            for outdated in (other, _lock_file(other)):
+                with suppress(OSError):
+                    outdated.unlink()
 
 
 class _Images(Dataset):

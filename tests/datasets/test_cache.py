@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def test_decoded_once_and_nothing_is_written_beside_the_images(paths, tmp_path, 
     monkeypatch.setattr(cache, "read_image", None)  # a second decoding would fail
     np.testing.assert_array_equal(decoded_images(paths, SIZE, tmp_path / "cache", 0), first)
     assert sorted(paths[0].parent.iterdir()) == before
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
 def change_content(paths: list[Path]) -> None:
@@ -72,18 +72,19 @@ def rename(paths: list[Path]) -> None:
 @pytest.mark.parametrize("change", [change_content, change_time, rename])
 def test_a_changed_image_renews_the_cache(change, paths, tmp_path):
     decoded_images(paths, SIZE, tmp_path / "cache", 0)
-    (old,) = (tmp_path / "cache").iterdir()
+    (old,) = (tmp_path / "cache").glob("*.npy")
     change(paths)
     np.testing.assert_array_equal(decoded_images(paths, SIZE, tmp_path / "cache", 0), expected(paths))
-    (new,) = (tmp_path / "cache").iterdir()
+    (new,) = (tmp_path / "cache").glob("*.npy")
     assert new != old
+    assert [file.name for file in (tmp_path / "cache").glob(".*")] == [f".{new.name}.lock"]
 
 
 def test_each_size_has_its_own_file(paths, tmp_path):
     for size in (SIZE, 16):
         decoded_images(paths, size, tmp_path / "cache", 0)
     assert decoded_images(paths, SIZE, tmp_path / "cache", 0).shape == (6, SIZE, SIZE, 3)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 
 def test_a_killed_writer_leaves_no_cache_file(paths, tmp_path):
@@ -95,24 +96,139 @@ def test_a_killed_writer_leaves_no_cache_file(paths, tmp_path):
     )
     folder = tmp_path / "cache"
     process = subprocess.Popen([sys.executable, "-c", code, str(folder), *map(str, paths)], cwd=PROJECT_ROOT)
-    while not (folder.is_dir() and any(folder.iterdir())):
+    while not any(folder.glob(".*.tmp")):
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [entry.suffix for entry in folder.iterdir()] == [".tmp"]
+    assert sorted(entry.suffix for entry in folder.iterdir()) == [".lock", ".tmp"]
     np.testing.assert_array_equal(decoded_images(paths, SIZE, folder, 0), expected(paths))
 
 
-def _decode(arguments: tuple) -> bool:
-    paths, folder = arguments
-    return bool((decoded_images(paths, SIZE, folder, 0) == expected(paths)).all())
+READER = """
+import os, sys, time
+from pathlib import Path
+from datasets import cache
+
+def read(path, *rest):
+    with open(os.environ["LOG"], "a") as log:
+        log.write(f"{os.getpid()} {path.name}\\n")
+    time.sleep(float(os.environ["SECONDS"]))
+    return original(path, *rest)
+
+original, cache.read_image = cache.read_image, read
+if os.environ["LOCKS"] == "no fcntl":
+    cache.fcntl = None
+elif os.environ["LOCKS"] == "refused":
+    def refuse(*arguments): raise OSError(37, "No locks available")
+    cache.fcntl.flock = refuse
+folder, *paths = map(Path, sys.argv[1:])
+folder.with_name("ready").open("a").write(".")
+while not folder.with_name("go").exists():
+    time.sleep(0.01)
+sys.stdout.buffer.write(cache.decoded_images(paths, SIZE, folder, 0).tobytes())
+"""
 
 
-def test_concurrent_writers_all_get_the_right_images(paths, tmp_path):
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        assert all(pool.map(_decode, [(paths, tmp_path / "cache")] * 6, chunksize=1))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+class Readers:
+    """Processes that fill one cache. They log their process id and the name of every image that they decode."""
+
+    def __init__(self, folder: Path, paths: list[Path], prefix: tuple[str, ...] = (), locks: str = "yes", seconds=0.05):
+        self.folder, self.log, self.ready = folder, folder.with_name("log"), folder.with_name("ready")
+        code = READER.replace("SIZE", str(SIZE))
+        self.command = [*prefix, sys.executable, "-c", code, str(folder), *map(str, paths)]
+        self.environment = os.environ | {"LOG": str(self.log), "LOCKS": locks, "SECONDS": str(seconds)}
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            self.processes.append(
+                subprocess.Popen(self.command, cwd=PROJECT_ROOT, env=self.environment, stdout=subprocess.PIPE)
+            )
+
+    def go(self) -> None:
+        while not self.ready.is_file() or self.ready.stat().st_size < len(self.processes):
+            assert all(process.poll() is None for process in self.processes)
+            time.sleep(0.01)
+        self.folder.with_name("go").touch()
+
+    def results(self) -> list[bytes]:
+        return [process.communicate(timeout=120)[0] for process in self.processes]
+
+    def lines(self) -> list[list[str]]:
+        return [line.split() for line in self.log.read_text().splitlines()] if self.log.is_file() else []
+
+
+NAMESPACE = ("unshare", "--pid", "--fork", "--user", "--map-root-user")
+
+
+def namespaces_problem() -> str | None:
+    """Why no process can have process ids of its own here; None if it can."""
+    try:
+        done = subprocess.run([*NAMESPACE, "sh", "-c", "echo $$"], capture_output=True, text=True)
+    except OSError as error:
+        return f"unshare cannot be run: {error}"
+    return None if done.stdout.strip() == "1" else f"no process id namespaces here: {done.stderr.strip()}"
+
+
+def test_processes_with_the_same_id_decode_each_image_once(paths, tmp_path):
+    """As two containers that share a cache folder: both processes have the id 1."""
+    if problem := namespaces_problem():
+        pytest.skip(problem)
+    readers = Readers(tmp_path / "cache", paths, NAMESPACE)
+    readers.start(2)
+    readers.go()
+    whole = expected(paths).tobytes()
+    assert all(result.endswith(whole) for result in readers.results())  # one of them has printed that it waits
+    assert sorted(readers.lines()) == [["1", path.name] for path in paths]
+    assert sorted(entry.suffix for entry in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
+
+
+@pytest.mark.parametrize("locks", ["no fcntl", "refused"])
+def test_without_locks_every_process_decodes_and_all_are_right(locks, paths, tmp_path):
+    readers = Readers(tmp_path / "cache", paths, locks=locks)
+    readers.start(2)
+    readers.go()
+    assert readers.results() == [expected(paths).tobytes()] * 2
+    assert len(readers.lines()) == 2 * len(paths)  # else they did not run at the same time
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
+def test_a_crashed_holder_blocks_nobody(paths, tmp_path):
+    """The first process is killed while it decodes and the second one waits for it."""
+    first, second = (Readers(tmp_path / "cache", paths, seconds=seconds) for seconds in (30, 0))
+    first.start(1)
+    first.go()
+    while not first.lines():
+        time.sleep(0.01)
+    second.start(1)
+    waiting = second.processes[0].stdout.readline()
+    assert waiting.decode().startswith("waiting for another process, which decodes")
+    first.processes[0].kill()
+    first.processes[0].communicate()
+    assert second.results() == [expected(paths).tobytes()]
+
+
+def test_threads_decode_each_image_once(paths, tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(cache, "read_image", lambda path, *rest: (decoded.append(path), read_image(path, *rest))[1])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: decoded_images(paths, SIZE, tmp_path / "cache", 0), range(8)))
+    assert all((images == expected(paths)).all() for images in found) and sorted(decoded) == paths
+
+
+def test_a_file_that_another_run_removes_is_made_again(paths, tmp_path, monkeypatch):
+    """Another run may take the file for outdated between its writing and its mapping."""
+    original, removed = np.load, []
+
+    def load(file: Path, **options):
+        if file.is_file() and not removed:
+            removed.append(file.unlink())
+        return original(file, **options)
+
+    monkeypatch.setattr(np, "load", load)
+    np.testing.assert_array_equal(decoded_images(paths, SIZE, tmp_path / "cache", 0), expected(paths))
+    assert removed
 
 
 def test_damaged_image_is_named_and_no_cache_is_left(paths, tmp_path):
