@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import ImageError, eight_bit, is_image_file, read_header, read_pixels, size_mismatch
+from datasets.folders import Listing
+from datasets.images import ImageError, eight_bit, read_header, read_pixels, size_mismatch
 from datasets.manifest import category_manifest, load_manifest, verify
 from datasets.masks import Look, decode_mask, mask_notes
 from datasets.mvtec import (
@@ -213,8 +214,7 @@ def _mask_problems(category: Path, test: Sequence[LabelledImage], seen: dict[Pat
 
 
 def _masks_of_nothing(category: Path, masks: set[Path]) -> list[str]:
-    truth = category / "ground_truth"
-    files = sorted(filter(is_image_file, truth.rglob("*"))) if truth.is_dir() else []
+    files = Listing().images_below(category / "ground_truth")
     return [f"{path} is the mask of no test image" for path in files if path not in masks]
 
 
@@ -241,7 +241,7 @@ def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
 
 def count_files(data_path: Path, names: Sequence[str]) -> int:
     """The number of image files below the categories, about as many as `check_category` reads. For a progress bar."""
-    return sum(sum(map(is_image_file, (data_path / name).rglob("*"))) for name in names)
+    return sum(len(Listing().images_below(data_path / name)) for name in names)
 
 
 def format_reports(reports: Sequence[CategoryReport]) -> str:

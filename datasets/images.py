@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from utils.errors import UserError
 from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
+IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})  # written by NAS, macOS and Windows
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 NAMED_AT_MOST = 10  # images that a warning names one by one
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
@@ -68,9 +69,14 @@ class _PillowWarningsIgnored:
 _pillow_warnings_ignored = _PillowWarningsIgnored()
 
 
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name never counts: hidden ones (.ipynb_checkpoints), and IGNORED_NAMES."""
+    return name.startswith(".") or name.lower() in IGNORED_NAMES
+
+
 def is_image_file(path: Path) -> bool:
-    """Whether the name has an image's suffix and does not begin with a dot."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    """Whether the name has an image's suffix and is not ignored."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not is_ignored(path.name)
 
 
 def read_image(path: Path, size: int, keep_aspect: bool = False, bits: int = FULL_BITS) -> np.ndarray:

@@ -26,6 +26,7 @@ from datasets.images import (
     IMAGE_SUFFIXES,
     content_box,
     decode_image,
+    is_ignored,
     is_image_file,
     read_batches,
     to_square,
@@ -121,9 +122,9 @@ def _is_category(folder: Path) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """The entries of a folder, sorted by name, without hidden ones; UserError if it cannot be listed."""
+    """The entries of a folder, sorted by name, without ignored ones; UserError if it cannot be listed."""
     try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        return sorted(entry for entry in folder.iterdir() if not is_ignored(entry.name))
     except OSError as error:
         raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from datasets.images import check_headers, is_image_file
+from datasets.images import check_headers, is_ignored, is_image_file
 from datasets.masks import look_at_masks, mask_notes
 from datasets.mvtec import GOOD, LabelledImage, is_visa, list_test_items, without_truth
 
@@ -90,7 +90,7 @@ def stray_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder` at any depth, without hidden ones; none if it is missing or cannot be listed."""
+    """All files below `folder` at any depth, without ignored ones; none if it is missing or cannot be listed."""
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
+        folders[:] = [name for name in folders if not is_ignored(name)]
+        yield from (Path(root, name) for name in names if not is_ignored(name))

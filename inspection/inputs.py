@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import IMAGE_SUFFIXES, ImageError, clipping_note, decode_image, is_image_file, to_square
+from datasets.folders import Listing
+from datasets.images import IMAGE_SUFFIXES, ImageError, clipping_note, decode_image, to_square
 from utils.errors import UserError
 from utils.flags import FULL_BITS
 from utils.stages import StageClock, in_threads
@@ -33,18 +34,21 @@ class InputImage(NamedTuple):
 def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Path]:
     """Lists the images in files and folders, in order and without duplicates.
 
-    Folders are searched recursively; hidden files and files in `output` are skipped. Files given by name are always
-    included, with any suffix.
+    Folders are searched recursively, see `datasets.folders.Listing`; files in `output` are skipped. Files given by name
+    are always included, with any name and suffix. Prints how many files of folders are left out, by suffix.
 
     Raises:
         UserError: a source is missing, or no image is found.
     """
     found: dict[Path, Path] = {}
+    listing = Listing(output)
     for source in sources:
         if not source.exists():
             raise UserError(f"no such file or folder: {source}")
-        for path in _images_below(source, output) if source.is_dir() else [source]:
+        for path in listing.images_below(source) if source.is_dir() else [source]:
             found.setdefault(absolute(path), path)
+    if listing.left_out:
+        print(f"left out: {listing.what_was_left_out()}")
     if not found:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
     return list(found.values())
@@ -58,16 +62,6 @@ def absolute(path: Path) -> Path:
 def full_name(path: Path) -> str:
     """The absolute path as text for tables, independent of the working directory; undecodable bytes are escaped."""
     return str(absolute(path)).encode(errors="backslashreplace").decode()
-
-
-def _images_below(folder: Path, output: Path | None) -> list[Path]:
-    """The images in a folder, recursive and sorted. Images in `output` are skipped if it lies inside the folder."""
-    found = sorted(filter(is_image_file, folder.rglob("*")))
-    own = output.resolve() if output else None
-    if own is None or folder.resolve() not in own.parents:
-        return found
-    in_own = {place for place in {path.parent for path in found} if place.resolve().is_relative_to(own)}
-    return [path for path in found if path.parent not in in_own]
 
 
 def read_inputs(
@@ -101,7 +95,8 @@ def watch(folder: Path, output: Path, done: Collection[str] = ()) -> Iterator[li
     sizes: dict[Path, int] = {}
     seen_before = set(done)
     while True:
-        seen = {path: _size(path) for path in _images_below(folder, output) if full_name(path) not in seen_before}
+        listed = Listing(output).images_below(folder)
+        seen = {path: _size(path) for path in listed if full_name(path) not in seen_before}
         arrived = sorted(path for path, size in seen.items() if size and sizes.get(path) == size)
         sizes = {path: size for path, size in seen.items() if size}
         seen_before.update(map(full_name, arrived))

@@ -25,11 +25,11 @@ from datasets.images import (
     full_scale,
     largest_values,
     read_image,
-    read_mask,
     settle_bits,
     smallest_depth,
 )
 from datasets.manifest import load_manifest
+from datasets.masks import read_mask
 from inspection.detector import FewShotDetector
 from inspection.export import export_metadata
 from models.regad import untrained

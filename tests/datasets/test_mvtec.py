@@ -100,7 +100,7 @@ MISSING = {
     "test": "no folder {category}/test: scoring needs",
     "test/bent, test/scratch": "{category}/test has no defective images (test/<defect>)",
     "test/good": "{category}/test has no normal images (test/good)",
-    "test/good/*": "no images (.bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {category}/test/good",
+    "test/good/*": "no images (.bmp, .jfif, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {category}/test/good",
     "test/bent/*": "in {category}/test/bent",
     "ground_truth/bent/001_mask.png": "1 mask(s) missing, the first is that of {category}/test/bent/001.png",
     "ground_truth/bent": "2 mask(s) missing, the first is that of {category}/test/bent/000.png",
