@@ -121,7 +121,8 @@ def _verify(args: argparse.Namespace) -> None:
         if args.write_hashes and not problems:
             manifest = manifest._replace(sha256=with_hashes(manifest, folder).sha256)
             save_manifest(file, manifest)
-        state = f"{count} images found, {len(manifest.sha256)} with a SHA-256"
+        unverified = f"; {phrase}" if (phrase := manifest.unverified()) else ""
+        state = f"{count} images found, {len(manifest.sha256)} with a SHA-256{unverified}"
         print(f"{file}: {state if not problems else f'{len(problems)} problem(s)'}")
         for problem in problems:
             print(f"  {problem}")

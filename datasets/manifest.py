@@ -24,6 +24,15 @@ from utils.records import VERSION
 
 DRAW_SEED = 0  # default seed of support sets
 PUBLISHED_SHOT, PUBLISHED_ROUNDS = 16, 10  # size of the manifests in support_set/manifests/
+NEEDED = ("category", "shot", "rounds")  # entries that a manifest written by hand must have
+UNKNOWN = {
+    "seed": None,
+    "origin": "not stated",
+    "tool": "not stated",
+    "tensors": None,
+    "keep_aspect": None,
+    "sha256": {},
+}
 
 
 class Manifest(NamedTuple):
@@ -43,6 +52,12 @@ class Manifest(NamedTuple):
     def names(self) -> list[str]:
         """The names in all rounds, without repetitions, sorted."""
         return sorted({name for of_round in self.rounds for name in of_round})
+
+    def unverified(self) -> str:
+        """A phrase on the images whose content cannot be verified, as they have no SHA-256; empty if all have one."""
+        names = self.names()
+        lacking = [name for name in names if name not in self.sha256]
+        return f"{len(lacking)} of {len(names)} without a SHA-256: their content is not verified" if lacking else ""
 
     def part(self, shot: int, rounds: int) -> Manifest:
         """The support set of the first `shot` names of the first `rounds` rounds."""
@@ -136,16 +151,22 @@ def _lines(start: str, entries: Sequence[str], end: str, indent: int) -> str:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Reads a manifest that `save_manifest` wrote.
+    """Reads a manifest that `save_manifest` wrote, or that was written by hand with the entries NEEDED.
 
     Raises:
         UserError: the file is missing or no manifest, a round has another number of names than `shot`, or a name is a
             path or occurs twice in a round.
     """
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the manifest {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or (set(NEEDED) - set(content)) or (set(content) - set(Manifest._fields)):
+        raise UserError(
+            f"cannot read the manifest {path}: it needs the entries {', '.join(NEEDED)}, and may have "
+            f"{', '.join(name for name in Manifest._fields if name not in NEEDED)}"
+        )
+    manifest = Manifest(**UNKNOWN | content)
     if not _is_sound(manifest):
         raise UserError(f"manifest {path} does not list plain file names per round, and SHA-256 of files by name")
     for number, names in enumerate(manifest.rounds):

@@ -77,7 +77,8 @@ def find_support_rounds(
         problems = verify(manifest, folder)
         if not problems:
             images = read_rounds(folder, manifest, size, keep_aspect, bits)
-            return SupportRounds(images, manifest.rounds, f"images named in {file}", file)
+            unverified = f" ({phrase})" if (phrase := manifest.unverified()) else ""
+            return SupportRounds(images, manifest.rounds, f"images named in {file}{unverified}", file)
         if support_path or manifest.sha256:
             raise UserError(f"{file} does not fit the data, {len(problems)} problem(s), the first: {problems[0]}")
         reason = f"{file} belongs to other data: {problems[0]}"
@@ -128,11 +129,11 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
     if not path.is_file():
         raise _missing(path, shot, rounds, size)
     content = load_tensors(path, "support set")
-    if not isinstance(content, list | tuple) or not all(isinstance(item, torch.Tensor) for item in content):
+    if not isinstance(content, list | tuple) or not all(map(_is_dense, content)):
         raise UserError(f"support set {path} is not a list of tensors, one per round")
     if len(content) != rounds:
         raise UserError(f"support set {path} has {len(content)} rounds, not {rounds}; give --inferences {len(content)}")
-    size = size or content[0].shape[-1]
+    size = size or next((images.shape[-1] for images in content if images.ndim), 0)
     for number, images in enumerate(content):
         if images.shape != (shot, 3, size, size):
             raise UserError(
@@ -141,7 +142,11 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
             )
         if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
             raise UserError(f"support set {path}: round {number} is not made of floats between 0 and 1")
-    return [images.float() for images in content]
+    return [images.detach().float().contiguous() for images in content]
+
+
+def _is_dense(item: object) -> bool:
+    return isinstance(item, torch.Tensor) and item.layout == torch.strided
 
 
 def read_rounds(

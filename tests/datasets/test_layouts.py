@@ -271,9 +271,7 @@ def test_masks_that_fit_no_image_are_told(case, category, capsys):
     printed = capsys.readouterr().out
     assert not any(item.masks for item in items)
     assert "note: no defective image has a mask" in printed and "there are no pixel metrics" in printed
-    assert (
-        f"{len(files)} file(s) in {folder} are the mask of no image, e.g. {category / files[0]}; expected: " in printed
-    )
+    assert f"{len(files)} file(s) in {folder} are the mask of no image, e.g. {category / files[0]}; " in printed
     with pytest.raises(SystemExit):
         check_data.main(["--data_type", "folder", "--data_path", str(category.parent), "--obj", "part"])
     printed = capsys.readouterr().out
@@ -283,11 +281,8 @@ def test_masks_that_fit_no_image_are_told(case, category, capsys):
 def test_masks_beside_their_images_are_told(category, capsys):
     mask(category / "test/hole/g_mask.png")
     checked_test_items(category, strict=False)
-    printed = capsys.readouterr().out
-    assert (
-        f"1 test image(s) are named like masks but scored as images, e.g. {category / 'test/hole/g_mask.png'}"
-        in printed
-    )
+    sentence = "1 test image(s) are named like masks but scored as images, e.g."
+    assert f"{sentence} {category / 'test/hole/g_mask.png'}; expected: " in capsys.readouterr().out
 
 
 PARTS = st.sampled_from(["good", "dent", "sub", "x"])
@@ -324,10 +319,18 @@ def test_unread_images_and_odd_masks_are_told_by_the_commands(category, tmp_path
         inverted.save(category / f"ground_truth/{name}_mask.png")
     score(category, tmp_path)
     scored = capsys.readouterr().out
-    flags = (
-        "--obj part --shot 1 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers 0 --epochs 1"
-    )
-    flags = [*flags.split(), "--weights", "none", "--data_path", str(tmp_path), "--save_dir", str(tmp_path / "out")]
+    flags = "--obj part --shot 1 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers 0"
+    flags = [
+        *flags.split(),
+        "--epochs",
+        "1",
+        "--weights",
+        "none",
+        "--data_path",
+        str(tmp_path),
+        "--save_dir",
+        str(tmp_path / "out"),
+    ]
     train.main([*flags, "--cache_dir", "none"])
     trained = capsys.readouterr().out
     sentences = [

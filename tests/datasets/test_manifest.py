@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import make_support
 from benchmarks.reference import DATA, GOLDEN, golden_rounds, needs_reference
 from datasets.manifest import (
+    NEEDED,
     category_manifest,
     draw_from_folder,
     draw_manifest,
@@ -71,7 +72,11 @@ WRONG = {
     "no JSON": ("{", "cannot read the manifest"),
     "nested without end": ("[" * 100_000, "cannot read the manifest"),
     "a list": ("[]", "cannot read the manifest"),
-    "lacks an entry": ({key: value for key, value in RIGHT.items() if key != "seed"}, "cannot read the manifest"),
+    "lacks the rounds": ({key: value for key, value in RIGHT.items() if key != "rounds"}, "cannot read the manifest"),
+    "lacks the shot": (
+        {key: value for key, value in RIGHT.items() if key != "shot"},
+        "needs the entries category",
+    ),
     "a further entry": (RIGHT | {"more": 1}, "cannot read the manifest"),
     "rounds of numbers": (RIGHT | {"rounds": [[1, 2], [3, 4]]}, "does not list plain file names"),
     "no rounds": (RIGHT | {"rounds": []}, "does not list plain file names"),
@@ -110,6 +115,17 @@ def test_any_value_gives_a_manifest_or_a_user_error(tmp_path_factory, key, value
         assert str(file) in str(error)
         return
     assert found.part(1, 1).names() and all(len(names) == found.shot for names in found.rounds)
+
+
+@settings(deadline=None)
+@given(st.sets(st.sampled_from(sorted(set(RIGHT) - set(NEEDED)))))
+def test_entries_that_nobody_knows_may_be_left_out(tmp_path_factory, known):
+    file = tmp_path_factory.mktemp("manifest") / "2_2.json"
+    file.write_text(json.dumps({key: value for key, value in RIGHT.items() if key in NEEDED or key in known}))
+    found = load_manifest(file)
+    assert all(getattr(found, key) == RIGHT[key] for key in {*NEEDED, *known})
+    save_manifest(file, found)
+    assert load_manifest(file) == found
 
 
 @pytest.fixture
@@ -162,6 +178,24 @@ def test_order_of_the_sources_of_support_rounds(category, tmp_path, monkeypatch)
     for found in (drawn, from_category):
         for names, images in zip(found.names, found.images, strict=True):
             assert torch.equal(images, read_support_images([category / "train/good" / name for name in names], SIZE))
+
+
+def test_a_manifest_with_names_only(category, tmp_path, capsys):
+    """Written by hand: it is used, and one line says that the content of the images is not verified."""
+    file = support_file(tmp_path, "ring", 2, 1).with_suffix(".json")
+    file.parent.mkdir()
+    file.write_text('{"category": "ring", "shot": 2, "rounds": [["003.png", "001.png"]]}')
+    found = find(tmp_path, category, rounds=1)
+    expected = [category / "train/good" / name for name in ("003.png", "001.png")]
+    assert torch.equal(found.images[0], read_support_images(expected, SIZE))
+    sentence = "2 of 2 without a SHA-256: their content is not verified"
+    assert found.source == f"images named in {file} ({sentence})"
+    flags = ["--verify", str(file), "--data_type", "folder", "--data_path", str(category.parent)]
+    make_support.main(flags)
+    assert f"2 images found, 0 with a SHA-256; {sentence}" in capsys.readouterr().out
+    make_support.main([*flags, "--write_hashes"])
+    assert find(tmp_path, category, rounds=1).source == f"images named in {file}"
+    assert "not verified" not in capsys.readouterr().out
 
 
 def test_a_given_folder_without_support_set_is_an_error(category, tmp_path):

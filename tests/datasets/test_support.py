@@ -66,6 +66,25 @@ def test_saved_rounds_come_back(tmp_path):
         assert found.dtype == torch.float32 and torch.equal(found, saved)
 
 
+LAYOUTS = {
+    "channels last": lambda images: images.to(memory_format=torch.channels_last),
+    "permuted": lambda images: images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "sliced": lambda images: torch.stack([images, images * 0], dim=-1)[..., 0],
+    "with a gradient": lambda images: images.clone().requires_grad_(),
+    "a parameter": torch.nn.Parameter,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_memory_layout_is_read(layout, file):
+    rounds = [LAYOUTS[layout](images) for images in right_rounds()]
+    assert not all(images.is_contiguous() and not images.requires_grad for images in rounds)
+    torch.save(rounds, file)
+    for found, saved in zip(load(file), right_rounds(), strict=True):
+        assert found.is_contiguous() and not found.requires_grad and torch.equal(found, saved)
+        found.view(-1).numpy()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_floats_become_float32(file, dtype):
     rounds = tuple(images.to(dtype) for images in right_rounds())
