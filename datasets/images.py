@@ -138,13 +138,15 @@ def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[
 
 
 def restore_map(scores: np.ndarray, width: int, height: int, keep_aspect: bool = False) -> np.ndarray:
-    """A score map (S, S) float32 resampled to the size of its image, (height, width) float32.
+    """A score map (S, S), or (H, W) of an image cut into tiles, at the size of its image, (height, width) float32.
 
     The padding of `keep_aspect` is cut off first. The map is enlarged bilinearly and averaged where it is reduced.
     Convention: pixel centres, as Pillow's resize (align_corners False).
     """
-    left, top, right, bottom = content_box(width, height, len(scores), keep_aspect)
-    inner = Image.fromarray(np.ascontiguousarray(scores[top:bottom, left:right], dtype=np.float32))
+    if keep_aspect:
+        left, top, right, bottom = content_box(width, height, len(scores), keep_aspect)
+        scores = scores[top:bottom, left:right]
+    inner = Image.fromarray(np.ascontiguousarray(scores, dtype=np.float32))
     return np.asarray(inner.resize((width, height), Image.Resampling.BILINEAR))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,11 @@ from datasets.images import (
     decode_image,
     eight_bit,
     largest_values,
+    restore_map,
     smallest_depth,
     to_square,
 )
+from inspection.region import inside_map, inside_square, inside_views, pixels
 from inspection.threshold import (
     NormalScores,
     Threshold,
@@ -29,10 +31,11 @@ from inspection.threshold import (
     leave_one_out,
     normal_threshold,
 )
+from inspection.tiles import AUTO, OFF, Layout, Tile, Tiling, fitting_corners, joined_map, settle_tiling
 from models.stn import RELEASE_BACKBONE, STNResNet, folded
 from models.timm_features import PREFIX, TimmFeatures
 from scorers.base import Fitted, Prepared, Scorer
-from scorers.features import FeatureStore, take_images, write_support_image
+from scorers.features import FeatureStore, take_images, without_images, write_support_image
 from scorers.maps import score_maps_at
 from scorers.neighbours import Neighbours
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
@@ -66,9 +69,12 @@ class FewShotDetector:
     scorer: a name in `scorers.registry`, or a Scorer. keep_aspect: pad images by reflection instead of squeezing them
     to a square. bits: the bit depth of 16-bit grey files and PIL images, 8 to 16; "auto": `fit` sets it to the smallest
     that holds the values of the support images. A later image that exceeds it is clipped, with a ClippedWarning.
-    threshold: set by `calibrate` or by the caller; None until then. left_out: the leave-one-out scores of the support
-    images, None if K is 1 or if `fit` was called with `for_threshold=False`. origin: plain values that describe the
-    support images and the weights. clock: seconds per stage.
+    tile: how large images are cut: "auto", "off", or the side of a tile in pixels; see inspection/tiles.py. region:
+    (H, W) bool, stretched to each image, whose score map is 0 where it is False; None: everywhere is scored.
+    tiling: what `fit` made of `tile`; None if no image is cut. threshold: set by `calibrate` or by the caller; None
+    until then. left_out: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
+    `for_threshold=False`. origin: plain values that describe the support images and the weights. clock: seconds per
+    stage.
     """
 
     def __init__(
@@ -78,6 +84,8 @@ class FewShotDetector:
         keep_aspect: bool = False,
         scorer: str | Scorer = DEFAULT_SCORER,
         bits: int | str = AUTO_BITS,
+        tile: Tile = AUTO,
+        region: np.ndarray | None = None,
     ) -> None:
         self.clock = StageClock(resolve_device(device))
         self.network, self.keep_aspect = network.to(self.clock.device), keep_aspect
@@ -86,6 +94,7 @@ class FewShotDetector:
             raise ValueError(f"bits must be {AUTO_BITS} or one of {BIT_DEPTHS}, got {bits!r}")
         self.measures_bits, self.bits = bits == AUTO_BITS, FULL_BITS if bits == AUTO_BITS else bits
         self.size = network.img_size
+        self.tile, self.tiling, self.region = tile, None, region
         self.threshold: Threshold | None = None
         self.left_out: NormalScores | None = None
         self.origin: dict = {}
@@ -107,20 +116,56 @@ class FewShotDetector:
         with self.clock("decode"):
             if self.measures_bits:
                 self.bits = smallest_depth(largest_values(_files_and_pil(images)))
-            inputs = self.inputs(images)
-        if not len(inputs):
+            inputs, sizes = [], []
+            for image in map(self._decoded, images):
+                inputs.append(self._square(image))
+                sizes.append(image.size if isinstance(image, Image.Image) else (self.size, self.size))
+        if not inputs:
             raise UserError("no support images: at least one normal image is needed")
-        store = FeatureStore([self.scorer], len(inputs), with_views=True)
-        with self.clock("network"):
-            for number, image in enumerate(inputs):
-                write_support_image(store, number, self._folded, image, VIEWS_PER_IMAGE)
+        self.tiling = settle_tiling(self.tile, sizes, self.size, self.keep_aspect)
+        layouts = [self.tiling and self.tiling.layout(*size, self.size) for size in sizes]
+        chosen = fitting_corners(layouts, len(self.scorer.views))
+        ends = np.cumsum([max(1, len(corners)) for corners in chosen])
+        store, number = FeatureStore([self.scorer], int(ends[-1]), with_views=True), 0
+        for image, square, layout, corners in zip(images, inputs, layouts, chosen, strict=True):
+            for part in self._cut(image, layout, corners) if layout else [square]:
+                with self.clock("network"):
+                    write_support_image(store, number, self._folded, part.to(self.clock.device), VIEWS_PER_IMAGE)
+                number += 1
         support = store.prepared[self.scorer.name]
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(support)
         self.threshold, self.left_out = None, None
         if for_threshold and len(inputs) > 1:
-            self.left_out = leave_one_out(self.scorer, support, self.size, self.clock)
+            if any(layouts):
+                self.left_out = self._leave_one_out(images, support, ends * len(self.scorer.views))
+            else:
+                self.left_out = leave_one_out(self.scorer, support, self.size, self.clock, self._inside_views)
         return self
+
+    def _cut(self, image: ImageInput, layout: Layout, corners: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """The tiles (3, S, S) of an image at `corners`."""
+        with self.clock("decode"):
+            decoded = self._decoded(image)
+        for corner in corners:
+            with self.clock("decode"):
+                tile = layout.cut(decoded, *corner)
+            yield tile
+
+    def _leave_one_out(self, images: Sequence[ImageInput], support: Prepared, ends: np.ndarray) -> NormalScores:
+        """Leave-one-out scores of support images that are cut: each is left out with all its tiles.
+
+        There are no scores of views: the score of an image is the maximum over all its tiles, and the views of all
+        tiles would take 22 times as long. ends: where the rows of each image end in `support`.
+        """
+        scores, kept = [], []
+        for image, start, end in zip(images, [0, *ends], ends, strict=False):
+            with self.clock(self.scorer.name):
+                fitted = self.scorer.fit(without_images(support, int(start), int(end)))
+            score, maps, _ = self._score_group([image], fitted, only_pixels=True)
+            scores.append(score)
+            kept.append(maps)
+        return NormalScores(np.array(scores), np.concatenate(kept))
 
     def calibrate(self, false_alarm: float, normal: Sequence[ImageInput] | None = None) -> Threshold:
         """Sets the threshold for a false-positive rate of `false_alarm`, see inspection/threshold.py.
@@ -146,16 +191,21 @@ class FewShotDetector:
 
     def _normal_scores(self, images: Sequence[ImageInput], false_alarm: float) -> NormalScores:
         """Scores and score maps of normal images; the scores include the views if the threshold rule needs them."""
-        scores, maps = self.score(images)
-        if is_order_statistic(len(images), false_alarm):
+        groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
+        parts = (self._score_group(group, self.fitted, only_pixels=True) for group in groups)
+        scores, maps, are_cut = (np.concatenate(part) for part in zip(*parts, strict=True))
+        _check_finite(scores)
+        if is_order_statistic(len(images), false_alarm) or are_cut.any():
             return NormalScores(scores[:, None], maps)
         views = (support_views(self.inputs([image]))[list(self.scorer.views)] for image in images)
-        return NormalScores(np.array([self.score(of_image)[0] for of_image in views]), maps)
+        of_views = (self._score_squares(of_image, self.fitted, self._inside_views) for of_image in views)
+        return NormalScores(np.array([of_image for of_image, _ in of_views]), maps)
 
-    def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray | list[np.ndarray]]:
         """Image scores (B,) and score maps (B, S, S), float32, at least 0.
 
-        S is the side of the network's input in pixels. `datasets.images.restore_map` resizes a map to its image.
+        S is the side of the network's input in pixels. If an image is cut into tiles, the maps are a list; the map of
+        such an image is larger, S x S per tile. `restore` resizes a map to its image.
 
         Raises:
             UserError: the detector is not fitted, or a score is not finite.
@@ -169,22 +219,85 @@ class FewShotDetector:
         if not len(images):
             return np.empty(0, np.float32), np.empty((0, self.size, self.size), np.float32)
         groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
-        scores, maps = zip(*map(self._score_group, groups), strict=True)
-        if not all(np.isfinite(part).all() for part in scores):
-            raise UserError("scores are not finite: the checkpoint or a support image contains NaN or infinity")
-        return np.concatenate(scores), np.concatenate(maps)
+        scores, maps, are_cut = zip(*(self._score_group(group, self.fitted) for group in groups), strict=True)
+        _check_finite(np.concatenate(scores))
+        joined = [one for part in maps for one in part] if np.concatenate(are_cut).any() else np.concatenate(maps)
+        return np.concatenate(scores), joined
 
-    def _score_group(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and maps of at most SCORE_GROUP images."""
-        with self.clock("decode"):
-            inputs = self.inputs(images)
+    def layout_of(self, width: int, height: int) -> Layout | None:
+        """The tiles into which an image of this size is cut; None if it is scored as a whole."""
+        return self.tiling and self.tiling.layout(width, height, self.size)
+
+    @property
+    def cuts_support(self) -> bool:
+        """Whether the support images were cut, so that the detector is fitted to tiles."""
+        return self.tiling is not None and not self.tiling.of_support
+
+    def restore(self, scores: np.ndarray, width: int, height: int) -> np.ndarray:
+        """A score map at the size of its image, (height, width) float32; see `datasets.images.restore_map`."""
+        return restore_map(scores, width, height, self.keep_aspect and self.layout_of(width, height) is None)
+
+    def _score_group(
+        self, images: Sequence[ImageInput], fitted: Fitted, only_pixels: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | list[np.ndarray], list[bool]]:
+        """Scores, maps and whether they are cut, of at most SCORE_GROUP images.
+
+        only_pixels: `inspection.region.pixels` of each map instead, (B, S, S).
+        """
+        squares, cut = [], {}
+        for number, image in enumerate(images):
+            with self.clock("decode"):
+                decoded = self._decoded(image)
+                layout = None if isinstance(decoded, torch.Tensor) else self.layout_of(*decoded.size)
+                if layout is None:
+                    squares.append(self._square(decoded))
+            if layout is not None:
+                scores = self._score_tiles(decoded, layout, fitted)
+                inside = inside_map(self.region, layout.across, layout.down)
+                cut[number] = scores.max(), pixels(scores, inside, self.size) if only_pixels else scores
+        if squares:
+            scores, maps = self._score_squares(torch.stack(squares).to(self.clock.device), fitted, self._inside)
+            if only_pixels and self.region is not None:
+                maps = np.stack([pixels(one, self._inside.cpu().numpy(), self.size) for one in maps])
+        if not cut:
+            return scores, maps, [False] * len(images)
+        whole = zip(scores, maps, strict=True) if squares else iter(())
+        rows = [cut[number] if number in cut else next(whole) for number in range(len(images))]
+        return np.array([row[0] for row in rows]), [row[1] for row in rows], [n in cut for n in range(len(images))]
+
+    def _score_tiles(self, image: Image.Image, layout: Layout, fitted: Fitted) -> np.ndarray:
+        """The score map of an image that is cut; 0 outside the region."""
+
+        def maps_of(tiles: torch.Tensor) -> np.ndarray:
+            return self._score_squares(tiles.to(self.clock.device), fitted, None)[1]
+
+        scores = joined_map(image, layout, maps_of, SCORE_GROUP)
+        inside = inside_map(self.region, layout.across, layout.down)
+        return scores if inside is None else scores * inside
+
+    def _score_squares(
+        self, inputs: torch.Tensor, fitted: Fitted, inside: torch.Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (B,) and maps (B, S, S) of network inputs (B, 3, S, S); 0 where `inside`, (S, S) or (B, S, S), is."""
         with self.clock("network"):
             features = self.features(inputs)
         with self.clock("distance"):
-            distances = self.scorer.distance_maps(self.fitted, features)
+            distances = self.scorer.distance_maps(fitted, features)
         with self.clock("smoothing"):
-            scores, maps = score_maps_at(distances, self.size)
+            scores, maps = score_maps_at(distances, self.size, inside)
             return scores.cpu().numpy(), maps.cpu().numpy()
+
+    @property
+    def _inside(self) -> torch.Tensor | None:
+        """The region in the network's input, (S, S) bool."""
+        if self.region is None:
+            return None
+        return torch.from_numpy(inside_square(self.region, self.size, self.keep_aspect)).to(self.clock.device)
+
+    @property
+    def _inside_views(self) -> torch.Tensor | None:
+        """The region in each support view that the scorer uses, (views, S, S) bool."""
+        return None if self.region is None else inside_views(self._inside, self.scorer.views)
 
     def features(self, inputs: torch.Tensor) -> Prepared:
         """The scorer's prepared features of inputs (B, 3, S, S) in [0, 1].
@@ -204,8 +317,14 @@ class FewShotDetector:
 
     def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """Converts images to network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
-        inputs = [as_input(image, self.size, self.keep_aspect, self.bits) for image in images]
+        inputs = [self._square(self._decoded(image)) for image in images]
         return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
+
+    def _decoded(self, image: ImageInput) -> Image.Image | torch.Tensor:
+        return decoded_input(image, self.size, self.bits)
+
+    def _square(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        return image if isinstance(image, torch.Tensor) else as_tensor(to_square(image, self.size, self.keep_aspect))
 
     def save(self, path: Path | str) -> None:
         """Writes network, fitted tensors, preprocessing and threshold to one file of tensors and plain values.
@@ -226,6 +345,9 @@ class FewShotDetector:
             "img_size": self.size,
             "keep_aspect": self.keep_aspect,
             "bits": self.bits,
+            "tile": self.tile,
+            "tiling": None if self.tiling is None else tuple(self.tiling),
+            "region": None if self.region is None else torch.from_numpy(self.region),
             "scorer": self.scorer.name,
             "fitted": {name: value.cpu() for name, value in self.fitted.items()},
             "left_out": None if self.left_out is None else [torch.from_numpy(part) for part in self.left_out],
@@ -255,7 +377,10 @@ class FewShotDetector:
             network = _empty_network(content)
             network.load_state_dict(content["network"])
             bits = content.get("bits", FULL_BITS)  # older files do not store it
-            detector = cls(network.eval(), device, content["keep_aspect"], chosen, bits)
+            tile, tiling, region = content.get("tile", OFF), content.get("tiling"), content.get("region")
+            region = None if region is None else region.numpy()
+            detector = cls(network.eval(), device, content["keep_aspect"], chosen, bits, tile, region)
+            detector.tiling = None if tiling is None else Tiling(*tiling)
             detector.fitted = {name: value.to(detector.clock.device) for name, value in content["fitted"].items()}
             left_out, threshold = content["left_out"], content["threshold"]
             detector.left_out = None if left_out is None else NormalScores(*(part.numpy() for part in left_out))
@@ -269,8 +394,10 @@ class FewShotDetector:
         return detector
 
 
-def as_input(image: ImageInput, size: int, keep_aspect: bool, bits: int = FULL_BITS) -> torch.Tensor:
-    """Converts an image of any type that FewShotDetector accepts to (3, size, size), float32 in [0, 1].
+def decoded_input(image: ImageInput, size: int, bits: int = FULL_BITS) -> Image.Image | torch.Tensor:
+    """An image of any type that FewShotDetector accepts, in mode L or RGB.
+
+    Float tensors (3, size, size) are network inputs and remain as they are.
 
     bits: the bit depth of 16-bit grey images; a ClippedWarning names an image that exceeds it.
 
@@ -291,8 +418,17 @@ def as_input(image: ImageInput, size: int, keep_aspect: bool, bits: int = FULL_B
     image = eight_bit(image, bits) if isinstance(image, Image.Image) else decode_image(name, bits)
     if warning := clipping_note(image, name, bits):
         warnings.warn(warning, ClippedWarning, stacklevel=2)
-    square = np.ascontiguousarray(to_square(image, size, keep_aspect).transpose(2, 0, 1))
-    return torch.from_numpy(square).float() / 255
+    return image
+
+
+def as_tensor(square: np.ndarray) -> torch.Tensor:
+    """A square image (S, S, 3) uint8 as network input (3, S, S), float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))).float() / 255
+
+
+def _check_finite(scores: np.ndarray) -> None:
+    if not np.isfinite(scores).all():
+        raise UserError("scores are not finite: the checkpoint or a support image contains NaN or infinity")
 
 
 def _files_and_pil(images: Sequence[ImageInput]) -> list[Path | Image.Image]:

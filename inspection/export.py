@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from inspection.detector import FewShotDetector
+from inspection.region import inside_square
+from inspection.tiles import OVERLAP
 from models.stn import without_batch_norm
-from scorers.maps import score_map_matrix, score_maps
+from scorers.maps import masked, score_map_matrix, score_maps
 from utils.errors import UserError
 from utils.files import whole_file
 
@@ -25,8 +27,8 @@ class ExportedDetector(nn.Module):
     """The computation of FewShotDetector.score on the CPU, for any batch size.
 
     Input: images (B, S, S, 3) uint8 RGB, resized as described by `export_metadata`. Output: maps (B, S, S) and scores
-    (B,). The control flow does not depend on values. Tensors are contiguous, so that `models.warp.warp` uses
-    grid_sample.
+    (B,). Outside the region of the detector the maps are 0. The control flow does not depend on values. Tensors are
+    contiguous, so that `models.warp.warp` uses grid_sample.
     """
 
     def __init__(self, detector: FewShotDetector) -> None:
@@ -40,11 +42,19 @@ class ExportedDetector(nn.Module):
         with torch.no_grad():
             grid = self._distances(torch.zeros(1, 3, detector.size, detector.size)).shape[-1]
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))
+        if detector.region is not None and detector.cuts_support:
+            raise UserError("an exported file scores single tiles and knows no region: leave out --region and --ignore")
+        self.has_region = detector.region is not None
+        if self.has_region:
+            square = inside_square(detector.region, detector.size, detector.keep_aspect)
+            self.register_buffer("inside", torch.from_numpy(square))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Score maps (B, S, S) and image scores (B,), float32, of images (B, S, S, 3) uint8 RGB."""
         x = image.permute(0, 3, 1, 2).contiguous().float() / 255
         scores, maps = score_maps(self._distances(x), self.matrix)
+        if self.has_region:
+            scores, maps = masked(maps, self.inside)
         return maps, scores
 
     def _distances(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,15 +65,20 @@ class ExportedDetector(nn.Module):
 def export_metadata(detector: FewShotDetector) -> dict[str, str]:
     """Metadata stored in an exported file: how to prepare the input, and the score above which an image is defective.
 
+    `tile`: "off", or "width,height,above": images with a longer side above the last are to be cut into tiles of this
+    size, in pixels; `overlap`: the least overlap of the tiles. `region`: whether the maps are 0 outside a region.
     `threshold` and `threshold_rule` are empty if the detector has no threshold.
     """
-    threshold = detector.threshold
+    threshold, tiling = detector.threshold, detector.tiling
     return {
         "input": "uint8 RGB (batch, size, size, 3)",
         "size": str(detector.size),
         "keep_aspect": str(detector.keep_aspect).lower(),
         "bits": str(detector.bits),
         "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
+        "tile": "off" if tiling is None else f"{tiling.width},{tiling.height},{tiling.above}",
+        "overlap": str(OVERLAP),
+        "region": str(detector.region is not None).lower(),
         "scorer": detector.scorer.name,
         "backbone": getattr(detector.network, "backbone", "of your own"),
         "threshold": "" if threshold is None else repr(float(threshold.value)),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from inspection.detector import FewShotDetector
+from inspection.detector import FewShotDetector, as_tensor
 from utils.errors import UserError
 
 FLOOR = 1e-3  # times the largest value: lower bound of the divisor, as distances can be 0
@@ -75,7 +75,7 @@ def _difference(result: Result, reference: Result) -> float:
 
 def _pytorch(detector: FewShotDetector) -> Runtime:
     def run(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scores, maps = detector.score(list(batch))
+        scores, maps = detector.score([as_tensor(square) for square in batch])  # never cut
         return maps, scores
 
     return run

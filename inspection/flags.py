@@ -10,7 +10,9 @@ from pathlib import Path
 from datasets.images import ClippedWarning, settle_bits, warn_beyond
 from inspection.detector import DEFAULT_SCORER, FewShotDetector
 from inspection.inputs import list_inputs
+from inspection.region import read_region
 from inspection.threshold import Threshold
+from inspection.tiles import AUTO, describe_tiling, tile_side
 from models.networks import scoring_network, settle_img_size
 from models.stn import BACKBONES, STN_MODES
 from scorers.registry import add_scorer_flag
@@ -39,6 +41,11 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     add_network_flags(detector, STN_MODES, list(BACKBONES))
     add_keep_aspect_flag(detector)
     add_bits_flag(detector, "the support images")
+    detector.add_argument(
+        "--tile", type=tile_side, help="auto (default): cut images that would shrink more than 4 times; off; or pixels"
+    )
+    detector.add_argument("--region", metavar="RECT|MASK", help="score only here: x,y,width,height, or a mask file")
+    detector.add_argument("--ignore", type=Path, metavar="MASK", help="mask file: do not score here")
     add_seed_flag(detector, "for --weights none; everything else is deterministic")
     add_scorer_flag(detector, default=None)
     decide = parser.add_argument_group("threshold")
@@ -58,6 +65,9 @@ def check_detector_flags(args: argparse.Namespace) -> None:
         args.img_size = settle_img_size(args.backbone, args.img_size)
     if bool(args.support) == bool(args.detector):
         raise UserError("give either normal images with --support, or a saved detector with --detector")
+    for name in ("tile", "region", "ignore"):
+        if args.detector and getattr(args, name) is not None:
+            raise UserError(f"--{name} belongs to fitting: a saved detector has its own; fit a new one with --support")
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise UserError(f"--threshold must be a number, got {args.threshold}")
 
@@ -65,7 +75,7 @@ def check_detector_flags(args: argparse.Namespace) -> None:
 def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
     """Loads or fits the detector given by the flags of `add_detector_flags`, on `device`, and sets its threshold.
 
-    Prints the scorer, the threshold and, where 16-bit images are among the support images, their bit depth.
+    Prints the scorer, the tiles, the threshold and, where 16-bit images are among the support images, their bit depth.
 
     Raises:
         UserError: a file or folder is missing or unsuitable.
@@ -75,6 +85,7 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
         warnings.simplefilter("ignore", ClippedWarning)  # printed by settle_bits and warn_beyond
         detector = _load(args, device) if args.detector else _fit(args, device)
         print(f"scorer: {detector.scorer.name}")
+        print(f"tiles: {describe_tiling(detector.tiling)}")
         _set_threshold(detector, args)
     print(f"threshold: {describe_threshold(detector.threshold)}")
     return detector
@@ -94,7 +105,9 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
     network = scoring_network(args.backbone, args.stn_mode, args.img_size, args.checkpoint, args.weights)
     print(f"fitting on {len(support)} normal image(s)")
     bits = settle_bits(args.bits, support, "the support")
-    detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER, bits)
+    region = read_region(args.region, args.ignore, support)
+    tile = args.tile or AUTO
+    detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER, bits, tile, region)
     detector.fit(support)
     weights = f"not trained, weights {args.weights}"
     detector.origin = {

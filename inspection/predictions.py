@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
-from datasets.images import restore_map
-from inspection.detector import SCORE_GROUP, FewShotDetector
+from inspection.detector import SCORE_GROUP, FewShotDetector, as_tensor
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.threshold import Threshold
+from inspection.tiles import shrink_warning
 from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_image
 from reports.page import NO_PREVIEW, Preview, make_preview
 from utils.errors import UserError
@@ -75,9 +77,36 @@ def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: in
     """Yields groups of (number, input, score, map), at most SCORE_GROUP images each."""
     size, keep_aspect, bits = detector.size, detector.keep_aspect, detector.bits
     inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits))
-    while group := list(islice(inputs, SCORE_GROUP)):
-        results = zip(*detector.score([item.square for _, item in group if item.error is None]), strict=True)
+    for group in _groups(detector, inputs):
+        readable = [item for _, item in group if item.error is None]
+        results = zip(*detector.score([_to_score(detector, item) for item in readable]), strict=True)
         yield [(number, item, *(next(results) if item.error is None else (None, None))) for number, item in group]
+
+
+def _groups(detector: FewShotDetector, inputs: Iterable[tuple[int, InputImage]]) -> Iterator[list]:
+    """Groups of at most SCORE_GROUP images; an image that is cut ends its group, as it is large.
+
+    Says once per image size on standard error how such images are cut, or how much they shrink.
+    """
+    group, said = [], set()
+    for number, item in inputs:
+        group.append((number, item))
+        layout, note = None, None
+        if item.image:
+            layout = detector.layout_of(*item.image.size)
+            note = f"tiles: {layout}" if layout else shrink_warning(*item.image.size, detector.size)
+        if note and note not in said:
+            print(note, file=sys.stderr)
+            said.add(note)
+        if layout or len(group) == SCORE_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _to_score(detector: FewShotDetector, item: InputImage) -> Image.Image | torch.Tensor:
+    return item.image if detector.layout_of(*item.image.size) else as_tensor(item.square)
 
 
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
@@ -97,8 +126,8 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
 def _write(
     detector: FewShotDetector, outputs: Outputs, item: InputImage, scores: np.ndarray, with_preview: bool
 ) -> Preview:
-    """Writes the files of an image from its score map (S, S); returns the preview, empty unless asked for."""
-    restored = restore_map(scores, *item.image.size, detector.keep_aspect)
+    """Writes the files of an image from its score map; returns the preview, empty unless asked for."""
+    restored = detector.restore(scores, *item.image.size)
     if outputs.maps != "none":
         _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored, map_scale(detector))
     if not (outputs.images or with_preview):

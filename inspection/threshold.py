@@ -25,8 +25,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import ndtri
 
+from inspection.region import pixels
 from scorers.base import Prepared, Scorer
 from scorers.features import without_images
 from scorers.maps import score_maps_at
@@ -37,17 +39,21 @@ from utils.stages import StageClock
 class NormalScores(NamedTuple):
     """Scores of normal images, from which a threshold is computed.
 
-    scores: (n, views), at least 0; the first view is the image itself. maps: (n, S, S), score maps of the images.
+    scores: (n, views), at least 0; the first view is the image itself. maps: (n, S, S), the values of the score maps of
+    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps.
     """
 
     scores: np.ndarray
     maps: np.ndarray
 
 
-def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageClock) -> NormalScores:
+def leave_one_out(
+    scorer: Scorer, support: Prepared, size: int, clock: StageClock, inside: torch.Tensor | None = None
+) -> NormalScores:
     """Leave-one-out scores of the support images: each image is scored by a fit to the views of the K - 1 others.
 
-    support: prepared features of all views. size: side of the score maps in pixels.
+    support: prepared features of all views. size: side of the score maps in pixels. inside: the region in each view,
+    (views, S, S) bool; None: everywhere.
     """
     scores, maps = [], []
     views = len(scorer.views)
@@ -55,9 +61,10 @@ def leave_one_out(scorer: Scorer, support: Prepared, size: int, clock: StageCloc
         end = start + views
         own, others = [layer[start:end] for layer in support], without_images(support, start, end)
         distances = scorer.measure(others, own, clock)
-        of_views, maps_of_views = score_maps_at(distances, size)
+        of_views, maps_of_views = score_maps_at(distances, size, inside)
         scores.append(of_views.cpu().numpy())
-        maps.append(maps_of_views[0].cpu().numpy())
+        of_image = maps_of_views[0].cpu().numpy()
+        maps.append(of_image if inside is None else pixels(of_image, inside[0].cpu().numpy(), size))
     return NormalScores(np.stack(scores), np.stack(maps))
 
 

@@ -20,9 +20,21 @@ def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Ten
     return maps.flatten(1).amax(dim=1), maps
 
 
-def score_maps_at(distances: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`score_maps` of distance maps (B, H, H) for images of side `size`."""
-    return score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
+def score_maps_at(
+    distances: torch.Tensor, size: int, inside: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_maps` of distance maps (B, H, H) for images of side `size`.
+
+    inside: (S, S) or (B, S, S) bool; the maps are 0 where it is False, before the image scores are taken.
+    """
+    scores, maps = score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
+    return (scores, maps) if inside is None else masked(maps, inside)
+
+
+def masked(maps: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image scores (B,) and score maps (B, S, S) that are 0 where `inside`, (S, S) or (B, S, S) bool, is False."""
+    maps = maps * inside
+    return maps.flatten(1).amax(dim=1), maps
 
 
 @functools.cache

@@ -1,0 +1,282 @@
+"""Large images: tiles cover an image and leave no seam, detectors find small defects, regions limit what is scored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import predict
+from inspection.detector import FewShotDetector
+from inspection.export import ExportedDetector
+from inspection.region import RegionWarning, inside_map, pixels, read_region
+from inspection.tiles import (
+    FIT_VIEWS,
+    OVERLAP,
+    Layout,
+    Tiling,
+    fitting_corners,
+    joined_map,
+    settle_tiling,
+    shrink_warning,
+    tile_side,
+)
+from models.regad import untrained
+from utils.errors import UserError
+
+SIZE = 64
+
+
+def surface(seed: int, width: int = 160, height: int = 112) -> Image.Image:
+    """A grey image of a fine random texture."""
+    values = np.random.default_rng(seed).normal(128, 12, (height, width))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def with_spot(image: Image.Image, x: int, y: int, side: int = 10) -> Image.Image:
+    """The image with a bright square of side `side` at (x, y)."""
+    values = np.array(image)
+    values[y : y + side, x : x + side] = 250
+    return Image.fromarray(values)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return untrained("none", img_size=SIZE).stn.eval()
+
+
+@pytest.fixture(scope="module")
+def detector(network):
+    """Fitted to large images, which are cut into tiles of 48 pixels."""
+    detector = FewShotDetector(network, "cpu", tile=48).fit([surface(seed) for seed in range(3)])
+    detector.calibrate(0.05)
+    return detector
+
+
+@given(st.integers(20, 900), st.integers(20, 900), st.integers(16, 300), st.sampled_from([16, 64, 224]))
+def test_tiles_cover_the_image_and_overlap(width, height, side, size):
+    layout = Tiling(side, side, side, False).layout(width, height, size)
+    if max(width, height) <= side:
+        assert layout is None
+        return
+    for starts, length in ((layout.columns, layout.across), (layout.rows, layout.down)):
+        covered = np.zeros(length, int)
+        for start in starts:
+            covered[max(start, 0) : start + size] += 1
+        assert covered.min() > 0 and starts == sorted(set(starts))
+        if length >= size:
+            assert starts[0] == 0 and starts[-1] == length - size
+            assert np.diff(starts).max(initial=0) <= size * (1 - OVERLAP) + 1  # + 1: rounding
+        else:
+            assert len(starts) == 1 and starts[0] <= 0 and starts[0] + size >= length
+
+
+@given(st.integers(65, 300), st.integers(65, 300), st.integers(1, 5))
+def test_a_joined_map_of_grey_values_is_the_resized_image(width, height, group):
+    """Cutting, resizing, weighting and joining return the image itself where the map of a tile is the tile."""
+    across, down = np.linspace(0, 255, width), np.linspace(1, 0.5, height)
+    image = Image.fromarray(np.outer(down, across).astype(np.uint8))
+    layout = Tiling(64, 64, 64, False).layout(width, height, 32)
+    found = joined_map(image, layout, lambda tiles: tiles[:, 0].numpy(), group)
+    expected = image.resize((layout.across, layout.down), Image.Resampling.LANCZOS)
+    np.testing.assert_allclose(255 * found, np.asarray(expected, float), atol=4)
+
+
+def test_a_tile_that_protrudes_is_filled_by_reflection():
+    image = surface(0, 200, 30)
+    layout = Tiling(60, 60, 60, False).layout(200, 30, SIZE)
+    assert layout.down == SIZE // 2 and layout.rows == [-SIZE // 4]
+    tile = layout.cut(image, *layout.corners[0])
+    assert tile.shape == (3, SIZE, SIZE) and (tile[:, SIZE // 4 - 1] == tile[:, SIZE // 4]).all()
+
+
+def test_auto_follows_the_support():
+    assert settle_tiling("off", [(4000, 3000)], SIZE, False) is None
+    assert settle_tiling(100, [(4000, 3000)], SIZE, False) == Tiling(100, 100, 100, False)
+    large = settle_tiling("auto", [(4000, 3000)] * 2, SIZE, False)
+    assert large == Tiling(2 * SIZE, 2 * SIZE, 4 * SIZE, False)
+    sizes = [(100, 60), (120, 70), (140, 80)]
+    assert settle_tiling("auto", sizes, SIZE, False) == Tiling(120, 70, 4 * SIZE, True)
+    assert settle_tiling("auto", sizes, SIZE, True) == Tiling(120, 120, 4 * SIZE, True)
+    assert large.layout(4 * SIZE, SIZE, SIZE) is None and large.layout(4 * SIZE + 1, SIZE, SIZE)
+    assert shrink_warning(4 * SIZE, 1, SIZE) is None and "shrink 5.0 times" in shrink_warning(1, 5 * SIZE, SIZE)
+
+
+@pytest.mark.parametrize("text", ["-5", "0", "15", "all", "1.5"])
+def test_sides_of_tiles(text):
+    with pytest.raises(ValueError):
+        tile_side(text)
+    assert tile_side("off") == "off" and tile_side("300") == 300
+
+
+def test_number_of_fitted_tiles_is_bounded():
+    layouts = [Layout(4000, 3000, 4000, 3000, 224), None, Layout(300, 300, 300, 300, 224)]
+    chosen = fitting_corners(layouts, 13)
+    assert len(chosen[0]) == FIT_VIEWS // 13 // 3 and chosen[1] == [] and chosen[2] == layouts[2].corners
+    assert chosen == fitting_corners(layouts, 13) and set(chosen[0]) <= set(layouts[0].corners)
+
+
+def test_a_small_defect_in_a_large_image(detector):
+    clean = [surface(seed) for seed in range(10, 14)]
+    places = [(5, 5), (95, 70), (145, 95), (47, 30)]
+    spotted = [with_spot(image, *place) for image, place in zip(clean, places, strict=True)]
+    scores, maps = detector.score([*clean, *spotted])
+    assert scores[4:].min() > scores[:4].max()
+    for place, scored in zip(places, maps[4:], strict=True):
+        restored = detector.restore(scored, 160, 112)
+        assert restored.shape == (112, 160) and scored.shape != restored.shape
+        y, x = np.unravel_index(restored.argmax(), restored.shape)
+        assert abs(x - place[0] - 5) <= 15 and abs(y - place[1] - 5) <= 15
+    assert all(score == scored.max() for score, scored in zip(scores, maps, strict=True))
+    assert scores[0] < detector.threshold.value < scores[4]
+
+
+def test_large_and_small_images_in_one_call(detector, network):
+    small = surface(20, 40, 48)
+    assert detector.layout_of(*small.size) is None
+    mixed, maps = detector.score([surface(10), small, surface(11), small])
+    assert isinstance(maps, list) and maps[1].shape == (SIZE, SIZE)
+    alone = [detector.score([image])[0][0] for image in (surface(10), small, surface(11), small)]
+    np.testing.assert_allclose(mixed, alone, rtol=1e-5)
+
+
+def test_images_that_are_not_cut_are_scored_as_without_tiles(network):
+    images = [surface(seed, 90, 70) for seed in range(4)]
+    pairs = []
+    for tile in ("auto", "off"):
+        detector = FewShotDetector(network, "cpu", tile=tile).fit(images[:3])
+        detector.calibrate(0.05)
+        pairs.append((*detector.score(images), *detector.left_out, detector.threshold))
+    assert all(np.array_equal(one, other) for one, other in zip(*pairs, strict=True))
+
+
+def test_a_whole_image_is_left_out_with_all_its_tiles(detector, network):
+    images = [surface(seed, 110, 90) for seed in range(2)]  # so few tiles that the detector is fitted to all
+    left_out = FewShotDetector(network, "cpu", tile=48).fit(images).left_out
+    for number, other in ((0, 1), (1, 0)):
+        score, maps = FewShotDetector(network, "cpu", tile=48).fit([images[other]]).score([images[number]])
+        np.testing.assert_allclose(left_out.scores[number], score, rtol=1e-4)
+        np.testing.assert_allclose(left_out.maps[number], pixels(maps[0], None, SIZE), rtol=1e-3)
+    assert left_out.scores.shape == (2, 1) and detector.left_out.scores.shape == (3, 1)
+
+
+def test_small_support_and_large_images(network):
+    """The tiles have the size of the support images: an image that is one of them repeated has its scores."""
+    part = surface(0, 60, 45)
+    tiled = Image.fromarray(np.tile(np.array(part), (7, 5)))
+    detector = FewShotDetector(network, "cpu").fit([part, surface(1, 60, 45)])
+    assert detector.tiling == Tiling(60, 45, 4 * SIZE, True) and not detector.cuts_support
+    layout = detector.layout_of(*tiled.size)
+    assert layout.across == 5 * SIZE and layout.down == 7 * SIZE
+    scores, maps = detector.score([tiled])
+    assert maps[0].shape == (7 * SIZE, 5 * SIZE)
+    spotted, maps = detector.score([with_spot(tiled, 130, 222)])
+    y, x = np.unravel_index(maps[0].argmax(), maps[0].shape)
+    assert spotted > scores and abs(x * 60 / SIZE - 135) < 20 and abs(y * 45 / SIZE - 227) < 20
+
+
+def test_saved_tiles_and_region(detector, network, tmp_path):
+    inside = np.zeros((14, 20), bool)
+    inside[3:9, 4:12] = True
+    fitted = FewShotDetector(network, "cpu", tile=48, region=inside).fit([surface(seed) for seed in range(2)])
+    fitted.save(tmp_path / "part.regad")
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert loaded.tile == 48 and loaded.tiling == fitted.tiling and (loaded.region == inside).all()
+    one, other = (each.score([surface(5)]) for each in (fitted, loaded))
+    assert one[0] == other[0] and (one[1][0] == other[1][0]).all()
+    content = torch.load(tmp_path / "part.regad", weights_only=True)
+    torch.save({k: v for k, v in content.items() if k not in ("tile", "tiling", "region")}, tmp_path / "old.regad")
+    old = FewShotDetector.load(tmp_path / "old.regad", "cpu")
+    assert old.tile == "off" and old.layout_of(4000, 3000) is None and old.region is None
+    with pytest.raises(UserError, match="single tiles and knows no region"):
+        ExportedDetector(fitted)
+
+
+@pytest.mark.parametrize("tile", ["off", 48])
+def test_only_the_region_is_scored(network, tile, tmp_path):
+    left, right = with_spot(surface(8), 30, 50), with_spot(surface(8), 120, 50)
+    images = [surface(seed) for seed in range(3)]
+    region = read_region("0,0,0.5,1", None, _saved(images, tmp_path))
+    whole = FewShotDetector(network, "cpu", tile=tile).fit(images)
+    half = FewShotDetector(network, "cpu", tile=tile, region=region).fit(images)
+    for image in (left, right, surface(8)):
+        (scores, maps), (everywhere, all_maps) = half.score([image]), whole.score([image])
+        inside = inside_map(region, *maps[0].shape[::-1])
+        assert abs(inside.mean() - 0.5) < 0.01
+        np.testing.assert_array_equal(maps[0], np.where(inside, all_maps[0], 0))
+        assert scores[0] == maps[0].max() <= everywhere[0]
+    assert half.score([right])[0] < half.score([left])[0]
+    assert (half.left_out.scores[:, 0] <= whole.left_out.scores[:, 0]).all() and half.left_out.maps.min() > 0
+    assert half.calibrate(0.05, [surface(seed) for seed in (4, 5)]).region > 0
+    if tile == "off":
+        others = FewShotDetector(network, "cpu", tile=tile, region=region).fit(images[1:], for_threshold=False)
+        np.testing.assert_allclose(half.left_out.scores[0, 0], others.score(images[:1])[0][0], rtol=1e-4)
+        squares = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in (left, right)])
+        with torch.inference_mode():
+            maps, scores = ExportedDetector(half).eval()(torch.from_numpy(squares))
+        assert (maps[:, :, SIZE // 2 :] == 0).all() and (scores == maps.flatten(1).amax(1)).all()
+
+
+def _saved(images, folder):
+    paths = [folder / f"{number}.png" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    return paths
+
+
+def test_rectangles_and_masks(tmp_path):
+    paths = _saved([surface(0), surface(1)], tmp_path)
+    assert read_region(None, None, paths) is None
+    rectangle = read_region("16,14,80,56", None, paths)
+    assert rectangle[14:70, 16:96].all() and rectangle.sum() == 80 * 56
+    assert (read_region("0.1, 0.125, 0.5, 0.5", None, paths) == rectangle).all()
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.uint8(255) * rectangle).resize((80, 56)).save(mask)
+    assert (read_region(str(mask), None, paths) != rectangle).mean() < 0.02
+    assert (read_region(None, mask, paths) == ~read_region(str(mask), None, paths)).all()
+    both = read_region("0,0,60,112", mask, paths)
+    assert both[:, :14].all() and not both[:, 60:].any() and not both[30:60, 20:].any()
+    with pytest.raises(UserError, match="leaves nothing of the 160x112 pixels"):
+        read_region(str(mask), mask, paths)
+    with pytest.raises(UserError, match="leaves nothing"):
+        read_region("500,500,10,10", None, paths)
+    for text in ("0,0,0,10", "-1,0,5,5"):
+        with pytest.raises(UserError, match="no rectangle"):
+            read_region(text, None, paths)
+    with pytest.raises(UserError, match=r"no mask nowhere\.png"):
+        read_region("nowhere.png", None, paths)
+    with pytest.raises(UserError, match="cannot read the image"):
+        (tmp_path / "broken.png").write_text("no image")
+        read_region(None, tmp_path / "broken.png", paths)
+    Image.fromarray(np.full((50, 50), 255, np.uint8)).save(tmp_path / "square.png")
+    with pytest.warns(RegionWarning, match="50x50 pixels is stretched to images of 160x112"):
+        assert read_region(str(tmp_path / "square.png"), None, paths).all()
+    surface(0, 90, 90).save(tmp_path / "other.png")
+    with pytest.raises(UserError, match="differ in size: give fractions"):
+        read_region("0,0,50,50", None, [*paths, tmp_path / "other.png"])
+
+
+def test_predict_says_how_images_are_cut(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    support = _saved([surface(0, 600, 300), surface(1, 600, 300)], tmp_path)
+    with_spot(surface(2, 600, 300), 500, 200, 24).save(tmp_path / "in" / "spot.png")
+    surface(3, 600, 300).save(tmp_path / "in" / "clean.png")
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--maps", "npy"]
+    flags += ["--support", *map(str, support), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    predict.main([*flags, "--save", str(tmp_path / "part.regad")])
+    printed = capsys.readouterr()
+    assert "above 256 pixels are cut into tiles of 128 x 128" in printed.out
+    assert printed.err.count("tiles: 600 x 300 pixels in 6 x 3 = 18 tiles") == 1
+    spot, clean = (np.load(tmp_path / "out" / "maps" / f"{name}.png.npy") for name in ("spot", "clean"))
+    y, x = np.unravel_index(spot.argmax(), spot.shape)
+    assert spot.shape == (300, 600) and spot.max() > clean.max() and abs(x - 512) < 40 and abs(y - 212) < 40
+    flags[flags.index(str(tmp_path / "out"))] = str(tmp_path / "off")
+    predict.main([*flags, "--tile", "off"])
+    assert "warning: images of 600 x 300 pixels shrink 9.4 times to 64 x 64" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--tile belongs to fitting"):
+        saved = ["--detector", str(tmp_path / "part.regad"), "--input", str(tmp_path / "in"), "--tile", "64"]
+        predict.main([*saved, "--output", str(tmp_path / "out2")])
