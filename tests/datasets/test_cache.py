@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,11 +120,6 @@ def read(path, *rest):
     return original(path, *rest)
 
 original, cache.read_image = cache.read_image, read
-if os.environ["LOCKS"] == "no fcntl":
-    cache.fcntl = None
-elif os.environ["LOCKS"] == "refused":
-    def refuse(*arguments): raise OSError(37, "No locks available")
-    cache.fcntl.flock = refuse
 folder, *paths = map(Path, sys.argv[1:])
 folder.with_name("ready").open("a").write(".")
 while not folder.with_name("go").exists():
@@ -133,11 +131,11 @@ sys.stdout.buffer.write(cache.decoded_images(paths, SIZE, folder, 0).tobytes())
 class Readers:
     """Processes that fill one cache. They log their process id and the name of every image that they decode."""
 
-    def __init__(self, folder: Path, paths: list[Path], prefix: tuple[str, ...] = (), locks: str = "yes", seconds=0.05):
+    def __init__(self, folder: Path, paths: list[Path], prefix: tuple[str, ...] = (), seconds: float = 0.05):
         self.folder, self.log, self.ready = folder, folder.with_name("log"), folder.with_name("ready")
         code = READER.replace("SIZE", str(SIZE))
         self.command = [*prefix, sys.executable, "-c", code, str(folder), *map(str, paths)]
-        self.environment = os.environ | {"LOG": str(self.log), "LOCKS": locks, "SECONDS": str(seconds)}
+        self.environment = os.environ | {"LOG": str(self.log), "SECONDS": str(seconds)}
         self.processes: list[subprocess.Popen] = []
 
     def start(self, count: int) -> None:
@@ -184,13 +182,25 @@ def test_processes_with_the_same_id_decode_each_image_once(paths, tmp_path):
     assert sorted(entry.suffix for entry in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
 
 
-@pytest.mark.parametrize("locks", ["no fcntl", "refused"])
-def test_without_locks_every_process_decodes_and_all_are_right(locks, paths, tmp_path):
-    readers = Readers(tmp_path / "cache", paths, locks=locks)
-    readers.start(2)
-    readers.go()
-    assert readers.results() == [expected(paths).tobytes()] * 2
-    assert len(readers.lines()) == 2 * len(paths)  # else they did not run at the same time
+def refused(*_arguments) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("locks", [None, SimpleNamespace(flock=refused, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)])
+def test_without_locks_all_decode_and_all_are_right(locks, paths, tmp_path, monkeypatch):
+    """On Windows there is no fcntl; some file systems refuse. The barrier makes both decode at the same time."""
+    decoded, both = [], threading.Barrier(2, timeout=60)
+
+    def read(path: Path, *rest):
+        decoded.append(path)
+        both.wait()
+        return read_image(path, *rest)
+
+    monkeypatch.setattr(cache, "read_image", read)
+    monkeypatch.setattr(cache, "fcntl", locks)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: decoded_images(paths, SIZE, tmp_path / "cache", 0), range(2)))
+    assert all((images == expected(paths)).all() for images in found) and sorted(decoded) == sorted(paths * 2)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
