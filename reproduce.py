@@ -19,10 +19,11 @@ from pathlib import Path
 from datasets.cache import default_cache_dir
 from datasets.mvtec import CATEGORIES
 from grid.cells import Cell, require_locks
+from grid.comparison import FORMATS, compare
 from grid.engines import Cluster, run_local, run_on_cluster, visible_gpus
 from grid.estimate import format_duration
 from grid.plan import RECIPE, Plan, count_jobs, take_shard
-from grid.tables import GRID_FILE, compare, format_comparison, read_results
+from grid.results import GRID_FILE, read_results
 from grid.tables_page import write_tables
 from models.networks import settle_img_size
 from models.stn import BACKBONES, STN_MODES
@@ -104,6 +105,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     results.add_argument("--report", type=Path, metavar="DIR", help="print the tables of DIR and rewrite their files")
     results.add_argument("--readme", type=Path, metavar="FILE", help="with --report: also insert them in FILE")
     results.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="paired differences B - A")
+    results.add_argument("--format", choices=list(FORMATS), default="md", help="of --compare: Markdown, LaTeX or CSV")
     return parser
 
 
@@ -111,18 +113,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plans the cells, runs those that are not finished, and prints the tables."""
     args = get_args_parser().parse_args(argv)
     if args.compare:
-        print(format_comparison(compare(*map(read_results, args.compare))))
+        print(FORMATS[args.format](compare(*map(read_results, args.compare))))
         return
     if args.report:
         write_tables(args.report, args.readme)
         return
     _check(args)
     plan = Plan(args)
-    cells = take_shard(plan.cells(), args.shard)
+    planned = plan.cells()
+    cells = take_shard(planned, args.shard)
     to_run = plan.print_plan(cells)
     if args.dry_run:
         return
-    write_json(args.output / GRID_FILE, {"objs": plan.categories, "shots": args.shots})
+    write_json(args.output / GRID_FILE, plan.asked(planned))
     failed = _run(args, to_run)
     if any(args.output.glob("*_*.json")):
         write_tables(args.output)

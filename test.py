@@ -132,7 +132,7 @@ def _score_shot(
 
 
 class Weights(NamedTuple):
-    """The weights to score. kind: a key of grid.tables.WEIGHTS. file, sha256: None for an untrained network."""
+    """The weights to score. kind: a key of grid.results.WEIGHTS. file, sha256: None for an untrained network."""
 
     file: Path | None
     sha256: str | None

@@ -43,6 +43,7 @@ class Cell(NamedTuple):
     key: str  # a digest of everything that the numbers depend on: arguments, data, code
     trained: Path | None  # the folder that train.py writes to; None where nothing is trained
     records: tuple[str, ...]  # names of the files that a finished cell leaves in the results folder
+    weights: tuple[str, ...] = ()  # the kinds of weights that are scored, keys of grid.results.WEIGHTS
     training: str = ""  # a digest of what the weights depend on; the same weights may be scored in other ways
 
 

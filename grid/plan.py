@@ -19,6 +19,7 @@ from grid.cells import Cell, Fingerprints, is_begun, is_finished
 from grid.code import code_version
 from grid.engines import cores_per_job, job_environment, visible_gpus
 from grid.estimate import format_duration, measure_apart, scoring_seconds, training_seconds
+from grid.results import WEIGHTS, kind_name
 from models.networks import network_name
 from models.regad import checkpoint_file, last_file, selection
 from models.timm_features import PREFIX
@@ -69,6 +70,12 @@ class Plan:
         ]
         return [*untrained, *trained]
 
+    def asked(self, cells: Sequence[Cell]) -> dict:
+        """What all `cells` of the grid will give: categories, shots, and the kinds of columns, for grid.json."""
+        weights = {name for cell in cells for name in cell.weights}
+        kinds = [kind_name(name, scorer) for scorer in self.scorers for name in WEIGHTS if name in weights]
+        return {"objs": self.categories, "shots": self.args.shots, "kinds": kinds}
+
     def print_plan(self, cells: Sequence[Cell]) -> list[Cell]:
         """Prints one line per cell and a time estimate. Returns the cells to run."""
         output = self.args.output
@@ -110,7 +117,7 @@ class Plan:
         command = self._test(category, self.args.shots, "--untrained")
         name = f"{category}_{'-'.join(map(str, self.args.shots))}_{self.network}_untrained"
         shots, key = tuple(self.args.shots), self._key(category, self.args.shots, self.args.scorer, "untrained")
-        return Cell(name, category, shots, (command,), key, None, records)
+        return Cell(name, category, shots, (command,), key, None, records, ("untrained",))
 
     def _trained_cell(self, category: str, shot: int, select: str) -> Cell:
         args, which = self.args, "" if select == "best" else "_source"
@@ -129,7 +136,8 @@ class Plan:
         key = self._key(category, [shot], args.scorer, *decisive)
         training = self._key(category, [shot], args.scorer[:1], *decisive)
         name = weights.stem.removesuffix("_model") + which
-        return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records), training)
+        scored = ("last", "best") if select == "best" else (select,)
+        return Cell(name, category, (shot,), tuple(commands), key, weights.parent, tuple(records), scored, training)
 
     def _changed_recipe(self) -> list[tuple[str, object]]:
         """The arguments of RECIPE that are not the defaults, so that the keys of default runs stay as they were."""
@@ -156,7 +164,7 @@ class Plan:
         records = self._records(category, shots, ending)
         key = self._key(category, shots, self.args.scorer, flag, self.files.of(list(files.values())))
         name = f"{category}_{'-'.join(map(str, shots))}_{self.network}{ending}{flag.replace('--', '_')}_eval"
-        return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records)
+        return Cell(name, category, shots, (self._test(category, shots, *flags),), key, None, records, (rule,))
 
     def _key(self, category: str, shots: Sequence[int], scorers: Sequence[str], *decisive: object) -> str:
         """A digest of all that affects the metrics: arguments, data and code, but not the location of the data."""

@@ -10,18 +10,18 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from grid.results import Results, read_results, weights_of
 from grid.tables import (
+    DIFFERENCE,
     MISSING,
     NO_TRUTH,
     PUBLISHED,
     TABLE_METRICS,
     Entry,
-    Results,
     Table,
     format_row,
     header,
     make_tables,
-    read_results,
     to_latex,
     to_markdown,
     write_csv,
@@ -86,7 +86,7 @@ def _figure(table: Table) -> Markup:
 
 def _mark(column: str) -> tuple[str, str] | None:
     """Shape and colour of a column. A further scorer has those of the same weights, with a black edge."""
-    return None if " - " in column else MARKS.get(column.split(", ")[0])
+    return None if DIFFERENCE in column else MARKS.get(weights_of(column))
 
 
 def _drawable(table: Table, name: str) -> list[Entry | None]:

@@ -11,7 +11,10 @@ import torch
 
 from datasets.mvtec import LabelledDataset, list_test_items
 from datasets.support import find_support_rounds
-from grid.tables import compare, format_comparison, make_tables, read_results, to_markdown
+from grid import comparison
+from grid.comparison import compare
+from grid.results import read_results
+from grid.tables import make_tables, to_markdown
 from scorers.views import VIEWS_PER_IMAGE
 from tests.commands.test_commands import DOCUMENTS
 from utils.files import PROJECT_ROOT
@@ -127,5 +130,5 @@ def test_the_record_of_the_docs(tmp_path):
         rounds = [{metric: value + gain for metric, value in one.items()} for one in record["rounds"]]
         (tmp_path / name / "bottle_2.json").write_text(json.dumps(record | {"rounds": rounds}))
     results = [read_results(tmp_path / name) for name in "ab"]
-    assert "| bottle | missing | 95.1 ± 0.3 |" in to_markdown(results[0], make_tables(results[0]))
-    assert "| image AUROC | 2 | last | +1.00 |" in format_comparison(compare(*results))
+    assert "| bottle | 95.1 ± 0.3 |" in to_markdown(results[0], make_tables(results[0]))
+    assert "| image AUROC | 2 | last | +1.00 |" in comparison.to_markdown(compare(*results))

@@ -24,6 +24,7 @@ from grid import estimate
 from grid import plan as grid_plan
 from grid.cells import is_finished
 from grid.estimate import Speed, measure_apart
+from grid.results import GRID_FILE, SCHEMA_FILE
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
@@ -248,6 +249,10 @@ def test_grid_end_to_end(arguments, in_process, capsys):
     }
     for ending in ("md", "csv", "tex", "html"):
         assert "ring" in (output / f"tables.{ending}").read_text()
+    assert (
+        "| category | training | scoring, untrained | scoring, last | scoring, best |"
+        in (output / "tables.md").read_text()
+    )
     for category in ("ring", "weave"):
         (record,) = (output / "save_checkpoints").rglob(f"{category}_1_*_record.json")
         epochs, best = json.loads(record.read_text())["epochs"], json.loads(record.read_text())["selected_epoch"]
@@ -261,6 +266,28 @@ def test_grid_end_to_end(arguments, in_process, capsys):
     assert not in_process and "4 finished, 0 to run" in capsys.readouterr().out
     reproduce.main(["--report", str(output)])
     assert "| mean |" in capsys.readouterr().out and not in_process
+
+
+def test_the_records_of_test_py_keep_to_the_schema(arguments, in_process):
+    jsonschema = pytest.importorskip("jsonschema")
+    arguments |= {"--objs": ["ring"], "--scorer": ["gaussian", "neighbours"]}
+    reproduce.main(flat(arguments))
+    output = Path(arguments["--output"][0])
+    files = [file for file in output.glob("*.json") if file.name != GRID_FILE]
+    assert len(files) == 6
+    for file in files:
+        jsonschema.validate(json.loads(file.read_text()), json.loads(SCHEMA_FILE.read_text()))
+
+
+def test_only_what_was_planned_is_a_column(arguments, in_process, capsys):
+    """A backbone that is not trained has no column of missing trained weights; what fails keeps its column."""
+    planned = plan(arguments)
+    assert planned.asked(planned.cells())["kinds"] == ["untrained", "last", "best"]
+    source = plan(arguments | {"--select": ["source"], "--scorer": ["gaussian", "neighbours"]})
+    kinds = ["untrained", "source", "untrained, neighbours", "source, neighbours"]
+    assert source.asked(source.cells())["kinds"] == kinds
+    reproduce.main([*flat(arguments), "--shard", "0/4"])  # the untrained cell of ring
+    assert "| category | untrained | last | best |" in capsys.readouterr().out
 
 
 def test_weights_that_are_there(arguments, in_process, tmp_path, monkeypatch, capsys):

@@ -9,26 +9,27 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.reference import REFERENCE
 from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
+from grid.comparison import FORMATS, compare
+from grid.results import GRID_FILE, SCHEMA_FILE, _problems, read_results
 from grid.tables import (
-    GRID_FILE,
     NO_TRUTH,
     Entry,
-    compare,
-    format_comparison,
     format_entry,
     make_tables,
     read_published,
-    read_results,
     to_latex,
     to_markdown,
     write_csv,
 )
 from grid.tables_page import to_html
 from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 PUBLISHED_CELLS = REFERENCE / "reference" / "published_mvtec.csv"
 
@@ -104,6 +105,7 @@ def test_published_columns(tmp_path, metric, shot):
 def test_rows_by_hand(folder):
     made = table(folder, "image AUROC, K = 8")
     assert made.columns == ["untrained", "last", "best", "paper", "release", "best - paper", "best - release"]
+    assert table(folder, "pixel AUROC, K = 8").columns == made.columns
     bottle = entry(made, "bottle", "best")
     assert (bottle.mean, bottle.sd) == pytest.approx((98, np.sqrt(2)))
     assert entry(made, "screw", "last") is None and entry(made, "cable", "best") is None
@@ -117,7 +119,7 @@ def test_rows_by_hand(folder):
 def test_other_data_have_no_published_columns(tmp_path):
     write_record(tmp_path, "screw", 2, "best", [(0.9, None)], data_type="folder")
     made = table(tmp_path, "image AUROC, K = 2")
-    assert made.columns == ["untrained", "last", "best"] and list(made.rows) == ["screw", "mean"]
+    assert made.columns == ["best"] and list(made.rows) == ["screw", "mean"]
 
 
 def test_images_without_ground_truth(tmp_path):
@@ -127,7 +129,7 @@ def test_images_without_ground_truth(tmp_path):
     results = read_results(tmp_path)
     made = table(tmp_path, "pixel AUROC, K = 2")
     assert entry(made, "mean", "best") == Entry(80, None, (80.0,), "1 of 2")
-    assert "| solar | missing | missing | n/a |" in to_markdown(results, [made])
+    assert "| solar | n/a |" in to_markdown(results, [made])
     assert "nan" not in to_html(results, [made]) and "nan" not in to_latex(results, [made])
     assert [one.categories for one in compare(results, results)] == [2, 1]
     write_csv(tmp_path / "tables.csv", [made])
@@ -136,10 +138,51 @@ def test_images_without_ground_truth(tmp_path):
 
 def test_what_was_asked_for_and_failed_is_shown(tmp_path):
     write_record(tmp_path, "ring", 2, "last", [(0.9, 0.9)], data_type="folder")
-    (tmp_path / GRID_FILE).write_text(json.dumps({"objs": ["ring", "weave"], "shots": [2, 4]}))
+    asked = {"objs": ["ring", "weave"], "shots": [2, 4], "kinds": ["untrained", "last", "best, neighbours"]}
+    (tmp_path / GRID_FILE).write_text(json.dumps(asked))
     results = read_results(tmp_path)
     assert results.categories == ["ring", "weave"] and results.shots == [2, 4]
-    assert "| weave | missing | missing | missing |" in to_markdown(results, make_tables(results))
+    assert "| weave | missing | missing |" in to_markdown(results, make_tables(results))
+    (tmp_path / GRID_FILE).write_text(json.dumps({"objs": ["ring", "weave"], "shots": [2]}))  # of earlier versions
+    assert table(tmp_path, "image AUROC, K = 2").columns == ["untrained", "last", "best"]
+
+
+def test_mpdd_has_a_table_of_its_own(tmp_path):
+    """The paper's six categories, and no published column, as no source for its figures was found."""
+    write_record(tmp_path, "tubes", 2, "last", [(0.9, 0.9)], data_type="mpdd")
+    made = table(tmp_path, "image AUROC, K = 2")
+    assert list(made.rows) == [*CATEGORIES["mpdd"], "mean"] and len(made.rows) == 7
+    assert made.columns == ["last"] and entry(made, "mean", "last").of == "1 of 6"
+
+
+def test_seconds(tmp_path):
+    """Of scoring from the records, of training from the record of train.py, also after the folder was moved."""
+    for category in ("ring", "weave"):
+        record = write_record(tmp_path, category, 2, "last", [(0.9, 0.9)], data_type="folder")
+        place = f"save_checkpoints/affine/2/{category}"
+        record |= {"seconds": {"network": 3.0, "metrics": 1.5}, "epoch": 2}
+        record["checkpoint"] = {"path": f"/elsewhere/{place}/{category}_2_affine_last.pt", "sha256": "a"}
+        (tmp_path / f"{category}_2_affine_last.json").write_text(json.dumps(record))
+    (tmp_path / "save_checkpoints/affine/2/ring").mkdir(parents=True)
+    trained = {"epochs": [{"elapsed_seconds": 10.0}, {"elapsed_seconds": 20.5}]}
+    (tmp_path / "save_checkpoints/affine/2/ring/ring_2_affine_record.json").write_text(json.dumps(trained))
+    results = read_results(tmp_path)
+    made = table(tmp_path, "Seconds, K = 2")
+    assert made.columns == ["training", "scoring, last"]
+    assert entry(made, "ring", "training").mean == 30.5 and entry(made, "weave", "training") is None
+    assert entry(made, "mean", "scoring, last").mean == 4.5
+    tables = make_tables(results)
+    assert "| weave |  | 4.5 |" in to_markdown(results, tables) and "30.5" in to_html(results, tables)
+    assert "Seconds" not in to_latex(results, tables) and 'class="missing"' not in to_html(results, [made])
+    write_csv(tmp_path / "tables.csv", tables)
+    assert "2,seconds,ring,training,,,,,,30.5" in (tmp_path / "tables.csv").read_text()
+
+
+def test_intervals_in_the_csv_stay_within_percents(tmp_path):
+    write_record(tmp_path, "ring", 2, "last", [(0.9, 0.1), (1.0, 0.0)], data_type="folder")
+    write_csv(tmp_path / "tables.csv", make_tables(read_results(tmp_path)))
+    rows = {row["metric"]: row for row in csv.DictReader((tmp_path / "tables.csv").read_text().splitlines())}
+    assert float(rows["image_auroc"]["high95"]) == 100 and float(rows["pixel_auroc"]["low95"]) == 0
 
 
 def test_source_column_only_where_it_was_run(folder):
@@ -246,7 +289,7 @@ def test_comparison_by_hand(tmp_path):
     assert image.difference["sd"] == pytest.approx(3 / np.sqrt(2))
     assert image.sd_of_rounds == pytest.approx(np.sqrt(2) / 2)  # of +3, +1 and of -1, -1
     assert pixel.better == 0 and pixel.difference["mean"] == 0
-    text = format_comparison([image, pixel])
+    text = FORMATS["md"]([image, pixel])
     assert "| image AUROC | 2 | last | +0.50 | 2.12 | -18.56 to +19.56 | 0.71 | 1 of 2 |" in text
 
 
@@ -262,6 +305,95 @@ def test_comparison_needs_the_same_support_sets(tmp_path):
     write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
     with pytest.raises(UserError, match="in common"):
         compare(read_results(tmp_path / "a"), read_results(tmp_path / "c"))
+
+
+@pytest.fixture
+def with_another_method(tmp_path):
+    """Two folders: the project's last weights, and another method's record of them, without pixel metrics."""
+    names = [["1.png"], ["2.png"]]
+    record = write_record(tmp_path / "a", "bottle", 2, "last", [(0.90, 0.5), (0.92, 0.5)], names=names)
+    rounds = [{"image_auroc": 0.95}, {"image_auroc": 0.96}]
+    record |= {"scorer": "mine", "rounds": rounds, "commit": None, "arguments": {"obj": "bottle", "shot": 2}}
+    record["arguments"]["data_type"] = "mvtec"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.json").write_text(json.dumps(record))
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_another_method_against_the_release_s_scorer(with_another_method):
+    ours, theirs = map(read_results, with_another_method)
+    (one,) = compare(ours, theirs)
+    assert one.kind == "last, mine - last" and one.difference["mean"] == pytest.approx(4.5)
+    (back,) = compare(theirs, ours)
+    assert back.kind == "last - last, mine" and back.difference["mean"] == pytest.approx(-4.5)
+    assert "| image AUROC | 2 | last, mine - last | +4.50 |" in FORMATS["md"]([one])
+    assert "image AUROC & 2 & last, mine $-$ last & $+$4.50 &" in FORMATS["tex"]([one])
+    (row,) = csv.DictReader(FORMATS["csv"]([one]).splitlines())
+    assert float(row["mean"]) == pytest.approx(4.5) and row["kind"] == "last, mine - last" and row["better"] == "1"
+
+
+def test_what_a_record_lacks_is_named(with_another_method):
+    folder = with_another_method[1]
+    made = table(folder, "pixel AUROC, K = 2")
+    assert made.notes[0] == "last, mine: pixel AUROC is not in any record (n/a)."
+    assert entry(made, "bottle", "last, mine") is NO_TRUTH
+    record = json.loads((folder / "mine.json").read_text())
+    for change, words in (
+        ({"date": None}, "date must be string"),
+        ({"weights": "first"}, "weights must be one of untrained, last, source, best"),
+        ({"rounds": []}, "rounds is empty"),
+        ({"rounds": [{"image_auroc": 95}]}, r"rounds\[0\]\.image_auroc is 95, out of its range"),
+        ({"rounds": [{"pixel_auroc": 0.5}]}, r"it lacks rounds\[0\]\.image_auroc"),
+        ({"rounds": [{"image_auroc": 0.5}, {"image_auroc": 0.5, "pro": 0}]}, "other metrics than"),
+        ({"rounds": [{"image_auroc": 0.5}]}, "names has 2 rounds, rounds has 1"),
+        ({"support_set": {"names": None}}, "it lacks support_set.sha256"),
+        ({"arguments": {"obj": "bottle"}}, "it lacks arguments.shot; it lacks arguments.data_type"),
+    ):
+        (folder / "mine.json").write_text(json.dumps(record | change))
+        with pytest.raises(UserError, match=words):
+            read_results(folder)
+    (folder / "mine.json").write_text(json.dumps({"arguments": record["arguments"]}))
+    with pytest.raises(UserError, match="it lacks commit; it lacks date; it lacks device and 3 more"):
+        read_results(folder)
+
+
+RECORDS = [file for file in (PROJECT_ROOT / "results" / "published").glob("*/*.json") if file.name != GRID_FILE]
+
+
+def test_the_schema_and_the_committed_records():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(SCHEMA_FILE.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert len(RECORDS) > 20
+    for file in RECORDS:
+        jsonschema.validate(json.loads(file.read_text()), schema)
+
+
+JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(-2, 2), st.text(max_size=2), st.just([]))
+
+
+@given(st.data())
+def test_the_schema_is_read_as_jsonschema_reads_it(data):
+    """A record with random damage is refused by both or by none."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(SCHEMA_FILE.read_text())
+    record = json.loads(RECORDS[0].read_text())
+    for _ in range(data.draw(st.integers(0, 2))):
+        place = data.draw(st.sampled_from([record, *_containers(record)]))
+        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        if isinstance(place, dict) and data.draw(st.booleans()):
+            del place[key]
+        else:
+            place[key] = data.draw(JUNK)
+    refused = any(_problems(record, schema, ""))
+    assert refused != jsonschema.Draft202012Validator(schema).is_valid(record)
+
+
+def _containers(value):
+    """The non-empty objects and arrays inside a record."""
+    inside = value.values() if isinstance(value, dict) else value
+    found = [item for item in inside if isinstance(item, dict | list) and item]
+    return found + [deeper for item in found for deeper in _containers(item)]
 
 
 def with_scorer(folder, name, scorer, **arguments):

@@ -1,0 +1,200 @@
+"""The records of a results folder: read, checked against grid/record.schema.json, and keyed for tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.mvtec import CATEGORIES
+from models.stn import RELEASE_BACKBONE
+from scorers.registry import RELEASE_SCORER, SCORERS
+from utils.errors import UserError
+
+WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
+    "untrained": "before registration training",
+    "last": "the last epoch, without selection",
+    "source": "selected on held-out source categories; no image of the target category is read",
+    "best": "selected by image + pixel AUROC on the target's own test labels, as in the published protocol. Test "
+    "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
+}
+GRID_FILE = "grid.json"  # what was asked for, so that missing records can be shown: categories, shots, kinds
+SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
+SCHEMA_TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "null": type(None),
+}
+DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
+
+
+class Results(NamedTuple):
+    """The records of a folder by (category, shot, kind), with the categories, shots and scorers of its tables.
+
+    A kind is a key of WEIGHTS, followed by the scorer where it is not the release's, see `kind_name`. planned: the
+    kinds that were asked for, so that they are shown also where they are missing. training: the seconds of the training
+    behind a record, where they are known.
+    """
+
+    records: dict[tuple[str, int, str], dict]
+    categories: list[str]
+    shots: list[int]
+    data_type: str
+    scorers: list[str]
+    planned: list[str]
+    training: dict[tuple[str, int, str], float]
+
+
+def kind_name(weights: str, scorer: str) -> str:
+    """The column of a kind of weights scored by one scorer: `last`, or `last, neighbours`."""
+    return weights if scorer == RELEASE_SCORER else f"{weights}, {scorer}"
+
+
+def weights_of(kind: str) -> str:
+    """The kind of weights in a `kind_name`."""
+    return kind.split(", ")[0]
+
+
+def read_results(folder: Path) -> Results:
+    """Reads all records in `folder`. Its sub-folders are not searched.
+
+    Raises:
+        UserError: no folder, no record, a damaged record, or records of several data types, STN modes or image sizes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no results folder {folder}; create it with python reproduce.py --output {folder}")
+    records = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name != GRID_FILE:
+            record = _read_record(path)
+            kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
+            records[record["arguments"]["obj"], record["arguments"]["shot"], kind] = record
+    if not records:
+        raise UserError(f"no records of test.py in {folder}")
+    _refuse_mixture(folder, list(records.values()))
+    asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"kinds": []}
+    data_type = next(iter(records.values()))["arguments"]["data_type"]
+    found = {category for category, _, _ in records} | set(asked.get("objs", []))
+    order = CATEGORIES.get(data_type) or ()
+    others = {record.get("scorer", RELEASE_SCORER) for record in records.values()} - {RELEASE_SCORER}
+    return Results(
+        records,
+        [*order, *sorted(found - set(order))],
+        sorted({shot for _, shot, _ in records} | set(asked.get("shots", []))),
+        data_type,
+        [RELEASE_SCORER, *sorted(others)],
+        asked.get("kinds", ["untrained", "last", "best"]),  # folders of earlier versions do not name them
+        {key: seconds for key, record in records.items() if (seconds := _training_seconds(folder, record))},
+    )
+
+
+def _read_record(path: Path) -> dict:
+    """A record with all that tables need; UserError names what it lacks."""
+    record = _read_json(path)
+    problems = list(_problems(record, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")), ""))
+    if not problems:
+        problems += _contradictions(record)
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{path} is not a record (grid/record.schema.json, docs/extend.md): {'; '.join(problems[:3])}{more}. "
+            f"Correct it, or remove it from {path.parent}"
+        )
+    return record
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the record {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a record of test.py")
+    return content
+
+
+def _problems(value: object, schema: dict, place: str) -> Iterator[str]:
+    """What contradicts the schema, a phrase each. Knows only the words of JSON Schema that the project's file uses."""
+    named = schema.get("type", [])
+    types = [named] if isinstance(named, str) else named
+    if types and not any(_is_type(value, name) for name in types):
+        yield f"{place or 'it'} must be {' or '.join(types)}"
+        return
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{place} must be one of {', '.join(schema['enum'])}"
+    if isinstance(value, dict):
+        yield from (
+            f"it lacks {place}.{name}".replace(" .", " ") for name in schema.get("required", []) if name not in value
+        )
+        for name, of_name in schema.get("properties", {}).items():
+            if name in value:
+                yield from _problems(value[name], of_name, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        if len(value) < schema.get("minItems", 0):
+            yield f"{place} is empty"
+        for number, item in enumerate(value):
+            yield from _problems(item, schema.get("items", {}), f"{place}[{number}]")
+    elif isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        yield f"{place} is {value}, out of its range"
+
+
+def _is_type(value: object, name: str) -> bool:
+    if name == "integer" and isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, SCHEMA_TYPES[name]) and not isinstance(value, bool)
+
+
+def _contradictions(record: dict) -> list[str]:
+    """What a schema cannot say: rounds that do not fit each other or the support set, or a support set without name."""
+    rounds, support = record["rounds"], record["support_set"]
+    problems = [
+        f"rounds[{number}] has other metrics than rounds[0]"
+        for number, numbers in enumerate(rounds)
+        if set(numbers) != set(rounds[0])
+    ]
+    if support["names"] is None and not support.get("sha256"):
+        problems.append("it lacks support_set.sha256, as support_set.names is null")
+    if support["names"] is not None and len(support["names"]) != len(rounds):
+        problems.append(f"support_set.names has {len(support['names'])} rounds, rounds has {len(rounds)}")
+    return problems
+
+
+def _refuse_mixture(folder: Path, records: list[dict]) -> None:
+    """Raises UserError for several data types, and for several settings of the project's own network."""
+    own = [record["arguments"] for record in records if record.get("scorer", RELEASE_SCORER) in SCORERS]
+    everything = [record["arguments"] for record in records]
+    for name, arguments in (("data_type", everything), *((name, own) for name in ("stn_mode", "img_size", "backbone"))):
+        found = {given.get(name, RELEASE_BACKBONE) for given in arguments}
+        if len(found) > 1:
+            raise UserError(f"{folder} mixes records of --{name} {' and '.join(map(str, sorted(found)))}")
+
+
+def _training_seconds(folder: Path, record: dict) -> float | None:
+    """The seconds of all epochs, from the record of train.py beside the checkpoint; None where there is none.
+
+    The checkpoint is looked for where it was, and at the same place below `folder`, which may have been moved.
+    """
+    checkpoint = record.get("checkpoint")
+    if not checkpoint:
+        return None
+    file = Path(checkpoint["path"])
+    for ending in ("_model.pt", "_last.pt"):
+        file = file.with_name(file.name.replace(ending, "_record.json"))
+    for place in (file, folder.joinpath(*file.parts[-5:])):  # save_checkpoints/<mode>/<shot>/<category>/<file>
+        if place.suffix == ".json" and place.is_file():
+            epochs = _read_json(place).get("epochs", [])
+            return sum(entry.get("elapsed_seconds", 0) for entry in epochs) or None
+    return None
+
+
+def support_name(record: dict) -> str:
+    """Identifies the support sets of a record: the file name, or "drawn", and the first digits of a SHA-256."""
+    support = record["support_set"]
+    names, file = support["names"], support.get("path")
+    digest = support["sha256"] if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    return f"{Path(file).name if file else 'drawn'} {digest[:DIGEST_LETTERS]}"
