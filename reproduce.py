@@ -5,6 +5,7 @@ python reproduce.py ... --dry_run                       show finished cells, pen
 python reproduce.py ... --eval_only ./save_checkpoints  score existing checkpoints without training
 python reproduce.py --report results/mvtec              print the tables of a results folder
 python reproduce.py --compare results/a results/b       paired comparison of two folders
+python reproduce.py --import scores.csv --name mymethod --obj bottle --shot 2    a record of another method's scores
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from grid.cells import Cell, require_locks
 from grid.comparison import FORMATS, compare
 from grid.engines import Cluster, run_local, run_on_cluster, visible_gpus
 from grid.estimate import format_duration
+from grid.imported import import_record
 from grid.plan import RECIPE, Plan, count_jobs, take_shard
-from grid.results import GRID_FILE, read_results
+from grid.results import GRID_FILE, WEIGHTS, read_results
 from grid.tables_page import write_tables
 from models.networks import settle_img_size
 from models.stn import BACKBONES, STN_MODES
@@ -105,6 +107,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     results.add_argument("--report", type=Path, metavar="DIR", help="print the tables of DIR and rewrite their files")
     results.add_argument("--readme", type=Path, metavar="FILE", help="with --report: also insert them in FILE")
     results.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="paired differences B - A")
+    method = parser.add_argument_group("another method's scores in the tables, see docs/extend.md")
+    method.add_argument(
+        "--import", dest="import_scores", type=Path, metavar="CSV", help="make a record of these image scores"
+    )
+    method.add_argument("--name", help="the method's name")
+    method.add_argument("--obj", type=flags.category_name, metavar="CATEGORY", help="the category that was scored")
+    method.add_argument("--shot", type=int, metavar="K", help="support images per round")
+    method.add_argument("--maps", type=Path, metavar="DIR", help="round_0.npz, ... for the pixel metrics")
+    method.add_argument("--kind", choices=list(WEIGHTS), default="last", help="how its weights were chosen")
     results.add_argument("--format", choices=list(FORMATS), default="md", help="of --compare: Markdown, LaTeX or CSV")
     return parser
 
@@ -117,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.report:
         write_tables(args.report, args.readme)
+        return
+    if args.import_scores:
+        require_positive(args, "shot", "inferences", "img_size")
+        args.img_size = settle_img_size(args.backbone, args.img_size)
+        import_record(args)
         return
     _check(args)
     plan = Plan(args)
