@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from grid import estimate
 from grid import plan as grid_plan
 from grid.cells import is_finished
 from grid.estimate import Speed, measure_apart
-from grid.results import GRID_FILE, SCHEMA_FILE
+from grid.results import GRID_FILE, SCHEMA_FILE, read_results
+from grid.tables import SECONDS, make_tables
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
@@ -376,8 +378,20 @@ def test_mistakes_get_one_sentence(arguments, change, sentence):
         reproduce.main(flat(arguments | change))
 
 
-def start(arguments) -> subprocess.Popen:
-    command = [sys.executable, str(PROJECT_ROOT / "reproduce.py"), *flat(arguments), "--jobs", "2"]
+NO_LOCKS = """
+import errno, fcntl, runpy, sys
+def fails(*_): raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = fails
+del sys.argv[0]
+sys.path[0] = sys.argv[0].removesuffix("/reproduce.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(arguments, locks=True) -> subprocess.Popen:
+    """A driver; without `locks`, of a file system that has none."""
+    wrapper = [] if locks else ["-c", NO_LOCKS]
+    command = [sys.executable, *wrapper, str(PROJECT_ROOT / "reproduce.py"), *flat(arguments)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -395,28 +409,43 @@ def workers(output) -> list[int]:
     return found
 
 
+def numbers(output):
+    """The tables without those of seconds."""
+    return [table for table in make_tables(read_results(Path(output))) if table.metric != SECONDS]
+
+
 @pytest.mark.slow
-def test_killed_driver_and_workers(arguments, tmp_path):
-    """kill -9 of the driver twice and of a worker twice, at random moments; then the same command gives the same."""
-    arguments |= {"--epochs": ["2"]}
+def test_killed_drivers_and_workers(arguments, tmp_path):
+    """Two drivers with four workers share the cells of a shard, a third has the others and no locks.
+
+    After kill -9 of drivers and workers at random moments, the same commands give the tables of an undisturbed run.
+    """
+    arguments |= {"--epochs": ["2"], "--shots": ["1", "2"]}
     undisturbed = str(tmp_path / "undisturbed")
-    assert start(arguments | {"--output": [undisturbed]}).wait() == 0
+    assert start(arguments | {"--output": [undisturbed], "--jobs": ["2"]}).wait() == 0
     output, rng = arguments["--output"][0], random.Random(0)
-    for victim in ("worker", "driver", "worker", "driver"):
-        driver = start(arguments)
-        while not workers(output):
-            time.sleep(0.1)
-            assert driver.poll() is None
-        time.sleep(rng.uniform(1, 12))
-        alive = workers(output)
-        if victim == "driver":
-            driver.kill()
-        elif alive:
-            os.kill(rng.choice(alive), signal.SIGKILL)
-            assert driver.wait() == 1
+    shared, alone = {"--shard": ["0/2"], "--jobs": ["2"]}, {"--shard": ["1/2"], "--jobs": ["1"]}
+    kinds = [(arguments | shared, True), (arguments | shared, True), (arguments | alone, False)]
+    drivers = [start(*kind) for kind in kinds]
+    killed = []
+    for victim in ("worker", "driver") * 4:
+        time.sleep(rng.uniform(1, 8))
+        alive = workers(output) if victim == "worker" else [driver.pid for driver in drivers if driver.poll() is None]
+        if alive:
+            killed.append(victim)
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(alive), signal.SIGKILL)
+        time.sleep(0.5)
+        drivers = [
+            driver if driver.poll() is None else start(*kind) for driver, kind in zip(drivers, kinds, strict=True)
+        ]
+    assert {"worker", "driver"} == set(killed)
+    for driver in drivers:
         driver.wait()
-    assert start(arguments).wait() == 0
-    assert records(output) == records(undisturbed) and len(records(output)) == 6
+    for kind in kinds:
+        assert start(*kind).wait() == 0
+    assert records(output) == records(undisturbed) and len(records(output)) == 12
+    assert numbers(output) == numbers(undisturbed)
     assert all(is_finished(Path(output), cell) for cell in plan(arguments).cells())
 
 
