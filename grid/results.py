@@ -131,9 +131,9 @@ def _problems(value: object, schema: dict, place: str) -> Iterator[str]:
         yield from (
             f"it lacks {place}.{name}".replace(" .", " ") for name in schema.get("required", []) if name not in value
         )
-        for name, of_name in schema.get("properties", {}).items():
-            if name in value:
-                yield from _problems(value[name], of_name, f"{place}.{name}".lstrip("."))
+        known, further = schema.get("properties", {}), schema.get("additionalProperties", {})
+        for name, item in value.items():
+            yield from _problems(item, known.get(name, further), f"{place}.{name}".lstrip("."))
     elif isinstance(value, list):
         if len(value) < schema.get("minItems", 0):
             yield f"{place} is empty"

@@ -27,6 +27,8 @@ PUBLISHED = ("paper", "release")
 PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc")
 OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS)
+OTHER_WEIGHTS = ("last", "source", "best", "untrained")  # the first that a scorer has is that of its other metrics
+DEFECT_METRICS = ("image_auroc", "pixel_auroc", "pro")
 MISSING, NOT_PUBLISHED = "missing", ""
 DIFFERENCE = " - "  # in the names of columns of differences
 PERCENT = (0.0, 100.0)  # the range of a metric
@@ -50,9 +52,10 @@ NO_TRUTH = Entry(math.nan)  # scored, but the metric is not in the record or und
 
 
 class Table(NamedTuple):
-    """One metric at one shot, the metrics "other" of one kind of weights, or SECONDS.
+    """One metric at one shot, the metrics "other" or "defects" of one kind of weights, or SECONDS.
 
-    rows: the categories, then "mean", each with one entry per column; None where nothing was scored.
+    rows: the categories, then "mean", each with one entry per column; None where nothing was scored. Those of "defects"
+    are categories with a kind of defect, without a mean.
     """
 
     title: str
@@ -168,16 +171,35 @@ def _same_weights(one: dict, other: dict) -> bool:
 
 
 def _other_tables(results: Results, shot: int) -> list[Table]:
-    """AP, F1-max and PRO of each scorer, of the first of last, source, best and untrained weights that have them."""
+    """AP, F1-max and PRO, and the metrics by kind of defect, of each scorer's first kind of weights that has them."""
     tables = []
     for scorer in results.scorers:
-        for kind in [kind_name(weights, scorer) for weights in ("last", "source", "best", "untrained")]:
-            columns = {METRIC_NAMES[metric]: column_of(results, metric, shot, kind) for metric in OTHER_METRICS}
-            if any(known(column) for column in columns.values()):
-                title = f"Other metrics, {kind} weights, K = {shot}"
-                tables.append(Table(title, "other", shot, list(columns), _rows(results.categories, columns), []))
-                break
+        kinds = [kind_name(weights, scorer) for weights in OTHER_WEIGHTS]
+        for make in (_other_table, _defects_table):
+            tables += [made for kind in kinds if (made := make(results, shot, kind))][:1]
     return tables
+
+
+def _other_table(results: Results, shot: int, kind: str) -> Table | None:
+    columns = {METRIC_NAMES[metric]: column_of(results, metric, shot, kind) for metric in OTHER_METRICS}
+    if not any(known(column) for column in columns.values()):
+        return None
+    title = f"Other metrics, {kind} weights, K = {shot}"
+    return Table(title, "other", shot, list(columns), _rows(results.categories, columns), [])
+
+
+def _defects_table(results: Results, shot: int, kind: str) -> Table | None:
+    """A row for each category and kind of defect, whose images are compared with all normal ones."""
+    rows: dict[str, list[Entry | None]] = {}
+    for category in results.categories:
+        defects = results.records.get((category, shot, kind), {}).get("defects", {})
+        for defect, numbers in defects.items():
+            found = [numbers.get(metric) for metric in DEFECT_METRICS]
+            rows[f"{category}, {defect}"] = [
+                _entry([100 * value for value in one["rounds"]]) if one else NO_TRUTH for one in found
+            ]
+    columns = [METRIC_NAMES[metric] for metric in DEFECT_METRICS]
+    return Table(f"By kind of defect, {kind} weights, K = {shot}", "defects", shot, columns, rows, []) if rows else None
 
 
 def _seconds_table(results: Results, shot: int) -> list[Table]:

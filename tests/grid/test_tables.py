@@ -147,6 +147,16 @@ def test_what_was_asked_for_and_failed_is_shown(tmp_path):
     assert table(tmp_path, "image AUROC, K = 2").columns == ["untrained", "last", "best"]
 
 
+def test_kinds_of_defects(tmp_path):
+    record = write_record(tmp_path, "ring", 2, "last", [(0.9, 0.9), (0.8, 0.9)], data_type="folder")
+    scratch = {"images": 3, "image_auroc": {"mean": 0.6, "rounds": [0.5, 0.7]}, "pixel_auroc": None, "pro": None}
+    (tmp_path / "ring_2_affine_last.json").write_text(json.dumps(record | {"defects": {"scratch": scratch}}))
+    write_record(tmp_path, "weave", 2, "last", [(0.9, 0.9)], data_type="folder")
+    made = table(tmp_path, "By kind of defect, last weights, K = 2")
+    assert list(made.rows) == ["ring, scratch"] and entry(made, "ring, scratch", "PRO") is NO_TRUTH
+    assert "| ring, scratch | 60.0 ± 14.1 | n/a | n/a |" in to_markdown(read_results(tmp_path), [made])
+
+
 def test_mpdd_has_a_table_of_its_own(tmp_path):
     """The paper's six categories, and no published column, as no source for its figures was found."""
     write_record(tmp_path, "tubes", 2, "last", [(0.9, 0.9)], data_type="mpdd")
@@ -345,6 +355,7 @@ def test_what_a_record_lacks_is_named(with_another_method):
         ({"rounds": [{"image_auroc": 95}]}, r"rounds\[0\]\.image_auroc is 95, out of its range"),
         ({"rounds": [{"pixel_auroc": 0.5}]}, r"it lacks rounds\[0\]\.image_auroc"),
         ({"rounds": [{"image_auroc": 0.5}, {"image_auroc": 0.5, "pro": 0}]}, "other metrics than"),
+        ({"defects": {"cut": {"pro": {"mean": 1}}}}, "it lacks defects.cut.pro.rounds"),
         ({"rounds": [{"image_auroc": 0.5}]}, "names has 2 rounds, rounds has 1"),
         ({"support_set": {"names": None}}, "it lacks support_set.sha256"),
         ({"arguments": {"obj": "bottle"}}, "it lacks arguments.shot; it lacks arguments.data_type"),
@@ -378,6 +389,7 @@ def test_the_schema_is_read_as_jsonschema_reads_it(data):
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(SCHEMA_FILE.read_text())
     record = json.loads(RECORDS[0].read_text())
+    record["defects"] = {"cut": {"images": 2, "pro": {"rounds": [0.5]}, "pixel_auroc": None}}
     for _ in range(data.draw(st.integers(0, 2))):
         place = data.draw(st.sampled_from([record, *_containers(record)]))
         key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
