@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -49,6 +51,7 @@ from utils.stages import StageClock
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
 SCORE_GROUP = 32  # images whose features are in memory at the same time
 DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
+ID_LENGTH = 12  # hexadecimal digits of a detector's hash
 FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
 READABLE_VERSIONS = (2, FILE_VERSION)
 
@@ -339,17 +342,7 @@ class FewShotDetector:
         content = {
             "format": FILE_FORMAT,
             "version": FILE_VERSION,
-            "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
-            "backbone": self.network.backbone,
-            "stn_mode": self.network.stn_mode,
-            "img_size": self.size,
-            "keep_aspect": self.keep_aspect,
-            "bits": self.bits,
-            "tile": self.tile,
-            "tiling": None if self.tiling is None else tuple(self.tiling),
-            "region": None if self.region is None else torch.from_numpy(self.region),
-            "scorer": self.scorer.name,
-            "fitted": {name: value.cpu() for name, value in self.fitted.items()},
+            **self._what_decides_scores(),
             "left_out": None if self.left_out is None else [torch.from_numpy(part) for part in self.left_out],
             "threshold": None if self.threshold is None else tuple(self.threshold),
             "origin": self.origin,
@@ -359,6 +352,38 @@ class FewShotDetector:
                 torch.save(content, stream)
         except OSError as error:
             raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
+
+    def _what_decides_scores(self) -> dict:
+        """The entries of a saved detector on which scores and score maps depend: tensors and plain values."""
+        return {
+            "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
+            "backbone": getattr(self.network, "backbone", None),
+            "stn_mode": getattr(self.network, "stn_mode", None),
+            "img_size": self.size,
+            "keep_aspect": self.keep_aspect,
+            "bits": self.bits,
+            "tile": self.tile,
+            "tiling": None if self.tiling is None else tuple(self.tiling),
+            "region": None if self.region is None else torch.from_numpy(self.region),
+            "scorer": self.scorer.name,
+            "fitted": {name: value.cpu() for name, value in self.fitted.items()},
+        }
+
+    def identity(self) -> str:
+        """A short hash of all that scores depend on. It reads every tensor; a saved detector keeps it.
+
+        The threshold, the leave-one-out scores and the origin do not count.
+        """
+        content, hashed = self._what_decides_scores(), hashlib.sha256()
+        tensors = {
+            f"{part} {name}": value for part in ("network", "fitted") for name, value in content.pop(part).items()
+        }
+        tensors |= {"region": content.pop("region")} if self.region is not None else {}
+        for name, value in sorted(tensors.items()):
+            hashed.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            hashed.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        hashed.update(json.dumps(content, sort_keys=True).encode())
+        return hashed.hexdigest()[:ID_LENGTH]
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto", scorer: str | Scorer | None = None) -> FewShotDetector:

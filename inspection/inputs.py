@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +20,28 @@ from utils.flags import FULL_BITS
 from utils.stages import StageClock, in_threads
 
 POLL_SECONDS = 0.5  # interval between scans of a watched folder
+GIVE_UP_SECONDS = 30.0  # an unreadable image in a watched folder has failed once it has not changed for so long
+
+
+class Identity(NamedTuple):
+    """What tells one image from another: a camera may write the next image under the same name.
+
+    path: from `full_name`. bytes: size of the file. modified: time of its last change, in UTC, to the nanosecond.
+    """
+
+    path: str
+    bytes: int
+    modified: str
 
 
 class InputImage(NamedTuple):
-    """A decoded image and its square network input (S, S, 3) uint8, or the reason why it cannot be read."""
+    """A decoded image and its square network input (S, S, 3) uint8, or the reason why it cannot be read.
+
+    identity: of the file that was read; None if there was none, or if it changed meanwhile.
+    """
 
     path: Path
+    identity: Identity | None
     image: Image.Image | None
     square: np.ndarray | None
     error: str | None
@@ -64,50 +81,72 @@ def full_name(path: Path) -> str:
     return str(absolute(path)).encode(errors="backslashreplace").decode()
 
 
+def identify(path: Path) -> Identity | None:
+    """The identity of a file; None if it does not exist or its folder cannot be entered."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    seconds, rest = divmod(status.st_mtime_ns, 10**9)
+    try:
+        modified = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+    except (ValueError, OverflowError, OSError):  # years that the calendar does not have
+        modified = f"{status.st_mtime_ns} ns"
+    return Identity(full_name(path), status.st_size, modified)
+
+
 def read_inputs(
-    paths: Iterable[Path], size: int, keep_aspect: bool, workers: int, clock: StageClock, bits: int = FULL_BITS
+    paths: Iterable[Path],
+    size: int,
+    keep_aspect: bool,
+    workers: int,
+    clock: StageClock,
+    bits: int = FULL_BITS,
+    ahead: int | None = None,
 ) -> Iterator[InputImage]:
-    """Yields decoded images in the order of `paths`, decoded a few images ahead.
+    """Yields decoded images in the order of `paths`, decoded `ahead` of the network (see `in_threads`).
 
     An image that cannot be read is yielded with its error, a 16-bit image that exceeds `bits` with a warning.
     """
-    return in_threads(partial(_read, size=size, keep_aspect=keep_aspect, clock=clock, bits=bits), paths, workers)
+    read = partial(_read, size=size, keep_aspect=keep_aspect, clock=clock.on_host(), bits=bits)
+    return in_threads(read, paths, workers, ahead)
 
 
 def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock, bits: int) -> InputImage:
+    before = identify(path)
     try:
         with clock("decode"):
             image = decode_image(path, bits)
-            warning = clipping_note(image, path, bits)
-            return InputImage(path, image, to_square(image, size, keep_aspect), None, warning)
+            square = to_square(image, size, keep_aspect)
     except ImageError as error:
-        return InputImage(path, None, None, str(error))
+        return InputImage(path, before, None, None, str(error))
+    if identify(path) not in (before, None):  # a whole image that was removed meanwhile is one, too
+        return InputImage(path, None, None, None, f"cannot read the image {path}: it changed while it was read")
+    return InputImage(path, before, image, square, None, clipping_note(image, path, bits))
 
 
-def watch(folder: Path, output: Path, done: Collection[str] = ()) -> Iterator[list[Path]]:
-    """Yields images as they arrive in `folder`, without end.
+class Watcher:
+    """Finds the images that arrive in `folder`, existing ones first. Images in `output` are skipped.
 
-    Existing images come first. Images in `output` are skipped. A file counts as arrived once its size is unchanged
-    between two scans.
-
-    done: full names (`full_name`) of images to skip.
+    A file has arrived once size and time of change are the same in two scans. It arrives again as long as its identity
+    is not in `done`, to which the caller adds those that are scored or have failed: an image that cannot be read yet
+    may be an upload that pauses.
     """
-    sizes: dict[Path, int] = {}
-    seen_before = set(done)
-    while True:
-        listed = Listing(output).images_below(folder)
-        seen = {path: _size(path) for path in listed if full_name(path) not in seen_before}
-        arrived = sorted(path for path, size in seen.items() if size and sizes.get(path) == size)
-        sizes = {path: size for path, size in seen.items() if size}
-        seen_before.update(map(full_name, arrived))
-        if arrived:
-            yield arrived
-        else:
-            time.sleep(POLL_SECONDS)
 
+    def __init__(self, folder: Path, output: Path, done: Container[Identity]) -> None:
+        self.folder, self.output, self.done = folder, output, done
+        self._since: dict[Identity, float] = {}  # when a file was first seen as it is
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:  # removed in the meantime
-        return None
+    def scan(self) -> list[Path]:
+        """The images that have arrived, sorted."""
+        now = time.monotonic()
+        seen = {identify(path): path for path in Listing(self.output).images_below(self.folder)}
+        new = {identity: path for identity, path in seen.items() if identity and identity not in self.done}
+        arrived = sorted(path for identity, path in new.items() if identity in self._since)
+        self._since = {identity: self._since.get(identity, now) for identity in new}
+        return arrived
+
+    def gives_up(self, identity: Identity) -> bool:
+        """Whether an unreadable image has not changed for GIVE_UP_SECONDS."""
+        since = self._since.get(identity)
+        return since is not None and time.monotonic() - since >= GIVE_UP_SECONDS

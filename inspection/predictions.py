@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
+from datetime import datetime
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,48 +15,49 @@ import numpy as np
 import torch
 from PIL import Image
 
+from inspection.boxes import find_boxes
 from inspection.detector import SCORE_GROUP, FewShotDetector, as_tensor
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
+from inspection.results import Prediction, decide, relative_score
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
 from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_image
 from reports.page import NO_PREVIEW, Preview, make_preview
-from utils.errors import UserError
 from utils.files import whole_file
 from utils.stages import in_threads
 
-CSV_COLUMNS = ("path", "score", "decision", "error")
 HEAT_PANEL = "heat map"  # title of the panel that thumbnails show
+PANELS_SUFFIX = ".jpg"  # of the panels; maps have another
 UNBOUNDED_MAP_SCALE = 256  # 16-bit PNG maps store score times a scale: up to a score of 255.99 where there is no bound
 
 
-class Prediction(NamedTuple):
-    """The result of one image.
-
-    path: from `inspection.inputs.full_name`. score: a distance, at least 0; None if the image cannot be read. decision:
-    `defective`, `normal`, or None without a threshold or score. error: why the image cannot be read, or its files
-    cannot be written. warning: why the score may mislead.
-    """
-
-    path: str
-    score: float | None
-    decision: str | None
-    error: str | None
-    warning: str | None = None
-    preview: Preview = NO_PREVIEW  # for the report
-
-
 class Outputs(NamedTuple):
-    """Which files are written per image: in `folder`, as pictures/ and maps/, with the paths relative to `root`."""
+    """Which files are written per image: in `folder`, as pictures/ and maps/, with the paths relative to `root`.
+
+    detector: its identity, for the rows. taken: files of earlier rows, relative to `folder`, which are kept.
+    """
 
     folder: Path
     root: Path
     images: bool
     maps: str  # "none", "png" or "npy"
+    detector: str
+    taken: Container[str] = ()
 
-    def place(self, kind: str, path: Path, ending: str) -> Path:
-        """The output file of `kind` for the image `path`. Its suffix is kept, to distinguish a.png from a.jpg."""
-        return self.folder / kind / absolute(path).relative_to(self.root).with_name(path.name + ending)
+    def names(self, path: Path) -> list[str]:
+        """The output files of the image `path`, relative to `folder`: its map, then its panels."""
+        kinds = [("maps", f".{self.maps}")] if self.maps != "none" else []
+        kinds += [("pictures", PANELS_SUFFIX)] if self.images else []
+        return [self._place(kind, path, suffix) for kind, suffix in kinds]
+
+    def _place(self, kind: str, path: Path, suffix: str) -> str:
+        """The suffix of the image is kept, to distinguish a.png from a.jpg.
+
+        If an earlier row has the file, because the image is new under an old name, a number is added.
+        """
+        stem = Path(kind, absolute(path).relative_to(self.root)).as_posix()
+        names = (f"{stem}{suffix}" if number == 1 else f"{stem}.{number}{suffix}" for number in itertools.count(1))
+        return next(name for name in names if name not in self.taken)
 
 
 def predict(
@@ -76,7 +78,8 @@ def predict(
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
     """Yields groups of (number, input, score, map), at most SCORE_GROUP images each."""
     size, keep_aspect, bits = detector.size, detector.keep_aspect, detector.bits
-    inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits))
+    ahead = None if detector.clock.device.type == "cpu" else SCORE_GROUP  # the next group, while the device works
+    inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits, ahead))
     for group in _groups(detector, inputs):
         readable = [item for _, item in group if item.error is None]
         results = zip(*detector.score([_to_score(detector, item) for item in readable]), strict=True)
@@ -112,30 +115,51 @@ def _to_score(detector: FewShotDetector, item: InputImage) -> Image.Image | torc
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
     """Writes the files of an image and returns its row."""
     number, item, score, scores = scored
-    if item.error is not None:
-        return Prediction(full_name(item.path), None, None, item.error)
-    decision = _decide(float(score), detector.threshold)
-    row = Prediction(full_name(item.path), float(score), decision, None, item.warning)
-    try:
-        with detector.clock("pictures"):
-            return row._replace(preview=_write(detector, outputs, item, scores, number < previews))
-    except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
-        return row._replace(error=f"scored, but its files cannot be written: {item.path} ({error})")
+    row = _row(item, None if score is None else float(score), detector.threshold, outputs.detector)
+    if score is None:
+        return row
+    with detector.clock.on_host()("pictures"):
+        restored = detector.restore(scores, *item.image.size)
+        boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
+        row = row._replace(boxes=boxes, files=outputs.names(item.path))
+        places = [outputs.folder / name for name in row.files]
+        try:
+            return row._replace(preview=_write(detector, places, item.image, restored, number < previews))
+        except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
+            written = [name for name, place in zip(row.files, places, strict=True) if place.is_file()]
+            fault = f"scored, but its files cannot be written: {item.path} ({error})"
+            return row._replace(files=written, error=fault)
+
+
+def _row(item: InputImage, score: float | None, threshold: Threshold | None, detector: str) -> Prediction:
+    """The row of an image before anything is written."""
+    name, size, modified = item.identity or (full_name(item.path), None, None)
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    limit = None if threshold is None else threshold.value
+    if score is None:
+        return Prediction(now, name, size, modified, None, None, None, limit, detector, item.error)
+    decision, relative = decide(score, threshold), relative_score(score, threshold)
+    return Prediction(now, name, size, modified, score, relative, decision, limit, detector, None, item.warning)
 
 
 def _write(
-    detector: FewShotDetector, outputs: Outputs, item: InputImage, scores: np.ndarray, with_preview: bool
+    detector: FewShotDetector, places: Sequence[Path], image: Image.Image, scores: np.ndarray, with_preview: bool
 ) -> Preview:
-    """Writes the files of an image from its score map; returns the preview, empty unless asked for."""
-    restored = detector.restore(scores, *item.image.size)
-    if outputs.maps != "none":
-        _save_map(outputs.place("maps", item.path, f".{outputs.maps}"), restored, map_scale(detector))
-    if not (outputs.images or with_preview):
-        return NO_PREVIEW
-    panels = draw_panels(item.image, restored, detector.threshold)
-    if outputs.images:
-        save_image(outputs.place("pictures", item.path, ".jpg"), beside(list(panels.values())))
+    """Writes the map and the panels of an image from its score map (H, W); returns the preview, empty unless asked for.
+
+    places: as `Outputs.names` lists them.
+    """
+    panels = draw_panels(image, scores, detector.threshold) if with_preview or _has_panels(places) else {}
+    for place in places:
+        if place.suffix == PANELS_SUFFIX:
+            save_image(place, beside(list(panels.values())))
+        else:
+            _save_map(place, scores, map_scale(detector))
     return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
+
+
+def _has_panels(places: Iterable[Path]) -> bool:
+    return any(place.suffix == PANELS_SUFFIX for place in places)
 
 
 def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> dict[str, Image.Image]:
@@ -164,59 +188,3 @@ def _save_map(path: Path, scores: np.ndarray, scale: int) -> None:
             np.save(stream, scores)
     else:
         save_image(path, Image.fromarray(np.clip(np.rint(scores * scale), 0, 65535).astype(np.uint16)))
-
-
-def read_scores(path: Path, threshold: Threshold | None) -> list[Prediction]:
-    """Reads the rows of a `ScoreTable` and applies `threshold` to their scores; empty if the file does not exist.
-
-    Raises:
-        UserError: the file is not a table of scores.
-    """
-    if not path.is_file():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = [[row[name] for name in ("path", "score", "error")] for row in csv.DictReader(stream)]
-            scores = [float(score) if score else None for _, score, _ in rows]
-    except (KeyError, TypeError, ValueError, csv.Error) as fault:
-        raise UserError(f"{path} is not a score table of predict.py; give another --output") from fault
-    return [
-        Prediction(name, score, _decide(score, threshold), error or None)
-        for (name, _, error), score in zip(rows, scores, strict=True)
-    ]
-
-
-def _decide(score: float | None, threshold: Threshold | None) -> str | None:
-    if score is None or threshold is None:
-        return None
-    return "defective" if score > threshold.value else "normal"
-
-
-class ScoreTable:
-    """The table scores.csv, written row by row, so that an interrupted run keeps its results.
-
-    append: continue an existing file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-
-    def __init__(self, path: Path, append: bool) -> None:
-        is_new = not (append and path.is_file())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("w" if is_new else "a", newline="", encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        self._writer = csv.writer(self._stream)
-        if is_new:
-            self._writer.writerow(CSV_COLUMNS)
-
-    def add(self, row: Prediction) -> None:
-        """Writes one row and flushes the file."""
-        score = "" if row.score is None else f"{row.score:.9g}"  # 9 digits represent a float32 exactly
-        self._writer.writerow((row.path, score, row.decision or "", row.error or ""))
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from inspection.detector import FewShotDetector
 from inspection.flags import describe_threshold
 from inspection.inputs import full_name
-from inspection.predictions import Prediction
+from inspection.results import SUMMARY, Prediction
 from reports.drawing import CALLED, HOT, colour_limits, css_colour
 from reports.page import Page, PageRow
 
@@ -20,16 +20,24 @@ OUTLINES = [
 ]
 
 
-def report_page(detector: FewShotDetector, file: Path | None, rows: Sequence[Prediction], root: Path) -> Page:
+def report_page(
+    detector: FewShotDetector, identity: str, file: Path | None, results: Sequence[Prediction], root: Path
+) -> Page:
     """The page of a run, which names images relative to `root`.
 
-    file: where the detector was loaded from or saved to.
+    It shows the results that were made with this detector and threshold, as the page has one threshold for all.
+
+    identity: of the detector. file: where the detector was loaded from or saved to.
     """
     threshold = detector.threshold
+    made_with = (identity, threshold and threshold.value)
+    rows = [row for row in results if (row.detector, row.threshold) == made_with]
+    others = len(results) - len(rows)
     support = detector.origin.get("support", [])
     facts = [
         ("Date", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")),
         ("Detector", f"fitted on {len(support)} support image(s)" + (f", {file}" if file else ", not saved")),
+        ("Detector id", identity),
         ("Scorer", detector.scorer.name),
         ("Network", _network(detector)),
         ("Threshold", describe_threshold(threshold)),
@@ -40,6 +48,7 @@ def report_page(detector: FewShotDetector, file: Path | None, rows: Sequence[Pre
         rows=[_page_row(row, root) for row in rows],
         facts=facts,
         warnings=_shortened([row.warning for row in rows if row.warning]),
+        notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
         typical=threshold and threshold.typical,
         colours=threshold and colour_limits(threshold.typical),
         outlines=OUTLINES if threshold else (),
@@ -60,4 +69,4 @@ def _network(detector: FewShotDetector) -> str:
 def _page_row(row: Prediction, root: Path) -> PageRow:
     """The row of the page; images outside `root`, which an earlier watch may have scored, keep their whole path."""
     name = row.path.removeprefix(f"{full_name(root).rstrip('/')}/")
-    return PageRow(name, row.score, None, row.preview, row.decision, row.error)
+    return PageRow(name, row.score, None, row.preview, row.decision, row.error, row.boxes)

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+DID_WORK = (1, 3)  # exit codes: some items failed; predict.py --fail_on_defect found a defect
+
 
 class UserError(Exception):
     """An error that the user can correct. The message says what was expected, where, and what to do."""
@@ -16,7 +18,7 @@ class UserError(Exception):
 def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     """Runs a command's `main`. A UserError ends it with one line and exit code 2, Ctrl-C with exit code 130.
 
-    A command that did its work, in whole or in part (exit code 1), ends with the time it took. The line goes to
+    A command that did its work, in whole or in part (DID_WORK), ends with the time it took. The line goes to
     stderr, so that redirected output holds the results only. The start of Python is not included.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold characters that the terminal cannot show
@@ -29,7 +31,7 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
     except SystemExit as end:
-        if end.code == 1:
+        if end.code in DID_WORK:
             _print_elapsed(started)
         raise
     _print_elapsed(started)

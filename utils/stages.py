@@ -26,6 +26,12 @@ class StageClock:
         self._lock = threading.Lock()
         self.seconds: dict[str, float] = {}
 
+    def on_host(self) -> StageClock:
+        """This clock for stages that do not use the device, such as decoding in threads: it does not wait for it."""
+        clock = StageClock()
+        clock._lock, clock.seconds = self._lock, self.seconds
+        return clock
+
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()

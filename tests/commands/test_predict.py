@@ -5,11 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +25,6 @@ from models.regad import untrained
 from reports.drawing import CALLED, HOT
 from utils.devices import seed_everything
 from utils.errors import UserError
-from utils.files import PROJECT_ROOT
 
 SIZE = 64
 
@@ -94,7 +89,9 @@ def test_saved_detector_gives_the_same_bits(support, demo_data, tmp_path):
         + ["--device", "cpu"]
     )
     second = json.loads((tmp_path / "b/scores.json").read_text())
+    when = [row.pop("time") for row in first["pictures"] + second["pictures"]]
     assert second["pictures"] == first["pictures"] and second["threshold"] == first["threshold"]
+    assert len(when) == 4 and all(datetime.fromisoformat(time).utcoffset() is not None for time in when)
 
 
 def test_given_threshold_wins(support, demo_data, tmp_path):
@@ -171,7 +168,8 @@ def test_alone_as_among_others(support, demo_data, tmp_path):
     for number in (0, len(inputs) - 1):
         alone = run(support, [inputs[number]], tmp_path / str(number), "--no_pictures", "--maps", "npy")["pictures"]
         score, decision = together[number]["score"], together[number]["decision"]
-        assert alone == [together[number] | {"score": pytest.approx(score, rel=1e-5), "decision": decision}]
+        differs = {name: alone[0][name] for name in ("time", "relative", "threshold", "boxes", "files")}
+        assert alone == [together[number] | differs | {"score": pytest.approx(score, rel=1e-5), "decision": decision}]
         (own,) = (tmp_path / str(number) / "maps").rglob("*.npy")
         below = inputs[number].relative_to(demo_data)
         np.testing.assert_allclose(np.load(own), np.load(tmp_path / "all/maps" / f"{below}.npy"), rtol=1e-4, atol=1e-6)
@@ -249,7 +247,7 @@ def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
     for path in support:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for _ in range(2):
-        run([tmp_path], [tmp_path], tmp_path / "out")
+        run([tmp_path], [tmp_path], tmp_path / "out", "--overwrite")
         assert "fitting on 3 normal image(s)" in capsys.readouterr().out
 
 
@@ -272,7 +270,7 @@ def test_own_output_is_not_scored(support, demo_data, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
     for _ in range(2):
-        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out")["pictures"]) == 1
+        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out", "--overwrite")["pictures"]) == 1
     (tmp_path / "out/in").mkdir(parents=True)
     (tmp_path / "in/a.png").rename(tmp_path / "out/in/a.png")
     assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["pictures"]) == 1  # allowed: above inputs
@@ -288,113 +286,6 @@ def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path
     assert [bool(row["error"]) for row in rows] == [True, False, False]
     said = capsys.readouterr()
     assert "files cannot be written" in said.err and "3 images scored" in said.out and "1 failed" in said.out
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Background jobs ignore SIGINT, and their child processes inherit this. A handler is not inherited."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_watching(support, demo_data, tmp_path):
-    """Images arrive one by one in a watched folder that also contains the output; Ctrl-C ends the command."""
-    images = sorted((demo_data / "ring/test").rglob("*.png"))
-    folder, output = tmp_path / "in", tmp_path / "in/out"
-    folder.mkdir()
-    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--watch", str(folder)]
-    command = [sys.executable, "predict.py", *flags, "--output", str(output), "--support", *map(str, support)]
-    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            for number in range(3):
-                (folder / f"{number}.png").write_bytes(images[number].read_bytes() if number != 1 else b"broken")
-                _wait_for_rows(number + 1, output, process)
-            time.sleep(1.2)  # two more scans: it must not score its own output
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                _, errors = process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()  # otherwise, leaving the block would wait without end
-                raise
-    assert process.returncode == 130 and errors.decode().splitlines() == ["error: interrupted"]
-    record = run(support, [images[0], images[2]], tmp_path / "direct")["pictures"]
-    rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
-    assert [row["score"] and float(row["score"]) for row in rows] == [
-        pytest.approx(record[0]["score"], rel=1e-4), "", pytest.approx(record[1]["score"], rel=1e-4)
-    ]  # fmt: skip
-    assert "cannot read" in rows[1]["error"] and (output / "report.html").is_file()
-    assert len(list((output / "pictures").iterdir())) == 2
-
-
-def test_watching_goes_on_where_it_ended(support, demo_data, tmp_path, monkeypatch, capsys):
-    """A watch resumes in another working directory and with another threshold. Every image is scored once, including
-    unreadable ones and names with undecodable bytes.
-    """
-    folder, images = tmp_path / "in", sorted((demo_data / "ring/test").rglob("*.png"))
-    folder.mkdir()
-    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--output", str(tmp_path / "out")]
-    flags += ["--support", *map(str, support), "--watch"]
-    monkeypatch.setattr("predict.PAGE_IMAGES", 3)
-    names = ["0.png", "1.png", os.fsdecode(b"2\xe9.png"), "3.png"]
-    contents = [images[0].read_bytes(), b"broken", images[1].read_bytes(), images[2].read_bytes()]
-    monkeypatch.chdir(folder)
-    watched = [(str(folder), "0.001"), (".", "0.001"), ("../in", "0.001"), (str(folder), "1000")]
-    for name, content, (place, threshold) in zip(names, contents, watched, strict=True):
-        try:
-            (folder / name).write_bytes(content)
-        except OSError:
-            pytest.skip("this file system takes only UTF-8 names")
-        looks = iter([None])  # the second scan sees that the size is unchanged
-        monkeypatch.setattr("inspection.inputs.time.sleep", lambda _, looks=looks: _next_or_interrupt(looks))
-        with pytest.raises(KeyboardInterrupt):
-            predict.main([*flags, place, "--threshold", threshold])
-    rows = list(csv.DictReader((tmp_path / "out/scores.csv").read_text().splitlines()))
-    assert [row["path"] for row in rows] == [f"{folder}/{name}" for name in ("0.png", "1.png", "2\\udce9.png", "3.png")]
-    assert [bool(row["score"]) for row in rows] == [True, False, True, True] and "cannot read" in rows[1]["error"]
-    record = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
-    assert [row["score"] for row in record] == [(row["score"] and np.float32(row["score"])) or None for row in rows]
-    assert [row["decision"] for row in record] == ["normal", None, "normal", "normal"]  # by the current threshold
-    assert (tmp_path / "out/report.html").read_text().count(
-        '"thumbnail": "data:image'
-    ) == 1  # only the newest image has a preview
-    assert "3 images scored before" in capsys.readouterr().out
-    (tmp_path / "out/scores.csv").write_text("something else\n1\n")
-    with pytest.raises(UserError, match="not a score table"):
-        predict.main([*flags, "."])
-
-
-def test_own_output_is_not_watched_through_a_link(support, demo_data, tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/out").mkdir()
-    for name in ("a.png", "out/b.png"):
-        (tmp_path / "in" / name).write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
-    (tmp_path / "alias").symlink_to(tmp_path / "in")
-    looks = iter([None] * 5)
-    monkeypatch.setattr("inspection.inputs.time.sleep", lambda _: _next_or_interrupt(looks))
-    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--support", *map(str, support)]
-    with pytest.raises(KeyboardInterrupt):
-        predict.main([*flags, "--watch", str(tmp_path / "alias"), "--output", str(tmp_path / "in/out")])
-    assert len((tmp_path / "in/out/scores.csv").read_text().splitlines()) == 2
-
-
-def _next_or_interrupt(looks) -> None:
-    if next(looks, "end") == "end":
-        raise KeyboardInterrupt
-
-
-def _watched_rows(output: Path) -> list:
-    record = output / "scores.json"
-    return json.loads(record.read_text())["pictures"] if record.is_file() else []
-
-
-def _wait_for_rows(count: int, output: Path, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 60
-    while len(_watched_rows(output)) < count:
-        assert process.poll() is None and time.monotonic() < end, "predict.py ended or scored nothing"
-        time.sleep(0.1)
 
 
 MISTAKES = {
@@ -435,17 +326,6 @@ def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkey
     with pytest.raises(UserError) as caught:
         predict.main([*flags.split(), "--weights", "none", *size, *device])
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_watch_is_not_resumed_with_another_scorer(support, demo_data, tmp_path):
-    """Its threshold would not fit the scores that are there."""
-    run(support, [demo_data / "ring/test/good"], tmp_path / "out", "--no_pictures", "--scorer", "gaussian")
-    (tmp_path / "in").mkdir()
-    with pytest.raises(UserError, match="holds scores of the scorer gaussian, not neighbours"):
-        predict.main(
-            ["--support", *map(str, support), "--watch", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-            + ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu"]
-        )
 
 
 def test_a_copy_among_the_support_images_is_left_out_of_the_threshold(support, demo_data, tmp_path):

@@ -1,0 +1,414 @@
+"""predict.py over many runs: watching, appending, overwriting, interruptions, and files that always agree."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import predict
+from inspection.detector import FewShotDetector
+from inspection.inputs import Watcher
+from inspection.results import ResultFiles
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT
+
+
+@pytest.fixture(scope="module")
+def part(demo_data, tmp_path_factory) -> Path:
+    """A saved detector with the threshold 0.1, which lies between the scores of the images."""
+    file = tmp_path_factory.mktemp("detector") / "part.regad"
+    support = sorted((demo_data / "ring/train/good").iterdir())[:3]
+    predict.main(
+        ["--support", *map(str, support), "--weights", "none", "--img_size", "64", "--device", "cpu"]
+        + ["--save", str(file)]
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def images(demo_data) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((demo_data / "ring/test").rglob("*.png"))]
+
+
+def call(part: Path, *flags: object) -> int:
+    """Runs predict.py with the saved detector; returns its exit code."""
+    try:
+        predict.main(["--detector", str(part), "--device", "cpu", *map(str, flags)])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def watch(part, folder, tmp_path, monkeypatch) -> Callable[..., int]:
+    """Watches `folder` with the output in out/; each time there is nothing to do, the next step is taken."""
+
+    def watch_steps(*steps: Callable[[], object], flags: tuple = ()) -> int:
+        todo = iter([*steps, lambda: None, lambda: None])  # two more scans after the last step
+
+        def sleep(_: float) -> None:
+            step = next(todo, None)
+            if step is None:
+                raise KeyboardInterrupt
+            step()
+
+        monkeypatch.setattr("predict.time.sleep", sleep)
+        return call(part, "--watch", folder, "--output", tmp_path / "out", *flags)
+
+    return watch_steps
+
+
+def rows_of(output: Path) -> list[dict]:
+    """The rows of an output folder, after a check that all its files agree on them."""
+    rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    record = json.loads((output / "scores.json").read_text())
+    assert record["pictures"] == rows
+    with (output / "scores.csv").open(newline="", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream))
+    as_text = [{name: "" if row[name] is None else str(row[name]) for name in table[0]} for row in rows]
+    assert table == as_text
+    with (output / "boxes.csv").open(newline="", encoding="utf-8") as stream:
+        boxes = list(csv.DictReader(stream))
+    assert boxes == [
+        {"time": row["time"], "path": row["path"], **{name: str(value) for name, value in box.items()}}
+        for row in rows
+        for box in row["boxes"]
+    ]
+    _check_page(output, record, rows)
+    return rows
+
+
+def _check_page(output: Path, record: dict, rows: list[dict]) -> None:
+    """The page shows the rows of the last detector and threshold, whose decisions follow from its threshold."""
+    limit = record["threshold"]["value"]
+    own = [row for row in rows if (row["detector"], row["threshold"]) == (record["detector_id"], limit)]
+    page = (output / "report.html").read_text()
+    for row in own:
+        name = Path(row["path"]).name
+        if row["score"] is not None:
+            assert json.dumps(name) in page or f"/{name}" in page
+            assert (row["score"] > limit) == (row["decision"] == "defective")
+    assert (str(len(rows) - len(own)) in re.sub(r"<script.*", "", page, flags=re.DOTALL)) or len(rows) == len(own)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Background jobs ignore SIGINT, and their child processes inherit this. A handler is not inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_watch_ends_with_a_summary(part, images, folder):
+    """Images arrive in a watched folder that also contains the output; standard output holds JSON lines only."""
+    output = folder / "out"
+    flags = ["--detector", str(part), "--watch", str(folder), "--output", str(output), "--jsonl", "--device", "cpu"]
+    command = [sys.executable, "predict.py", *flags, "--threshold", "0.01"]
+    (folder / "broken.png").write_bytes(images[0][:200])
+    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            lines = []
+            for number in range(2):
+                (folder / f"{number}.png").write_bytes(images[number])
+                lines.append(json.loads(process.stdout.readline()))
+            time.sleep(1.2)  # two more scans: it must not score its own output
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                printed, errors = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()  # otherwise, leaving the block would wait without end
+                raise
+    assert process.returncode == 0 and printed == b""
+    assert "stopped: 2 images scored, 2 defective, 0 failed" in errors.decode() and "Traceback" not in errors.decode()
+    assert rows_of(output) == lines
+    assert [Path(row["path"]).name for row in lines] == ["0.png", "1.png"]
+    assert len(list((output / "pictures").iterdir())) == 2 and [len(row["boxes"]) > 0 for row in lines] == [True, True]
+
+
+def test_a_camera_that_reuses_a_name(watch, part, images, folder, tmp_path):
+    """Each image is a new row with its own picture, also one that came while nobody watched."""
+    target = folder / "latest.png"
+    target.write_bytes(images[0])
+    assert watch(lambda: None, lambda: target.write_bytes(images[1])) == 0
+    assert len(rows_of(tmp_path / "out")) == 2
+    target.write_bytes(images[2])
+    assert watch() == 0
+    rows = rows_of(tmp_path / "out")
+    assert watch() == 0
+    assert rows_of(tmp_path / "out") == rows  # nothing is scored twice
+    assert [row["files"] for row in rows] == [[f"pictures/latest.png{n}.jpg"] for n in ("", ".2", ".3")]
+    expected = FewShotDetector.load(part, "cpu").score([Image.open(io.BytesIO(image)) for image in images[:3]])[0]
+    assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert len({row["modified"] for row in rows}) == 3 and {row["path"] for row in rows} == {str(target)}
+
+
+def test_a_slow_upload_is_scored_once_and_whole(watch, images, folder, tmp_path, capsys):
+    """It pauses for many scans; what stays unreadable has failed, once, after GIVE_UP_SECONDS; so has an empty file."""
+    half = len(images[0]) // 2
+    target = folder / "slow.png"
+    target.write_bytes(b"")
+    pauses = [lambda: None] * 3
+    watch(*pauses, lambda: target.write_bytes(images[0][:half]), *pauses, lambda: target.write_bytes(images[0]))
+    (row,) = rows_of(tmp_path / "out")
+    assert row["score"] > 0 and row["error"] is None and row["bytes"] == len(images[0])
+    assert "failed" not in capsys.readouterr().err
+
+
+def test_what_stays_unreadable_has_failed(watch, images, folder, tmp_path, monkeypatch):
+    (folder / "broken.png").write_bytes(images[0][:200])
+    (folder / "empty.png").write_bytes(b"")
+    watch()
+    assert rows_of_nothing(tmp_path / "out")
+    now = time.monotonic()
+    monkeypatch.setattr("inspection.inputs.time.monotonic", lambda: now)
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    watch(*[lambda: wait(14.9)] * 2)
+    assert rows_of_nothing(tmp_path / "out")
+    for _ in range(2):  # the second time, both have failed before
+        watch(*[lambda: wait(15.1)] * 3)
+        rows = rows_of(tmp_path / "out")
+        assert [(row["score"], row["decision"], bool(row["error"])) for row in rows] == [(None, None, True)] * 2
+    (folder / "broken.png").write_bytes(images[0])  # whole at last
+    watch()
+    assert [row["score"] is None for row in rows_of(tmp_path / "out")] == [True, True, False]
+
+
+def rows_of_nothing(output: Path) -> bool:
+    return (output / "results.jsonl").read_bytes() == b""
+
+
+def test_a_vanished_folder_does_not_end_the_watch(watch, images, folder, tmp_path):
+    """Nor does one that vanishes before its image was read. Hidden upload folders are ignored."""
+    for name in ("sub/0.png", ".upload/1.png", "gone/2.png"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(images[0])
+
+    def remove(name: str) -> None:
+        shutil.rmtree(folder / name)
+        (folder / f"{name}.png").write_bytes(images[1])
+
+    scan, vanished = Watcher.scan, [folder / "vanished/2.png"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Watcher, "scan", lambda self: scan(self) + ([vanished.pop()] if vanished else []))
+        watch(lambda: remove("gone"), lambda: None, lambda: remove("sub"))
+    assert not vanished
+    assert [Path(row["path"]).name for row in rows_of(tmp_path / "out")] == ["0.png", "gone.png", "sub.png"]
+
+
+def test_a_restart_with_another_threshold(watch, images, folder, tmp_path):
+    """Earlier rows keep the threshold, the decision and the boxes that they were made with, in all files."""
+    (folder / "0.png").write_bytes(images[0])
+    watch(flags=("--threshold", 0.001))
+    (folder / "1.png").write_bytes(images[0])
+    watch(flags=("--threshold", 1000))
+    rows = rows_of(tmp_path / "out")
+    assert [(row["threshold"], row["decision"]) for row in rows] == [(0.001, "defective"), (1000, "normal")]
+    assert rows[0]["boxes"] and not rows[1]["boxes"] and rows[0]["detector"] == rows[1]["detector"]
+
+
+def test_undecodable_names_and_other_working_directories(watch, images, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    try:
+        (folder / os.fsdecode(b"2\xe9.png")).write_bytes(images[0])
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    watch()
+    watch(flags=("--watch", "."))
+    watch(flags=("--watch", "../in"))
+    (row,) = rows_of(tmp_path / "out")
+    assert row["path"] == f"{folder}/2\\udce9.png" and (tmp_path / "out" / row["files"][0]).is_file()
+    call_overwrite = watch(flags=("--overwrite",))
+    assert call_overwrite == 0 and len(list((tmp_path / "out/pictures").iterdir())) == 1
+
+
+def test_own_output_is_not_watched_through_a_link(part, images, folder, tmp_path, watch):
+    (folder / "out").mkdir()
+    for name in ("a.png", "out/b.png"):
+        (folder / name).write_bytes(images[0])
+    (tmp_path / "alias").symlink_to(folder)
+    watch(flags=("--watch", tmp_path / "alias", "--output", folder / "out"))
+    assert len(rows_of(folder / "out")) == 1
+
+
+def test_a_watch_is_not_resumed_with_another_detector(watch, images, folder, tmp_path, part):
+    (folder / "0.png").write_bytes(images[0])
+    watch()
+    (folder / "1.png").write_bytes(images[1])
+    with pytest.raises(UserError, match=r"results of another detector \([0-9a-f]{12}, this one is [0-9a-f]{12}\)"):
+        watch(flags=("--bits", "12"))
+    watch(flags=("--bits", "12", "--append"))
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 2 and rows[0]["detector"] != rows[1]["detector"]
+
+
+def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(images[number])
+    flags = ("--input", folder, "--output", out, "--maps", "npy")
+    assert call(part, *flags) == 0
+    first = rows_of(out)
+    (out / "pictures/mine.jpg").write_bytes(b"mine")
+    with monkeypatch.context() as patched:
+        patched.setattr("predict.make_detector", lambda *_: pytest.fail("work was done"))
+        with pytest.raises(UserError, match=r"holds results of an earlier run: give --append, --overwrite or another"):
+            call(part, *flags)
+    assert rows_of(out) == first
+    (folder / "2.png").write_bytes(images[2])
+    assert call(part, *flags, "--append") == 0
+    assert rows_of(out)[:2] == first and len(rows_of(out)) == 3
+    assert "2 of 3 images have results" in capsys.readouterr().out
+    (folder / "0.png").unlink()
+    assert call(part, *flags, "--overwrite") == 0
+    assert [Path(row["path"]).name for row in rows_of(out)] == ["1.png", "2.png"]
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["1.png.jpg", "2.png.jpg", "mine.jpg"]
+    assert sorted(path.name for path in (out / "maps").iterdir()) == ["1.png.npy", "2.png.npy"]
+
+
+def test_results_of_an_earlier_version(part, images, folder, tmp_path):
+    (folder / "0.png").write_bytes(images[0])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "scores.csv").write_text("path,score,decision,error\nx,1,normal,\n")
+    flags = ("--input", folder, "--output", out)
+    with pytest.raises(UserError, match="give --append"):
+        call(part, *flags)
+    with pytest.raises(UserError, match=r"without results\.jsonl, as earlier versions"):
+        call(part, *flags, "--append")
+    assert (out / "scores.csv").read_text().startswith("path,score")
+    assert call(part, *flags, "--overwrite") == 0 and len(rows_of(out)) == 1
+
+
+def test_same_names_of_another_night_keep_their_pictures(part, images, tmp_path):
+    out = tmp_path / "out"
+    for night in range(2):
+        (tmp_path / f"{night}").mkdir()
+        (tmp_path / f"{night}/a.png").write_bytes(images[night])
+        call(part, "--input", tmp_path / f"{night}", "--output", out, "--append")
+    assert [row["files"] for row in rows_of(out)] == [["pictures/a.png.jpg"], ["pictures/a.png.2.jpg"]]
+
+
+def test_exit_codes(part, images, folder, tmp_path):
+    (folder / "0.png").write_bytes(images[0])
+    flags = ("--input", folder, "--output", tmp_path / "out", "--overwrite")
+    assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 0
+    assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect") == 3
+    assert call(part, *flags, "--threshold", 0.001) == 0
+    (folder / "1.png").write_bytes(b"broken")
+    assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 1
+    assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect") == 3
+    assert call(part, *flags[:-1], "--append", "--fail_on_defect") == 0  # only this call's rows count
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(part, images, folder, tmp_path, monkeypatch, capsys, number):
+    """The signal comes while a row is written: the row is whole in all files."""
+    for name in range(3):
+        (folder / f"{name}.png").write_bytes(images[name])
+    flags = ("--input", folder, "--output", tmp_path / "out")
+    add = ResultFiles.add
+
+    def interrupted_add(self, row) -> None:
+        os.kill(os.getpid(), number)
+        add(self, row)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResultFiles, "add", interrupted_add)
+        assert call(part, *flags) == 0
+    assert len(rows_of(tmp_path / "out")) == 1 and "stopped: 1 images scored" in capsys.readouterr().out
+    assert call(part, *flags, "--append") == 0
+    assert [Path(row["path"]).name for row in rows_of(tmp_path / "out")] == ["0.png", "1.png", "2.png"]
+
+
+def test_json_lines(part, images, folder, tmp_path, capsys):
+    for name in range(2):
+        (folder / f"{name}.png").write_bytes(images[name])
+    capsys.readouterr()
+    call(part, "--input", folder, "--output", tmp_path / "out", "--jsonl")
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == rows_of(tmp_path / "out")
+    assert "threshold: " in printed.err and "2 images scored" in printed.err
+
+
+def test_the_reader_of_the_lines_goes_away(part, images, folder, tmp_path):
+    for name in range(2):
+        (folder / f"{name}.png").write_bytes(images[name])
+    flags = ["--detector", str(part), "--device", "cpu", "--input", str(folder), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "predict.py", *flags, "--jsonl"]
+    with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 0 and "nobody reads the lines" in errors and "Traceback" not in errors
+    assert "Exception ignored" not in errors and len(rows_of(tmp_path / "out")) == 2
+
+
+def test_a_page_is_not_written_at_every_arrival(watch, images, folder, tmp_path, monkeypatch):
+    """Rows are appended one by one; scores.json and the page follow at intervals and at the end."""
+    written = []
+    monkeypatch.setattr("predict.write_page", lambda *content: written.append(content))
+    arrivals = [lambda n=n: (folder / f"{n}.png").write_bytes(images[n]) for n in range(4)]
+    watch(*(step for arrival in arrivals for step in (arrival, lambda: None)))
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4 and len(written) == 2
+
+
+def test_another_threshold_is_saved_without_the_network(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(FewShotDetector, "features", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(FewShotDetector, "fit", lambda *_: pytest.fail("the detector was fitted"))
+    assert call(part, "--threshold", 30, "--save", tmp_path / "b.regad") == 0
+    before, after = FewShotDetector.load(part, "cpu"), FewShotDetector.load(tmp_path / "b.regad", "cpu")
+    assert after.threshold == before.threshold._replace(value=30.0, how="given with --threshold")
+    assert after.identity() == before.identity()
+
+
+def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
+    """docs/inspection.md leads from four photos to a nightly job; its commands are run as they stand there."""
+    text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    own = [blocks[0], *(block for block in blocks if "# each night" in block)]
+    steps = [line for block in own for line in block.splitlines() if line.startswith("python predict.py")]
+    (crontab,) = re.findall(r"^30 2 .*$", text, flags=re.MULTILINE)
+    assert len(steps) == 4 and steps[-1].removeprefix("python") in crontab
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(["good_1", "good_2", "good_3", "good_4", "photos/a", "more_photos/b", "camera/c"]):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(f"{name}.png").write_bytes(images[number])
+    for step in [*steps, steps[-1]]:
+        pause = iter([None])
+        monkeypatch.setattr("predict.time.sleep", lambda _, pause=pause: _next_or_interrupt(pause))
+        fresh = ["--weights", "none", "--img_size", "64"] if "--support" in step else []
+        capsys.readouterr()
+        with suppress(SystemExit):
+            predict.main([*step.split()[2:], *fresh, "--device", "cpu"])
+    assert "1 of 1 images have results in nightly already" in capsys.readouterr().err
+    assert [len(rows_of(Path(name))) for name in ("out", "out2", "out3", "nightly")] == [1, 1, 1, 1]
+
+
+def _next_or_interrupt(pause: Iterator) -> None:
+    if next(pause, "end") == "end":
+        raise KeyboardInterrupt

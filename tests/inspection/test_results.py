@@ -1,0 +1,121 @@
+"""Result files: every row comes back, a torn end is repaired, nothing else is removed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inspection.boxes import Box
+from inspection.results import CSV_COLUMNS, Prediction, ResultFiles, count_decisions, relative_score
+from inspection.threshold import Threshold
+from reports.page import NO_PREVIEW
+from utils.errors import UserError
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(['a,"b"', "x\r\ny", "größe\n"])
+SCORES = st.floats(0, 100, width=32)
+BOX = st.builds(Box, *[st.integers(0, 99)] * 5, SCORES)
+ROWS = st.lists(
+    st.builds(
+        Prediction,
+        TEXTS,
+        TEXTS,
+        st.none() | st.integers(0, 9),
+        st.none() | TEXTS,
+        st.none() | SCORES,
+        st.none() | SCORES,
+        st.sampled_from([None, "normal", "defective", "unusual"]),
+        st.none() | SCORES,
+        TEXTS,
+        st.none() | TEXTS,
+        st.none() | TEXTS,
+        st.lists(BOX, max_size=2),
+        st.lists(TEXTS, max_size=2),
+        st.just(NO_PREVIEW),  # previews are not kept
+    ),
+    max_size=4,
+)
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.reader(stream))
+
+
+@given(ROWS, st.integers(0, 10**6))
+@settings(max_examples=30)  # each waits for the disk
+def test_rows_come_back_and_a_torn_end_is_repaired(rows, cut):
+    """After any loss at the end, the rows whose lines are whole are there, in all tables, and writing goes on."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        with closing(ResultFiles(folder)) as files:
+            for row in rows:
+                files.add(row)
+        content = (folder / "results.jsonl").read_bytes()
+        left = content[: cut % (len(content) + 1)]
+        (folder / "results.jsonl").write_bytes(left)
+        (folder / "scores.csv").write_bytes((folder / "scores.csv").read_bytes()[:-3])
+        with closing(ResultFiles(folder)) as files:
+            kept = left.count(b"\n")
+            assert files.rows == rows[:kept] and files.done == {row.identity for row in rows[:kept]}
+            for row in rows[kept:]:
+                files.add(row)
+        assert (folder / "results.jsonl").read_bytes() == content
+        expected = [["" if value is None else str(value) for value in row[: len(CSV_COLUMNS)]] for row in rows]
+        assert read_csv(folder / "scores.csv") == [list(CSV_COLUMNS), *expected]
+        boxes = [[row.time, row.path, *map(str, box)] for row in rows for box in row.boxes]
+        assert read_csv(folder / "boxes.csv")[1:] == boxes
+
+
+def row_with(*files: str) -> Prediction:
+    return Prediction("now", "a.png", 1, "then", 1.0, None, "normal", 2.0, "id", files=list(files))
+
+
+def test_only_listed_files_inside_the_folder_are_removed(tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside.jpg"
+    files = ResultFiles(out)
+    files.add(row_with("pictures/a.jpg", "../outside.jpg", str(outside)))
+    files.close()
+    (out / "pictures").mkdir()
+    for place in (outside, out / "pictures/a.jpg", out / "pictures/b.jpg"):
+        place.write_bytes(b"x")
+    with (out / "results.jsonl").open("a") as stream:
+        stream.write('{"damaged\n')
+    ResultFiles(out, overwrite=True).close()
+    assert outside.is_file() and [path.name for path in (out / "pictures").iterdir()] == ["b.jpg"]
+    assert (out / "results.jsonl").read_bytes() == b"" and len(read_csv(out / "scores.csv")) == 1
+
+
+def test_one_process_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    first = ResultFiles(tmp_path)
+    with pytest.raises(UserError, match=r"another predict\.py writes to"):
+        ResultFiles(tmp_path)
+    first.close()
+    ResultFiles(tmp_path).close()
+
+
+def test_a_foreign_record_is_not_touched(tmp_path):
+    (tmp_path / "results.jsonl").write_text(json.dumps({"round": 1}) + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl is not a record of predict\.py"):
+        ResultFiles(tmp_path)
+    assert (tmp_path / "results.jsonl").read_text() == '{"round": 1}\n'
+
+
+def test_relative_scores():
+    assert relative_score(3.0, Threshold(5.0, "", 2.0, 1.0)) == 1.5
+    assert relative_score(3.0, None) is None
+    assert relative_score(3.0, Threshold(5.0, "given", 5.0, 5.0)) is None  # no normal score is known
+
+
+def test_counts():
+    row = row_with()
+    rows = [row, row._replace(decision="unusual"), row._replace(score=None, decision=None, error="broken")]
+    assert count_decisions(rows) == {"scored": 2, "normal": 1, "defective": 0, "unusual": 1, "failed": 1}
+    assert [one.is_called for one in rows] == [False, True, False]
