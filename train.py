@@ -7,7 +7,7 @@ python train.py --obj bottle --shot 2 --select source       select the epoch wit
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ from datasets.mvtec import (
 )
 from datasets.notes import checked_test_items, print_notes, unread_images
 from datasets.support import find_support_rounds
-from evaluation.scoring import score_category
+from evaluation.scoring import NotFinite, score_category
 from evaluation.statistics import format_summary, summaries
 from models.networks import settle_img_size
 from models.regad import save_checkpoint, untrained
@@ -39,21 +39,23 @@ from models.stn import BACKBONES, STN_MODES
 from reports.training_curve import save_curve
 from scorers.base import Scorer
 from scorers.registry import add_scorer_flag, make_scorers
-from training.loop import ADDED_LATER, Trainer, learning_rate
-from training.records import RunFiles, is_selected, outcomes, refuse_to_overwrite, save_history
+from training.identity import identified, require_same
+from training.loop import Trainer, learning_rate
+from training.records import Earlier, RunFiles, earlier_run, is_selected, outcomes, remove_leftovers, save_history
 from utils import flags
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
-from utils.files import digest, write_json
+from utils.files import digest, save_tensors, write_json
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
 MIN_IMG_SIZE = 64  # smaller images leave the batch norm of the last warp head one value per channel
-# Arguments that affect the weights or the selected epoch. A run is resumed only with the same values.
+# Arguments that affect the weights or the selected epoch. A run is resumed only with the same values, and with the same
+# images: see `_decisive` and training/identity.py.
 DECISIVE = (
     *("obj", "shot", "stn_mode", "data_type", "img_size", "episodes", "weights", "epochs", "batch_size", "lr"),
     *("keep_aspect", "momentum", "seed", "inferences", "eval_every", "select", "amp", "tf32"),
-    *("scorer", "backbone", "bits"),
+    *("scorer", "backbone", "bits", "compile"),
 )
 
 
@@ -69,6 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="target category: excluded from training, scored",
     )
     flags.add_data_flags(what, CATEGORIES)
+    flags.add_source_flags(what)
     what.add_argument("--shot", type=int, default=2, metavar="K", help="support images per query")
     what.add_argument(
         "--episodes", type=Path, metavar="FILE", help="use these episodes in every epoch (datasets/episodes.py)"
@@ -103,7 +106,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_workers_flag(run)
     run.add_argument("--cache_dir", default=str(default_cache_dir()), help="cache of decoded images; none: in memory")
     run.add_argument("--save_dir", type=Path, default=flags.DEFAULT_SAVE_DIR, help="folder of the checkpoints")
-    run.add_argument("--resume", action="store_true", help="resume an interrupted run, or start a new one")
+    begin = run.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="resume an interrupted run, or start a new one")
+    begin.add_argument("--overwrite", action="store_true", help="start a new run in place of an earlier one")
     run.add_argument(
         "--save_every", type=float, default=300, metavar="SECONDS", help="interval for saving the state to resume from"
     )
@@ -120,44 +125,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_pixels(args.max_pixels)
     device = command_device(args.device)
     files = RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
-    sources = list_source_images(args.data_path, args.data_type, args.obj)
+    sources = list_source_images(args.data_path, args.data_type, args.obj, args.sources, args.source_path)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
     asked_bits, training = args.bits, [path for paths in sources.values() for path in paths]
     args.bits = settle_bits(asked_bits, training, "the categories to train on")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
-    decisive = {name: plain_arguments(args)[name] for name in DECISIVE} | {"pictures": digest(names)}
-    if args.resume and _is_finished(files, decisive):
-        return
+    decisive = _decisive(args, names)
+    earlier = earlier_run(files, args.resume, args.overwrite)
+    if earlier:
+        require_same(earlier.file, earlier.decisive, decisive)  # before minutes of decoding
     replayed = read_episodes(args.episodes, names) if args.episodes else None
     target = _load_target(args, scored, asked_bits) if args.eval_every else None
     seed_everything(args.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
-    trainer = _start_or_resume(args, files, decisive, device)
-    cache_dir = None if args.cache_dir == "none" else Path(args.cache_dir)
-    print_notes(note for name in sources for note in unread_images(args.data_path / name))
-    images = SourceImages(
-        *(sources, args.img_size, cache_dir, args.num_workers, device),
-        keep_aspect=args.keep_aspect,
-        bits=args.bits,
-    )
-    print(f"training on {len(sources)} categories, {sum(map(len, names.values()))} images; target {args.obj}")
+    trainer = _make_trainer(args, device, new=earlier is None)
+    images = _read_sources(args, sources, device)
+    decisive |= {"images": images.digest(), "scored": target.digest() if target else None}
+    if earlier:
+        require_same(earlier.file, earlier.decisive, decisive)
+        if earlier.finished:
+            history, selected = (earlier.content[key] for key in ("epochs", "selected_epoch"))
+            print(f"already finished: {files.record}\n{_format_outcomes(history, selected)}")
+            return
+        _resume(files, trainer, earlier, scored)
+    elif args.resume:
+        print(f"nothing to resume at {files.state}: a new run")
+    _announce(args, names, scored)
+    run = {"arguments": plain_arguments(args), "scored_bits": target and target.bits, **provenance(device)}
+    save = partial(trainer.save, files.state, decisive)
+    for entry, selected in _epochs(trainer, args, names, replayed, images, save, target):
+        trainer.finish_epoch(entry, selected, {**run, **entry})
+        save()  # from here on the epoch counts; the other files follow
+        _publish(files, trainer, scored, selected)
+        print(_format_entry(entry, args.epochs, selected), flush=True)
+    _finish(files, trainer, run, decisive)
+
+
+def _decisive(args: argparse.Namespace, names: dict[str, list[str]]) -> dict:
+    """What identifies the run, as far as it is known before images are read."""
+    plain = plain_arguments(args)
+    decisive = identified({name: plain[name] for name in DECISIVE})
+    return decisive | {"sources": sorted(names), "pictures": digest(names)}
+
+
+def _announce(args: argparse.Namespace, names: dict[str, list[str]], scored: str) -> None:
+    where = f" of {args.source_path}" if args.source_path else ""
+    print(f"training on {len(names)} categories{where}, {sum(map(len, names.values()))} images; target {args.obj}")
     if args.select == "best":
         print("note: --select best selects the epoch by the target's test labels, as in the published protocol")
     if args.select == "source":
         print(f"the epoch is selected by {scored}, which is excluded from training; score {args.obj} with test.py")
-    run = {"arguments": plain_arguments(args), "scored_bits": target and target.bits, **provenance(device)}
-    for entry, selected in _epochs(
-        trainer, args, names, replayed, images, partial(trainer.save, files.state, decisive), target
-    ):
-        if selected:
-            save_checkpoint(files.selected, trainer.model, {**run, **entry})
-        if entry["epoch"] == args.epochs:
-            save_checkpoint(files.last, trainer.model, {**run, **entry})
-        trainer.finish_epoch(entry, selected)
-        save_history(files, trainer.progress.history)
-        save_curve(files.curve, trainer.progress.history, scored)
-        trainer.save(files.state, decisive)
-        print(_format_entry(entry, args.epochs, selected), flush=True)
-    _finish(files, trainer, run, decisive)
 
 
 def _epochs(
@@ -194,6 +210,16 @@ class Target(NamedTuple):
     scorers: list[Scorer]
     bits: int  # depth of its 16-bit images
 
+    def digest(self) -> str:
+        """SHA-256 of the decoded images and masks, the labels and the support images, in hexadecimal."""
+        content = hashlib.sha256(str(self.labels).encode())
+        for item in self.dataset.items:
+            for name in sorted(item):
+                content.update(item[name].numpy())
+        for images in self.rounds:
+            content.update(images.contiguous().numpy())
+        return content.hexdigest()
+
 
 def _check(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
@@ -209,21 +235,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--held_out is for --select source")
 
 
-def _is_finished(files: RunFiles, decisive: dict) -> bool:
-    """Whether a run with the same arguments is finished. Prints its results.
-
-    Raises:
-        UserError: the finished run had other arguments.
-    """
-    if files.state.is_file() or not files.record.is_file():
-        return False
-    record = json.loads(files.record.read_text(encoding="utf-8"))
-    if ADDED_LATER | record.get("decisive", {}) != decisive:
-        raise UserError(f"{files.record} belongs to a run with other arguments; start a new run without --resume")
-    print(f"already finished: {files.record}\n{_format_outcomes(record['epochs'], record['selected_epoch'])}")
-    return True
-
-
 def _hold_out(args: argparse.Namespace, sources: dict[str, list[Path]]) -> str:
     """Removes the category that selects the epoch from the sources, and stores it in `args.held_out`."""
     if len(sources) < 2:
@@ -235,9 +246,22 @@ def _hold_out(args: argparse.Namespace, sources: dict[str, list[Path]]) -> str:
     return args.held_out
 
 
+def _read_sources(args: argparse.Namespace, sources: dict[str, list[Path]], device: torch.device) -> SourceImages:
+    root = args.source_path or args.data_path
+    print_notes(note for name in sources for note in unread_images(root / name))
+    return SourceImages(
+        *(sources, args.img_size, None if args.cache_dir == "none" else Path(args.cache_dir), args.num_workers, device),
+        keep_aspect=args.keep_aspect,
+        bits=args.bits,
+    )
+
+
 def _load_target(args: argparse.Namespace, category: str, asked_bits: int | str) -> Target:
     """Reads the category as test.py does, with a bit depth of its own where --bits is auto."""
-    folder = category_folder(args.data_path, args.data_type, category)
+    if args.select == "source" and args.source_path:
+        folder = category_folder(args.source_path, "folder", category)
+    else:
+        folder = category_folder(args.data_path, args.data_type, category)
     items = checked_test_items(folder, args.strict)
     bits = settle_bits(asked_bits, normal_images(folder), f"{category}/train")
     warn_beyond([item.image for item in items], bits)
@@ -249,18 +273,30 @@ def _load_target(args: argparse.Namespace, category: str, asked_bits: int | str)
     return Target(dataset, [item.label for item in items], support.images, make_scorers(args.scorer), bits)
 
 
-def _start_or_resume(args: argparse.Namespace, files: RunFiles, decisive: dict, device: torch.device) -> Trainer:
-    resumed = args.resume and files.state.is_file()
-    if not resumed:
-        refuse_to_overwrite(files)
-    model = untrained("none" if resumed else args.weights, args.stn_mode, args.img_size, args.backbone).to(device)
-    trainer = Trainer(model, args.lr, args.momentum, bf16=args.amp == "bf16", tf32=args.tf32, compiled=args.compile)
-    if resumed:
-        trainer.load(files.state, decisive)
-        print(f"resumed at epoch {trainer.progress.epoch}, step {trainer.progress.step}: {files.state}")
-    elif args.resume:
-        print(f"nothing to resume at {files.state}: a new run")
-    return trainer
+def _make_trainer(args: argparse.Namespace, device: torch.device, new: bool) -> Trainer:
+    """The networks before training. Unless the run is `new`, their weights are going to be replaced."""
+    model = untrained(args.weights if new else "none", args.stn_mode, args.img_size, args.backbone).to(device)
+    return Trainer(model, args.lr, args.momentum, bf16=args.amp == "bf16", tf32=args.tf32, compiled=args.compile)
+
+
+def _resume(files: RunFiles, trainer: Trainer, earlier: Earlier, scored: str) -> None:
+    """Continues from the state of the earlier run, and brings its other files back to what the state says."""
+    trainer.restore(earlier.content)
+    _publish(files, trainer, scored, new_weights=True)
+    print(f"resumed at epoch {trainer.progress.epoch}, step {trainer.progress.step}: {files.state}")
+
+
+def _publish(files: RunFiles, trainer: Trainer, scored: str, new_weights: bool) -> None:
+    """Makes the files beside the state from what the state holds. Those of a run that this one replaces are removed.
+
+    new_weights: the selected weights are not those in their file.
+    """
+    for file in (files.record, files.last):  # written when the run is finished
+        file.unlink(missing_ok=True)
+    if new_weights:
+        save_tensors(files.selected, trainer.selected)
+    save_history(files, trainer.progress.history)
+    save_curve(files.curve, trainer.progress.history, scored)
 
 
 def _entry(trainer: Trainer, args: argparse.Namespace, episodes: Sequence[Episode], clock: StageClock) -> dict:
@@ -278,11 +314,20 @@ def _entry(trainer: Trainer, args: argparse.Namespace, episodes: Sequence[Episod
 
 
 def _score(trainer: Trainer, target: Target) -> dict:
-    """Scores the target with the current weights: metrics of the first scorer, and of every scorer if several."""
+    """Scores the target with the current weights: metrics of the first scorer, and of every scorer if several.
+
+    Raises:
+        UserError: a score is not finite; after training, the message names the loss.
+    """
     clock = StageClock(trainer.device)
-    scored = list(
-        score_category(trainer.model.stn, target.scorers, target.dataset, target.labels, target.rounds, clock)
-    )
+    try:
+        scored = list(
+            score_category(trainer.model.stn, target.scorers, target.dataset, target.labels, target.rounds, clock)
+        )
+    except NotFinite as error:
+        if not trainer.progress.epoch:  # the weights that were given
+            raise
+        raise trainer.diverged(f"scores are not finite; {trainer.last_loss()}") from error
     by_scorer = {}
     for scorer in target.scorers:
         rounds = [results[scorer.name].numbers for results in scored]
@@ -312,8 +357,9 @@ def _format_outcomes(history: Sequence[dict], selected: int) -> str:
 
 
 def _finish(files: RunFiles, trainer: Trainer, run: dict, decisive: dict) -> None:
-    """Writes the record, prints the results and removes the state file."""
+    """Writes the last weights and the record, removes the state, and prints the results."""
     history, selected = trainer.progress.history, trainer.progress.selected
+    save_checkpoint(files.last, trainer.model, {**run, **history[-1]})
     record = {
         **run,
         "decisive": decisive,
@@ -322,6 +368,7 @@ def _finish(files: RunFiles, trainer: Trainer, run: dict, decisive: dict) -> Non
         "epochs": history,
     }
     write_json(files.record, record)
+    remove_leftovers(files)
     files.state.unlink()
     print(f"\n{_format_outcomes(history, selected)}\nweights: {files.selected}\nrecord: {files.record}")
 

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from datasets.episodes import Episode
 from datasets.images import ImageError, check_headers, read_batches, read_image
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import digest, whole_file
+from utils.flags import FULL_BITS
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-from utils.flags import FULL_BITS
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
@@ -211,6 +211,13 @@ class SourceImages:
         query = self._gather(episode.category, episode.query)
         support = self._gather(episode.category, [name for of_query in episode.support for name in of_query])
         return query, support.unflatten(0, (len(episode.query), -1))
+
+    def digest(self) -> str:
+        """SHA-256 of the names and the decoded images, in hexadecimal."""
+        images = {
+            name: [list(self.rows[name]), hashlib.sha256(array).hexdigest()] for name, array in self.images.items()
+        }
+        return digest(images)
 
     def _gather(self, category: str, names: Sequence[str]) -> torch.Tensor:
         rows = [self.rows[category][name] for name in names]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from datasets.mvtec import CATEGORIES, list_source_images
 from utils.errors import UserError, require_positive, run_command
-from utils.flags import add_data_flags, add_seed_flag, category_name
+from utils.flags import add_data_flags, add_seed_flag, add_source_flags, category_name
 
 
 class Episode(NamedTuple):
@@ -97,6 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--obj", type=category_name, required=True, metavar="CATEGORY", help="the target category, not drawn from"
     )
     add_data_flags(parser, CATEGORIES)
+    add_source_flags(parser)
     parser.add_argument("--shot", type=int, default=2, help="support images per query")
     parser.add_argument("--batch_size", type=int, default=32, help="queries per episode, at most")
     add_seed_flag(parser)
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the episodes of one epoch: those that train.py draws with the same arguments."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shot", "batch_size", "epoch")
-    sources = list_source_images(args.data_path, args.data_type, args.obj)
+    sources = list_source_images(args.data_path, args.data_type, args.obj, args.sources, args.source_path)
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     print(write_episodes(draw_episodes(names, args.shot, args.batch_size, args.seed, args.epoch)))
 

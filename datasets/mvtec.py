@@ -14,7 +14,7 @@ A category without a train folder has VisA's layout if that file exists.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -253,33 +253,63 @@ def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
     return sorted(items, key=lambda item: (item.defect, item.image.name))
 
 
-def list_source_images(data_path: Path, data_type: str, target: str) -> dict[str, list[Path]]:
+def list_source_images(
+    data_path: Path, data_type: str, target: str, only: Sequence[str] | None = None, source_path: Path | None = None
+) -> dict[str, list[Path]]:
     """The normal training images of every category but `target`, by category: the data of meta-training.
 
-    `target` need not be a category of the data.
+    `target` need not be a category of the data. only: these categories instead of all. source_path: the data set with
+    the sources, where it is not `data_path`. There, a category with the target's name is a source like the others,
+    unless it is the target's folder. `data_type` is that of `data_path`; another data set has VisA's or MVTec AD's
+    layout.
 
     Raises:
-        UserError: missing folders, no source category, or a source category with a single image.
+        UserError: missing folders, no source category, a source category with a single image, or the target, or a copy
+            of it, among the sources.
     """
-    if not data_path.is_dir():
-        raise UserError(f"no data folder {data_path}; give the folder that holds the categories with --data_path")
-    names = [name for name in category_names(data_path, data_type) if name != target]
-    if missing := [name for name in names if not (data_path / name).is_dir()]:
-        raise UserError(
-            f"{data_path} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
-            f"{_what_there_is(data_path, missing[0])}"
-        )
-    sources = {name: list_train_images(data_path / name) for name in names}
+    root = source_path or data_path
+    for folder in (data_path, root):
+        if not folder.is_dir():
+            flag = "--data_path" if folder == data_path else "--source_path"
+            raise UserError(f"no data folder {folder}; give the folder that holds the categories with {flag}")
+    same = root.resolve() == data_path.resolve()
+    if not same:
+        data_type = "visa" if (root / VISA_SPLIT).is_file() else "folder"
+    names = sorted(set(only)) if only else category_names(root, data_type)
+    target_folder = (data_path / target).resolve()
+    is_target = {name: (same and name == target) or (root / name).resolve() == target_folder for name in names}
+    if only and any(is_target.values()):
+        raise UserError(f"--sources names {target}, the target: it must not be trained on")
+    names = [name for name in names if not is_target[name]]
+    _require_folders(root, names)
+    if not same and target in names:
+        _refuse_copy(root / target, target_folder)
+    sources = {name: list_train_images(root / name) for name in names}
     if not sources:
-        raise UserError(
-            f"no category to train on in {data_path}: it needs sub-folders with train/good besides {target}"
-        )
+        raise UserError(f"no category to train on in {root}: it needs sub-folders with train/good besides {target}")
     for images in sources.values():
         if len(images) < 2:
             raise UserError(
                 f"{images[0].parent} has one image; training needs at least two, to register them to each other"
             )
     return sources
+
+
+def _require_folders(root: Path, names: Sequence[str]) -> None:
+    if missing := [name for name in names if not (root / name).is_dir()]:
+        raise UserError(
+            f"{root} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
+            f"{_what_there_is(root, missing[0])}"
+        )
+
+
+def _refuse_copy(source: Path, target: Path) -> None:
+    """Raises UserError where a source has as many training images as the target, of the same names and file sizes."""
+    if not target.is_dir():
+        return
+    files = [[(path.name, path.stat().st_size) for path in list_train_images(folder)] for folder in (source, target)]
+    if files[0] == files[1]:
+        raise UserError(f"{source} is a copy of the target {target}: name the categories to train on with --sources")
 
 
 def held_out_category(sources: Iterable[str], target: str) -> str:

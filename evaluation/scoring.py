@@ -29,6 +29,10 @@ SCORING_BATCH = {"cpu": 12, "cuda": 64}
 KEPT_FEATURES_BYTES = 512 * 2**20  # limit for cached features of support images that occur again in later rounds
 
 
+class NotFinite(UserError):
+    """Scores are NaN or infinite."""
+
+
 class TestFeatures(NamedTuple):
     """Test features and ground truth of a category, used in all rounds."""
 
@@ -120,7 +124,7 @@ def score_rounds(
     PRO.
 
     Raises:
-        UserError: a score is not finite.
+        NotFinite: a score is not finite.
     """
     metrics = _Metrics(test, clock.device, all_metrics)
     supports = _support_features(network, test.features.scorers, rounds, clock, batch_size)
@@ -139,7 +143,7 @@ def _score_round(
         image_scores, maps = score_maps_at(distances, size)
         image_scores = image_scores.cpu().numpy()
     if not np.isfinite(image_scores).all():
-        raise UserError("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
+        raise NotFinite("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
     with clock("metrics"):
         return RoundResult(distances=distances, maps=maps, **metrics.of_round(image_scores, maps))
 

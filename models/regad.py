@@ -12,7 +12,7 @@ from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
 from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES, STNResNet
 from utils.errors import UserError
-from utils.files import load_tensors, whole_file
+from utils.files import load_tensors, save_tensors
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
@@ -59,11 +59,21 @@ def _weights_file(root: Path, stn_mode: str, shot: int, category: str, backbone:
     return root / network / str(shot) / category / f"{name}_{which}.pt"
 
 
+def checkpoint(model: RegAD, recipe: dict) -> dict:
+    """A checkpoint in the release's format, with `recipe` as a further entry: plain values on the training.
+
+    The weights are copies on the CPU: further training does not change them.
+    """
+    parts = {}
+    for part, attribute in CHECKPOINT_PARTS.items():
+        state = getattr(model, attribute).state_dict()
+        parts[part] = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+    return {**parts, RECIPE: recipe}
+
+
 def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
-    """Writes a checkpoint in the release's format, with `recipe` as a further entry: plain values on the training."""
-    parts = {part: getattr(model, attribute).state_dict() for part, attribute in CHECKPOINT_PARTS.items()}
-    with whole_file(path) as aside:
-        torch.save({**parts, RECIPE: recipe}, aside)
+    """Writes `checkpoint` to a file."""
+    save_tensors(path, checkpoint(model, recipe))
 
 
 def selection(path: Path) -> tuple[str, int | None]:

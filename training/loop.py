@@ -14,16 +14,11 @@ from tqdm import tqdm
 
 from datasets.cache import SourceImages
 from datasets.episodes import Episode
-from models.regad import RegAD
-from models.stn import RELEASE_BACKBONE
-from scorers.registry import RELEASE_SCORER
+from models.regad import RegAD, checkpoint
 from utils.errors import UserError
-from utils.files import load_tensors, whole_file
-from utils.flags import FULL_BITS
+from utils.files import save_tensors
 from utils.stages import StageClock
 
-# Arguments that runs of earlier versions do not name, with the values that those had.
-ADDED_LATER = {"scorer": [RELEASE_SCORER], "backbone": RELEASE_BACKBONE, "bits": FULL_BITS}
 REPORT_SECONDS = 1.0  # shortest time between two fetches of losses, which make the host wait for the device
 
 
@@ -59,11 +54,14 @@ class Progress:
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of the finished steps of the current epoch
     history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see train.py
-    selected: int = 0  # the epoch of the weights in the selected checkpoint
+    selected: int = 0  # the epoch of the selected weights
 
 
 class Trainer:
-    """A model with its optimizer and progress. `bf16`: autocast to bfloat16; `compiled`: torch.compile."""
+    """A model with its optimizer and progress. `bf16`: autocast to bfloat16; `compiled`: torch.compile.
+
+    selected: the checkpoint of the selected epoch, see `models.regad.checkpoint`; None until an epoch is selected.
+    """
 
     def __init__(
         self, model: RegAD, lr: float, momentum: float, bf16: bool = False, tf32: bool = False, compiled: bool = False
@@ -74,15 +72,19 @@ class Trainer:
         self.lr, self.bf16, self.tf32 = lr, bf16, tf32
         self.loss = torch.compile(model) if compiled else model
         self.progress = Progress()
+        self.selected: dict | None = None
 
     def step(self, query: torch.Tensor, support: torch.Tensor, clock: StageClock) -> torch.Tensor:
         """One update from `query` (B, 3, S, S) and `support` (B, K, 3, S, S), values in [0, 1].
 
-        Returns the loss before the update, a scalar on the device.
+        Returns the loss before the update, a scalar on the device. On the CPU, a loss that is not finite causes no
+        update: there, torch's gradient of grid_sample reads outside its memory where positions are not finite.
         """
         with _tf32(self.tf32):
             with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss = self.loss(query, support)
+            if self.device.type == "cpu" and not loss.isfinite():
+                return loss.detach()
             with clock("backward"):
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -102,7 +104,7 @@ class Trainer:
         """Trains the current epoch from `progress.step` on, and calls `save` every `save_every` seconds.
 
         Raises:
-            UserError: a loss is not finite; the message names the episode.
+            UserError: a loss, or afterwards a weight, is not finite; the message names loss, epoch and step.
         """
         progress, pending = self.progress, []
         self.model.train()
@@ -128,6 +130,8 @@ class Trainer:
                     with clock("save"):
                         save()
         self._fetch(pending, episodes)
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise self.diverged(f"weights or statistics of the network are not finite; {self.last_loss()}")
 
     def _fetch(self, pending: list[torch.Tensor], episodes: Sequence[Episode]) -> None:
         """Moves the losses of the steps since the last call from the device to `progress`; UserError if not finite."""
@@ -137,48 +141,50 @@ class Trainer:
         for loss in values:
             if not math.isfinite(loss):
                 episode = episodes[progress.step]
-                raise UserError(
+                raise self.diverged(
                     f"the loss is {loss} in epoch {progress.epoch}, step {progress.step}: category {episode.category}, "
-                    f"queries {', '.join(episode.query)}. A lower --lr may help; files saved before are kept"
+                    f"queries {', '.join(episode.query)}"
                 )
             progress.losses.append(loss)
             progress.step += 1
 
-    def finish_epoch(self, entry: dict, is_selected: bool) -> None:
-        """Appends the epoch's entry to the history and moves on to the next epoch."""
+    def last_loss(self) -> str:
+        """The last loss of the current epoch, for messages."""
+        progress = self.progress
+        return f"the loss was {progress.losses[-1]:.4f} in epoch {progress.epoch}, step {progress.step - 1}"
+
+    def diverged(self, what: str) -> UserError:
+        """The error of a training whose numbers are no longer finite; `what`: where that was seen."""
+        return UserError(
+            f"{what}. The training diverged: start again with a lower --lr than {self.lr:g}, and with --overwrite if "
+            "an epoch was saved"
+        )
+
+    def finish_epoch(self, entry: dict, is_selected: bool, recipe: dict) -> None:
+        """Appends the epoch's entry to the history and moves on to the next epoch. `recipe`: for the checkpoint."""
         progress = self.progress
         progress.history.append(entry)
         if is_selected:
-            progress.selected = progress.epoch
+            progress.selected, self.selected = progress.epoch, checkpoint(self.model, recipe)
         progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
 
     def save(self, path: Path, arguments: dict) -> None:
-        """Writes the state of the run. A resumed run ends with the same bits as an undisturbed one on the CPU."""
+        """Writes the state of the run: all that its other files are made of, so that they can follow it.
+
+        A resumed run ends with the same bits as an undisturbed one on the CPU.
+        """
         content = {
             "arguments": arguments,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
+            "selected": self.selected,
         }
-        with whole_file(path) as aside:
-            torch.save(content, aside)
+        save_tensors(path, content)
 
-    def load(self, path: Path, arguments: dict) -> None:
-        """Reads the state that `save` wrote.
-
-        Raises:
-            UserError: the file is damaged or no training state, or the run had other arguments.
-        """
-        content = load_tensors(path, "training state")
-        if not isinstance(content, dict) or set(content) != {"arguments", "model", "optimizer", "progress"}:
-            raise UserError(f"{path} is not a training state; start again without --resume")
-        stored = ADDED_LATER | content["arguments"]
-        for name, value in arguments.items():
-            if stored.get(name) != value:
-                raise UserError(
-                    f"the run to resume, {path}, has {name} {stored.get(name)}, not {value}; give the "
-                    "same arguments, or start again without --resume"
-                )
+    def restore(self, content: dict) -> None:
+        """Continues from `content`, the state that `save` wrote."""
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.progress = Progress(**content["progress"])
+        self.selected = content["selected"]

@@ -1,4 +1,8 @@
-"""The files of a training run: weights, state, one JSON line per epoch, curve and record."""
+"""The files of a training run: weights, state, one JSON line per epoch, curve and record.
+
+The state is the commit. It is written first, holds all that the other files are made of, and is removed last. When a
+run that was killed between two files is resumed, they are made from the state again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from utils.files import load_tensors, whole_file
 
 
 class RunFiles(NamedTuple):
-    """The files of one run, in one folder. `state` exists while the run is unfinished, `record` when it is finished."""
+    """The files of one run, in one folder. The run is unfinished while `state` exists, and finished when only `record`
+    does.
+    """
 
     selected: Path
     last: Path
@@ -34,12 +40,62 @@ class RunFiles(NamedTuple):
         return cls(selected, last_file(save_dir, stn_mode, shot, category, backbone), *others)
 
 
-def refuse_to_overwrite(files: RunFiles) -> None:
-    """Raises UserError where a new run would overwrite an unfinished run, or weights that train.py did not write."""
-    if files.state.is_file():
-        raise UserError(
-            f"{files.state} belongs to an unfinished run; resume it with --resume, or delete the file to start again"
-        )
+class Earlier(NamedTuple):
+    """A run that this call continues: its state, or its record if it is finished, and in `decisive` its identity."""
+
+    file: Path
+    decisive: dict
+    content: dict
+    finished: bool
+
+
+def earlier_run(files: RunFiles, resume: bool, overwrite: bool) -> Earlier | None:
+    """The run that a call continues or finds finished; None where it starts a new one.
+
+    Raises:
+        UserError: the state or the record is damaged, or as `refuse_to_overwrite`.
+    """
+    if resume and files.state.is_file():
+        content = load_state(files)
+        return Earlier(files.state, content["arguments"], content, False)
+    if resume and files.record.is_file():
+        try:
+            record = json.loads(files.record.read_text(encoding="utf-8"))
+            return Earlier(files.record, record["decisive"], record, True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{files.record} is not the record of a training; start again with --overwrite") from error
+    refuse_to_overwrite(files, overwrite)
+    return None
+
+
+def load_state(files: RunFiles) -> dict:
+    """The state of an unfinished run, see `Trainer.save`.
+
+    Earlier versions did not store the selected weights in it; they are read from their file.
+
+    Raises:
+        UserError: the state is damaged or no training state, or the selected weights beside it are of another epoch.
+    """
+    content = load_tensors(files.state, "training state")
+    if not isinstance(content, dict) or set(content) - {"selected"} != {"arguments", "model", "optimizer", "progress"}:
+        raise UserError(f"{files.state} is not a training state; start again with --overwrite")
+    if "selected" not in content:
+        beside = load_tensors(files.selected, "checkpoint")
+        recipe = beside.get(RECIPE) if isinstance(beside, dict) else None
+        if not isinstance(recipe, dict) or recipe.get("epoch") != content["progress"]["selected"]:
+            raise UserError(
+                f"{files.selected} does not hold the weights of epoch {content['progress']['selected']}, which "
+                f"{files.state} of an earlier version selected; start again with --overwrite"
+            )
+        content["selected"] = beside
+    return content
+
+
+def refuse_to_overwrite(files: RunFiles, overwrite: bool) -> None:
+    """Raises UserError where a new run would replace weights that train.py did not write, or without `overwrite` a run.
+
+    `overwrite`: --overwrite was given.
+    """
     if files.selected.is_file():
         content = load_tensors(files.selected, "checkpoint")
         if not isinstance(content, dict) or RECIPE not in content:
@@ -47,6 +103,24 @@ def refuse_to_overwrite(files: RunFiles) -> None:
                 f"{files.selected} was not written by train.py (the release's weights?) and would be overwritten; "
                 "move it, or give another folder with --save_dir"
             )
+    if overwrite:
+        return
+    if files.state.is_file():
+        raise UserError(
+            f"{files.state} belongs to an unfinished run; resume it with --resume, or start again with --overwrite"
+        )
+    if found := [file for file in (files.record, files.selected, files.last) if file.is_file()]:
+        raise UserError(
+            f"{found[0]} belongs to an earlier run; give --overwrite to replace that run, or another folder with "
+            "--save_dir to keep it"
+        )
+
+
+def remove_leftovers(files: RunFiles) -> None:
+    """Removes the temporary files of this run that killed processes left behind."""
+    for entry in files.state.parent.iterdir():
+        if entry.suffix == ".tmp" and any(entry.name.startswith(f".{file.name}.") for file in files):
+            entry.unlink(missing_ok=True)
 
 
 def save_history(files: RunFiles, history: Sequence[dict]) -> None:

@@ -12,6 +12,7 @@ import torch
 from utils.errors import UserError
 
 DEFAULT_SEED = 668  # as in the release
+SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, have never been tried
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -26,16 +27,19 @@ def resolve_device(name: str) -> torch.device:
     """The device `name`; `auto` is CUDA if available, else the CPU. Changes no setting of the process.
 
     Raises:
-        UserError: the device does not exist or cannot be used.
+        UserError: the device does not exist, cannot be used or is not supported.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type in SUPPORTED_DEVICES:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from error
+    if device.type not in SUPPORTED_DEVICES:
+        raise UserError(f"device {name!r} is not supported, only {' and '.join(SUPPORTED_DEVICES)}; try --device cpu")
     return device
 
 

@@ -24,7 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # containers share process ids
     try:
         yield aside
-        with open(aside, "rb") as written:
+        with open(aside, "rb+") as written:  # Windows flushes only files that are open for writing
             os.fsync(written.fileno())
         os.replace(aside, path)
     finally:
@@ -35,6 +35,12 @@ def write_json(path: Path, content: dict) -> None:
     """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, content: object) -> None:
+    """Writes tensors and plain values as a torch file, whole or not at all."""
+    with whole_file(path) as aside:
+        torch.save(content, aside)
 
 
 def load_tensors(path: Path, what: str) -> object:

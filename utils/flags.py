@@ -39,6 +39,20 @@ def add_data_flags(group: Group, data_types: Iterable[str]) -> None:
     group.add_argument("--data_path", type=Path, default=Path("./MVTec/"), help="folder that holds the categories")
 
 
+def add_source_flags(group: Group) -> None:
+    """Adds --sources and --source_path."""
+    group.add_argument(
+        "--sources",
+        type=category_name,
+        nargs="+",
+        metavar="CATEGORY",
+        help="train on these categories; default: all but the target",
+    )
+    group.add_argument(
+        "--source_path", type=Path, metavar="DIR", help="data set of the sources; default: that of the target"
+    )
+
+
 def add_image_flags(group: Group, strict: bool = True) -> None:
     """Adds --keep_aspect, --bits and --max_pixels; with `strict`, also --strict."""
     add_keep_aspect_flag(group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -12,6 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from utils.files import PROJECT_ROOT
 
@@ -30,8 +34,10 @@ def plain_arguments(arguments: argparse.Namespace) -> dict:
     return {name: plain(value) for name, value in vars(arguments).items()}
 
 
-def peak_memory_mb() -> float:
-    """The highest resident memory of this process so far, in MB (2**20 bytes)."""
+def peak_memory_mb() -> float | None:
+    """The highest resident memory of this process so far, in MB (2**20 bytes); None where the system does not say."""
+    if resource is None:
+        return None
     scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
 

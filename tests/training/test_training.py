@@ -1,15 +1,12 @@
-"""Training steps against the release's trace and the plain definition; runs that are killed and resumed."""
+"""Training steps against the release's trace and the plain definition; runs, their files and what they refuse."""
 
 from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
-import random
-import time
+import shutil
 from collections import defaultdict
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -259,9 +256,8 @@ def test_the_second_epoch_opens_no_image(demo_data, tmp_path, monkeypatch):
     )
     train.main(arguments(demo_data, tmp_path, epochs=3))
     assert len(counts) == 3 and counts[0] == len(opened) == counts[2] > 10
-    opened.clear()
+    monkeypatch.delattr("datasets.cache.read_image")  # another run takes all source images from the cache
     train.main(arguments(demo_data, tmp_path, save_dir=tmp_path / "other", eval_every=0, select="last"))
-    assert opened == []  # another run takes all source images from the cache
 
 
 @pytest.mark.parametrize("stn_mode", ["affine", "translation_scale"])
@@ -286,50 +282,6 @@ def test_tiny_data(demo_data, tmp_path):
         (tmp_path / "data" / category / "ground_truth").symlink_to(demo_data / category / "ground_truth")
     train.main(arguments(tmp_path / "data", tmp_path, epochs=1, batch_size=32, shot=2))
     assert files(tmp_path, shot=2).record.is_file()
-
-
-def run_and_kill(command: list[str], state: Path, after: float) -> bool:
-    """Starts training and kills it `after` seconds after the first state it saves; False if it finished before."""
-    before = state.stat().st_mtime_ns if state.exists() else None
-    process = start_training(command)
-    while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == before):
-        time.sleep(0.01)
-    process.join(after)
-    process.kill()
-    process.join()
-    return process.exitcode != 0
-
-
-def start_training(command: list[str]) -> BaseProcess:
-    """Starts train.py in a new process, forked from a server that has imported it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    process = context.Process(target=train.main, args=(command,))
-    process.start()
-    return process
-
-
-def test_killed_at_random_points_the_weights_are_the_same(demo_data, tmp_path):
-    """A state is saved after every step, so that some kills happen while a file is being written."""
-    changes = {"epochs": 6, "eval_every": 3}
-    train.main(arguments(demo_data, tmp_path / "undisturbed", **changes))
-    expected, found = files(tmp_path / "undisturbed"), files(tmp_path / "killed")
-    command = [*arguments(demo_data, tmp_path / "killed", **changes, save_every=0), "--resume"]
-    generator, kills = random.Random(0), 0
-    while kills < 6 and run_and_kill(command, found.state, generator.uniform(0, 0.4)):
-        kills += 1
-        assert torch.load(found.state, weights_only=True)["progress"]
-    assert kills >= 5
-    last = start_training(command)
-    last.join()
-    assert last.exitcode == 0
-    assert_equal_bits(expected.last, found.last)
-    assert_equal_bits(expected.selected, found.selected)
-    numbers = [
-        [(entry["loss"], entry.get("rounds")) for entry in map(json.loads, run.epochs.read_text().splitlines())]
-        for run in (expected, found)
-    ]
-    assert numbers[0] == numbers[1] and len(numbers[0]) == 7
 
 
 def test_resume_after_the_end_changes_nothing(undisturbed, demo_data, capsys):
@@ -360,6 +312,29 @@ def test_an_unfinished_run_is_not_overwritten(demo_data, tmp_path, monkeypatch):
         train.main(arguments(demo_data, tmp_path))
     with pytest.raises(UserError, match=r"has lr 0\.01, not 0\.5; give the same arguments"):
         train.main([*arguments(demo_data, tmp_path, lr=0.5), "--resume"])
+    monkeypatch.undo()
+    train.main([*arguments(demo_data, tmp_path, epochs=1, lr=0.5), "--overwrite"])
+    assert len(json.loads(files(tmp_path).record.read_text())["epochs"]) == 2 and not files(tmp_path).state.exists()
+
+
+@pytest.mark.parametrize("lost", [[], ["record"], ["record", "selected"]])
+def test_a_finished_run_is_not_overwritten(lost, undisturbed, demo_data, tmp_path):
+    """Neither by a plain call nor, where its record was lost, by --resume."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    found = files(tmp_path)
+    for name in lost:
+        getattr(found, name).unlink()
+    before = {file.name: file.read_bytes() for file in found.state.parent.iterdir()}
+    for flags in ([], ["--resume"] if lost else []):
+        with pytest.raises(UserError, match=r"belongs to an earlier run; give --overwrite to replace that run"):
+            train.main([*arguments(demo_data, tmp_path), *flags])
+    assert {file.name: file.read_bytes() for file in found.state.parent.iterdir()} == before
+
+
+def test_resume_and_overwrite_exclude_each_other(demo_data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main([*arguments(demo_data, tmp_path), "--resume", "--overwrite"])
+    assert caught.value.code == 2 and "not allowed with" in capsys.readouterr().err
 
 
 def test_weights_of_others_are_not_overwritten(demo_data, tmp_path):
@@ -367,8 +342,9 @@ def test_weights_of_others_are_not_overwritten(demo_data, tmp_path):
     target.parent.mkdir(parents=True)
     torch.save({"STN": {}, "ENC": {}, "PRED": {}}, target)
     before = target.read_bytes()
-    with pytest.raises(UserError, match=r"was not written by train\.py"):
-        train.main(arguments(demo_data, tmp_path))
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"was not written by train\.py"):
+            train.main([*arguments(demo_data, tmp_path), *flags])
     assert target.read_bytes() == before
 
 
@@ -378,6 +354,15 @@ def test_a_loss_that_is_not_finite_names_its_episode(demo_data, tmp_path, monkey
     with pytest.raises(UserError, match=r"loss is nan in epoch 1, step 0: category weave, queries \d+\.png") as caught:
         train.main(arguments(demo_data, tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 8}, {"batch_size": 8, "eval_every": 0, "select": "last"}])
+@pytest.mark.parametrize("lr", [1e9, 1e20, 1e38])
+def test_a_diverged_training_names_loss_epoch_and_step(lr, changes, demo_data, tmp_path):
+    """Whether the loss or the scores show it first; batches of 8 make one step per epoch."""
+    with pytest.raises(UserError, match=r"loss (is|was) \S+ in epoch [12], step \d.*give a lower|lower --lr") as caught:
+        train.main(arguments(demo_data, tmp_path, lr=lr, **changes))
+    assert "\n" not in str(caught.value) and "checkpoint" not in str(caught.value)
 
 
 MISTAKES = {
@@ -421,12 +406,3 @@ def test_tf32_is_for_training_steps_only(enabled, monkeypatch):
     images = torch.rand(2, 3, 64, 64)
     trainer.step(images, images[:, None], StageClock())
     assert seen == [[enabled, enabled]] and [of_library.allow_tf32 for of_library in settings] == before
-
-
-def test_a_run_of_an_earlier_version_is_continued(tmp_path):
-    """Its state does not name the scorer and the backbone, which were the release's."""
-    trainer = Trainer(RegAD("affine", 64), 0.01, 0.9)
-    trainer.save(tmp_path / "state.pt", {"obj": "ring"})
-    trainer.load(tmp_path / "state.pt", {"obj": "ring", "scorer": ["gaussian"], "backbone": "resnet18"})
-    with pytest.raises(UserError, match=r"scorer \['gaussian'\], not \['neighbours'\]"):
-        trainer.load(tmp_path / "state.pt", {"obj": "ring", "scorer": ["neighbours"], "backbone": "resnet18"})

@@ -13,6 +13,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, format_elapsed, run_command
@@ -155,6 +157,44 @@ def test_provenance_names_commit_versions_and_device():
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     assert record["device"].startswith("cpu")
     json.dumps(record, allow_nan=False)
+
+
+@given(
+    st.sampled_from(("mps", "xpu", "hpu", "meta", "xla", "vulkan", "privateuseone", "cuda:99", "mps:0", ""))
+    | st.from_regex(r"[a-z]{1,6}(:-?[0-9]{1,3})?", fullmatch=True)
+)
+def test_a_device_can_be_used_or_costs_one_sentence(name):
+    try:
+        device = resolve_device(name)
+    except UserError as error:
+        assert repr(name) in str(error) and "try --device cpu" in str(error) and "\n" not in str(error)
+    else:
+        assert device.type in ("cpu", "cuda") and torch.ones(2, device=device).sum().item() == 2
+
+
+WITHOUT_UNIX = """
+import sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None  # import raises ImportError, as on Windows
+sys.path.insert(0, {root!r})
+import check_data, export, make_support, predict, test, train
+common = ["--data_type", "folder", "--data_path", {data!r}]
+small = ["--weights", "none", "--img_size", "64", "--device", "cpu", "--num_workers", "1"]
+scored = ["--obj", "ring", "--shot", "1", "--inferences", "1"]
+out = {out!r}
+train.main([*common, *small, *scored, "--epochs", "1", "--cache_dir", "none", "--save_dir", out + "/save"])
+test.main([*common, *small, *scored, "--save_dir", out + "/save", "--output", out])
+image = {data!r} + "/ring/train/good/000.png"
+predict.main([*small, "--support", image, image, "--input", image, "--output", out + "/predicted"])
+"""
+
+
+def test_commands_work_without_the_modules_of_unix(demo_data, tmp_path):
+    code = WITHOUT_UNIX.format(root=str(PROJECT_ROOT), data=str(demo_data), out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "ring_1_rotation_scale.json").read_text())["peak_memory_mb"] is None
+    assert (tmp_path / "predicted/scores.csv").is_file()
 
 
 def test_devices():

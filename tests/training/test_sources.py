@@ -1,0 +1,102 @@
+"""train.py --sources and --source_path: which categories are trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train
+from datasets import episodes
+from datasets.mvtec import list_source_images
+from datasets.synthetic import write_dataset
+from tests.training.test_training import arguments
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> tuple[Path, Path]:
+    """Two data sets that both have a category called ring, with different images."""
+    root = tmp_path_factory.mktemp("roots")
+    write_dataset(root / "a", categories=("board", "ring", "weave"), train=4, good=3, defective=1, size=64)
+    write_dataset(root / "b", categories=("board", "ring"), train=5, good=2, defective=1, size=64)
+    return root / "a", root / "b"
+
+
+def record(data: Path, folder: Path, *flags: str, **changes: object) -> dict:
+    train.main([*arguments(data, folder, epochs=1, **changes), *flags])
+    (file,) = (folder / "save").rglob("*_record.json")
+    return json.loads(file.read_text())
+
+
+def test_only_the_named_categories_are_trained_on(roots, tmp_path):
+    """--sources weave is the run on a data set that has no other category, and decides on resuming."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("ring", "weave"):
+        (few / name).symlink_to(roots[0] / name)
+    named = record(roots[0], tmp_path / "named", "--sources", "weave")
+    alone, everything = record(few, tmp_path / "alone"), record(roots[0], tmp_path / "all")
+    assert [run["epochs"][1]["steps"] for run in (named, alone, everything)] == [2, 2, 4]
+    assert named["epochs"][1]["loss"] == alone["epochs"][1]["loss"]
+    assert named["arguments"]["sources"] == ["weave"] and named["decisive"] == alone["decisive"]
+    with pytest.raises(UserError, match=r"has sources \[weave\], not \[board, weave\]"):
+        record(roots[0], tmp_path / "named", "--resume")
+
+
+def test_another_data_set_may_have_a_category_of_the_target_s_name(roots, tmp_path, capsys):
+    across = record(roots[0], tmp_path, "--source_path", str(roots[1]))
+    assert across["decisive"]["sources"] == ["board", "ring"] and across["epochs"][1]["steps"] == 6
+    assert across["arguments"]["source_path"] == str(roots[1])
+    assert f"training on 2 categories of {roots[1]}, 10 images; target ring" in capsys.readouterr().out
+
+
+def test_the_target_s_folder_is_no_source_under_any_name(roots, tmp_path):
+    links = tmp_path / "links"
+    links.mkdir()
+    for alias, name in (("ring", "ring"), ("alias", "ring"), ("weave", "weave")):
+        (links / alias).symlink_to(roots[0] / name)
+    assert list(list_source_images(roots[0], "folder", "ring", source_path=links)) == ["weave"]
+    for name in ("ring", "alias"):
+        with pytest.raises(UserError, match="--sources names ring, the target"):
+            list_source_images(roots[0], "folder", "ring", only=[name, "weave"], source_path=links)
+    with pytest.raises(UserError, match="--sources names ring, the target"):
+        list_source_images(roots[0], "folder", "ring", only=["ring"])
+
+
+def test_the_same_folder_by_another_path_is_the_same_data_set(roots):
+    by_detour = roots[0] / ".." / roots[0].name
+    assert list(list_source_images(roots[0], "folder", "ring", source_path=by_detour)) == ["board", "weave"]
+
+
+def test_a_copy_of_the_target_is_refused(roots, tmp_path):
+    shutil.copytree(roots[0], tmp_path / "copy")
+    with pytest.raises(UserError, match=r"copy/ring is a copy of the target .*: name the categories .* with --sources"):
+        list_source_images(roots[0], "folder", "ring", source_path=tmp_path / "copy")
+    named = list_source_images(roots[0], "folder", "ring", only=["weave", "board"], source_path=tmp_path / "copy")
+    assert list(named) == ["board", "weave"]
+
+
+def test_the_held_out_category_is_one_of_the_sources(roots, tmp_path):
+    across = record(roots[0], tmp_path, "--source_path", str(roots[1]), "--select", "source", "--held_out", "board")
+    assert across["decisive"]["sources"] == ["ring"] and across["epochs"][1]["image_auroc"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--sources", "bolt"], r"lacks 1 of the 1 categories to train on: bolt; it has board, ring, weave"),
+        (["--source_path", "/nowhere"], r"no data folder /nowhere; .* with --source_path"),
+    ],
+)
+def test_mistakes_get_one_sentence(flags, sentence, roots, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        record(roots[0], tmp_path, *flags)
+
+
+def test_the_printed_episodes_are_those_of_the_same_sources(roots, capsys):
+    common = ["--obj", "ring", "--data_type", "folder", "--data_path", str(roots[0]), "--shot", "1"]
+    episodes.main([*common, "--source_path", str(roots[1]), "--sources", "board"])
+    assert {episode["category"] for episode in json.loads(capsys.readouterr().out)} == {"board"}
