@@ -22,7 +22,7 @@ from PIL import Image
 
 OVERLAP = 0.25  # of a tile's side: the least overlap of neighbouring tiles
 MAX_SHRINK = 4  # longer side of an image divided by S, up to which `auto` does not cut it
-AUTO_SHRINK = 2  # the shrink of a tile, where `auto` cuts support images
+AUTO_SHRINK = 1  # the shrink of a tile where `auto` cuts support images: none, small defects are to be found
 FIT_VIEWS = 512  # views of tiles that a detector is fitted to, over all support images; bounds time and memory
 MIN_TILE = 16  # pixels; smaller tiles are enlarged beyond any use
 SUBSET_SEED = 0  # for the tiles of each support image that these views show

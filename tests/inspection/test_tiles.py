@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import predict
+from benchmarks import tiles as benchmark
+from benchmarks.reference import needs_reference
+from inspection import tiles
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.region import RegionWarning, inside_map, pixels, read_region
 from inspection.tiles import (
-    FIT_VIEWS,
     OVERLAP,
     Layout,
     Tiling,
@@ -41,6 +43,14 @@ def with_spot(image: Image.Image, x: int, y: int, side: int = 10) -> Image.Image
     values = np.array(image)
     values[y : y + side, x : x + side] = 250
     return Image.fromarray(values)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_views():
+    """Detectors are fitted to 10 tiles, which takes less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "FIT_VIEWS", 130)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +108,7 @@ def test_auto_follows_the_support():
     assert settle_tiling("off", [(4000, 3000)], SIZE, False) is None
     assert settle_tiling(100, [(4000, 3000)], SIZE, False) == Tiling(100, 100, 100, False)
     large = settle_tiling("auto", [(4000, 3000)] * 2, SIZE, False)
-    assert large == Tiling(2 * SIZE, 2 * SIZE, 4 * SIZE, False)
+    assert large == Tiling(SIZE, SIZE, 4 * SIZE, False)
     sizes = [(100, 60), (120, 70), (140, 80)]
     assert settle_tiling("auto", sizes, SIZE, False) == Tiling(120, 70, 4 * SIZE, True)
     assert settle_tiling("auto", sizes, SIZE, True) == Tiling(120, 120, 4 * SIZE, True)
@@ -116,8 +126,9 @@ def test_sides_of_tiles(text):
 def test_number_of_fitted_tiles_is_bounded():
     layouts = [Layout(4000, 3000, 4000, 3000, 224), None, Layout(300, 300, 300, 300, 224)]
     chosen = fitting_corners(layouts, 13)
-    assert len(chosen[0]) == FIT_VIEWS // 13 // 3 and chosen[1] == [] and chosen[2] == layouts[2].corners
-    assert chosen == fitting_corners(layouts, 13) and set(chosen[0]) <= set(layouts[0].corners)
+    assert len(chosen[0]) == len(chosen[2]) == tiles.FIT_VIEWS // 13 // 3 and chosen[1] == []
+    assert all(set(chosen[number]) <= set(layouts[number].corners) for number in (0, 2))
+    assert chosen == fitting_corners(layouts, 13) and fitting_corners(layouts[2:], 13) == [layouts[2].corners]
 
 
 def test_a_small_defect_in_a_large_image(detector):
@@ -154,7 +165,8 @@ def test_images_that_are_not_cut_are_scored_as_without_tiles(network):
     assert all(np.array_equal(one, other) for one, other in zip(*pairs, strict=True))
 
 
-def test_a_whole_image_is_left_out_with_all_its_tiles(detector, network):
+def test_a_whole_image_is_left_out_with_all_its_tiles(detector, network, monkeypatch):
+    monkeypatch.setattr(tiles, "FIT_VIEWS", 512)
     images = [surface(seed, 110, 90) for seed in range(2)]  # so few tiles that the detector is fitted to all
     left_out = FewShotDetector(network, "cpu", tile=48).fit(images).left_out
     for number, other in ((0, 1), (1, 0)):
@@ -262,21 +274,32 @@ def test_rectangles_and_masks(tmp_path):
 
 def test_predict_says_how_images_are_cut(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    support = _saved([surface(0, 600, 300), surface(1, 600, 300)], tmp_path)
-    with_spot(surface(2, 600, 300), 500, 200, 24).save(tmp_path / "in" / "spot.png")
-    surface(3, 600, 300).save(tmp_path / "in" / "clean.png")
+    support = _saved([surface(0, 300, 200), surface(1, 300, 200)], tmp_path)
+    with_spot(surface(2, 300, 200), 240, 140, 16).save(tmp_path / "in" / "spot.png")
+    surface(3, 300, 200).save(tmp_path / "in" / "clean.png")
     flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--maps", "npy"]
     flags += ["--support", *map(str, support), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     predict.main([*flags, "--save", str(tmp_path / "part.regad")])
     printed = capsys.readouterr()
-    assert "above 256 pixels are cut into tiles of 128 x 128" in printed.out
-    assert printed.err.count("tiles: 600 x 300 pixels in 6 x 3 = 18 tiles") == 1
+    assert "above 256 pixels are cut into tiles of 64 x 64" in printed.out
+    assert printed.err.count("tiles: 300 x 200 pixels in 6 x 4 = 24 tiles") == 1
     spot, clean = (np.load(tmp_path / "out" / "maps" / f"{name}.png.npy") for name in ("spot", "clean"))
     y, x = np.unravel_index(spot.argmax(), spot.shape)
-    assert spot.shape == (300, 600) and spot.max() > clean.max() and abs(x - 512) < 40 and abs(y - 212) < 40
+    assert spot.shape == (200, 300) and spot.max() > clean.max() and abs(x - 248) < 30 and abs(y - 148) < 30
     flags[flags.index(str(tmp_path / "out"))] = str(tmp_path / "off")
     predict.main([*flags, "--tile", "off"])
-    assert "warning: images of 600 x 300 pixels shrink 9.4 times to 64 x 64" in capsys.readouterr().err
+    assert "warning: images of 300 x 200 pixels shrink 4.7 times to 64 x 64" in capsys.readouterr().err
     with pytest.raises(UserError, match="--tile belongs to fitting"):
         saved = ["--detector", str(tmp_path / "part.regad"), "--input", str(tmp_path / "in"), "--tile", "64"]
         predict.main([*saved, "--output", str(tmp_path / "out2")])
+
+
+@needs_reference
+def test_blowholes_in_small_mosaics():
+    """A small version of the benchmark: 800 x 375 pixels, 2 parts each."""
+    flags = ["--grid", "2", "1", "--count", "2", "--shot", "2", "--tile", "224", "--device", "cpu"]
+    content = benchmark.measure(benchmark.get_args_parser().parse_args(flags))
+    clean, defective = content["images"][:2], content["images"][2:]
+    assert all(row["at_defect"] for row in defective)
+    assert min(row["score"] for row in defective) > max(row["score"] for row in clean)
+    assert "AUROC 1.000" in benchmark.report(content) and "2 of 2" in benchmark.report(content)
