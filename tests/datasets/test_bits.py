@@ -276,7 +276,7 @@ def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, caps
     assert record["bits"] == 10 and [bool(row["warning"]) for row in record["pictures"]] == [True, False]
     assert str(bright) in record["pictures"][0]["warning"]
     assert "1023 of 10 bits" in (tmp_path / "out/report.html").read_text()
-    other = ["--detector", str(tmp_path / "part.regad"), *base]
+    other = ["--detector", str(tmp_path / "part.regad"), "--overwrite", *base]
     predict.main([*other, "--bits", "12", "--calibrate", *map(str, greys[12][1][2:5])])
     printed = capsys.readouterr()
     assert "warning" not in printed.out + printed.err and "beyond" not in printed.out
