@@ -429,7 +429,9 @@ def test_killed_drivers_and_workers(arguments, tmp_path):
     drivers = [start(*kind) for kind in kinds]
     killed = []
     for victim in ("worker", "driver") * 4:
-        time.sleep(rng.uniform(1, 8))
+        while not workers(output) and any(driver.poll() is None for driver in drivers):
+            time.sleep(0.1)  # the drivers plan and estimate first
+        time.sleep(rng.uniform(0.5, 6))
         alive = workers(output) if victim == "worker" else [driver.pid for driver in drivers if driver.poll() is None]
         if alive:
             killed.append(victim)
