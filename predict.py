@@ -30,6 +30,7 @@ from inspection.inputs import (
 from inspection.predictions import Outputs, map_scale, predict
 from inspection.report import report_page
 from inspection.results import DEFECTIVE, PAGE, SUMMARY, UNUSUAL, Prediction, ResultFiles, count_decisions, has_results
+from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, write_page
 from utils.errors import UserError, require_positive, run_command
 from utils.files import write_json
@@ -260,6 +261,8 @@ class Run:
             "backbone": getattr(detector.network, "backbone", None),
             "img_size": detector.size,
             "bits": detector.bits,
+            "tiles": describe_tiling(detector.tiling),
+            "has_region": detector.region is not None,
             "map_scale": map_scale(detector),
             "threshold": None if detector.threshold is None else detector.threshold._asdict(),
             "counts": count_decisions(self.results.rows),

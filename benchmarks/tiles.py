@@ -180,7 +180,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shot", type=int, default=4, help="support images: mosaics, or parts with --parts")
     parser.add_argument("--parts", action="store_true", help="support images are single windows instead of mosaics")
     parser.add_argument("--tile", type=tile_side, default=AUTO)
-    parser.add_argument("--count", type=int, default=10, help="clean mosaics, and as many defective ones")
+    parser.add_argument("--count", type=int, default=5, help="clean mosaics, and as many defective ones")
     parser.add_argument("--grid", type=int, nargs=2, default=GRID, help="windows across and down")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data_path", type=Path, default=DATA)
@@ -215,7 +215,8 @@ def measure(args: argparse.Namespace) -> dict:
     fitting = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         rows = score_mosaics(detector, test, grid[0], Path(folder))
-    content = {"command": command_line("benchmarks.tiles", args), **provenance(detector.clock.device)}
+    chosen = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in ("output", "report")})
+    content = {"command": command_line("benchmarks.tiles", chosen), **provenance(detector.clock.device)}
     content |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
     layout = detector.layout_of(grid[0] * CELL[0], grid[1] * CELL[1])
     content |= {"tiles": str(layout), "tile": [detector.tiling.width, detector.tiling.height] if layout else None}

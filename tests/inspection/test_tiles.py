@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -286,6 +288,8 @@ def test_predict_says_how_images_are_cut(tmp_path, capsys):
     spot, clean = (np.load(tmp_path / "out" / "maps" / f"{name}.png.npy") for name in ("spot", "clean"))
     y, x = np.unravel_index(spot.argmax(), spot.shape)
     assert spot.shape == (200, 300) and spot.max() > clean.max() and abs(x - 248) < 30 and abs(y - 148) < 30
+    record = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert "tiles of 64 x 64" in record["tiles"] and record["has_region"] is False
     flags[flags.index(str(tmp_path / "out"))] = str(tmp_path / "off")
     predict.main([*flags, "--tile", "off"])
     assert "warning: images of 300 x 200 pixels shrink 4.7 times to 64 x 64" in capsys.readouterr().err
