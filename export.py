@@ -19,6 +19,7 @@ from inspection.export_check import CHECK_IMAGES, compare, refuse_differences
 from inspection.flags import add_detector_flags, check_detector_flags, make_detector
 from inspection.inputs import list_inputs
 from utils.errors import UserError, run_command
+from utils.files import require_writable
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -41,11 +42,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, writes the files, and compares them with PyTorch."""
     args = get_args_parser().parse_args(argv)
-    _check(args)
-    images = None if args.check is None else list_inputs(args.check or args.support)
-    detector = make_detector(args, "cpu")
     stem = args.output.with_suffix("") if args.output.suffix[1:] in WRITERS else args.output
     files = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in args.format}
+    _check(args, files)
+    images = None if args.check is None else list_inputs(args.check or args.support)
+    detector = make_detector(args, "cpu")
     for kind, path in files.items():
         WRITERS[kind](detector, path)
         print(f"{kind}: {path} ({path.stat().st_size / 2**20:.0f} MB)")
@@ -53,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _compare(detector, files, images, shifted=not args.check)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, files: dict[str, Path]) -> None:
     """Checks arguments and optional packages.
 
     Raises:
-        UserError: arguments contradict each other, or a package is missing.
+        UserError: arguments contradict each other, a file cannot be written, or a package is missing.
     """
+    for file in files.values():
+        require_writable(file, "--output")
     check_detector_flags(args)
     if args.check == [] and not args.support:
         raise UserError("--check needs images, and a saved detector contains none; give files or folders after --check")

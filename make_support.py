@@ -22,7 +22,7 @@ from datasets.manifest import (
 from datasets.mvtec import CATEGORIES, category_folder, list_train_images
 from datasets.support import find_names, read_rounds, save_support_rounds, support_file
 from utils.errors import UserError, require_positive, run_command
-from utils.files import sha256
+from utils.files import require_writable, sha256
 from utils.flags import DEFAULT_SUPPORT_PATH, add_data_flags, add_image_flags, category_name
 
 
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = {"--obj": args.obj and not args.from_pt, "--from_pt": args.from_pt, "--verify": args.verify}
     if sum(map(bool, tasks.values())) != 1:
         raise UserError("give one task: --obj CATEGORY ..., --from_pt FILE or --verify MANIFEST ...")
+    if not args.verify:
+        require_writable(args.support_path, "--support_path", folder=True)
     if args.verify:
         _verify(args)
     elif args.from_pt:
@@ -112,6 +114,8 @@ def _find_names(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     bad = 0
+    for file in args.verify if args.write_hashes else ():
+        require_writable(file, "--verify")
     for file in args.verify:
         manifest = load_manifest(file)
         folder = category_folder(args.data_path, args.data_type, manifest.category)

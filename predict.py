@@ -33,7 +33,7 @@ from inspection.results import DEFECTIVE, PAGE, SUMMARY, UNUSUAL, Prediction, Re
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, write_page
 from utils.errors import UserError, require_positive, run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.interrupts import Interrupts
 from utils.records import peak_memory_mb, plain_arguments, provenance
 
@@ -112,6 +112,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--input and --watch exclude each other; images already in the watched folder come first")
     if not (args.input or args.watch or args.save):
         raise UserError("nothing to do: give images with --input or --watch, or a file to --save the detector in")
+    require_writable(args.output, "--output", folder=True)
+    if args.save:
+        require_writable(args.save, "--save")
     if absolute(args.output) in [absolute(path) for path in (args.input or []) + [args.watch or Path("/")]]:
         raise UserError(f"--output {args.output} is also where the images come from; give another folder")
     if args.watch and not args.watch.is_dir():

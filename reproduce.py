@@ -33,7 +33,7 @@ from models.timm_features import PREFIX
 from scorers.registry import add_scorer_flag
 from utils import flags
 from utils.errors import UserError, require_positive, run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 
 SLURM_CLUSTER = "slurm"  # name of the submitit executor; tests use "local"
 
@@ -127,9 +127,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(FORMATS[args.format](compare(*map(read_results, args.compare))))
         return
     if args.report:
+        require_writable(args.report, "--report", folder=True)
+        if args.readme:
+            require_writable(args.readme, "--readme")
         write_tables(args.report, args.readme)
         return
     if args.import_scores:
+        require_writable(args.output, "--output", folder=True)
         require_positive(args, "shot", "inferences", "img_size")
         args.img_size = settle_img_size(args.backbone, args.img_size)
         import_record(args)
@@ -155,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check(args: argparse.Namespace) -> None:
     counts = ("shots", "inferences", "epochs", "batch_size", "img_size", "eval_every", "slurm_minutes", "slurm_cpus")
     require_positive(args, *counts, *(["jobs"] if args.jobs is not None else []))
+    require_writable(args.output, "--output", folder=True)
+    if args.cache_dir != "none" and not args.eval_only:
+        require_writable(Path(args.cache_dir), "--cache_dir", folder=True)
     args.img_size = settle_img_size(args.backbone, args.img_size)
     for name in ("lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:

@@ -45,7 +45,7 @@ from training.records import Earlier, RunFiles, earlier_run, is_selected, outcom
 from utils import flags
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
-from utils.files import digest, save_tensors, write_json
+from utils.files import digest, require_writable, save_tensors, write_json
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
@@ -222,6 +222,10 @@ class Target(NamedTuple):
 
 
 def _check(args: argparse.Namespace) -> None:
+    for file in RunFiles.of(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone):
+        require_writable(file, "--save_dir")
+    if args.cache_dir != "none":
+        require_writable(Path(args.cache_dir), "--cache_dir", folder=True)
     require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
     if args.backbone not in BACKBONES:
         raise UserError(f"--backbone {args.backbone} cannot be trained; choose from {', '.join(BACKBONES)}")

@@ -19,7 +19,7 @@ from benchmarks import plain
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
 from utils.devices import command_device
 from utils.errors import require_positive, run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.records import provenance
 from utils.stages import StageClock
 
@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Times both on one core, prints times and differences, and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
+    require_writable(args.output, "--output", folder=True)
     require_positive(args, "pictures", "size", "repeats")
     device = command_device(args.device)
     one_core()

@@ -27,7 +27,7 @@ from inspection.detector import SCORE_GROUP, FewShotDetector
 from inspection.inputs import read_inputs
 from models.regad import untrained
 from utils.errors import UserError, run_command
-from utils.files import PROJECT_ROOT, write_json
+from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import provenance
 
 SETTLED_AFTER = 50  # images, after which every buffer has been used
@@ -51,6 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs predict.py once, measures its memory, prints the result and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
+    require_writable(args.output, "--output", folder=True)
     if args.pictures <= SETTLED_AFTER:
         raise UserError(f"--pictures must be more than {SETTLED_AFTER}")
     images = _images(args)

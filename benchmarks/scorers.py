@@ -36,7 +36,7 @@ from scorers.neighbours import Choices, Neighbours
 from scorers.views import TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import UserError, run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.records import provenance
 from utils.stages import StageClock
 
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = sorted(args.output.glob("scorers_[0-9]*.json"), key=lambda path: int(path.stem.split("_")[1]))
         print("\n\n".join(report(json.loads(file.read_text())) for file in files))
         return
+    require_writable(args.output, "--output", folder=True)
     device, begin = command_device(args.device), time.perf_counter()
     size = settle_img_size(args.backbone, None)
     network = folded(scoring_network(args.backbone, "rotation_scale", size, None, args.weights).to(device))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from datasets.synthetic import write_dataset
 from utils.errors import UserError, run_command
-from utils.files import PROJECT_ROOT, write_json
+from utils.files import PROJECT_ROOT, require_writable, write_json
 
 CONFIGURATION = """
 ClusterName=one
@@ -61,6 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the grid on both engines, prints the observations and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
+    require_writable(args.output, "--output", folder=True)
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         raise UserError(f"needs root and apt-get install slurm-wlm munge (missing: {', '.join(missing) or 'nothing'})")

@@ -34,7 +34,7 @@ from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report:
         print(report(json.loads(target.read_text())))
         return
+    require_writable(args.output, "--output", folder=True)
     begin, arguments = time.perf_counter(), plain_arguments(args)
     args.scorer = make_scorer(args.scorer)
     if args.checkpoint:

@@ -37,7 +37,7 @@ from inspection.flags import DEFAULT_FALSE_ALARM
 from inspection.tiles import AUTO, tile_side
 from models.regad import untrained
 from utils.errors import UserError, run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.records import peak_memory_mb, provenance
 
 CELL = (400, 375)  # width and height of a window in the mosaic
@@ -197,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report:
         print(report(json.loads(args.output.read_text())))
         return
+    require_writable(args.output, "--output")
     content = measure(args)
     write_json(args.output, content)
     print(report(content))

@@ -29,7 +29,7 @@ from training.loop import Trainer
 from training.records import RunFiles
 from utils.devices import command_device, seed_everything
 from utils.errors import run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.records import provenance
 from utils.stages import StageClock
 
@@ -59,6 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the measurements one after the other, prints them and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
+    require_writable(args.output, "--output", folder=True)
     device = command_device(args.device)
     seed_everything(0)
     with tempfile.TemporaryDirectory() as scratch:

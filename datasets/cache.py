@@ -75,6 +75,7 @@ def decoded_images(
                 if not file.is_file():
                     with whole_file(file) as aside:
                         images = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
+                        _reserve(aside)
                         _decode(paths, images, num_workers, keep_aspect, bits)
         except OSError as error:
             raise UserError(
@@ -82,6 +83,13 @@ def decoded_images(
                 "give another folder with --cache_dir, or no cache with --cache_dir none"
             ) from error
         _remove_outdated(file)
+
+
+def _reserve(file: Path) -> None:
+    """Makes sure that the disk has room for a file. Else the system would kill the process that writes into its map."""
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "rb+") as stream:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
 @contextmanager

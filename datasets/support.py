@@ -26,7 +26,7 @@ from datasets.manifest import (
 )
 from datasets.mvtec import list_train_images
 from utils.errors import UserError
-from utils.files import load_tensors, sha256, whole_file
+from utils.files import load_tensors, save_tensors, sha256
 from utils.flags import DEFAULT_SUPPORT_PATH, FULL_BITS
 from utils.records import VERSION
 
@@ -173,8 +173,7 @@ def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool, bits: int) ->
 
 def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
     """Writes rounds (K, 3, S, S) in [0, 1] as a support set in the release's format."""
-    with whole_file(path) as aside:
-        torch.save(rounds, aside)
+    save_tensors(path, rounds)
 
 
 def find_names(

@@ -24,7 +24,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from utils.errors import UserError, run_command
-from utils.files import whole_file
+from utils.files import require_writable, whole_file
 
 MIN_SIZE = 64  # pixels; in smaller images scratches are not visible
 MAX_TURN = 0.08  # radians, about 5 degrees
@@ -406,6 +406,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the data set and prints the folder of each category."""
     options = vars(get_args_parser().parse_args(argv))
+    require_writable(options["output"], "--output", folder=True)
     for category, scene in CATEGORIES.items():
         write_dataset(categories=[category], **options)
         print(f"wrote {options['output'] / category} (defects: {', '.join(scene.defects)})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,8 +123,15 @@ def write_pt2(detector: FewShotDetector, path: Path) -> None:
     module = ExportedDetector(detector).eval()
     with torch.no_grad():
         program = torch.export.export(module, _example(detector), dynamic_shapes=_dynamic_batch())
-    with whole_file(path) as aside, open(aside, "wb") as stream:
-        torch.export.save(program, stream, extra_files={METADATA_FILE: json.dumps(export_metadata(detector))})
+    save_program(path, program, {METADATA_FILE: json.dumps(export_metadata(detector))})
+
+
+def save_program(path: Path, program: torch.export.ExportedProgram, extra_files: dict[str, str]) -> None:
+    """Writes a program of torch.export, by way of the memory: torch aborts where it cannot write into a file."""
+    encoded = io.BytesIO()
+    torch.export.save(program, encoded, extra_files=extra_files)
+    with whole_file(path) as aside:
+        aside.write_bytes(encoded.getbuffer())
 
 
 WRITERS = {"onnx": write_onnx, "pt2": write_pt2}

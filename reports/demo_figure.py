@@ -7,6 +7,7 @@ python -m reports.demo_figure --obj ring --data_type folder --data_path demo/dat
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from models.stn import BACKBONES, STN_MODES
 from reports.drawing import colour_limits, overlay
 from scorers.registry import RELEASE_SCORER, make_scorer
 from utils.errors import UserError, require_positive, run_command
-from utils.files import whole_file
+from utils.files import require_writable, whole_file
 from utils.flags import DEFAULT_SAVE_DIR, add_data_flags, add_network_flags, add_support_flags, category_name
 from utils.stages import StageClock
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Scores the category by the first support set and draws one test image of each kind."""
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shot", "inferences", "img_size")
+    require_writable(args.output, "--output")
     args.img_size = settle_img_size(args.backbone, args.img_size)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = checked_test_items(folder, strict=False)
@@ -102,8 +104,10 @@ def save_figure(target: Path, support: torch.Tensor, examples: Sequence[Example]
     for axes, example in zip(grid.T, examples, strict=True):
         _draw_column(axes, example, limits)
     options = {"pil_kwargs": {"quality": 90}} if target.suffix == ".jpg" else {}
+    encoded = io.BytesIO()  # see reports.drawing.save_image
+    figure.savefig(encoded, format="jpeg" if target.suffix == ".jpg" else "png", dpi=DPI, **options)
     with whole_file(target) as aside:
-        figure.savefig(aside, format="jpeg" if target.suffix == ".jpg" else "png", dpi=DPI, **options)
+        aside.write_bytes(encoded.getbuffer())
 
 
 def _draw_column(axes: Sequence[Axes], example: Example, limits: tuple[float, float]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,8 +79,10 @@ def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Ima
 def save_image(path: Path, image: Image.Image) -> None:
     """Writes an image as JPEG if the file name ends in .jpg, and as PNG otherwise."""
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
+    encoded = io.BytesIO()  # Pillow's JPEG writer overlooks that a full disk took only a part
+    image.save(encoded, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
     with whole_file(path) as aside:
-        image.save(aside, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
+        aside.write_bytes(encoded.getbuffer())
 
 
 def _levels(scores: np.ndarray, limits: tuple[float, float]) -> Image.Image:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 DID_WORK = (1, 3)  # exit codes: some items failed; predict.py --fail_on_defect found a defect
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # met while writing, wherever that is
 
 
 class UserError(Exception):
     """An error that the user can correct. The message says what was expected, where, and what to do."""
 
 
+class WriteError(OSError):
+    """A file could not be written: the disk is full, the permission is lost. Has errno, strerror and filename."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
+
+
 def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Runs a command's `main`. A UserError ends it with one line and exit code 2, Ctrl-C with exit code 130.
+    """Runs a command's `main`. Ctrl-C ends it with one line and exit code 130.
+
+    A UserError, or a file that cannot be written, ends it with one line and exit code 2.
 
     A command that did its work, in whole or in part (DID_WORK), ends with the time it took. The line goes to
     stderr, so that redirected output holds the results only. The start of Python is not included.
@@ -26,8 +37,12 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     started = time.perf_counter()
     try:
         main(None)
-    except UserError as error:
+    except (UserError, WriteError) as error:
         sys.exit(_complain(error, 2))
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        sys.exit(_complain(f"cannot write {error.filename or 'a file'}: {error.strerror}", 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
     except SystemExit as end:

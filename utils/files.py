@@ -7,28 +7,91 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 
+NAME_LETTERS = 40  # of a file's name in that of its temporary file, which must not be longer than names may be
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def require_writable(path: Path, flag: str, folder: bool = False) -> None:
+    """Checks that the file `path`, or with `folder` a file in the folder `path`, can be written. Creates nothing.
+
+    flag: the argument that gives the path, for the message. A command calls this before its work starts.
+
+    Raises:
+        UserError: permission is missing, the file system is read-only, or something else is in the place of the file
+            or of a folder on the way to it.
+    """
+    try:
+        _try_to_write(path, folder)
+    except OSError as error:
+        what = "no folder for output can be at" if folder else "no file can be written at"
+        raise UserError(f"{what} {path} ({flag}): {error.strerror or error}") from error
+
+
+def _try_to_write(path: Path, folder: bool) -> None:
+    if not folder and _is_there(path) and not path.is_file():
+        raise OSError("something else than a file is there")
+    place = path if folder else path.parent
+    while not _is_there(place):
+        place = place.parent
+    if not place.is_dir():
+        raise OSError(f"{place} is no folder")
+    trial = place / f".{secrets.token_hex(8)}.tmp"  # as root, access rights say nothing: /proc, read-only file systems
+    os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    trial.unlink()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything, also a link to nothing. Raises OSError where nothing can be, as for too long names."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`. The file is renamed to `path` once it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # containers share process ids
+    """Yields a temporary path beside `path`. The file is renamed to `path` once it is complete and on the disk.
+
+    After a fault, `path` is what it was before, and there is no temporary file.
+
+    Raises:
+        WriteError: the disk is full, a permission is missing, or the like.
+    """
+    name = f".{path.name[:NAME_LETTERS]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"  # containers share process ids
+    aside = path.with_name(name)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         with open(aside, "rb+") as written:  # Windows flushes only files that are open for writing
             os.fsync(written.fileno())
         os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        fault = _fault(error, {None, str(aside), str(path), *map(str, path.parents)})
+        if fault is None:
+            raise
+        raise WriteError(fault.errno, fault.strerror, str(path)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been there
+            aside.unlink()
+
+
+def _fault(error: BaseException | None, places: set[str | None]) -> OSError | None:
+    """The fault of writing to one of `places` that led to `error`; None if it has another cause.
+
+    torch reports that its stream failed as a RuntimeError, whose context is what the stream raised.
+    """
+    while isinstance(error, RuntimeError):
+        error = error.__context__
+    is_fault = isinstance(error, OSError) and error.errno is not None
+    return error if is_fault and {error.filename, error.filename2} <= places else None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -39,8 +102,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_tensors(path: Path, content: object) -> None:
     """Writes tensors and plain values as a torch file, whole or not at all."""
-    with whole_file(path) as aside:
-        torch.save(content, aside)
+    with whole_file(path) as aside, open(aside, "wb") as stream:  # given a path, torch does not say what went wrong
+        torch.save(content, stream)
 
 
 def load_tensors(path: Path, what: str) -> object:

@@ -73,12 +73,43 @@ def test_run_command_turns_user_errors_into_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: no data here\n"
 
 
-def test_run_command_does_not_catch_other_errors():
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), FileNotFoundError(2, "No such file", "x"), BrokenPipeError(32, "")]
+)
+def test_run_command_does_not_catch_other_errors(error):
     def main(argv):
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         run_command(main)
+
+
+@pytest.mark.parametrize("name", [None, "x/scores.csv"])
+def test_a_disk_that_is_full_anywhere(name, capsys):
+    """Also while a table or a log is written that is not a whole file."""
+
+    def main(argv):
+        raise OSError(28, "No space left on device", name)
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: cannot write {name or 'a file'}: No space left on device\n"
+
+
+def test_whole_file_blames_only_what_it_writes(tmp_path):
+    """A file that is read meanwhile, and another fault, stay what they are."""
+    for error in (FileNotFoundError(2, "No such file", "/other"), RuntimeError("shapes")):
+        with pytest.raises(type(error)) as caught, whole_file(tmp_path / "x"):
+            raise error
+        assert caught.value is error
+
+
+def test_names_as_long_as_the_system_allows(tmp_path):
+    """The temporary file has a name of its own, which is not longer."""
+    for name in ("x" * 255, "\u00e9" * 127, "\U0001f600" * 63):
+        write_json(tmp_path / name, {})
+        assert (tmp_path / name).read_text() == "{}\n"
 
 
 @pytest.mark.parametrize("code", [None, 1])
