@@ -7,7 +7,7 @@ python test.py --obj bottle --shot 2 4 8 --untrained        several K; test feat
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +15,21 @@ import numpy as np
 import torch
 
 from datasets.images import limit_pixels, settle_bits, warn_beyond
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, normal_images
+from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.notes import checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
-from evaluation.scoring import RoundResult, TestFeatures, compute_test_features, score_rounds
-from evaluation.statistics import format_interval, format_summary, summaries
+from evaluation.per_image import write_scores
+from evaluation.records import RecordFiles, decisive, difference, save_maps
+from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
+from evaluation.statistics import (
+    format_aurocs,
+    format_interval,
+    format_kinds,
+    format_summary,
+    kind_summaries,
+    summaries,
+)
 from models.networks import network_name, scoring_network, settle_img_size
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import BACKBONES, STN_MODES, folded
@@ -30,7 +39,7 @@ from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers, reco
 from utils import flags
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, require_positive, run_command
-from utils.files import sha256, write_json
+from utils.files import require_writable, sha256, write_json
 from utils.records import peak_memory_mb, plain_arguments, provenance
 from utils.stages import StageClock
 
@@ -60,8 +69,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_seed_flag(run, "for --weights none; everything else is deterministic")
     add_scorer_flag(run, several=True)
     run.add_argument("--metrics", choices=("all", "auroc"), default="all", help="all: also AP, F1-max and PRO")
-    run.add_argument("--output", type=Path, default=Path("./results"), help="folder of the JSON record and images")
+    run.add_argument("--output", type=Path, default=Path("./results"), help="folder of all that is written")
+    run.add_argument("--overwrite", action="store_true", help="replace a record that was made with other settings")
     run.add_argument("--save_images", type=int, default=0, metavar="N", help="images of round 0 and a report; -1: all")
+    run.add_argument("--save_maps", action="store_true", help="the score maps of every round as .npz, float32")
     return parser
 
 
@@ -73,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = command_device(args.device)
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
-    items = checked_test_items(folder, args.strict)
+    items = checked_test_items(folder, args.strict, need_both=False)
     args.bits = settle_bits(args.bits, normal_images(folder), f"{args.obj}/train")
     warn_beyond([item.image for item in items], args.bits)
     supports = {
@@ -83,52 +94,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shot in args.shot
     }
     dataset = LabelledDataset(items, args.img_size, args.keep_aspect, args.bits)
-    scorers, labels = make_scorers(args.scorer), [item.label for item in items]
-    for weights, shots in _find_weights(args).items():
+    scorers = make_scorers(args.scorer)
+    jobs = _find_jobs(args, [scorer.name for scorer in scorers], items, supports)
+    labels, kinds = [item.label for item in items], [item.defect for item in items]
+    for weights in dict.fromkeys(job.weights for job in jobs):
         print(f"scoring {args.obj}: {len(items)} test images, {weights.file or f'untrained, weights {args.weights}'}")
         network, clock = folded(_load_network(args, weights).to(device)), StageClock(device)
-        test = compute_test_features(network, scorers, dataset, labels, clock, args.batch_size, args.num_workers)
+        test = compute_test_features(network, scorers, dataset, labels, clock, args.batch_size, args.num_workers, kinds)
         shared_seconds = clock.seconds
-        for shot in shots:
+        for shot in dict.fromkeys(job.shot for job in jobs if job.weights == weights):
             clock.seconds = dict(shared_seconds)
-            _score_shot(args, shot, supports[shot], weights, network, test, dataset, clock)
-
-
-def _score_shot(
-    args: argparse.Namespace,
-    shot: int,
-    support: SupportRounds,
-    weights: Weights,
-    network: FeatureNetwork,
-    test: TestFeatures,
-    dataset: LabelledDataset,
-    clock: StageClock,
-) -> None:
-    """Scores all rounds of one K with every scorer; prints the metrics and writes one record per scorer."""
-    print(f"support: {support.source}")
-    scored = score_rounds(network, test, support.images, clock, args.batch_size, args.metrics == "all")
-    names = [scorer.name for scorer in test.features.scorers]
-    results, first_maps = _print_rounds(scored, names, keep_maps=args.save_images != 0)
-    for scorer, rounds in results.items():
-        kind = "" if weights.kind == "best" else f"_{weights.kind}"
-        network_part = network_name(args.backbone, args.stn_mode)
-        name = f"{args.obj}_{shot}_{network_part}{kind}{record_ending(scorer)}"
-        content = {
-            "arguments": plain_arguments(args) | {"shot": shot, "scorer": scorer},
-            **provenance(clock.device),
-            **{"weights": weights.kind, "epoch": weights.epoch, "checkpoint": _file_record(weights.file)},
-            "scorer": scorer,
-            "support_set": _support_record(support),
-            "test_pictures": len(dataset),
-            "rounds": rounds,
-            **_print_summaries(scorer, rounds),
-            "seconds": clock.seconds,
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        write_json(args.output / f"{name}.json", content)
-        print(f"record: {args.output / name}.json")
-        if scorer in first_maps:
-            _save_images(args, name, dataset, first_maps[scorer])
+            _score_shot(args, [job for job in jobs if job.shot == shot], network, test, dataset, clock)
 
 
 class Weights(NamedTuple):
@@ -140,7 +116,29 @@ class Weights(NamedTuple):
     epoch: int | None
 
 
+class Job(NamedTuple):
+    """One K and one scorer. decisive: what the numbers depend on. replaced: how an existing record differs, or None."""
+
+    shot: int
+    scorer: str
+    weights: Weights
+    support: SupportRounds
+    files: RecordFiles
+    decisive: dict
+    replaced: str | None
+
+
+class Scored(NamedTuple):
+    """All rounds of a job: metrics, metrics of each kind of defect, image scores (B,), and the maps of round 0."""
+
+    numbers: list[dict]
+    by_kind: list[dict]
+    image_scores: list[np.ndarray]
+    first_maps: list[np.ndarray]
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
+    require_writable(args.output, "--output", folder=True)
     require_positive(args, "shot", "inferences", "batch_size", "img_size", "max_pixels")
     args.img_size = settle_img_size(args.backbone, args.img_size)
     if args.backbone.startswith(PREFIX) and not args.untrained:
@@ -180,42 +178,137 @@ def _load_network(args: argparse.Namespace, weights: Weights) -> torch.nn.Module
     return scoring_network(args.backbone, args.stn_mode, args.img_size, weights.file, args.weights)
 
 
-def _print_rounds(
-    scored: Iterable[dict[str, RoundResult]], names: Sequence[str], keep_maps: bool
-) -> tuple[dict[str, list[dict]], dict[str, np.ndarray]]:
-    """Prints the metrics of every round. Returns them by scorer, with `keep_maps` also the maps of round 0."""
-    results: dict[str, list[dict]] = {name: [] for name in names}
-    first_maps: dict[str, np.ndarray] = {}
-    for number, by_scorer in enumerate(scored):
-        for name, result in by_scorer.items():
-            pixel = "n/a" if result.pixel_auroc is None else f"{result.pixel_auroc:.4f}"
-            label = f"round {number}" + (f", {name}" if len(names) > 1 else "")
-            print(f"{label}: image AUROC {result.image_auroc:.4f}, pixel AUROC {pixel}", flush=True)
-            if keep_maps and number == 0:
-                first_maps[name] = result.maps.cpu().numpy()
-            results[name].append(result.numbers)
-    return results, first_maps
+def _find_jobs(
+    args: argparse.Namespace,
+    scorers: Sequence[str],
+    items: Sequence[LabelledImage],
+    supports: dict[int, SupportRounds],
+) -> list[Job]:
+    """The jobs, in the order of weights, K and scorers.
+
+    Raises:
+        UserError: a checkpoint is missing, or a record of other results would be replaced.
+    """
+    jobs = []
+    for weights, shots in _find_weights(args).items():
+        kind = "" if weights.kind == "best" else f"_{weights.kind}"
+        for shot in shots:
+            start = f"{args.obj}_{shot}_{network_name(args.backbone, args.stn_mode)}{kind}"
+            for given, scorer in zip(args.scorer, scorers, strict=True):
+                files = RecordFiles.of(args.output, f"{start}{record_ending(scorer)}")
+                depends = decisive(args, weights.sha256, given, items, supports[shot].images)
+                _check_files(args, files)
+                replaced = difference(files.record, depends)
+                if replaced and not args.overwrite:
+                    raise UserError(f"{replaced}; give another --output to keep it, or --overwrite to replace it")
+                jobs.append(Job(shot, scorer, weights, supports[shot], files, depends, replaced))
+    return jobs
 
 
-def _print_summaries(scorer: str, rounds: list[dict]) -> dict[str, dict | None]:
-    numbers_by_metric = summaries(rounds)
+def _check_files(args: argparse.Namespace, files: RecordFiles) -> None:
+    """Raises UserError where a file of a record could not be written."""
+    for file in (files.record, files.scores):
+        require_writable(file, "--output")
+    for wanted, folder in ((args.save_maps, files.maps), (args.save_images, files.images)):
+        if wanted:
+            require_writable(folder, "--output", folder=True)
+
+
+def _score_shot(
+    args: argparse.Namespace,
+    jobs: Sequence[Job],
+    network: FeatureNetwork,
+    test: TestFeatures,
+    dataset: LabelledDataset,
+    clock: StageClock,
+) -> None:
+    """Scores all rounds of one K with every scorer; prints the metrics and writes the files of each job."""
+    support = jobs[0].support
+    print(f"support: {support.source}")
+    for job in jobs:
+        if job.replaced:
+            job.files.remove_extras()
+    scored = [Scored([], [], [], []) for _ in jobs]
+    rounds = score_rounds(network, test, support.images, clock, args.batch_size, args.metrics == "all")
+    for number, by_scorer in enumerate(rounds):
+        for job, of_job in zip(jobs, scored, strict=True):
+            result = by_scorer[job.scorer]
+            label = f"round {number}" + (f", {job.scorer}" if len(jobs) > 1 else "")
+            print(f"{label}: {format_aurocs(result.numbers)}", flush=True)
+            of_job.numbers.append(result.numbers)
+            of_job.by_kind.append(result.by_kind)
+            of_job.image_scores.append(result.image_scores)
+            if args.save_maps:
+                save_maps(job.files.round_maps(number), dataset.items, result.maps.cpu().numpy())
+            if args.save_images and not number:
+                of_job.first_maps.append(result.maps.cpu().numpy())
+    for job, of_job in zip(jobs, scored, strict=True):
+        _write(args, job, of_job, test, dataset, clock)
+
+
+def _write(
+    args: argparse.Namespace,
+    job: Job,
+    scored: Scored,
+    test: TestFeatures,
+    dataset: LabelledDataset,
+    clock: StageClock,
+) -> None:
+    """Prints the summaries of a job; writes its scores, its record and its images."""
+    reasons, kind_reasons = test.truth.reasons()
+    images = {kind: len(members) for kind, members in test.truth.members().items()}
+    all_summaries, kinds = summaries(scored.numbers), kind_summaries(scored.by_kind, images, kind_reasons)
+    _print_summaries(job.scorer, len(scored.numbers), all_summaries, kinds, reasons)
+    content = {
+        "arguments": plain_arguments(args) | {"shot": job.shot, "scorer": job.scorer},
+        **provenance(clock.device),
+        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": _file_record(job.weights.file)},
+        "scorer": job.scorer,
+        "decisive": job.decisive,
+        "support_set": _support_record(job.support),
+        "test_pictures": len(dataset),
+        "rounds": scored.numbers,
+        **all_summaries,
+        "not_available": {name: reason for name, reason in reasons.items() if name in all_summaries},
+        "defects": kinds,
+        "seconds": clock.seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    write_scores(job.files.scores, dataset.items, scored.image_scores)
+    write_json(job.files.record, content)
+    maps = f", maps: {job.files.maps}" if args.save_maps else ""
+    print(f"record: {job.files.record}, scores: {job.files.scores}{maps}")
+    if scored.first_maps:
+        shown = (all_summaries, reasons, kinds, len(scored.numbers))
+        _save_images(args, job.files.images, dataset, scored.first_maps[0], shown)
+
+
+def _print_summaries(
+    scorer: str, rounds: int, numbers_by_metric: dict[str, dict | None], kinds: dict[str, dict], reasons: dict[str, str]
+) -> None:
     label = "" if scorer == RELEASE_SCORER else f"{scorer}: "
-    print(f"{label}mean +- SD of {len(rounds)} rounds, and Student's 95 % interval of the mean:")
+    print(f"{label}mean +- SD of {rounds} rounds, and Student's 95 % interval of the mean:")
     for name, numbers in numbers_by_metric.items():
-        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{format_interval(numbers)}".rstrip())
-    return numbers_by_metric
+        beside = reasons.get(name) or format_interval(numbers)
+        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{beside}".rstrip())
+    if kinds:
+        print("\n".join(["each kind of defect against all normal images:", *format_kinds(kinds, METRIC_NAMES)]))
 
 
 def _support_record(support: SupportRounds) -> dict:
     return {"source": support.source, "names": support.names} | (_file_record(support.file) or {})
 
 
-def _save_images(args: argparse.Namespace, name: str, dataset: LabelledDataset, maps: np.ndarray) -> None:
-    from reports.gallery import save_gallery, with_own_threshold  # slow: imports scikit-learn and matplotlib
+def _save_images(
+    args: argparse.Namespace, folder: Path, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple
+) -> None:
+    """Draws images and the report. metrics: the arguments of reports.gallery.metric_tables."""
+    from reports import gallery  # slow: imports matplotlib
 
-    folder = args.output / name
+    title = f"{folder.name}, round 0"
     try:
-        save_gallery(folder, f"{name}, round 0", with_own_threshold(dataset, maps), args.save_images, args.num_workers)
+        scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(*metrics)
+        gallery.save_gallery(folder, title, scored, args.save_images, args.num_workers, tables)
     except OSError as error:
         raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
     print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")

@@ -33,7 +33,7 @@ from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from scorers.views import support_views
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, run_command
-from utils.files import PROJECT_ROOT, write_json
+from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock
 
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report:
         print(report(args.output))
         return
+    require_writable(args.output, "--output", folder=True)
     device = command_device(args.device)
     args.batch_size = args.batch_size or SCORING_BATCH[device.type]
     seed_everything(0)
@@ -149,7 +150,8 @@ def _time_fast(
         rounds = [read_support_images(paths, args.img_size) for paths in draws]
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
     test = compute_test_features(fast, [make_scorer(scorer)], dataset, labels, clock, args.batch_size, args.num_workers)
-    results = [results[scorer][:2] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
+    scored = [results[scorer] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
+    results = [(result.image_auroc, result.pixel_auroc) for result in scored]
     total = time.perf_counter() - begin
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
 

@@ -17,13 +17,13 @@ EXPECTED_MASKS = (
 )
 
 
-def checked_test_items(category: Path, strict: bool) -> list[LabelledImage]:
+def checked_test_items(category: Path, strict: bool, need_both: bool = True) -> list[LabelledImage]:
     """`list_test_items`, after the headers of all images and all masks were read. Prints the notes on both.
 
     Raises:
         UserError: as `list_test_items`, or an image or mask that cannot be read.
     """
-    items = list_test_items(category, strict)
+    items = list_test_items(category, strict, need_both)
     check_headers([path for item in items for path in (item.image, *item.masks)])
     looks = look_at_masks([mask for item in items for mask in item.masks])
     print_notes([*unread_images(category), *images_like_masks(items), *missing_masks(category, items)])

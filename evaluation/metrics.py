@@ -7,6 +7,7 @@ computed from these counts.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -40,41 +41,81 @@ class Ranking(NamedTuple):
 def rank(scores: np.ndarray | torch.Tensor, positive: np.ndarray) -> Ranking:
     """Computes the counts that all metrics use.
 
-    Only values are sorted, without indices, and only those not below the lowest positive. For pixels, this is often a
-    third of the values.
-
     scores: floats of any shape, higher is more anomalous; a tensor is sorted on its own device. positive: bool, the
     same shape.
 
     Raises:
         ValueError: only one class is present, or a score is NaN.
     """
-    positives = int(np.count_nonzero(positive))
-    negatives = positive.size - positives
-    if not positives or not negatives:
-        raise ValueError(f"a ranking needs both classes, got {positives} positive and {negatives} negative")
-    if isinstance(scores, torch.Tensor) and scores.device.type != "cpu":
-        values, ordered, below, not_above = _count_on_device(scores.flatten(), torch.from_numpy(positive.ravel()))
+    return rank_kinds([(scores, positive)])[0]
+
+
+def rank_kinds(
+    parts: Sequence[tuple[np.ndarray | torch.Tensor, np.ndarray]],
+) -> tuple[Ranking, list[Ranking | None]]:
+    """The ranking of all parts together, and of each part but the first together with the first one.
+
+    The first part holds negatives that the others share: the normal images. Each further part holds one kind of
+    positives, with negatives of its own. All values are sorted once: what is counted for a part counts in both. Only
+    values are sorted, without indices, and only those not below the lowest positive. For pixels, this is often a third.
+
+    parts: scores and positive of each part, as for `rank`. With several parts the first has no positives.
+
+    Returns:
+        The ranking of all, its positives in the order of the parts, and one ranking per further part; None where a part
+        and the first one have one class only.
+
+    Raises:
+        ValueError: all parts together have only one class, or a score is NaN.
+    """
+    truths = [np.ravel(positive) for _, positive in parts]
+    found = [int(np.count_nonzero(truth)) for truth in truths]
+    lacking = [truth.size - count for truth, count in zip(truths, found, strict=True)]
+    if not sum(found) or not sum(lacking):
+        raise ValueError(f"a ranking needs both classes, got {sum(found)} positive and {sum(lacking)} negative")
+    if any(isinstance(scores, torch.Tensor) and scores.device.type != "cpu" for scores, _ in parts):
+        count, flat = _count_on_device, [scores.flatten() for scores, _ in parts]
     else:
-        values, ordered, below, not_above = _count(np.ravel(scores), np.ravel(positive))
-    # the counts include all scores; subtract the positives
-    below = below - np.searchsorted(ordered, ordered, "left")
-    not_above = not_above - np.searchsorted(ordered, ordered, "right")
+        count, flat = _count, [np.ravel(scores) for scores, _ in parts]
+    values, ordered, counts = count(flat, truths)
+    own = np.split(values, np.cumsum(found)[:-1])
+    kinds = [
+        _kind_ranking(own[part], ordered, counts[0] + counts[part], lacking[0] + lacking[part])
+        for part in range(1, len(parts))
+    ]
+    return _ranking(values, ordered, sum(counts), sum(lacking)), kinds
+
+
+def _kind_ranking(own: np.ndarray, ordered: np.ndarray, counts: np.ndarray, negatives: int) -> Ranking | None:
+    """The ranking of one kind's positives `own`, from what was counted for all positives `ordered`."""
+    if not len(own) or not negatives:
+        return None
+    own_ordered = np.sort(own)
+    return _ranking(own, own_ordered, counts[:, np.searchsorted(ordered, own_ordered)], negatives)
+
+
+def _ranking(values: np.ndarray, ordered: np.ndarray, counts: np.ndarray, negatives: int) -> Ranking:
+    """counts: (2, P), per ascending positive the scores below it and not above it, the positives' own included."""
+    below = counts[0] - np.searchsorted(ordered, ordered, "left")
+    not_above = counts[1] - np.searchsorted(ordered, ordered, "right")
     return Ranking(values, ordered, negatives - not_above, not_above - below, negatives)
 
 
-def _count(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The positives in their original order and ascending; per ascending positive, the scores below it and not above.
+def _count(
+    parts: Sequence[np.ndarray], positive: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The positives (P,) in their order and ascending; for each part (2, P), its scores below each and not above.
 
-    Chunks are sorted on all cores. With many positives there are fewer chunks, as each positive is looked up in every
-    chunk.
+    parts: (N,) each. Chunks are sorted on all cores. With many positives there are fewer chunks, as each positive is
+    looked up in every chunk.
     """
-    values = scores[positive]
+    values = np.concatenate([scores[truth] for scores, truth in zip(parts, positive, strict=True)])
     ordered = np.sort(values)
-    chunks = np.array_split(scores, -(-scores.size // max(SORT_CHUNK, 4 * len(ordered))))
+    size = max(SORT_CHUNK, 4 * len(ordered))
+    chunks = [np.array_split(scores, max(1, -(-scores.size // size))) for scores in parts]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # sorting releases the interpreter lock
-        below, not_above = sum(pool.map(lambda chunk: _count_in_chunk(chunk, ordered), chunks))
-    return values, ordered, below, not_above
+        counted = [pool.map(lambda chunk: _count_in_chunk(chunk, ordered), of_part) for of_part in chunks]
+        return values, ordered, [sum(of_part) for of_part in counted]
 
 
 def _count_in_chunk(chunk: np.ndarray, ordered: np.ndarray) -> np.ndarray:
@@ -85,15 +126,26 @@ def _count_in_chunk(chunk: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return np.stack([np.searchsorted(others, ordered, side) for side in ("left", "right")]) + lower
 
 
-def _count_on_device(scores: torch.Tensor, positive: torch.Tensor) -> tuple[np.ndarray, ...]:
-    """The same as `_count`, for a tensor (N,) on its own device."""
-    values = scores[positive.to(scores.device)]
+def _count_on_device(
+    parts: Sequence[torch.Tensor], positive: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The same as `_count`, for tensors (N,) on their own device. Everything is sorted, so that nothing is waited for.
+
+    The results are copied to the host at once.
+    """
+    device = parts[0].device
+    places = [torch.from_numpy(np.flatnonzero(truth)).to(device, non_blocking=True) for truth in positive]
+    values = torch.cat([scores[place] for scores, place in zip(parts, places, strict=True)])
     ordered = values.sort().values
-    others = scores[~(scores < ordered[0])].sort().values
-    _refuse_nan(others[-1:].cpu().numpy())
-    lower = len(scores) - len(others)
-    counts = (torch.searchsorted(others, ordered, right=right) + lower for right in (False, True))
-    return tuple(result.cpu().numpy() for result in (values, ordered, *counts))
+    in_order = [scores.sort().values for scores in parts]
+    counts = [
+        torch.stack([torch.searchsorted(others, ordered, right=right) for right in (False, True)])
+        for others in in_order
+    ]
+    highest = torch.cat([others[-1:] for others in in_order])
+    found = [result.cpu().numpy() for result in (highest, values, ordered, torch.stack(counts))]
+    _refuse_nan(found[0])
+    return found[1], found[2], list(found[3])
 
 
 def _refuse_nan(highest: np.ndarray) -> None:
@@ -125,14 +177,20 @@ def f1_max(ranking: Ranking) -> float:
     return float(np.max(2 * found / (found + ranking.above + ranking.ties + len(found))))
 
 
-def region_weights(masks: np.ndarray) -> np.ndarray:
-    """The contribution (P,) of each defective pixel to the mean overlap: 1 / (pixels of its region x regions).
+def region_sizes(masks: np.ndarray) -> tuple[np.ndarray, int]:
+    """The number of pixels of each defective pixel's region, (P,) in the order of `masks`, and the number of regions.
 
     masks: (B, S, S) bool. Regions are 8-connected within an image, as in the evaluation code of MVTec AD.
     """
     regions, count = label(masks, EIGHT_CONNECTED)
     of_pixel = regions[masks]
-    return 1 / (np.bincount(of_pixel)[of_pixel] * count)
+    return np.bincount(of_pixel)[of_pixel], count
+
+
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """The contribution (P,) of each defective pixel to the mean overlap: 1 / (pixels of its region x regions)."""
+    sizes, count = region_sizes(masks)
+    return 1 / (sizes * count)
 
 
 def pro(ranking: Ranking, weights: np.ndarray) -> float:

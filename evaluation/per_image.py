@@ -32,7 +32,7 @@ def image_name(item: LabelledImage) -> str:
 
 def write_scores(path: Path, items: Sequence[LabelledImage], rounds: Sequence[np.ndarray]) -> None:
     """Writes the image scores of all rounds; rounds: one array (B,) per round, in the order of `items`."""
-    with whole_file(path) as aside, open(aside, "w", newline="", encoding="utf-8") as stream:
+    with whole_file(path) as aside, open(aside, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow([FILE, LABEL, DEFECT, *(f"{ROUND}{number}" for number in range(len(rounds)))])
         for item, scores in zip(items, np.transpose(rounds).tolist(), strict=True):
@@ -62,7 +62,7 @@ def read_scores(path: Path, items: Sequence[LabelledImage], rounds: int) -> np.n
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
+        with open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read the scores {path}: {error}") from error

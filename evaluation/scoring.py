@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import read_batches
-from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
+from evaluation.round_metrics import Numbers, RoundMetrics, Truth
 from models.stn import STNResNet, folded
 from scorers.base import Prepared, Scorer
 from scorers.features import FeatureNetwork, FeatureStore, write_support_image
@@ -40,21 +40,36 @@ class TestFeatures(NamedTuple):
     labels: np.ndarray  # (B,) bool, True for defective
     masks: np.ndarray | None  # (B, S, S) bool; None if no pixel is known to be defective: no pixel metrics
     counted: np.ndarray | None = None  # (B, S, S) bool, the pixels with known ground truth; None: all
+    kinds: Sequence[str] | None = None  # the kind of defect of each image; None: no metrics by kind
+
+    @property
+    def truth(self) -> Truth:
+        """The ground truth alone."""
+        return Truth(self.labels, self.masks, self.counted, self.kinds)
 
 
 class RoundResult(NamedTuple):
-    """The result of one support set and one scorer. distances: (B, H, H); maps: (B, S, S), enlarged and smoothed."""
+    """The result of one support set and one scorer.
 
-    image_auroc: float
-    pixel_auroc: float | None
+    image_scores: (B,). distances: (B, H, H). maps: (B, S, S), enlarged and smoothed. numbers: the metrics by their key
+    in the records, None where evaluation.round_metrics has a reason. by_kind: the same for each kind of defect.
+    """
+
+    image_scores: np.ndarray
     distances: torch.Tensor
     maps: torch.Tensor
-    more: dict[str, float | None]  # the other metrics, if requested; None without ground truth
+    numbers: Numbers
+    by_kind: dict[str, Numbers]
 
     @property
-    def numbers(self) -> dict[str, float | None]:
-        """All metrics by their key in the records."""
-        return {"image_auroc": self.image_auroc, "pixel_auroc": self.pixel_auroc, **self.more}
+    def image_auroc(self) -> float | None:
+        """Of all images."""
+        return self.numbers["image_auroc"]
+
+    @property
+    def pixel_auroc(self) -> float | None:
+        """Of all pixels."""
+        return self.numbers["pixel_auroc"]
 
 
 def score_category(
@@ -84,11 +99,13 @@ def compute_test_features(
     clock: StageClock,
     batch_size: int | None,
     num_workers: int,
+    kinds: Sequence[str] | None = None,
 ) -> TestFeatures:
     """Features and ground truth of the test images in `dataset`.
 
     network: from `models.stn.folded`, on the clock's device. dataset: its items are those of
     datasets.mvtec.LabelledDataset. labels: 1 for defective images. batch_size: None for SCORING_BATCH.
+    kinds: the kind of defect of each image, for metrics by kind.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     store = FeatureStore(scorers, len(labels))
@@ -104,7 +121,7 @@ def compute_test_features(
             store.write(start, network.features(images))
     masks, counted = map(np.concatenate, truth.values())
     return TestFeatures(
-        store, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted
+        store, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted, kinds
     )
 
 
@@ -126,7 +143,7 @@ def score_rounds(
     Raises:
         NotFinite: a score is not finite.
     """
-    metrics = _Metrics(test, clock.device, all_metrics)
+    metrics = RoundMetrics(test.truth, clock.device, all_metrics)
     supports = _support_features(network, test.features.scorers, rounds, clock, batch_size)
     for support in supports:
         yield {
@@ -136,7 +153,12 @@ def score_rounds(
 
 
 def _score_round(
-    scorer: Scorer, support: dict[str, Prepared], test: TestFeatures, size: int, metrics: _Metrics, clock: StageClock
+    scorer: Scorer,
+    support: dict[str, Prepared],
+    test: TestFeatures,
+    size: int,
+    metrics: RoundMetrics,
+    clock: StageClock,
 ) -> RoundResult:
     distances = scorer.measure(support[scorer.name], test.features.prepared[scorer.name], clock)
     with clock("smoothing"):
@@ -145,48 +167,7 @@ def _score_round(
     if not np.isfinite(image_scores).all():
         raise NotFinite("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
     with clock("metrics"):
-        return RoundResult(distances=distances, maps=maps, **metrics.of_round(image_scores, maps))
-
-
-class _Metrics:
-    """Computes the metrics of each round; values that do not depend on the round are computed once."""
-
-    def __init__(self, test: TestFeatures, device: torch.device, all_metrics: bool) -> None:
-        self.labels, self.all_metrics = test.labels, all_metrics
-        self.regions = region_weights(test.masks) if all_metrics and test.masks is not None else None
-        self.truth, self.counted = _known_truth(test, device)
-
-    def of_round(self, image_scores: np.ndarray, maps: torch.Tensor) -> dict:
-        """`image_auroc`, `pixel_auroc` (None if no pixel is known to be defective), and in `more` what is requested."""
-        image, pixel = rank(image_scores, self.labels), None
-        if self.truth is not None:
-            pixel = _rank_pixels(maps if self.counted is None else maps[self.counted], self.truth)
-        return {
-            "image_auroc": auroc(image),
-            "pixel_auroc": None if pixel is None else auroc(pixel),
-            "more": _more_metrics(image, pixel, self.regions) if self.all_metrics else {},
-        }
-
-
-def _known_truth(test: TestFeatures, device: torch.device) -> tuple[np.ndarray | None, torch.Tensor | None]:
-    """The ground truth of the counted pixels, and the mask of counted pixels on `device`; None as in `TestFeatures`."""
-    if test.masks is None or test.counted is None:
-        return test.masks, None
-    return test.masks[test.counted], torch.from_numpy(test.counted).to(device)
-
-
-def _rank_pixels(scores: torch.Tensor, truth: np.ndarray) -> Ranking:
-    return rank(scores if scores.is_cuda else scores.numpy(), truth)
-
-
-def _more_metrics(image: Ranking, pixel: Ranking | None, regions: np.ndarray | None) -> dict[str, float | None]:
-    return {
-        "image_ap": average_precision(image),
-        "image_f1_max": f1_max(image),
-        "pixel_ap": None if pixel is None else average_precision(pixel),
-        "pixel_f1_max": None if pixel is None else f1_max(pixel),
-        "pro": None if pixel is None else pro(pixel, regions),
-    }
+        return RoundResult(image_scores, distances, maps, *metrics.of_round(image_scores, maps))
 
 
 def _support_features(

@@ -34,11 +34,50 @@ def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | Non
     return {name: summary([numbers[name] for numbers in rounds], SHARE) for name in rounds[0]}
 
 
+def kind_summaries(
+    rounds: Sequence[dict[str, dict[str, float | None]]], images: dict[str, int], reasons: dict[str, dict[str, str]]
+) -> dict[str, dict]:
+    """For each kind of defect: `images`, and per metric the summary with the values of all `rounds`, or None.
+
+    rounds: one dict per round, kind -> metric -> value. images: their number by kind. reasons: by kind, why metrics are
+    None, by metric; it becomes `not_available`.
+    """
+    found = {}
+    for kind, numbers in (rounds[0] if rounds else {}).items():
+        values = {name: [of_round[kind][name] for of_round in rounds] for name in numbers}
+        summed = {name: summary(of_metric, SHARE) for name, of_metric in values.items()}
+        metrics = {name: numbers and numbers | {"rounds": values[name]} for name, numbers in summed.items()}
+        lacking = {name: reason for name, reason in reasons[kind].items() if name in metrics}
+        found[kind] = {"images": images[kind], **metrics, "not_available": lacking}
+    return found
+
+
+def format_kinds(kinds: dict[str, dict], names: dict[str, str]) -> list[str]:
+    """The lines of a table of `kind_summaries`: mean and standard deviation. names: the columns by metric."""
+    metrics = [name for name in next(iter(kinds.values())) if name in names]
+    width = max(map(len, (*kinds, "kind of defect")))
+    heads = "".join(f"  {names[metric]:17}" for metric in metrics)
+    lines = [f"  {'kind of defect':{width}}  images{heads}".rstrip()]
+    for kind, numbers in kinds.items():
+        cells = "".join(f"  {format_summary(numbers[metric]):17}" for metric in metrics)
+        lines.append(f"  {kind:{width}}  {numbers['images']:6}{cells}".rstrip())
+    return lines
+
+
 def format_summary(numbers: dict | None) -> str:
     """Mean and standard deviation as text: `0.6596 +- 0.0123`, or `n/a` without values."""
     if numbers is None:
         return "n/a"
     return f"{numbers['mean']:.4f}" + ("" if numbers["sd"] is None else f" +- {numbers['sd']:.4f}")
+
+
+def format_aurocs(numbers: dict[str, float | None]) -> str:
+    """The AUROCs of a round as text: `image AUROC 0.6596, pixel AUROC n/a`."""
+    image, pixel = (
+        "n/a" if numbers[f"{level}_auroc"] is None else f"{numbers[f'{level}_auroc']:.4f}"
+        for level in ("image", "pixel")
+    )
+    return f"image AUROC {image}, pixel AUROC {pixel}"
 
 
 def format_interval(numbers: dict | None) -> str:

@@ -104,7 +104,7 @@ class Plan:
 
     def _test(self, category: str, shots: Sequence[int], *flags: str) -> tuple[str, ...]:
         """The test.py command that scores one kind of weights."""
-        output = ("--scorer", *self.args.scorer, "--output", str(self.args.output))
+        output = ("--scorer", *self.args.scorer, "--output", str(self.args.output), "--overwrite")
         return ("test.py", *self._data_flags(category), "--shot", *map(str, shots), *flags, *output)
 
     def _records(self, category: str, shots: Sequence[int], kind: str) -> tuple[str, ...]:

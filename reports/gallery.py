@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from datasets.mvtec import LabelledDataset, LabelledImage
-from evaluation.metrics import auroc, rank
+from evaluation.metrics import METRIC_NAMES, auroc, rank
+from evaluation.statistics import format_interval, format_summary
 from reports.drawing import (
     CALLED,
     GAP,
@@ -27,7 +28,7 @@ from reports.drawing import (
     overlay,
     save_image,
 )
-from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, make_preview, write_page
+from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Table, make_preview, write_page
 from utils.files import whole_file
 from utils.stages import in_threads
 
@@ -41,28 +42,31 @@ class Scored(NamedTuple):
     """Test images and the scores that one round gave them.
 
     maps: (B, S, S) score maps. scores: (B,) their maxima. labels: (B,) bool, True for defective images. An image whose
-    score exceeds `threshold` is called defective.
+    score exceeds `threshold` is called defective; None: no image is called anything.
     """
 
     dataset: LabelledDataset
     maps: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
-    threshold: float
+    threshold: float | None
 
     @property
     def wrong(self) -> np.ndarray:
         """Missed defects and false alarms, (B,) bool."""
+        if self.threshold is None:
+            return np.zeros(len(self.scores), bool)
         return (self.scores > self.threshold) != self.labels
 
     @property
     def limits(self) -> tuple[float, float]:
         """The scores of the first and the last colour of all heat maps."""
-        return colour_limits(float(np.median(self.scores[~self.labels])))
+        normal = self.scores[~self.labels]
+        return colour_limits(float(np.median(normal if len(normal) else self.scores)))
 
     def worst_first(self) -> np.ndarray:
         """Indices (B,), the score farthest on the wrong side of the threshold first."""
-        excess = self.scores - self.threshold
+        excess = self.scores - (self.threshold or 0)
         return np.argsort(np.where(self.labels, excess, -excess), kind="stable")
 
     def name(self, index: int) -> str:
@@ -81,9 +85,11 @@ def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
     """Scores the images of `dataset` by the maxima of their maps (B, S, S) and chooses a threshold on these images.
 
     The threshold maximizes Youden's index, the true-positive rate minus the false-positive rate. It is chosen with the
-    test labels, so its error rates are optimistic estimates for new images. Both classes must be present.
+    test labels, so its error rates are optimistic estimates for new images. It is None where one class is missing.
     """
     scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
+    if labels.all() or not labels.any():
+        return Scored(dataset, maps, scores, labels, None)
     false_positives, true_positives, thresholds = roc_curve(scores, labels)
     lowest_called = thresholds[(true_positives - false_positives)[1:].argmax()]
     return Scored(dataset, maps, scores, labels, float(np.nextafter(np.float32(lowest_called), np.float32(-np.inf))))
@@ -113,10 +119,33 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
     return sorted(in_turn[:count])
 
 
-def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: int) -> None:
+def metric_tables(
+    metrics: dict[str, dict | None], reasons: dict[str, str], kinds: dict[str, dict], rounds: int
+) -> list[Table]:
+    """The tables of the page on all rounds: every metric with its spread, and the metrics of each kind of defect.
+
+    metrics, kinds: from evaluation.statistics. reasons: why metrics are None.
+    """
+    rows = [
+        (METRIC_NAMES[name], format_summary(numbers), reasons.get(name) or format_interval(numbers))
+        for name, numbers in metrics.items()
+    ]
+    spread = f"mean +- SD of {_count(rounds, 'round')}"
+    tables = [Table("Metrics", ("metric", spread, "95 % interval of the mean"), rows)]
+    if kinds:
+        names = [name for name in next(iter(kinds.values())) if name in METRIC_NAMES]
+        rows = [(kind, str(of["images"]), *(format_summary(of[name]) for name in names)) for kind, of in kinds.items()]
+        header = ("kind of defect", "images", *(METRIC_NAMES[name] for name in names))
+        tables.append(Table(f"Each kind of defect against all normal images, {spread}", header, rows))
+    return tables
+
+
+def save_gallery(
+    folder: Path, title: str, scored: Scored, count: int, workers: int, tables: Sequence[Table] = ()
+) -> None:
     """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` images (-1: all) into `folder`.
 
-    workers: threads that draw; 0 counts as 1.
+    workers: threads that draw; 0 counts as 1. tables: for the page.
     """
     worst = scored.worst_first().tolist()
     written = set(choose_examples(scored.dataset.items, count))
@@ -133,7 +162,8 @@ def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: 
         title=title,
         threshold=scored.threshold,
         rows=rows,
-        notes=[f"Initial {verdict}"],
+        notes=[verdict if scored.threshold is None else f"Initial {verdict}"],
+        tables=tables,
         colours=scored.limits,
         outlines=[(css_colour(CALLED), "ground truth")],
     )
@@ -142,10 +172,17 @@ def save_gallery(folder: Path, title: str, scored: Scored, count: int, workers: 
 
 def _verdict(scored: Scored) -> str:
     """The threshold and its errors, in words."""
+    if scored.threshold is None:
+        return "no threshold: choosing it needs normal and defective test images"
     missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
     rate = alarms / (~scored.labels).sum()
-    errors = f"{missed} missed defects, {alarms} false alarms (false-positive rate {100 * rate:.0f} %)"
+    missed_text, alarms_text = _count(missed, "missed defect"), _count(alarms, "false alarm")
+    errors = f"{missed_text}, {alarms_text} (false-positive rate {100 * rate:.0f} %)"
     return f"threshold {scored.threshold:.2f}, chosen on these test images by Youden's index: {errors}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 class _Drawn(NamedTuple):
@@ -199,16 +236,19 @@ def _save_curves(path: Path, scored: Scored) -> None:
     """Draws the ROC curve of the image scores, and a histogram of each class."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     roc, histogram = figure.subplots(1, 2)
-    false_positives, true_positives, _ = roc_curve(scored.scores, scored.labels)
     roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-    roc.plot(false_positives, true_positives, color=DEFECTIVE_COLOUR)
-    area = auroc(rank(scored.scores, scored.labels))
-    roc.set(title=f"image AUROC {area:.4f}", xlabel="false-positive rate", ylabel="true-positive rate")
+    title = "image AUROC n/a: one class only"
+    if scored.threshold is not None:
+        false_positives, true_positives, _ = roc_curve(scored.scores, scored.labels)
+        roc.plot(false_positives, true_positives, color=DEFECTIVE_COLOUR)
+        title = f"image AUROC {auroc(rank(scored.scores, scored.labels)):.4f}"
+    roc.set(title=title, xlabel="false-positive rate", ylabel="true-positive rate")
     roc.set_aspect("equal")
     bins = np.histogram_bin_edges(scored.scores, 30)
     histogram.hist(scored.scores[~scored.labels], bins, color=NORMAL_COLOUR, alpha=0.7, label="normal")
     histogram.hist(scored.scores[scored.labels], bins, color=DEFECTIVE_COLOUR, alpha=0.6, label="defective")
-    histogram.axvline(scored.threshold, color="black", linestyle="--", linewidth=1, label="chosen threshold")
+    if scored.threshold is not None:
+        histogram.axvline(scored.threshold, color="black", linestyle="--", linewidth=1, label="chosen threshold")
     histogram.set(title="image scores", xlabel="score (distance)", ylabel="images")
     histogram.legend()
     with whole_file(path) as aside:

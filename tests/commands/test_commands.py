@@ -159,7 +159,7 @@ def test_weights_of_every_kind_have_their_record(arguments, checkpoint, tmp_path
 
 def test_only_the_aurocs(arguments):
     record = call(arguments)
-    fewer = call(arguments | {"--metrics": "auroc"})
+    fewer = call(arguments | {"--metrics": "auroc"}, "--overwrite")
     assert set(fewer["rounds"][0]) == {"image_auroc", "pixel_auroc"} < set(record["rounds"][0]) == set(METRIC_NAMES)
     for one, other in zip(fewer["rounds"], record["rounds"], strict=True):
         assert all(one[key] == other[key] for key in one)
@@ -174,16 +174,41 @@ def test_pictures(arguments, demo_data):
     assert {path.parent.name for path in images} == {item.defect for item in items}
     for path in (*images, report.parent / "contact_sheet.jpg", report.parent / "curves.png"):
         assert len(np.unique(read_image(path, 200).reshape(-1, 3), axis=0)) > 100  # not an empty page
-    assert report.read_text().count("data:image/jpeg") == len(items)
+    assert report.read_text().count("data:image/jpeg") == 5 * len(items)  # four panels and a thumbnail
 
 
-def test_pictures_that_cannot_be_written_cost_no_number(arguments, capsys):
-    output = Path(arguments["--output"])
-    output.mkdir(parents=True)
-    (output / "ring_2_affine").write_text("in the way")
-    with pytest.raises(UserError, match=r"the record is written, but the images in .*ring_2_affine cannot be"):
+def test_pictures_that_cannot_be_written_cost_no_number(arguments, monkeypatch):
+    """A disk that is full when the images are written."""
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reports.gallery.save_image", refuse)
+    with pytest.raises(UserError, match=r"the record is written, but the images in .*ring_2_affine cannot be: .*No sp"):
         call(arguments, "--save_images", "5")
-    assert len(list(output.glob("*.json"))) == 1
+    assert len(list(Path(arguments["--output"]).glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("name", ["ring_2_affine.json", "ring_2_affine.csv"])
+def test_what_is_in_the_place_of_a_record(name, arguments):
+    (Path(arguments["--output"]) / name).mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=rf"no file can be written at .*{name} \(--output\): something else than a file"
+    ):
+        call(arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--save_images=1", "ring_2_affine"), ("--save_maps", "ring_2_affine_maps")]
+)
+def test_what_is_in_the_place_of_images(flag, name, arguments):
+    """Found before the work starts: no record is written."""
+    output = Path(arguments["--output"])
+    output.mkdir()
+    (output / name).write_text("in the way")
+    with pytest.raises(UserError, match=rf"{name} \(--output\): .*{name} is no folder"):
+        call(arguments, flag)
+    assert not list(output.glob("*.json"))
 
 
 def test_without_ground_truth_pixel_numbers_are_absent(arguments, demo_data, tmp_path, capsys):

@@ -183,7 +183,7 @@ def score(category: Path, tmp_path: Path, workers: str = "0") -> dict:
     flags = f"--obj part --shot 2 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers {workers}"
     test_command.main(
         [*flags.split(), "--untrained", "--weights", "none", "--data_path", str(category.parent)]
-        + ["--output", str(tmp_path / "out")]
+        + ["--output", str(tmp_path / "out"), "--overwrite"]
     )
     return json.loads((tmp_path / "out/part_2_rotation_scale_untrained.json").read_text())
 

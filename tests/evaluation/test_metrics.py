@@ -73,10 +73,10 @@ def test_pro_equals_a_loop_over_regions(case):
 @given(maps_and_masks())
 def test_on_a_device_as_here(case):
     maps, masks = case
-    here = metrics._count(maps.ravel(), masks.ravel())
-    there = metrics._count_on_device(torch.from_numpy(maps.ravel()), torch.from_numpy(masks.ravel()))
+    here = metrics._count([maps.ravel()], [masks.ravel()])
+    there = metrics._count_on_device([torch.from_numpy(maps.ravel())], [masks.ravel()])
     for one, other in zip(here, there, strict=True):
-        assert np.array_equal(one, other)
+        assert np.array_equal(one, other)  # the counts as a list of one part
 
 
 @pytest.mark.cuda
@@ -151,4 +151,4 @@ def test_nan_is_refused(where):
     with pytest.raises(ValueError, match="NaN"):
         rank(scores, np.array([True, False, False]))
     with pytest.raises(ValueError, match="NaN"):
-        metrics._count_on_device(torch.from_numpy(scores), torch.tensor([True, False, False]))
+        metrics._count_on_device([torch.from_numpy(scores)], [np.array([True, False, False])])

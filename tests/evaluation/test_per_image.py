@@ -68,5 +68,5 @@ def test_other_files(tmp_path):
     with pytest.raises(UserError, match="cannot read the scores"):
         read_scores(tmp_path / "nothing.csv", ITEMS, 2)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot read the scores"):
+    with pytest.raises(UserError, match="is no CSV file of scores"):
         read_scores(tmp_path / "b.csv", ITEMS, 2)

@@ -13,6 +13,7 @@ from sklearn import metrics
 
 from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
+from evaluation.statistics import kind_summaries, summaries
 from reports import gallery
 from reports.drawing import CAPTION_HEIGHT, GAP
 from reports.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
@@ -95,3 +96,37 @@ def test_panels_show_truth_and_heat(scored, tmp_path):
     marked = np.argwhere(scored.dataset[index]["mask"].numpy())
     np.testing.assert_allclose(changed.min(axis=0), marked.min(axis=0), atol=2)
     np.testing.assert_allclose(changed.max(axis=0), marked.max(axis=0), atol=2)
+
+
+def test_page_shows_all_metrics_with_their_spread(scored, tmp_path):
+    """Of all rounds, and of each kind of defect; what cannot be computed with its reason."""
+    rounds = [{"image_auroc": 0.5, "pixel_auroc": None}, {"image_auroc": 0.7, "pixel_auroc": None}]
+    by_kind = kind_summaries([{"rust": numbers} for numbers in rounds], {"rust": 3}, {"rust": {"pixel_auroc": "no"}})
+    tables = gallery.metric_tables(summaries(rounds), {"pixel_auroc": "no masks"}, by_kind, 2)
+    save_gallery(tmp_path, "ring", scored, 0, 1, tables)
+    page = re.sub(r"<[^>]*>", "|", (tmp_path / "report.html").read_text())
+    page = re.sub(r"[|\s]*\|[|\s]*", "|", page)
+    assert "|image AUROC|0.6000 +- 0.1414|0.0000 to 1.0000|" in page and "|pixel AUROC|n/a|no masks|" in page
+    assert "|kind of defect|images|image AUROC|pixel AUROC|" in page and "|rust|3|0.6000 +- 0.1414|n/a|" in page
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_verdict_counts_in_plain_english(number, scored):
+    """One defect, several defects; one false alarm, several."""
+    labels = np.repeat([True, False], 3)
+    scores = np.where(labels, 9.0, 1.0)
+    scores[:number], scores[3 : 3 + number] = 0.0, 10.0
+    text = gallery._verdict(Scored(scored.dataset, scored.maps, scores, labels, 5.0))
+    ending = "" if number == 1 else "s"
+    assert f": {number} missed defect{ending}, {number} false alarm{ending} (" in text
+
+
+@pytest.mark.parametrize("label", [False, True])
+def test_one_class_has_no_threshold(label, scored):
+    """Images are called nothing; the most unusual normal one, or the least unusual defective one, comes first."""
+    chosen = np.flatnonzero(scored.labels == label)
+    items = [scored.dataset.items[index] for index in chosen]
+    one = with_own_threshold(LabelledDataset(items, SIZE), scored.maps[chosen])
+    assert one.threshold is None and not one.wrong.any() and one.limits[0] < one.limits[1]
+    first = one.scores[one.worst_first()[0]]
+    assert first == (one.scores.min() if label else one.scores.max())

@@ -1,0 +1,181 @@
+"""What test.py writes: scores, maps and metrics by kind; test sets of one class; no result is replaced unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.mvtec import LabelledDataset, list_test_items
+from evaluation.metrics import METRIC_NAMES, auroc, rank
+from evaluation.per_image import image_name, read_scores
+from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL
+from grid.tables_page import write_tables
+from tests.commands.test_commands import test_command
+from utils.errors import UserError
+
+SIZE = 64
+
+
+@pytest.fixture
+def run(demo_data, tmp_path):
+    """Runs test.py on the ring, untrained; returns its record. Keywords are flags; True gives a flag without value."""
+
+    def run(**changed):
+        flags = {"obj": "ring", "shot": 1, "inferences": 2, "stn_mode": "affine", "img_size": SIZE, "weights": "none"}
+        flags |= {"data_type": "folder", "data_path": demo_data, "output": tmp_path / "out", "device": "cpu"}
+        flags |= {"num_workers": 0, "untrained": True} | changed
+        words = [[f"--{name}", str(value)] if value is not True else [f"--{name}"] for name, value in flags.items()]
+        test_command.main([word for pair in words for word in pair])
+        name = f"ring_1_affine_untrained{'_neighbours' if changed.get('scorer') == 'neighbours' else ''}.json"
+        return json.loads((Path(flags["output"]) / name).read_text())
+
+    return run
+
+
+@pytest.fixture
+def part_of_the_ring(demo_data, tmp_path):
+    """Makes a data folder with some folders of the ring's test set, with or without masks."""
+
+    def make(kinds, masks=True):
+        ring = tmp_path / "data" / "ring"
+        for kind in kinds:
+            shutil.copytree(demo_data / "ring/test" / kind, ring / "test" / kind)
+        shutil.copytree(demo_data / "ring/train", ring / "train")
+        if masks:
+            shutil.copytree(demo_data / "ring/ground_truth", ring / "ground_truth")
+        return ring.parent
+
+    return make
+
+
+def test_scores_and_maps_give_the_metrics_of_the_record(run, demo_data, tmp_path, capsys):
+    """To the last digit: of all images and of each kind."""
+    record = run(save_maps=True)
+    items = list_test_items(demo_data / "ring")
+    labels = np.array([item.label for item in items], bool)
+    scores = read_scores(tmp_path / "out/ring_1_affine_untrained.csv", items, 2)
+    masks = np.stack([item["mask"].numpy() for item in LabelledDataset(items, SIZE)])
+    for number, of_round in enumerate(record["rounds"]):
+        with np.load(tmp_path / f"out/ring_1_affine_untrained_maps/round_{number}.npz") as saved:
+            assert saved["names"].tolist() == [image_name(item) for item in items]
+            maps = saved["maps"]
+        assert maps.dtype == np.float32 and (maps.max(axis=(1, 2)) == scores[number]).all()
+        assert auroc(rank(scores[number], labels)) == of_round["image_auroc"]
+        assert auroc(rank(maps, masks)) == of_round["pixel_auroc"]
+        for kind, numbers in record["defects"].items():
+            chosen = np.array([item.defect in ("good", kind) for item in items])
+            assert auroc(rank(scores[number][chosen], labels[chosen])) == numbers["image_auroc"]["rounds"][number]
+            assert auroc(rank(maps[chosen], masks[chosen])) == numbers["pixel_auroc"]["rounds"][number]
+    assert set(record["defects"]) == {"chip", "rust", "scratch"} and record["not_available"] == {}
+    chip = record["defects"]["chip"]
+    assert chip["images"] == 2 and set(chip) == {"images", "image_auroc", "pixel_auroc", "pro", "not_available"}
+    mean, spread = chip["pro"]["mean"], chip["pro"]["sd"]
+    assert mean == pytest.approx(np.mean(chip["pro"]["rounds"]))
+    assert f"  chip                 2  {chip['image_auroc']['mean']:.4f}" in (text := capsys.readouterr().out)
+    assert f"  {mean:.4f} +- {spread:.4f}\n" in text and "kind of defect  images  image AUROC" in text
+
+
+def test_only_aurocs_by_kind(run):
+    assert set(run(metrics="auroc")["defects"]["rust"]) == {"images", "image_auroc", "pixel_auroc", "not_available"}
+
+
+ONE_CLASS = {
+    "only normal": (["good"], True, NO_DEFECTIVE, NO_DEFECTIVE),
+    "only defective": (["chip", "rust"], True, NO_NORMAL, None),
+    "only defective, no masks": (["chip", "rust"], False, NO_NORMAL, NO_MASK),
+    "no masks": (["good", "chip"], False, None, NO_MASK),
+}
+
+
+@pytest.mark.parametrize("case", ONE_CLASS)
+def test_one_class_or_no_masks(case, run, part_of_the_ring, tmp_path, capsys):
+    """What can be computed is there; the rest is null with a reason; scores, images and tables survive it."""
+    kinds, masks, no_image, no_pixel = ONE_CLASS[case]
+    record = run(data_path=part_of_the_ring(kinds, masks), save_images=-1)
+    printed = capsys.readouterr().out
+    for name in METRIC_NAMES:
+        reason = no_image if name.startswith("image") else no_pixel
+        assert (record[name] is None) == (reason is not None)
+        assert record["not_available"].get(name) == reason
+        if reason:
+            assert f"  {METRIC_NAMES[name]:14}{'n/a':20}{reason}\n" in printed
+    for kind in record["defects"].values():
+        assert (kind["image_auroc"] is None, kind["pixel_auroc"] is None) == (bool(no_image), bool(no_pixel))
+        assert set(kind["not_available"]) == {name for name, value in kind.items() if value is None}
+    assert set(record["defects"]) == set(kinds) - {"good"}
+    lines = (tmp_path / "out/ring_1_affine_untrained.csv").read_text().splitlines()
+    assert len(lines) == 1 + record["test_pictures"]
+    folder = tmp_path / "out/ring_1_affine_untrained"
+    assert (folder / "report.html").is_file() and (folder / "curves.png").is_file()
+    write_tables(tmp_path / "out")
+    assert "n/a" in capsys.readouterr().out and "nan" not in (tmp_path / "out/tables.csv").read_text()
+
+
+def test_a_name_that_is_no_text(run, part_of_the_ring, tmp_path):
+    """File names may hold any bytes."""
+    root = part_of_the_ring(["good", "chip"])
+    strange = os.fsencode(root / "ring/test/good") + b"/\xff\xfe.png"
+    shutil.copy(root / "ring/test/good/000.png", strange)
+    run(data_path=root)
+    items = list_test_items(root / "ring")
+    assert read_scores(tmp_path / "out/ring_1_affine_untrained.csv", items, 2).shape == (2, len(items))
+
+
+OTHER_SETTINGS = {
+    "image size": ({"img_size": 80}, "img_size 64, now 80, other support images"),
+    "padding": ({"keep_aspect": True}, "keep_aspect False, now True"),
+    "metrics": ({"metrics": "auroc"}, "metrics all, now auroc"),
+    "rounds": ({"inferences": 3}, "other support images"),
+    "seed of random weights": ({"seed": 1}, "weights none, seed 668, now none, seed 1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SETTINGS)
+def test_a_record_of_other_settings_stays(case, run, tmp_path, monkeypatch):
+    """The same settings replace it. Others do so with --overwrite only; without it they are found before the work."""
+    change, sentence = OTHER_SETTINGS[case]
+    record = run(save_maps=True)
+    file = tmp_path / "out/ring_1_affine_untrained.json"
+    assert run()["rounds"] == record["rounds"]
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
+        patched.setattr(test_command, "compute_test_features", lambda *a: pytest.fail("the work has started"))
+        run(**change)
+    assert str(caught.value).startswith(f"{file} was made with other settings: {sentence}")
+    assert "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == files
+    replaced = run(**change, overwrite=True)
+    assert replaced["decisive"] != record["decisive"]
+    assert not list((tmp_path / "out").rglob("round_*.npz"))  # maps of other numbers do not stay beside it
+
+
+def test_the_same_content_elsewhere_is_the_same(run, demo_data, tmp_path):
+    shutil.copytree(demo_data / "ring", tmp_path / "moved/ring")
+    run()
+    run(data_path=tmp_path / "moved")
+    file = tmp_path / "moved/ring/ground_truth/chip/000_mask.png"
+    shutil.copy(file.with_name("001_mask.png"), file)
+    with pytest.raises(UserError, match="other test images"):
+        run(data_path=tmp_path / "moved")
+
+
+def test_other_scorers_have_records_of_their_own(run, tmp_path):
+    run()
+    run(scorer="neighbours")
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(list((tmp_path / "out").glob("*.csv"))) == 2
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON"])
+def test_what_is_no_record_of_this_version_stays(content, run, tmp_path):
+    file = tmp_path / "out/ring_1_affine_untrained.json"
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.raises(UserError, match="--overwrite"):
+        run()
+    assert file.read_text() == content
+    assert run(overwrite=True)["rounds"]
