@@ -204,7 +204,7 @@ def test_the_depth_decides_whether_a_run_is_the_same(demo_data, tmp_path, capsys
     capsys.readouterr()
     train.main(command)
     assert "already finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match="belongs to a run with other arguments"):
+    with pytest.raises(UserError, match="has bits 16, not 12"):
         train.main([*command, "--bits", "12"])
 
 
