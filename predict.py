@@ -28,7 +28,7 @@ from inspection.inputs import (
     list_inputs,
 )
 from inspection.predictions import Outputs, map_scale, predict
-from inspection.report import report_page
+from inspection.report import known_images, report_page
 from inspection.results import DEFECTIVE, PAGE, SUMMARY, UNUSUAL, Prediction, ResultFiles, count_decisions, has_results
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, write_page
@@ -145,6 +145,7 @@ class Run:
         self.next_refresh = 0.0
         images = not args.no_pictures
         self.outputs = Outputs(args.output, root, images, args.maps, detector.identity(), results.taken)
+        self.known_images = known_images(detector, list_inputs(args.calibrate, args.output) if args.calibrate else [])
         detector.clock.seconds.clear()  # discard the times of fitting
 
     @property
@@ -247,7 +248,9 @@ class Run:
         try:
             write_json(self.args.output / SUMMARY, self._summary(total_seconds))
             file = self.args.save or self.args.detector
-            page = report_page(self.detector, self.outputs.detector, file, self.results.rows, self.root)
+            page = report_page(
+                self.detector, self.outputs.detector, file, self.results.rows, self.root, self.known_images
+            )
             write_page(self.args.output / PAGE, page)
         except OSError as error:
             raise UserError(f"cannot write to {self.args.output}: {error.strerror}") from error

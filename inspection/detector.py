@@ -100,6 +100,7 @@ class FewShotDetector:
         self.tile, self.tiling, self.region = tile, None, region
         self.threshold: Threshold | None = None
         self.left_out: NormalScores | None = None
+        self.calibration: NormalScores | None = None
         self.origin: dict = {}
         self.fitted: Fitted = {}
         self._folded = folded(self.network)
@@ -190,6 +191,7 @@ class FewShotDetector:
                 "further normal images (--calibrate DIR), or the threshold itself (--threshold)"
             )
         self.threshold = normal_threshold(seen.scores, seen.maps, false_alarm, source)
+        self.calibration = None if normal is None else seen
         return self.threshold
 
     def _normal_scores(self, images: Sequence[ImageInput], false_alarm: float) -> NormalScores:

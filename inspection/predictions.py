@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from inspection.boxes import find_boxes
+from inspection.boxes import Box, find_boxes
 from inspection.detector import SCORE_GROUP, FewShotDetector, as_tensor
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.results import Prediction, decide, relative_score
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
-from reports.drawing import CALLED, HOT, beside, colour_limits, outline, overlay, save_image
+from reports.drawing import CALLED, HOT, beside, boxed, colour_limits, outline, overlay, save_image, titled
 from reports.page import NO_PREVIEW, Preview, make_preview
 from utils.files import whole_file
 from utils.stages import in_threads
@@ -124,7 +124,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
         row = row._replace(boxes=boxes, files=outputs.names(item.path))
         places = [outputs.folder / name for name in row.files]
         try:
-            return row._replace(preview=_write(detector, places, item.image, restored, number < previews))
+            return row._replace(preview=_write(detector, places, item.image, restored, boxes, number < previews))
         except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
             written = [name for name, place in zip(row.files, places, strict=True) if place.is_file()]
             fault = f"scored, but its files cannot be written: {item.path} ({error})"
@@ -143,16 +143,21 @@ def _row(item: InputImage, score: float | None, threshold: Threshold | None, det
 
 
 def _write(
-    detector: FewShotDetector, places: Sequence[Path], image: Image.Image, scores: np.ndarray, with_preview: bool
+    detector: FewShotDetector,
+    places: Sequence[Path],
+    image: Image.Image,
+    scores: np.ndarray,
+    boxes: Sequence[Box],
+    with_preview: bool,
 ) -> Preview:
     """Writes the map and the panels of an image from its score map (H, W); returns the preview, empty unless asked for.
 
     places: as `Outputs.names` lists them.
     """
-    panels = draw_panels(image, scores, detector.threshold) if with_preview or _has_panels(places) else {}
+    panels = draw_panels(image, scores, detector.threshold, boxes) if with_preview or _has_panels(places) else {}
     for place in places:
         if place.suffix == PANELS_SUFFIX:
-            save_image(place, beside(list(panels.values())))
+            save_image(place, beside(titled(panels)))
         else:
             _save_map(place, scores, map_scale(detector))
     return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
@@ -162,17 +167,23 @@ def _has_panels(places: Iterable[Path]) -> bool:
     return any(place.suffix == PANELS_SUFFIX for place in places)
 
 
-def draw_panels(image: Image.Image, scores: np.ndarray, threshold: Threshold | None) -> dict[str, Image.Image]:
+def draw_panels(
+    image: Image.Image, scores: np.ndarray, threshold: Threshold | None, boxes: Sequence[Box] = ()
+) -> dict[str, Image.Image]:
     """The panels by title: the image, the heat map over it, outlines of regions above `region` and the threshold.
 
-    scores: the score map (H, W). Without a threshold, there are no outlines, and each heat map has its own colour
-    scale.
+    scores: the score map (H, W). boxes: framed and numbered in the panel of the outlines. Without a threshold, there
+    are no outlines, and each heat map has its own colour scale.
     """
     image = image.convert("RGB")
     if threshold is None:  # the colours are not comparable between images
         return {"input": image, HEAT_PANEL: overlay(image, scores, (float(scores.min()), float(scores.max())))}
     outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
-    return {"input": image, HEAT_PANEL: overlay(image, scores, colour_limits(threshold.typical)), "outlines": outlined}
+    return {
+        "input": image,
+        HEAT_PANEL: overlay(image, scores, colour_limits(threshold.typical)),
+        "outlines": boxed(outlined, boxes, CALLED),
+    }
 
 
 def map_scale(detector: FewShotDetector) -> int:

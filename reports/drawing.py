@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +21,7 @@ CALLED = (0, 230, 255)  # around regions above the threshold, and around the gro
 GAP = 6  # pixels between panels
 JPEG_QUALITY = 90
 CAPTION_HEIGHT = 22  # pixels
+TITLE_SHARE = 30  # a title's strip is at least this part of the longer side of its panel
 
 
 def colour_limits(typical: float) -> tuple[float, float]:
@@ -45,11 +46,16 @@ def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]
     if not region.any():
         return image
     inside = region
-    for _ in range(max(1, round(max(region.shape) / 250))):
+    for _ in range(_line_width(region.shape)):
         inside = _eroded(inside)
     drawn = image.copy()
     drawn.paste(colour, mask=Image.fromarray((region & ~inside).view(np.uint8) * np.uint8(255)))
     return drawn
+
+
+def _line_width(size: Sequence[int]) -> int:
+    """Pixels; such that a line is seen when the whole image is."""
+    return max(1, round(max(size) / 250))
 
 
 def _eroded(region: np.ndarray) -> np.ndarray:
@@ -68,12 +74,50 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def captioned(image: Image.Image, text: str, colour: str = "black") -> Image.Image:
-    """The image with a line of text above it. Text wider than the image is cut."""
-    drawn = Image.new("RGB", (image.width, image.height + CAPTION_HEIGHT), "white")
-    drawn.paste(image, (0, CAPTION_HEIGHT))
-    ImageDraw.Draw(drawn).text((4, 3), text, fill=colour, font=_font())
+def titled(panels: Mapping[str, Image.Image]) -> list[Image.Image]:
+    """Each panel below its title, which is larger on larger images."""
+    height = max(CAPTION_HEIGHT, *(max(panel.size) // TITLE_SHARE for panel in panels.values()))
+    return [captioned(panel, title, height=height) for title, panel in panels.items()]
+
+
+def captioned(image: Image.Image, text: str, colour: str = "black", height: int = CAPTION_HEIGHT) -> Image.Image:
+    """The image with a line of text in a strip of `height` pixels above it. Text wider than the image is cut."""
+    drawn = Image.new("RGB", (image.width, image.height + height), "white")
+    drawn.paste(image, (0, height))
+    ImageDraw.Draw(drawn).text((height // 5, height // 7), text, fill=colour, font=_font(round(0.6 * height)))
     return drawn
+
+
+def boxed(image: Image.Image, boxes: Sequence[Sequence[float]], colour: tuple[int, int, int]) -> Image.Image:
+    """The image with a numbered frame around each box, from 1.
+
+    boxes: x, y, width and height come first.
+
+    Convention: a box covers the columns x .. x + width - 1 and the rows y .. y + height - 1. Frames lie outside of it
+    as far as the image reaches.
+    """
+    if not boxes:
+        return image
+    drawn = image.copy()
+    canvas, line = ImageDraw.Draw(drawn), _line_width(image.size)
+    font = _font(max(10, max(image.size) // TITLE_SHARE))
+    for number, (x, y, width, height, *_) in enumerate(boxes, 1):
+        left, top = max(0, x - 2 * line), max(0, y - 2 * line)
+        right = min(image.width - 1, x + width - 1 + 2 * line)
+        bottom = min(image.height - 1, y + height - 1 + 2 * line)
+        canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
+        _number(canvas, str(number), (left, top, right, bottom), font, colour)
+    return drawn
+
+
+def _number(canvas: ImageDraw.ImageDraw, text: str, frame: tuple, font: ImageFont.FreeTypeFont, colour: tuple) -> None:
+    """Writes a number on a dark ground above a frame, or inside it where the image ends."""
+    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    x = min(frame[0], canvas.im.size[0] - width)
+    y = frame[1] - height if frame[1] >= height else frame[1]
+    canvas.rectangle((x, y, x + width - 1, y + height - 1), fill="black")
+    canvas.text((x + 2 - left, y + 2 - top), text, fill=colour, font=font)
 
 
 def save_image(path: Path, image: Image.Image) -> None:
@@ -115,6 +159,6 @@ def _colours() -> bytes:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib and covers all European scripts."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 13)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """A font of `size` pixels that comes with matplotlib and covers all European scripts."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)

@@ -27,9 +27,10 @@ from reports.drawing import (
     outline,
     overlay,
     save_image,
+    titled,
 )
+from reports.figures import save_figure
 from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Table, make_preview, write_page
-from utils.files import whole_file
 from utils.stages import in_threads
 
 SHEET_IMAGES, SHEET_COLUMNS = 40, 4
@@ -143,7 +144,7 @@ def metric_tables(
 def save_gallery(
     folder: Path, title: str, scored: Scored, count: int, workers: int, tables: Sequence[Table] = ()
 ) -> None:
-    """Writes contact_sheet.jpg, curves.png, report.html and the panels of `count` images (-1: all) into `folder`.
+    """Writes contact_sheet.jpg, the curves, report.html and the panels of `count` images (-1: all) into `folder`.
 
     workers: threads that draw; 0 counts as 1. tables: for the page.
     """
@@ -205,7 +206,7 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     panels = {"input": image, "ground truth": truth, "heat map": heat, "heat map over the input": over}
     caption, colour = scored.caption(index), WRONG_COLOUR if scored.wrong[index] else "black"
     if index in written:
-        save_image(folder / f"{scored.name(index)}.jpg", captioned(beside(list(panels.values())), caption, colour))
+        save_image(folder / f"{scored.name(index)}.jpg", captioned(beside(titled(panels)), caption, colour))
     tile = captioned(beside([_small(truth), _small(over)]), caption, colour) if index in tiled else None
     preview = make_preview(panels, "heat map over the input") if index in shown else NO_PREVIEW
     return _Drawn(preview, tile)
@@ -251,5 +252,4 @@ def _save_curves(path: Path, scored: Scored) -> None:
         histogram.axvline(scored.threshold, color="black", linestyle="--", linewidth=1, label="chosen threshold")
     histogram.set(title="image scores", xlabel="score (distance)", ylabel="images")
     histogram.legend()
-    with whole_file(path) as aside:
-        figure.savefig(aside, format="png", dpi=100)
+    save_figure(path, figure)

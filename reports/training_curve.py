@@ -8,16 +8,16 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils.files import whole_file
+from reports.figures import save_figure
 
 
 def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
-    """Writes a PNG of the loss and of image and pixel AUROC against the epoch.
+    """Plots the loss and of image and pixel AUROC against the epoch.
 
     AUROCs are means over rounds, with a band of one standard deviation.
 
     Args:
-        target: the file.
+        target: the PNG file; PDF and SVG are written beside it.
         history: one entry per epoch: "epoch", "loss" (None before training) and, if the epoch was scored, "image_auroc"
             and "pixel_auroc" as given by evaluation.statistics.summary.
         scored: the data of the AUROCs, for the label of the axis.
@@ -36,8 +36,7 @@ def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
         axis.grid(alpha=0.3)
     if below.lines:
         below.legend()
-    with whole_file(target) as aside:
-        figure.savefig(aside, format="png", dpi=100)
+    save_figure(target, figure)
 
 
 def _plot_metric(axis: Axes, scored: Sequence[dict], metric: str, colour: str) -> None:

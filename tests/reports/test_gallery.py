@@ -88,7 +88,7 @@ def test_files(scored, tmp_path, monkeypatch, count):
 def test_panels_show_truth_and_heat(scored, tmp_path):
     save_gallery(tmp_path, "ring", scored, -1, workers=2)
     index = int(scored.scores.argmax())
-    panels = np.asarray(decode_image(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[CAPTION_HEIGHT:]
+    panels = np.asarray(decode_image(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[2 * CAPTION_HEIGHT :]
     image, truth, heat, over = (panels[:, at : at + SIZE] for at in range(0, panels.shape[1], SIZE + GAP))
     assert np.unravel_index(heat.sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)
     assert np.unravel_index(abs(over - image).sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from reports.page import NO_PREVIEW, Page, PageRow, Preview, make_preview, write_page
+from reports.page import NO_PREVIEW, Page, PageRow, Preview, Reference, Table, make_preview, write_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (requirements-dev.txt)")
 
@@ -315,6 +315,125 @@ def test_a_long_table_is_cut(browser, tmp_path):
     for expected in (names[:2000], names[:-2001:-1]):
         find(browser, "#pictures th button").send_keys(webdriver.Keys.ENTER)
         assert [(row[1], row[-1]) for row in cells(browser, "#pictures")] == [(n, decisions[n]) for n in expected]
+
+
+@pytest.fixture
+def full_page() -> Page:
+    """A page with everything: three decisions, a failed image, boxes, references, warnings, facts and a table."""
+    rows = sorted(make_rows(False), key=lambda row: -row.score)
+    rows[0] = rows[0]._replace(decision="unusual")
+    rows[1] = rows[1]._replace(boxes=[(3, 4, 10, 5, 42, 17.25), (1, 2, 3, 4, 5, 16.5)])
+    rows.append(PageRow("broken.png", None, error="cannot read the image broken.png"))
+    known = [Reference(f"s{n}.png", "support", 12.0 + n, rows[n].preview) for n in range(3)]
+    known.append(Reference("c.png", "calibration", 15.5, rows[4].preview))
+    known.append(Reference("d.png", "known defect", 19.0))
+    facts, table = [("Date", "today"), ("Detector", "a.regad")], Table("Metrics", ["metric", "mean"], [["AP", "98.1"]])
+    return Page("a", 16.0, rows, facts, ["c.png decides the threshold."], (), known, [table], 12.5, (6.0, 18.0))
+
+
+def test_what_is_known_is_shown(full_page, browser, tmp_path):
+    show_page(browser, tmp_path, full_page)
+    assert "c.png decides the threshold." in find(browser, ".warnings").text
+    assert find(browser, ".facts").text.split() == ["Date", "today", "Detector", "a.regad"]
+    assert cells(browser, ".given") == [["AP", "98.1"]]
+    assert [tick.text for tick in browser.find_elements("css selector", ".ticks span")] == [
+        "\u2264 6",
+        "12",
+        "\u2265 18",
+    ]
+    assert find(browser, "#failed").text == "broken.png: cannot read the image broken.png"
+    shown = [row[1:] for row in cells(browser, "#references")]
+    assert shown[0] == ["d.png", "known defect", "19.00", "1.52", "defective"]
+    assert [row[0] for row in shown] == ["d.png", "c.png", "s2.png", "s1.png", "s0.png"]  # most unusual first
+    assert find(browser, "#normal-range").text == "Scores of 4 normal images: 12.00 to 15.50."
+    reach = tuple(float(find(browser, "#slider").get_property(end)) for end in ("min", "max"))
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('.reference')].map(m => m.transform.baseVal.consolidate().matrix.e)"
+    )
+    np.testing.assert_allclose(marks, np.interp([14, 13, 12, 15.5, 19], reach, (34, 410)), atol=1e-3)
+    assert len(browser.find_elements("css selector", "#support .thumb")) == 3
+    check_labels(browser)
+    assert browser.get_log("browser") == []
+
+
+def test_unusual_images_do_not_move_with_the_threshold(full_page, browser, tmp_path):
+    show_page(browser, tmp_path, full_page)
+    rows = [row for row in full_page.rows if row.score is not None]
+    slider = find(browser, "#slider")
+    for key in (webdriver.Keys.HOME, webdriver.Keys.END):
+        slider.send_keys(key)
+        limit = float(slider.get_property("value"))
+        decisions = {row[1]: row[-1] for row in cells(browser, "#pictures")}
+        called = {row.name: "defective" if row.score > limit else "normal" for row in rows}
+        assert decisions == called | {rows[0].name: "unusual"}
+        count = sum(decision == "defective" for decision in decisions.values())
+        assert find(browser, "#counts").text == f"{count} of {len(rows)} called defective; 1 unusual; 1 not scored"
+        assert bars(browser, ".bar-unusual").sum() == 1 and bars(browser, ".bar-defective").sum() == count
+
+
+def test_filters_by_keyboard(full_page, browser, tmp_path):
+    show_page(browser, tmp_path, full_page)
+    decisions = [row[-1] for row in cells(browser, "#pictures")]
+    for name in ("unusual", "defective", "normal", "all"):
+        find(browser, "#number").click()  # so that Tab starts before the filters
+        button = tab_to(browser, f"[data-filter='{name}']")
+        press(browser, webdriver.Keys.SPACE)
+        count = len(decisions) if name == "all" else decisions.count(name)
+        assert button.text == f"{name} {count}" and button.get_attribute("aria-pressed") == "true"
+        shown = [row[-1] for row in cells(browser, "#pictures")]
+        assert len(shown) == count and (name == "all" or set(shown) == {name})
+    tab_to(browser, "[data-filter='defective']")
+    press(browser, webdriver.Keys.SPACE)
+    find(browser, "#slider").send_keys(webdriver.Keys.HOME)  # the table follows the threshold
+    assert [row[-1] for row in cells(browser, "#pictures")] == ["defective"] * (len(decisions) - 1)
+
+
+def test_walk_through_the_images_by_keyboard(full_page, browser, tmp_path):
+    """Arrow keys between rows and between enlarged images; Escape returns to the row that was shown last."""
+    show_page(browser, tmp_path, full_page)
+    keys, rows = webdriver.Keys, full_page.rows
+    buttons = browser.find_elements("css selector", "#pictures .thumb")
+    tab_to(browser, "#pictures .thumb")
+    for key, row in ((keys.DOWN, 1), (keys.END, len(buttons) - 1), (keys.HOME, 0), (keys.DOWN, 1), (keys.UP, 0)):
+        press(browser, key)
+        assert browser.switch_to.active_element == buttons[row]
+    press(browser, keys.ENTER)
+    assert find(browser, "#large-result").text.startswith("unusual, score")
+    assert not find(browser, "#boxes").is_displayed()
+    press(browser, keys.RIGHT)
+    result = find(browser, "#large-result").text
+    assert result.startswith(f"defective, score {rows[1].score:.2f}, {rows[1].score / 12.5:.2f} times")
+    assert cells(browser, "#boxes") == [
+        ["1", "3, 4", "10 \u00d7 5", "42", "17.25"],
+        ["2", "1, 2", "3 \u00d7 4", "5", "16.50"],
+    ]
+    press(browser, keys.RIGHT, keys.RIGHT, keys.LEFT)
+    assert find(browser, "#large-name").text == rows[2].name and find(browser, "#place").text == "3 of 12"
+    press(browser, keys.ESCAPE)
+    assert not find(browser, "dialog").is_displayed() and browser.switch_to.active_element == buttons[2]
+    tab_to_previous = webdriver.ActionChains(browser).key_down(keys.SHIFT).send_keys(keys.TAB).key_up(keys.SHIFT)
+    tab_to_previous.perform()
+    assert browser.switch_to.active_element == find(browser, "#pictures th[data-key=score] button")
+    find(browser, "#number").click()
+    first = tab_to(browser, "#references .thumb")
+    press(browser, keys.ENTER)
+    assert find(browser, "#large-name").text == "d.png" and "known defect" in find(browser, "#large-result").text
+    press(browser, keys.ESCAPE)
+    assert browser.switch_to.active_element == first and browser.get_log("browser") == []
+
+
+def test_a_row_that_is_cut_off_is_left_out(full_page, browser, tmp_path):
+    write_page(tmp_path / "page.html", full_page)
+    whole = (tmp_path / "page.html").read_text()
+    (tmp_path / "page.html").write_text(whole[: whole.index("broken.png") - 30])  # in the middle of the last row
+    browser.get((tmp_path / "page.html").as_uri())
+    assert len(cells(browser, "#pictures")) == 12 and not find(browser, "#failed-part").is_displayed()
+
+
+def test_a_full_page_fits_on_a_phone(full_page, phone, tmp_path):
+    show_page(phone, tmp_path, full_page)
+    page = find(phone, "html")
+    assert page.get_property("scrollWidth") == page.get_property("clientWidth") <= PHONE
 
 
 ONE = make_rows(True, 1)
