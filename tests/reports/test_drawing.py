@@ -1,0 +1,44 @@
+"""Frames of boxes, titles of panels, and plots as files."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from reports.drawing import CALLED, CAPTION_HEIGHT, boxed, titled
+from reports.training_curve import save_curve
+
+
+def test_frames_lie_around_their_boxes():
+    image = Image.new("RGB", (100, 80), "grey")
+    drawn = np.asarray(boxed(image, [(40, 30, 20, 10, 150, 1.0)], CALLED))
+    changed = (drawn != np.asarray(image)).any(axis=2)
+    np.testing.assert_array_equal(drawn[28, 38:62], [CALLED] * 24)  # the upper line, two pixels outside
+    np.testing.assert_array_equal(drawn[28:42, 61], [CALLED] * 14)
+    assert not changed[30:40, 40:60].any() and not changed[43:].any()
+    assert changed[:28].any()  # the number
+    assert boxed(image, [], CALLED) is image
+
+
+def test_boxes_at_the_border_are_drawn():
+    drawn = np.asarray(boxed(Image.new("RGB", (50, 50)), [(0, 0, 50, 50, 2500, 1.0)], CALLED))
+    np.testing.assert_array_equal(drawn[-1], [CALLED] * 50)
+
+
+def test_titles_grow_with_the_image():
+    for side, height in ((64, CAPTION_HEIGHT), (1500, 50)):
+        panel = Image.new("RGB", (side, side), "white")
+        (shown,) = titled({"input": panel})
+        assert shown.size == (side, side + height)
+        dark = np.argwhere(np.asarray(shown.convert("L")) < 128)
+        assert len(dark) > 0 and dark[:, 0].max() < height and np.ptp(dark[:, 0]) > height / 3
+
+
+def test_plots_are_the_same_files_again(tmp_path):
+    history = [{"epoch": 0, "loss": None}, {"epoch": 1, "loss": -0.5}]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_curve(tmp_path / folder / "curve.png", history, "test images")
+    for kind, begin in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        first, second = ((tmp_path / folder / f"curve.{kind}").read_bytes() for folder in ("a", "b"))
+        assert first.startswith(begin) and first == second and len(first) < 60_000
