@@ -1,19 +1,23 @@
 """Measures the false alarms of the threshold of predict.py on real categories, by default without training.
 
-The test features of a category are computed once. Each draw contains as many support images as the largest K. Its first
-K images give the detector for K. The threshold is computed from leave-one-out scores, as in predict.py.
+The test features of a category are computed once. Each draw contains as many support images as the largest K, and
+further images for calibration. Its first K images give the detector for K. The threshold is computed from leave-one-out
+scores, as in predict.py, and once more from the scores of the calibration images.
 
 python -m benchmarks.threshold             print the table, write benchmarks/results/threshold_<scorer>_<device>.json
 python -m benchmarks.threshold --report    print the table of that file
+python -m benchmarks.threshold --choose    choose the rule's constants on all categories but one, judge on that one
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -23,8 +27,9 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
+from inspection import threshold
 from inspection.detector import DEFAULT_SCORER
-from inspection.threshold import leave_one_out, normal_threshold
+from inspection.threshold import NormalScores, leave_one_out, normal_threshold
 from models.regad import load_checkpoint, untrained
 from models.stn import STNResNet, folded
 from scorers.base import Prepared
@@ -41,15 +46,19 @@ from utils.stages import StageClock
 COLUMNS = {
     "false_alarms": "false alarms",
     "worst": "of the worst draw",
-    "defects_called": "defects called",
-    "defects_at_rate": "at a rate as asked",
+    "defects_called": "defects found",
+    "calibrated_alarms": "false alarms, calibrated",
+    "calibrated_worst": "of the worst draw",
+    "calibrated_called": "defects found",
+    "defects_at_rate": "defects found at a true rate as asked",
     "auroc": "AUROC",
-    "normal_spread": "spread of normal logs",
-    "left_out_spread": "of left-out logs",
-    "left_out_shift": "left out minus normal",
 }
+WORST = {"worst": "false_alarms", "calibrated_worst": "calibrated_alarms"}
 CATEGORIES = ["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"]
-PERCENT = ("false_alarms", "worst", "defects_called", "defects_at_rate")
+# What --choose tries: PULL, typical score, PRIOR_SPREAD, PRIOR_IMAGES, LEFT_OUT_SHARE of inspection/threshold.py
+CHOICES = tuple(
+    itertools.product((0.5, 1, 1.5, 2), (0.7, 0.74, 0.78, 0.82, 0.86), (0.1, 0.15, 0.2), (0.5, 1), (0.4, 0.5, 0.6, 0.8))
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -57,7 +66,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
-    parser.add_argument("--draws", type=int, default=4, help="draws of support images, seed 0")
+    parser.add_argument("--draws", type=int, default=6, help="draws of support and calibration images, seed 0")
+    parser.add_argument("--calibration", type=int, default=20, help="further normal images per draw")
     parser.add_argument("--false_alarm", type=float, default=0.05)
     parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
     parser.add_argument("--data_path", type=Path, default=DATA)
@@ -68,6 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
+    parser.add_argument("--choose", action="store_true", help="choose constants from the scores of the JSON file")
     return parser
 
 
@@ -76,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"threshold_{args.scorer}_{device.type}.json"
-    if args.report:
-        print(report(json.loads(target.read_text())))
+    if args.report or args.choose:
+        content = json.loads(target.read_text())
+        print(choose(content["rounds"], args.false_alarm) if args.choose else report(content))
         return
     require_writable(args.output, "--output", folder=True)
     begin, arguments = time.perf_counter(), plain_arguments(args)
@@ -96,16 +108,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(content: dict) -> str:
-    """Markdown table of the results: one row per category and K, means over the draws."""
+    """Markdown table: one row per category and K, means over the draws; then the means over all K and categories."""
     lines = [f"| category | K | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
-    keys = dict.fromkeys((row["category"], row["shot"]) for row in content["rounds"])
-    for key in keys:
-        rows = [row for row in content["rounds"] if (row["category"], row["shot"]) == key]
-        values = {name: np.mean([row[name] for row in rows]) for name in COLUMNS if name != "worst"}
-        values["worst"] = max(row["false_alarms"] for row in rows)
-        cells = [f"{values[name]:.0%}" if name in PERCENT else f"{values[name]:.2f}" for name in COLUMNS]
-        lines.append(f"| {' | '.join([key[0], str(key[1]), *cells])} |")
+    rounds = content["rounds"]
+    names, shots = (list(dict.fromkeys(row[key] for row in rounds)) for key in ("category", "shot"))
+    groups = (
+        [(name, str(shot)) for name in names for shot in shots] + [(name, "all") for name in names] + [("all", "all")]
+    )
+    for name, shot in groups:
+        rows = [row for row in rounds if name in ("all", row["category"]) and shot in ("all", str(row["shot"]))]
+        values = {key: _summary(rows, key) for key in COLUMNS}
+        cells = [f"{value:.2f}" if key == "auroc" else f"{value:.0%}" for key, value in values.items()]
+        lines.append(f"| {' | '.join([name, shot, *cells])} |")
     return "\n".join(lines)
+
+
+def _summary(rows: Sequence[dict], column: str) -> float:
+    """The mean over the rows, or the highest value for a column of the worst draw."""
+    if column in WORST:
+        return max(row[WORST[column]] for row in rows)
+    return float(np.mean([row[column] for row in rows]))
 
 
 def _measure(category: str, network: STNResNet, clock: StageClock, args: argparse.Namespace) -> Iterator[dict]:
@@ -115,44 +137,105 @@ def _measure(category: str, network: STNResNet, clock: StageClock, args: argpars
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
     test = compute_test_features(network, [args.scorer], dataset, labels, clock, None, args.num_workers)
     largest = max(args.shots)
-    for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
-        store = FeatureStore([args.scorer], largest, with_views=True)
-        images = read_support_images(paths, args.img_size).to(clock.device)
-        with clock("network"):
-            for at, image in enumerate(images):
-                write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
+    for number, paths in enumerate(draw_support_images(folder, largest + args.calibration, args.draws, seed=0)):
+        support = _features(paths[:largest], network, clock, args, with_views=True)
+        calibration = _features(paths[largest:], network, clock, args, with_views=False)
         for shot in args.shots:
-            support = store.part(0, shot)[args.scorer.name]
-            row = _judge(support, test, clock, args)
+            first = support.part(0, shot)[args.scorer.name]
+            row = _judge(first, calibration.prepared[args.scorer.name], test, clock, args)
             print(f"{category}, K = {shot}, draw {number}: {row['false_alarms']:.0%} false alarms", flush=True)
             yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}
 
 
-def _judge(support: Prepared, test: TestFeatures, clock: StageClock, args: argparse.Namespace) -> dict:
-    """Applies the threshold of one support set to the test images.
+def _features(
+    paths: Sequence[Path], network: STNResNet, clock: StageClock, args: argparse.Namespace, with_views: bool
+) -> FeatureStore:
+    """The prepared features of images, of all their views or of the images alone."""
+    store = FeatureStore([args.scorer], len(paths), with_views)
+    images = read_support_images(paths, args.img_size).to(clock.device)
+    with clock("network"):
+        for at, image in enumerate(images):
+            if with_views:
+                write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
+            else:
+                store.write(at, network.features(image[None]))
+    return store
 
-    false_alarms, defects_called: shares of normal and defective test images with a score above the threshold.
-    defects_at_rate: the same for defective images, with the threshold that has exactly the requested rate.
-    normal_spread: standard deviation of the logarithms of the normal test scores. left_out_spread: the same for the
-    left-out views, from which the threshold is computed. left_out_shift: mean logarithm of the scores of the left-out
-    views minus that of the normal test scores.
+
+def _judge(
+    support: Prepared, calibration: Prepared, test: TestFeatures, clock: StageClock, args: argparse.Namespace
+) -> dict:
+    """Applies the two thresholds of one support set to the test images.
+
+    false_alarms, defects_called: shares of normal and defective test images with a score above the threshold from
+    leave-one-out scores. calibrated_...: the same with the threshold from the calibration images. defects_at_rate: the
+    share of defective images above the threshold that has exactly the requested rate. normal, left_out: scores.
     """
-    distances = args.scorer.measure(support, test.features.prepared[args.scorer.name], clock)
-    scores = score_maps_at(distances, args.img_size)[0].cpu().numpy()
-    left_out, left_out_maps = leave_one_out(args.scorer, support, args.img_size, clock)
-    threshold = normal_threshold(left_out, left_out_maps, args.false_alarm, "").value
+    fitted = args.scorer.fit(support)
+
+    def score(features: Prepared) -> NormalScores:
+        scores, maps = score_maps_at(args.scorer.distance_maps(fitted, features), args.img_size)
+        return NormalScores(scores.cpu().numpy()[:, None], maps.cpu().numpy(), left_out=False)
+
+    scores = score(test.features.prepared[args.scorer.name]).scores[:, 0]
+    left_out = leave_one_out(args.scorer, support, args.img_size, clock)
     normal, defective = scores[~test.labels], scores[test.labels]
-    exact = np.quantile(normal, 1 - args.false_alarm)
-    return {
-        "threshold": threshold,
-        "false_alarms": float((normal > threshold).mean()),
-        "defects_called": float((defective > threshold).mean()),
-        "defects_at_rate": float((defective > exact).mean()),
+    row = {
+        "defects_at_rate": float((defective > np.quantile(normal, 1 - args.false_alarm)).mean()),
         "auroc": auroc(rank(scores, test.labels)),
-        "normal_spread": float(np.log(normal).std(ddof=1)),
-        "left_out_spread": float(np.log(left_out).std()),
-        "left_out_shift": float(np.log(left_out).mean() - np.log(normal).mean()),
+        "normal": np.sort(normal).tolist(),
+        "left_out": left_out.scores[:, 0].tolist(),
     }
+    for key, seen in (("threshold", left_out), ("calibrated", score(calibration))):
+        value = normal_threshold(seen, args.false_alarm, args.scorer.typical_score, "").value
+        alarms, called = float((normal > value).mean()), float((defective > value).mean())
+        names = ("false_alarms", "defects_called") if key == "threshold" else (f"{key}_alarms", f"{key}_called")
+        row |= {key: value, names[0]: alarms, names[1]: called}
+    return row
+
+
+def choose(rounds: Sequence[dict], rate: float) -> str:
+    """Chooses the rule's constants on all categories but one, for each category, and applies them to that one."""
+    names = list(dict.fromkeys(row["category"] for row in rounds))
+    tried = [(choice, np.array([_alarms_with(choice, row, rate) for row in rounds])) for choice in CHOICES]
+    lines = ["| category | constants chosen without it | false alarms | of the worst draw |", "|---|---|---|---|"]
+    blind = []
+    for name in names:
+        own = np.array([row["category"] == name for row in rounds])
+        choice, alarms = min(
+            tried, key=lambda one: _badness(one[1][~own], [r for r in rounds if r["category"] != name])
+        )
+        blind.append(alarms[own])
+        lines.append(f"| {name} | {choice} | {alarms[own].mean():.1%} | {alarms[own].max():.0%} |")
+    together = np.concatenate(blind)
+    lines.append(f"| mean | | {together.mean():.1%} | {together.max():.0%} |")
+    return "\n".join([*lines, f"on all categories: {min(tried, key=lambda one: _badness(one[1], rounds))[0]}"])
+
+
+def _alarms_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
+    """The false-positive rate of one round with other constants of the rule for leave-one-out scores."""
+    pull, typical, spread, images, share = choice
+    constants = {"PULL": pull, "PRIOR_SPREAD": spread, "PRIOR_IMAGES": images, "LEFT_OUT_SHARE": share}
+    with mock.patch.multiple(threshold, **constants):
+        scores = np.array(row["left_out"])[:, None]
+        value = normal_threshold(NormalScores(scores, scores[..., None], True), rate, typical, "").value
+    return float((np.array(row["normal"]) > value).mean())
+
+
+def _badness(alarms: np.ndarray, rounds: Sequence[dict]) -> float:
+    """How far rates are from what a user wants: 4 % on average, no category above 12 %, no draw above 25 %.
+
+    alarms: of each round. What is asked for is a rate of 5 %; a little below it costs few defects.
+    """
+    keys = [(row["category"], row["shot"]) for row in rounds]
+    groups = [alarms[[key == one for key in keys]] for one in dict.fromkeys(keys)]
+    means = np.array([group.mean() for group in groups])
+    return (
+        5 * abs(alarms.mean() - 0.04)
+        + 3 * np.maximum(alarms - 0.25, 0).sum()
+        + 3 * np.maximum(means - 0.12, 0).sum()
+        + ((means - 0.05) ** 2).sum()
+    )
 
 
 if __name__ == "__main__":

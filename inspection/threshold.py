@@ -4,19 +4,25 @@ The threshold for a false-positive rate a (the share of normal images that cause
 
 - If (n + 1) a >= 1, it is the ceil((n + 1)(1 - a))-th smallest score of the images (split conformal prediction). This
   assumes no distribution.
-- Otherwise n images are too few for the rate a. Each image is then scored in all views that the scorer uses (up to 22).
-  The logarithms of these scores are modelled as a normal distribution with their mean and standard deviation. The
-  threshold is the quantile 1 - a of this distribution, or the largest score of an image if that is higher.
+- Otherwise n images are too few for the rate a, and any threshold is an extrapolation. The logarithms of the scores are
+  taken as normally distributed.
+  - If the scorer has a `typical_score`, n images are few evidence beside what is known of other parts: the mean
+    logarithm is pulled towards that of `typical_score` by PULL / n, and the variance towards PRIOR_SPREAD^2, which
+    counts as PRIOR_IMAGES images. The threshold lies a share of the normal quantile above the mean: LEFT_OUT_SHARE
+    for leave-one-out scores, CALIBRATION_SHARE for scores of further images.
+  - If it has none, each image is scored in all views that the scorer uses. The threshold is the quantile 1 - a of a
+    normal distribution with mean and standard deviation of all these logarithms, or the largest score of an image if
+    that is higher.
+
+The constants were chosen on the normal test images of six categories and judged on the seventh, each in turn. The first
+share is lower because leave-one-out scores are higher than those of new images: each is computed from one image less.
 
 The region threshold is usually lower. It is the quantile 1 - a of the pixels of a normal score map, as the median over
 the normal images. Regions above it are outlined. Normal images contain such regions too, so the region threshold shows
 where to look and does not affect the decision.
 
-Limits: the views of an image are similar to each other. Two to eight images say little about the spread between images
-and almost nothing about rare unusual images, which makes the threshold too low. Two effects make it too high: the score
-of a support image is computed from the K - 1 others instead of K, and rotated or shifted views score slightly higher.
-The rate can therefore hold on average over parts, but not for every part. benchmarks/threshold.py measures the actual
-rate.
+Limits: two to eight images say little about the spread between images and almost nothing about rare unusual images. The
+rate holds on average over parts, but not for every part. benchmarks/threshold.py measures the actual rate.
 """
 
 from __future__ import annotations
@@ -35,16 +41,47 @@ from scorers.maps import score_maps_at
 from utils.errors import UserError
 from utils.stages import StageClock
 
+PULL = 1.5  # images: weight of the typical score beside n scores is PULL / n, at most 1
+PRIOR_SPREAD = 0.1  # standard deviation of the logarithms of a part's scores, before any image is seen
+PRIOR_IMAGES = 0.5  # how many images the prior spread counts for
+LEFT_OUT_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
+DECIDES_ALONE = 0.5  # share of the threshold's distance from the median that one image causes, above which it is named
+FEWEST_TO_COMPARE = 5  # among fewer images, none can be called an exception
+
 
 class NormalScores(NamedTuple):
     """Scores of normal images, from which a threshold is computed.
 
     scores: (n, views), at least 0; the first view is the image itself. maps: (n, S, S), the values of the score maps of
-    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps.
+    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps. left_out: whether
+    each image was left out of the support that scored it. names: of the images, for messages. thumbnails:
+    (n, T, T, 3) uint8, small copies of the images for the report.
     """
 
     scores: np.ndarray
     maps: np.ndarray
+    left_out: bool
+    names: tuple[str, ...] = ()
+    thumbnails: np.ndarray | None = None
+
+    def keep(self, chosen: np.ndarray) -> NormalScores:
+        """The images where `chosen` (n,) bool is True."""
+        names = tuple(name for name, kept in zip(self.names, chosen, strict=True) if kept) if self.names else ()
+        thumbnails = None if self.thumbnails is None else self.thumbnails[chosen]
+        return NormalScores(self.scores[chosen], self.maps[chosen], self.left_out, names, thumbnails)
+
+    def content(self) -> dict:
+        """Tensors and plain values for a file; `from_content` reads them."""
+        values = self._asdict() | {"names": list(self.names)}
+        return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in values.items()}
+
+    @staticmethod
+    def from_content(content: dict | list) -> NormalScores:
+        """The inverse of `content`. Earlier files hold a list of scores and maps of left-out images."""
+        if isinstance(content, list):
+            content = {"scores": content[0], "maps": content[1], "left_out": True}
+        values = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in content.items()}
+        return NormalScores(**values | {"names": tuple(values.get("names", ()))})
 
 
 def leave_one_out(
@@ -52,20 +89,23 @@ def leave_one_out(
 ) -> NormalScores:
     """Leave-one-out scores of the support images: each image is scored by a fit to the views of the K - 1 others.
 
+    Images are scored in all views if the threshold rule needs them, otherwise as they are.
+
     support: prepared features of all views. size: side of the score maps in pixels. inside: the region in each view,
     (views, S, S) bool; None: everywhere.
     """
     scores, maps = [], []
     views = len(scorer.views)
+    scored = views if scorer.typical_score is None else 1
     for start in range(0, len(support[0]), views):
-        end = start + views
-        own, others = [layer[start:end] for layer in support], without_images(support, start, end)
+        own = [layer[start : start + scored] for layer in support]
+        others = without_images(support, start, start + views)
         distances = scorer.measure(others, own, clock)
-        of_views, maps_of_views = score_maps_at(distances, size, inside)
+        of_views, maps_of_views = score_maps_at(distances, size, None if inside is None else inside[:scored])
         scores.append(of_views.cpu().numpy())
         of_image = maps_of_views[0].cpu().numpy()
         maps.append(of_image if inside is None else pixels(of_image, inside[0].cpu().numpy(), size))
-    return NormalScores(np.stack(scores), np.stack(maps))
+    return NormalScores(np.stack(scores), np.stack(maps), left_out=True)
 
 
 class Threshold(NamedTuple):
@@ -73,49 +113,101 @@ class Threshold(NamedTuple):
 
     All values are distances. how: the origin of `value`, as text. typical: the median score of the normal images; sets
     the colour scale of the heat maps. region: regions above it are outlined. `typical` and `region` equal `value` if no
-    normal scores are known.
+    normal scores are known. rate: the false-positive rate asked for; None for a given value. count: the number of
+    normal images. decided_by: the image without which the threshold would be much lower, or "". without: the threshold
+    without it.
     """
 
     value: float
     how: str
     typical: float
     region: float
+    rate: float | None = None
+    count: int = 0
+    decided_by: str = ""
+    without: float | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be known before the threshold is relied on, as sentences."""
+        found = []
+        if self.rate is not None and self.rate * (self.count + 1) < 1:
+            found.append(
+                f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images can show no rate below "
+                f"1/{self.count + 1}; give more with --calibrate"
+            )
+        if self.decided_by:
+            found.append(
+                f"one normal image decides the threshold: {self.decided_by}; without it, the threshold would be "
+                f"{self.without:.3f} instead of {self.value:.3f}. Look at it: if it has a defect, take it out"
+            )
+        return found
 
 
 def is_order_statistic(count: int, false_alarm: float) -> bool:
-    """Whether `count` normal images are enough for a threshold from their scores alone, without views."""
+    """Whether `count` normal images are enough for a threshold from their scores alone, without a distribution."""
     return _order(count, false_alarm) <= count
 
 
-def normal_threshold(scores: np.ndarray, maps: np.ndarray, false_alarm: float, source: str) -> Threshold:
+def needs_views(count: int, false_alarm: float, scorer: Scorer) -> bool:
+    """Whether the rule needs the scores of all views of each normal image."""
+    return scorer.typical_score is None and not is_order_statistic(count, false_alarm)
+
+
+def normal_threshold(normal: NormalScores, false_alarm: float, typical_score: float | None, source: str) -> Threshold:
     """The threshold for a false-positive rate of `false_alarm`, by the rule in the module's docstring.
 
-    scores: (n, views), above 0, of normal images; the first view is the image itself. maps: (n, S, S), score maps of
-    the images. source: where the scores come from, as text for `Threshold.how`.
+    typical_score: the scorer's. source: where the scores come from, as text for `Threshold.how`.
 
     Raises:
         UserError: fewer than two images that differ, or a rate outside (0, 1).
     """
-    check_calibration(len(scores), false_alarm)
-    known = scores[:, 0] <= 0  # copies of another normal image: they say nothing about how much images differ
+    check_calibration(len(normal.scores), false_alarm)
+    known = normal.scores[:, 0] <= 0  # copies of a support image: they say nothing about how much images differ
     source += f", {known.sum()} identical to others left out" if known.any() else ""
-    scores, maps = scores[~known], maps[~known]
-    count = len(scores)
+    normal = normal.keep(~known)
+    count = len(normal.scores)
     if count < 2:
         raise UserError("identical normal images give no threshold; give other images, or --threshold")
-    images = np.sort(scores[:, 0])
+    value, rule = _value(normal.scores, normal.left_out, false_alarm, typical_score)
+    region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - false_alarm, axis=1))
+    how = f"{rule} for a false-alarm rate of {false_alarm:g}, {source}"
+    typical = float(np.median(normal.scores[:, 0]))
+    threshold = Threshold(value, how, typical, float(region), false_alarm, count)
+    return _with_deciding_image(threshold, normal, typical_score)
+
+
+def _value(scores: np.ndarray, left_out: bool, false_alarm: float, typical_score: float | None) -> tuple[float, str]:
+    """The threshold from scores (n, views) above 0, and the name of the rule."""
+    images, count = np.sort(scores[:, 0]), len(scores)
     if is_order_statistic(count, false_alarm):
         order = _order(count, false_alarm)
-        value, rule = float(images[order - 1]), f"the {order}-th smallest of {count} scores"
-    else:
-        logs = np.log(scores[scores > 0].astype(np.float64))
-        value = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
-        rule = f"log-normal bound of {scores.size} views"
-        if value < images[-1]:
-            value, rule = float(images[-1]), f"the largest of {count} scores"
-    region = np.median(np.quantile(maps.reshape(count, -1), 1 - false_alarm, axis=1))
-    how = f"{rule} for a false-alarm rate of {false_alarm:g}, {source}"
-    return Threshold(value, how, float(np.median(images)), float(region))
+        return float(images[order - 1]), f"the {order}-th smallest of {count} scores"
+    if typical_score is not None:
+        logs, pull = np.log(images.astype(np.float64)), min(1.0, PULL / count)
+        mean = (1 - pull) * logs.mean() + pull * math.log(typical_score)
+        squares = PRIOR_IMAGES * PRIOR_SPREAD**2 + ((logs - logs.mean()) ** 2).sum()
+        spread = math.sqrt(squares / (PRIOR_IMAGES + count - 1) * (1 + 1 / count))
+        share = LEFT_OUT_SHARE if left_out else CALIBRATION_SHARE
+        return math.exp(mean + share * ndtri(1 - false_alarm) * spread), f"bound from {count} scores and the prior"
+    logs = np.log(scores[scores > 0].astype(np.float64))
+    value = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
+    if value < images[-1]:
+        return float(images[-1]), f"the largest of {count} scores"
+    return value, f"log-normal bound of {scores.size} views"
+
+
+def _with_deciding_image(threshold: Threshold, normal: NormalScores, typical_score: float | None) -> Threshold:
+    """The threshold with the image that it depends on most, if it depends on it too much."""
+    images, count = normal.scores[:, 0], len(normal.scores)
+    highest = int(images.argmax())
+    if count < FEWEST_TO_COMPARE or threshold.value <= threshold.typical:
+        return threshold
+    without, _ = _value(np.delete(normal.scores, highest, axis=0), normal.left_out, threshold.rate, typical_score)
+    if threshold.value - without <= DECIDES_ALONE * (threshold.value - threshold.typical):
+        return threshold
+    name = normal.names[highest] if normal.names else f"image {highest + 1}"
+    return threshold._replace(decided_by=name, without=without)
 
 
 def check_calibration(count: int, false_alarm: float) -> None:

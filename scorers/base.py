@@ -31,6 +31,7 @@ class Scorer(ABC):
 
     name: str
     largest: float | None = None  # no distance is larger; None: there is no bound
+    typical_score: float | None = None  # a high score of normal images of any part, for thresholds; None: not known
     views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # indices of `support_views`, ascending; 0: the image
 
     def prepare(self, maps: FeatureMaps) -> Prepared:

@@ -18,6 +18,7 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma; the release uses korn
 VIEWS_PER_IMAGE = 1 + len(ROTATION_ANGLES) + len(TRANSLATIONS) + 1 + 3 + 1  # 22
 TRANSLATED_VIEWS = range(1 + len(ROTATION_ANGLES), 1 + len(ROTATION_ANGLES) + len(TRANSLATIONS))
 GREY_VIEW = VIEWS_PER_IMAGE - 1
+TURNED_VIEWS = range(GREY_VIEW - 3, GREY_VIEW)  # by 90, 180 and 270 degrees
 
 
 def support_views(images: torch.Tensor) -> torch.Tensor:

@@ -150,28 +150,6 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
         FewShotDetector(network, "cpu").score([])
 
 
-def threshold_of(scores, share: float) -> Threshold:
-    """The threshold for scores (n,) or (n, views); the maps do not matter."""
-    scores = np.array(scores, float).reshape(len(scores), -1)
-    return normal_threshold(scores, np.zeros((len(scores), 2, 2)), share, "")
-
-
-def test_threshold_of_few_images_by_the_definition():
-    logs = np.array([[3.0, 3.1], [3.2, 3.5]])
-    expected = np.exp(stats.norm(3.2, np.sqrt(0.035)).ppf(0.99))  # (0.04 + 0.01 + 0 + 0.09) / 4
-    assert threshold_of(np.exp(logs), 0.01).value == pytest.approx(expected)
-    same_views = np.exp(logs[:, :1].repeat(22, axis=1))
-    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest image score
-    assert threshold_of(np.exp(logs), 0.01).typical == pytest.approx(np.exp([3.0, 3.2]).mean())
-
-
-def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
-    maps = np.random.default_rng(0).permutation(3 * 100).reshape(3, 10, 10) + 1.0
-    threshold = normal_threshold(maps.max(axis=(1, 2))[:, None], maps, 0.2, "")
-    shares = sorted((maps > threshold.region).mean(axis=(1, 2)))
-    assert shares[1] == pytest.approx(0.2) and shares[0] < 0.2 < shares[2]
-
-
 def test_calibration_takes_views_where_images_are_too_few(detector, files):
     normal = files[1][:3]
     views = [support_views(read_support_images([path], SIZE))[list(detector.scorer.views)] for path in normal]
@@ -179,39 +157,6 @@ def test_calibration_takes_views_where_images_are_too_few(detector, files):
     assert detector.calibrate(0.05, normal).value == pytest.approx(threshold_of(scores, 0.05).value)
     assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max())
     assert detector.calibrate(0.05).value == threshold_of(detector.left_out.scores, 0.05).value
-
-
-def test_threshold_of_many_scores_is_an_order_statistic():
-    scores = np.random.default_rng(0).permutation(np.arange(1, 20))
-    assert threshold_of(scores, 0.05).value == 19  # (19 + 1) 0.95 = 19
-    assert threshold_of(scores, 0.5).value == 10
-    assert threshold_of(scores, 0.04).value > 19
-
-
-@given(st.lists(st.floats(1, 100), min_size=2, max_size=30), st.floats(0.001, 0.5), st.floats(0.1, 10))
-def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, share, factor):
-    value = threshold_of(scores, share).value
-    assert threshold_of(factor * np.array(scores), share).value == pytest.approx(factor * value)
-    assert threshold_of(scores, share / 2).value >= value * (1 - 1e-9)
-
-
-def test_false_alarms_of_log_normal_scores_are_as_asked():
-    """Mean rate over many draws, for views that vary as much as images do."""
-    rng = np.random.default_rng(0)
-    for count in (4, 40):
-        draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
-        alarms = [draw[-1, 0] > threshold_of(draw[:-1], 0.05).value for draw in draws]
-        assert 0.025 < np.mean(alarms) < 0.065
-
-
-@pytest.mark.parametrize("share", [0, 1, -0.1, float("nan"), float("inf")])
-def test_impossible_shares(share, detector, files):
-    with pytest.raises(UserError, match="between 0 and 1"):
-        detector.calibrate(share, files[1][:3])
-    with pytest.raises(UserError, match="at least 2 normal images, got 0"):
-        detector.calibrate(0.05, [])
-    with pytest.raises(UserError, match="between 0 and 1"):
-        threshold_of(np.ones(3), share)
 
 
 def test_the_readme_s_python(files, tmp_path, monkeypatch):

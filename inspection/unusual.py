@@ -1,0 +1,147 @@
+"""Recognises images that are unlike the support images as a whole: another part, a lamp that is off, a turned mount.
+
+A defect changes some regions of an image. An image that differs everywhere is no part of this kind, and calling it
+normal or defective would mislead. Three rules, all from the support images alone:
+
+- Contrast. The standard deviation of the grey values is below LEAST_CONTRAST times the least of a support image: black,
+  white and grey frames, a lamp that is off.
+- Features. Mean and standard deviation of each channel of the two coarsest layers are compared with those of each
+  support view. The image is unlike the support if the distance to the nearest view exceeds LEAST_LIMIT, or
+  LEAVE_ONE_OUT times the median distance of a support image to the others if that is larger.
+- Direction. Where each support image is clearly more similar to the other support images than to their copies turned by
+  90, 180 or 270 degrees, parts lie in a fixed direction. An image that is clearly more similar to a turned copy is then
+  turned. For parts that look alike from several sides, there is no such rule.
+
+A distance is relative: |a - b| / sqrt(|a| |b|), averaged over the compared tensors. The constants were chosen on six
+categories and judged on the seventh, each in turn; `python -m benchmarks.unusual` measures the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from scorers.base import FeatureMaps, Fitted, Prepared
+from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, TURNED_VIEWS, VIEWS_PER_IMAGE
+
+LAYERS = 2  # compared, counted from the coarsest
+GRID = 4  # cells per side, for the direction and for copies
+LEAST_CONTRAST = 0.25  # times the least contrast of a support image
+LEAST_LIMIT = 0.3  # relative distance of features
+LEAVE_ONE_OUT = 1.4  # times the median leave-one-out distance
+CLEARLY = 0.9  # ratio of two distances, for the direction
+NEAR_COPY = 0.035  # relative distance of the grids; images of different parts are farther apart in seven categories
+TINY = 1e-12
+
+
+class Likeness:
+    """What is kept of each image to compare it as a whole, and the comparison with the support images.
+
+    It takes part in a FeatureStore like a scorer. Prepared features: mean (N, C) and standard deviation (N, C) of each
+    layer, then means in GRID x GRID cells (N, GRID * GRID * C) of each layer.
+    """
+
+    name = "likeness"
+    views = tuple(view for view in range(VIEWS_PER_IMAGE) if view not in TRANSLATED_VIEWS and view != GREY_VIEW)
+
+    def prepare(self, maps: FeatureMaps) -> Prepared:
+        """Channel statistics and grids of feature maps (N, C, H, W), coarsest layers only."""
+        layers = [layer.float() for layer in maps[-LAYERS:]]
+        statistics = [part for layer in layers for part in (layer.mean(dim=(2, 3)), layer.std(dim=(2, 3)))]
+        return statistics + [F.adaptive_avg_pool2d(layer, GRID).flatten(1) for layer in layers]
+
+    def fit(self, support: Prepared, contrasts: torch.Tensor) -> Fitted:
+        """What `reasons` needs, from the prepared features of all views of K images and their contrasts (K,).
+
+        limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0.
+        """
+        split = len(support) - LAYERS
+        statistics = [part.view(-1, len(self.views), part.shape[1]) for part in support[:split]]  # (K, V, C)
+        grids = [part.view(-1, len(self.views), part.shape[1]) for part in support[split:]]
+        left_out = self._left_out(statistics)
+        limit = max(LEAST_LIMIT, LEAVE_ONE_OUT * float(left_out.median())) if len(left_out) else LEAST_LIMIT
+        upright, turned = self._directions(grids)
+        fitted = {
+            "limit": torch.tensor(limit),
+            "direction": torch.tensor(float(self._is_fixed(upright, turned))),
+            "contrast": LEAST_CONTRAST * contrasts.min(),
+        }
+        fitted |= {f"statistic{n}": part.flatten(0, 1).contiguous() for n, part in enumerate(statistics)}
+        fitted |= {f"upright{n}": part for n, part in enumerate(upright)}
+        return fitted | {f"turned{n}": part.flatten(0, 1) for n, part in enumerate(turned)}
+
+    def reasons(self, fitted: Fitted, test: Prepared, contrasts: torch.Tensor) -> list[str]:
+        """Why each of B images is unusual, as a phrase; empty for an image that is not."""
+        split = len(test) - LAYERS
+        distance = _nearest(test[:split], _named(fitted, "statistic"))
+        turned = torch.zeros_like(distance, dtype=torch.bool)
+        if fitted["direction"]:
+            straight = _nearest(test[split:], _named(fitted, "upright"))
+            turned = _nearest(test[split:], _named(fitted, "turned")) < CLEARLY * straight
+        flags = torch.stack([contrasts < fitted["contrast"], distance > fitted["limit"], turned]).T.tolist()
+        limit = float(fitted["limit"])
+        phrases = [
+            ("hardly any contrast", f"unlike the support images ({value:.2f}, limit {limit:.2f})", "turned")
+            for value in distance.tolist()
+        ]
+        return [
+            next((phrase for phrase, holds in zip(of_image, which, strict=True) if holds), "")
+            for of_image, which in zip(phrases, flags, strict=True)
+        ]
+
+    def copies(self, fitted: Fitted, test: Prepared) -> list[int | None]:
+        """For each of B images the support image of which it is a copy or a near copy, or None."""
+        distances = _relative(test[len(test) - LAYERS :], _named(fitted, "upright"))
+        nearest = distances.min(dim=1)
+        pairs = zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
+        return [index if value < NEAR_COPY else None for value, index in pairs]
+
+    def _left_out(self, statistics: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Distance of each support image (K,) to the nearest view of the others; empty for one image."""
+        count = len(statistics[0])
+        if count < 2:
+            return torch.empty(0)
+        distances = _relative([part[:, 0] for part in statistics], [part.flatten(0, 1) for part in statistics])
+        own = torch.eye(count, dtype=torch.bool, device=distances.device).repeat_interleave(len(self.views), dim=1)
+        return distances.masked_fill(own, torch.inf).amin(dim=1)
+
+    def _directions(self, grids: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The grids of the support images (K, D), and of their turned copies (K, 3, D), of each layer."""
+        turned = [self.views.index(view) for view in TURNED_VIEWS]
+        return [grid[:, 0].contiguous() for grid in grids], [grid[:, turned].contiguous() for grid in grids]
+
+    def _is_fixed(self, upright: list[torch.Tensor], turned: list[torch.Tensor]) -> bool:
+        """Whether every support image is clearly more similar to the others than to their turned copies."""
+        count = len(upright[0])
+        if count < 2:
+            return False
+        own = torch.eye(count, dtype=torch.bool, device=upright[0].device)
+        straight = _relative(upright, upright).masked_fill(own, torch.inf).amin(dim=1)
+        copies = _relative(upright, [part.flatten(0, 1) for part in turned])
+        copies = copies.masked_fill(own.repeat_interleave(len(TURNED_VIEWS), dim=1), torch.inf).amin(dim=1)
+        return bool((straight < CLEARLY * copies).all())
+
+
+def contrast(inputs: torch.Tensor) -> torch.Tensor:
+    """Standard deviation (B,) of the grey values of images (B, 3, S, S) in [0, 1]."""
+    return inputs.mean(dim=1).flatten(1).std(dim=1)
+
+
+def _named(fitted: Fitted, stem: str) -> list[torch.Tensor]:
+    """The tensors `stem`0, `stem`1, ... in order."""
+    return [fitted[f"{stem}{n}"] for n in range(sum(name.startswith(stem) for name in fitted))]
+
+
+def _relative(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Relative distances (A, B) between rows, averaged over pairs of tensors (A, D) and (B, D)."""
+    total = 0.0
+    for rows, columns in zip(one, other, strict=True):
+        scale = (rows.norm(dim=1)[:, None] * columns.norm(dim=1)).sqrt().clamp(min=TINY)
+        total = total + torch.cdist(rows, columns) / scale
+    return total / len(one)
+
+
+def _nearest(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _relative(one, other).amin(dim=1)

@@ -1,0 +1,123 @@
+"""The threshold from normal scores: order statistics, few images with and without a prior, warnings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from inspection.threshold import NormalScores, Threshold, normal_threshold
+from scorers.neighbours import Neighbours
+from utils.errors import UserError
+
+PRIOR = Neighbours.typical_score
+scores_of_images = st.lists(st.floats(0.1, 1.5), min_size=2, max_size=30)
+kinds = st.sampled_from([(None, True), (None, False), (PRIOR, True), (PRIOR, False)])
+
+
+def threshold_of(scores, share: float, prior: float | None = None, left_out: bool = True) -> Threshold:
+    """The threshold for scores (n,) or (n, views); the maps do not matter."""
+    scores = np.array(scores, float).reshape(len(scores), -1)
+    names = tuple(f"{n}.png" for n in range(len(scores)))
+    return normal_threshold(NormalScores(scores, np.zeros((len(scores), 2, 2)), left_out, names), share, prior, "")
+
+
+def test_few_images_without_a_prior_by_the_definition():
+    logs = np.array([[3.0, 3.1], [3.2, 3.5]])
+    expected = np.exp(stats.norm(3.2, np.sqrt(0.035)).ppf(0.99))  # (0.04 + 0.01 + 0 + 0.09) / 4
+    assert threshold_of(np.exp(logs), 0.01).value == pytest.approx(expected)
+    same_views = np.exp(logs[:, :1].repeat(22, axis=1))
+    assert threshold_of(same_views, 0.32).value == pytest.approx(np.exp(3.2))  # the largest image score
+    assert threshold_of(np.exp(logs), 0.01).typical == pytest.approx(np.exp([3.0, 3.2]).mean())
+
+
+@pytest.mark.parametrize(("left_out", "share"), [(True, 0.5), (False, 0.75)])
+def test_few_images_with_a_prior_by_the_definition(left_out, share):
+    """Written out for three images: the prior weighs 1.5 / 3 in the mean, and half an image in the spread."""
+    logs = np.log([0.5, 0.6, 0.9])
+    mean = 0.5 * logs.mean() + 0.5 * np.log(0.78)
+    spread = np.sqrt((0.5 * 0.01 + 2 * logs.var(ddof=1)) / 2.5 * (1 + 1 / 3))
+    expected = np.exp(mean + share * stats.norm.ppf(0.95) * spread)
+    assert threshold_of(np.exp(logs), 0.05, PRIOR, left_out).value == pytest.approx(expected)
+
+
+def test_one_copy_more_or_less_hardly_matters_with_a_prior():
+    """The prior decides for two images, whatever their own spread."""
+    two = [threshold_of(pair, 0.05, PRIOR).value for pair in ((0.5, 0.5), (0.5, 0.7), (0.7, 0.7))]
+    assert 0.7 < min(two) and max(two) < 1.0
+
+
+def test_many_scores_are_an_order_statistic():
+    scores = np.random.default_rng(0).permutation(np.arange(1, 20))
+    for prior in (None, 5.0):
+        assert threshold_of(scores, 0.05, prior).value == 19  # (19 + 1) 0.95 = 19
+        assert threshold_of(scores, 0.5, prior).value == 10
+    assert threshold_of(scores, 0.04).value > 19
+
+
+def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
+    maps = np.random.default_rng(0).permutation(3 * 100).reshape(3, 10, 10) + 1.0
+    normal = NormalScores(maps.max(axis=(1, 2))[:, None], maps, left_out=True)
+    threshold = normal_threshold(normal, 0.2, None, "")
+    shares = sorted((maps > threshold.region).mean(axis=(1, 2)))
+    assert shares[1] == pytest.approx(0.2) and shares[0] < 0.2 < shares[2]
+
+
+@given(scores_of_images, st.floats(0.001, 0.5), st.floats(0.1, 10), kinds)
+def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, share, factor, kind):
+    prior, left_out = kind
+    value = threshold_of(scores, share, prior, left_out).value
+    scaled = threshold_of(factor * np.array(scores), share, prior and factor * prior, left_out).value
+    assert scaled == pytest.approx(factor * value)
+    if (len(scores) + 1) * share < 1:  # order statistics and bounds are not comparable
+        assert threshold_of(scores, share / 2, prior, left_out).value >= value * (1 - 1e-9)
+
+
+def test_false_alarms_of_log_normal_scores_are_as_asked():
+    """Mean rate over many draws without a prior, for views that vary as much as images do."""
+    rng = np.random.default_rng(0)
+    for count in (4, 40):
+        draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
+        alarms = [draw[-1, 0] > threshold_of(draw[:-1], 0.05).value for draw in draws]
+        assert 0.025 < np.mean(alarms) < 0.065
+
+
+@given(st.integers(2, 40), st.floats(0.001, 0.5))
+def test_a_rate_that_the_images_cannot_show_is_called_an_extrapolation(count, rate):
+    threshold = threshold_of(np.linspace(0.5, 0.8, count), rate, PRIOR)
+    said = any("extrapolation" in sentence and f"1/{count + 1}" in sentence for sentence in threshold.warnings)
+    assert said == (rate < 1 / (count + 1)) and threshold.count == count and threshold.rate == rate
+
+
+@given(st.integers(5, 30), st.floats(2, 10), kinds)
+def test_an_image_that_decides_alone_is_named(count, factor, kind):
+    """A ring mark on one of the calibration images sets the threshold: it is named, and the threshold without it."""
+    prior, left_out = kind
+    scores = np.linspace(0.5, 0.6, count)
+    scores[2] = 0.6 * factor
+    threshold = threshold_of(scores, 0.05, prior, left_out)
+    without = threshold_of(np.delete(scores, 2), 0.05, prior, left_out)
+    assert threshold.decided_by == "2.png" and threshold.without == pytest.approx(without.value)
+    assert "2.png" in threshold.warnings[-1] and f"{without.value:.3f}" in threshold.warnings[-1]
+
+
+@given(st.integers(2, 40), kinds)
+def test_no_image_is_named_among_like_ones(count, kind):
+    assert threshold_of(np.linspace(0.5, 0.6, count), 0.05, *kind).decided_by == ""
+
+
+def test_copies_without_a_score_are_left_out():
+    with_copy = threshold_of([0.0, 0.5, 0.6], 0.05, PRIOR)
+    assert with_copy.value == threshold_of([0.5, 0.6], 0.05, PRIOR).value and "1 identical" in with_copy.how
+    with pytest.raises(UserError, match="identical normal images"):
+        threshold_of([0.0, 0.0, 0.5], 0.05, PRIOR)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, float("nan"), float("inf")])
+def test_impossible_shares(share):
+    with pytest.raises(UserError, match="between 0 and 1"):
+        threshold_of(np.ones(3), share)
+    with pytest.raises(UserError, match="at least 2 normal images, got 1"):
+        threshold_of(np.ones(1), 0.05)
