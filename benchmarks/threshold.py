@@ -44,16 +44,16 @@ from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
 COLUMNS = {
-    "false_alarms": "false alarms",
+    "alarms": "false alarms",
     "worst": "of the worst draw",
-    "defects_called": "defects found",
+    "found": "defects found",
     "calibrated_alarms": "false alarms, calibrated",
     "calibrated_worst": "of the worst draw",
-    "calibrated_called": "defects found",
+    "calibrated_found": "defects found",
     "defects_at_rate": "defects found at a true rate as asked",
     "auroc": "AUROC",
 }
-WORST = {"worst": "false_alarms", "calibrated_worst": "calibrated_alarms"}
+WORST = ("worst", "calibrated_worst")
 CATEGORIES = ["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"]
 # What --choose tries: PULL, typical score, PRIOR_SPREAD, PRIOR_IMAGES, LEFT_OUT_SHARE of inspection/threshold.py
 CHOICES = tuple(
@@ -67,7 +67,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=6, help="draws of support and calibration images, seed 0")
-    parser.add_argument("--calibration", type=int, default=20, help="further normal images per draw")
+    parser.add_argument("--calibration", type=int, default=20, help="further normal images of a calibration")
+    parser.add_argument("--calibrations", type=int, default=3, help="calibrations per draw, of different images")
     parser.add_argument("--false_alarm", type=float, default=0.05)
     parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
     parser.add_argument("--data_path", type=Path, default=DATA)
@@ -126,7 +127,7 @@ def report(content: dict) -> str:
 def _summary(rows: Sequence[dict], column: str) -> float:
     """The mean over the rows, or the highest value for a column of the worst draw."""
     if column in WORST:
-        return max(row[WORST[column]] for row in rows)
+        return max(row[column] for row in rows)
     return float(np.mean([row[column] for row in rows]))
 
 
@@ -137,13 +138,14 @@ def _measure(category: str, network: STNResNet, clock: StageClock, args: argpars
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
     test = compute_test_features(network, [args.scorer], dataset, labels, clock, None, args.num_workers)
     largest = max(args.shots)
-    for number, paths in enumerate(draw_support_images(folder, largest + args.calibration, args.draws, seed=0)):
+    images = largest + args.calibrations * args.calibration
+    for number, paths in enumerate(draw_support_images(folder, images, args.draws, seed=0)):
         support = _features(paths[:largest], network, clock, args, with_views=True)
         calibration = _features(paths[largest:], network, clock, args, with_views=False)
         for shot in args.shots:
             first = support.part(0, shot)[args.scorer.name]
             row = _judge(first, calibration.prepared[args.scorer.name], test, clock, args)
-            print(f"{category}, K = {shot}, draw {number}: {row['false_alarms']:.0%} false alarms", flush=True)
+            print(f"{category}, K = {shot}, draw {number}: {row['alarms']:.0%} false alarms", flush=True)
             yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}
 
 
@@ -167,9 +169,10 @@ def _judge(
 ) -> dict:
     """Applies the two thresholds of one support set to the test images.
 
-    false_alarms, defects_called: shares of normal and defective test images with a score above the threshold from
-    leave-one-out scores. calibrated_...: the same with the threshold from the calibration images. defects_at_rate: the
-    share of defective images above the threshold that has exactly the requested rate. normal, left_out: scores.
+    alarms, found: shares of normal and defective test images with a score above the threshold from leave-one-out
+    scores. calibrated_...: the same with the thresholds from the calibration images, as means and for the worst of
+    them. defects_at_rate: the share of defective images above the threshold that has exactly the requested rate.
+    normal, left_out: scores.
     """
     fitted = args.scorer.fit(support)
 
@@ -186,12 +189,21 @@ def _judge(
         "normal": np.sort(normal).tolist(),
         "left_out": left_out.scores[:, 0].tolist(),
     }
-    for key, seen in (("threshold", left_out), ("calibrated", score(calibration))):
-        value = normal_threshold(seen, args.false_alarm, args.scorer.typical_score, "").value
-        alarms, called = float((normal > value).mean()), float((defective > value).mean())
-        names = ("false_alarms", "defects_called") if key == "threshold" else (f"{key}_alarms", f"{key}_called")
-        row |= {key: value, names[0]: alarms, names[1]: called}
+    seen = score(calibration)
+    groups = np.arange(len(seen.scores)).reshape(args.calibrations, -1)
+    values = [_threshold(seen._replace(scores=seen.scores[n], maps=seen.maps[n]), args) for n in groups]
+    for prefix, thresholds in (("", [_threshold(left_out, args)]), ("calibrated_", values)):
+        row |= {
+            f"{prefix}thresholds": thresholds,
+            f"{prefix}alarms": float(np.mean([(normal > value).mean() for value in thresholds])),
+            f"{prefix}worst": float(np.max([(normal > value).mean() for value in thresholds])),
+            f"{prefix}found": float(np.mean([(defective > value).mean() for value in thresholds])),
+        }
     return row
+
+
+def _threshold(seen: NormalScores, args: argparse.Namespace) -> float:
+    return normal_threshold(seen, args.false_alarm, args.scorer.typical_score, "").value
 
 
 def choose(rounds: Sequence[dict], rate: float) -> str:

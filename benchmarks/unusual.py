@@ -173,7 +173,7 @@ def _judge(category: str, images: dict[str, _Images], fitted: Fitted) -> dict:
     """Shares of images called unusual: own normal and defective ones, frames by kind, other categories by name."""
 
     def called(kept: tuple[Prepared, torch.Tensor]) -> np.ndarray:
-        return np.array([bool(reason) for reason in LIKENESS.reasons(fitted, *kept)])
+        return np.array([bool(reason) for reason in LIKENESS.reasons(LIKENESS.measure(fitted, *kept).tolist())])
 
     own = images[category]
     of_test = called(own.test)

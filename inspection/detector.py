@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 from datasets.images import (
     ClippedWarning,
@@ -24,38 +24,59 @@ from datasets.images import (
     smallest_depth,
     to_square,
 )
+from inspection.detector_file import identity, read_detector, write_detector
 from inspection.region import inside_map, inside_square, inside_views, pixels
 from inspection.threshold import (
     NormalScores,
     Threshold,
     check_calibration,
-    is_order_statistic,
     leave_one_out,
+    needs_views,
     normal_threshold,
 )
-from inspection.tiles import AUTO, OFF, Layout, Tile, Tiling, fitting_corners, joined_map, settle_tiling
-from models.stn import RELEASE_BACKBONE, STNResNet, folded
-from models.timm_features import PREFIX, TimmFeatures
+from inspection.tiles import AUTO, Layout, Tile, fitting_corners, joined_map, settle_tiling
+from inspection.unusual import Likeness, contrast
+from models.stn import STNResNet, folded
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, take_images, without_images, write_support_image
 from scorers.maps import score_maps_at
 from scorers.neighbours import Neighbours
-from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
+from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.devices import resolve_device
 from utils.errors import UserError
-from utils.files import load_tensors, whole_file
 from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 from utils.stages import StageClock
 
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
 SCORE_GROUP = 32  # images whose features are in memory at the same time
 DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
-ID_LENGTH = 12  # hexadecimal digits of a detector's hash
-FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
-READABLE_VERSIONS = (2, FILE_VERSION)
+THUMBNAIL = 96  # pixels, side of the small copies of normal images
+LIKENESS = Likeness()
 
 ImageInput = Path | str | Image.Image | np.ndarray | torch.Tensor
+
+
+class Inspection(NamedTuple):
+    """Results of B images: scores (B,) and maps as `FewShotDetector.score` returns them.
+
+    unusual: why an image is unlike the support as a whole, see inspection/unusual.py; "" for an image that is not. Its
+    score means nothing then.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray | list[np.ndarray]
+    unusual: list[str]
+
+
+class _Scored(NamedTuple):
+    """Results of a group of images. kept: features for the comparison with the support as a whole, of uncut images."""
+
+    scores: np.ndarray
+    maps: np.ndarray | list[np.ndarray]
+    are_cut: list[bool]
+    unusual: list[str]
+    kept: Prepared
 
 
 class FewShotDetector:
@@ -76,8 +97,10 @@ class FewShotDetector:
     (H, W) bool, stretched to each image, whose score map is 0 where it is False; None: everywhere is scored.
     tiling: what `fit` made of `tile`; None if no image is cut. threshold: set by `calibrate` or by the caller; None
     until then. left_out: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
-    `for_threshold=False`. origin: plain values that describe the support images and the weights. clock: seconds per
-    stage.
+    `for_threshold=False`. calibration: the scores of further normal images, if `calibrate` was given any. copies:
+    sentences on images that were left out of both because they are copies of others. likeness: what tells images
+    that are unlike the support as a whole. origin: plain values that describe the support images and the weights.
+    clock: seconds per stage.
     """
 
     def __init__(
@@ -101,8 +124,10 @@ class FewShotDetector:
         self.threshold: Threshold | None = None
         self.left_out: NormalScores | None = None
         self.calibration: NormalScores | None = None
+        self.copies: list[str] = []
         self.origin: dict = {}
         self.fitted: Fitted = {}
+        self.likeness: Fitted = {}
         self._folded = folded(self.network)
 
     def fit(self, images: Sequence[ImageInput], for_threshold: bool = True) -> FewShotDetector:
@@ -117,35 +142,70 @@ class FewShotDetector:
         """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
+        self.threshold, self.left_out, self.calibration, self.copies = None, None, None, []
         with self.clock("decode"):
             if self.measures_bits:
                 self.bits = smallest_depth(largest_values(_files_and_pil(images)))
-            inputs, sizes = [], []
-            for image in map(self._decoded, images):
-                inputs.append(self._square(image))
-                sizes.append(image.size if isinstance(image, Image.Image) else (self.size, self.size))
-        if not inputs:
+            support = self._support(images)
+        if not support.names:
             raise UserError("no support images: at least one normal image is needed")
-        self.tiling = settle_tiling(self.tile, sizes, self.size, self.keep_aspect)
-        layouts = [self.tiling and self.tiling.layout(*size, self.size) for size in sizes]
+        self.tiling = settle_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
+        layouts = [self.layout_of(*size) for size in support.sizes]
+        store, ends = self._support_features(support, layouts)
+        prepared = {scorer.name: store.prepared[scorer.name] for scorer in store.scorers}
+        if not any(layouts):
+            support, prepared = self._without_near_copies(support, prepared)
+        features = prepared[self.scorer.name]
+        with self.clock(self.scorer.name):
+            self.fitted = self.scorer.fit(features)
+            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrast(torch.stack(support.squares)))
+        if for_threshold and len(support.names) > 1:
+            if any(layouts):
+                left_out = self._leave_one_out(support.images, features, ends * len(self.scorer.views))
+            else:
+                left_out = leave_one_out(self.scorer, features, self.size, self.clock, self._inside_views)
+            self.left_out = left_out._replace(names=support.names, thumbnails=_thumbnails(support.squares))
+        return self
+
+    def _support(self, images: Sequence[ImageInput]) -> _Support:
+        """The decoded support images, without copies."""
+        squares, sizes = [], []
+        for image in map(self._decoded, images):
+            squares.append(self._square(image))
+            sizes.append(image.size if isinstance(image, Image.Image) else (self.size, self.size))
+        support = _Support(list(images), _names(images), squares, sizes)
+        twins = equal_images(squares)
+        self._name_copies(support.names, twins, "a copy of")
+        return support.keep([n for n in range(len(squares)) if n not in twins])
+
+    def _support_features(self, support: _Support, layouts: list[Layout | None]) -> tuple[FeatureStore, np.ndarray]:
+        """Features of all views of the images or of their tiles, and where those of each image end, in images."""
         chosen = fitting_corners(layouts, len(self.scorer.views))
         ends = np.cumsum([max(1, len(corners)) for corners in chosen])
-        store, number = FeatureStore([self.scorer], int(ends[-1]), with_views=True), 0
-        for image, square, layout, corners in zip(images, inputs, layouts, chosen, strict=True):
+        store, number = FeatureStore([self.scorer, LIKENESS], int(ends[-1]), with_views=True), 0
+        for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True):
             for part in self._cut(image, layout, corners) if layout else [square]:
                 with self.clock("network"):
                     write_support_image(store, number, self._folded, part.to(self.clock.device), VIEWS_PER_IMAGE)
                 number += 1
-        support = store.prepared[self.scorer.name]
-        with self.clock(self.scorer.name):
-            self.fitted = self.scorer.fit(support)
-        self.threshold, self.left_out = None, None
-        if for_threshold and len(inputs) > 1:
-            if any(layouts):
-                self.left_out = self._leave_one_out(images, support, ends * len(self.scorer.views))
-            else:
-                self.left_out = leave_one_out(self.scorer, support, self.size, self.clock, self._inside_views)
-        return self
+        return store, ends
+
+    def _without_near_copies(
+        self, support: _Support, prepared: dict[str, Prepared]
+    ) -> tuple[_Support, dict[str, Prepared]]:
+        """The support images and their features without images that are nearly equal to an earlier one."""
+        twins = LIKENESS.twins(prepared[LIKENESS.name])
+        if not twins:
+            return support, prepared
+        self._name_copies(support.names, twins, "nearly a copy of")
+        kept = [number for number in range(len(support.names)) if number not in twins]
+        for name, views in ((self.scorer.name, len(self.scorer.views)), (LIKENESS.name, len(LIKENESS.views))):
+            rows = torch.tensor([number * views + view for number in kept for view in range(views)])
+            prepared[name] = take_images(prepared[name], rows)
+        return support.keep(kept), prepared
+
+    def _name_copies(self, names: Sequence[str], twins: dict[int, int], what: str) -> None:
+        self.copies += [f"{names[copy]} is {what} {names[of]} and does not count" for copy, of in twins.items()]
 
     def _cut(self, image: ImageInput, layout: Layout, corners: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """The tiles (3, S, S) of an image at `corners`."""
@@ -166,10 +226,10 @@ class FewShotDetector:
         for image, start, end in zip(images, [0, *ends], ends, strict=False):
             with self.clock(self.scorer.name):
                 fitted = self.scorer.fit(without_images(support, int(start), int(end)))
-            score, maps, _ = self._score_group([image], fitted, only_pixels=True)
-            scores.append(score)
-            kept.append(maps)
-        return NormalScores(np.array(scores), np.concatenate(kept))
+            scored = self._score_group([image], fitted, only_pixels=True)
+            scores.append(scored.scores)
+            kept.append(scored.maps)
+        return NormalScores(np.array(scores), np.concatenate(kept), left_out=True)
 
     def calibrate(self, false_alarm: float, normal: Sequence[ImageInput] | None = None) -> Threshold:
         """Sets the threshold for a false-positive rate of `false_alarm`, see inspection/threshold.py.
@@ -182,29 +242,52 @@ class FewShotDetector:
         """
         if normal is not None:
             check_calibration(len(normal), false_alarm)
-            seen, source = self._normal_scores(normal, false_alarm), f"{len(normal)} further normal images"
+            self.calibration = seen = self._normal_scores(normal, false_alarm)
+            source = f"{len(seen.scores)} further normal images"
         elif self.left_out is not None:
             seen, source = self.left_out, f"leave-one-out over {len(self.left_out.scores)} support images"
         else:
             raise UserError(
-                "a threshold needs the scores of two normal images: give two support images or more, "
+                "a threshold needs the scores of two normal images that differ: give two support images or more, "
                 "further normal images (--calibrate DIR), or the threshold itself (--threshold)"
             )
-        self.threshold = normal_threshold(seen.scores, seen.maps, false_alarm, source)
-        self.calibration = None if normal is None else seen
+        self.threshold = normal_threshold(seen, false_alarm, self.scorer.typical_score, source)
         return self.threshold
 
     def _normal_scores(self, images: Sequence[ImageInput], false_alarm: float) -> NormalScores:
-        """Scores and score maps of normal images; the scores include the views if the threshold rule needs them."""
+        """Scores and score maps of normal images; the scores include the views if the threshold rule needs them.
+
+        Copies of each other and of support images are left out.
+        """
         groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
-        parts = (self._score_group(group, self.fitted, only_pixels=True) for group in groups)
-        scores, maps, are_cut = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parts = [self._score_group(group, self.fitted, only_pixels=True) for group in groups]
+        scores, maps, are_cut = (np.concatenate([part[n] for part in parts]) for n in range(3))
         _check_finite(scores)
-        if is_order_statistic(len(images), false_alarm) or are_cut.any():
-            return NormalScores(scores[:, None], maps)
-        views = (support_views(self.inputs([image]))[list(self.scorer.views)] for image in images)
+        squares = list(self.inputs(images))
+        seen = NormalScores(scores[:, None], maps, False, _names(images), _thumbnails(squares))
+        kept = self._not_copies(seen.names, squares, [part.kept for part in parts], bool(are_cut.any()))
+        seen, squares = seen.keep(kept), [square for square, is_kept in zip(squares, kept, strict=True) if is_kept]
+        if are_cut.any() or not needs_views(len(seen.scores), false_alarm, self.scorer):
+            return seen
+        views = (support_views(square[None])[list(self.scorer.views)] for square in squares)
         of_views = (self._score_squares(of_image, self.fitted, self._inside_views) for of_image in views)
-        return NormalScores(np.array([of_image for of_image, _ in of_views]), maps)
+        return seen._replace(scores=np.array([of_image.scores for of_image in of_views]))
+
+    def _not_copies(
+        self, names: Sequence[str], squares: list[torch.Tensor], kept: list[Prepared], are_cut: bool
+    ) -> np.ndarray:
+        """Which of the calibration images count, (n,) bool; the others are named in `copies`."""
+        twins = equal_images(squares)
+        self._name_copies(names, twins, "a copy of")
+        counts = np.array([number not in twins for number in range(len(names))])
+        if not are_cut and self.likeness:
+            for number, of in enumerate(
+                LIKENESS.copies(self.likeness, [torch.cat(p) for p in zip(*kept, strict=True)])
+            ):
+                if of is not None and counts[number]:
+                    counts[number] = False
+                    self.copies.append(f"{names[number]} is a copy of a support image and does not count")
+        return counts
 
     def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray | list[np.ndarray]]:
         """Image scores (B,) and score maps (B, S, S), float32, at least 0.
@@ -217,17 +300,27 @@ class FewShotDetector:
             ImageError: a file cannot be read.
             TypeError: a single image instead of a list, or an array of another type or shape.
         """
+        return self.inspect(images)[:2]
+
+    def inspect(self, images: Sequence[ImageInput]) -> Inspection:
+        """Scores and maps as `score` returns them, and which images are unlike the support as a whole.
+
+        Raises:
+            As `score`.
+        """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError("give a list of images, not a single one")
         if not self.fitted:
             raise UserError("the detector must be fitted on support images, or loaded, before it can score images")
         if not len(images):
-            return np.empty(0, np.float32), np.empty((0, self.size, self.size), np.float32)
+            return Inspection(np.empty(0, np.float32), np.empty((0, self.size, self.size), np.float32), [])
         groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
-        scores, maps, are_cut = zip(*(self._score_group(group, self.fitted) for group in groups), strict=True)
-        _check_finite(np.concatenate(scores))
-        joined = [one for part in maps for one in part] if np.concatenate(are_cut).any() else np.concatenate(maps)
-        return np.concatenate(scores), joined
+        parts = [self._score_group(group, self.fitted) for group in groups]
+        scores, maps = np.concatenate([part.scores for part in parts]), [part.maps for part in parts]
+        _check_finite(scores)
+        are_cut = any(cut for part in parts for cut in part.are_cut)
+        joined = [one for part in maps for one in part] if are_cut else np.concatenate(maps)
+        return Inspection(scores, joined, [reason for part in parts for reason in part.unusual])
 
     def layout_of(self, width: int, height: int) -> Layout | None:
         """The tiles into which an image of this size is cut; None if it is scored as a whole."""
@@ -242,13 +335,8 @@ class FewShotDetector:
         """A score map at the size of its image, (height, width) float32; see `datasets.images.restore_map`."""
         return restore_map(scores, width, height, self.keep_aspect and self.layout_of(width, height) is None)
 
-    def _score_group(
-        self, images: Sequence[ImageInput], fitted: Fitted, only_pixels: bool = False
-    ) -> tuple[np.ndarray, np.ndarray | list[np.ndarray], list[bool]]:
-        """Scores, maps and whether they are cut, of at most SCORE_GROUP images.
-
-        only_pixels: `inspection.region.pixels` of each map instead, (B, S, S).
-        """
+    def _score_group(self, images: Sequence[ImageInput], fitted: Fitted, only_pixels: bool = False) -> _Scored:
+        """Results of at most SCORE_GROUP images. only_pixels: `inspection.region.pixels` of each map, (B, S, S)."""
         squares, cut = [], {}
         for number, image in enumerate(images):
             with self.clock("decode"):
@@ -257,40 +345,57 @@ class FewShotDetector:
                 if layout is None:
                     squares.append(self._square(decoded))
             if layout is not None:
-                scores = self._score_tiles(decoded, layout, fitted)
+                scores, reason = self._score_tiles(decoded, layout, fitted)
                 inside = inside_map(self.region, layout.across, layout.down)
-                cut[number] = scores.max(), pixels(scores, inside, self.size) if only_pixels else scores
+                cut[number] = scores.max(), pixels(scores, inside, self.size) if only_pixels else scores, reason
+        whole = _Scored(np.empty(0, np.float32), [], [], [], [])
         if squares:
-            scores, maps = self._score_squares(torch.stack(squares).to(self.clock.device), fitted, self._inside)
+            whole = self._score_squares(torch.stack(squares).to(self.clock.device), fitted, self._inside)
             if only_pixels and self.region is not None:
-                maps = np.stack([pixels(one, self._inside.cpu().numpy(), self.size) for one in maps])
+                inside = self._inside.cpu().numpy()
+                whole = whole._replace(maps=np.stack([pixels(one, inside, self.size) for one in whole.maps]))
         if not cut:
-            return scores, maps, [False] * len(images)
-        whole = zip(scores, maps, strict=True) if squares else iter(())
-        rows = [cut[number] if number in cut else next(whole) for number in range(len(images))]
-        return np.array([row[0] for row in rows]), [row[1] for row in rows], [n in cut for n in range(len(images))]
+            return whole
+        rest = zip(whole.scores, whole.maps, whole.unusual, strict=True)
+        rows = [cut[number] if number in cut else next(rest) for number in range(len(images))]
+        scores, maps, unusual = (list(column) for column in zip(*rows, strict=True))
+        return _Scored(np.array(scores), maps, [number in cut for number in range(len(images))], unusual, whole.kept)
 
-    def _score_tiles(self, image: Image.Image, layout: Layout, fitted: Fitted) -> np.ndarray:
-        """The score map of an image that is cut; 0 outside the region."""
+    def _score_tiles(self, image: Image.Image, layout: Layout, fitted: Fitted) -> tuple[np.ndarray, str]:
+        """The score map of an image that is cut, 0 outside the region, and why the image is unusual.
+
+        It is unusual if most of its tiles are.
+        """
+        reasons: list[str] = []
 
         def maps_of(tiles: torch.Tensor) -> np.ndarray:
-            return self._score_squares(tiles.to(self.clock.device), fitted, None)[1]
+            scored = self._score_squares(tiles.to(self.clock.device), fitted, None)
+            reasons.extend(scored.unusual)
+            return scored.maps
 
         scores = joined_map(image, layout, maps_of, SCORE_GROUP)
         inside = inside_map(self.region, layout.across, layout.down)
-        return scores if inside is None else scores * inside
+        unusual = [reason for reason in reasons if reason]
+        reason = f"most tiles: {unusual[0]}" if 2 * len(unusual) > len(reasons) else ""
+        return scores if inside is None else scores * inside, reason
 
-    def _score_squares(
-        self, inputs: torch.Tensor, fitted: Fitted, inside: torch.Tensor | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (B,) and maps (B, S, S) of network inputs (B, 3, S, S); 0 where `inside`, (S, S) or (B, S, S), is."""
+    def _score_squares(self, inputs: torch.Tensor, fitted: Fitted, inside: torch.Tensor | None) -> _Scored:
+        """Results of network inputs (B, 3, S, S); maps are 0 where `inside`, (S, S) or (B, S, S), is."""
         with self.clock("network"):
-            features = self.features(inputs)
+            prepared = self.features(inputs)
+        kept = prepared[LIKENESS.name]
         with self.clock("distance"):
-            distances = self.scorer.distance_maps(fitted, features)
+            distances = self.scorer.distance_maps(fitted, prepared[self.scorer.name])
+            measured = LIKENESS.measure(self.likeness, kept, contrast(inputs)) if self.likeness else None
         with self.clock("smoothing"):
             scores, maps = score_maps_at(distances, self.size, inside)
-            return scores.cpu().numpy(), maps.cpu().numpy()
+            columns = [scores[:, None], maps.flatten(1)] + ([] if measured is None else [measured])
+            values = torch.cat(columns, dim=1).cpu().numpy()  # one copy: each copy from a device waits for it
+        scores, maps = values[:, 0], values[:, 1 : maps[0].numel() + 1].reshape(maps.shape)
+        unusual = [""] * len(inputs)
+        if measured is not None:
+            unusual = LIKENESS.reasons(values[:, -measured.shape[1] :].tolist())
+        return _Scored(scores, maps, [False] * len(inputs), unusual, kept)
 
     @property
     def _inside(self) -> torch.Tensor | None:
@@ -304,21 +409,23 @@ class FewShotDetector:
         """The region in each support view that the scorer uses, (views, S, S) bool."""
         return None if self.region is None else inside_views(self._inside, self.scorer.views)
 
-    def features(self, inputs: torch.Tensor) -> Prepared:
-        """The scorer's prepared features of inputs (B, 3, S, S) in [0, 1].
+    def features(self, inputs: torch.Tensor) -> dict[str, Prepared]:
+        """Prepared features of inputs (B, 3, S, S) in [0, 1], for the scorer and for `Likeness`, by name.
 
         On the CPU, grey and colour images are processed separately: a pass of grey images alone takes less time.
         """
         size, store = (
             NETWORK_GROUP.get(inputs.device.type, NETWORK_GROUP["cuda"]),
-            FeatureStore([self.scorer], len(inputs)),
+            FeatureStore([self.scorer, LIKENESS], len(inputs)),
         )
         kinds, done = _grey_and_coloured(inputs), 0
         for group in (group for kind in kinds for group in kind.split(size)):
             store.write(done, self._folded.features(inputs[group]))
             done += len(group)
-        prepared = store.prepared[self.scorer.name]
-        return prepared if len(kinds) == 1 else take_images(prepared, torch.cat(kinds).argsort())
+        if len(kinds) == 1:
+            return store.prepared
+        order = torch.cat(kinds).argsort()
+        return {name: take_images(prepared, order) for name, prepared in store.prepared.items()}
 
     def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """Converts images to network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
@@ -337,55 +444,11 @@ class FewShotDetector:
         Raises:
             UserError: the detector is not fitted, or the file cannot be written.
         """
-        if not self.fitted:
-            raise UserError("only a fitted detector can be saved")
-        if not hasattr(self.network, "backbone"):
-            raise UserError("a detector with a network of your own cannot be saved: no file could say how to build it")
-        content = {
-            "format": FILE_FORMAT,
-            "version": FILE_VERSION,
-            **self._what_decides_scores(),
-            "left_out": None if self.left_out is None else [torch.from_numpy(part) for part in self.left_out],
-            "threshold": None if self.threshold is None else tuple(self.threshold),
-            "origin": self.origin,
-        }
-        try:
-            with whole_file(Path(path)) as aside, open(aside, "wb") as stream:
-                torch.save(content, stream)
-        except OSError as error:
-            raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
-
-    def _what_decides_scores(self) -> dict:
-        """The entries of a saved detector on which scores and score maps depend: tensors and plain values."""
-        return {
-            "network": {name: value.cpu() for name, value in self.network.state_dict().items()},
-            "backbone": getattr(self.network, "backbone", None),
-            "stn_mode": getattr(self.network, "stn_mode", None),
-            "img_size": self.size,
-            "keep_aspect": self.keep_aspect,
-            "bits": self.bits,
-            "tile": self.tile,
-            "tiling": None if self.tiling is None else tuple(self.tiling),
-            "region": None if self.region is None else torch.from_numpy(self.region),
-            "scorer": self.scorer.name,
-            "fitted": {name: value.cpu() for name, value in self.fitted.items()},
-        }
+        write_detector(self, Path(path))
 
     def identity(self) -> str:
-        """A short hash of all that scores depend on. It reads every tensor; a saved detector keeps it.
-
-        The threshold, the leave-one-out scores and the origin do not count.
-        """
-        content, hashed = self._what_decides_scores(), hashlib.sha256()
-        tensors = {
-            f"{part} {name}": value for part in ("network", "fitted") for name, value in content.pop(part).items()
-        }
-        tensors |= {"region": content.pop("region")} if self.region is not None else {}
-        for name, value in sorted(tensors.items()):
-            hashed.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            hashed.update(value.contiguous().flatten().view(torch.uint8).numpy())
-        hashed.update(json.dumps(content, sort_keys=True).encode())
-        return hashed.hexdigest()[:ID_LENGTH]
+        """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""
+        return identity(self)
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto", scorer: str | Scorer | None = None) -> FewShotDetector:
@@ -396,29 +459,7 @@ class FewShotDetector:
         Raises:
             UserError: the file is missing, damaged or not a detector, or was made with another scorer.
         """
-        content = _read_content(Path(path))
-        try:
-            if content["version"] == 2:
-                content = _from_version_2(content)
-            chosen = _scorer_of(Path(path), content["scorer"], scorer)
-            network = _empty_network(content)
-            network.load_state_dict(content["network"])
-            bits = content.get("bits", FULL_BITS)  # older files do not store it
-            tile, tiling, region = content.get("tile", OFF), content.get("tiling"), content.get("region")
-            region = None if region is None else region.numpy()
-            detector = cls(network.eval(), device, content["keep_aspect"], chosen, bits, tile, region)
-            detector.tiling = None if tiling is None else Tiling(*tiling)
-            detector.fitted = {name: value.to(detector.clock.device) for name, value in content["fitted"].items()}
-            left_out, threshold = content["left_out"], content["threshold"]
-            detector.left_out = None if left_out is None else NormalScores(*(part.numpy() for part in left_out))
-            detector.threshold = None if threshold is None else Threshold(*threshold)
-            detector.origin = dict(content["origin"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"detector {path} is incomplete or inconsistent ({type(error).__name__}: {reason})"
-            ) from error
-        return detector
+        return read_detector(Path(path), partial(cls, device=device), scorer)
 
 
 def decoded_input(image: ImageInput, size: int, bits: int = FULL_BITS) -> Image.Image | torch.Tensor:
@@ -453,6 +494,42 @@ def as_tensor(square: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))).float() / 255
 
 
+class _Support(NamedTuple):
+    """Support images of a fit: as given, by name, as network inputs, and their sizes (width, height)."""
+
+    images: list[ImageInput]
+    names: tuple[str, ...]
+    squares: list[torch.Tensor]
+    sizes: list[tuple[int, int]]
+
+    def keep(self, numbers: Sequence[int]) -> _Support:
+        """The images with these numbers."""
+        images, squares, sizes = ([part[n] for n in numbers] for part in (self.images, self.squares, self.sizes))
+        return _Support(images, tuple(self.names[n] for n in numbers), squares, sizes)
+
+
+def equal_images(squares: Sequence[torch.Tensor]) -> dict[int, int]:
+    """For each network input that equals an earlier one, the number of the first such."""
+    first: dict[str, int] = {}
+    found = {}
+    for number, square in enumerate(squares):
+        earlier = first.setdefault(hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest(), number)
+        if earlier != number:
+            found[number] = earlier
+    return found
+
+
+def _names(images: Sequence[ImageInput]) -> tuple[str, ...]:
+    """The paths of files; other images are numbered from 1."""
+    return tuple(str(one) if isinstance(one, str | Path) else f"image {n}" for n, one in enumerate(images, start=1))
+
+
+def _thumbnails(squares: Sequence[torch.Tensor]) -> np.ndarray:
+    """Small copies of network inputs, (n, THUMBNAIL, THUMBNAIL, 3) uint8."""
+    small = F.interpolate(torch.stack(list(squares)), size=THUMBNAIL, mode="area")
+    return (small * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def _check_finite(scores: np.ndarray) -> None:
     if not np.isfinite(scores).all():
         raise UserError("scores are not finite: the checkpoint or a support image contains NaN or infinity")
@@ -471,55 +548,3 @@ def _grey_and_coloured(inputs: torch.Tensor) -> list[torch.Tensor]:
         return [everything]
     is_grey = (inputs == inputs[:, :1]).flatten(1).all(dim=1)
     return [kind for kind in (everything[is_grey], everything[~is_grey]) if len(kind)]
-
-
-def _read_content(path: Path) -> dict:
-    """Reads the content of a detector file. Verifies the checksums of the archive, which torch does not do."""
-    if not path.is_file():
-        raise UserError(f"no detector file {path}; make one with: python predict.py --support ... --save {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except zipfile.BadZipFile:
-        damaged = path.name
-    if damaged:
-        raise UserError(f"detector {path} is damaged or not a detector (checksum of {damaged})")
-    content = load_tensors(path, "detector")
-    if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
-        raise UserError(f"{path} is not a detector (a checkpoint or support set?); predict.py --save writes one")
-    if content.get("version") not in READABLE_VERSIONS:
-        raise UserError(f"detector {path} has version {content.get('version')}, this program supports {FILE_VERSION}")
-    return content
-
-
-def _empty_network(content: dict) -> nn.Module:
-    """The network of a saved detector, without its weights."""
-    backbone, size = content.get("backbone", RELEASE_BACKBONE), content["img_size"]  # older files do not store it
-    if backbone.startswith(PREFIX):
-        return TimmFeatures(backbone.removeprefix(PREFIX), "none", size)
-    return STNResNet(content["stn_mode"], size, backbone)
-
-
-def _scorer_of(path: Path, name: str, given: str | Scorer | None) -> Scorer:
-    """The scorer of a saved detector: the registered one, or the given one, whose name must match."""
-    if given is None:
-        if name not in SCORERS:
-            raise UserError(f"detector {path} was made with the scorer {name}; give --scorer FILE.py:CLASS")
-        return make_scorer(name)
-    scorer = make_scorer(given) if isinstance(given, str) else given
-    if scorer.name != name:
-        raise UserError(f"detector {path} was made with the scorer {name}, not {scorer.name}; fit a new detector")
-    return scorer
-
-
-def _from_version_2(content: dict) -> dict:
-    """Converts the content of a version 2 file, which stored the Gaussian statistics in parts by position."""
-    parts = content["statistics"]
-    fitted = {}
-    for name, value in parts[0].items():
-        if isinstance(value, list):
-            stem = name.rstrip("s")
-            fitted |= {f"{stem}{n}": torch.cat([part[name][n] for part in parts]) for n in range(len(value))}
-        elif value is not None:
-            fitted[name] = torch.cat([part[name] for part in parts])
-    return {**content, "scorer": RELEASE_SCORER, "fitted": fitted}

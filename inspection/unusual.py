@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared
-from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, TURNED_VIEWS, VIEWS_PER_IMAGE
+from scorers.views import GREY_VIEW, ROTATION_ANGLES, TRANSLATED_VIEWS, TURNED_VIEWS, VIEWS_PER_IMAGE
 
 LAYERS = 2  # compared, counted from the coarsest
 GRID = 4  # cells per side, for the direction and for copies
@@ -32,7 +32,8 @@ LEAST_CONTRAST = 0.25  # times the least contrast of a support image
 LEAST_LIMIT = 0.3  # relative distance of features
 LEAVE_ONE_OUT = 1.4  # times the median leave-one-out distance
 CLEARLY = 0.9  # ratio of two distances, for the direction
-NEAR_COPY = 0.035  # relative distance of the grids; images of different parts are farther apart in seven categories
+NEAR_COPY = 0.035  # relative distance of the grids; different parts are farther apart in seven categories
+NEAR_VIEW = 0.3  # times the distance to the image's own rotated views, whichever is smaller
 TINY = 1e-12
 
 
@@ -53,9 +54,10 @@ class Likeness:
         return statistics + [F.adaptive_avg_pool2d(layer, GRID).flatten(1) for layer in layers]
 
     def fit(self, support: Prepared, contrasts: torch.Tensor) -> Fitted:
-        """What `reasons` needs, from the prepared features of all views of K images and their contrasts (K,).
+        """What `measure` needs, from the prepared features of all views of K images and their contrasts (K,).
 
-        limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0.
+        limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0. near: distance
+        below which an image is a near copy.
         """
         split = len(support) - LAYERS
         statistics = [part.view(-1, len(self.views), part.shape[1]) for part in support[:split]]  # (K, V, C)
@@ -64,39 +66,61 @@ class Likeness:
         limit = max(LEAST_LIMIT, LEAVE_ONE_OUT * float(left_out.median())) if len(left_out) else LEAST_LIMIT
         upright, turned = self._directions(grids)
         fitted = {
-            "limit": torch.tensor(limit),
-            "direction": torch.tensor(float(self._is_fixed(upright, turned))),
+            "limit": contrasts.new_tensor(limit),
+            "direction": contrasts.new_tensor(float(self._is_fixed(upright, turned))),
             "contrast": LEAST_CONTRAST * contrasts.min(),
+            "near": self._near(grids).clamp(min=TINY),
         }
         fitted |= {f"statistic{n}": part.flatten(0, 1).contiguous() for n, part in enumerate(statistics)}
         fitted |= {f"upright{n}": part for n, part in enumerate(upright)}
         return fitted | {f"turned{n}": part.flatten(0, 1) for n, part in enumerate(turned)}
 
-    def reasons(self, fitted: Fitted, test: Prepared, contrasts: torch.Tensor) -> list[str]:
-        """Why each of B images is unusual, as a phrase; empty for an image that is not."""
+    def measure(self, fitted: Fitted, test: Prepared, contrasts: torch.Tensor) -> torch.Tensor:
+        """What `reasons` needs of B images, (B, 4): low contrast, distance of features, its limit, turned.
+
+        It stays on the device, so that it can be copied to the host together with the scores.
+        """
         split = len(test) - LAYERS
         distance = _nearest(test[:split], _named(fitted, "statistic"))
-        turned = torch.zeros_like(distance, dtype=torch.bool)
-        if fitted["direction"]:
-            straight = _nearest(test[split:], _named(fitted, "upright"))
-            turned = _nearest(test[split:], _named(fitted, "turned")) < CLEARLY * straight
-        flags = torch.stack([contrasts < fitted["contrast"], distance > fitted["limit"], turned]).T.tolist()
-        limit = float(fitted["limit"])
-        phrases = [
-            ("hardly any contrast", f"unlike the support images ({value:.2f}, limit {limit:.2f})", "turned")
-            for value in distance.tolist()
-        ]
-        return [
-            next((phrase for phrase, holds in zip(of_image, which, strict=True) if holds), "")
-            for of_image, which in zip(phrases, flags, strict=True)
-        ]
+        straight = _nearest(test[split:], _named(fitted, "upright"))
+        turned = (_nearest(test[split:], _named(fitted, "turned")) < CLEARLY * straight) * fitted["direction"]
+        low = (contrasts < fitted["contrast"]).to(distance)
+        return torch.stack([low, distance, fitted["limit"].expand_as(distance), turned], dim=1)
+
+    def reasons(self, measured: Sequence[Sequence[float]]) -> list[str]:
+        """Why each of B images is unusual, as a phrase; empty for an image that is not. measured: from `measure`."""
+        return [_phrase(*row) for row in measured]
+
+    def twins(self, support: Prepared) -> dict[int, int]:
+        """For each support image that is nearly equal to an earlier one, the number of that image.
+
+        support: prepared features of all views.
+        """
+        grids = [part.view(-1, len(self.views), part.shape[1]) for part in support[len(support) - LAYERS :]]
+        upright = [grid[:, 0] for grid in grids]
+        near = (_relative(upright, upright) < self._near(grids)).tolist()
+        found: dict[int, int] = {}
+        for number, row in enumerate(near):
+            earlier = [n for n in range(number) if row[n] and n not in found]
+            if earlier:
+                found[number] = earlier[0]
+        return found
 
     def copies(self, fitted: Fitted, test: Prepared) -> list[int | None]:
         """For each of B images the support image of which it is a copy or a near copy, or None."""
-        distances = _relative(test[len(test) - LAYERS :], _named(fitted, "upright"))
+        distances = _relative(test[len(test) - LAYERS :], _named(fitted, "upright")) / fitted["near"]
         nearest = distances.min(dim=1)
         pairs = zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
-        return [index if value < NEAR_COPY else None for value, index in pairs]
+        return [index if value < 1 else None for value, index in pairs]
+
+    def _near(self, grids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The distance (K,) below which an image is a near copy of a support image; grids: (K, V, D) per layer."""
+        rotated = slice(1, 1 + len(ROTATION_ANGLES))
+        own = [
+            _relative([grid[n, :1] for grid in grids], [grid[n, rotated] for grid in grids])
+            for n in range(len(grids[0]))
+        ]
+        return (NEAR_VIEW * torch.cat(own).amin(dim=1)).clamp(max=NEAR_COPY)
 
     def _left_out(self, statistics: Sequence[torch.Tensor]) -> torch.Tensor:
         """Distance of each support image (K,) to the nearest view of the others; empty for one image."""
@@ -122,6 +146,14 @@ class Likeness:
         copies = _relative(upright, [part.flatten(0, 1) for part in turned])
         copies = copies.masked_fill(own.repeat_interleave(len(TURNED_VIEWS), dim=1), torch.inf).amin(dim=1)
         return bool((straight < CLEARLY * copies).all())
+
+
+def _phrase(low: float, distance: float, limit: float, turned: float) -> str:
+    if low:
+        return "hardly any contrast"
+    if distance > limit:
+        return f"unlike the support images ({distance:.2f}, limit {limit:.2f})"
+    return "turned" if turned else ""
 
 
 def contrast(inputs: torch.Tensor) -> torch.Tensor:
