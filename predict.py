@@ -296,7 +296,8 @@ def _describe(row: Prediction) -> None:
     """Prints the outcome of an image that arrived."""
     _complain(row)
     if row.score is not None:
-        print(f"{row.path}: {row.score:.3f} {row.decision or ''}", flush=True)
+        why = f" ({row.unusual})" if row.unusual else ""
+        print(f"{row.path}: {row.score:.3f} {row.decision or ''}{why}", flush=True)
 
 
 def _complain(row: Prediction) -> None:

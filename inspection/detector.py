@@ -99,8 +99,8 @@ class FewShotDetector:
     until then. left_out: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
     `for_threshold=False`. calibration: the scores of further normal images, if `calibrate` was given any. copies:
     sentences on images that were left out of both because they are copies of others. likeness: what tells images
-    that are unlike the support as a whole. origin: plain values that describe the support images and the weights.
-    clock: seconds per stage.
+    that are unlike the support as a whole. defects: names and scores of known defects, lowest score first. origin:
+    plain values that describe the support images and the weights. clock: seconds per stage.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class FewShotDetector:
         self.left_out: NormalScores | None = None
         self.calibration: NormalScores | None = None
         self.copies: list[str] = []
+        self.defects: list[tuple[str, float]] = []
         self.origin: dict = {}
         self.fitted: Fitted = {}
         self.likeness: Fitted = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from utils.flags import (
 )
 
 DEFAULT_FALSE_ALARM = 0.01
+MOST_NORMAL = 5  # normal images and known defects that are printed
 
 
 def add_detector_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +53,9 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     decide = parser.add_argument_group("threshold")
     decide.add_argument("--false_alarm", type=float, help="accepted false-positive rate of normal images; default 0.01")
     decide.add_argument("--calibrate", nargs="+", type=Path, metavar="PATH", help="further normal images to set it")
+    decide.add_argument(
+        "--defects", nargs="+", type=Path, metavar="PATH", help="known defective images to compare with the threshold"
+    )
     decide.add_argument("--threshold", type=float, help="fixed threshold; overrides calibration")
 
 
@@ -87,8 +92,37 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
         print(f"scorer: {detector.scorer.name}")
         print(f"tiles: {describe_tiling(detector.tiling)}")
         _set_threshold(detector, args)
-    print(f"threshold: {describe_threshold(detector.threshold)}")
+        _describe(detector)
+        if args.defects:
+            _compare_defects(detector, list_inputs(args.defects, args.output))
     return detector
+
+
+def _describe(detector: FewShotDetector) -> None:
+    """Prints the threshold, the normal images with the highest scores, and what is to be known of them."""
+    normal, threshold = detector.calibration or detector.left_out, detector.threshold
+    print(f"threshold: {describe_threshold(threshold)}")
+    if normal is not None and threshold is not None:
+        print(f"{len(normal.scores)} normal images, most unusual first:")
+        for name, score in normal.by_score()[:MOST_NORMAL]:
+            print(f"  {score:8.3f}  {'above the threshold  ' if score > threshold.value else ''}{name}")
+    for sentence in [*detector.copies, *(threshold.warnings if threshold else ())]:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def _compare_defects(detector: FewShotDetector, paths: list[Path]) -> None:
+    """Scores images with known defects and prints which are found. They do not change the threshold."""
+    scores, _, unusual = detector.inspect(paths)
+    detector.defects = sorted(zip(map(str, paths), scores.tolist(), strict=True), key=lambda row: row[1])
+    called = [bool(why) or is_defective(score, detector.threshold) for score, why in zip(scores, unusual, strict=True)]
+    print(f"{sum(called)} of {len(paths)} known defects are found; lowest scores first:")
+    for name, score in detector.defects[:MOST_NORMAL]:
+        print(f"  {score:8.3f}  {'' if is_defective(score, detector.threshold) else 'missed  '}{name}")
+
+
+def is_defective(score: float, threshold: Threshold | None) -> bool:
+    """Whether a score is above the threshold; False without one."""
+    return threshold is not None and score > threshold.value
 
 
 def _load(args: argparse.Namespace, device: str) -> FewShotDetector:
@@ -131,7 +165,9 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
                 raise
     if args.threshold is not None:
         known = detector.threshold or Threshold(0.0, "", args.threshold, args.threshold)
-        detector.threshold = known._replace(value=args.threshold, how="given with --threshold")
+        detector.threshold = known._replace(
+            value=args.threshold, how="given with --threshold", rate=None, decided_by=""
+        )
 
 
 def describe_threshold(threshold: Threshold | None) -> str:

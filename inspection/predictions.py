@@ -76,14 +76,14 @@ def predict(
 
 
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
-    """Yields groups of (number, input, score, map), at most SCORE_GROUP images each."""
+    """Yields groups of (number, input, result), at most SCORE_GROUP images each; result: score, map, why unusual."""
     size, keep_aspect, bits = detector.size, detector.keep_aspect, detector.bits
     ahead = None if detector.clock.device.type == "cpu" else SCORE_GROUP  # the next group, while the device works
     inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits, ahead))
     for group in _groups(detector, inputs):
         readable = [item for _, item in group if item.error is None]
-        results = zip(*detector.score([_to_score(detector, item) for item in readable]), strict=True)
-        yield [(number, item, *(next(results) if item.error is None else (None, None))) for number, item in group]
+        results = zip(*detector.inspect([_to_score(detector, item) for item in readable]), strict=True)
+        yield [(number, item, next(results) if item.error is None else None) for number, item in group]
 
 
 def _groups(detector: FewShotDetector, inputs: Iterable[tuple[int, InputImage]]) -> Iterator[list]:
@@ -114,10 +114,11 @@ def _to_score(detector: FewShotDetector, item: InputImage) -> Image.Image | torc
 
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
     """Writes the files of an image and returns its row."""
-    number, item, score, scores = scored
-    row = _row(item, None if score is None else float(score), detector.threshold, outputs.detector)
-    if score is None:
-        return row
+    number, item, result = scored
+    if result is None:
+        return _row(item, None, None, detector.threshold, outputs.detector)
+    score, scores, unusual = result
+    row = _row(item, float(score), unusual, detector.threshold, outputs.detector)
     with detector.clock.on_host()("pictures"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
@@ -131,15 +132,17 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
             return row._replace(files=written, error=fault)
 
 
-def _row(item: InputImage, score: float | None, threshold: Threshold | None, detector: str) -> Prediction:
+def _row(
+    item: InputImage, score: float | None, unusual: str | None, threshold: Threshold | None, detector: str
+) -> Prediction:
     """The row of an image before anything is written."""
     name, size, modified = item.identity or (full_name(item.path), None, None)
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
     limit = None if threshold is None else threshold.value
     if score is None:
-        return Prediction(now, name, size, modified, None, None, None, limit, detector, item.error)
-    decision, relative = decide(score, threshold), relative_score(score, threshold)
-    return Prediction(now, name, size, modified, score, relative, decision, limit, detector, None, item.warning)
+        return Prediction(now, name, size, modified, None, None, None, None, limit, detector, item.error)
+    decided = relative_score(score, threshold), decide(score, threshold, unusual), unusual or None
+    return Prediction(now, name, size, modified, score, *decided, limit, detector, None, item.warning)
 
 
 def _write(

@@ -42,7 +42,8 @@ class Prediction(NamedTuple):
     time: when it was scored, ISO 8601 with the zone. path, bytes, modified: see `inspection.inputs.Identity`; the last
     two are None for a file that does not exist or changed while it was read. score: a distance, at least 0; None if the
     image cannot be read. relative: the score as a multiple of a typical normal score, None where none is known.
-    decision: one of DECISIONS, or None without a threshold or score. threshold: the one that the decision was made
+    decision: one of DECISIONS, or None without a threshold or score. unusual: why the image is unlike the support as a
+    whole, for the decision `unusual`. threshold: the one that the decision was made
     with. detector: see `FewShotDetector.identity`. error: why the image cannot be read, or its files cannot be written.
     warning: why the score may mislead. boxes: regions above the threshold. files: what was written for the image,
     relative to the output folder.
@@ -55,6 +56,7 @@ class Prediction(NamedTuple):
     score: float | None
     relative: float | None
     decision: str | None
+    unusual: str | None
     threshold: float | None
     detector: str
     error: str | None = None
@@ -82,8 +84,10 @@ CSV_COLUMNS = Prediction._fields[: Prediction._fields.index("boxes")]
 BOX_COLUMNS = ("time", "path", *Box._fields)
 
 
-def decide(score: float, threshold: Threshold | None) -> str | None:
-    """The decision on a score; None without a threshold."""
+def decide(score: float, threshold: Threshold | None, unusual: str = "") -> str | None:
+    """The decision on a score; None without a threshold. unusual: why the score means nothing, or ""."""
+    if unusual:
+        return UNUSUAL
     if threshold is None:
         return None
     return DEFECTIVE if score > threshold.value else NORMAL

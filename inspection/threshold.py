@@ -70,6 +70,11 @@ class NormalScores(NamedTuple):
         thumbnails = None if self.thumbnails is None else self.thumbnails[chosen]
         return NormalScores(self.scores[chosen], self.maps[chosen], self.left_out, names, thumbnails)
 
+    def by_score(self) -> list[tuple[str, float]]:
+        """Name and score of each image, highest score first."""
+        names = self.names or tuple(f"image {n}" for n in range(1, len(self.scores) + 1))
+        return sorted(zip(names, self.scores[:, 0].tolist(), strict=True), key=lambda row: -row[1])
+
     def content(self) -> dict:
         """Tensors and plain values for a file; `from_content` reads them."""
         values = self._asdict() | {"names": list(self.names)}

@@ -74,7 +74,7 @@ def test_rows_come_back_and_a_torn_end_is_repaired(rows, cut):
 
 
 def row_with(*files: str) -> Prediction:
-    return Prediction("now", "a.png", 1, "then", 1.0, None, "normal", 2.0, "id", files=list(files))
+    return Prediction("now", "a.png", 1, "then", 1.0, None, "normal", None, 2.0, "id", files=list(files))
 
 
 def test_only_listed_files_inside_the_folder_are_removed(tmp_path):
