@@ -26,12 +26,13 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
         decoded.append(path)
         return Image.new("L", (16, 16))
 
-    def score(images):
+    def inspect(images):
         end = time.monotonic() + 5
         while not when_scored and len(decoded) < 2 * SCORE_GROUP - 1 and time.monotonic() < end:
             time.sleep(0.01)  # the device works
         when_scored.append(len(decoded))
-        return np.ones(len(images), np.float32), np.ones((len(images), 16, 16), np.float32)
+        shape = len(images), 16, 16
+        return np.ones(len(images), np.float32), np.ones(shape, np.float32), [""] * len(images)
 
     monkeypatch.setattr("inspection.inputs.decode_image", decode)
     detector = SimpleNamespace(
@@ -39,7 +40,7 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
         threshold=Threshold(0.5, "", 0.25, 0.5),
         layout_of=lambda *_: None,
         restore=lambda scores, *_: scores,
-        score=score,
+        inspect=inspect,
         **{"size": 16, "keep_aspect": False, "bits": 16},
     )
     paths = [tmp_path / f"{number}.png" for number in range(3 * SCORE_GROUP)]

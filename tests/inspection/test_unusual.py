@@ -1,0 +1,139 @@
+"""Images that are unlike the support, copies among normal images, and how the detector reports them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from benchmarks.reference import DATA, TRUNK, needs_reference
+from benchmarks.unusual import make_frames
+from datasets.images import decode_image
+from inspection.detector import FewShotDetector
+from inspection.unusual import Likeness, _relative
+from models.regad import untrained
+
+SIZE = 224
+
+
+@pytest.fixture(scope="module")
+def network():
+    return untrained(str(TRUNK), img_size=SIZE).stn
+
+
+def normal_images(category: str, count: int, start: int = 0):
+    return sorted((DATA / category / "train/good").glob("*.[pj][np]g"))[start : start + count]
+
+
+@pytest.fixture(scope="module")
+def transistors(network):
+    return FewShotDetector(network, "cpu").fit(normal_images("transistor", 3))
+
+
+@needs_reference
+def test_frames_and_other_parts_are_unusual_and_own_images_are_not(transistors):
+    own = normal_images("transistor", 3, 3)
+    others = [normal_images(category, 1)[0] for category in ("screw", "magnetic_tile", "solar_poly", "bottle", "grid")]
+    assert transistors.inspect(own).unusual == [""] * 3
+    assert all("unlike the support images" in reason for reason in transistors.inspect(others).unusual)
+    frames = make_frames(transistors.inputs(own[:1]))
+    reasons = {kind: transistors.inspect(list(images)).unusual for kind, images in frames.items()}
+    assert all(all(found) for found in reasons.values()), reasons
+    for kind in ("black", "white", "grey", "lens cap", "lamp off"):
+        assert reasons[kind] == ["hardly any contrast"]
+    assert reasons["upside down"] == ["turned"]
+
+
+@needs_reference
+def test_parts_without_a_direction_may_be_turned(network):
+    """Screws lie in any direction."""
+    detector = FewShotDetector(network, "cpu").fit(normal_images("screw", 3))
+    turned = [decode_image(path).rotate(180) for path in normal_images("screw", 3)]
+    assert not detector.likeness["direction"] and detector.inspect(turned).unusual == [""] * 3
+
+
+@needs_reference
+def test_saved_detectors_know_what_is_unusual_and_older_ones_do_not(transistors, tmp_path):
+    transistors.save(tmp_path / "part.regad")
+    frame = torch.zeros(3, SIZE, SIZE)
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert loaded.inspect([frame]).unusual == transistors.inspect([frame]).unusual == ["hardly any contrast"]
+    content = torch.load(tmp_path / "part.regad", weights_only=True)
+    left_out = content.pop("left_out")
+    old = content | {"left_out": [left_out["scores"], left_out["maps"]], "likeness": {}}
+    torch.save(old, tmp_path / "old.regad")
+    loaded = FewShotDetector.load(tmp_path / "old.regad", "cpu")
+    assert loaded.inspect([frame]).unusual == [""]
+    assert loaded.calibrate(0.05).value == pytest.approx(transistors.calibrate(0.05).value)
+
+
+@needs_reference
+def test_copies_among_support_images_count_once_and_are_named(network, tmp_path):
+    """An exact copy, a copy saved again, and one a little brighter leave detector and threshold as they were."""
+    support = normal_images("transistor", 3)
+    plain = FewShotDetector(network, "cpu").fit(support)
+    image = decode_image(support[0])
+    image.save(tmp_path / "copy.png")
+    image.save(tmp_path / "again.jpg", quality=95)
+    image.point(lambda value: min(255, round(1.02 * value))).save(tmp_path / "brighter.png")
+    copies = [tmp_path / name for name in ("copy.png", "again.jpg", "brighter.png")]
+    detector = FewShotDetector(network, "cpu").fit([*support, *copies])
+    said = " ".join(detector.copies)
+    assert len(detector.copies) == 3 and all(str(path) in said for path in copies) and str(support[0]) in said
+    assert detector.left_out.names == tuple(map(str, support))
+    for name, tensor in plain.fitted.items():
+        torch.testing.assert_close(detector.fitted[name], tensor)
+    assert detector.calibrate(0.05).value == pytest.approx(plain.calibrate(0.05).value)
+    twice = FewShotDetector(network, "cpu").fit([*support, *support])
+    assert twice.calibrate(0.05).value == pytest.approx(plain.calibrate(0.05).value)
+
+
+@needs_reference
+def test_copies_among_calibration_images_count_once_and_are_named(transistors, tmp_path):
+    own = normal_images("transistor", 4, 3)
+    again = io.BytesIO()
+    decode_image(own[0]).save(again, "PNG")
+    before = transistors.calibrate(0.2, own).value
+    transistors.copies = []
+    copies = [Image.open(again), normal_images("transistor", 1)[0]]
+    assert transistors.calibrate(0.2, [*own, *copies]).value == pytest.approx(before)
+    assert transistors.calibration.names == tuple(map(str, own))
+    assert "image 5" in transistors.copies[0] and "is a copy of a support image" in transistors.copies[1]
+
+
+@needs_reference
+@pytest.mark.parametrize("category", ["transistor", "bottle", "solar_mono"])
+def test_different_images_of_a_part_are_no_copies(category, network):
+    assert FewShotDetector(network, "cpu").fit(normal_images(category, 4), for_threshold=False).copies == []
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9))
+def test_relative_distances_by_the_definition(count, others, width, seed):
+    rng = np.random.default_rng(seed)
+    one, other = ([rng.normal(size=(n, width)) for _ in range(2)] for n in (count, others))
+    expected = [
+        [
+            np.mean(
+                [np.linalg.norm(a[i] - b[j]) / np.sqrt(np.linalg.norm(a[i]) * np.linalg.norm(b[j])) for a, b in pairs]
+            )
+            for j in range(others)
+        ]
+        for pairs in [list(zip(one, other, strict=True))]
+        for i in range(count)
+    ]
+    found = _relative([torch.from_numpy(part) for part in one], [torch.from_numpy(part) for part in other])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_support_image_has_a_limit_and_no_direction():
+    likeness, views = Likeness(), len(Likeness.views)
+    maps = [torch.rand(views, channels, 8, 8) for channels in (4, 8)]
+    fitted = likeness.fit(likeness.prepare(maps), torch.tensor([0.2]))
+    assert fitted["limit"] == pytest.approx(0.3) and not fitted["direction"]
+    measured = likeness.measure(fitted, likeness.prepare([layer[:1] for layer in maps]), torch.tensor([0.2]))
+    assert likeness.reasons(measured.tolist()) == [""]
