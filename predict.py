@@ -28,7 +28,7 @@ from inspection.inputs import (
     list_inputs,
 )
 from inspection.predictions import Outputs, map_scale, predict
-from inspection.report import known_images, report_page
+from inspection.report import known_images, plain_known, report_page
 from inspection.results import DEFECTIVE, PAGE, SUMMARY, UNUSUAL, Prediction, ResultFiles, count_decisions, has_results
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, write_page
@@ -145,7 +145,7 @@ class Run:
         self.next_refresh = 0.0
         images = not args.no_pictures
         self.outputs = Outputs(args.output, root, images, args.maps, detector.identity(), results.taken)
-        self.known_images = known_images(detector, list_inputs(args.calibrate, args.output) if args.calibrate else [])
+        self.known_images = known_images(detector)
         detector.clock.seconds.clear()  # discard the times of fitting
 
     @property
@@ -271,6 +271,7 @@ class Run:
             "has_region": detector.region is not None,
             "map_scale": map_scale(detector),
             "threshold": None if detector.threshold is None else detector.threshold._asdict(),
+            **plain_known(detector),
             "counts": count_decisions(self.results.rows),
             "pictures": [row.plain() for row in self.results.rows],
             "seconds": detector.clock.seconds,

@@ -69,6 +69,14 @@ class Inspection(NamedTuple):
     unusual: list[str]
 
 
+class KnownDefect(NamedTuple):
+    """A defective image that is known: its name, its score, and why it is unusual or ""."""
+
+    name: str
+    score: float
+    unusual: str
+
+
 class _Scored(NamedTuple):
     """Results of a group of images. kept: features for the comparison with the support as a whole, of uncut images."""
 
@@ -99,7 +107,7 @@ class FewShotDetector:
     until then. left_out: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
     `for_threshold=False`. calibration: the scores of further normal images, if `calibrate` was given any. copies:
     sentences on images that were left out of both because they are copies of others. likeness: what tells images
-    that are unlike the support as a whole. defects: names and scores of known defects, lowest score first. origin:
+    that are unlike the support as a whole. defects: known defects that a command scored. origin:
     plain values that describe the support images and the weights. clock: seconds per stage.
     """
 
@@ -125,7 +133,7 @@ class FewShotDetector:
         self.left_out: NormalScores | None = None
         self.calibration: NormalScores | None = None
         self.copies: list[str] = []
-        self.defects: list[tuple[str, float]] = []
+        self.defects: list[KnownDefect] = []
         self.origin: dict = {}
         self.fitted: Fitted = {}
         self.likeness: Fitted = {}

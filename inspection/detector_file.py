@@ -49,7 +49,11 @@ def write_detector(detector: FewShotDetector, path: Path) -> None:
         "threshold": None if detector.threshold is None else tuple(detector.threshold),
         "origin": detector.origin,
     }
-    normal = {name: getattr(detector, name) for name in NORMAL}
+    calibration = detector.calibration  # its maps would be most of the file, and only `calibrate` needs them
+    normal = {
+        "left_out": detector.left_out,
+        "calibration": calibration and calibration._replace(maps=calibration.maps[:, :0, :0]),
+    }
     content |= {name: None if scores is None else scores.content() for name, scores in normal.items()}
     try:
         with whole_file(path) as aside, open(aside, "wb") as stream:

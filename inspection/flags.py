@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from datasets.images import ClippedWarning, settle_bits, warn_beyond
-from inspection.detector import DEFAULT_SCORER, FewShotDetector
+from inspection.detector import DEFAULT_SCORER, FewShotDetector, KnownDefect
 from inspection.inputs import list_inputs
 from inspection.region import read_region
 from inspection.threshold import Threshold
@@ -113,16 +113,13 @@ def _describe(detector: FewShotDetector) -> None:
 def _compare_defects(detector: FewShotDetector, paths: list[Path]) -> None:
     """Scores images with known defects and prints which are found. They do not change the threshold."""
     scores, _, unusual = detector.inspect(paths)
-    detector.defects = sorted(zip(map(str, paths), scores.tolist(), strict=True), key=lambda row: row[1])
-    called = [bool(why) or is_defective(score, detector.threshold) for score, why in zip(scores, unusual, strict=True)]
-    print(f"{sum(called)} of {len(paths)} known defects are found; lowest scores first:")
-    for name, score in detector.defects[:MOST_NORMAL]:
-        print(f"  {score:8.3f}  {'' if is_defective(score, detector.threshold) else 'missed  '}{name}")
-
-
-def is_defective(score: float, threshold: Threshold | None) -> bool:
-    """Whether a score is above the threshold; False without one."""
-    return threshold is not None and score > threshold.value
+    known = [KnownDefect(*row) for row in zip(map(str, paths), scores.tolist(), unusual, strict=True)]
+    detector.defects = sorted(known, key=lambda defect: defect.score)
+    limit = math.inf if detector.threshold is None else detector.threshold.value
+    found = sum(defect.score > limit or bool(defect.unusual) for defect in known)
+    print(f"{found} of {len(known)} known defects are found; lowest scores first:")
+    for name, score, why in detector.defects[:MOST_NORMAL]:
+        print(f"  {score:8.3f}  {'' if score > limit or why else 'missed  '}{name}")
 
 
 def _load(args: argparse.Namespace, device: str) -> FewShotDetector:

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from datasets.images import decode_image
 from inspection.boxes import find_boxes
@@ -60,7 +61,7 @@ def report_page(
         threshold=threshold and threshold.value,
         rows=[_page_row(row, root) for row in rows],
         facts=facts,
-        warnings=_shortened([row.warning for row in rows if row.warning]),
+        warnings=[*plain_known(detector)["warnings"], *_shortened([row.warning for row in rows if row.warning])],
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
         references=references,
         typical=threshold and threshold.typical,
@@ -69,50 +70,61 @@ def report_page(
     )
 
 
-def known_images(detector: FewShotDetector, calibration: Sequence[Path]) -> list[Reference]:
-    """The normal images that the detector was fitted on and, with `calibration`, those that set its threshold.
+def known_images(detector: FewShotDetector) -> list[Reference]:
+    """Support images, calibration images and known defects, with their scores, where these are known.
 
-    Support images of a saved detector have a preview if their files are still there, unchanged.
+    Images whose files are still there, unchanged, have a preview; of others, the detector keeps a thumbnail.
     """
-    paths = [_unchanged(Path(entry["path"]), entry["sha256"]) for entry in detector.origin.get("support", [])]
-    names = [Path(entry["path"]).name for entry in detector.origin.get("support", [])]
-    found = _references(detector, "support", names, paths, detector.left_out)
-    if detector.calibration is not None:
-        names = [path.name for path in calibration]
-        found += _references(detector, "calibration", names, calibration, detector.calibration)
+    digests = {entry["path"]: entry["sha256"] for entry in detector.origin.get("support", [])}
+    found = [] if detector.left_out else [Reference(Path(path).name, "support", None) for path in digests]
+    for role, normal in (("support", detector.left_out), ("calibration", detector.calibration)):
+        for number, name in enumerate(normal.names if normal else ()):
+            path = _unchanged(Path(name), digests.get(name))
+            preview = _preview(detector, path, normal.maps[number]) if path else _thumbnail(normal, number)
+            found.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
+    for defect in detector.defects:
+        found.append(
+            Reference(Path(defect.name).name, "known defect", defect.score, _input(detector, Path(defect.name)))
+        )
     return found
 
 
-def _references(
-    detector: FewShotDetector,
-    role: str,
-    names: Sequence[str],
-    paths: Sequence[Path | None],
-    normal: NormalScores | None,
-) -> list[Reference]:
-    """The images `names` with their scores, where these are known, and previews of their files."""
-    found = []
-    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
-        score = None if normal is None else float(normal.scores[number, 0])
-        scores = None if normal is None else normal.maps[number]
-        found.append(Reference(name, role, score, NO_PREVIEW if path is None else _preview(detector, path, scores)))
-    return found
+def plain_known(detector: FewShotDetector) -> dict:
+    """What scores.json says of the normal images and the known defects."""
+    normal = {"left_out": detector.left_out, "calibration": detector.calibration}
+    scores = {name: [{"path": n, "score": s} for n, s in one.by_score()] if one else [] for name, one in normal.items()}
+    return {
+        "normal_images": scores,
+        "known_defects": [defect._asdict() for defect in detector.defects],
+        "warnings": [*detector.copies, *(detector.threshold.warnings if detector.threshold else ())],
+    }
 
 
-def _preview(detector: FewShotDetector, path: Path, scores: np.ndarray | None) -> Preview:
-    """The panels of a normal image; without `scores`, or where these are not a whole map (S, S), the image alone."""
+def _preview(detector: FewShotDetector, path: Path, scores: np.ndarray) -> Preview:
+    """The panels of a normal image; where `scores` are not a whole map (S, S), the image alone."""
     image, threshold = decode_image(path, detector.bits), detector.threshold
-    if scores is None or detector.layout_of(*image.size) or detector.region is not None:
-        return make_preview({"input": image.convert("RGB")}, "input")
+    if not scores.size or detector.layout_of(*image.size) or detector.region is not None:
+        return _input(detector, path)
     restored = detector.restore(scores, *image.size)
     boxes = find_boxes(restored, threshold.value) if threshold else []
     return make_preview(draw_panels(image, restored, threshold, boxes), HEAT_PANEL)
 
 
-def _unchanged(path: Path, digest: str) -> Path | None:
-    """The path, if the file still has the SHA-256 `digest`."""
+def _input(detector: FewShotDetector, path: Path) -> Preview:
+    """The image alone."""
+    return make_preview({"input": decode_image(path, detector.bits).convert("RGB")}, "input")
+
+
+def _thumbnail(normal: NormalScores, number: int) -> Preview:
+    if normal.thumbnails is None:
+        return NO_PREVIEW
+    return make_preview({"input": Image.fromarray(normal.thumbnails[number])}, "input")
+
+
+def _unchanged(path: Path, digest: str | None) -> Path | None:
+    """The path, if the file is there and has the SHA-256 `digest`, if one is known."""
     try:
-        return path if sha256(path) == digest else None
+        return path if path.is_file() and digest in (None, sha256(path)) else None
     except OSError:
         return None
 
