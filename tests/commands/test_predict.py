@@ -241,13 +241,34 @@ def test_marked_places_lie_on_the_real_part(tmp_path):
     assert len(screws) == 30 and images >= 10 and on_screw > 0.8 * marked
 
 
-def test_support_images_without_any_difference(tmp_path):
+def test_support_images_without_any_difference_are_one_image(tmp_path, capsys):
     for name in "ab":
         Image.new("L", (80, 60)).save(tmp_path / f"{name}.png")
-    with pytest.raises(UserError, match="identical normal images"):
-        run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out")
-    rows = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out", "--threshold", "1")
-    assert rows["pictures"][0]["decision"] == "normal"
+    record = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out")
+    sentence = f"{tmp_path / 'b.png'} is a copy of {tmp_path / 'a.png'} and does not count"
+    assert record["warnings"] == [sentence] and f"warning: {sentence}" in capsys.readouterr().err
+    assert record["threshold"] is None and record["pictures"][0]["decision"] is None
+    record = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "o", "--threshold", "1")
+    assert record["pictures"][0]["decision"] == "normal"
+
+
+def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_threshold(
+    support, demo_data, tmp_path, capsys
+):
+    defects = sorted((demo_data / "ring/test/chip").iterdir())
+    plain = run(support, defects[:1], tmp_path / "a")
+    record = run(support, defects[:1], tmp_path / "b", "--defects", *map(str, defects))
+    printed = capsys.readouterr().out
+    assert record["threshold"] == plain["threshold"] and plain["known_defects"] == []
+    assert [row["name"] for row in record["known_defects"]] == sorted(
+        map(str, defects), key={row["name"]: row["score"] for row in record["known_defects"]}.get
+    )
+    assert f"of {len(defects)} known defects are found" in printed
+    listed = record["normal_images"]["left_out"]
+    assert {row["path"] for row in listed} == set(map(str, support))
+    assert [row["score"] for row in listed] == sorted((row["score"] for row in listed), reverse=True)
+    assert "normal images, most unusual first" in printed and "extrapolation" in record["warnings"][0]
+    assert "known defect" in (tmp_path / "b/report.html").read_text()
 
 
 def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
