@@ -30,6 +30,7 @@ from inspection.threshold import (
     NormalScores,
     Threshold,
     check_calibration,
+    check_rate,
     leave_one_out,
     needs_views,
     normal_threshold,
@@ -249,6 +250,8 @@ class FewShotDetector:
         Raises:
             UserError: fewer than two normal scores, or a rate outside (0, 1).
         """
+        check_rate(false_alarm)
+        self.calibration = None
         if normal is not None:
             check_calibration(len(normal), false_alarm)
             self.calibration = seen = self._normal_scores(normal, false_alarm)

@@ -221,10 +221,19 @@ def check_calibration(count: int, false_alarm: float) -> None:
     Raises:
         UserError: fewer than two images, or a rate outside (0, 1).
     """
-    if not 0 < false_alarm < 1:
-        raise UserError(f"--false_alarm must be between 0 and 1, got {false_alarm}")
+    check_rate(false_alarm)
     if count < 2:
         raise UserError(f"a threshold needs the scores of at least 2 normal images, got {count}")
+
+
+def check_rate(false_alarm: float) -> None:
+    """Checks a false-positive rate.
+
+    Raises:
+        UserError: it is outside (0, 1).
+    """
+    if not 0 < false_alarm < 1:
+        raise UserError(f"--false_alarm must be between 0 and 1, got {false_alarm}")
 
 
 def _order(count: int, false_alarm: float) -> int:
