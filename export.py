@@ -1,11 +1,13 @@
 """Exports a fitted detector to an ONNX or torch.export file, for use without this project.
 
 python export.py --detector part.regad --output part.onnx --check photos/
+python export.py --set_threshold 30 part.onnx
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import torch
 
 from datasets.images import read_image
 from inspection.detector import FewShotDetector
-from inspection.export import WRITERS, require_packages
+from inspection.export import WRITERS
 from inspection.export_check import CHECK_IMAGES, compare, refuse_differences
+from inspection.exported import require_packages, set_threshold
 from inspection.flags import add_detector_flags, check_detector_flags, make_detector
 from inspection.inputs import list_inputs
 from utils.errors import UserError, run_command
@@ -36,12 +39,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help=f"compare with PyTorch on at most {CHECK_IMAGES} of these images; without PATH, on the --support images",
     )
+    export.add_argument(
+        "--set_threshold", nargs=2, metavar=("VALUE", "FILE"), help="change the threshold in an exported file, no more"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fits or loads the detector, writes the files, and compares them with PyTorch."""
+    """Fits or loads the detector, writes the files, and compares them with PyTorch; or changes a file's threshold."""
     args = get_args_parser().parse_args(argv)
+    if args.set_threshold:
+        _change_threshold(args)
+        return
     stem = args.output.with_suffix("") if args.output.suffix[1:] in WRITERS else args.output
     files = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in args.format}
     _check(args, files)
@@ -52,6 +61,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{kind}: {path} ({path.stat().st_size / 2**20:.0f} MB)")
     if images:
         _compare(detector, files, images, shifted=not args.check)
+
+
+def _change_threshold(args: argparse.Namespace) -> None:
+    """Changes the threshold in the metadata of an exported file.
+
+    Raises:
+        UserError: the threshold is no number, the file is unsuitable or cannot be written, or a detector is given, too.
+    """
+    if args.support or args.detector:
+        raise UserError("--set_threshold changes a file that exists: leave out --support and --detector")
+    text, file = args.set_threshold
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"--set_threshold needs a number and a file, got {text!r}")
+    path = Path(file)
+    before = set_threshold(path, value)
+    print(f"threshold of {path}: {value:g}, before: {before or 'none'}")
 
 
 def _check(args: argparse.Namespace, files: dict[str, Path]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from inspection.detector import FewShotDetector
+from inspection.exported import METADATA_FILE, export_metadata
 from inspection.region import inside_square
-from inspection.tiles import OVERLAP
 from models.stn import without_batch_norm
 from scorers.maps import masked, score_map_matrix, score_maps
 from utils.errors import UserError
@@ -20,7 +19,6 @@ from utils.files import whole_file
 
 ONNX_OPSET = 20  # the first opset with AffineGrid; GridSample was added earlier
 ONNX_LIMIT = 2**31 - 1  # bytes, size limit of an ONNX file (protocol buffer)
-METADATA_FILE = "metadata.json"  # extra file inside a .pt2 file
 EXAMPLE_BATCH = 2  # with a batch of 1, the exporter would treat the batch size as constant
 
 
@@ -61,30 +59,6 @@ class ExportedDetector(nn.Module):
     def _distances(self, x: torch.Tensor) -> torch.Tensor:
         fitted = {name: getattr(self, f"fitted_{number}") for number, name in enumerate(self.names)}
         return self.scorer.distance_maps(fitted, self.scorer.prepare(self.network.features(x)))
-
-
-def export_metadata(detector: FewShotDetector) -> dict[str, str]:
-    """Metadata stored in an exported file: how to prepare the input, and the score above which an image is defective.
-
-    `tile`: "off", or "width,height,above": images with a longer side above the last are to be cut into tiles of this
-    size, in pixels; `overlap`: the least overlap of the tiles. `region`: whether the maps are 0 outside a region.
-    `threshold` and `threshold_rule` are empty if the detector has no threshold.
-    """
-    threshold, tiling = detector.threshold, detector.tiling
-    return {
-        "input": "uint8 RGB (batch, size, size, 3)",
-        "size": str(detector.size),
-        "keep_aspect": str(detector.keep_aspect).lower(),
-        "bits": str(detector.bits),
-        "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
-        "tile": "off" if tiling is None else f"{tiling.width},{tiling.height},{tiling.above}",
-        "overlap": str(OVERLAP),
-        "region": str(detector.region is not None).lower(),
-        "scorer": detector.scorer.name,
-        "backbone": getattr(detector.network, "backbone", "of your own"),
-        "threshold": "" if threshold is None else repr(float(threshold.value)),
-        "threshold_rule": "" if threshold is None else threshold.how,
-    }
 
 
 def write_onnx(detector: FewShotDetector, path: Path) -> None:
@@ -135,17 +109,6 @@ def save_program(path: Path, program: torch.export.ExportedProgram, extra_files:
 
 
 WRITERS = {"onnx": write_onnx, "pt2": write_pt2}
-
-
-def require_packages(*names: str) -> None:
-    """Checks that the optional packages `names` are installed.
-
-    Raises:
-        UserError: a package is missing.
-    """
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise UserError(f"no package {' and '.join(missing)}: run pip install -r requirements-export.txt")
 
 
 def _example(detector: FewShotDetector) -> tuple[torch.Tensor]:

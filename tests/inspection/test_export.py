@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,16 +18,20 @@ from PIL import Image
 
 import export
 import inspection.export
+import inspection.exported
+import predict
 from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, needs_reference
 from datasets.images import read_image
 from inspection.detector import FewShotDetector
-from inspection.export import METADATA_FILE, WRITERS, ExportedDetector
+from inspection.export import WRITERS, ExportedDetector
 from inspection.export_check import CHECK_BATCHES, OPENERS, TOLERANCE, compare, refuse_differences
+from inspection.exported import GIVEN_WITH, METADATA_FILE, export_metadata
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
 from models.regad import RegAD, load_checkpoint
 from utils.errors import UserError
-from utils.files import PROJECT_ROOT
+from utils.files import PROJECT_ROOT, sha256
+from utils.records import VERSION
 
 SIZE = 64
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -119,15 +125,98 @@ def test_onnx_is_one_file_that_says_how_to_use_it(detector, exported):
 def test_pt2_carries_the_same_metadata(detector, exported):
     extra = {METADATA_FILE: ""}
     torch.export.load(exported["pt2"], extra_files=extra)
-    assert json.loads(extra[METADATA_FILE]) == inspection.export.export_metadata(detector)
+    found, expected = json.loads(extra[METADATA_FILE]), export_metadata(detector)
+    assert found.pop("date") <= expected.pop("date") and found == expected
 
 
 def test_metadata_without_a_threshold(network, normal):
     detector = FewShotDetector(network, "cpu", keep_aspect=True).fit(normal[:1])
-    about = inspection.export.export_metadata(detector)
+    about = export_metadata(detector)
     assert about["threshold"] == "" and about["keep_aspect"] == "true"
     detector.threshold = Threshold(np.float64(1) / 3, "given", 1.0, 1.0)
-    assert float(inspection.export.export_metadata(detector)["threshold"]) == 1 / 3
+    assert float(export_metadata(detector)["threshold"]) == 1 / 3
+
+
+def test_metadata_say_where_a_file_comes_from(normal, tmp_path):
+    """Of a detector that a command fitted: support images by content, network, rate, detector and versions."""
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--false_alarm", "0.2"]
+    support, part = ["--support", *map(str, normal[:5])], tmp_path / "part.regad"
+    predict.main([*support, *flags, "--save", str(part), "--output", str(tmp_path / "out")])
+    detector = FewShotDetector.load(part, "cpu")
+    about = export_metadata(detector)
+    assert about["support_sha256"].split(",") == [sha256(path) for path in normal[:5]]
+    assert about["network"] == "not trained, weights none" and about["detector"] == detector.identity()
+    assert (about["false_alarm"], about["normal_images"]) == ("0.2", "5")
+    assert about["torch"] == torch.__version__ and about["regad"].startswith(VERSION)
+    assert all(isinstance(value, str) for value in about.values())
+
+
+def contents(path: Path, images: np.ndarray) -> tuple[dict[str, str], dict[str, bytes], tuple]:
+    """Metadata, weights, and the maps and scores of a file."""
+    if path.suffix == ".onnx":
+        import onnx
+
+        model = onnx.load(path)
+        about = {entry.key: entry.value for entry in model.metadata_props}
+        weights = {tensor.name: onnx.numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer}
+    else:
+        extra = {METADATA_FILE: ""}
+        program = torch.export.load(path, extra_files=extra)
+        about = json.loads(extra[METADATA_FILE])
+        weights = {name: value.numpy().tobytes() for name, value in program.state_dict.items()}
+    return about, weights, OPENERS[path.suffix[1:]](path)(images)
+
+
+@pytest.mark.parametrize("kind", ["pt2", pytest.param("onnx", marks=needs_onnx)])
+def test_another_threshold_changes_nothing_else(exported, images, kind, tmp_path, capsys):
+    path = tmp_path / f"part.{kind}"
+    shutil.copy(exported[kind], path)
+    about, weights, results = contents(path, images[:2])
+    export.main(["--set_threshold", "30.5", str(path)])
+    assert f"threshold of {path}: 30.5, before: {about['threshold']}" in capsys.readouterr().out
+    changed, same_weights, same_results = contents(path, images[:2])
+    assert changed == about | {"threshold": "30.5", "threshold_rule": GIVEN_WITH, "false_alarm": ""}
+    assert len(weights) > 20 and same_weights == weights
+    assert all(np.array_equal(*pair) for pair in zip(results, same_results, strict=True))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_threshold_that_cannot_be_set(exported, normal, tmp_path, monkeypatch):
+    cases = {"part.onnx": b"no model", "part.pt2": b"no archive", "empty.onnx": b"", "part.regad": b""}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
+        archive.writestr("other/extra/metadata.json", "{}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    mistakes = {
+        (str(tmp_path / "missing.onnx"), "30"): r"no exported file .*missing\.onnx; make one with: python export\.py",
+        (str(tmp_path / "part.regad"), "30"): r"changes \.onnx and \.pt2 files.*predict\.py --save",
+        (str(tmp_path / "part.pt2"), "nan"): "needs a number and a file, got 'nan'",
+        (str(tmp_path / "part.pt2"), "high"): "needs a number and a file, got 'high'",
+    }
+    unsuitable = ["part.pt2", "other.pt2", *(["part.onnx", "empty.onnx"] if has_onnx else [])]
+    mistakes |= {(str(tmp_path / name), "30"): f"{name} is damaged or not from export.py" for name in unsuitable}
+    for (path, value), sentence in mistakes.items():
+        with pytest.raises(UserError, match=sentence):
+            export.main(["--set_threshold", value, path])
+    with pytest.raises(UserError, match="leave out --support and --detector"):
+        export.main(["--set_threshold", "30", str(exported["pt2"]), "--support", str(normal[0])])
+    monkeypatch.setattr(inspection.exported, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"no package onnx: .*requirements-export\.txt"):
+        export.main(["--set_threshold", "30", str(tmp_path / "part.onnx")])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_saved_detector_with_another_threshold(detector, tmp_path, monkeypatch):
+    """Nothing is fitted again, and nothing but the threshold is another."""
+    part, copy = tmp_path / "part.regad", tmp_path / "copy.regad"
+    detector.save(part)
+    monkeypatch.setattr(FewShotDetector, "fit", lambda *arguments: pytest.fail("fitted again"))
+    output = ["--output", str(tmp_path / "out")]
+    predict.main(["--detector", str(part), "--threshold", "30", "--save", str(copy), *output])
+    changed = FewShotDetector.load(copy, "cpu")
+    assert (changed.threshold.value, changed.threshold.rate) == (30, None)
+    assert changed.identity() == detector.identity()
 
 
 def test_comparison_finds_a_file_of_another_detector(detector, network, normal, exported, images):
@@ -167,7 +256,7 @@ def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeyp
         limited.setattr(inspection.export, "ONNX_LIMIT", 2**20)
         with pytest.raises(UserError, match=r"one ONNX file holds 2 GB.*--format pt2"):
             inspection.export.write_onnx(detector, tmp_path / "part.onnx")
-    monkeypatch.setattr(inspection.export, "find_spec", lambda name: None)
+    monkeypatch.setattr(inspection.exported, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no package onnx and onnxscript: .*requirements-export.txt"):
         export.main(saved)
     assert not (tmp_path / "part.onnx").exists()
