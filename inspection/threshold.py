@@ -3,13 +3,15 @@
 The threshold for a false-positive rate a (the share of normal images that cause a false alarm):
 
 - If (n + 1) a >= 1, it is the ceil((n + 1)(1 - a))-th smallest score of the images (split conformal prediction). This
-  assumes no distribution.
+  assumes no distribution. Leave-one-out scores are too high: the threshold from them is at most that of the next rule
+  for the rate 1/(n + 1).
 - Otherwise n images are too few for the rate a, and any threshold is an extrapolation. The logarithms of the scores are
   taken as normally distributed.
   - If the scorer has a `typical_score`, n images are few evidence beside what is known of other parts: the mean
     logarithm is pulled towards that of `typical_score` by PULL / n, and the variance towards PRIOR_SPREAD^2, which
     counts as PRIOR_IMAGES images. The threshold lies a share of the normal quantile above the mean: LEFT_OUT_SHARE
-    for leave-one-out scores, CALIBRATION_SHARE for scores of further images.
+    for leave-one-out scores of at most FEW_LEFT_OUT images, otherwise CALIBRATION_SHARE. It is at least the largest
+    score of further images.
   - If it has none, each image is scored in all views that the scorer uses. The threshold is the quantile 1 - a of a
     normal distribution with mean and standard deviation of all these logarithms, or the largest score of an image if
     that is higher.
@@ -45,7 +47,9 @@ PULL = 1.5  # images: weight of the typical score beside n scores is PULL / n, a
 PRIOR_SPREAD = 0.1  # standard deviation of the logarithms of a part's scores, before any image is seen
 PRIOR_IMAGES = 0.5  # how many images the prior spread counts for
 LEFT_OUT_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
-DECIDES_ALONE = 0.5  # share of the threshold's distance from the median that one image causes, above which it is named
+FEW_LEFT_OUT = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
+EXCEPTIONAL = 3.0  # standard deviations of the other logarithms above their mean: such an image is named
+NOTICEABLE = 0.01  # share of the threshold by which it falls without that image
 FEWEST_TO_COMPARE = 5  # among fewer images, none can be called an exception
 
 
@@ -183,33 +187,44 @@ def normal_threshold(normal: NormalScores, false_alarm: float, typical_score: fl
 
 
 def _value(scores: np.ndarray, left_out: bool, false_alarm: float, typical_score: float | None) -> tuple[float, str]:
-    """The threshold from scores (n, views) above 0, and the name of the rule."""
+    """The threshold from scores (n, views) above 0, and the name of the rule. It falls as the rate rises."""
     images, count = np.sort(scores[:, 0]), len(scores)
+    largest = float(images[-1]), f"the largest of {count} scores"
     if is_order_statistic(count, false_alarm):
         order = _order(count, false_alarm)
-        return float(images[order - 1]), f"the {order}-th smallest of {count} scores"
+        found = float(images[order - 1]), f"the {order}-th smallest of {count} scores"
+        if typical_score is None or not left_out:
+            return found
+        return min(found, _bound(images, left_out, 1 / (count + 1), typical_score))
     if typical_score is not None:
-        logs, pull = np.log(images.astype(np.float64)), min(1.0, PULL / count)
-        mean = (1 - pull) * logs.mean() + pull * math.log(typical_score)
-        squares = PRIOR_IMAGES * PRIOR_SPREAD**2 + ((logs - logs.mean()) ** 2).sum()
-        spread = math.sqrt(squares / (PRIOR_IMAGES + count - 1) * (1 + 1 / count))
-        share = LEFT_OUT_SHARE if left_out else CALIBRATION_SHARE
-        return math.exp(mean + share * ndtri(1 - false_alarm) * spread), f"bound from {count} scores and the prior"
+        bound = _bound(images, left_out, false_alarm, typical_score)
+        return bound if left_out else max(bound, largest)
     logs = np.log(scores[scores > 0].astype(np.float64))
     value = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
-    if value < images[-1]:
-        return float(images[-1]), f"the largest of {count} scores"
-    return value, f"log-normal bound of {scores.size} views"
+    return max((value, f"log-normal bound of {scores.size} views"), largest)
+
+
+def _bound(images: np.ndarray, left_out: bool, false_alarm: float, typical_score: float) -> tuple[float, str]:
+    """The threshold from scores (n,) of images and from what is known of other parts, and the name of the rule."""
+    logs, count = np.log(images.astype(np.float64)), len(images)
+    pull = min(1.0, PULL / count)
+    mean = (1 - pull) * logs.mean() + pull * math.log(typical_score)
+    squares = PRIOR_IMAGES * PRIOR_SPREAD**2 + ((logs - logs.mean()) ** 2).sum()
+    spread = math.sqrt(squares / (PRIOR_IMAGES + count - 1) * (1 + 1 / count))
+    share = LEFT_OUT_SHARE if left_out and count <= FEW_LEFT_OUT else CALIBRATION_SHARE
+    return math.exp(mean + share * ndtri(1 - false_alarm) * spread), f"bound from {count} scores and the prior"
 
 
 def _with_deciding_image(threshold: Threshold, normal: NormalScores, typical_score: float | None) -> Threshold:
     """The threshold with the image that it depends on most, if it depends on it too much."""
-    images, count = normal.scores[:, 0], len(normal.scores)
-    highest = int(images.argmax())
-    if count < FEWEST_TO_COMPARE or threshold.value <= threshold.typical:
+    logs, count = np.log(normal.scores[:, 0]), len(normal.scores)
+    highest = int(logs.argmax())
+    if count < FEWEST_TO_COMPARE:
         return threshold
+    others = np.delete(logs, highest)
     without, _ = _value(np.delete(normal.scores, highest, axis=0), normal.left_out, threshold.rate, typical_score)
-    if threshold.value - without <= DECIDES_ALONE * (threshold.value - threshold.typical):
+    is_exceptional = logs[highest] - others.mean() > EXCEPTIONAL * others.std(ddof=1)
+    if not is_exceptional or threshold.value - without < NOTICEABLE * threshold.value:
         return threshold
     name = normal.names[highest] if normal.names else f"image {highest + 1}"
     return threshold._replace(decided_by=name, without=without)

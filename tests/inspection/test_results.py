@@ -31,6 +31,7 @@ ROWS = st.lists(
         st.none() | SCORES,
         st.none() | SCORES,
         st.sampled_from([None, "normal", "defective", "unusual"]),
+        st.none() | TEXTS,
         st.none() | SCORES,
         TEXTS,
         st.none() | TEXTS,

@@ -1,0 +1,61 @@
+"""What an engineer with eight good magnetic tiles and a folder of unknown ones meets, on real images.
+
+The other findings of that walk have tests of their own: copies in test_unusual.py, large images in test_tiles.py,
+watched folders in tests/commands/test_watch.py, bit depths and folders in tests/datasets.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.reference import DATA, TRUNK, needs_reference
+from inspection.detector import FewShotDetector
+from models.regad import untrained
+
+pytestmark = needs_reference
+
+
+def tiles(folder: str, count: int, start: int = 0):
+    return sorted((DATA / "magnetic_tile" / folder).glob("*.jpg"))[start : start + count]
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return FewShotDetector(untrained(str(TRUNK)).stn, "cpu").fit(tiles("train/good", 8))
+
+
+@pytest.fixture(scope="module")
+def scores(detector):
+    """Scores of 40 normal and 20 defective test images."""
+    normal = detector.score(tiles("test/good", 40))[0]
+    defective = detector.score([path for kind in ("blowhole", "break") for path in tiles(f"test/{kind}", 10)])[0]
+    return normal, defective
+
+
+def test_eight_good_tiles_and_the_default_rate(detector, scores):
+    """It used to call 11 % of the normal tiles and to find 6 of 30 defects."""
+    normal, defective = scores
+    threshold = detector.calibrate(0.01)
+    assert (normal > threshold.value).mean() <= 0.05 and (defective > threshold.value).mean() >= 0.3
+    assert "extrapolation" in threshold.warnings[0] and "1/9" in threshold.warnings[0]
+
+
+def test_one_odd_image_among_thirty_is_named(detector, scores):
+    """One tile with a visible mark used to set the threshold above every image of the folder, without a word."""
+    fray = tiles("test/fray", 40)
+    odd = fray[int(detector.score(fray)[0].argmax())]
+    threshold = detector.calibrate(0.05, [*tiles("train/good", 19, 100), odd])
+    assert threshold.decided_by == str(odd) and str(odd) in threshold.warnings[-1]
+    found = [(scores[1] > value).sum() for value in (threshold.value, threshold.without)]
+    assert found[0] == 0 < found[1]
+    assert detector.calibration.by_score()[0][0] == str(odd)
+
+
+def test_a_detector_of_eight_images_is_a_small_file_and_another_threshold_costs_nothing(detector, tmp_path):
+    """It used to be 428 MB."""
+    detector.save(tmp_path / "tiles.regad")
+    assert (tmp_path / "tiles.regad").stat().st_size < 42e6
+    loaded = FewShotDetector.load(tmp_path / "tiles.regad", "cpu")
+    assert loaded.calibrate(0.2).value < loaded.calibrate(0.01).value
+    assert loaded.left_out.names == detector.left_out.names
+    assert (loaded.left_out.thumbnails == detector.left_out.thumbnails).all()
