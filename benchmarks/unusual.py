@@ -28,7 +28,7 @@ from scorers.features import FeatureStore, write_support_image
 from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import run_command
-from utils.files import write_json
+from utils.files import require_writable, write_json
 from utils.records import plain_arguments, provenance
 
 FRAMES = 10  # normal test images of a category from which frames are made
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report:
         print(report(json.loads(target.read_text())))
         return
+    require_writable(args.output, "--output", folder=True)
     begin = time.perf_counter()
     network = folded(untrained(args.weights, img_size=args.img_size).stn.to(device))
     images = {name: _test_images(name, network, device, args) for name in args.obj}

@@ -21,7 +21,8 @@ BENCHMARKS = [
 ]
 # Command, its arguments, and the flag to try, whose value is a folder or a file. The data are missing: a command that
 # starts its work fails with another sentence.
-OBJ, SUPPORT = ["--obj", "bottle", "--data_path", "/nowhere"], ["--support", "/nowhere"]
+NO_DATA, SUPPORT = ["--data_path", "/nowhere"], ["--support", "/nowhere"]
+OBJ = ["--obj", "bottle", *NO_DATA]
 FOLDERS = {
     "test": ("test", [*OBJ, "--untrained"], "--output"),
     "train": ("train", OBJ, "--save_dir"),
@@ -34,10 +35,11 @@ FOLDERS = {
     "reproduce, tables": ("reproduce", [], "--report"),
     "reproduce, import": ("reproduce", ["--import", "/nowhere/scores.csv"], "--output"),
     "synthetic": ("datasets.synthetic", [], "--output"),
-    **{f"benchmarks.{name}": (f"benchmarks.{name}", [], "--output") for name in BENCHMARKS if name != "tiles"},
+    **{f"benchmarks.{name}": (f"benchmarks.{name}", NO_DATA, "--output") for name in BENCHMARKS if name != "tiles"},
+    "benchmarks.metrics": ("benchmarks.metrics", [], "--output"),
 }
 FILES = {
-    "benchmarks.tiles": ("benchmarks.tiles", [], "--output"),
+    "benchmarks.tiles": ("benchmarks.tiles", NO_DATA, "--output"),
     "predict, detector": ("predict", SUPPORT, "--save"),
     "export": ("export", [*SUPPORT, "--format", "pt2"], "--output"),
     "make_support, hashes": ("make_support", ["--write_hashes"], "--verify"),

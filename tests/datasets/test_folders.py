@@ -16,8 +16,7 @@ from datasets.check import check_category, count_files
 from datasets.folders import Listing
 from datasets.images import IGNORED_NAMES, IMAGE_SUFFIXES, is_ignored, read_image
 from datasets.mvtec import category_names, defect_folders, list_images
-from inspection import inputs
-from inspection.inputs import list_inputs, watch
+from inspection.inputs import Watcher, list_inputs
 from utils.errors import UserError
 
 SYSTEM = (".ipynb_checkpoints", ".Trash-1000", ".uploading", "@eaDir", "@EADIR", "__MACOSX", "Thumbs.db", "desktop.ini")
@@ -139,8 +138,14 @@ def test_the_output_is_not_entered_unless_asked_for(tmp_path):
     assert below(tmp_path / "in/out/pictures", output=tmp_path / "in/out") == ["a.jpg"]
 
 
+def arrivals(folder: Path) -> list[Path]:
+    """What a watch of `folder` finds: files that two scans see the same."""
+    watcher = Watcher(folder, folder / "out", set())
+    assert watcher.scan() == []
+    return watcher.scan()
+
+
 def test_a_sub_folder_that_vanishes_does_not_end_a_watch(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "POLL_SECONDS", 0.001)
     for name in ("a", "gone", "z"):
         image(tmp_path / name / "x.png")
     scan, scanned = os.scandir, []
@@ -152,17 +157,15 @@ def test_a_sub_folder_that_vanishes_does_not_end_a_watch(tmp_path, monkeypatch):
         return scan(place)
 
     monkeypatch.setattr(os, "scandir", vanish)
-    arrived = next(watch(tmp_path, tmp_path / "out"))
-    assert arrived == [tmp_path / "a/x.png", tmp_path / "z/x.png"]
+    assert arrivals(tmp_path) == [tmp_path / "a/x.png", tmp_path / "z/x.png"]
     assert tmp_path / "gone" in scanned
 
 
 @pytest.mark.parametrize("name", SYSTEM)
-def test_a_watch_ignores_them_too(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "POLL_SECONDS", 0.001)
+def test_a_watch_ignores_them_too(name, tmp_path):
     kept = image(tmp_path / "a.png")
     image(tmp_path / name / "x.png")
-    assert next(watch(tmp_path, tmp_path / "out")) == [kept]
+    assert arrivals(tmp_path) == [kept]
 
 
 def test_the_check_of_a_data_set_ignores_them(tmp_path, demo_data):
