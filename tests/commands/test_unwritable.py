@@ -16,9 +16,7 @@ from tests.commands.test_commands import test_command
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, require_writable
 
-BENCHMARKS = [
-    file.stem for file in sorted((PROJECT_ROOT / "benchmarks").glob("*.py")) if '"--output"' in file.read_text()
-]
+BENCHMARKS = {file.stem: file.read_text() for file in sorted((PROJECT_ROOT / "benchmarks").glob("*.py"))}
 # Command, its arguments, and the flag to try, whose value is a folder or a file. The data are missing: a command that
 # starts its work fails with another sentence.
 NO_DATA, SUPPORT = ["--data_path", "/nowhere"], ["--support", "/nowhere"]
@@ -35,8 +33,11 @@ FOLDERS = {
     "reproduce, tables": ("reproduce", [], "--report"),
     "reproduce, import": ("reproduce", ["--import", "/nowhere/scores.csv"], "--output"),
     "synthetic": ("datasets.synthetic", [], "--output"),
-    **{f"benchmarks.{name}": (f"benchmarks.{name}", NO_DATA, "--output") for name in BENCHMARKS if name != "tiles"},
-    "benchmarks.metrics": ("benchmarks.metrics", [], "--output"),
+    **{
+        f"benchmarks.{name}": (f"benchmarks.{name}", NO_DATA if 'argument("--data_path"' in code else [], "--output")
+        for name, code in BENCHMARKS.items()
+        if '"--output"' in code and name != "tiles"
+    },
 }
 FILES = {
     "benchmarks.tiles": ("benchmarks.tiles", NO_DATA, "--output"),
