@@ -101,9 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"scoring {args.obj}: {len(items)} test images, {weights.file or f'untrained, weights {args.weights}'}")
         network, clock = folded(_load_network(args, weights).to(device)), StageClock(device)
         test = compute_test_features(network, scorers, dataset, labels, clock, args.batch_size, args.num_workers, kinds)
-        shared_seconds = clock.seconds
+        shared_seconds = dict(clock.seconds)
         for shot in dict.fromkeys(job.shot for job in jobs if job.weights == weights):
-            clock.seconds = dict(shared_seconds)
+            clock.seconds.clear()
+            clock.seconds.update(shared_seconds)
             _score_shot(args, [job for job in jobs if job.shot == shot], network, test, dataset, clock)
 
 

@@ -33,7 +33,7 @@ from inspection.threshold import NormalScores, leave_one_out, normal_threshold
 from models.regad import load_checkpoint, untrained
 from models.stn import STNResNet, folded
 from scorers.base import Prepared
-from scorers.features import FeatureStore, write_support_image
+from scorers.features import FeatureStore, write_support_images
 from scorers.maps import score_maps_at
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
@@ -156,10 +156,10 @@ def _features(
     store = FeatureStore([args.scorer], len(paths), with_views)
     images = read_support_images(paths, args.img_size).to(clock.device)
     with clock("network"):
-        for at, image in enumerate(images):
-            if with_views:
-                write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
-            else:
+        if with_views:
+            write_support_images(store, range(len(images)), network, images, VIEWS_PER_IMAGE)
+        else:
+            for at, image in enumerate(images):
                 store.write(at, network.features(image[None]))
     return store
 

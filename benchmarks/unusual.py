@@ -24,7 +24,7 @@ from inspection.unusual import Likeness, contrast
 from models.regad import untrained
 from models.stn import STNResNet, folded
 from scorers.base import Fitted, Prepared
-from scorers.features import FeatureStore, write_support_image
+from scorers.features import FeatureStore, write_support_images
 from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import run_command
@@ -161,8 +161,7 @@ def _measure(
         support = read_support_images(paths, args.img_size).to(device)
         store = FeatureStore([LIKENESS], largest, with_views=True)
         with torch.inference_mode():
-            for at, image in enumerate(support):
-                write_support_image(store, at, network, image, VIEWS_PER_IMAGE)
+            write_support_images(store, range(len(support)), network, support, VIEWS_PER_IMAGE)
         for shot in args.shots:
             fitted = LIKENESS.fit(store.part(0, shot)[LIKENESS.name], contrast(support[:shot]))
             row = _judge(category, images, fitted)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from datasets.episodes import Episode
 from datasets.images import ImageError, check_headers, read_batches, read_image
+from utils.devices import upload
 from utils.errors import UserError
 from utils.files import digest, whole_file
 from utils.flags import FULL_BITS
@@ -230,9 +231,7 @@ class SourceImages:
     def _gather(self, category: str, names: Sequence[str]) -> torch.Tensor:
         rows = [self.rows[category][name] for name in names]
         if self.resident:
-            images = self.resident[category][torch.tensor(rows, device=self.device)]
+            images = self.resident[category][upload(torch.tensor(rows), self.device)]
         else:
-            images = torch.from_numpy(self.images[category][rows])
-            if self.device.type == "cuda":
-                images = images.pin_memory().to(self.device, non_blocking=True)
+            images = upload(torch.from_numpy(self.images[category][rows]), self.device)
         return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).to(self.dtype)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from scipy.ndimage import label
 
+from utils.devices import download, upload
+
 SORT_CHUNK = 2**19  # scores per sorted chunk: enough chunks for all cores, each small enough for the caches
 METRIC_NAMES = {  # key in the records -> display name
     **{"image_auroc": "image AUROC", "image_ap": "image AP", "image_f1_max": "image F1-max"},
@@ -51,7 +53,7 @@ def rank(scores: np.ndarray | torch.Tensor, positive: np.ndarray) -> Ranking:
 
 
 def rank_kinds(
-    parts: Sequence[tuple[np.ndarray | torch.Tensor, np.ndarray]],
+    parts: Sequence[tuple[np.ndarray | torch.Tensor, np.ndarray]], places: Sequence[torch.Tensor] | None = None
 ) -> tuple[Ranking, list[Ranking | None]]:
     """The ranking of all parts together, and of each part but the first together with the first one.
 
@@ -59,7 +61,8 @@ def rank_kinds(
     positives, with negatives of its own. All values are sorted once: what is counted for a part counts in both. Only
     values are sorted, without indices, and only those not below the lowest positive. For pixels, this is often a third.
 
-    parts: scores and positive of each part, as for `rank`. With several parts the first has no positives.
+    parts: scores and positive of each part, as for `rank`. With several parts the first has no positives. places: from
+    `places_on`, for scores on a device; computed if not given.
 
     Returns:
         The ranking of all, its positives in the order of the parts, and one ranking per further part; None where a part
@@ -74,10 +77,10 @@ def rank_kinds(
     if not sum(found) or not sum(lacking):
         raise ValueError(f"a ranking needs both classes, got {sum(found)} positive and {sum(lacking)} negative")
     if any(isinstance(scores, torch.Tensor) and scores.device.type != "cpu" for scores, _ in parts):
-        count, flat = _count_on_device, [scores.flatten() for scores, _ in parts]
+        flat = [scores.flatten() for scores, _ in parts]
+        values, ordered, counts = _count_on_device(flat, places or places_on(flat[0].device, truths))
     else:
-        count, flat = _count, [np.ravel(scores) for scores, _ in parts]
-    values, ordered, counts = count(flat, truths)
+        values, ordered, counts = _count([np.ravel(scores) for scores, _ in parts], truths)
     own = np.split(values, np.cumsum(found)[:-1])
     kinds = [
         _kind_ranking(own[part], ordered, counts[0] + counts[part], lacking[0] + lacking[part])
@@ -126,15 +129,18 @@ def _count_in_chunk(chunk: np.ndarray, ordered: np.ndarray) -> np.ndarray:
     return np.stack([np.searchsorted(others, ordered, side) for side in ("left", "right")]) + lower
 
 
-def _count_on_device(
-    parts: Sequence[torch.Tensor], positive: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """The same as `_count`, for tensors (N,) on their own device. Everything is sorted, so that nothing is waited for.
+def places_on(device: torch.device, positive: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """The indices of the positives of each part, on `device`; `positive`: bool of any shape."""
+    return [upload(torch.from_numpy(np.flatnonzero(truth)), device) for truth in positive]
 
-    The results are copied to the host at once.
+
+def _count_on_device(
+    parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor]
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The same as `_count`, for tensors (N,) on their own device, with the indices of the positives of each part.
+
+    Everything is sorted, so that the host waits once, for the results.
     """
-    device = parts[0].device
-    places = [torch.from_numpy(np.flatnonzero(truth)).to(device, non_blocking=True) for truth in positive]
     values = torch.cat([scores[place] for scores, place in zip(parts, places, strict=True)])
     ordered = values.sort().values
     in_order = [scores.sort().values for scores in parts]
@@ -143,7 +149,7 @@ def _count_on_device(
         for others in in_order
     ]
     highest = torch.cat([others[-1:] for others in in_order])
-    found = [result.cpu().numpy() for result in (highest, values, ordered, torch.stack(counts))]
+    found = download((highest, values, ordered, torch.stack(counts)))
     _refuse_nan(found[0])
     return found[1], found[2], list(found[3])
 

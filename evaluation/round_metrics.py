@@ -19,10 +19,12 @@ from evaluation.metrics import (
     auroc,
     average_precision,
     f1_max,
+    places_on,
     pro,
     rank_kinds,
     region_sizes,
 )
+from utils.devices import upload
 
 KIND_METRICS = ("image_auroc", "pixel_auroc", "pro")
 AUROCS = ("image_auroc", "pixel_auroc")
@@ -85,14 +87,17 @@ class RoundMetrics:
         self.labels = [truth.labels[images] for images in self.images]
         everything, _ = truth.reasons()
         self.has_images, self.has_pixels = "image_auroc" not in everything, "pixel_auroc" not in everything
-        self.pixels, self.counted, self.regions = [], None, None
+        self.of_maps = [chosen if isinstance(chosen, slice) else _upload(chosen, device) for chosen in self.images]
+        self.pixels, self.places, self.counted, self.regions = [], None, None, None
         if self.has_pixels:
             masks = [truth.masks[images] for images in self.images]
             self.pixels = masks
             if truth.counted is not None:
                 known = [truth.counted[images] for images in self.images]
                 self.pixels = [mask[counted] for mask, counted in zip(masks, known, strict=True)]
-                self.counted = [torch.from_numpy(counted).to(device) for counted in known]
+                self.counted = [_upload(np.flatnonzero(counted), device) for counted in known]
+            if device.type != "cpu":
+                self.places = places_on(device, self.pixels)
             if all_metrics:
                 self.regions = [region_sizes(mask) for mask in masks]
 
@@ -102,10 +107,10 @@ class RoundMetrics:
         if self.has_images:
             images = _rank([image_scores[chosen] for chosen in self.images], self.labels)
         if self.has_pixels:
-            scores = [maps[chosen] for chosen in self.images]
+            scores = [maps[chosen] for chosen in self.of_maps]
             if self.counted is not None:
-                scores = [own[counted] for own, counted in zip(scores, self.counted, strict=True)]
-            pixels = _rank([own if own.is_cuda else own.numpy() for own in scores], self.pixels)
+                scores = [own.flatten()[counted] for own, counted in zip(scores, self.counted, strict=True)]
+            pixels = _rank([own if self.places else own.numpy() for own in scores], self.pixels, self.places)
         everything = _numbers(self.names, images[0], pixels[0], self._weights(range(len(self.images))))
         names = [name for name in KIND_METRICS if name in self.names]
         kinds = [
@@ -128,9 +133,17 @@ def _as_slice(indices: np.ndarray) -> slice | np.ndarray:
     return indices
 
 
-def _rank(scores: Sequence[np.ndarray | torch.Tensor], positive: Sequence[np.ndarray]) -> list[Ranking | None]:
+def _upload(indices: np.ndarray, device: torch.device) -> torch.Tensor:
+    return upload(torch.from_numpy(indices), device)
+
+
+def _rank(
+    scores: Sequence[np.ndarray | torch.Tensor],
+    positive: Sequence[np.ndarray],
+    places: Sequence[torch.Tensor] | None = None,
+) -> list[Ranking | None]:
     """The ranking of all parts, then of each kind."""
-    everything, kinds = rank_kinds(list(zip(scores, positive, strict=True)))
+    everything, kinds = rank_kinds(list(zip(scores, positive, strict=True)), places)
     return [everything, *kinds]
 
 

@@ -18,8 +18,9 @@ from datasets.images import read_batches
 from evaluation.round_metrics import Numbers, RoundMetrics, Truth
 from models.stn import STNResNet, folded
 from scorers.base import Prepared, Scorer
-from scorers.features import FeatureNetwork, FeatureStore, write_support_image
+from scorers.features import FeatureNetwork, FeatureStore, write_support_images
 from scorers.maps import score_maps_at
+from utils.devices import upload
 from utils.errors import UserError
 from utils.stages import StageClock
 
@@ -117,7 +118,7 @@ def compute_test_features(
             for name, batches_of_truth in truth.items():
                 batches_of_truth.append(batch[name].numpy())
         with clock("network"):
-            images = batch["image"].to(clock.device).float() / 255
+            images = upload(batch["image"], clock.device).float() / 255
             store.write(start, network.features(images))
     masks, counted = map(np.concatenate, truth.values())
     return TestFeatures(
@@ -188,11 +189,12 @@ def _support_features(
     store = FeatureStore(scorers, len(rounds[0]), with_views=True)
     for images, of_round in zip(rounds, keys, strict=True):
         with clock("network"):
-            for number, (image, key) in enumerate(zip(images, of_round, strict=True)):
-                if key in kept:
-                    store.copy_image(number, kept[key])
-                else:
-                    write_support_image(store, number, network, image.to(clock.device), batch_size)
+            missing = [number for number, key in enumerate(of_round) if key not in kept]
+            for number in set(range(len(images))) - set(missing):
+                store.copy_image(number, kept[of_round[number]])
+            if missing:
+                write_support_images(store, missing, network, upload(images[missing], clock.device), batch_size)
+            for number, key in enumerate(of_round):
                 to_come[key] -= 1
                 if not to_come[key]:
                     kept.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -39,17 +40,18 @@ from inspection.tiles import AUTO, Layout, Tile, fitting_corners, joined_map, se
 from inspection.unusual import Likeness, contrast
 from models.stn import STNResNet, folded
 from scorers.base import Fitted, Prepared, Scorer
-from scorers.features import FeatureStore, take_images, without_images, write_support_image
+from scorers.features import FeatureStore, take_images, without_images, write_support_images
 from scorers.maps import score_maps_at
 from scorers.neighbours import Neighbours
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
-from utils.devices import resolve_device
+from utils.devices import resolve_device, upload
 from utils.errors import UserError
 from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 from utils.stages import StageClock
 
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
+SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
 SCORE_GROUP = 32  # images whose features are in memory at the same time
 DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
 THUMBNAIL = 96  # pixels, side of the small copies of normal images
@@ -168,7 +170,7 @@ class FewShotDetector:
         features = prepared[self.scorer.name]
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(features)
-            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrast(torch.stack(support.squares)))
+            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrast(self._on_device(support.squares)))
         if for_threshold and len(support.names) > 1:
             if any(layouts):
                 left_out = self._leave_one_out(support.images, features, ends * len(self.scorer.views))
@@ -192,12 +194,18 @@ class FewShotDetector:
         """Features of all views of the images or of their tiles, and where those of each image end, in images."""
         chosen = fitting_corners(layouts, len(self.scorer.views))
         ends = np.cumsum([max(1, len(corners)) for corners in chosen])
+        parts = (
+            part
+            for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True)
+            for part in (self._cut(image, layout, corners) if layout else [square])
+        )
         store, number = FeatureStore([self.scorer, LIKENESS], int(ends[-1]), with_views=True), 0
-        for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True):
-            for part in self._cut(image, layout, corners) if layout else [square]:
-                with self.clock("network"):
-                    write_support_image(store, number, self._folded, part.to(self.clock.device), VIEWS_PER_IMAGE)
-                number += 1
+        group = SUPPORT_GROUP[self.clock.device.type]
+        while some := list(itertools.islice(parts, group)):
+            with self.clock("network"):
+                inputs, numbers = upload(torch.stack(some), self.clock.device), range(number, number + len(some))
+                write_support_images(store, numbers, self._folded, inputs, VIEWS_PER_IMAGE * group)
+            number += len(some)
         return store, ends
 
     def _without_near_copies(
@@ -275,13 +283,13 @@ class FewShotDetector:
         parts = [self._score_group(group, self.fitted, only_pixels=True) for group in groups]
         scores, maps, are_cut = (np.concatenate([part[n] for part in parts]) for n in range(3))
         _check_finite(scores)
-        squares = list(self.inputs(images))
+        squares = [self._square(self._decoded(image)) for image in images]
         seen = NormalScores(scores[:, None], maps, False, _names(images), _thumbnails(squares))
         kept = self._not_copies(seen.names, squares, [part.kept for part in parts], bool(are_cut.any()))
         seen, squares = seen.keep(kept), [square for square, is_kept in zip(squares, kept, strict=True) if is_kept]
         if are_cut.any() or not needs_views(len(seen.scores), false_alarm, self.scorer):
             return seen
-        views = (support_views(square[None])[list(self.scorer.views)] for square in squares)
+        views = (support_views(self._on_device([square]))[list(self.scorer.views)] for square in squares)
         of_views = (self._score_squares(of_image, self.fitted, self._inside_views) for of_image in views)
         return seen._replace(scores=np.array([of_image.scores for of_image in of_views]))
 
@@ -362,9 +370,9 @@ class FewShotDetector:
                 cut[number] = scores.max(), pixels(scores, inside, self.size) if only_pixels else scores, reason
         whole = _Scored(np.empty(0, np.float32), [], [], [], [])
         if squares:
-            whole = self._score_squares(torch.stack(squares).to(self.clock.device), fitted, self._inside)
+            whole = self._score_squares(self._on_device(squares), fitted, self._inside)
             if only_pixels and self.region is not None:
-                inside = self._inside.cpu().numpy()
+                inside = inside_square(self.region, self.size, self.keep_aspect)
                 whole = whole._replace(maps=np.stack([pixels(one, inside, self.size) for one in whole.maps]))
         if not cut:
             return whole
@@ -381,7 +389,7 @@ class FewShotDetector:
         reasons: list[str] = []
 
         def maps_of(tiles: torch.Tensor) -> np.ndarray:
-            scored = self._score_squares(tiles.to(self.clock.device), fitted, None)
+            scored = self._score_squares(upload(tiles, self.clock.device), fitted, None)
             reasons.extend(scored.unusual)
             return scored.maps
 
@@ -414,7 +422,7 @@ class FewShotDetector:
         """The region in the network's input, (S, S) bool."""
         if self.region is None:
             return None
-        return torch.from_numpy(inside_square(self.region, self.size, self.keep_aspect)).to(self.clock.device)
+        return upload(torch.from_numpy(inside_square(self.region, self.size, self.keep_aspect)), self.clock.device)
 
     @property
     def _inside_views(self) -> torch.Tensor | None:
@@ -431,8 +439,9 @@ class FewShotDetector:
             FeatureStore([self.scorer, LIKENESS], len(inputs)),
         )
         kinds, done = _grey_and_coloured(inputs), 0
-        for group in (group for kind in kinds for group in kind.split(size)):
-            store.write(done, self._folded.features(inputs[group]))
+        groups = inputs.split(size) if len(kinds) == 1 else (inputs[g] for kind in kinds for g in kind.split(size))
+        for group in groups:
+            store.write(done, self._folded.features(group))
             done += len(group)
         if len(kinds) == 1:
             return store.prepared
@@ -442,7 +451,10 @@ class FewShotDetector:
     def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
         """Converts images to network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
         inputs = [self._square(self._decoded(image)) for image in images]
-        return torch.stack(inputs).to(self.clock.device) if inputs else torch.empty(0)
+        return self._on_device(inputs) if inputs else torch.empty(0)
+
+    def _on_device(self, squares: Sequence[torch.Tensor]) -> torch.Tensor:
+        return upload(torch.stack(squares), self.clock.device)
 
     def _decoded(self, image: ImageInput) -> Image.Image | torch.Tensor:
         return decoded_input(image, self.size, self.bits)
@@ -555,7 +567,7 @@ def _files_and_pil(images: Sequence[ImageInput]) -> list[Path | Image.Image]:
 
 def _grey_and_coloured(inputs: torch.Tensor) -> list[torch.Tensor]:
     """Groups of image indices for the network: grey and colour images on the CPU, one group on other devices."""
-    everything = torch.arange(len(inputs), device=inputs.device)
+    everything = torch.arange(len(inputs))
     if inputs.device.type != "cpu":
         return [everything]
     is_grey = (inputs == inputs[:, :1]).flatten(1).all(dim=1)

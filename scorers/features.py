@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from scorers.base import FeatureMaps, Prepared, Scorer
-from scorers.views import GREY_VIEW, support_views
+from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
 
 
 class FeatureNetwork(Protocol):
@@ -86,28 +86,75 @@ def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
     return copies
 
 
-def write_support_image(
-    store: FeatureStore, number: int, network: FeatureNetwork, image: torch.Tensor, batch_size: int
+def write_support_images(
+    store: FeatureStore, numbers: Sequence[int], network: FeatureNetwork, images: torch.Tensor, batch_size: int
 ) -> None:
-    """Computes and stores the features of the support views of one image.
+    """Computes and stores the features of the support views of images.
 
-    A view that several scorers need goes through the network once. For a grey image, the features of the image are
-    reused for its grey view; both are equal up to rounding.
+    A view that several scorers need goes through the network once. On the CPU, each image has network passes of its
+    own, so its features do not depend on the others. On CUDA, passes are filled with the views of several images.
 
-    number: index of the image in the store. image: (3, S, S) in [0, 1]. batch_size: views per network pass.
+    numbers: their indices in the store. images: (K, 3, S, S) in [0, 1]. batch_size: views per network pass.
     """
-    views, needed = support_views(image[None]), sorted({view for scorer in store.scorers for view in scorer.views})
-    is_grey = GREY_VIEW in needed and bool((image == image[:1]).all())
-    for batch in torch.tensor(needed[: len(needed) - is_grey]).split(batch_size):
-        maps, numbers = network.features(views[batch.to(views.device)]), batch.tolist()
+    needed = sorted({view for scorer in store.scorers for view in scorer.views})
+    at_once = 1 if images.device.type == "cpu" else max(1, batch_size // len(needed))
+    for start in range(0, len(images), at_once):
+        group = slice(start, start + at_once)
+        _write_together(store, numbers[group], network, images[group], needed, batch_size)
+
+
+def _write_together(
+    store: FeatureStore,
+    numbers: Sequence[int],
+    network: FeatureNetwork,
+    images: torch.Tensor,
+    needed: Sequence[int],
+    batch_size: int,
+) -> None:
+    """`write_support_images` for images that share network passes; each pass holds some views of all of them.
+
+    For a grey image on the CPU, the features of the image are reused for its grey view; both are equal up to rounding.
+    On CUDA, the comparison would make the host wait.
+    """
+    count = len(images)
+    views = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, count))
+    may_compare = GREY_VIEW in needed and count == 1 and images.device.type == "cpu"
+    is_grey = may_compare and bool((images == images[:, :1]).all())
+    computed, step = needed[: len(needed) - is_grey], max(1, batch_size // count)
+    for batch in (computed[at : at + step] for at in range(0, len(computed), step)):
+        maps = network.features(torch.stack([views[view] for view in batch], dim=1).flatten(0, 1))
         for scorer in store.scorers:
-            rows = [row for row, view in enumerate(numbers) if view in scorer.views]
-            if rows:
-                own = maps if len(rows) == len(numbers) else [layer[rows] for layer in maps]
-                first = number * len(scorer.views) + scorer.views.index(numbers[rows[0]])
-                store.write_rows(scorer.name, first, scorer.prepare(own))
+            own = [place for place, view in enumerate(batch) if view in scorer.views]
+            if own:
+                prepared = scorer.prepare([_pick(layer, own, len(batch)) for layer in maps])
+                first = scorer.views.index(batch[own[0]])
+                _write_views(store, scorer, numbers, first, prepared)
     for scorer in store.scorers:
         if is_grey and GREY_VIEW in scorer.views:
-            start = number * len(scorer.views)
+            start = numbers[0] * len(scorer.views)
             original = [tensor[start : start + 1] for tensor in store.prepared[scorer.name]]
             store.write_rows(scorer.name, start + scorer.views.index(GREY_VIEW), original)
+
+
+def _pick(layer: torch.Tensor, places: Sequence[int], views: int) -> torch.Tensor:
+    """The rows at `places` of each image in `layer` (images * views, ...), images first; copies nothing if all are.
+
+    Runs of places are sliced: a list of indices would be copied to the device.
+    """
+    if len(places) == views:
+        return layer
+    runs = [[places[0], places[0]]]
+    for place in places:
+        if place > runs[-1][1] + 1:
+            runs.append([place, place])
+        runs[-1][1] = place
+    of_images = layer.split(views)
+    return torch.cat([of_image[first : last + 1] for of_image in of_images for first, last in runs])
+
+
+def _write_views(store: FeatureStore, scorer: Scorer, numbers: Sequence[int], first: int, prepared: Prepared) -> None:
+    """Stores prepared features of some views of images, images first; `first`: of the scorer's views."""
+    rows = len(prepared[0]) // len(numbers)
+    for place, number in enumerate(numbers):
+        of_image = [tensor[place * rows : (place + 1) * rows] for tensor in prepared]
+        store.write_rows(scorer.name, number * len(scorer.views) + first, of_image)

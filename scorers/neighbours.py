@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
+from utils.devices import upload
 
 CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test rows and the memory
 SHRINKAGE = 0.01  # times the mean variance, added to every variance before whitening: limits noise in weak directions
@@ -100,7 +101,7 @@ class Neighbours(Scorer):
         directions, offset = self._coordinates(rows, [layer.shape[2] for layer in support])
         if len(rows) > self.choices.limit:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SUBSET_SEED))
-            rows = rows[order[: self.choices.limit].to(rows.device)]
+            rows = rows[upload(order[: self.choices.limit], rows.device)]
         rows = torch.addmm(offset, rows, directions)
         damping = rows.square().sum(dim=1).mean()
         if self.choices.damped:

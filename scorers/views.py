@@ -33,7 +33,7 @@ def support_views(images: torch.Tensor) -> torch.Tensor:
         - Translations by `TRANSLATIONS` use [1 0 x; 0 1 y]; (0.2, 0.2) moves the image by S/10 to the left and up.
         - Rotations by multiples of 90 degrees are counter-clockwise as displayed.
     """
-    grids = _view_grids(images.shape[-1], images.device)
+    grids = _view_grids(images.shape[-1], images.device).to(images.dtype)
     copies = images.repeat(len(grids), 1, 1, 1)
     moved = sample(copies, grids.repeat_interleave(len(images), dim=0))
     luma = sum(weight * images[:, channel] for channel, weight in enumerate(GREY_WEIGHTS))

@@ -130,7 +130,7 @@ class Trainer:
                     with clock("save"):
                         save()
         self._fetch(pending, episodes)
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+        if not torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all():
             raise self.diverged(f"weights or statistics of the network are not finite; {self.last_loss()}")
 
     def _fetch(self, pending: list[torch.Tensor], episodes: Sequence[Episode]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -58,6 +59,21 @@ def command_device(name: str) -> torch.device:
     if device.type == "cpu":
         _keep_freed_memory()
     return device
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`. Host memory is pinned for a copy to CUDA, so that the host does not wait for the device."""
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """Tensors of one device as arrays. The host waits once for all of them."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if tensors[0].device.type == "cuda":
+        torch.cuda.synchronize(tensors[0].device)
+    return [copy.numpy() for copy in copies]
 
 
 def _keep_freed_memory() -> None:

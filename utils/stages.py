@@ -16,30 +16,58 @@ In, Out = TypeVar("In"), TypeVar("Out")
 
 
 class StageClock:
-    """Seconds per stage: `with clock("network"): ...`. Waits for the device, so that work on CUDA is counted.
+    """Seconds per stage: `with clock("network"): ...`.
 
-    Threads may share a clock; their seconds add up.
+    On CUDA, a stage lasts from the moment when the device has done all earlier work until it has done that of the
+    stage; the host is not made to wait. Work of the host counts as far as the device waits for it. Threads may share a
+    clock; their seconds add up.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
         self._lock = threading.Lock()
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._under_way: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def on_host(self) -> StageClock:
-        """This clock for stages that do not use the device, such as decoding in threads: it does not wait for it."""
+        """This clock for stages that do not use the device, such as decoding in threads: host time."""
         clock = StageClock()
-        clock._lock, clock.seconds = self._lock, self.seconds
+        clock._lock, clock._seconds = self._lock, self._seconds
         return clock
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage. On CUDA, waits for the device. The caller may clear it."""
+        self._collect(wait=True)
+        return self._seconds
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
         if self.device is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            stream = torch.cuda.current_stream(self.device)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            yield
+            end.record(stream)
+            self._under_way.append((stage, start, end))
+            self._collect(wait=False)
+            return
+        begin = time.perf_counter()
+        yield
         with self._lock:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self._add(stage, time.perf_counter() - begin)
+
+    def _collect(self, wait: bool) -> None:
+        """Adds the stages that the device has finished; with `wait`, all."""
+        with self._lock:
+            if wait and self._under_way:
+                self._under_way[-1][2].synchronize()
+            while self._under_way and (wait or self._under_way[0][2].query()):
+                stage, start, end = self._under_way.popleft()
+                self._add(stage, start.elapsed_time(end) / 1000)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
 
 def in_threads(

@@ -54,7 +54,8 @@ def test_same_maps_as_the_evaluation(detector, network, files):
     store = FeatureStore([detector.scorer], len(images))
     store.write(0, folded(network).features(images))
     test = scoring.TestFeatures(store, np.arange(len(images)) > 2, None)
-    (results,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], StageClock(), 32)
+    clock = StageClock(torch.device("cpu"))
+    (results,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], clock, 32)
     result = results[detector.scorer.name]
     scores, maps = detector.score(files[1])
     np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import plain
+from models.regad import RegAD
+from models.stn import folded
 from models.warp import inverse_affine, warp
+from scorers.features import FeatureStore, _write_together, write_support_images
 from scorers.maps import score_map_matrix
+from scorers.registry import make_scorers
 from scorers.views import ROTATION_ANGLES, TRANSLATIONS, VIEWS_PER_IMAGE, support_views
 
 SIDE = 32
@@ -63,6 +67,28 @@ def test_views_of_several_images_stay_apart():
     both = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, 2))
     for number in (0, 1):
         torch.testing.assert_close(both[:, number], support_views(images[number : number + 1]))
+
+
+@pytest.mark.parametrize("batch_size", [4, 22, 66])
+@pytest.mark.parametrize("names", [["gaussian"], ["neighbours"], ["gaussian", "neighbours"]])
+def test_images_whose_views_share_network_passes(names, batch_size):
+    """As on CUDA: the same features as one image after the other, whichever scorers need them."""
+    torch.manual_seed(0)
+    network = RegAD("rotation_scale", SIDE).double().stn
+    for stn in (network.stn1, network.stn2, network.stn3):
+        torch.nn.init.normal_(stn.fc[2].weight, std=0.01)
+    images = torch.rand(3, 3, SIDE, SIDE, dtype=torch.float64)
+    network, scorers = folded(network), make_scorers(names)
+    alone, together = (FeatureStore(scorers, 4, with_views=True) for _ in range(2))
+    order = [2, 0, 3]
+    write_support_images(alone, order, network, images, batch_size)
+    needed = sorted({view for scorer in scorers for view in scorer.views})
+    _write_together(together, order, network, images, needed, batch_size)
+    for number in order:
+        ours, expected = together.part(number, number + 1), alone.part(number, number + 1)
+        for name in names:
+            for one, other in zip(ours[name], expected[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_reflection_outside():

@@ -1,0 +1,179 @@
+"""Rehearsal of CUDA on any machine: every way of images through the code on a pretended device, and how often it waits.
+
+Nothing is computed on the device, so no number is checked here; `pytest -m cuda` does that on a machine with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import predict
+import test as test_command
+import train
+from datasets.cache import SourceImages
+from datasets.episodes import draw_episodes
+from datasets.mvtec import LabelledDataset, list_source_images, list_test_items
+from datasets.support import read_support_images
+from evaluation.scoring import compute_test_features, score_rounds
+from inspection.detector import FewShotDetector
+from models.regad import RegAD
+from models.stn import folded
+from scorers import features, maps, neighbours
+from scorers.registry import SCORERS, make_scorer
+from tests.device.pretend import PretendCuda
+from training.loop import Trainer
+from utils.stages import StageClock
+
+CUDA = torch.device("cuda")
+SIZE = 64
+WAITS_OF_A_ROUND, WAITS_OF_A_BATCH = 3, 1  # largest number allowed
+
+
+@pytest.fixture
+def pretend():
+    with PretendCuda() as mode:
+        yield mode
+
+
+@pytest.fixture(scope="module")
+def normal(demo_data):
+    return sorted((demo_data / "ring/train/good").iterdir())
+
+
+def waits_of(pretend: PretendCuda, work: Callable[[], object]) -> dict[str, int]:
+    """What a host would wait for in `work`, once everything that is made only once is there."""
+    work()
+    pretend.waits.clear()
+    work()
+    return dict(pretend.waits)
+
+
+def trainer_and_images(demo_data, **options) -> tuple[Trainer, SourceImages, list]:
+    sources = list_source_images(demo_data, "folder", "weave")
+    images = SourceImages(sources, SIZE, None, 0, CUDA)
+    names = {category: [path.name for path in paths] for category, paths in sources.items()}
+    episodes = draw_episodes(names, 2, 3, 0, 1)
+    return Trainer(RegAD("rotation_scale", SIZE).to(CUDA), 0.01, 0.9, **options), images, episodes
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["images on the device", "images on the host"])
+def test_a_training_step_waits_for_nothing(pretend, demo_data, resident):
+    trainer, images, episodes = trainer_and_images(demo_data)
+    assert images.resident
+    images.resident = images.resident if resident else {}
+    step = lambda: trainer.step(*images.episode(episodes[0]), StageClock())  # noqa: E731
+    assert waits_of(pretend, step) == {}
+    assert step().device.type == "cuda"
+
+
+def test_a_training_epoch(pretend, demo_data):
+    trainer, images, episodes = trainer_and_images(demo_data)
+    trainer.progress.epoch = 1
+    trainer.train_epoch(episodes, images, 2, StageClock(), lambda: None, 1e9)
+    assert len(trainer.progress.losses) == len(episodes)
+    assert trainer.optimizer.state_dict()["state"][0]["momentum_buffer"].device.type == "cuda"
+
+
+def rounds(normal, scorer: str, demo_data, dataset=None) -> Callable[[], object]:
+    """A call that scores one more round of the category ring."""
+    items = list_test_items(demo_data / "ring")
+    kinds = [item.defect for item in items]
+    kinds = kinds[::2] + kinds[1::2]  # kinds that are not together, so that they are chosen by index
+    items = items[::2] + items[1::2]
+    network, clock = folded(RegAD("rotation_scale", SIZE).stn.to(CUDA)), StageClock(CUDA)
+    dataset = dataset or LabelledDataset(items, SIZE)
+    labels = [item.label for item in items]
+    test = compute_test_features(network, [make_scorer(scorer)], dataset, labels, clock, None, 0, kinds)
+    counted = np.ones_like(test.masks)
+    counted[:, :3] = False
+    test = test._replace(counted=counted)
+    sets = [read_support_images(normal[at : at + 3], SIZE) for at in (0, 1, 2)]
+    scored = score_rounds(network, test, sets, clock, all_metrics=True)
+    return lambda: next(scored)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_round_waits_at_most_three_times(pretend, demo_data, normal, scorer):
+    waits = waits_of(pretend, rounds(normal, scorer, demo_data))
+    assert 1 <= sum(waits.values()) <= WAITS_OF_A_ROUND, waits
+
+
+@pytest.fixture
+def detector(pretend, normal):
+    return lambda **options: FewShotDetector(RegAD("rotation_scale", SIZE).stn, "cuda", **options).fit(normal[:3])
+
+
+@pytest.mark.parametrize(("scorer", "region"), [("gaussian", False), ("neighbours", False), ("neighbours", True)])
+def test_an_image_batch_waits_once(pretend, detector, normal, scorer, region):
+    inside = np.tri(SIZE, dtype=bool) if region else None
+    fitted = detector(scorer=scorer, region=inside)
+    waits = waits_of(pretend, lambda: fitted.inspect(normal))
+    assert sum(waits.values()) == WAITS_OF_A_BATCH, waits
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_detector_with_tiles_is_saved_loaded_and_calibrated(pretend, detector, normal, tmp_path, scorer):
+    fitted = detector(scorer=scorer, tile=48)
+    fitted.calibrate(0.1)
+    fitted.save(tmp_path / "part.regad")
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cuda")
+    scores, maps_of_tiles = loaded.score(normal[3:])
+    assert len(scores) == len(maps_of_tiles) == len(normal[3:])
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_predict_command(pretend, normal, tmp_path, scorer):
+    given = ["--support", *map(str, normal[:3]), "--input", str(normal[0].parent), "--output", str(tmp_path / "out")]
+    given += ["--weights", "none", "--img_size", str(SIZE), "--scorer", scorer, "--device", "cuda"]
+    predict.main([*given, "--calibrate", *map(str, normal[2:])])
+    assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + len(normal)
+
+
+def command(demo_data, tmp_path, name: str) -> list[str]:
+    given = f"--obj ring --data_type folder --shot 2 --inferences 2 --weights none --img_size {SIZE} --device cuda"
+    given += f" --save_dir {tmp_path / 'save'} --num_workers 0 {name}"
+    return [*given.split(), "--data_path", str(demo_data)]
+
+
+def test_test_command(pretend, demo_data, tmp_path):
+    test_command.main(command(demo_data, tmp_path, f"--untrained --scorer gaussian neighbours --output {tmp_path}"))
+
+
+def test_train_command(pretend, demo_data, tmp_path):
+    train.main([*command(demo_data, tmp_path, "--epochs 1 --batch_size 3"), "--cache_dir", str(tmp_path / "cache")])
+    assert list((tmp_path / "save").rglob("*_model.pt"))
+
+
+# Planted faults: the rehearsal notices each of them.
+
+
+def test_a_tensor_on_the_cpu_is_noticed(pretend, demo_data, normal, monkeypatch):
+    of_cpu = maps.score_map_matrix
+    monkeypatch.setattr(maps, "score_map_matrix", lambda grid, size, _: of_cpu(grid, size, "cpu"))
+    with pytest.raises(RuntimeError, match="found at least two devices"):
+        rounds(normal, "neighbours", demo_data)()
+
+
+def test_a_wait_in_a_training_step_is_noticed(pretend, demo_data):
+    trainer, images, episodes = trainer_and_images(demo_data)
+    step = lambda: trainer.step(*images.episode(episodes[0]), StageClock()).item()  # noqa: E731
+    assert sum(waits_of(pretend, step).values()) == 1
+    trainer.loss = lambda query, support: trainer.model(query, support[support.isfinite().flatten(1).all(dim=1)])
+    step = lambda: trainer.step(*images.episode(episodes[0]), StageClock())  # noqa: E731
+    assert list(waits_of(pretend, step).values()) == [1]
+
+
+def test_a_wait_in_a_round_is_noticed(pretend, demo_data, normal, monkeypatch):
+    monkeypatch.setattr(features, "_pick", lambda layer, places, views: layer[list(range(len(layer)))])
+    assert sum(waits_of(pretend, rounds(normal, "gaussian", demo_data)).values()) > WAITS_OF_A_ROUND
+
+
+def test_a_wait_in_an_image_batch_is_noticed(pretend, detector, normal, monkeypatch):
+    damp = neighbours._damp
+    monkeypatch.setattr(neighbours, "_damp", lambda rows, by: damp(rows, by) if by.item() else rows)
+    fitted = detector()
+    assert sum(waits_of(pretend, lambda: fitted.score(normal)).values()) > WAITS_OF_A_BATCH
