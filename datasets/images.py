@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -100,18 +100,25 @@ def decode_image(path: Path, bits: int = FULL_BITS) -> Image.Image:
     return read_pixels(path, partial(eight_bit, bits=bits))
 
 
-def read_pixels(path: Path, convert: Callable[[Image.Image], Pixels]) -> Pixels:
+def read_pixels(
+    path: Path | BinaryIO,
+    convert: Callable[[Image.Image], Pixels],
+    name: str = "",
+    formats: Sequence[str] | None = None,
+) -> Pixels:
     """What `convert` makes of the decoded image in its stored mode, turned upright. Safe to call from several threads.
+
+    name: for messages; default: the path. formats: Pillow's names of the formats that are accepted; None: all.
 
     Raises:
         ImageError: the file is missing, damaged, no image or too large, or `convert` raises an error.
     """
     try:
-        with _pillow_warnings_ignored, Image.open(path) as image:  # Pillow warns about odd and large files
+        with _pillow_warnings_ignored, Image.open(path, formats=formats) as image:  # Pillow warns about odd files
             image.load()
             return convert(_upright(image))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
-        raise ImageError(f"cannot read the image {path}: {_reason(error)}") from error
+        raise ImageError(f"cannot read the image {name or path}: {_reason(error)}") from error
 
 
 def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:

@@ -1,0 +1,89 @@
+"""One image at a time through a saved detector: what the service and the camera share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from datasets.images import CLIPPED_FROM, clipping_note
+from inspection.boxes import Box, find_boxes
+from inspection.detector import FewShotDetector
+from inspection.predictions import HEAT_PANEL, draw_panels
+from inspection.results import decide, relative_score
+from scorers.registry import add_scorer_flag
+from utils.devices import command_device
+from utils.flags import add_device_flag
+
+
+class Judgement(NamedTuple):
+    """The result of one image; the fields are those of `inspection.results.Prediction`.
+
+    reason: why the image is unusual, or None. map: (H, W), the score map in the image's own size.
+    """
+
+    score: float
+    relative: float | None
+    decision: str | None
+    reason: str | None
+    threshold: float | None
+    detector: str
+    warning: str | None
+    boxes: Sequence[Box]
+    map: np.ndarray
+
+    def plain(self) -> dict:
+        """Plain values for JSON, without the map."""
+        kept = {name: value for name, value in self._asdict().items() if name != "map"}
+        return kept | {"boxes": [box._asdict() for box in self.boxes]}
+
+
+class Judge:
+    """A fitted detector for single images. One call at a time; the first image is scored when it is made."""
+
+    def __init__(self, detector: FewShotDetector) -> None:
+        self.detector, self.name = detector, detector.identity()
+        detector.inspect([Image.new("L", (detector.size, detector.size))])  # slower than later ones
+
+    def judge(self, image: Image.Image) -> Judgement:
+        """Scores an image in mode L or RGB, as `datasets.images.decode_image` returns them."""
+        warning = clipping_note(image, "the image", self.detector.bits)
+        image.info.pop(CLIPPED_FROM, None)  # else each call would warn once more
+        (score,), maps, (unusual,) = self.detector.inspect([image])
+        threshold, scores = self.detector.threshold, self.detector.restore(maps[0], *image.size)
+        return Judgement(
+            float(score),
+            relative_score(float(score), threshold),
+            decide(score, threshold, unusual),
+            unusual or None,
+            None if threshold is None else threshold.value,
+            self.name,
+            warning,
+            [] if threshold is None else find_boxes(scores, threshold.value),
+            scores,
+        )
+
+    def heat_map(self, image: Image.Image, judgement: Judgement) -> Image.Image:
+        """The heat map over the image, in the colours of predict.py."""
+        return draw_panels(image, judgement.map, self.detector.threshold)[HEAT_PANEL]
+
+
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `load_judge`."""
+    parser.add_argument("--detector", type=Path, required=True, metavar="FILE", help="from predict.py --save")
+    add_scorer_flag(parser, default=None)
+    add_device_flag(parser)
+
+
+def load_judge(args: argparse.Namespace) -> Judge:
+    """The saved detector of the flags of `add_judge_flags`.
+
+    Raises:
+        UserError: the file is missing or unsuitable, or the device cannot be used.
+    """
+    command_device(args.device)
+    return Judge(FewShotDetector.load(args.detector, args.device, args.scorer))

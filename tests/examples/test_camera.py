@@ -1,0 +1,211 @@
+"""Frames of a video file that OpenCV wrote, through the detector: dropped rather than late, the newest is scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import camera
+from examples.camera import NewestFrame, open_source
+from examples.judge import Judge
+from inspection.detector import FewShotDetector
+from models.regad import untrained
+from utils.devices import seed_everything
+from utils.errors import UserError
+
+cv2 = pytest.importorskip("cv2", reason="needs the packages of requirements-examples.txt")
+
+SIZE, FRAMES, RATE, SLOW = 64, 30, 60.0, 0.1
+STEP = 8  # grey values between one frame and the next
+
+
+@pytest.fixture(scope="module")
+def part(demo_data, tmp_path_factory) -> Path:
+    seed_everything(0)
+    support = sorted((demo_data / "ring/train/good").iterdir())[:3]
+    detector = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
+    detector.calibrate(0.2)
+    path = tmp_path_factory.mktemp("camera") / "part.regad"
+    detector.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory) -> Path:
+    """Frame n has the grey value STEP * n, so that a frame shows its number."""
+    path = tmp_path_factory.mktemp("video") / "video.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), RATE, (SIZE, SIZE))
+    for number in range(FRAMES):
+        writer.write(np.full((SIZE, SIZE, 3), STEP * number, np.uint8))
+    writer.release()
+    return path
+
+
+def rows_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_slow_detector_drops_frames_and_scores_the_newest(part, video, monkeypatch, capsys):
+    shown, when, begin, original = [], [], [], Judge.judge
+
+    def slow(self, image):
+        begin.append(time.monotonic())
+        shown.append(round(np.asarray(image).mean() / STEP))
+        time.sleep(SLOW)
+        return original(self, image)
+
+    monkeypatch.setattr(Judge, "judge", slow)
+    started = NewestFrame.__init__
+
+    def start(self, *arguments):
+        when.append(time.monotonic())
+        started(self, *arguments)
+
+    monkeypatch.setattr(NewestFrame, "__init__", start)
+    camera.main(["--detector", str(part), "--device", "cpu", "--source", str(video), "--jsonl"])
+    out, err = capsys.readouterr()
+    rows = rows_of(out)
+    numbers = [row["frame"] for row in rows]
+    assert numbers == shown and numbers == sorted(set(numbers))  # each line belongs to the frame that was scored
+    assert numbers[-1] == FRAMES - 1 and len(numbers) <= FRAMES / RATE / SLOW + 2 < FRAMES / 2
+    for number, at in zip(numbers, begin, strict=True):
+        assert number <= (at - when[0]) * RATE  # a camera would not have given it before
+    assert [row["dropped"] for row in rows] == [number - count for count, number in enumerate(numbers)]
+    assert f"{len(rows)} frames scored, {FRAMES - len(rows)} dropped" in err
+    assert all({"time", "score", "decision", "reason", "detector", "boxes"} <= set(row) for row in rows)
+
+
+def test_lines_for_people(part, video, capsys):
+    camera.main(["--detector", str(part), "--device", "cpu", "--source", str(video)])
+    *lines, summary = capsys.readouterr().out.splitlines()
+    detector = FewShotDetector.load(part, "cpu")
+    black = detector.inspect([Image.new("RGB", (SIZE, SIZE))])
+    assert black.unusual[0] and f"unusual {black.unusual[0]}  dropped 0" in lines[0] and "  frame 0  " in lines[0]
+    assert f"{len(lines)} frames scored" in summary and f"{len(lines)} unusual" in summary
+
+
+class Endless:
+    """A camera that gives a frame every two milliseconds, without end, or until it is `broken`."""
+
+    def __init__(self):
+        self.number, self.broken = -1, False
+
+    def grab(self):
+        time.sleep(0.002)
+        self.number += 1
+        return not self.broken
+
+    def retrieve(self):
+        return True, np.full((2, 2, 3), self.number % 256, np.uint8)
+
+    def release(self):
+        self.broken = True
+
+
+def test_a_camera_keeps_the_newest_frame_only():
+    """The source pauses after five frames, after ten, and ends after eleven."""
+    pauses = {number: (threading.Event(), threading.Event()) for number in (5, 10)}
+
+    class Pausing(Endless):
+        def grab(self):
+            reached, goes_on = pauses.get(self.number + 1, (threading.Event(), None))
+            reached.set()
+            return (goes_on is None or goes_on.wait(10)) and super().grab() and self.number < 11
+
+    frames = NewestFrame(Pausing(), None)
+    for number, (reached, goes_on) in pauses.items():
+        assert reached.wait(10)
+        newest = frames.take()
+        assert newest.number == number - 1 and (newest.image == number - 1).all()
+        goes_on.set()
+    assert frames.take().number == 10 and frames.take() is None and frames.came == 11
+    frames.stop()
+
+
+def test_a_video_that_decodes_too_slowly_is_dropped_undecoded():
+    """20 frames in 0.2 s, of which each takes 0.05 s to decode."""
+
+    class Slow:
+        grabbed, decoded = 0, 0
+
+        def grab(self):
+            self.grabbed += 1
+            return self.grabbed <= 20
+
+        def retrieve(self):
+            time.sleep(0.05)
+            self.decoded += 1
+            return True, np.zeros((2, 2, 3), np.uint8)
+
+        def release(self):
+            pass
+
+    source = Slow()
+    frames = NewestFrame(source, 100.0)
+    while frames.take():
+        pass
+    assert source.decoded <= 8 and frames.came == 20
+
+
+def test_ctrl_c_ends_with_a_summary(part, monkeypatch, capsys):
+    class Opened(Endless):
+        def retrieve(self):
+            return True, np.zeros((SIZE, SIZE, 3), np.uint8)
+
+    monkeypatch.setattr(camera, "open_source", lambda source: (Opened(), None))
+    original = camera.Counts.add
+
+    def interrupted(self, *arguments):
+        if self.decisions.total() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(camera.Counts, "add", interrupted)
+    camera.main(["--detector", str(part), "--device", "cpu", "--source", "0"])
+    assert " frames scored, " in capsys.readouterr().out.splitlines()[-1]
+    assert not [thread for thread in threading.enumerate() if thread.name == "camera"]
+
+
+def test_a_camera_that_stops_is_an_error_and_a_video_that_ends_is_none(part, monkeypatch, capsys):
+    class Short(Endless):
+        def grab(self):
+            return super().grab() and self.number < 3
+
+        def retrieve(self):
+            return True, np.zeros((SIZE, SIZE, 3), np.uint8)
+
+    call = ["--detector", str(part), "--device", "cpu", "--source", "0"]
+    monkeypatch.setattr(camera, "open_source", lambda source: (Short(), 500.0))
+    camera.main(call)
+    monkeypatch.setattr(camera, "open_source", lambda source: (Short(), None))
+    with pytest.raises(UserError, match="--source 0 gives no more frames"):
+        camera.main(call)
+    assert " frames scored, " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_mistakes(part, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no video file .*missing\.mp4"):
+        open_source(str(tmp_path / "missing.mp4"))
+    (tmp_path / "text.avi").write_text("no video")
+    with pytest.raises(UserError, match="OpenCV cannot open"):
+        open_source(str(tmp_path / "text.avi"))
+    monkeypatch.setattr("inspection.exported.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"no package cv2: .*requirements-examples\.txt"):
+        camera.main(["--detector", str(part)])
+
+
+def test_without_windows_there_is_a_sentence(part, video, monkeypatch):
+    def refuse(*arguments):
+        raise cv2.error("not implemented")
+
+    monkeypatch.setattr(cv2, "imshow", refuse)
+    with pytest.raises(UserError, match="shows no windows: leave out --show"):
+        camera.main(["--detector", str(part), "--device", "cpu", "--source", str(video), "--show", "window"])

@@ -1,0 +1,209 @@
+"""The HTTP service as a process of its own on the loopback: good, broken, huge and parallel requests, and a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import socket
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.service import Server, killed_in_the_middle
+from examples import service
+from inspection.detector import FewShotDetector
+from models.regad import untrained
+from utils.devices import seed_everything
+from utils.errors import UserError
+
+for package in ("fastapi", "uvicorn", "python_multipart"):
+    pytest.importorskip(package, reason="needs the packages of requirements-examples.txt")
+
+SIZE, MAX_MB, MAX_PIXELS, MAX_WAITING = 64, 0.5, 100_000, 16
+FLAGS = ("--device", "cpu", "--max_mb", str(MAX_MB), "--max_pixels", str(MAX_PIXELS), "--max_seconds", "3")
+BOUNDARY = "frontier"
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+
+
+@pytest.fixture(scope="module")
+def images(demo_data) -> list[Path]:
+    return sorted((demo_data / "ring/test").rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def detector(demo_data) -> FewShotDetector:
+    seed_everything(0)
+    support = sorted((demo_data / "ring/train/good").iterdir())[:3]
+    fitted = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
+    fitted.calibrate(0.2)
+    return fitted
+
+
+@pytest.fixture(scope="module")
+def part(detector, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("service") / "part.regad"
+    detector.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(part):
+    with Server(part, *FLAGS, "--max_waiting", str(MAX_WAITING)) as running:
+        yield running
+
+
+def form(*files: bytes) -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{{}}"; filename="a.png"\r\n\r\n'
+    parts = [head.format(number).encode() + content + b"\r\n" for number, content in enumerate(files)]
+    text = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n'.encode()
+    return b"".join([text, *parts, f"--{BOUNDARY}--\r\n".encode()])
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG file of a few bytes whose header states this size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
+    sums = [struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
+    packed = [struct.pack(">I", len(data)) + name + data + crc for (name, data), crc in zip(chunks, sums, strict=True)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def test_scores_are_those_of_the_detector(server, detector, images):
+    scores, maps, unusual = detector.inspect(images)
+    for path, score, scored, why in zip(images, scores, maps, unusual, strict=True):
+        for reply in (server.send(path.read_bytes()), server.send(form(path.read_bytes()), kind=FORM)):
+            assert reply.status == 200, reply.content
+            result = reply.result
+            assert result["score"] == pytest.approx(float(score), rel=1e-4)
+            assert result["relative"] == pytest.approx(float(score) / detector.threshold.typical, rel=1e-4)
+            called = "defective" if score > detector.threshold.value else "normal"
+            assert result["decision"] == ("unusual" if why else called) and result["reason"] == (why or None)
+            assert (result["threshold"], result["detector"]) == (detector.threshold.value, detector.identity())
+            assert bool(result["boxes"]) == bool(detector.restore(scored, SIZE, SIZE).max() > result["threshold"])
+    assert {reply["decision"] for reply in map(lambda p: server.send(p.read_bytes()).result, images)} != {"unusual"}
+
+
+def test_a_black_image_is_unusual_and_says_why(server):
+    result = server.send(encoded(Image.new("L", (80, 60)), "PNG")).result
+    assert result["decision"] == "unusual" and result["reason"]
+
+
+def test_the_map_is_a_png_in_the_size_of_the_image(server, images):
+    photo = Image.open(images[0]).resize((90, 70))
+    reply = server.send(encoded(photo, "JPEG"), path="/map")
+    assert (reply.status, reply.headers["content-type"]) == (200, "image/png")
+    drawn = Image.open(io.BytesIO(reply.content))
+    assert drawn.size == (90, 70) and len(np.unique(np.asarray(drawn).reshape(-1, 3), axis=0)) > 50
+    result = json.loads(reply.headers["x-result"])
+    assert result == {k: v for k, v in server.send(encoded(photo, "JPEG")).result.items() if k != "boxes"}
+
+
+def test_health(server, detector):
+    before = server.send(method="GET", path="/health").result
+    assert (before["status"], before["detector"]) == ("ok", detector.identity())
+    assert before["threshold"] == detector.threshold.value and before["waiting"] == 0
+
+
+def test_bad_requests_are_refused_with_a_sentence(server, images):
+    good = images[0].read_bytes()
+    many = b"\0" * int(MAX_MB * 2**20 + 1)
+    cases = [
+        (400, "no image", {"body": b""}),
+        (400, "cannot read the image in the request", {"body": good[: len(good) // 2]}),
+        (415, "not an image", {"body": b"hello"}),
+        (415, "not an image", {"body": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"}),
+        (415, "not an image", {"body": encoded(Image.new("L", (8, 8)), "GIF")}),
+        (413, "more than the 0.5 MB", {"body": many}),
+        (413, "more than the 0.5 MB", {"body": iter([many] * 4)}),  # chunked: the size is not known before
+        (413, "exceeds limit", {"body": png_of(50_000, 50_000)}),
+        (413, "exceeds limit", {"body": encoded(Image.new("L", (400, 300)), "PNG")}),
+        (400, "0 files instead of one", {"body": form(), "kind": FORM}),
+        (400, "2 files instead of one", {"body": form(good, good), "kind": FORM}),
+        (400, "no image", {"body": form(b""), "kind": FORM}),
+        (400, "", {"body": good, "kind": "multipart/form-data"}),  # the sentences are those of python-multipart
+        (400, "", {"body": good, "kind": FORM}),
+        (405, "Method Not Allowed", {"method": "GET"}),
+        (405, "Method Not Allowed", {"method": "POST", "path": "/health"}),
+        (404, "Not Found", {"body": good, "path": "/"}),
+    ]
+    for status, sentence, request in cases:
+        reply = server.send(**request)
+        assert reply.status == status and sentence in reply.result["detail"], (reply, request)
+    assert server.send(good).status == 200
+
+
+def test_a_request_that_does_not_arrive_in_time(server, images):
+    head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+        slow.sendall(head + b"half")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", server.port)) as gone:
+        gone.sendall(head + b"half")
+    assert server.send(images[0].read_bytes()).status == 200
+
+
+def test_two_hundred_requests_from_eight_clients(server, images):
+    bodies = [path.read_bytes() for path in images]
+    alone = [server.send(body).content for body in bodies]
+    before = server.send(method="GET", path="/health").result["scored"]
+    replies = server.send_all(bodies * (200 // len(bodies)) + bodies[: 200 % len(bodies)], 8)
+    assert [reply.status for reply in replies] == [200] * 200
+    for number, reply in enumerate(replies):
+        assert reply.content == alone[number % len(bodies)]
+    after = server.send(method="GET", path="/health").result
+    assert (after["scored"] - before, after["waiting"]) == (200, 0)
+
+
+def test_more_clients_than_may_wait_are_asked_to_try_again(server):
+    connections = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(MAX_WAITING)]
+    for one in connections:
+        one.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf")
+    end = time.monotonic() + 2.5
+    while server.send(method="GET", path="/health").result["waiting"] < MAX_WAITING and time.monotonic() < end:
+        time.sleep(0.01)
+    reply = server.send(b"more")
+    for one in connections:
+        one.close()
+    assert reply.status == 503 and "requests are waiting" in reply.result["detail"]
+    assert reply.headers["retry-after"] == "1"
+
+
+def test_killed_in_the_middle_and_started_again(part, images):
+    bodies = [path.read_bytes() for path in images] * 20
+    with Server(part, *FLAGS) as first:
+        before = [reply.content for reply in first.send_all(bodies[: len(images)], 2)]
+        statuses = [reply.status for reply in killed_in_the_middle(first, bodies, 8)]
+        assert set(statuses) == {0, 200}  # some were answered, some were not, none was answered with an error
+    with Server(part, *FLAGS, port=first.port) as second:
+        assert [reply.content for reply in second.send_all(bodies[: len(images)], 2)] == before
+        second.process.send_signal(signal.SIGTERM)
+        assert second.process.wait(20) == 0 and second.process.stdout.read() == "ended\n"
+
+
+def test_mistakes_in_the_call(part, monkeypatch, tmp_path):
+    call = ["--detector", str(part), "--device", "cpu"]
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen at"):
+        service.main([*call, "--port", str(taken.getsockname()[1])])
+    with pytest.raises(UserError, match="--port must be between 0 and 65535, got 70000"):
+        service.main([*call, "--port", "70000"])
+    with pytest.raises(UserError, match="--max_waiting must be at least 1"):
+        service.main([*call, "--max_waiting", "0"])
+    with pytest.raises(UserError, match="--max_mb and --max_seconds must be above 0"):
+        service.main([*call, "--max_mb", "nan"])
+    with pytest.raises(UserError, match="no detector file"):
+        service.main(["--detector", str(tmp_path / "missing.regad")])
+    monkeypatch.setattr("inspection.exported.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"no package fastapi and .*requirements-examples\.txt"):
+        service.main(call)
