@@ -79,6 +79,7 @@ def _change_threshold(args: argparse.Namespace) -> None:
     if not math.isfinite(value):
         raise UserError(f"--set_threshold needs a number and a file, got {text!r}")
     path = Path(file)
+    require_writable(path, "--set_threshold")
     before = set_threshold(path, value)
     print(f"threshold of {path}: {value:g}, before: {before or 'none'}")
 

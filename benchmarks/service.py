@@ -115,14 +115,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--output", type=Path, default=RESULTS / "service_cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the times and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
-    require_writable(args.output, "--output")
+    require_writable(args.output, "--output", folder=True)
     category = args.data_path / args.obj
     paths = sorted(filter(is_image_file, category.glob("test/*/*")))
     bodies = [path.read_bytes() for path in itertools.islice(itertools.cycle(paths), args.requests)]
@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         detector.calibrate(DEFAULT_FALSE_ALARM)
         detector.save(part)
         found = measure(part, bodies, args.clients)
-    write_json(args.output, {"command": command_line("benchmarks.service", args)} | found)
+    chosen = argparse.Namespace(**{key: value for key, value in vars(args).items() if key != "output"})
+    write_json(args.output / "service_cpu.json", {"command": command_line("benchmarks.service", chosen)} | found)
     print(
         f"{args.requests} requests from {args.clients} clients: {found['errors']} errors, "
         f"p50 {found['p50_ms']:.0f} ms, p95 {found['p95_ms']:.0f} ms, {found['images_per_second']:.1f} images/s; "
@@ -161,7 +162,7 @@ def measure(part: Path, bodies: Sequence[bytes], clients: int) -> dict:
     pairs = zip(replies, again, strict=True)
     return {
         **provenance(torch.device("cpu")),
-        "load_average": os.getloadavg(),
+        "load_average": os.getloadavg(),  # above the number of cores: the machine was busy with other work, too
         "errors": sum(reply.status != OK for reply in replies),
         "p50_ms": float(np.percentile(milliseconds, 50)),
         "p95_ms": float(np.percentile(milliseconds, 95)),
