@@ -115,6 +115,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     method.add_argument("--obj", type=flags.category_name, metavar="CATEGORY", help="the category that was scored")
     method.add_argument("--shot", type=int, metavar="K", help="support images per round")
     method.add_argument("--maps", type=Path, metavar="DIR", help="round_0.npz, ... for the pixel metrics")
+    method.add_argument("--overwrite", action="store_true", help="replace a record that was made of other scores")
     method.add_argument("--kind", choices=list(WEIGHTS), default="last", help="how its weights were chosen")
     results.add_argument("--format", choices=list(FORMATS), default="md", help="of --compare: Markdown, LaTeX or CSV")
     return parser
@@ -170,6 +171,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.backbone} is not trained here, so there is nothing for --eval_only to score")
     if args.readme:
         raise UserError("--readme goes with --report DIR")
+    for name in ("name", "obj", "shot", "maps", "overwrite"):
+        if getattr(args, name):
+            more = f"; a grid takes --{name}s" if name in ("obj", "shot") else ""
+            raise UserError(f"--{name} goes with --import CSV{more}")
     if len(set(args.shots)) < len(args.shots) or len(set(args.objs)) < len(args.objs):
         raise UserError("--shots and --objs must not contain duplicates")
 

@@ -22,14 +22,7 @@ from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import write_scores
 from evaluation.records import RecordFiles, decisive, difference, save_maps
 from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
-from evaluation.statistics import (
-    format_aurocs,
-    format_interval,
-    format_kinds,
-    format_summary,
-    kind_summaries,
-    summaries,
-)
+from evaluation.statistics import format_aurocs, format_summaries, kind_summaries, summaries
 from models.networks import network_name, scoring_network, settle_img_size
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import BACKBONES, STN_MODES, folded
@@ -259,7 +252,9 @@ def _write(
     reasons, kind_reasons = test.truth.reasons()
     images = {kind: len(members) for kind, members in test.truth.members().items()}
     all_summaries, kinds = summaries(scored.numbers), kind_summaries(scored.by_kind, images, kind_reasons)
-    _print_summaries(job.scorer, len(scored.numbers), all_summaries, kinds, reasons)
+    label = "" if job.scorer == RELEASE_SCORER else f"{job.scorer}: "
+    print(f"{label}mean +- SD of {len(scored.numbers)} rounds, and Student's 95 % interval of the mean:")
+    print(*format_summaries(all_summaries, reasons, kinds, METRIC_NAMES), sep="\n")
     content = {
         "arguments": plain_arguments(args) | {"shot": job.shot, "scorer": job.scorer},
         **provenance(clock.device),
@@ -282,18 +277,6 @@ def _write(
     if scored.first_maps:
         shown = (all_summaries, reasons, kinds, len(scored.numbers))
         _save_images(args, job.files.images, dataset, scored.first_maps[0], shown)
-
-
-def _print_summaries(
-    scorer: str, rounds: int, numbers_by_metric: dict[str, dict | None], kinds: dict[str, dict], reasons: dict[str, str]
-) -> None:
-    label = "" if scorer == RELEASE_SCORER else f"{scorer}: "
-    print(f"{label}mean +- SD of {rounds} rounds, and Student's 95 % interval of the mean:")
-    for name, numbers in numbers_by_metric.items():
-        beside = reasons.get(name) or format_interval(numbers)
-        print(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{beside}".rstrip())
-    if kinds:
-        print("\n".join(["each kind of defect against all normal images:", *format_kinds(kinds, METRIC_NAMES)]))
 
 
 def _support_record(support: SupportRounds) -> dict:

@@ -78,10 +78,10 @@ def decisive(
     images = hashlib.sha256()
     for of_round in support:
         images.update(str(tuple(of_round.shape)).encode() + of_round.contiguous().numpy().tobytes())
-    return content | {"support images": images.hexdigest(), "test images": _digest(items)}
+    return content | {"support images": images.hexdigest(), "test images": test_digest(items)}
 
 
-def _digest(items: Sequence[LabelledImage]) -> str:
+def test_digest(items: Sequence[LabelledImage]) -> str:
     """SHA-256 of the names, images and masks of a test set, in hexadecimal."""
     files = list(dict.fromkeys(path for item in items for path in (item.image, *item.masks)))
     hashes = dict(zip(files, in_threads(sha256, files, os.cpu_count() or 1), strict=True))

@@ -28,6 +28,7 @@ from utils.devices import upload
 
 KIND_METRICS = ("image_auroc", "pixel_auroc", "pro")
 AUROCS = ("image_auroc", "pixel_auroc")
+IMAGE_METRICS = tuple(name for name in METRIC_NAMES if name.startswith("image"))
 NO_NORMAL, NO_DEFECTIVE = "no normal test images", "no defective test images"
 NO_MASK, NO_NORMAL_PIXEL = "no defective pixel is known: masks are missing or empty", "every pixel is defective"
 
@@ -79,14 +80,16 @@ class Truth(NamedTuple):
 class RoundMetrics:
     """Computes the metrics of each round; values that do not depend on the round are computed once."""
 
-    def __init__(self, truth: Truth, device: torch.device, all_metrics: bool) -> None:
-        self.names = tuple(METRIC_NAMES) if all_metrics else AUROCS
+    def __init__(self, truth: Truth, device: torch.device, names: Sequence[str] = tuple(METRIC_NAMES)) -> None:
+        """device: where the score maps are. names: the metrics, keys of METRIC_NAMES."""
+        self.names = tuple(names)
         members = truth.members()
         self.kinds = list(members)[1:]
         self.images = [_as_slice(indices) for indices in members.values()]
         self.labels = [truth.labels[images] for images in self.images]
         everything, _ = truth.reasons()
-        self.has_images, self.has_pixels = "image_auroc" not in everything, "pixel_auroc" not in everything
+        self.has_images = "image_auroc" not in everything
+        self.has_pixels = "pixel_auroc" not in everything and not set(names) <= set(IMAGE_METRICS)
         self.of_maps = [chosen if isinstance(chosen, slice) else _upload(chosen, device) for chosen in self.images]
         self.pixels, self.places, self.counted, self.regions = [], None, None, None
         if self.has_pixels:
@@ -98,11 +101,14 @@ class RoundMetrics:
                 self.counted = [_upload(np.flatnonzero(counted), device) for counted in known]
             if device.type != "cpu":
                 self.places = places_on(device, self.pixels)
-            if all_metrics:
+            if "pro" in names:
                 self.regions = [region_sizes(mask) for mask in masks]
 
-    def of_round(self, image_scores: np.ndarray, maps: torch.Tensor) -> tuple[Numbers, dict[str, Numbers]]:
-        """The metrics of all images and of each kind. image_scores: (B,). maps: (B, S, S), on the device."""
+    def of_round(self, image_scores: np.ndarray, maps: torch.Tensor | None) -> tuple[Numbers, dict[str, Numbers]]:
+        """The metrics of all images and of each kind.
+
+        image_scores: (B,). maps: (B, S, S), on the device; None is enough for IMAGE_METRICS.
+        """
         images, pixels = [None] * (1 + len(self.kinds)), [None] * (1 + len(self.kinds))
         if self.has_images:
             images = _rank([image_scores[chosen] for chosen in self.images], self.labels)

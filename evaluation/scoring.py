@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import read_batches
-from evaluation.round_metrics import Numbers, RoundMetrics, Truth
+from evaluation.metrics import METRIC_NAMES
+from evaluation.round_metrics import AUROCS, Numbers, RoundMetrics, Truth
 from models.stn import STNResNet, folded
 from scorers.base import Prepared, Scorer
 from scorers.features import FeatureNetwork, FeatureStore, write_support_images
@@ -144,7 +145,7 @@ def score_rounds(
     Raises:
         NotFinite: a score is not finite.
     """
-    metrics = RoundMetrics(test.truth, clock.device, all_metrics)
+    metrics = RoundMetrics(test.truth, clock.device, tuple(METRIC_NAMES) if all_metrics else AUROCS)
     supports = _support_features(network, test.features.scorers, rounds, clock, batch_size)
     for support in supports:
         yield {

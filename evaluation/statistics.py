@@ -52,6 +52,23 @@ def kind_summaries(
     return found
 
 
+def format_summaries(
+    summaries_by_metric: dict[str, dict | None], reasons: dict[str, str], kinds: dict[str, dict], names: dict[str, str]
+) -> list[str]:
+    """The lines of all metrics with their intervals, then the table of the kinds of defects, if there are any.
+
+    summaries_by_metric: from `summaries`. reasons: why a metric is None. kinds: from `kind_summaries`. names: the
+    display names by metric.
+    """
+    lines = []
+    for name, numbers in summaries_by_metric.items():
+        beside = reasons.get(name) or format_interval(numbers)
+        lines.append(f"  {names[name]:14}{format_summary(numbers):20}{beside}".rstrip())
+    if kinds:
+        lines += ["each kind of defect against all normal images:", *format_kinds(kinds, names)]
+    return lines
+
+
 def format_kinds(kinds: dict[str, dict], names: dict[str, str]) -> list[str]:
     """The lines of a table of `kind_summaries`: mean and standard deviation. names: the columns by metric."""
     metrics = [name for name in next(iter(kinds.values())) if name in names]

@@ -12,19 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from datasets.images import read_batches
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
-from datasets.support import find_support_rounds
-from evaluation.metrics import auroc, average_precision, f1_max, pro, rank, region_weights
+from datasets.support import SupportRounds, find_support_rounds
+from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import ROUND, image_name, read_scores
-from evaluation.statistics import format_interval, format_summary, summaries
+from evaluation.records import difference, test_digest
+from evaluation.round_metrics import IMAGE_METRICS, RoundMetrics, Truth
+from evaluation.statistics import format_summaries, kind_summaries, summaries
 from scorers.registry import SAFE_NAME, TAKEN_NAMES
 from utils.errors import UserError
-from utils.files import sha256, write_json
+from utils.files import digest, sha256, write_json
 from utils.records import plain_arguments
 
-LACKING_WITHOUT_MAPS = "pixel AUROC, pixel AP, pixel F1-max and PRO"
 KEPT_ARGUMENTS = ("obj", "shot", "data_type", "data_path", "inferences", "support_path", "import_scores", "maps")
 
 
@@ -32,7 +34,8 @@ def import_record(args: argparse.Namespace) -> Path:
     """Makes the record that the arguments of reproduce.py ask for, prints its metrics and returns its file.
 
     Raises:
-        UserError: a name that cannot be one, wrong scores or maps, or data or a support set that cannot be read.
+        UserError: a name that cannot be one, wrong scores or maps, data or a support set that cannot be read, or
+            without --overwrite an existing record that was made of something else.
     """
     if not SAFE_NAME.fullmatch(args.name or "") or args.name in TAKEN_NAMES:
         raise UserError(
@@ -41,74 +44,87 @@ def import_record(args: argparse.Namespace) -> Path:
     if not args.obj or not args.shot:
         raise UserError("--import needs the category and the number of support images: --obj and --shot")
     folder = category_folder(args.data_path, args.data_type, args.obj)
-    items = list_test_items(folder)
+    items = list_test_items(folder, need_both=False)
     scores = read_scores(args.import_scores, items, args.inferences)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
-    rounds = _image_metrics(scores, items)
-    if args.maps:
-        for numbers, more in zip(rounds, _pixel_metrics(args, items), strict=True):
-            numbers.update(more)
+    path = args.output / f"{args.obj}_{args.shot}_{args.kind}_{args.name}.json"
+    depends = _decisive(args, items, support)
+    if not args.overwrite and (replaced := difference(path, depends)):
+        raise UserError(f"{replaced}; give another --name or --output to keep it, or --overwrite to replace it")
+    metrics = _metrics(args, items, scores)
     record = {
         "arguments": {name: plain_arguments(args)[name] for name in KEPT_ARGUMENTS} | {"scorer": args.name},
         **{"commit": None, "device": "not given", "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
         **{"weights": args.kind, "epoch": None, "checkpoint": None, "scorer": args.name},
-        "imported": {"path": str(args.import_scores), "sha256": sha256(args.import_scores)},
+        "imported": {"path": str(args.import_scores), "sha256": depends["scores"]},
+        "decisive": depends,
         "support_set": {
             "source": support.source,
             "names": support.names,
             **({"path": str(support.file), "sha256": sha256(support.file)} if support.file else {}),
         },
         "test_pictures": len(items),
-        "rounds": rounds,
-        **summaries(rounds),
+        **metrics,
     }
-    path = args.output / f"{args.obj}_{args.shot}_{args.kind}_{args.name}.json"
     write_json(path, record)
     _print(record, path)
     return path
 
 
+def _decisive(args: argparse.Namespace, items: Sequence[LabelledImage], support: SupportRounds) -> dict[str, str]:
+    """What the record depends on, by content and not by path, as evaluation.records.decisive for those of test.py."""
+    maps = [path for number in range(args.inferences) if args.maps and (path := _maps_file(args, number)).is_file()]
+    return {
+        "scores": sha256(args.import_scores),
+        "maps": digest([sha256(path) for path in maps]),
+        "support images": digest([support.names, support.file and sha256(support.file)]),
+        "test images": test_digest(items),
+    }
+
+
 def _print(record: dict, path: Path) -> None:
-    for name in record["rounds"][0]:
-        print(f"{name:14}{format_summary(record[name]):20}{format_interval(record[name])}".rstrip())
+    found = {name: record[name] for name in record["rounds"][0]}
+    print(*format_summaries(found, record["not_available"], record["defects"], METRIC_NAMES), sep="\n")
     print(f"support: {record['support_set']['source']}; the method must have used these images")
-    if "pixel_auroc" not in record["rounds"][0]:
-        print(f"not in the record, as there is no --maps: {LACKING_WITHOUT_MAPS}")
+    if lacking := [shown for name, shown in METRIC_NAMES.items() if name not in found]:
+        print(f"not in the record, as there is no --maps: {', '.join(lacking)}")
     print(f"record: {path}")
 
 
-def _image_metrics(scores: np.ndarray, items: Sequence[LabelledImage]) -> list[dict[str, float | None]]:
-    labels = np.array([item.label for item in items], dtype=bool)
-    rankings = [rank(of_round, labels) for of_round in scores]
-    return [
-        {"image_auroc": auroc(one), "image_ap": average_precision(one), "image_f1_max": f1_max(one)} for one in rankings
-    ]
+def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: np.ndarray) -> dict:
+    """The entries of the record that say how good the scores (rounds, B) are, as in those of test.py."""
+    labels, kinds = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
+    truth, names = Truth(labels, None, None, kinds), IMAGE_METRICS
+    if args.maps:
+        size = _read_maps(_maps_file(args, 0), items).shape[-1]
+        truth, names = Truth(labels, *_masks(items, size, args.num_workers), kinds), tuple(METRIC_NAMES)
+    metrics = RoundMetrics(truth, torch.device("cpu"), names)
+    found = []
+    for number, of_round in enumerate(scores):
+        maps = _read_maps(_maps_file(args, number), items) if args.maps else None
+        if maps is not None and maps.shape[-1] != size:
+            raise UserError(f"{args.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
+        found.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
+    rounds, by_kind = zip(*found, strict=True)
+    reasons, kind_reasons = truth.reasons()
+    images = {kind: len(members) for kind, members in truth.members().items()}
+    return {
+        "rounds": list(rounds),
+        **summaries(rounds),
+        "not_available": {name: reason for name, reason in reasons.items() if name in names},
+        "defects": kind_summaries(by_kind, images, kind_reasons),
+    }
 
 
-def _pixel_metrics(args: argparse.Namespace, items: Sequence[LabelledImage]) -> list[dict[str, float | None]]:
-    """The pixel metrics of every round; None where no pixel is known to be defective."""
-    masks = counted = regions = None
-    numbers = []
-    for number in range(args.inferences):
-        maps = _read_maps(args.maps / f"{ROUND}{number}.npz", items)
-        if masks is None:
-            masks, counted = _truth(items, maps.shape[-1], args.num_workers)
-            regions = region_weights(masks) if masks.any() else None
-        if maps.shape[-1] != masks.shape[-1]:
-            raise UserError(f"{args.maps} has maps of {masks.shape[-1]} and of {maps.shape[-1]} pixels a side")
-        if regions is None:
-            numbers.append(dict.fromkeys(("pixel_auroc", "pixel_ap", "pixel_f1_max", "pro")))
-            continue
-        pixels = rank(maps[counted], masks[counted])
-        more = {"pixel_auroc": auroc(pixels), "pixel_ap": average_precision(pixels), "pixel_f1_max": f1_max(pixels)}
-        numbers.append(more | {"pro": pro(pixels, regions)})
-    return numbers
+def _maps_file(args: argparse.Namespace, number: int) -> Path:
+    return args.maps / f"{ROUND}{number}.npz"
 
 
-def _truth(items: Sequence[LabelledImage], size: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks and counted pixels (B, S, S) at the size of the maps, as test.py scales them."""
+def _masks(items: Sequence[LabelledImage], size: int, workers: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The masks and counted pixels of a Truth (B, S, S) at the size of the maps, as test.py scales them."""
     read = list(read_batches(LabelledDataset(list(items), size), None, workers))
-    return tuple(np.stack([one[name].numpy() for one in read]) for name in ("mask", "counted"))
+    masks, counted = (np.stack([one[name].numpy() for one in read]) for name in ("mask", "counted"))
+    return masks if masks.any() else None, None if counted.all() else counted
 
 
 def _read_maps(path: Path, items: Sequence[LabelledImage]) -> np.ndarray:

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks import plain
 from evaluation import metrics
 from evaluation.metrics import METRIC_NAMES
-from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL, RoundMetrics, Truth
+from evaluation.round_metrics import AUROCS, IMAGE_METRICS, NO_DEFECTIVE, NO_MASK, NO_NORMAL, RoundMetrics, Truth
 
 KINDS = ("good", "cut", "rust")
 SIDE = 4
@@ -68,7 +68,8 @@ def pro_of_counted(maps, masks, counted):
 def test_equal_to_the_definitions_on_subsets(case, all_metrics):
     kinds, labels, maps, masks, counted = case
     truth = Truth(labels, masks if masks.any() else None, None if counted.all() else counted, kinds)
-    round_metrics = RoundMetrics(truth, torch.device("cpu"), all_metrics)
+    names = tuple(METRIC_NAMES) if all_metrics else AUROCS
+    round_metrics = RoundMetrics(truth, torch.device("cpu"), names)
     everything, by_kind = round_metrics.of_round(maps.max(axis=(1, 2)), torch.from_numpy(maps))
     reasons, kind_reasons = truth.reasons()
     check(everything, expected(labels, maps, masks, counted), reasons)
@@ -76,7 +77,18 @@ def test_equal_to_the_definitions_on_subsets(case, all_metrics):
     for kind, numbers in by_kind.items():
         chosen = np.array([other in ("good", kind) for other in kinds])
         check(numbers, expected(labels[chosen], maps[chosen], masks[chosen], counted[chosen]), kind_reasons[kind])
-    assert set(everything) == set(METRIC_NAMES if all_metrics else ["image_auroc", "pixel_auroc"])
+    assert tuple(everything) == names
+
+
+@settings(max_examples=50)
+@given(rounds())
+def test_image_metrics_without_maps(case):
+    kinds, labels, maps, masks, counted = case
+    truth, scores = Truth(labels, masks if masks.any() else None, counted, kinds), maps.max(axis=(1, 2))
+    with_maps, by_kind = RoundMetrics(truth, torch.device("cpu")).of_round(scores, torch.from_numpy(maps))
+    alone, by_kind_alone = RoundMetrics(truth, torch.device("cpu"), IMAGE_METRICS).of_round(scores, None)
+    assert alone == {name: with_maps[name] for name in IMAGE_METRICS}
+    assert by_kind_alone == {kind: {"image_auroc": one["image_auroc"]} for kind, one in by_kind.items()}
 
 
 def check(numbers, plain_numbers, reasons):
@@ -98,7 +110,7 @@ def test_all_images_as_without_kinds(case):
     parts = (labels[order], masks[order] if masks.any() else None, counted[order])
     results = []
     for of_kind in (None, [kinds[index] for index in order]):
-        round_metrics = RoundMetrics(Truth(*parts, of_kind), torch.device("cpu"), True)
+        round_metrics = RoundMetrics(Truth(*parts, of_kind), torch.device("cpu"))
         scores = torch.from_numpy(maps[order])
         results.append(round_metrics.of_round(maps[order].max(axis=(1, 2)), scores)[0])
     assert results[0] == results[1]
@@ -112,7 +124,7 @@ def test_several_chunks(monkeypatch):
     maps = rng.gamma(3, size=(7, 32, 32)).astype(np.float32)
     masks = labels[:, None, None] & (rng.random(maps.shape) < 0.02)
     monkeypatch.setattr(metrics, "SORT_CHUNK", 500)
-    by_kind = RoundMetrics(Truth(labels, masks, None, kinds), torch.device("cpu"), True).of_round(
+    by_kind = RoundMetrics(Truth(labels, masks, None, kinds), torch.device("cpu")).of_round(
         maps.max(axis=(1, 2)), torch.from_numpy(maps)
     )[1]
     for kind, numbers in by_kind.items():

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import sklearn.metrics
+from PIL import Image
 
 import reproduce
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import image_name, write_scores
+from evaluation.round_metrics import NO_NORMAL
 from grid.results import SCHEMA_FILE, read_results
+from tests.commands.test_commands import test_command
 from utils.errors import UserError
 
 SIZE = 32
@@ -61,11 +66,93 @@ def test_the_record(command, items, scores, maps, tmp_path, capsys):
         pixels = masks.ravel(), maps[number].ravel()
         assert found["pixel_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(*pixels))
         assert found["pixel_ap"] == pytest.approx(sklearn.metrics.average_precision_score(*pixels))
+        for kind, numbers in record["defects"].items():
+            chosen = [row for row, item in enumerate(items) if item.defect in ("good", kind)]
+            assert numbers["images"] == sum(item.defect == kind for item in items)
+            of_kind = sklearn.metrics.roc_auc_score(np.take(labels, chosen), scores[number][chosen])
+            assert numbers["image_auroc"]["rounds"][number] == pytest.approx(of_kind)
+            of_kind = sklearn.metrics.roc_auc_score(masks[chosen].ravel(), maps[number][chosen].ravel())
+            assert numbers["pixel_auroc"]["rounds"][number] == pytest.approx(of_kind)
+    assert set(record["defects"]) == {item.defect for item in items if item.label}
     assert len(record["support_set"]["names"]) == 2 and "not in the record" not in capsys.readouterr().out
     reproduce.main(["--report", str(tmp_path / "out")])
     assert "| category | untrained, mine |" in capsys.readouterr().out
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text()))
+
+
+def test_scores_and_maps_of_this_project(demo_data, tmp_path):
+    """The import of what test.py wrote has the metrics of its record, to the last digit."""
+    common = ["--obj", "ring", "--shot", "1", "--inferences", "2", "--data_type", "folder", "--num_workers", "0"]
+    common += ["--data_path", str(demo_data), "--output", str(tmp_path)]
+    scored = ["--untrained", "--weights", "none", "--stn_mode", "affine", "--img_size", "64", "--save_maps"]
+    test_command.main([*common, *scored, "--device", "cpu"])
+    name = "ring_1_affine_untrained"
+    given = ["--import", f"{tmp_path}/{name}.csv", "--maps", f"{tmp_path}/{name}_maps", "--name", "mine"]
+    reproduce.main([*common, *given])
+    ours, theirs = (json.loads((tmp_path / file).read_text()) for file in (f"{name}.json", "ring_1_last_mine.json"))
+    for entry in ("rounds", *METRIC_NAMES, "not_available", "defects"):
+        assert theirs[entry] == ours[entry], entry
+
+
+def test_defective_images_only(command, items, scores, demo_data, tmp_path, capsys):
+    """What cannot be computed is n/a with the reason, as in test.py."""
+    shutil.copytree(demo_data / "ring", tmp_path / "part" / "ring")
+    shutil.rmtree(tmp_path / "part" / "ring" / "test" / "good")
+    defective = [number for number, item in enumerate(items) if item.label]
+    write_scores(tmp_path / "scores.csv", [items[number] for number in defective], scores[:, defective])
+    reproduce.main([*command, "--data_path", str(tmp_path / "part")])
+    record = json.loads((tmp_path / "out" / "ring_1_last_mine.json").read_text())
+    assert record["rounds"] == 2 * [{"image_auroc": None, "image_ap": None, "image_f1_max": None}]
+    assert set(record["not_available"]) == set(record["rounds"][0])
+    assert re.search(rf"image AUROC +n/a +{NO_NORMAL}", capsys.readouterr().out)
+
+
+def test_no_record_is_replaced_unasked(command, items, scores, maps, demo_data, tmp_path):
+    """Neither with other scores, maps or data, nor one of an earlier version; the same again is no replacement."""
+    record = tmp_path / "out" / "ring_1_last_mine.json"
+    shutil.copytree(demo_data, tmp_path / "data")
+    command += ["--data_path", str(tmp_path / "data")]
+    with_maps = [*command, "--maps", str(tmp_path / "maps")]
+    reproduce.main(with_maps)
+    reproduce.main(with_maps)
+    before = record.read_bytes()
+
+    def refused(words, sentence):
+        with pytest.raises(UserError, match=f"{sentence}; give another --name or --output to keep it, or --overwrite"):
+            reproduce.main(words)
+        assert record.read_bytes() == before
+
+    refused(command, "ring_1_last_mine.json was made with other settings: other maps")
+    mask = next((tmp_path / "data/ring/ground_truth").glob("*/*"))
+    content = mask.read_bytes()
+    Image.new("L", (64, 64), 255).save(mask)
+    refused(with_maps, "was made with other settings: other test images")
+    mask.write_bytes(content)
+    write_scores(tmp_path / "scores.csv", items, scores + 1)
+    refused(with_maps, "was made with other settings: other scores")
+    reproduce.main([*with_maps, "--overwrite"])
+    old = json.loads(record.read_text())
+    del old["decisive"]
+    record.write_text(json.dumps(old))
+    before = record.read_bytes()
+    refused(with_maps, "does not say what it was made of, it is of an earlier version")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--obj ring", "--obj goes with --import CSV; a grid takes --objs"),
+        ("--shot 2", "--shot goes with --import CSV; a grid takes --shots"),
+        ("--name mine", "--name goes with --import CSV$"),
+        ("--maps folder", "--maps goes with --import CSV$"),
+        ("--overwrite", "--overwrite goes with --import CSV$"),
+    ],
+)
+def test_flags_of_imports_alone(words, sentence, demo_data, tmp_path):
+    """--obj for --objs would otherwise run all categories."""
+    with pytest.raises(UserError, match=sentence):
+        reproduce.main([*words.split(), "--data_path", str(demo_data), "--output", str(tmp_path / "out"), "--dry_run"])
 
 
 def test_beside_records_of_this_project(command, tmp_path, capsys):
