@@ -15,6 +15,7 @@ from inspection.boxes import Box, find_boxes
 from inspection.detector import FewShotDetector
 from inspection.predictions import HEAT_PANEL, draw_panels
 from inspection.results import decide, relative_score
+from inspection.tiles import shrink_warning
 from scorers.registry import add_scorer_flag
 from utils.devices import command_device
 from utils.flags import add_device_flag
@@ -51,7 +52,7 @@ class Judge:
 
     def judge(self, image: Image.Image) -> Judgement:
         """Scores an image in mode L or RGB, as `datasets.images.decode_image` returns them."""
-        warning = clipping_note(image, "the image", self.detector.bits)
+        warning = self._warning(image)
         image.info.pop(CLIPPED_FROM, None)  # else each call would warn once more
         (score,), maps, (unusual,) = self.detector.inspect([image])
         threshold, scores = self.detector.threshold, self.detector.restore(maps[0], *image.size)
@@ -66,6 +67,12 @@ class Judge:
             [] if threshold is None else find_boxes(scores, threshold.value),
             scores,
         )
+
+    def _warning(self, image: Image.Image) -> str | None:
+        """Why the score may mislead: values beyond the bit depth, or an image that shrinks much."""
+        shrinks = None if self.detector.layout_of(*image.size) else shrink_warning(*image.size, self.detector.size)
+        notes = [clipping_note(image, "the image", self.detector.bits), shrinks and shrinks.removeprefix("warning: ")]
+        return "; ".join(filter(None, notes)) or None
 
     def heat_map(self, image: Image.Image, judgement: Judgement) -> Image.Image:
         """The heat map over the image, in the colours of predict.py."""
