@@ -64,6 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     training = parser.add_argument_group("training, see train.py")
     flags.add_weights_flag(training, "initial backbone weights")
+    flags.add_source_flags(training)
     training.add_argument("--epochs", type=int, default=50)
     training.add_argument("--batch_size", type=int, default=32)
     training.add_argument("--lr", type=float, default=RECIPE["lr"], help="learning rate")

@@ -38,10 +38,12 @@ class Plan:
         self.args = args
         self.categories = _categories(args)
         self.tests = {name: list_test_items(self._folder(name)) for name in self.categories}
-        if args.eval_only:
-            self.sources = {name: list_train_images(self._folder(name)) for name in self.categories}
-        else:
-            self.sources = list_source_images(args.data_path, args.data_type, target="")
+        self.normal = {name: list_train_images(self._folder(name)) for name in self.categories}
+        same = args.source_path is None or args.source_path.resolve() == args.data_path.resolve()
+        self.source_root = None if same else args.source_path  # another data set than that of the targets
+        self.sources = {}  # the training images of each category, the target of a cell included
+        if not args.eval_only:
+            self.sources = list_source_images(args.data_path, args.data_type, "", args.sources, args.source_path)
         self.files, self.code = Fingerprints(), code_version()
         self.scorers = [scorer.name for scorer in make_scorers(args.scorer)]
         self.network = network_name(args.backbone, args.stn_mode)
@@ -93,6 +95,26 @@ class Plan:
     def _folder(self, category: str) -> Path:
         return category_folder(self.args.data_path, self.args.data_type, category)
 
+    def _sources_of(self, category: str) -> dict[str, list[Path]]:
+        """The training images of each category that the cells of the target `category` train on."""
+        return {name: paths for name, paths in self.sources.items() if self.source_root or name != category}
+
+    def _source_flags(self, category: str) -> list[str]:
+        """--sources and --source_path of train.py, where they were given."""
+        args, names = self.args, list(self._sources_of(category))
+        if args.sources and not names:
+            raise UserError(f"--sources names {category} alone, which is a target: it must not be trained on")
+        flags = ["--sources", *names] if args.sources else []
+        return flags + (["--source_path", str(args.source_path)] if args.source_path else [])
+
+    def _held_out(self, category: str) -> Path:
+        """The folder of the source category that selects the epoch of the target `category` with --select source."""
+        sources = self._sources_of(category)
+        if not sources:
+            raise UserError(f"no category to train on besides {category}; --select source needs two, one is held out")
+        held_out = held_out_category(sources, category)
+        return category_folder(self.source_root, "folder", held_out) if self.source_root else self._folder(held_out)
+
     def _data_flags(self, category: str) -> list[str]:
         args = self.args
         flags = ["--obj", category, "--data_type", args.data_type, "--data_path", str(args.data_path)]
@@ -125,6 +147,7 @@ class Plan:
         train = ["train.py", *self._data_flags(category), "--shot", str(shot), "--epochs", str(args.epochs)]
         train += ["--batch_size", str(args.batch_size), "--select", select, "--eval_every", str(args.eval_every)]
         train += ["--lr", str(args.lr), "--momentum", str(args.momentum), "--amp", args.amp]
+        train += self._source_flags(category)
         train += ["--scorer", args.scorer[0], "--save_dir", str(save_dir), "--cache_dir", args.cache_dir, "--resume"]
         commands = [tuple(train), self._test(category, [shot], "--save_dir", str(save_dir))]
         records = [*self._records(category, [shot], which)]
@@ -172,13 +195,15 @@ class Plan:
         weights = files.of([Path(args.weights)]) if Path(args.weights).is_file() else args.weights
         support = [file for shot in shots for file in self._support_files(category, shot)]
         trains = "best" in decisive or "source" in decisive
-        images = self.sources if trains else {category: self.sources[category]}
+        data = {category: files.of(self.normal[category])}
+        if trains:
+            place = "source_path/" if self.source_root else ""  # where a source may have the target's name
+            data |= {f"{place}{name}": files.of(paths) for name, paths in self._sources_of(category).items()}
         test = list(self.tests[category])
         if "source" in decisive:
-            held_out = held_out_category(self.sources, category)
-            test += list_test_items(self._folder(held_out))
-            support += [file for shot in shots for file in self._support_files(held_out, shot)]
-        data = {name: files.of(paths) for name, paths in images.items()}
+            held_out = self._held_out(category)
+            test += list_test_items(held_out)
+            support += [file for shot in shots for file in self._support_files(held_out.name, shot)]
         return digest(
             {
                 "arguments": [
@@ -219,7 +244,7 @@ class Plan:
             trainings = sum(script == "train.py" for script, *_ in cell.commands)
             seconds[cell] = (len(cell.commands) - trainings) * scoring
             if trainings:
-                images = sum(len(paths) for name, paths in self.sources.items() if name != cell.category)
+                images = sum(map(len, self._sources_of(cell.category).values()))
                 scored = scoring / args.eval_every
                 seconds[cell] += training_seconds(speed, images, cell.shots[0], args.epochs, scored)
         return seconds

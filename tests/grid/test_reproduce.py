@@ -172,6 +172,71 @@ def test_the_support_set_of_the_held_out_category_counts(arguments, tmp_path):
     assert key_of(arguments, "ring_1_rotation_scale_source") != before["ring_1_rotation_scale_source"]
 
 
+def keys_of(arguments):
+    return {cell.name: cell.key for cell in plan(arguments).cells()}
+
+
+def train_arguments(arguments, name):
+    """What train.py makes of its command in a cell."""
+    (command,) = (cell.commands[0] for cell in plan(arguments).cells() if cell.name == name)
+    return train.get_args_parser().parse_args(command[1:])
+
+
+@pytest.fixture
+def four_categories(demo_data, tmp_path):
+    """The demo's ring and weave, and bolt and nut that are the other one's images."""
+    for name, origin in (("ring", "ring"), ("weave", "weave"), ("bolt", "weave"), ("nut", "ring")):
+        shutil.copytree(demo_data / origin, tmp_path / "four" / name)
+    return tmp_path / "four"
+
+
+def test_sources_are_passed_on_and_part_of_the_key(arguments, four_categories):
+    """Each cell without its own category; other categories no longer count, and untrained cells have no sources."""
+    arguments |= {"--data_path": [str(four_categories)], "--select": ["best", "source"]}
+    trained = {f"{name}_1_rotation_scale{which}" for name in ("ring", "weave") for which in ("", "_source")}
+    default = keys_of(arguments)
+    some = arguments | {"--sources": ["weave", "ring", "bolt"]}
+    chosen = keys_of(some)
+    assert {name for name in chosen if chosen[name] != default[name]} == trained
+    assert train_arguments(some, "ring_1_rotation_scale").sources == ["bolt", "weave"]
+    assert train_arguments(some, "weave_1_rotation_scale_source").sources == ["bolt", "ring"]
+    assert train_arguments(arguments, "ring_1_rotation_scale").sources is None
+    every = keys_of(arguments | {"--sources": ["nut", "weave", "ring", "bolt"]})
+    assert every == default  # the same training under another spelling
+    next((four_categories / "nut/train/good").iterdir()).unlink()
+    assert keys_of(some) == chosen
+    assert {name for name, key in keys_of(arguments).items() if key != default[name]} == trained
+    with pytest.raises(UserError, match="--sources names ring alone, which is a target"):
+        plan(arguments | {"--sources": ["ring"]}).cells()
+
+
+def test_no_category_to_hold_out(arguments, demo_data, tmp_path):
+    shutil.copytree(demo_data / "ring", tmp_path / "one" / "ring")
+    arguments |= {"--data_path": [str(tmp_path / "one")], "--objs": ["ring"], "--select": ["source"]}
+    with pytest.raises(UserError, match="no category to train on besides ring; --select source needs two"):
+        plan(arguments).cells()
+
+
+def test_sources_of_another_data_set(arguments, four_categories, demo_data, tmp_path):
+    """There a category of the target's name is a source; the data set of the targets under a link is no other one."""
+    arguments |= {"--select": ["best", "source"], "--objs": ["ring"]}
+    default, name = keys_of(arguments), "ring_1_rotation_scale"
+    other = arguments | {"--source_path": [str(four_categories)]}
+    found = keys_of(other)
+    assert {one for one in found if found[one] == default[one]} == {f"{name}_untrained"}
+    assert train_arguments(other, name).source_path == four_categories
+    assert train_arguments(other, name).sources is None
+    assert train_arguments(other | {"--sources": ["ring", "nut"]}, name).sources == ["nut", "ring"]
+    next((four_categories / "ring/train/good").iterdir()).unlink()
+    assert keys_of(other)[name] != found[name]
+    found = keys_of(other)
+    next((four_categories / "weave/test/good").iterdir()).unlink()  # weave is held out
+    assert keys_of(other)[name] == found[name]
+    assert keys_of(other)[f"{name}_source"] != found[f"{name}_source"]
+    (tmp_path / "link").symlink_to(demo_data)
+    assert keys_of(arguments | {"--source_path": [str(tmp_path / "link")]}) == default
+
+
 def test_the_recipe_is_passed_on_and_part_of_the_key(arguments, monkeypatch):
     name = "ring_1_rotation_scale"
     default, untrained = key_of(arguments, name), key_of(arguments, f"{name}_untrained")
