@@ -41,8 +41,8 @@ class RecordFiles(NamedTuple):
 
     def remove_extras(self) -> None:
         """Removes the maps and the report of an earlier record, so that they do not stand beside other numbers."""
-        report = [self.images / name for name in ("report.html", "contact_sheet.jpg", "curves.png")]
-        for file in (*self.maps.glob("round_*.npz"), *report):
+        report = [self.images / name for name in ("report.html", "contact_sheet.jpg")]
+        for file in (*self.maps.glob("round_*.npz"), *report, *self.images.glob("curves.*")):
             file.unlink(missing_ok=True)
 
 

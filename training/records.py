@@ -14,7 +14,9 @@ from typing import NamedTuple
 from models.regad import RECIPE, checkpoint_file, last_file
 from models.stn import RELEASE_BACKBONE
 from utils.errors import UserError
-from utils.files import load_tensors, whole_file
+from utils.files import NAME_LETTERS, load_tensors, whole_file
+
+STATE = "state.pt"  # how the name of the state ends
 
 
 class RunFiles(NamedTuple):
@@ -34,9 +36,7 @@ class RunFiles(NamedTuple):
         """The paths under `save_dir`."""
         selected = checkpoint_file(save_dir, stn_mode, shot, category, backbone)
         stem = selected.name.removesuffix("_model.pt")
-        others = (
-            selected.with_name(f"{stem}_{end}") for end in ("state.pt", "epochs.jsonl", "curve.png", "record.json")
-        )
+        others = (selected.with_name(f"{stem}_{end}") for end in (STATE, "epochs.jsonl", "curve.png", "record.json"))
         return cls(selected, last_file(save_dir, stn_mode, shot, category, backbone), *others)
 
 
@@ -118,8 +118,9 @@ def refuse_to_overwrite(files: RunFiles, overwrite: bool) -> None:
 
 def remove_leftovers(files: RunFiles) -> None:
     """Removes the temporary files of this run that killed processes left behind."""
+    begin = f".{files.state.name.removesuffix(STATE)[:NAME_LETTERS]}"  # of their names, see utils.files.temporary_name
     for entry in files.state.parent.iterdir():
-        if entry.suffix == ".tmp" and any(entry.name.startswith(f".{file.name}.") for file in files):
+        if entry.suffix == ".tmp" and entry.name.startswith(begin):
             entry.unlink(missing_ok=True)
 
 

@@ -42,7 +42,7 @@ def _try_to_write(path: Path, folder: bool) -> None:
         place = place.parent
     if not place.is_dir():
         raise OSError(f"{place} is no folder")
-    trial = place / f".{secrets.token_hex(8)}.tmp"  # as root, access rights say nothing: /proc, read-only file systems
+    trial = place / temporary_name(path)  # as root, access rights say nothing: /proc, read-only file systems
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     trial.unlink()
 
@@ -56,6 +56,11 @@ def _is_there(path: Path) -> bool:
     return True
 
 
+def temporary_name(path: Path) -> str:
+    """A new name for a temporary file of `path`."""
+    return f".{path.name[:NAME_LETTERS]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"  # containers share process ids
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`. The file is renamed to `path` once it is complete and on the disk.
@@ -65,8 +70,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, a permission is missing, or the like.
     """
-    name = f".{path.name[:NAME_LETTERS]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"  # containers share process ids
-    aside = path.with_name(name)
+    aside = path.with_name(temporary_name(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside

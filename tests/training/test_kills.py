@@ -19,11 +19,13 @@ import torch
 import train
 from datasets.synthetic import write_dataset
 from models.regad import CHECKPOINT_PARTS, RECIPE
+from reports.figures import METADATA
 from tests.training.test_training import arguments
 from training.records import RunFiles
 
 CHANGES = {"obj": "weave", "epochs": 3, "inferences": 1, "lr": 0.003, "seed": 1, "save_every": 0}  # epoch 2 is selected
 TIMES = ("seconds", "elapsed_seconds", "scoring_seconds", "date")
+TRIALS = 7  # the first file operations: train.py tries to write each of its files and the cache
 OF_THE_CALL = ("resume", "overwrite", "save_dir", "commit")  # may differ between calls of one run
 
 
@@ -103,8 +105,9 @@ def assert_same_weights(first: dict, second: dict) -> None:
 
 def assert_same_run(expected: RunFiles, found: RunFiles) -> None:
     """All files are those of an undisturbed run, and there are no others."""
-    names = ("selected", "last", "epochs", "curve", "record")
-    assert sorted(found.state.parent.iterdir()) == sorted(getattr(found, name) for name in names)
+    curves = [found.curve.with_suffix(f".{kind}") for kind in METADATA]
+    there = sorted([found.selected, found.last, found.epochs, found.record, *curves])
+    assert sorted(found.state.parent.iterdir()) == there
     assert_same_weights(weights(expected.selected), weights(found.selected))
     assert_same_weights(weights(expected.last), weights(found.last))
     records = [json.loads(file.read_text()) for file in (expected.record, found.record)]
@@ -154,10 +157,11 @@ def test_killed_again_and_again(data, undisturbed, other, tmp_path):
     """A new run over a finished one, killed before and after its first commit; each call that resumes is killed too."""
     folder = tmp_path / "run"
     shutil.copytree(other, folder)
-    assert killed(command(data, folder, "--overwrite"), operation=2)  # in place of giving the state its name
-    assert bytes_of(folder) == bytes_of(other)
-    assert killed(command(data, folder, "--overwrite"), operation=4)  # among the files that follow the state
-    for limit in ({"operation": 9}, {"operation": 16}, {"seconds": random.Random(0).uniform(0, 1)}):
+    for operation in (1, TRIALS + 2):  # in place of removing a trial file, and of giving the state its name
+        assert killed(command(data, folder, "--overwrite"), operation)
+        assert bytes_of(folder) == bytes_of(other)
+    assert killed(command(data, folder, "--overwrite"), TRIALS + 4)  # among the files that follow the state
+    for limit in ({"operation": TRIALS + 9}, {"operation": TRIALS + 16}, {"seconds": random.Random(0).uniform(0, 1)}):
         killed(command(data, folder, "--resume"), **limit)
         assert_consistent(files(folder))
     assert not killed(command(data, folder, "--resume"))
@@ -165,9 +169,10 @@ def test_killed_again_and_again(data, undisturbed, other, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_every_file_operation_over_a_finished_run(data, undisturbed, other, tmp_path):
+def test_killed_at_every_second_file_operation_over_a_finished_run(data, undisturbed, other, tmp_path):
+    """A file is flushed, renamed, and its temporary name removed: steps of two meet all of them in turn."""
     folder, found = tmp_path / "run", files(tmp_path / "run")
-    for operation in range(1, 1000):
+    for operation in range(TRIALS, 1000, 2):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(other, folder)
         if not killed(command(data, folder, "--overwrite"), operation):
@@ -178,7 +183,7 @@ def test_killed_at_every_file_operation_over_a_finished_run(data, undisturbed, o
         again = "--resume" if found.state.exists() or not found.record.exists() else "--overwrite"
         assert not killed(command(data, folder, again))
         assert_same_run(files(undisturbed), found)
-    assert operation > 40
+    assert operation > TRIALS + 40
 
 
 @pytest.mark.slow
