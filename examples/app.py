@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from PIL import Image
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
@@ -110,11 +111,14 @@ async def _only_file(request: Request, body: bytes) -> bytes:
     async def receive() -> dict:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async with Request(request.scope, receive).form() as form:
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        if len(files) != 1:
-            raise HTTPException(400, f"the form has {len(files)} files instead of one")
-        return await files[0].read()
+    try:
+        async with Request(request.scope, receive).form() as form:
+            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            if len(files) != 1:
+                raise HTTPException(400, f"the form has {len(files)} files instead of one")
+            return await files[0].read()
+    except FormParserError as error:  # newer versions of Starlette answer by themselves
+        raise HTTPException(400, f"the form is damaged: {error}") from error
 
 
 def make_app(judge: Judge, limits: Limits) -> FastAPI:
