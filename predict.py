@@ -27,7 +27,7 @@ from inspection.inputs import (
     identify,
     list_inputs,
 )
-from inspection.predictions import Outputs, map_scale, predict
+from inspection.predictions import PANELS, Outputs, map_scale, predict
 from inspection.report import known_images, plain_known, report_page
 from inspection.results import DEFECTIVE, PAGE, SUMMARY, UNUSUAL, Prediction, ResultFiles, count_decisions, has_results
 from inspection.tiles import describe_tiling
@@ -70,6 +70,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument("--jsonl", action="store_true", help="each result as a line of JSON on stdout, the rest on stderr")
     run.add_argument(
         "--fail_on_defect", action="store_true", help=f"exit code {SOME_CALLED} if an image is defective or unusual"
+    )
+    run.add_argument(
+        "--panels",
+        choices=PANELS,
+        default=PANELS[0],
+        help="input, heat map and outlines in one file per image, or in a file each, without titles",
     )
     run.add_argument("--no_pictures", action="store_true", help="write only scores and the report")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -143,8 +149,8 @@ class Run:
         self.interrupts = Interrupts()
         self.earlier = self.refreshed = len(results.rows)  # rows before this call, and in scores.json
         self.next_refresh = 0.0
-        images = not args.no_pictures
-        self.outputs = Outputs(args.output, root, images, args.maps, detector.identity(), results.taken)
+        panels = None if args.no_pictures else args.panels
+        self.outputs = Outputs(args.output, root, panels, args.maps, detector.identity(), results.taken)
         self.known_images = known_images(detector)
         detector.clock.seconds.clear()  # discard the times of fitting
 

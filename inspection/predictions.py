@@ -26,7 +26,8 @@ from reports.page import NO_PREVIEW, Preview, make_preview
 from utils.files import whole_file
 from utils.stages import in_threads
 
-HEAT_PANEL = "heat map"  # title of the panel that thumbnails show
+IMAGE_PANEL, HEAT_PANEL, OUTLINE_PANEL = "input", "heat map", "outlines"  # titles; thumbnails show the heat map
+PANELS = ("joined", "separate")  # in one file beside each other, or a file for each
 PANELS_SUFFIX = ".jpg"  # of the panels; maps have another
 UNBOUNDED_MAP_SCALE = 256  # 16-bit PNG maps store score times a scale: up to a score of 255.99 where there is no bound
 
@@ -34,20 +35,24 @@ UNBOUNDED_MAP_SCALE = 256  # 16-bit PNG maps store score times a scale: up to a 
 class Outputs(NamedTuple):
     """Which files are written per image: in `folder`, as pictures/ and maps/, with the paths relative to `root`.
 
-    detector: its identity, for the rows. taken: files of earlier rows, relative to `folder`, which are kept.
+    panels: one of PANELS, or None. detector: its identity, for the rows. taken: files of earlier rows, relative to
+    `folder`, which are kept.
     """
 
     folder: Path
     root: Path
-    images: bool
+    panels: str | None
     maps: str  # "none", "png" or "npy"
     detector: str
     taken: Container[str] = ()
 
-    def names(self, path: Path) -> list[str]:
-        """The output files of the image `path`, relative to `folder`: its map, then its panels."""
+    def names(self, path: Path, titles: Iterable[str]) -> list[str]:
+        """The output files of the image `path`, relative to `folder`: its map, then its panels with these titles."""
         kinds = [("maps", f".{self.maps}")] if self.maps != "none" else []
-        kinds += [("pictures", PANELS_SUFFIX)] if self.images else []
+        if self.panels == "joined":
+            kinds.append(("pictures", PANELS_SUFFIX))
+        elif self.panels == "separate":
+            kinds += [("pictures", f".{title.replace(' ', '_')}{PANELS_SUFFIX}") for title in titles]
         return [self._place(kind, path, suffix) for kind, suffix in kinds]
 
     def _place(self, kind: str, path: Path, suffix: str) -> str:
@@ -122,7 +127,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     with detector.clock.on_host()("pictures"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
-        row = row._replace(boxes=boxes, files=outputs.names(item.path))
+        row = row._replace(boxes=boxes, files=outputs.names(item.path, panel_titles(detector.threshold)))
         places = [outputs.folder / name for name in row.files]
         try:
             return row._replace(preview=_write(detector, places, item.image, restored, boxes, number < previews))
@@ -157,17 +162,20 @@ def _write(
 
     places: as `Outputs.names` lists them.
     """
-    panels = draw_panels(image, scores, detector.threshold, boxes) if with_preview or _has_panels(places) else {}
+    files = [place for place in places if place.suffix == PANELS_SUFFIX]
     for place in places:
-        if place.suffix == PANELS_SUFFIX:
-            save_image(place, beside(titled(panels)))
-        else:
+        if place not in files:
             _save_map(place, scores, map_scale(detector))
+    panels = draw_panels(image, scores, detector.threshold, boxes) if with_preview or files else {}
+    drawn = [beside(titled(panels))] if len(files) == 1 else panels.values()
+    for place, panel in zip(files, drawn, strict=bool(files)):
+        save_image(place, panel)
     return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
 
 
-def _has_panels(places: Iterable[Path]) -> bool:
-    return any(place.suffix == PANELS_SUFFIX for place in places)
+def panel_titles(threshold: Threshold | None) -> tuple[str, ...]:
+    """The titles of `draw_panels`."""
+    return (IMAGE_PANEL, HEAT_PANEL) if threshold is None else (IMAGE_PANEL, HEAT_PANEL, OUTLINE_PANEL)
 
 
 def draw_panels(
@@ -180,12 +188,12 @@ def draw_panels(
     """
     image = image.convert("RGB")
     if threshold is None:  # the colours are not comparable between images
-        return {"input": image, HEAT_PANEL: overlay(image, scores, (float(scores.min()), float(scores.max())))}
+        return {IMAGE_PANEL: image, HEAT_PANEL: overlay(image, scores, (float(scores.min()), float(scores.max())))}
     outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
     return {
-        "input": image,
+        IMAGE_PANEL: image,
         HEAT_PANEL: overlay(image, scores, colour_limits(threshold.typical)),
-        "outlines": boxed(outlined, boxes, CALLED),
+        OUTLINE_PANEL: boxed(outlined, boxes, CALLED),
     }
 
 

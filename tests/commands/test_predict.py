@@ -71,6 +71,21 @@ def test_maps_have_the_size_of_their_image(support, demo_data, tmp_path):
         assert image.height == CAPTION_HEIGHT + 40 and image.width > 3 * 90
 
 
+@pytest.mark.parametrize(("images", "titles"), [(1, ["heat_map", "input"]), (3, ["heat_map", "input", "outlines"])])
+def test_a_file_for_each_panel(images, titles, support, demo_data, tmp_path):
+    """They have the image's own size; a single support image gives no threshold, so that there are no outlines."""
+    source = demo_data / "ring/test/chip/000.png"
+    record = run(support[:images], [source], tmp_path, "--panels", "separate")
+    names = [f"pictures/000.png.{title}.jpg" for title in titles]
+    assert sorted(record["pictures"][0]["files"]) == names
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [Path(name).name for name in names]
+    heat, own, *_ = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in names)
+    with Image.open(source) as image:
+        expected = np.asarray(image.convert("RGB")).astype(int)
+    assert own.shape == heat.shape == expected.shape
+    assert np.abs(own - expected).mean() < 5 < np.abs(heat - expected).mean()  # JPEG
+
+
 def test_broken_inputs_do_not_stop_the_run(support, demo_data, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(b"broken")

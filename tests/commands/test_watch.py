@@ -314,6 +314,12 @@ def test_same_names_of_another_night_keep_their_pictures(part, images, tmp_path)
 
 
 def test_exit_codes(part, images, folder, tmp_path):
+    """Those of the table in docs/inspection.md, which has no others; 2 is that of every UserError."""
+    text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
+    table = re.search(r"\| exit code \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text)[1]
+    meanings = dict(re.findall(r"\| (\d+) \| (.+) \|", table))
+    assert list(meanings) == ["0", str(predict.SOME_FAILED), "2", str(predict.SOME_CALLED)] == ["0", "1", "2", "3"]
+    assert "images failed" in meanings["1"] and "`--fail_on_defect`" in meanings["3"]
     (folder / "0.png").write_bytes(images[0])
     flags = ("--input", folder, "--output", tmp_path / "out", "--overwrite")
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 0
