@@ -1,6 +1,7 @@
 """The plain definition of training and scoring: the release's order of work, slow and easy to check.
 
-The tests compare the fast code with it, and the benchmarks use it as their baseline. All in the dtype of the input.
+The tests compare the fast code with it, and the benchmarks use it as their baseline. All in the dtype and on the device
+of the input; inverses of warps and the smoothing are computed on the host, as in the release.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def forward(stn: STNResNet, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.T
         theta = head(x)
         x = warp(x, theta)
         last_row = np.tile(np.array([[[0, 0, 1]]]), (len(x), 1, 1))
-        inverse = np.linalg.inv(np.concatenate([theta.detach().numpy(), last_row], axis=1))[:, :2]
-        inverses.append(torch.from_numpy(inverse).to(x.dtype))
+        inverse = np.linalg.inv(np.concatenate([theta.detach().cpu().numpy(), last_row], axis=1))[:, :2]
+        inverses.append(torch.from_numpy(inverse).to(x))
         feature = x.detach()
         for back in reversed(inverses):
             feature = warp(feature, back)
@@ -80,11 +81,11 @@ def distances(support: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
     """Mahalanobis distances (B, P) of test (B, C, P) to the Gaussians of support (V, C, P)."""
     channels, positions = support.shape[1:]
     mean = support.mean(dim=0)
-    identity = torch.eye(channels, dtype=support.dtype)
-    covariance = torch.zeros(channels, channels, positions, dtype=support.dtype)
+    identity = torch.eye(channels).to(support)
+    covariance = support.new_zeros(channels, channels, positions)
     for i in range(positions):
         covariance[:, :, i] = torch.cov(support[:, :, i].T) + COVARIANCE_EPS * identity
-    out = torch.empty(len(test), positions, dtype=support.dtype)
+    out = support.new_empty(len(test), positions)
     for i in range(positions):
         inverse = torch.linalg.inv(covariance[:, :, i])
         for b, sample in enumerate(test):
@@ -95,7 +96,7 @@ def distances(support: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
 
 def score_maps(distance: torch.Tensor, size: int) -> np.ndarray:
     """Score maps (B, size, size) of distance maps (B, H, W)."""
-    maps = F.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].numpy()
+    maps = F.interpolate(distance[:, None], size=size, mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
     return np.stack([gaussian_filter(m, sigma=SIGMA) for m in maps])
 
 

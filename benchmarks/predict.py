@@ -1,6 +1,6 @@
 """Measures the memory of predict.py and the time of its stages over many real images. Linux only.
 
-python -m benchmarks.predict    prints both, writes benchmarks/results/predict_cpu.json
+python -m benchmarks.predict    prints both, writes benchmarks/results/predict_<device>.json
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from datasets.images import is_image_file
 from inspection.detector import SCORE_GROUP, FewShotDetector
 from inspection.inputs import read_inputs
 from models.regad import untrained
+from utils.devices import resolve_device
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import provenance
@@ -43,6 +44,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all further arguments go to predict.py")
     return parser
@@ -54,22 +57,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_writable(args.output, "--output", folder=True)
     if args.pictures <= SETTLED_AFTER:
         raise UserError(f"--pictures must be more than {SETTLED_AFTER}")
-    images = _images(args)
+    device, images = resolve_device(args.device), _images(args)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        first = pool.submit(_decode_and_network, images, args.weights).result()
+        first = pool.submit(_decode_and_network, images, args).result()
         memory = _run(Path(folder), images, args)
         record = json.loads((Path(folder) / "out/scores.json").read_text())
-        bare = (first + pool.submit(_decode_and_network, images, args.weights).result()) / 2
+        bare = (first + pool.submit(_decode_and_network, images, args).result()) / 2
     later = [megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER]
     settled, highest = later[0], max(later)
     total, seconds = record["total_seconds"], record["seconds"]
     print_seconds(f"{args.pictures} images, {total:.1f} s; below: all threads, including waiting", seconds, seconds)
     print(f"decode and network alone, before and after: {bare:.1f} s, {bare / total:.0%} of predict.py's time")
     print(f"memory: {settled:.0f} MB after {SETTLED_AFTER} images, at most {highest:.0f} MB later")
-    content = {"command": command_line("benchmarks.predict", args), **provenance(torch.device("cpu"))}
+    content = {"command": command_line("benchmarks.predict", args), **provenance(device)}
     content |= {"seconds": seconds, "total_seconds": total, "decode_and_network_alone": bare}
     content |= {"settled_mb": settled, "highest_mb": highest, "memory": memory[::25]}
-    write_json(args.output / "predict_cpu.json", content)
+    write_json(args.output / f"predict_{device.type}.json", content)
 
 
 def _images(args: argparse.Namespace) -> list[Path]:
@@ -78,14 +81,16 @@ def _images(args: argparse.Namespace) -> list[Path]:
     return list(itertools.islice(itertools.cycle(images), args.pictures))
 
 
-def _decode_and_network(paths: Sequence[Path], weights: str) -> float:
+def _decode_and_network(paths: Sequence[Path], args: argparse.Namespace) -> float:
     """Seconds of the unavoidable work of predict.py: decoding in threads, and the network in its groups."""
-    detector = FewShotDetector(untrained(weights).stn, "cpu")
+    detector = FewShotDetector(untrained(args.weights, img_size=args.img_size).stn, args.device)
     workers = predict.get_args_parser().get_default("num_workers")
     read = (item.square for item in read_inputs(paths, detector.size, False, workers, detector.clock))
     begin = time.perf_counter()
     while group := list(itertools.islice(read, SCORE_GROUP)):
         detector.features(detector.inputs(group))
+    if detector.clock.device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
@@ -96,7 +101,8 @@ def _run(folder: Path, images: Sequence[Path], args: argparse.Namespace) -> list
         (folder / "in" / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
     support = sorted(filter(is_image_file, (args.data_path / args.support).iterdir()))[:4]
     command = [sys.executable, "predict.py", "--support", *map(str, support), "--input", str(folder / "in")]
-    command += ["--output", str(folder / "out"), "--weights", args.weights, "--device", "cpu", *args.flags]
+    command += ["--output", str(folder / "out"), "--weights", args.weights, "--device", args.device]
+    command += ["--img_size", str(args.img_size), *args.flags]
     readings = []
     with subprocess.Popen(command, cwd=PROJECT_ROOT) as process:
         while process.poll() is None:

@@ -31,7 +31,7 @@ from models.regad import load_checkpoint
 from models.stn import STNResNet, folded
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from scorers.views import support_views
-from utils.devices import command_device, seed_everything
+from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import peak_memory_mb, provenance
@@ -195,16 +195,18 @@ def _time_network(network: STNResNet, device: torch.device, args: argparse.Names
     return {"eager_ms": eager, "folded_ms": quick, "times_faster": eager / quick, "relative_error": max(errors)}
 
 
-def time_plain(network: STNResNet, items: list[LabelledImage], support: list[Path], img_size: int) -> dict:
-    """Times one round of the plain definition on the CPU, in the processing order of the release.
+def time_plain(
+    network: STNResNet, items: list[LabelledImage], support: list[Path], img_size: int, device: torch.device
+) -> dict:
+    """Times one round of the plain definition on `device`, in the processing order of the release.
 
     Nothing is reused. Test images go through the network one by one, all support views in one batch.
     """
-    network, clock = network.cpu(), StageClock()
+    network, clock = network.to(device), StageClock(device)
 
     def embed(images: torch.Tensor, batch_size: int) -> torch.Tensor:
         with torch.no_grad():
-            batches = [plain.forward(network, batch)[1] for batch in images.split(batch_size)]
+            batches = [plain.forward(network, batch.to(device))[1] for batch in images.split(batch_size)]
         return plain.embedding([torch.cat(layer) for layer in zip(*batches, strict=True)])
 
     with clock("decode"):
@@ -228,7 +230,10 @@ def _time_plain_anew(
     checkpoint: Path, items: list[LabelledImage], support: list[Path], args: argparse.Namespace
 ) -> dict:
     network = load_checkpoint(checkpoint, "rotation_scale", args.img_size).stn.eval()
-    return time_plain(network, items, support, args.img_size)
+    device = resolve_device(args.device)
+    if device.type == "cuda":  # the memory of the CPU keeps torch's default
+        device = command_device(args.device)
+    return time_plain(network, items, support, args.img_size, device)
 
 
 def print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] | dict) -> None:

@@ -27,7 +27,7 @@ from datasets.mvtec import category_folder, list_source_images, list_test_items
 from models.regad import untrained
 from training.loop import Trainer
 from training.records import RunFiles
-from utils.devices import command_device, seed_everything
+from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, write_json
 from utils.records import provenance
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(0)
     with tempfile.TemporaryDirectory() as scratch:
         content = {"command": command_line("benchmarks.training", args), **provenance(device)}
-        content |= {"steps": _time_steps(args, device, Path(scratch))}
+        content |= {"steps": time_steps(args, device, Path(scratch))}
         content |= {"epochs": _time_epochs(args, Path(scratch)), "evaluation": _time_evaluation(args)}
     ours = sum(content["epochs"][-1]["scoring_seconds"].values())
     content["evaluation"]["times_faster"] = content["evaluation"]["plain"] / ours
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written: {target}")
 
 
-def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
+def time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
     """Seconds per training step up to the update: from image files (plain) and from the cache (ours), alternating."""
     sources = list_source_images(args.data_path, "folder", args.obj)
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
@@ -103,15 +103,20 @@ def _time_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -
 
 def _prepare_plain(args: argparse.Namespace, sources: dict[str, list[Path]]) -> None:
     """Creates the state of the plain loop in its process."""
-    model = untrained(args.weights, STN_MODE, args.img_size).train()
+    device = resolve_device(args.device)
+    if device.type == "cuda":  # the memory of the CPU keeps torch's default
+        device = command_device(args.device)
+    model = untrained(args.weights, STN_MODE, args.img_size).to(device).train()
     paths = {category: {path.name: path for path in of_category} for category, of_category in sources.items()}
-    plain_loop.update(model=model, optimizers=plain.optimizers(model, LR, MOMENTUM), paths=paths, size=args.img_size)
+    three = plain.optimizers(model, LR, MOMENTUM)
+    plain_loop.update(model=model, optimizers=three, paths=paths, size=args.img_size, device=device)
 
 
 def _time_plain_step(episode: Episode) -> float:
-    clock = StageClock()
+    clock = StageClock(plain_loop["device"])
     with clock("step"):
-        query, support = _read_episode(episode, plain_loop["paths"], plain_loop["size"])
+        read = _read_episode(episode, plain_loop["paths"], plain_loop["size"])
+        query, support = (images.to(plain_loop["device"]) for images in read)
         plain.training_step(plain_loop["model"], plain_loop["optimizers"], query, support)
     return clock.seconds["step"]
 
@@ -148,7 +153,7 @@ def _time_evaluation(args: argparse.Namespace) -> dict:
     folder = category_folder(args.data_path, "folder", args.obj)
     draws = draw_support_images(folder, args.shot, 1, seed=0)
     network = untrained(args.weights, STN_MODE, args.img_size).stn.eval()
-    one = time_plain(network, list_test_items(folder), draws[0], args.img_size)
+    one = time_plain(network, list_test_items(folder), draws[0], args.img_size, resolve_device(args.device))
     return {"plain_round": one, "plain": args.rounds * sum(one["seconds"].values())}
 
 

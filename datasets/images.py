@@ -5,6 +5,7 @@ Image size and resampling follow the release's data loader.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})  # written by NAS, macOS and Windows
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 NAMED_AT_MOST = 10  # images that a warning names one by one
+SHARED_BYTES = 32 * 2**20  # of shared memory for all worker processes; Docker's default is 64 MB in all
+PREFETCHED = 2  # batches per worker process, as torch's default
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
 Pixels = TypeVar("Pixels")
@@ -208,18 +211,54 @@ def limit_pixels(count: int) -> None:
 def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> Iterator:
     """Yields the items of `dataset` in order, in batches of `batch_size` (None: one by one).
 
-    `num_workers` processes read them; 0 reads them in this process.
+    `num_workers` processes read them, in smaller batches where SHARED_BYTES asks for it; 0 reads them in this process.
+    The items, tensors or dicts of tensors, are in this process's own memory.
 
     Raises:
         ImageError: as the dataset does. The message is one line, also when a worker process raised it.
+        UserError: a worker process was killed, for example because shared memory is full.
     """
     limit = partial(_limit_pixels_of_worker, Image.MAX_IMAGE_PIXELS)
     try:
         own = torch.Generator()  # the default one draws the weights, and reading must not advance it
-        yield from DataLoader(dataset, batch_size, num_workers=num_workers, worker_init_fn=limit, generator=own)
+        options = {"num_workers": num_workers, "worker_init_fn": limit, "generator": own}
+        if not num_workers:
+            yield from DataLoader(dataset, batch_size, **options)
+            return
+        part = batch_size and worker_batch(_bytes(dataset[0]), batch_size, num_workers)
+        pieces = iter(DataLoader(dataset, part, prefetch_factor=PREFETCHED, **options))
+        while some := list(itertools.islice(pieces, batch_size // part if part else 1)):
+            yield _copied(some, part is not None)
     except ImageError as error:
         *traceback, last = str(error).strip().splitlines()  # torch's message holds the worker's traceback
         raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise UserError(
+            "a process that reads images was killed, most likely because /dev/shm or memory is full: give a container "
+            "more (docker run --shm-size 1g), or read in the main process with --num_workers 0"
+        ) from error
+
+
+def worker_batch(item_bytes: int, batch_size: int, num_workers: int) -> int:
+    """The largest divisor of `batch_size` whose batches, ready or in work, stay within SHARED_BYTES in all; at least 1.
+
+    A worker holds PREFETCHED batches.
+    """
+    most = SHARED_BYTES // (item_bytes * num_workers * PREFETCHED)
+    return next(part for part in range(batch_size, 0, -1) if batch_size % part == 0 and part <= max(1, most))
+
+
+def _bytes(item: torch.Tensor | dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in (item.values() if isinstance(item, dict) else [item]))
+
+
+def _copied(pieces: list, are_batches: bool) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Consecutive small batches as one, or one item; copied, as what workers send stays in shared memory."""
+    if isinstance(pieces[0], dict):
+        return {name: _copied([piece[name] for piece in pieces], are_batches) for name in pieces[0]}
+    return torch.cat(pieces) if are_batches else pieces[0].clone()
 
 
 def _limit_pixels_of_worker(limit: float, _worker: int) -> None:

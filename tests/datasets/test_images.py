@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import random
+import signal
 import struct
 import sys
 import tracemalloc
@@ -15,10 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
 
 from benchmarks.reference import DATA, needs_reference
+from datasets import images as images_module
 from datasets.images import (
+    PREFETCHED,
+    SHARED_BYTES,
     ImageError,
     content_box,
     decode_image,
@@ -28,9 +37,12 @@ from datasets.images import (
     read_image,
     restore_map,
     to_square,
+    worker_batch,
 )
 from datasets.masks import read_mask
 from datasets.mvtec import LabelledDataset, LabelledImage
+from evaluation.scoring import SCORING_BATCH
+from utils.errors import UserError
 from utils.flags import MAX_PIXELS
 
 BLOCK = 16  # pixels; a test image is 2 x 2 blocks of one colour each
@@ -376,6 +388,54 @@ def test_workers_obey_the_limit_and_name_the_file(workers, tmp_path, pixel_limit
     with pytest.raises(ImageError, match=r"cannot read the image .*b\.png: .*limit of 1024 pixels") as caught:
         next(images)
     assert "\n" not in str(caught.value)
+
+
+@given(st.integers(1, 2**24), st.integers(1, 200), st.integers(1, 64))
+def test_workers_stay_within_their_shared_memory(item_bytes, batch_size, workers):
+    part = worker_batch(item_bytes, batch_size, workers)
+    assert batch_size % part == 0
+    assert part == 1 or part * item_bytes * workers * PREFETCHED <= SHARED_BYTES
+
+
+def test_the_default_batches_fit_into_docker_s_shared_memory():
+    item = 224 * 224 * (3 + 1 + 1)  # image, mask, counted
+    for batch_size in SCORING_BATCH.values():
+        assert worker_batch(item, batch_size, 2) * item * 2 * PREFETCHED <= 32 * 2**20
+    assert worker_batch(item, SCORING_BATCH["cpu"], 2) == SCORING_BATCH["cpu"]
+
+
+class Counted(Dataset):
+    """Items that hold their number."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return {"number": torch.full((100,), number)}
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_batches_of_workers_are_joined_outside_shared_memory(batch_size, monkeypatch):
+    monkeypatch.setattr(images_module, "SHARED_BYTES", 2 * 800 * PREFETCHED)  # two items of 100 integers
+    expected = list(read_batches(Counted(), batch_size, 0))
+    found = list(read_batches(Counted(), batch_size, 1))
+    assert len(found) == len(expected) == (11 if batch_size is None else 3)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["number"], other["number"]) and not one["number"].is_shared()
+
+
+class Killed(Counted):
+    """A worker that reads it is killed, as by a full /dev/shm."""
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        if get_worker_info():
+            os.kill(os.getpid(), signal.SIGBUS)
+        return super().__getitem__(number)
+
+
+def test_killed_workers_cost_one_sentence():
+    with pytest.raises(UserError, match=r"/dev/shm .*--shm-size 1g.*--num_workers 0"):
+        list(read_batches(Killed(), 4, 1))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])

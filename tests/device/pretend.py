@@ -5,7 +5,7 @@ FakeTensorMode: the result has a shape and a device, and an operation on tensors
 would return to the host is invented: a ramp from 0.1 to 1.
 
 `waits` counts where a real host would wait for the device:
-- scalars that are read: item(), tolist(), bool() of a tensor,
+- scalars that are read: item(), tolist(), bool() of a tensor, torch.equal,
 - nonzero and indices of bool, whose number of results the host must know,
 - copies from the device, and copies to the device from memory that is not pinned, also as an index or a constant,
 - functions that check their result on the host, such as eigh,
@@ -77,6 +77,8 @@ class PretendCuda(TorchDispatchMode):
         self._patches.setattr(cuda, "_lazy_init", lambda: None)
         self._patches.setattr(cuda, "synchronize", lambda *_: self._wait("synchronize"))
         self._patches.setattr(cuda, "current_stream", lambda *_: None)
+        self._patches.setattr(cuda, "is_bf16_supported", lambda *_, **__: True)
+        self._patches.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         self._patches.setattr(cuda, "get_device_name", lambda *_: "pretended")
         waiting = {"synchronize": lambda _: self._wait("Event.synchronize")}
         self._patches.setattr(cuda, "Event", type("WaitingEvent", (Event,), waiting))
@@ -128,6 +130,9 @@ class PretendCuda(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             self._wait("a scalar is read")
             return torch.ones((), dtype=args[0].dtype).item()
+        if func is aten.equal.default:
+            self._wait("equal")
+            return False
         if func is aten.nonzero.default:
             self._wait("nonzero")
             return self._run(aten.zeros.default, ((args[0].numel(), args[0].dim()),), _long_on(args[0]))

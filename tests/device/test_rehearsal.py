@@ -60,9 +60,9 @@ def trainer_and_images(demo_data, **options) -> tuple[Trainer, SourceImages, lis
     return Trainer(RegAD("rotation_scale", SIZE).to(CUDA), 0.01, 0.9, **options), images, episodes
 
 
-@pytest.mark.parametrize("resident", [True, False], ids=["images on the device", "images on the host"])
-def test_a_training_step_waits_for_nothing(pretend, demo_data, resident):
-    trainer, images, episodes = trainer_and_images(demo_data)
+@pytest.mark.parametrize(("resident", "bf16"), [(True, False), (False, False), (True, True)])
+def test_a_training_step_waits_for_nothing(pretend, demo_data, resident, bf16):
+    trainer, images, episodes = trainer_and_images(demo_data, bf16=bf16)
     assert images.resident
     images.resident = images.resident if resident else {}
     step = lambda: trainer.step(*images.episode(episodes[0]), StageClock())  # noqa: E731
