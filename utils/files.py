@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ import torch
 from utils.errors import UserError, WriteError
 
 NAME_LETTERS = 40  # of a file's name in that of its temporary file, which must not be longer than names may be
+TEMPORARY = re.compile(r"\..*\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the names that `temporary_name` gives
+LEFTOVER_SECONDS = 24 * 3600  # no file is written for longer
+_tidied: set[Path] = set()  # the folders in which this process has looked for leftovers
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,7 +69,8 @@ def temporary_name(path: Path) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`. The file is renamed to `path` once it is complete and on the disk.
 
-    After a fault, `path` is what it was before, and there is no temporary file.
+    After a fault, `path` is what it was before, and there is no temporary file. A killed process leaves one, which the
+    next process removes that writes into the folder, a day later or more.
 
     Raises:
         WriteError: the disk is full, a permission is missing, or the like.
@@ -77,6 +82,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(aside, "rb+") as written:  # Windows flushes only files that are open for writing
             os.fsync(written.fileno())
         os.replace(aside, path)
+        _remove_leftovers(path)
     except (OSError, RuntimeError) as error:
         fault = _fault(error, {None, str(aside), str(path), *map(str, path.parents)})
         if fault is None:
@@ -85,6 +91,23 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it may never have been there
             aside.unlink()
+
+
+def _remove_leftovers(written: Path) -> None:
+    """Removes the temporary files beside `written` that are LEFTOVER_SECONDS older; once per folder and process.
+
+    All times are of the file system's clock, which other machines share. Process ids would say nothing there.
+    """
+    if written.parent in _tidied:
+        return
+    _tidied.add(written.parent)
+    with suppress(OSError), os.scandir(written.parent) as entries:
+        newest = written.stat().st_mtime - LEFTOVER_SECONDS
+        for entry in entries:
+            if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with suppress(OSError):  # another process was faster
+                    if entry.stat(follow_symlinks=False).st_mtime < newest:
+                        os.unlink(entry.path)
 
 
 def _fault(error: BaseException | None, places: set[str | None]) -> OSError | None:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utils import files
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, format_elapsed, run_command
 from utils.files import PROJECT_ROOT, load_tensors, whole_file, write_json
@@ -38,6 +39,39 @@ def test_whole_file_keeps_the_old_file_until_the_new_one_is_complete(tmp_path):
         write_json(target, {"number": float("nan")})
     assert json.loads(target.read_text()) == {"number": 1}
     assert list(tmp_path.iterdir()) == [target]
+
+
+KILLED_WRITER = """
+import os, sys; from pathlib import Path; from utils.files import whole_file
+first, second, third = map(whole_file, map(Path, sys.argv[1:]))
+with first as one, second as two, third as three:
+    for aside in (one, two, three): aside.touch()
+    os._exit(1)
+"""
+
+
+def test_leftovers_of_killed_processes_are_removed_after_a_day(tmp_path, monkeypatch):
+    """Those of any target in the folder, once per process; younger ones may be written to at this moment."""
+    monkeypatch.setattr(files, "_tidied", set())
+    targets = [str(tmp_path / name) for name in ("record.json", "an image.png", "x" * 250)]
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, *targets], cwd=PROJECT_ROOT, check=False)
+    leftovers = list(tmp_path.iterdir())
+    own = [tmp_path / name for name in ("notes.tmp", ".notes.tmp", ".a.1.0123456.tmp", "a.12.01234567.tmp")]
+    for path in own:
+        path.touch()
+    link = tmp_path / ".a.12.01234567.tmp"
+    link.symlink_to(own[0])
+    assert len(leftovers) == 3
+    now = time.time()
+    for path in [*own, *leftovers[1:]]:
+        os.utime(path, (now, now - files.LEFTOVER_SECONDS - 60))
+    os.utime(leftovers[0], (now, now - files.LEFTOVER_SECONDS + 60))
+    write_json(tmp_path / "record.json", {})
+    assert sorted(tmp_path.iterdir()) == sorted([*own, link, leftovers[0], tmp_path / "record.json"])
+    os.utime(leftovers[0], (0, 0))
+    monkeypatch.setattr(os, "scandir", lambda _: pytest.fail("the folder is listed again"))
+    write_json(tmp_path / "other.json", {})
+    assert leftovers[0].exists()
 
 
 WRITER = """
