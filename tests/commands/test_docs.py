@@ -15,6 +15,7 @@ from grid import comparison
 from grid.comparison import compare
 from grid.results import read_results
 from grid.tables import make_tables, to_markdown
+from inspection.results import BOX_COLUMNS, CSV_COLUMNS
 from scorers.views import VIEWS_PER_IMAGE
 from tests.commands.test_commands import DOCUMENTS
 from utils.files import PROJECT_ROOT
@@ -132,3 +133,9 @@ def test_the_record_of_the_docs(tmp_path):
     results = [read_results(tmp_path / name) for name in "ab"]
     assert "| bottle | 95.1 ± 0.3 |" in to_markdown(results[0], make_tables(results[0]))
     assert "| image AUROC | 2 | last | +1.00 |" in comparison.to_markdown(compare(*results))
+
+
+@pytest.mark.parametrize(("file", "columns"), [("scores.csv", CSV_COLUMNS), ("boxes.csv", BOX_COLUMNS)])
+def test_the_columns_of_the_docs(file, columns):
+    (content,) = re.findall(rf"^\| `{re.escape(file)}` \| (.*) \|$", TEXTS["docs/inspection.md"], flags=re.MULTILINE)
+    assert tuple(re.findall(r"`(\w+)`", content)) == columns
