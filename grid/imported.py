@@ -58,11 +58,7 @@ def import_record(args: argparse.Namespace) -> Path:
         **{"weights": args.kind, "epoch": None, "checkpoint": None, "scorer": args.name},
         "imported": {"path": str(args.import_scores), "sha256": depends["scores"]},
         "decisive": depends,
-        "support_set": {
-            "source": support.source,
-            "names": support.names,
-            **({"path": str(support.file), "sha256": sha256(support.file)} if support.file else {}),
-        },
+        "support_set": _support_record(support),
         "test_pictures": len(items),
         **metrics,
     }
@@ -80,6 +76,11 @@ def _decisive(args: argparse.Namespace, items: Sequence[LabelledImage], support:
         "support images": digest([support.names, support.file and sha256(support.file)]),
         "test images": test_digest(items),
     }
+
+
+def _support_record(support: SupportRounds) -> dict:
+    file = {"path": str(support.file), "sha256": sha256(support.file)} if support.file else {}
+    return {"source": support.source, "names": support.names, **file}
 
 
 def _print(record: dict, path: Path) -> None:

@@ -14,7 +14,7 @@ KILLED = 137  # the exit code of a process that was killed with SIGKILL
 
 
 def _end_with(pipe: int) -> None:
-    """Returns never: at the end of the pipe, which the system closes when the driver dies, the process ends."""
+    """Ends the process at the end of the pipe, which the system closes when the driver dies. Never returns."""
     while os.read(pipe, 1):
         pass
     os._exit(KILLED)
