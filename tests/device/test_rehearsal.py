@@ -5,6 +5,7 @@ Nothing is computed on the device, so no number is checked here; `pytest -m cuda
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +20,11 @@ from datasets.episodes import draw_episodes
 from datasets.mvtec import LabelledDataset, list_source_images, list_test_items
 from datasets.support import read_support_images
 from evaluation.scoring import compute_test_features, score_rounds
+from grid.estimate import measure
 from inspection.detector import FewShotDetector
+from inspection.export import ExportedDetector
+from inspection.unusual import Likeness
+from models.networks import scoring_network
 from models.regad import RegAD
 from models.stn import folded
 from scorers import features, maps, neighbours
@@ -34,7 +39,9 @@ WAITS_OF_A_ROUND, WAITS_OF_A_BATCH = 3, 1  # largest number allowed
 
 
 @pytest.fixture
-def pretend():
+def pretend(monkeypatch):
+    twins = Likeness.twins  # the invented answer is that all are copies; then only one image would be left
+    monkeypatch.setattr(Likeness, "twins", lambda *given: twins(*given) and {})
     with PretendCuda() as mode:
         yield mode
 
@@ -60,7 +67,7 @@ def trainer_and_images(demo_data, **options) -> tuple[Trainer, SourceImages, lis
     return Trainer(RegAD("rotation_scale", SIZE).to(CUDA), 0.01, 0.9, **options), images, episodes
 
 
-@pytest.mark.parametrize(("resident", "bf16"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(("resident", "bf16"), [(True, False), (False, True)])
 def test_a_training_step_waits_for_nothing(pretend, demo_data, resident, bf16):
     trainer, images, episodes = trainer_and_images(demo_data, bf16=bf16)
     assert images.resident
@@ -104,7 +111,11 @@ def test_a_round_waits_at_most_three_times(pretend, demo_data, normal, scorer):
 
 @pytest.fixture
 def detector(pretend, normal):
-    return lambda **options: FewShotDetector(RegAD("rotation_scale", SIZE).stn, "cuda", **options).fit(normal[:3])
+    def fit(for_threshold: bool = False, **options) -> FewShotDetector:
+        network = RegAD("rotation_scale", SIZE).stn
+        return FewShotDetector(network, "cuda", **options).fit(normal[:3], for_threshold)
+
+    return fit
 
 
 @pytest.mark.parametrize(("scorer", "region"), [("gaussian", False), ("neighbours", False), ("neighbours", True)])
@@ -115,14 +126,14 @@ def test_an_image_batch_waits_once(pretend, detector, normal, scorer, region):
     assert sum(waits.values()) == WAITS_OF_A_BATCH, waits
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
-def test_a_detector_with_tiles_is_saved_loaded_and_calibrated(pretend, detector, normal, tmp_path, scorer):
-    fitted = detector(scorer=scorer, tile=48)
+@pytest.mark.parametrize(("scorer", "tile"), [("gaussian", "off"), ("neighbours", 48)])
+def test_a_detector_is_calibrated_saved_and_loaded(pretend, detector, normal, tmp_path, scorer, tile):
+    fitted = detector(for_threshold=True, scorer=scorer, tile=tile)
     fitted.calibrate(0.1)
     fitted.save(tmp_path / "part.regad")
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cuda")
-    scores, maps_of_tiles = loaded.score(normal[3:])
-    assert len(scores) == len(maps_of_tiles) == len(normal[3:])
+    scores, score_maps = loaded.score(normal[3:])
+    assert len(scores) == len(score_maps) == len(normal[3:])
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -146,6 +157,28 @@ def test_test_command(pretend, demo_data, tmp_path):
 def test_train_command(pretend, demo_data, tmp_path):
     train.main([*command(demo_data, tmp_path, "--epochs 1 --batch_size 3"), "--cache_dir", str(tmp_path / "cache")])
     assert list((tmp_path / "save").rglob("*_model.pt"))
+
+
+def test_estimate_of_a_table(pretend, monkeypatch):
+    monkeypatch.setattr("grid.estimate.CUDA_PASSES", 1)
+    settings = argparse.Namespace(
+        device="cuda", batch_size=2, img_size=SIZE, backbone="resnet18", stn_mode="affine", amp="bf16"
+    )
+    assert measure(settings).training > 0
+
+
+def test_a_network_of_timm(pretend, normal):
+    pytest.importorskip("timm")
+    network = scoring_network("timm:test_resnet", "affine", SIZE, None, "none")
+    fitted = FewShotDetector(network, "cuda").fit(normal[:2])
+    assert len(fitted.score(normal)[0]) == len(normal)
+
+
+def test_a_detector_on_the_device_is_exported_from_the_cpu(pretend, detector, normal):
+    module = ExportedDetector(detector(region=np.tri(SIZE, dtype=bool)))
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"cpu"}
+    maps_of_images, scores = module(torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8))
+    assert maps_of_images.shape == (1, SIZE, SIZE) and scores.device.type == "cpu"
 
 
 # Planted faults: the rehearsal notices each of them.
