@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -163,19 +162,37 @@ class FewShotDetector:
             raise UserError("no support images: at least one normal image is needed")
         self.tiling = settle_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
         layouts = [self.layout_of(*size) for size in support.sizes]
-        store, ends = self._support_features(support, layouts)
-        prepared = {scorer.name: store.prepared[scorer.name] for scorer in store.scorers}
-        if not any(layouts):
-            support, prepared = self._without_near_copies(support, prepared)
-        features = prepared[self.scorer.name]
-        with self.clock(self.scorer.name):
-            self.fitted = self.scorer.fit(features)
-            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrast(self._on_device(support.squares)))
+        if any(layouts):
+            return self._fit_to_tiles(support, layouts, for_threshold)
+        support, prepared = self._support_features(support)
+        self._fit_to(prepared, contrast(torch.stack(support.squares)))
         if for_threshold and len(support.names) > 1:
-            if any(layouts):
-                left_out = self._leave_one_out(support.images, features, ends * len(self.scorer.views))
-            else:
-                left_out = leave_one_out(self.scorer, features, self.size, self.clock, self._inside_views)
+            features = prepared[self.scorer.name]
+            left_out = leave_one_out(self.scorer, features, self.size, self.clock, self._inside_views)
+            self.left_out = left_out._replace(names=support.names, thumbnails=_thumbnails(support.squares))
+        return self
+
+    def _fit_to(self, prepared: dict[str, Prepared], contrasts: torch.Tensor) -> None:
+        """Fits to the features of support images or tiles and their contrasts (n,)."""
+        with self.clock(self.scorer.name):
+            self.fitted = self.scorer.fit(prepared[self.scorer.name])
+            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrasts)
+
+    def _fit_to_tiles(self, support: _Support, layouts: list[Layout | None], for_threshold: bool) -> FewShotDetector:
+        """Fits to the tiles of the support images as they are: many tiles show more than the views of a few."""
+        chosen = fitting_corners(layouts)
+        ends = np.cumsum([max(1, len(corners)) for corners in chosen])
+        store, contrasts, number = FeatureStore([self.scorer, LIKENESS], int(ends[-1])), [], 0
+        for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True):
+            for tiles in self._cut(image, layout, corners) if layout else [square[None]]:
+                inputs = upload(tiles, self.clock.device)
+                with self.clock("network"):
+                    store.write(number, self._folded.features(inputs))
+                contrasts.append(contrast(inputs))
+                number += len(inputs)
+        self._fit_to(store.prepared, torch.cat(contrasts))
+        if for_threshold and len(support.names) > 1:
+            left_out = self._leave_one_out(support.images, store.prepared[self.scorer.name], ends)
             self.left_out = left_out._replace(names=support.names, thumbnails=_thumbnails(support.squares))
         return self
 
@@ -190,23 +207,16 @@ class FewShotDetector:
         self._name_copies(support.names, twins, "a copy of")
         return support.keep([n for n in range(len(squares)) if n not in twins])
 
-    def _support_features(self, support: _Support, layouts: list[Layout | None]) -> tuple[FeatureStore, np.ndarray]:
-        """Features of all views of the images or of their tiles, and where those of each image end, in images."""
-        chosen = fitting_corners(layouts, len(self.scorer.views))
-        ends = np.cumsum([max(1, len(corners)) for corners in chosen])
-        parts = (
-            part
-            for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True)
-            for part in (self._cut(image, layout, corners) if layout else [square])
-        )
-        store, number = FeatureStore([self.scorer, LIKENESS], int(ends[-1]), with_views=True), 0
+    def _support_features(self, support: _Support) -> tuple[_Support, dict[str, Prepared]]:
+        """The support images without near copies, and the features of all their views."""
+        store = FeatureStore([self.scorer, LIKENESS], len(support.names), with_views=True)
         group = SUPPORT_GROUP[self.clock.device.type]
-        while some := list(itertools.islice(parts, group)):
+        for start in range(0, len(support.names), group):
+            some = support.squares[start : start + group]
             with self.clock("network"):
-                inputs, numbers = upload(torch.stack(some), self.clock.device), range(number, number + len(some))
+                inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))
                 write_support_images(store, numbers, self._folded, inputs, VIEWS_PER_IMAGE * group)
-            number += len(some)
-        return store, ends
+        return self._without_near_copies(support, dict(store.prepared))
 
     def _without_near_copies(
         self, support: _Support, prepared: dict[str, Prepared]
@@ -226,13 +236,14 @@ class FewShotDetector:
         self.copies += [f"{names[copy]} is {what} {names[of]} and does not count" for copy, of in twins.items()]
 
     def _cut(self, image: ImageInput, layout: Layout, corners: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """The tiles (3, S, S) of an image at `corners`."""
+        """The tiles (n, 3, S, S) of an image at `corners`, a few at a time."""
         with self.clock("decode"):
             decoded = self._decoded(image)
-        for corner in corners:
+        size = NETWORK_GROUP.get(self.clock.device.type, NETWORK_GROUP["cuda"])
+        for start in range(0, len(corners), size):
             with self.clock("decode"):
-                tile = layout.cut(decoded, *corner)
-            yield tile
+                tiles = torch.stack([layout.cut(decoded, *corner) for corner in corners[start : start + size]])
+            yield tiles
 
     def _leave_one_out(self, images: Sequence[ImageInput], support: Prepared, ends: np.ndarray) -> NormalScores:
         """Leave-one-out scores of support images that are cut: each is left out with all its tiles.

@@ -23,9 +23,9 @@ from PIL import Image
 OVERLAP = 0.25  # of a tile's side: the least overlap of neighbouring tiles
 MAX_SHRINK = 4  # longer side of an image divided by S, up to which `auto` does not cut it
 AUTO_SHRINK = 1  # the shrink of a tile where `auto` cuts support images: none, small defects are to be found
-FIT_VIEWS = 512  # views of tiles that a detector is fitted to, over all support images; bounds time and memory
+FIT_TILES = 2048  # tiles that a detector is fitted to, over all support images; bounds time and memory
 MIN_TILE = 16  # pixels; smaller tiles are enlarged beyond any use
-SUBSET_SEED = 0  # for the tiles of each support image that these views show
+SUBSET_SEED = 0  # for the tiles of each support image, where there are more
 AUTO, OFF = "auto", "off"
 
 Tile = int | str  # AUTO, OFF, or the side of a tile in pixels of the image
@@ -164,13 +164,13 @@ def cross_fade(size: int) -> np.ndarray:
     return np.minimum(1, inside / (OVERLAP * size)).astype(np.float32)
 
 
-def fitting_corners(layouts: Sequence[Layout | None], views: int) -> list[list[tuple[int, int]]]:
+def fitting_corners(layouts: Sequence[Layout | None]) -> list[list[tuple[int, int]]]:
     """The tiles of each support image that the detector is fitted to; none where an image stays whole.
 
-    At most FIT_VIEWS / views tiles in all, the same number of every image, drawn at random with a fixed seed.
+    At most FIT_TILES in all, the same number of every image, drawn at random with a fixed seed.
     """
     generator = torch.Generator().manual_seed(SUBSET_SEED)
-    most = max(1, FIT_VIEWS // views // max(1, len(layouts)))
+    most = max(1, FIT_TILES // max(1, len(layouts)))
     chosen = []
     for layout in layouts:
         corners = layout.corners if layout else []

@@ -34,6 +34,7 @@ LEAVE_ONE_OUT = 1.4  # times the median leave-one-out distance
 CLEARLY = 0.9  # ratio of two distances, for the direction
 NEAR_COPY = 0.035  # relative distance of the grids; different parts are farther apart in seven categories
 NEAR_VIEW = 0.3  # times the distance to the image's own rotated views, whichever is smaller
+MOST_TILES = 256  # of large support images, whose statistics are kept
 TINY = 1e-12
 
 
@@ -56,20 +57,26 @@ class Likeness:
     def fit(self, support: Prepared, contrasts: torch.Tensor) -> Fitted:
         """What `measure` needs, from the prepared features of all views of K images and their contrasts (K,).
 
+        Of many images without views, as tiles are, MOST_TILES are kept; they show no direction and no copies.
+
         limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0. near: distance
         below which an image is a near copy.
         """
-        split = len(support) - LAYERS
-        statistics = [part.view(-1, len(self.views), part.shape[1]) for part in support[:split]]  # (K, V, C)
-        grids = [part.view(-1, len(self.views), part.shape[1]) for part in support[split:]]
+        split, has_views = len(support) - LAYERS, len(support[0]) > len(contrasts)
+        views = len(self.views) if has_views else 1
+        statistics = [part.unflatten(0, (-1, views)) for part in support[:split]]  # (K, V, C)
+        grids = [part.unflatten(0, (-1, views)) for part in support[split:]]
+        if not has_views:
+            statistics, grids = [_evenly(part, MOST_TILES) for part in statistics], [part[:1] for part in grids]
         left_out = self._left_out(statistics)
         limit = max(LEAST_LIMIT, LEAVE_ONE_OUT * float(left_out.median())) if len(left_out) else LEAST_LIMIT
-        upright, turned = self._directions(grids)
+        upright, turned = self._directions(grids) if has_views else ([part[:, 0] for part in grids], grids)
+        near = self._near(grids) if has_views else contrasts.new_zeros(1)
         fitted = {
             "limit": contrasts.new_tensor(limit),
             "direction": contrasts.new_tensor(float(self._is_fixed(upright, turned))),
             "contrast": LEAST_CONTRAST * contrasts.min(),
-            "near": self._near(grids).clamp(min=TINY),
+            "near": near.clamp(min=TINY),
         }
         fitted |= {f"statistic{n}": part.flatten(0, 1).contiguous() for n, part in enumerate(statistics)}
         fitted |= {f"upright{n}": part for n, part in enumerate(upright)}
@@ -128,7 +135,8 @@ class Likeness:
         if count < 2:
             return torch.empty(0)
         distances = _relative([part[:, 0] for part in statistics], [part.flatten(0, 1) for part in statistics])
-        own = torch.eye(count, dtype=torch.bool, device=distances.device).repeat_interleave(len(self.views), dim=1)
+        own = torch.eye(count, dtype=torch.bool, device=distances.device)
+        own = own.repeat_interleave(statistics[0].shape[1], dim=1)
         return distances.masked_fill(own, torch.inf).amin(dim=1)
 
     def _directions(self, grids: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -159,6 +167,11 @@ def _phrase(low: float, distance: float, limit: float, turned: float) -> str:
 def contrast(inputs: torch.Tensor) -> torch.Tensor:
     """Standard deviation (B,) of the grey values of images (B, 3, S, S) in [0, 1]."""
     return inputs.mean(dim=1).flatten(1).std(dim=1)
+
+
+def _evenly(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` of the rows, at even distances."""
+    return rows[:: -(-len(rows) // most)]
 
 
 def _named(fitted: Fitted, stem: str) -> list[torch.Tensor]:

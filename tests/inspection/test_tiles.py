@@ -48,10 +48,10 @@ def with_spot(image: Image.Image, x: int, y: int, side: int = 10) -> Image.Image
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_views():
-    """Detectors are fitted to 10 tiles, which takes less time."""
+def _few_tiles():
+    """Detectors are fitted to 60 tiles, which takes less time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "FIT_VIEWS", 130)
+        patch.setattr(tiles, "FIT_TILES", 60)
         yield
 
 
@@ -127,10 +127,10 @@ def test_sides_of_tiles(text):
 
 def test_number_of_fitted_tiles_is_bounded():
     layouts = [Layout(4000, 3000, 4000, 3000, 224), None, Layout(300, 300, 300, 300, 224)]
-    chosen = fitting_corners(layouts, 13)
-    assert len(chosen[0]) == len(chosen[2]) == tiles.FIT_VIEWS // 13 // 3 and chosen[1] == []
+    chosen = fitting_corners(layouts)
+    assert len(chosen[0]) == min(len(layouts[0].corners), tiles.FIT_TILES // 3) and chosen[1] == []
     assert all(set(chosen[number]) <= set(layouts[number].corners) for number in (0, 2))
-    assert chosen == fitting_corners(layouts, 13) and fitting_corners(layouts[2:], 13) == [layouts[2].corners]
+    assert chosen == fitting_corners(layouts) and fitting_corners(layouts[2:]) == [layouts[2].corners]
 
 
 def test_a_small_defect_in_a_large_image(detector):
@@ -168,7 +168,7 @@ def test_images_that_are_not_cut_are_scored_as_without_tiles(network):
 
 
 def test_a_whole_image_is_left_out_with_all_its_tiles(detector, network, monkeypatch):
-    monkeypatch.setattr(tiles, "FIT_VIEWS", 512)
+    monkeypatch.setattr(tiles, "FIT_TILES", 2048)
     images = [surface(seed, 110, 90) for seed in range(2)]  # so few tiles that the detector is fitted to all
     left_out = FewShotDetector(network, "cpu", tile=48).fit(images).left_out
     for number, other in ((0, 1), (1, 0)):
