@@ -176,7 +176,7 @@ class FewShotDetector:
         """Fits to the features of support images or tiles and their contrasts (n,)."""
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(prepared[self.scorer.name])
-            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrasts)
+            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrasts.to(self.clock.device))
 
     def _fit_to_tiles(self, support: _Support, layouts: list[Layout | None], for_threshold: bool) -> FewShotDetector:
         """Fits to the tiles of the support images as they are: many tiles show more than the views of a few."""
