@@ -28,8 +28,18 @@ from inspection.inputs import (
     list_inputs,
 )
 from inspection.predictions import PANELS, Outputs, map_scale, predict
-from inspection.report import known_images, plain_known, report_page
-from inspection.results import DEFECTIVE, PAGE, SUMMARY, UNUSUAL, Prediction, ResultFiles, count_decisions, has_results
+from inspection.report import choose_previews, is_made_with, known_images, plain_known, report_page
+from inspection.results import (
+    DEFECTIVE,
+    PAGE,
+    SCORES,
+    SUMMARY,
+    UNUSUAL,
+    Prediction,
+    ResultFiles,
+    count_decisions,
+    has_results,
+)
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, write_page
 from utils.errors import UserError, require_positive, run_command
@@ -39,6 +49,7 @@ from utils.records import peak_memory_mb, plain_arguments, provenance
 
 SOME_FAILED = 1  # exit code if some images failed; all others are processed
 SOME_CALLED = 3  # exit code with --fail_on_defect if an image is defective or unusual; comes before SOME_FAILED
+MOST_CALLED = 10  # images with another decision than normal that are printed at the end
 REFRESH_SECONDS, REFRESH_SHARE = 5.0, 0.05  # --watch writes scores.json and the report so seldom, in so little time
 
 
@@ -164,6 +175,7 @@ class Run:
         new = [path for path in paths if identify(path) not in self.results.done]
         if len(new) < len(paths):
             print(f"{len(paths) - len(new)} of {len(paths)} images have results in {self.args.output} already")
+            self._mention_other_decisions()
         begin = time.perf_counter()
         is_whole = False
         with suppress(KeyboardInterrupt):
@@ -218,6 +230,13 @@ class Run:
                 "give --append to add results of this one, --overwrite, another --output, or the detector as before"
             )
 
+    def _mention_other_decisions(self) -> None:
+        own = self.outputs.detector, self.detector.threshold
+        others = sum(not is_made_with(row, *own) for row in self.results.rows)
+        if others:
+            what = "1 result is" if others == 1 else f"{others} results are"
+            print(f"{what} of another detector or threshold and not on the page; --overwrite scores all images again")
+
     def _score(self, paths: Iterable[Path], watcher: Watcher | None = None) -> None:
         """Scores images and adds their rows. With a watcher, images that may become readable are left out."""
         previews = PAGE_IMAGES - sum(bool(row.preview.thumbnail) for row in self.results.rows)
@@ -254,6 +273,7 @@ class Run:
         try:
             write_json(self.args.output / SUMMARY, self._summary(total_seconds))
             file = self.args.save or self.args.detector
+            choose_previews(self.results.rows, self.args.output, self.outputs.detector, self.detector.threshold)
             page = report_page(
                 self.detector, self.outputs.detector, file, self.results.rows, self.root, self.known_images
             )
@@ -285,14 +305,25 @@ class Run:
             "peak_memory_mb": peak_memory_mb(),
         }
 
+    def _list_called(self) -> None:
+        """Prints the images of this call that somebody should look at, the highest score first."""
+        called = sorted((row for row in self.rows if row.is_called), key=lambda row: -row.score)
+        for row in called[:MOST_CALLED]:
+            print(_outcome(row))
+        if len(called) > MOST_CALLED:
+            print(f"and {len(called) - MOST_CALLED} more, see {self.args.output / SCORES}")
+
     def _summarise(self, is_whole: bool) -> None:
         """Prints the failed images and the number of decisions of this call."""
         if not self.args.watch:
             for row in self.rows:
                 _complain(row)
+            self._list_called()
         count = count_decisions(self.rows)
         doubtful = sum(row.warning is not None for row in self.rows)
-        parts = [f"{count['scored']} images scored", f"{count[DEFECTIVE]} defective", f"{count['failed']} failed"]
+        is_classified = self.detector.threshold is not None
+        decided = f"{count[DEFECTIVE]} defective" if is_classified else "not classified"
+        parts = [f"{count['scored']} images scored", decided, f"{count['failed']} failed"]
         parts += [f"{count[UNUSUAL]} unusual"] if count[UNUSUAL] else []
         parts += [f"{doubtful} beyond the bit depth"] if doubtful else []
         in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
@@ -303,8 +334,12 @@ def _describe(row: Prediction) -> None:
     """Prints the outcome of an image that arrived."""
     _complain(row)
     if row.score is not None:
-        why = f" ({row.unusual})" if row.unusual else ""
-        print(f"{row.path}: {row.score:.3f} {row.decision or ''}{why}", flush=True)
+        print(_outcome(row), flush=True)
+
+
+def _outcome(row: Prediction) -> str:
+    why = f" ({row.unusual})" if row.unusual else ""
+    return f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip()
 
 
 def _complain(row: Prediction) -> None:

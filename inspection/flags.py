@@ -103,7 +103,7 @@ def _describe(detector: FewShotDetector) -> None:
     normal, threshold = detector.calibration or detector.left_out, detector.threshold
     print(f"threshold: {describe_threshold(threshold)}")
     if normal is not None and threshold is not None:
-        print(f"{len(normal.scores)} normal images, most unusual first:")
+        print(f"{len(normal.scores)} normal images, highest scores first:")
         for name, score in normal.by_score()[:MOST_NORMAL]:
             print(f"  {score:8.3f}  {'above the threshold  ' if score > threshold.value else ''}{name}")
     for sentence in [*detector.copies, *(threshold.warnings if threshold else ())]:
@@ -117,7 +117,7 @@ def _compare_defects(detector: FewShotDetector, paths: list[Path]) -> None:
     detector.defects = sorted(known, key=lambda defect: defect.score)
     limit = math.inf if detector.threshold is None else detector.threshold.value
     found = sum(defect.score > limit or bool(defect.unusual) for defect in known)
-    print(f"{found} of {len(known)} known defects are found; lowest scores first:")
+    print(f"known defects: {found} of {len(known)} found, lowest scores first:")
     for name, score, why in detector.defects[:MOST_NORMAL]:
         print(f"  {score:8.3f}  {'' if score > limit or why else 'missed  '}{name}")
 

@@ -21,7 +21,7 @@ from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.results import Prediction, decide, relative_score
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
-from reports.drawing import CALLED, HOT, beside, boxed, colour_limits, outline, overlay, save_image, titled
+from reports.drawing import CALLED, HOT, apart, beside, boxed, colour_limits, outline, overlay, save_image, titled
 from reports.page import NO_PREVIEW, Preview, make_preview
 from utils.files import whole_file
 from utils.stages import in_threads
@@ -173,7 +173,22 @@ def _write(
     return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
 
 
-def panel_titles(threshold: Threshold | None) -> tuple[str, ...]:
+def read_preview(folder: Path, row: Prediction) -> Preview:
+    """The preview of a row from the panels in the output folder; empty if they are not there."""
+    places = [folder / name for name in row.files if name.endswith(PANELS_SUFFIX)]
+    titles = panel_titles(row.threshold)
+    try:
+        panels = [Image.open(place).convert("RGB") for place in places]
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return NO_PREVIEW
+    if len(panels) == 1:
+        panels = apart(panels[0], len(titles))
+    return (
+        make_preview(dict(zip(titles, panels, strict=True)), HEAT_PANEL) if len(panels) == len(titles) else NO_PREVIEW
+    )
+
+
+def panel_titles(threshold: Threshold | float | None) -> tuple[str, ...]:
     """The titles of `draw_panels`."""
     return (IMAGE_PANEL, HEAT_PANEL) if threshold is None else (IMAGE_PANEL, HEAT_PANEL, OUTLINE_PANEL)
 

@@ -14,11 +14,11 @@ from inspection.boxes import find_boxes
 from inspection.detector import FewShotDetector
 from inspection.flags import describe_threshold
 from inspection.inputs import full_name
-from inspection.predictions import HEAT_PANEL, draw_panels
-from inspection.results import SUMMARY, Prediction
-from inspection.threshold import NormalScores
+from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
+from inspection.results import SUMMARY, UNUSUAL, Prediction
+from inspection.threshold import NormalScores, Threshold
 from reports.drawing import CALLED, HOT, colour_limits, css_colour
-from reports.page import NO_PREVIEW, Page, PageRow, Preview, Reference, make_preview
+from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
 from utils.files import sha256
 
 MOST_WARNINGS = 10
@@ -44,8 +44,7 @@ def report_page(
     `known_images`.
     """
     threshold = detector.threshold
-    made_with = (identity, threshold and threshold.value)
-    rows = [row for row in results if (row.detector, row.threshold) == made_with]
+    rows = [row for row in results if is_made_with(row, identity, threshold)]
     others = len(results) - len(rows)
     support = detector.origin.get("support", [])
     facts = [
@@ -70,6 +69,25 @@ def report_page(
     )
 
 
+def is_made_with(row: Prediction, identity: str, threshold: Threshold | None) -> bool:
+    """Whether this detector and this threshold decided on the image."""
+    return (row.detector, row.threshold) == (identity, threshold and threshold.value)
+
+
+def choose_previews(rows: list[Prediction], folder: Path, identity: str, threshold: Threshold | None) -> None:
+    """Gives the PAGE_IMAGES rows of the page with the highest scores a preview, and all others none.
+
+    Changes `rows`. Previews that are missing, such as those of earlier runs, are read from the files in `folder`.
+    """
+    own = [n for n, row in enumerate(rows) if row.score is not None and is_made_with(row, identity, threshold)]
+    chosen = set(sorted(own, key=lambda number: -rows[number].score)[:PAGE_IMAGES])
+    for number, row in enumerate(rows):
+        if number not in chosen:
+            rows[number] = row._replace(preview=NO_PREVIEW)
+        elif not row.preview.thumbnail:
+            rows[number] = row._replace(preview=read_preview(folder, row))
+
+
 def known_images(detector: FewShotDetector) -> list[Reference]:
     """Support images, calibration images and known defects, with their scores, where these are known.
 
@@ -83,9 +101,9 @@ def known_images(detector: FewShotDetector) -> list[Reference]:
             preview = _preview(detector, path, normal.maps[number]) if path else _thumbnail(normal, number)
             found.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
     for defect in detector.defects:
-        found.append(
-            Reference(Path(defect.name).name, "known defect", defect.score, _input(detector, Path(defect.name)))
-        )
+        path, decision = Path(defect.name), UNUSUAL if defect.unusual else None
+        preview = _input(detector, path)
+        found.append(Reference(path.name, "known defect", defect.score, preview, decision, defect.unusual))
     return found
 
 
@@ -143,4 +161,4 @@ def _network(detector: FewShotDetector) -> str:
 def _page_row(row: Prediction, root: Path) -> PageRow:
     """The row of the page; images outside `root`, which an earlier watch may have scored, keep their whole path."""
     name = row.path.removeprefix(f"{full_name(root).rstrip('/')}/")
-    return PageRow(name, row.score, None, row.preview, row.decision, row.error, row.boxes)
+    return PageRow(name, row.score, None, row.preview, row.decision, row.unusual, row.error, row.boxes)

@@ -160,7 +160,7 @@ def _phrase(low: float, distance: float, limit: float, turned: float) -> str:
     if low:
         return "hardly any contrast"
     if distance > limit:
-        return f"unlike the support images ({distance:.2f}, limit {limit:.2f})"
+        return f"unlike the support images ({distance:.3f}, limit {limit:.3f})"
     return "turned" if turned else ""
 
 

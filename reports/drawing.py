@@ -74,6 +74,14 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
+def apart(row: Image.Image, count: int) -> list[Image.Image]:
+    """The inverse of `beside(titled(...))`: the `count` panels of such a row, without their titles."""
+    width = (row.width + GAP) // count - GAP
+    fits = [h for h in range(1, row.height) if h + max(CAPTION_HEIGHT, max(width, h) // TITLE_SHARE) == row.height]
+    top = row.height - max(fits, default=row.height)
+    return [row.crop((left, top, left + width, row.height)) for left in range(0, count * (width + GAP), width + GAP)]
+
+
 def titled(panels: Mapping[str, Image.Image]) -> list[Image.Image]:
     """Each panel below its title, which is larger on larger images."""
     height = max(CAPTION_HEIGHT, *(max(panel.size) // TITLE_SHARE for panel in panels.values()))

@@ -39,8 +39,8 @@ class PageRow(NamedTuple):
 
     score: None if the image could not be scored; `error` says why. kind: "good" or the name of a defect, None without
     labels. decision: "unusual" if the image is neither normal nor defective, whatever its score and the threshold; any
-    other value is ignored, because the threshold that the reader sets decides. boxes: regions above the threshold as
-    (x, y, width, height, area, peak), in pixels of the image; peak is a score.
+    other value is ignored, because the threshold that the reader sets decides. reason: why it is unusual.
+    boxes: regions above the threshold as (x, y, width, height, area, peak), in pixels of the image; peak is a score.
     """
 
     name: str
@@ -48,6 +48,7 @@ class PageRow(NamedTuple):
     kind: str | None = None
     preview: Preview = NO_PREVIEW
     decision: str | None = None
+    reason: str | None = None
     error: str | None = None
     boxes: Sequence[Sequence[float]] = ()
 
@@ -55,13 +56,16 @@ class PageRow(NamedTuple):
 class Reference(NamedTuple):
     """An image known before: normal, or with a known defect.
 
-    role: "support" (score: leave-one-out), "calibration" or "known defect". score: None if there is none.
+    role: "support" (score: leave-one-out), "calibration" or "known defect". score: None if there is none. decision,
+    reason: as of `PageRow`.
     """
 
     name: str
     role: str
     score: float | None
     preview: Preview = NO_PREVIEW
+    decision: str | None = None
+    reason: str | None = None
 
 
 class Table(NamedTuple):

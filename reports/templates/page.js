@@ -313,7 +313,9 @@ function updateDecisions(list) {
   for (const row of list) {
     if (!row.cell) continue;
     const text = decide(row);
-    if (row.cell.textContent !== text) row.cell.textContent = row.cell.className = text;
+    if (row.cell.className === text) continue;
+    row.cell.textContent = row.cell.className = text;
+    if (text === "unusual" && row.reason) add(row.cell, "small", {}, row.reason);
   }
 }
 
@@ -389,7 +391,7 @@ function fillReferences() {
   for (const row of support.filter(row => row.thumbnail)) {
     const verb = `enlarge support image ${row.name}`;
     const button = add(byId("support"), "button", { type: "button", class: "thumb", "aria-label": verb, title: row.name });
-    add(button, "img", { src: row.thumbnail, alt: "", loading: "lazy" });
+    add(button, "img", { src: row.panels[0]?.[1] ?? row.thumbnail, alt: "", loading: "lazy" });  // without a heat map
     button.onclick = () => enlarge(support, row);
   }
   byId("references-part").hidden = false;
@@ -403,11 +405,16 @@ function fillReferences() {
   }
   makeOneTabStop(body);
   byId("references-part").open = references.length <= 10;
-  byId("references-count").textContent = `(${references.length})`;
+  const counts = Object.keys(ROLES).map(role => [references.filter(row => row.role === role).length, role]);
+  byId("references-count").textContent = counts.filter(([count]) => count).map(countRole).join(", ");
   const normal = references.filter(row => withScore(row) && row.role !== "known defect").map(row => row.score);
   byId("normal-range").hidden = !normal.length;
   byId("normal-range").textContent = `Scores of ${normal.length} normal images: ` +
     `${formatScore(Math.min(...normal))} to ${formatScore(Math.max(...normal))}.`;
+}
+
+function countRole([count, role]) {
+  return role === "known defect" ? `${count} known defect${count === 1 ? "" : "s"}` : `${count} ${role}`;
 }
 
 function fillFailed() {
@@ -439,6 +446,7 @@ function showLarge(index) {
   const result = byId("large-result");
   result.replaceChildren();
   if (decision) add(result, "span", { class: decision }, decision);
+  if (decision === "unusual" && row.reason) result.append(` (${row.reason})`);
   const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, kind ?? ""];
   result.append((decision ? ", " : "") + texts.filter(Boolean).join(", "));
   byId("large-error").hidden = !row.error;
@@ -511,7 +519,10 @@ function setThreshold(value) {
 }
 
 function describeCounts(called, found) {
-  const others = (unusual ? `; ${unusual} unusual` : "") + (failed.length ? `; ${failed.length} not scored` : "");
+  const known = references.filter(row => row.role === "known defect");
+  const hits = known.filter(row => ["defective", "unusual"].includes(decide(row))).length;
+  const others = (unusual ? `; ${unusual} unusual` : "") + (failed.length ? `; ${failed.length} not scored` : "") +
+    (known.length && threshold !== null ? `; ${hits} of ${known.length} known defects found` : "");
   if (threshold === null) return "no threshold: move the slider or enter a number" + others;
   const text = `${called} of ${rows.length} called defective${others}`;
   if (!labelled) return text;

@@ -211,11 +211,13 @@ def test_heat_maps_are_seen(support, demo_data, tmp_path):
 
 
 def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("predict.PAGE_IMAGES", 2)
+    for module in ("predict", "inspection.report"):
+        monkeypatch.setattr(f"{module}.PAGE_IMAGES", 2)
     run(support, [demo_data / "ring/test"], tmp_path)
     page = (tmp_path / "report.html").read_text()
     rows = re.findall(r'class="row">(.*?)</script>', page)
-    assert sum('"thumbnail": "data:image' in row for row in rows) == 2
+    scores = {json.loads(row)["score"]: bool(json.loads(row)["thumbnail"]) for row in rows}
+    assert [scores[score] for score in sorted(scores, reverse=True)] == [True] * 2 + [False] * 7
     known = json.loads(re.search(r'id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])["references"]
     assert [image["name"] for image in known] == [path.name for path in support]
     assert all(image["role"] == "support" and image["score"] > 0 and len(image["panels"]) == 3 for image in known)
@@ -279,11 +281,11 @@ def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_thresh
     assert [row["name"] for row in record["known_defects"]] == sorted(
         map(str, defects), key={row["name"]: row["score"] for row in record["known_defects"]}.get
     )
-    assert f"of {len(defects)} known defects are found" in printed
+    assert f"of {len(defects)} found, lowest scores first" in printed
     listed = record["normal_images"]["left_out"]
     assert {row["path"] for row in listed} == set(map(str, support))
     assert [row["score"] for row in listed] == sorted((row["score"] for row in listed), reverse=True)
-    assert "normal images, most unusual first" in printed and "extrapolation" in record["warnings"][0]
+    assert "normal images, highest scores first" in printed and "extrapolation" in record["warnings"][0]
     assert "known defect" in (tmp_path / "b/report.html").read_text()
 
 

@@ -283,6 +283,10 @@ def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_
     assert call(part, *flags, "--append") == 0
     assert rows_of(out)[:2] == first and len(rows_of(out)) == 3
     assert "2 of 3 images have results" in capsys.readouterr().out
+    shown = re.findall(r'class="row">(.*?)</script>', (out / "report.html").read_text())
+    assert [len(json.loads(row)["panels"]) for row in shown] == [3, 3, 3]  # those of the first run come from its files
+    assert call(part, *flags, "--append", "--threshold", 1000) == 0
+    assert "3 results are of another detector or threshold" in capsys.readouterr().out
     (folder / "0.png").unlink()
     assert call(part, *flags, "--overwrite") == 0
     assert [Path(row["path"]).name for row in rows_of(out)] == ["1.png", "2.png"]

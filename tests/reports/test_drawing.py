@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from reports.drawing import CALLED, CAPTION_HEIGHT, boxed, titled
+from reports.drawing import CALLED, CAPTION_HEIGHT, apart, beside, boxed, titled
 from reports.training_curve import save_curve
 
 
@@ -42,3 +44,11 @@ def test_plots_are_the_same_files_again(tmp_path):
     for kind, begin in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
         first, second = ((tmp_path / folder / f"curve.{kind}").read_bytes() for folder in ("a", "b"))
         assert first.startswith(begin) and first == second and len(first) < 60_000
+
+
+@given(st.integers(1, 1500), st.integers(1, 1500), st.integers(2, 3))
+@settings(max_examples=40, deadline=None)
+def test_panels_are_taken_apart_as_they_were_joined(width, height, count):
+    panels = {f"panel {n}": Image.new("RGB", (width, height), (80 * n, 9, 200)) for n in range(count)}
+    parts = apart(beside(titled(panels)), count)
+    assert [(part.size, part.getextrema()) for part in parts] == [(p.size, p.getextrema()) for p in panels.values()]

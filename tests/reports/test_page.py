@@ -327,6 +327,8 @@ def full_page() -> Page:
     known = [Reference(f"s{n}.png", "support", 12.0 + n, rows[n].preview) for n in range(3)]
     known.append(Reference("c.png", "calibration", 15.5, rows[4].preview))
     known.append(Reference("d.png", "known defect", 19.0))
+    known.append(Reference("e.png", "known defect", 11.0, decision="unusual", reason="turned"))
+    known.append(Reference("f.png", "known defect", 13.5))
     facts, table = [("Date", "today"), ("Detector", "a.regad")], Table("Metrics", ["metric", "mean"], [["AP", "98.1"]])
     return Page("a", 16.0, rows, facts, ["c.png decides the threshold."], (), known, [table], 12.5, (6.0, 18.0))
 
@@ -344,13 +346,16 @@ def test_what_is_known_is_shown(full_page, browser, tmp_path):
     assert find(browser, "#failed").text == "broken.png: cannot read the image broken.png"
     shown = [row[1:] for row in cells(browser, "#references")]
     assert shown[0] == ["d.png", "known defect", "19.00", "1.52", "defective"]
-    assert [row[0] for row in shown] == ["d.png", "c.png", "s2.png", "s1.png", "s0.png"]  # most unusual first
+    names = ["d.png", "c.png", "s2.png", "f.png", "s1.png", "s0.png", "e.png"]
+    assert [row[0] for row in shown] == names  # highest score first
+    assert shown[-1][-1].split() == ["unusual", "turned"]
+    assert find(browser, "#references-count").text == "3 support, 1 calibration, 3 known defects"
     assert find(browser, "#normal-range").text == "Scores of 4 normal images: 12.00 to 15.50."
     reach = tuple(float(find(browser, "#slider").get_property(end)) for end in ("min", "max"))
     marks = browser.execute_script(
         "return [...document.querySelectorAll('.reference')].map(m => m.transform.baseVal.consolidate().matrix.e)"
     )
-    np.testing.assert_allclose(marks, np.interp([14, 13, 12, 15.5, 19], reach, (34, 410)), atol=1e-3)
+    np.testing.assert_allclose(marks, np.interp([14, 13, 12, 15.5, 19, 13.5, 11], reach, (34, 410)), atol=1e-3)
     assert len(browser.find_elements("css selector", "#support .thumb")) == 3
     check_labels(browser)
     assert browser.get_log("browser") == []
@@ -367,7 +372,10 @@ def test_unusual_images_do_not_move_with_the_threshold(full_page, browser, tmp_p
         called = {row.name: "defective" if row.score > limit else "normal" for row in rows}
         assert decisions == called | {rows[0].name: "unusual"}
         count = sum(decision == "defective" for decision in decisions.values())
-        assert find(browser, "#counts").text == f"{count} of {len(rows)} called defective; 1 unusual; 1 not scored"
+        hits = 1 + sum(score > limit for score in (19.0, 13.5))  # the unusual one is found at any threshold
+        known = f"{hits} of 3 known defects found"
+        counts = f"{count} of {len(rows)} called defective; 1 unusual; 1 not scored; {known}"
+        assert find(browser, "#counts").text == counts
         assert bars(browser, ".bar-unusual").sum() == 1 and bars(browser, ".bar-defective").sum() == count
 
 
