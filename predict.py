@@ -338,7 +338,7 @@ def _describe(row: Prediction) -> None:
 
 
 def _outcome(row: Prediction) -> str:
-    why = f" ({row.unusual})" if row.unusual else ""
+    why = f": {row.unusual}" if row.unusual else ""
     return f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip()
 
 

@@ -25,9 +25,7 @@ from datasets.images import ImageError, eight_bit, read_pixels
 from examples.judge import Judge, Judgement
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # the formats of IMAGE_SUFFIXES; Pillow's others may start programs
-READ_AND_DROPPED = (
-    10  # times the limit: so much of a body that is too large is read, so that the client gets the answer
-)
+READ_AND_DROPPED = 10  # times the limit: so much of a body that is too large is read, so that the client is answered
 MB = 2**20
 
 Answer = TypeVar("Answer")

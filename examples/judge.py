@@ -22,9 +22,9 @@ from utils.flags import add_device_flag
 
 
 class Judgement(NamedTuple):
-    """The result of one image; the fields are those of `inspection.results.Prediction`.
+    """The result of one image; the fields are those of `inspection.results.Prediction`, but for two.
 
-    reason: why the image is unusual, or None. map: (H, W), the score map in the image's own size.
+    reason: why the image is unusual, or None (`unusual` there). map: (H, W), the score map in the image's own size.
     """
 
     score: float

@@ -18,7 +18,7 @@ from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
 from inspection.results import SUMMARY, UNUSUAL, Prediction
 from inspection.threshold import NormalScores, Threshold
 from reports.drawing import CALLED, HOT, colour_limits, css_colour
-from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
+from reports.page import KNOWN_PANELS, NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
 from utils.files import sha256
 
 MOST_WARNINGS = 10
@@ -49,7 +49,7 @@ def report_page(
     support = detector.origin.get("support", [])
     facts = [
         ("Date", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")),
-        ("Detector", f"fitted on {len(support)} support image(s)" + (f", {file}" if file else ", not saved")),
+        ("Detector", (str(file) if file else "not saved") + f", support images: {len(support)}"),
         ("Detector id", identity),
         ("Scorer", detector.scorer.name),
         ("Network", _network(detector)),
@@ -91,13 +91,15 @@ def choose_previews(rows: list[Prediction], folder: Path, identity: str, thresho
 def known_images(detector: FewShotDetector) -> list[Reference]:
     """Support images, calibration images and known defects, with their scores, where these are known.
 
-    Images whose files are still there, unchanged, have a preview; of others, the detector keeps a thumbnail.
+    Images whose files are still there, unchanged, have panels, at most the KNOWN_PANELS with the highest scores; of
+    others, the detector keeps a thumbnail.
     """
     digests = {entry["path"]: entry["sha256"] for entry in detector.origin.get("support", [])}
     found = [] if detector.left_out else [Reference(Path(path).name, "support", None) for path in digests]
     for role, normal in (("support", detector.left_out), ("calibration", detector.calibration)):
+        with_panels = {name for name, _ in normal.by_score()[:KNOWN_PANELS]} if normal else set()
         for number, name in enumerate(normal.names if normal else ()):
-            path = _unchanged(Path(name), digests.get(name))
+            path = _unchanged(Path(name), digests.get(name)) if name in with_panels else None
             preview = _preview(detector, path, normal.maps[number]) if path else _thumbnail(normal, number)
             found.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
     for defect in detector.defects:

@@ -131,13 +131,18 @@ def metric_tables(
         (METRIC_NAMES[name], format_summary(numbers), reasons.get(name) or format_interval(numbers))
         for name, numbers in metrics.items()
     ]
-    spread = f"mean +- SD of {_count(rounds, 'round')}"
-    tables = [Table("Metrics", ("metric", spread, "95 % interval of the mean"), rows)]
+    header, title = ("metric", "one round"), "Each kind of defect against all normal images"
+    if rounds > 1:
+        spread = f"mean +- SD of {rounds} rounds"
+        header, title = ("metric", spread, "95 % interval of the mean"), f"{title}, {spread}"
+    elif any(why for *_, why in rows):
+        header = (*header, "why not")
+    tables = [Table("Metrics", header, [row[: len(header)] for row in rows])]
     if kinds:
         names = [name for name in next(iter(kinds.values())) if name in METRIC_NAMES]
         rows = [(kind, str(of["images"]), *(format_summary(of[name]) for name in names)) for kind, of in kinds.items()]
         header = ("kind of defect", "images", *(METRIC_NAMES[name] for name in names))
-        tables.append(Table(f"Each kind of defect against all normal images, {spread}", header, rows))
+        tables.append(Table(title, header, rows))
     return tables
 
 

@@ -243,11 +243,11 @@ function rocCurve(list) {
   return curve;
 }
 
-// The area under a curve in percent.
+// The area under a curve, as the tables of all rounds show it.
 function formatArea(curve) {
   let area = 0;
   curve.slice(1).forEach(([x, y], index) => { area += (x - curve[index][0]) * (y + curve[index][1]) / 2; });
-  return (100 * area).toFixed(2) + " %";
+  return area.toFixed(4);
 }
 
 // Tables
@@ -446,7 +446,7 @@ function showLarge(index) {
   const result = byId("large-result");
   result.replaceChildren();
   if (decision) add(result, "span", { class: decision }, decision);
-  if (decision === "unusual" && row.reason) result.append(` (${row.reason})`);
+  if (decision === "unusual" && row.reason) result.append(`: ${row.reason}`);
   const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, kind ?? ""];
   result.append((decision ? ", " : "") + texts.filter(Boolean).join(", "));
   byId("large-error").hidden = !row.error;

@@ -17,6 +17,7 @@ from evaluation.statistics import kind_summaries, summaries
 from reports import gallery
 from reports.drawing import CAPTION_HEIGHT, GAP
 from reports.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
+from reports.page import Table
 
 SIZE = 64
 
@@ -108,6 +109,15 @@ def test_page_shows_all_metrics_with_their_spread(scored, tmp_path):
     page = re.sub(r"[|\s]*\|[|\s]*", "|", page)
     assert "|image AUROC|0.6000 +- 0.1414|0.0000 to 1.0000|" in page and "|pixel AUROC|n/a|no masks|" in page
     assert "|kind of defect|images|image AUROC|pixel AUROC|" in page and "|rust|3|0.6000 +- 0.1414|n/a|" in page
+
+
+def test_one_round_has_no_spread():
+    """Neither an empty column nor the word."""
+    table, kinds = gallery.metric_tables(
+        summaries([{"image_auroc": 0.5}]), {}, {"rust": {"images": 3, "image_auroc": None}}, 1
+    )
+    assert table == Table("Metrics", ("metric", "one round"), [("image AUROC", "0.5000")])
+    assert kinds.title == "Each kind of defect against all normal images"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -144,9 +144,9 @@ def roc_points(places: Sequence[Sequence[float]]) -> np.ndarray:
     return (np.asarray(places) - [120, 185]) / [180, -175]
 
 
-def as_share(percent: str) -> float:
-    """The number before the percent sign."""
-    return float(percent.removesuffix(" %").split()[-1]) / 100
+def as_share(text: str) -> float:
+    """The number at the end of a text."""
+    return float(text.split()[-1])
 
 
 @pytest.mark.parametrize("with_kinds", [True, False])
@@ -269,6 +269,14 @@ def test_a_phone_needs_no_sideways_scrolling(part, with_kinds, phone, tmp_path):
     assert phone.execute_script(script, width) == []
     dialog = find(phone, "dialog")
     assert dialog.get_property("open") and dialog.get_property("scrollWidth") <= dialog.get_property("clientWidth")
+
+
+def test_wide_tables_scroll_by_themselves_on_a_phone(phone, tmp_path):
+    rows = [row._replace(kind=row.kind and f"{row.kind}_contamination") for row in make_rows(True, 600)]
+    rows.append(PageRow("good.png", 1000.0, "good"))
+    show(phone, tmp_path, rows, 5.0)
+    page = find(phone, "html")
+    assert page.get_property("scrollWidth") == page.get_property("clientWidth")
 
 
 def test_thumbnails_open_by_keyboard(browser, tmp_path):
