@@ -312,9 +312,8 @@ class FewShotDetector:
         self._name_copies(names, twins, "a copy of")
         counts = np.array([number not in twins for number in range(len(names))])
         if not are_cut and self.likeness:
-            for number, of in enumerate(
-                LIKENESS.copies(self.likeness, [torch.cat(p) for p in zip(*kept, strict=True)])
-            ):
+            features = [torch.cat(part) for part in zip(*kept, strict=True)]
+            for number, of in enumerate(LIKENESS.copies(self.likeness, features)):
                 if of is not None and counts[number]:
                     counts[number] = False
                     self.copies.append(f"{names[number]} is a copy of a support image and does not count")
@@ -445,10 +444,8 @@ class FewShotDetector:
 
         On the CPU, grey and colour images are processed separately: a pass of grey images alone takes less time.
         """
-        size, store = (
-            NETWORK_GROUP.get(inputs.device.type, NETWORK_GROUP["cuda"]),
-            FeatureStore([self.scorer, LIKENESS], len(inputs)),
-        )
+        size = NETWORK_GROUP.get(inputs.device.type, NETWORK_GROUP["cuda"])
+        store = FeatureStore([self.scorer, LIKENESS], len(inputs))
         kinds, done = _grey_and_coloured(inputs), 0
         groups = inputs.split(size) if len(kinds) == 1 else (inputs[g] for kind in kinds for g in kind.split(size))
         for group in groups:

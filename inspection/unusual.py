@@ -62,7 +62,7 @@ class Likeness:
         limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0. near: distance
         below which an image is a near copy.
         """
-        split, has_views = len(support) - LAYERS, len(support[0]) > len(contrasts)
+        split, has_views = _statistics(support), len(support[0]) > len(contrasts)
         views = len(self.views) if has_views else 1
         statistics = [part.unflatten(0, (-1, views)) for part in support[:split]]  # (K, V, C)
         grids = [part.unflatten(0, (-1, views)) for part in support[split:]]
@@ -87,7 +87,7 @@ class Likeness:
 
         It stays on the device, so that it can be copied to the host together with the scores.
         """
-        split = len(test) - LAYERS
+        split = _statistics(test)
         distance = _nearest(test[:split], _named(fitted, "statistic"))
         straight = _nearest(test[split:], _named(fitted, "upright"))
         turned = (_nearest(test[split:], _named(fitted, "turned")) < CLEARLY * straight) * fitted["direction"]
@@ -103,7 +103,7 @@ class Likeness:
 
         support: prepared features of all views.
         """
-        grids = [part.view(-1, len(self.views), part.shape[1]) for part in support[len(support) - LAYERS :]]
+        grids = [part.view(-1, len(self.views), part.shape[1]) for part in support[_statistics(support) :]]
         upright = [grid[:, 0] for grid in grids]
         near = (_relative(upright, upright) < self._near(grids)).tolist()
         found: dict[int, int] = {}
@@ -115,7 +115,7 @@ class Likeness:
 
     def copies(self, fitted: Fitted, test: Prepared) -> list[int | None]:
         """For each of B images the support image of which it is a copy or a near copy, or None."""
-        distances = _relative(test[len(test) - LAYERS :], _named(fitted, "upright")) / fitted["near"]
+        distances = _relative(test[_statistics(test) :], _named(fitted, "upright")) / fitted["near"]
         nearest = distances.min(dim=1)
         pairs = zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)
         return [index if value < 1 else None for value, index in pairs]
@@ -167,6 +167,11 @@ def _phrase(low: float, distance: float, limit: float, turned: float) -> str:
 def contrast(inputs: torch.Tensor) -> torch.Tensor:
     """Standard deviation (B,) of the grey values of images (B, 3, S, S) in [0, 1]."""
     return inputs.mean(dim=1).flatten(1).std(dim=1)
+
+
+def _statistics(prepared: Prepared) -> int:
+    """How many of the prepared tensors are channel statistics, two per layer; a network may have one layer only."""
+    return 2 * (len(prepared) // 3)
 
 
 def _evenly(rows: torch.Tensor, most: int) -> torch.Tensor:

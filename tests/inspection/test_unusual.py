@@ -137,3 +137,16 @@ def test_one_support_image_has_a_limit_and_no_direction():
     assert fitted["limit"] == pytest.approx(0.3) and not fitted["direction"]
     measured = likeness.measure(fitted, likeness.prepare([layer[:1] for layer in maps]), torch.tensor([0.2]))
     assert likeness.reasons(measured.tolist()) == [""]
+
+
+def test_networks_with_one_layer_have_statistics_and_grids_too():
+    """A vision transformer gives one layer: its standard deviations are no grid."""
+    likeness = Likeness()
+    maps = torch.rand(2 * len(likeness.views), 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = likeness.prepare((maps,))
+    fitted = likeness.fit(prepared, torch.ones(2))
+    mean, deviation, grid = prepared
+    assert torch.equal(fitted["statistic0"], mean) and torch.equal(fitted["statistic1"], deviation)
+    assert torch.equal(fitted["upright0"], grid[:: len(likeness.views)]) and "upright1" not in fitted
+    first = [part[:1] for part in prepared]
+    assert likeness.measure(fitted, first, torch.ones(1))[0, 1] < 1e-3 and likeness.copies(fitted, first) == [0]
