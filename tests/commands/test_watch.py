@@ -399,16 +399,18 @@ def test_another_threshold_is_saved_without_the_network(part, tmp_path, monkeypa
 def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
     """docs/inspection.md leads from four photos to a nightly job; its commands are run as they stand there."""
     text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
-    own = [blocks[0], *(block for block in blocks if "# each night" in block)]
-    steps = [line for block in own for line in block.splitlines() if line.startswith("python predict.py")]
+    first_block = re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1]
+    steps = [line for line in first_block.splitlines() if line.startswith("python predict.py")]
+    (nightly,) = [step for step in steps if "--append" in step]
     (crontab,) = re.findall(r"^30 2 .*$", text, flags=re.MULTILINE)
-    assert len(steps) == 4 and steps[-1].removeprefix("python") in crontab
+    assert len(steps) == 4 and nightly.removeprefix("python") in crontab
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(["good_1", "good_2", "good_3", "good_4", "photos/a", "more_photos/b", "camera/c"]):
+    for number, name in enumerate(
+        ["good_1", "good_2", "good_3", "good_4", "photos/a", "camera/c", "defects/d", "normal/e", "normal/f"]
+    ):
         Path(name).parent.mkdir(exist_ok=True)
         Path(f"{name}.png").write_bytes(images[number])
-    for step in [*steps, steps[-1]]:
+    for step in [*steps, nightly]:
         pause = iter([None])
         monkeypatch.setattr("predict.time.sleep", lambda _, pause=pause: _next_or_interrupt(pause))
         fresh = ["--weights", "none", "--img_size", "64"] if "--support" in step else []
@@ -416,7 +418,9 @@ def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
         with suppress(SystemExit):
             predict.main([*step.split()[2:], *fresh, "--device", "cpu"])
     assert "1 of 1 images have results in nightly already" in capsys.readouterr().err
-    assert [len(rows_of(Path(name))) for name in ("out", "out2", "out3", "nightly")] == [1, 1, 1, 1]
+    assert [len(rows_of(Path(name))) for name in ("out", "nightly", "arrived")] == [1, 1, 1]
+    how = json.loads(Path("nightly/scores.json").read_text())["threshold"]["how"]
+    assert "2 further normal images" in how
 
 
 def _next_or_interrupt(pause: Iterator) -> None:
