@@ -135,6 +135,7 @@ class FewShotDetector:
         self.left_out: NormalScores | None = None
         self.calibration: NormalScores | None = None
         self.copies: list[str] = []
+        self._copies_in_support = 0  # so many of `copies`, which come first; the others are of `calibrate`
         self.defects: list[KnownDefect] = []
         self.origin: dict = {}
         self.fitted: Fitted = {}
@@ -174,6 +175,7 @@ class FewShotDetector:
 
     def _fit_to(self, prepared: dict[str, Prepared], contrasts: torch.Tensor) -> None:
         """Fits to the features of support images or tiles and their contrasts (n,)."""
+        self._copies_in_support = len(self.copies)
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(prepared[self.scorer.name])
             self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrasts.to(self.clock.device))
@@ -271,6 +273,7 @@ class FewShotDetector:
         """
         check_rate(false_alarm)
         self.calibration = None
+        del self.copies[self._copies_in_support :]
         if normal is not None:
             check_calibration(len(normal), false_alarm)
             self.calibration = seen = self._normal_scores(normal, false_alarm)

@@ -150,3 +150,14 @@ def test_networks_with_one_layer_have_statistics_and_grids_too():
     assert torch.equal(fitted["upright0"], grid[:: len(likeness.views)]) and "upright1" not in fitted
     first = [part[:1] for part in prepared]
     assert likeness.measure(fitted, first, torch.ones(1))[0, 1] < 1e-3 and likeness.copies(fitted, first) == [0]
+
+
+def test_calibrating_again_names_the_copies_of_the_last_images_only():
+    values = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    detector = FewShotDetector(untrained("none", img_size=64).stn, "cpu").fit([*values[:2], values[0]])
+    of_support = ["image 3 is a copy of image 1 and does not count"]
+    for _ in range(2):
+        detector.calibrate(0.1, [*values[2:], values[2]])
+        assert detector.copies == [*of_support, "image 5 is a copy of image 1 and does not count"]
+    detector.calibrate(0.1)
+    assert detector.copies == of_support
