@@ -22,7 +22,7 @@ from inspection.results import Prediction, decide, relative_score
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
 from reports.drawing import CALLED, HOT, apart, beside, boxed, colour_limits, outline, overlay, save_image, titled
-from reports.page import NO_PREVIEW, Preview, make_preview
+from reports.page import NO_PREVIEW, PANEL_SIDE, Preview, make_preview
 from utils.files import whole_file
 from utils.stages import in_threads
 
@@ -178,11 +178,10 @@ def read_preview(folder: Path, row: Prediction) -> Preview:
     places = [folder / name for name in row.files if name.endswith(PANELS_SUFFIX)]
     titles = panel_titles(row.threshold)
     try:
-        panels = [Image.open(place).convert("RGB") for place in places]
-    except (OSError, ValueError, Image.DecompressionBombError):
+        each = len(titles) if len(places) == 1 else 1
+        panels = [panel for place in places for panel in apart(place, each, PANEL_SIDE)]
+    except (OSError, Image.DecompressionBombError):
         return NO_PREVIEW
-    if len(panels) == 1:
-        panels = apart(panels[0], len(titles))
     return (
         make_preview(dict(zip(titles, panels, strict=True)), HEAT_PANEL) if len(panels) == len(titles) else NO_PREVIEW
     )

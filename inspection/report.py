@@ -82,10 +82,8 @@ def choose_previews(rows: list[Prediction], folder: Path, identity: str, thresho
     own = [n for n, row in enumerate(rows) if row.score is not None and is_made_with(row, identity, threshold)]
     chosen = set(sorted(own, key=lambda number: -rows[number].score)[:PAGE_IMAGES])
     for number, row in enumerate(rows):
-        if number not in chosen:
-            rows[number] = row._replace(preview=NO_PREVIEW)
-        elif not row.preview.thumbnail:
-            rows[number] = row._replace(preview=read_preview(folder, row))
+        if bool(row.preview.thumbnail) != (number in chosen):
+            rows[number] = row._replace(preview=read_preview(folder, row) if number in chosen else NO_PREVIEW)
 
 
 def known_images(detector: FewShotDetector) -> list[Reference]:
