@@ -269,14 +269,20 @@ class FewShotDetector:
         the scores of the images `normal`, or from `left_out` if none are given.
 
         Raises:
-            UserError: fewer than two normal scores, or a rate outside (0, 1).
+            UserError: fewer than two normal scores, copies left out, or a rate outside (0, 1).
         """
         check_rate(false_alarm)
         self.calibration = None
         del self.copies[self._copies_in_support :]
         if normal is not None:
             check_calibration(len(normal), false_alarm)
-            self.calibration = seen = self._normal_scores(normal, false_alarm)
+            seen = self._normal_scores(normal, false_alarm)
+            if len(seen.scores) < 2:
+                raise UserError(
+                    f"of {len(normal)} normal images, {len(normal) - len(seen.scores)} are copies of each other or of "
+                    "support images; a threshold needs two others (--calibrate), or give it with --threshold"
+                )
+            self.calibration = seen
             source = f"{len(seen.scores)} further normal images"
         elif self.left_out is not None:
             seen, source = self.left_out, f"leave-one-out over {len(self.left_out.scores)} support images"

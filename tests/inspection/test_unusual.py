@@ -17,6 +17,7 @@ from datasets.images import decode_image
 from inspection.detector import FewShotDetector
 from inspection.unusual import Likeness, _relative
 from models.regad import untrained
+from utils.errors import UserError
 
 SIZE = 224
 
@@ -161,3 +162,10 @@ def test_calibrating_again_names_the_copies_of_the_last_images_only():
         assert detector.copies == [*of_support, "image 5 is a copy of image 1 and does not count"]
     detector.calibrate(0.1)
     assert detector.copies == of_support
+
+
+def test_calibration_with_nothing_but_copies_is_refused_by_name():
+    values = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    detector = FewShotDetector(untrained("none", img_size=64).stn, "cpu").fit(list(values[:2]))
+    with pytest.raises(UserError, match="of 4 normal images, 3 are copies of each other or of support images"):
+        detector.calibrate(0.1, [*values, values[2]])
