@@ -153,6 +153,11 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
     false_alarm = DEFAULT_FALSE_ALARM if args.false_alarm is None else args.false_alarm
     normal = list_inputs(args.calibrate, args.output) if args.calibrate else None
     is_fresh = detector.threshold is None and detector.left_out is not None
+    if detector.calibration is not None and args.false_alarm is not None and not normal:
+        raise UserError(
+            f"the threshold of {args.detector} comes from {len(detector.calibration.scores)} calibration images: "
+            "give them again with --calibrate for another rate, or the threshold itself with --threshold"
+        )
     warn_beyond(normal or [], detector.bits)
     if normal or args.false_alarm is not None or is_fresh:
         try:

@@ -305,6 +305,8 @@ def test_thresholds_of_further_images_and_of_another_rate(support, demo_data, tm
     loose = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"]
     strict = run(support, normal, tmp_path / "c", "--false_alarm", "0.02")["threshold"]
     assert loose["value"] < strict["value"] and "leave-one-out over 3" in strict["how"]
+    with pytest.raises(UserError, match=r"comes from 3 calibration images.*--calibrate"):
+        predict.main(["--detector", str(tmp_path / "x.regad"), "--false_alarm", "0.2", "--save", str(tmp_path / "y")])
     predict.main(
         ["--detector", str(tmp_path / "x.regad"), "--input", str(normal[0]), "--output", str(tmp_path / "d")]
         + ["--threshold", "5", "--device", "cpu"]
