@@ -323,7 +323,8 @@ class Run:
         doubtful = sum(row.warning is not None for row in self.rows)
         is_classified = self.detector.threshold is not None
         decided = f"{count[DEFECTIVE]} defective" if is_classified else "not classified"
-        parts = [f"{count['scored']} images scored", decided, f"{count['failed']} failed"]
+        plural = "" if count["scored"] == 1 else "s"
+        parts = [f"{count['scored']} image{plural} scored", decided, f"{count['failed']} failed"]
         parts += [f"{count[UNUSUAL]} unusual"] if count[UNUSUAL] else []
         parts += [f"{doubtful} beyond the bit depth"] if doubtful else []
         in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""

@@ -119,7 +119,9 @@ def test_given_threshold_wins(support, demo_data, tmp_path):
 def test_one_support_picture_decides_nothing(support, demo_data, tmp_path, capsys):
     record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
     assert record["threshold"] is None and {row["decision"] for row in record["pictures"]} == {None}
-    assert "images are not classified; give two support images or more" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "images are not classified; give two support images or more" in printed
+    assert "images scored, not classified, 0 failed" in printed
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04 damaged"])

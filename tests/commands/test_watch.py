@@ -351,9 +351,26 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(part, images, folder, tmp
     with monkeypatch.context() as patched:
         patched.setattr(ResultFiles, "add", interrupted_add)
         assert call(part, *flags) == 0
-    assert len(rows_of(tmp_path / "out")) == 1 and "stopped: 1 images scored" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "out")) == 1 and "stopped: 1 image scored" in capsys.readouterr().out
     assert call(part, *flags, "--append") == 0
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "out")] == ["0.png", "1.png", "2.png"]
+
+
+def test_images_to_look_at_are_printed_and_the_page_says_why(part, images, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "MOST_CALLED", 2)
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(images[number])
+    Image.new("L", (80, 60)).save(folder / "black.png")
+    out = tmp_path / "out"
+    assert call(part, "--input", folder, "--output", out, "--threshold", 0.001) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((out / "scores.json").read_text())["pictures"]
+    called = sorted(rows, key=lambda row: -row["score"])
+    said = [f"{row['path']}: {row['score']:.3f} {row['decision']}" for row in called]
+    assert [line in printed for line in said] == [True, True, False] and "and 1 more, see" in printed
+    (row,) = [row for row in called if row["decision"] == "unusual"]
+    assert row["unusual"] == "hardly any contrast"
+    assert '"reason": "hardly any contrast"' in (out / "report.html").read_text()
 
 
 def test_json_lines(part, images, folder, tmp_path, capsys):
