@@ -164,24 +164,30 @@ class FewShotDetector:
         self.tiling = settle_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
         layouts = [self.layout_of(*size) for size in support.sizes]
         if any(layouts):
-            return self._fit_to_tiles(support, layouts, for_threshold)
-        support, prepared = self._support_features(support)
-        self._fit_to(prepared, contrast(torch.stack(support.squares)))
+            prepared, contrasts, ends = self._tile_features(support, layouts)
+        else:
+            support, prepared = self._support_features(support)
+            contrasts, ends = contrast(torch.stack(support.squares)), None
+        self._copies_in_support = len(self.copies)
+        features = prepared[self.scorer.name]
+        with self.clock(self.scorer.name):
+            self.fitted = self.scorer.fit(features)
+            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrasts.to(self.clock.device))
         if for_threshold and len(support.names) > 1:
-            features = prepared[self.scorer.name]
-            left_out = leave_one_out(self.scorer, features, self.size, self.clock, self._inside_views)
+            if ends is None:
+                left_out = leave_one_out(self.scorer, features, self.size, self.clock, self._inside_views)
+            else:
+                left_out = self._leave_one_out(support.images, features, ends)
             self.left_out = left_out._replace(names=support.names, thumbnails=_thumbnails(support.squares))
         return self
 
-    def _fit_to(self, prepared: dict[str, Prepared], contrasts: torch.Tensor) -> None:
-        """Fits to the features of support images or tiles and their contrasts (n,)."""
-        self._copies_in_support = len(self.copies)
-        with self.clock(self.scorer.name):
-            self.fitted = self.scorer.fit(prepared[self.scorer.name])
-            self.likeness = LIKENESS.fit(prepared[LIKENESS.name], contrasts.to(self.clock.device))
+    def _tile_features(
+        self, support: _Support, layouts: list[Layout | None]
+    ) -> tuple[dict[str, Prepared], torch.Tensor, np.ndarray]:
+        """Features and contrasts of the tiles of the support images, and where the tiles of each image end.
 
-    def _fit_to_tiles(self, support: _Support, layouts: list[Layout | None], for_threshold: bool) -> FewShotDetector:
-        """Fits to the tiles of the support images as they are: many tiles show more than the views of a few."""
+        Tiles have no views: many tiles as they are show more than the views of a few.
+        """
         chosen = fitting_corners(layouts)
         ends = np.cumsum([max(1, len(corners)) for corners in chosen])
         store, contrasts, number = FeatureStore([self.scorer, LIKENESS], int(ends[-1])), [], 0
@@ -192,11 +198,7 @@ class FewShotDetector:
                     store.write(number, self._folded.features(inputs))
                 contrasts.append(contrast(inputs))
                 number += len(inputs)
-        self._fit_to(store.prepared, torch.cat(contrasts))
-        if for_threshold and len(support.names) > 1:
-            left_out = self._leave_one_out(support.images, store.prepared[self.scorer.name], ends)
-            self.left_out = left_out._replace(names=support.names, thumbnails=_thumbnails(support.squares))
-        return self
+        return store.prepared, torch.cat(contrasts), ends
 
     def _support(self, images: Sequence[ImageInput]) -> _Support:
         """The decoded support images, without copies."""
@@ -234,6 +236,11 @@ class FewShotDetector:
             prepared[name] = take_images(prepared[name], rows)
         return support.keep(kept), prepared
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be known of the normal images and the threshold, as sentences."""
+        return [*self.copies, *(self.threshold.warnings if self.threshold else ())]
+
     def _name_copies(self, names: Sequence[str], twins: dict[int, int], what: str) -> None:
         self.copies += [f"{names[copy]} is {what} {names[of]} and does not count" for copy, of in twins.items()]
 
@@ -241,7 +248,7 @@ class FewShotDetector:
         """The tiles (n, 3, S, S) of an image at `corners`, a few at a time."""
         with self.clock("decode"):
             decoded = self._decoded(image)
-        size = NETWORK_GROUP.get(self.clock.device.type, NETWORK_GROUP["cuda"])
+        size = NETWORK_GROUP[self.clock.device.type]
         for start in range(0, len(corners), size):
             with self.clock("decode"):
                 tiles = torch.stack([layout.cut(decoded, *corner) for corner in corners[start : start + size]])
@@ -299,11 +306,17 @@ class FewShotDetector:
 
         Copies of each other and of support images are left out.
         """
-        groups = (images[at : at + SCORE_GROUP] for at in range(0, len(images), SCORE_GROUP))
+        squares, to_score = [], []
+        for image in images:
+            with self.clock("decode"):
+                decoded = self._decoded(image)
+                squares.append(self._square(decoded))
+            # an image that is cut is decoded again when it is scored: large images are not kept
+            to_score.append(image if self._layout_of(decoded) else squares[-1])
+        groups = (to_score[at : at + SCORE_GROUP] for at in range(0, len(to_score), SCORE_GROUP))
         parts = [self._score_group(group, self.fitted, only_pixels=True) for group in groups]
         scores, maps, are_cut = (np.concatenate([part[n] for part in parts]) for n in range(3))
         _check_finite(scores)
-        squares = [self._square(self._decoded(image)) for image in images]
         seen = NormalScores(scores[:, None], maps, False, _names(images), _thumbnails(squares))
         kept = self._not_copies(seen.names, squares, [part.kept for part in parts], bool(are_cut.any()))
         seen, squares = seen.keep(kept), [square for square, is_kept in zip(squares, kept, strict=True) if is_kept]
@@ -380,7 +393,7 @@ class FewShotDetector:
         for number, image in enumerate(images):
             with self.clock("decode"):
                 decoded = self._decoded(image)
-                layout = None if isinstance(decoded, torch.Tensor) else self.layout_of(*decoded.size)
+                layout = self._layout_of(decoded)
                 if layout is None:
                     squares.append(self._square(decoded))
             if layout is not None:
@@ -453,7 +466,7 @@ class FewShotDetector:
 
         On the CPU, grey and colour images are processed separately: a pass of grey images alone takes less time.
         """
-        size = NETWORK_GROUP.get(inputs.device.type, NETWORK_GROUP["cuda"])
+        size = NETWORK_GROUP[inputs.device.type]
         store = FeatureStore([self.scorer, LIKENESS], len(inputs))
         kinds, done = _grey_and_coloured(inputs), 0
         groups = inputs.split(size) if len(kinds) == 1 else (inputs[g] for kind in kinds for g in kind.split(size))
@@ -475,6 +488,10 @@ class FewShotDetector:
 
     def _decoded(self, image: ImageInput) -> Image.Image | torch.Tensor:
         return decoded_input(image, self.size, self.bits)
+
+    def _layout_of(self, image: Image.Image | torch.Tensor) -> Layout | None:
+        """The tiles of a decoded image; a network input has none."""
+        return None if isinstance(image, torch.Tensor) else self.layout_of(*image.size)
 
     def _square(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         return image if isinstance(image, torch.Tensor) else as_tensor(to_square(image, self.size, self.keep_aspect))

@@ -19,7 +19,7 @@ from models.timm_features import PREFIX, TimmFeatures
 from scorers.base import Scorer
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from utils.errors import UserError
-from utils.files import load_tensors, whole_file
+from utils.files import load_tensors, save_tensors
 from utils.flags import FULL_BITS
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def write_detector(detector: FewShotDetector, path: Path) -> None:
     }
     content |= {name: None if scores is None else scores.content() for name, scores in normal.items()}
     try:
-        with whole_file(path) as aside, open(aside, "wb") as stream:
-            torch.save(content, stream)
+        save_tensors(path, content)
     except OSError as error:
         raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
 

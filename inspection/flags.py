@@ -12,6 +12,7 @@ from datasets.images import ClippedWarning, settle_bits, warn_beyond
 from inspection.detector import DEFAULT_SCORER, FewShotDetector, KnownDefect
 from inspection.inputs import list_inputs
 from inspection.region import read_region
+from inspection.results import DEFECTIVE, UNUSUAL, decide
 from inspection.threshold import Threshold
 from inspection.tiles import AUTO, describe_tiling, tile_side
 from models.networks import scoring_network, settle_img_size
@@ -106,7 +107,7 @@ def _describe(detector: FewShotDetector) -> None:
         print(f"{len(normal.scores)} normal images, highest scores first:")
         for name, score in normal.by_score()[:MOST_NORMAL]:
             print(f"  {score:8.3f}  {'above the threshold  ' if score > threshold.value else ''}{name}")
-    for sentence in [*detector.copies, *(threshold.warnings if threshold else ())]:
+    for sentence in detector.warnings:
         print(f"warning: {sentence}", file=sys.stderr)
 
 
@@ -115,11 +116,10 @@ def _compare_defects(detector: FewShotDetector, paths: list[Path]) -> None:
     scores, _, unusual = detector.inspect(paths)
     known = [KnownDefect(*row) for row in zip(map(str, paths), scores.tolist(), unusual, strict=True)]
     detector.defects = sorted(known, key=lambda defect: defect.score)
-    limit = math.inf if detector.threshold is None else detector.threshold.value
-    found = sum(defect.score > limit or bool(defect.unusual) for defect in known)
-    print(f"known defects: {found} of {len(known)} found, lowest scores first:")
-    for name, score, why in detector.defects[:MOST_NORMAL]:
-        print(f"  {score:8.3f}  {'' if score > limit or why else 'missed  '}{name}")
+    found = {row.name for row in known if decide(row.score, detector.threshold, row.unusual) in (DEFECTIVE, UNUSUAL)}
+    print(f"known defects: {len(found)} of {len(known)} found, lowest scores first:")
+    for name, score, _ in detector.defects[:MOST_NORMAL]:
+        print(f"  {score:8.3f}  {'' if name in found else 'missed  '}{name}")
 
 
 def _load(args: argparse.Namespace, device: str) -> FewShotDetector:

@@ -60,7 +60,7 @@ def report_page(
         threshold=threshold and threshold.value,
         rows=[_page_row(row, root) for row in rows],
         facts=facts,
-        warnings=[*plain_known(detector)["warnings"], *_shortened([row.warning for row in rows if row.warning])],
+        warnings=[*detector.warnings, *_shortened([row.warning for row in rows if row.warning])],
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
         references=references,
         typical=threshold and threshold.typical,
@@ -114,7 +114,7 @@ def plain_known(detector: FewShotDetector) -> dict:
     return {
         "normal_images": scores,
         "known_defects": [defect._asdict() for defect in detector.defects],
-        "warnings": [*detector.copies, *(detector.threshold.warnings if detector.threshold else ())],
+        "warnings": detector.warnings,
     }
 
 
