@@ -20,7 +20,15 @@ from datasets.notes import checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import write_scores
-from evaluation.records import RecordFiles, decisive, difference, save_maps
+from evaluation.records import (
+    RecordFiles,
+    decisive,
+    difference,
+    file_record,
+    save_maps,
+    support_record,
+    test_digest,
+)
 from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import format_aurocs, format_summaries, kind_summaries, summaries
 from models.networks import network_name, scoring_network, settle_img_size
@@ -183,14 +191,14 @@ def _find_jobs(
     Raises:
         UserError: a checkpoint is missing, or a record of other results would be replaced.
     """
-    jobs = []
+    jobs, test = [], test_digest(items)
     for weights, shots in _find_weights(args).items():
         kind = "" if weights.kind == "best" else f"_{weights.kind}"
         for shot in shots:
             start = f"{args.obj}_{shot}_{network_name(args.backbone, args.stn_mode)}{kind}"
             for given, scorer in zip(args.scorer, scorers, strict=True):
                 files = RecordFiles.of(args.output, f"{start}{record_ending(scorer)}")
-                depends = decisive(args, weights.sha256, given, items, supports[shot].images)
+                depends = decisive(args, weights.sha256, given, test, supports[shot].images)
                 _check_files(args, files)
                 replaced = difference(files.record, depends)
                 if replaced and not args.overwrite:
@@ -258,10 +266,10 @@ def _write(
     content = {
         "arguments": plain_arguments(args) | {"shot": job.shot, "scorer": job.scorer},
         **provenance(clock.device),
-        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": _file_record(job.weights.file)},
+        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": file_record(job.weights.file)},
         "scorer": job.scorer,
         "decisive": job.decisive,
-        "support_set": _support_record(job.support),
+        "support_set": support_record(job.support),
         "test_pictures": len(dataset),
         "rounds": scored.numbers,
         **all_summaries,
@@ -279,10 +287,6 @@ def _write(
         _save_images(args, job.files.images, dataset, scored.first_maps[0], shown)
 
 
-def _support_record(support: SupportRounds) -> dict:
-    return {"source": support.source, "names": support.names} | (_file_record(support.file) or {})
-
-
 def _save_images(
     args: argparse.Namespace, folder: Path, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple
 ) -> None:
@@ -296,10 +300,6 @@ def _save_images(
     except OSError as error:
         raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
     print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")
-
-
-def _file_record(path: Path | None) -> dict | None:
-    return None if path is None else {"path": str(path), "sha256": sha256(path)}
 
 
 if __name__ == "__main__":

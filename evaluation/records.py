@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from datasets.mvtec import LabelledImage
-from evaluation.per_image import image_name
+from datasets.support import SupportRounds
+from evaluation.per_image import ROUND, image_name
 from utils.files import digest, sha256, whole_file
 from utils.stages import in_threads
 
@@ -37,13 +38,28 @@ class RecordFiles(NamedTuple):
 
     def round_maps(self, number: int) -> Path:
         """The file with the score maps of a round."""
-        return self.maps / f"round_{number}.npz"
+        return round_maps(self.maps, number)
 
     def remove_extras(self) -> None:
         """Removes the maps and the report of an earlier record, so that they do not stand beside other numbers."""
         report = [self.images / name for name in ("report.html", "contact_sheet.jpg")]
-        for file in (*self.maps.glob("round_*.npz"), *report, *self.images.glob("curves.*")):
+        for file in (*self.maps.glob(f"{ROUND}*.npz"), *report, *self.images.glob("curves.*")):
             file.unlink(missing_ok=True)
+
+
+def round_maps(folder: Path, number: int) -> Path:
+    """The file with the score maps of a round in a folder of them."""
+    return folder / f"{ROUND}{number}.npz"
+
+
+def file_record(path: Path | None) -> dict | None:
+    """What a record says of a file; None for None."""
+    return None if path is None else {"path": str(path), "sha256": sha256(path)}
+
+
+def support_record(support: SupportRounds) -> dict:
+    """What a record says of its support set."""
+    return {"source": support.source, "names": support.names} | (file_record(support.file) or {})
 
 
 def save_maps(path: Path, items: Sequence[LabelledImage], maps: np.ndarray) -> None:
@@ -60,13 +76,13 @@ def decisive(
     args: argparse.Namespace,
     checkpoint: str | None,
     scorer: str,
-    items: Sequence[LabelledImage],
+    test: str,
     support: Iterable[torch.Tensor],
 ) -> dict:
     """What the numbers of a record depend on, by content and not by path, as far as it can be known beforehand.
 
     args: those of test.py. checkpoint: SHA-256, or None for an untrained network. scorer: as given with --scorer.
-    support: the support images of every round.
+    test: from `test_digest`. support: the support images of every round.
     """
     content = {name: getattr(args, name) for name in DECISIVE}
     weights = checkpoint
@@ -78,7 +94,7 @@ def decisive(
     images = hashlib.sha256()
     for of_round in support:
         images.update(str(tuple(of_round.shape)).encode() + of_round.contiguous().numpy().tobytes())
-    return content | {"support images": images.hexdigest(), "test images": test_digest(items)}
+    return content | {"support images": images.hexdigest(), "test images": test}
 
 
 def test_digest(items: Sequence[LabelledImage]) -> str:

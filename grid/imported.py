@@ -19,7 +19,7 @@ from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import ROUND, image_name, read_scores
-from evaluation.records import difference, test_digest
+from evaluation.records import difference, round_maps, support_record, test_digest
 from evaluation.round_metrics import IMAGE_METRICS, RoundMetrics, Truth
 from evaluation.statistics import format_summaries, kind_summaries, summaries
 from scorers.registry import SAFE_NAME, TAKEN_NAMES
@@ -58,7 +58,7 @@ def import_record(args: argparse.Namespace) -> Path:
         **{"weights": args.kind, "epoch": None, "checkpoint": None, "scorer": args.name},
         "imported": {"path": str(args.import_scores), "sha256": depends["scores"]},
         "decisive": depends,
-        "support_set": _support_record(support),
+        "support_set": support_record(support),
         "test_pictures": len(items),
         **metrics,
     }
@@ -69,18 +69,15 @@ def import_record(args: argparse.Namespace) -> Path:
 
 def _decisive(args: argparse.Namespace, items: Sequence[LabelledImage], support: SupportRounds) -> dict[str, str]:
     """What the record depends on, by content and not by path, as evaluation.records.decisive for those of test.py."""
-    maps = [path for number in range(args.inferences) if args.maps and (path := _maps_file(args, number)).is_file()]
+    maps = [
+        path for number in range(args.inferences) if args.maps and (path := round_maps(args.maps, number)).is_file()
+    ]
     return {
         "scores": sha256(args.import_scores),
-        "maps": digest([sha256(path) for path in maps]),
+        "maps": digest([sha256(path) for path in maps if path.is_file()]),
         "support images": digest([support.names, support.file and sha256(support.file)]),
         "test images": test_digest(items),
     }
-
-
-def _support_record(support: SupportRounds) -> dict:
-    file = {"path": str(support.file), "sha256": sha256(support.file)} if support.file else {}
-    return {"source": support.source, "names": support.names, **file}
 
 
 def _print(record: dict, path: Path) -> None:
@@ -97,12 +94,12 @@ def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: n
     labels, kinds = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
     truth, names = Truth(labels, None, None, kinds), IMAGE_METRICS
     if args.maps:
-        size = _read_maps(_maps_file(args, 0), items).shape[-1]
+        size = _read_maps(round_maps(args.maps, 0), items).shape[-1]
         truth, names = Truth(labels, *_masks(items, size, args.num_workers), kinds), tuple(METRIC_NAMES)
     metrics = RoundMetrics(truth, torch.device("cpu"), names)
     found = []
     for number, of_round in enumerate(scores):
-        maps = _read_maps(_maps_file(args, number), items) if args.maps else None
+        maps = _read_maps(round_maps(args.maps, number), items) if args.maps else None
         if maps is not None and maps.shape[-1] != size:
             raise UserError(f"{args.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
         found.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
@@ -115,10 +112,6 @@ def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: n
         "not_available": {name: reason for name, reason in reasons.items() if name in names},
         "defects": kind_summaries(by_kind, images, kind_reasons),
     }
-
-
-def _maps_file(args: argparse.Namespace, number: int) -> Path:
-    return args.maps / f"{ROUND}{number}.npz"
 
 
 def _masks(items: Sequence[LabelledImage], size: int, workers: int) -> tuple[np.ndarray | None, np.ndarray | None]:
