@@ -16,8 +16,9 @@ The threshold for a false-positive rate a (the share of normal images that cause
     normal distribution with mean and standard deviation of all these logarithms, or the largest score of an image if
     that is higher.
 
-The constants were chosen on the normal test images of six categories and judged on the seventh, each in turn. The first
-share is lower because leave-one-out scores are higher than those of new images: each is computed from one image less.
+The constants were chosen on the normal test images of seven categories. `python -m benchmarks.threshold --choose`
+chooses them on six and judges them on the seventh, each in turn. The first share is lower because leave-one-out scores
+are higher than those of new images: each is computed from one image less.
 
 The region threshold is usually lower. It is the quantile 1 - a of the pixels of a normal score map, as the median over
 the normal images. Regions above it are outlined. Normal images contain such regions too, so the region threshold shows

@@ -12,8 +12,8 @@ normal or defective would mislead. Three rules, all from the support images alon
   90, 180 or 270 degrees, parts lie in a fixed direction. An image that is clearly more similar to a turned copy is then
   turned. For parts that look alike from several sides, there is no such rule.
 
-A distance is relative: |a - b| / sqrt(|a| |b|), averaged over the compared tensors. The constants were chosen on six
-categories and judged on the seventh, each in turn; `python -m benchmarks.unusual` measures the rules.
+A distance is relative: |a - b| / sqrt(|a| |b|), averaged over the compared tensors. The constants were chosen on the
+categories on which `python -m benchmarks.unusual` measures the rules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST_CONTRAST = 0.25  # times the least contrast of a support image
 LEAST_LIMIT = 0.3  # relative distance of features
 LEAVE_ONE_OUT = 1.4  # times the median leave-one-out distance
 CLEARLY = 0.9  # ratio of two distances, for the direction
-NEAR_COPY = 0.035  # relative distance of the grids; different parts are farther apart in seven categories
+NEAR_COPY = 0.035  # relative distance of the grids
 NEAR_VIEW = 0.3  # times the distance to the image's own rotated views, whichever is smaller
 MOST_TILES = 256  # of large support images, whose statistics are kept
 TINY = 1e-12
