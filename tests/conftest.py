@@ -1,8 +1,10 @@
-"""Command line options and the small data set that tests share."""
+"""Command line options, and the fixtures that tests share."""
 
 from __future__ import annotations
 
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def demo_data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("demo data")  # with a space, as real folders have
     write_dataset(root, categories=("ring", "weave"), train=5, good=3, defective=2, size=64)
     return root
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Background jobs ignore SIGINT, and their child processes inherit this. A handler is not inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -111,14 +111,6 @@ def _check_page(output: Path, record: dict, rows: list[dict]) -> None:
     assert (str(len(rows) - len(own)) in re.sub(r"<script.*", "", page, flags=re.DOTALL)) or len(rows) == len(own)
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Background jobs ignore SIGINT, and their child processes inherit this. A handler is not inherited."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_watch_ends_with_a_summary(part, images, folder):
     """Images arrive in a watched folder that also contains the output; standard output holds JSON lines only."""
     output = folder / "out"

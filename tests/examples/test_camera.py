@@ -155,6 +155,7 @@ def test_a_video_that_decodes_too_slowly_is_dropped_undecoded():
     assert source.decoded <= 8 and frames.came == 20
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_with_a_summary(part, monkeypatch, capsys):
     class Opened(Endless):
         def retrieve(self):
