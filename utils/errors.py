@@ -1,4 +1,4 @@
-"""How every command runs: a mistake costs one sentence and exit code 2, and the time it took stands at the end."""
+"""How every command runs: errors of the user are one line and exit code 2; at the end, the elapsed time is printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO} 
 
 
 class UserError(Exception):
-    """An error that the user can correct. The message says what was expected, where, and what to do."""
+    """An error that the user can correct. The message says what was expected and where.
+
+    options: names of the settings that correct it. A command that has flags of these names adds them to the message, so
+    that code which serves several commands, or none, names no flags.
+    """
+
+    def __init__(self, message: str, options: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.options = tuple(options)
 
 
 class WriteError(OSError):
@@ -24,10 +32,13 @@ class WriteError(OSError):
         return f"cannot write {self.filename}: {self.strerror}"
 
 
-def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
+def run_command(
+    main: Callable[[Sequence[str] | None], None], get_parser: Callable[[], argparse.ArgumentParser] | None = None
+) -> None:
     """Runs a command's `main`. Ctrl-C ends it with one line and exit code 130.
 
-    A UserError, or a file that cannot be written, ends it with one line and exit code 2.
+    A UserError, or a file that cannot be written, ends it with one line and exit code 2. get_parser: makes the parser
+    of the command, whose flags are added to the message of a UserError that names them in its `options`.
 
     A command that did its work, in whole or in part (DID_WORK), ends with the time it took. The line goes to
     stderr, so that redirected output holds the results only. The start of Python is not included.
@@ -37,7 +48,9 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     started = time.perf_counter()
     try:
         main(None)
-    except (UserError, WriteError) as error:
+    except UserError as error:
+        sys.exit(_complain(f"{error}{_advice(error, get_parser)}", 2))
+    except WriteError as error:
         sys.exit(_complain(error, 2))
     except OSError as error:
         if error.errno not in DISK_FAULTS:
@@ -67,6 +80,13 @@ def format_elapsed(seconds: float) -> str:
     return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
+def _advice(error: UserError, get_parser: Callable[[], argparse.ArgumentParser] | None) -> str:
+    """The flags of the command that correct an error, as ` (see --bits)`; empty if there are none."""
+    known = {action.dest for action in get_parser()._actions} if get_parser and error.options else set()
+    flags = [f"--{name}" for name in error.options if name in known]
+    return f" (see {', '.join(flags)})" if flags else ""
+
+
 def _complain(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
@@ -76,6 +96,6 @@ def require_positive(arguments: argparse.Namespace, *names: str) -> None:
     """Raises UserError where an argument, or a number in a list, is below 1. None (a default) is accepted."""
     for name in names:
         values = getattr(arguments, name)
-        smallest = min(values) if isinstance(values, list) else values
+        smallest = min(values) if isinstance(values, list | tuple) else values
         if smallest is not None and smallest < 1:
             raise UserError(f"--{name} must be at least 1, got {smallest}")

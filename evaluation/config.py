@@ -1,0 +1,156 @@
+"""The configuration of test.py, and the groups of settings that it shares with other commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.mvtec import CATEGORIES
+from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES
+from models.timm_features import PREFIX
+from scorers.registry import RELEASE_SCORER, SCORERS
+from utils.config import Config, flag
+from utils.devices import DEFAULT_SEED
+from utils.errors import UserError
+from utils.flags import AUTO_BITS, BIT_DEPTHS, DEFAULT_SAVE_DIR, MAX_PIXELS
+
+SCORER_HELP = f"{', '.join(SCORERS)}, or a custom class as FILE.py:CLASS"
+
+
+def category_name(text: str) -> str:
+    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
+
+    Raises:
+        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
+    """
+    name = os.path.normpath(text) if text else ""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
+    return name
+
+
+def bit_depth(text: str) -> int | str:
+    """A value of --bits: a number, or AUTO_BITS."""
+    return text if text == AUTO_BITS else int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Which data set."""
+
+    data_type: str = flag(
+        "folder: MVTec AD's layout, any names", default="mvtec", group="data", choices=tuple(CATEGORIES)
+    )
+    data_path: Path = flag("folder that holds the categories", default=Path("./MVTec/"), group="data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportConfig(Config):
+    """Which support sets."""
+
+    inferences: int = flag(
+        "rounds, each with a support set of its own",
+        default=10,
+        group="data",
+        least=1,
+        metavar="ROUNDS",
+        affects_results=True,
+    )
+    support_path: Path | None = flag(
+        "folder of the support sets (default: ./support_set, or drawn with seed 0)", default=None, group="data"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(Config):
+    """How images are decoded."""
+
+    keep_aspect: bool = flag(
+        "pad by reflection instead of squeezing to a square", default=False, group="images", affects_results=True
+    )
+    bits: int | str = flag(
+        "bit depth of 16-bit grey files; auto: the smallest that holds the values of the training images",
+        default=AUTO_BITS,
+        group="images",
+        choices=(AUTO_BITS, *BIT_DEPTHS),
+        convert=bit_depth,
+        affects_results=True,
+    )
+    max_pixels: int = flag("larger images are rejected", default=MAX_PIXELS, group="images", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(Config):
+    """What the network is, and its initial weights."""
+
+    stn_mode: str = flag(
+        "transformations that the spatial transformers may use",
+        default="rotation_scale",
+        group="network",
+        choices=tuple(STN_MODES),
+        affects_results=True,
+    )
+    backbone: str = flag(
+        f"{', '.join(BACKBONES)}, or timm:NAME for any model of the timm library, without registration training",
+        default=RELEASE_BACKBONE,
+        group="network",
+        affects_results=True,
+    )
+    img_size: int | None = flag(
+        "side of the network's input in pixels, a multiple of 16 (default: 224, or that of the timm model)",
+        default=None,
+        group="network",
+        least=1,
+        affects_results=True,
+    )
+    weights: str = flag(
+        "backbone weights without a checkpoint: imagenet, none, or a file", default="imagenet", group="network"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Where the command runs."""
+
+    device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
+    num_workers: int = flag("processes that decode images; 0: this process", default=2, least=0)
+    seed: int = flag("of all random numbers; the same seed gives the same results", default=DEFAULT_SEED, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataConfig):
+    """The flags of test.py: those of the release and those of this project."""
+
+    obj: str = flag("the category to score", group="data", convert=category_name, metavar="CATEGORY")
+    shot: tuple[int, ...] = flag("support images per round", default=(2,), group="data", least=1, metavar="K")
+    strict: bool = flag("reject defective test images without a mask", default=False, group="images")
+    save_dir: Path = flag("folder of the checkpoints", default=DEFAULT_SAVE_DIR, group="network")
+    checkpoint: Path | None = flag(
+        "the weights to score (default: the file of train.py or the release in --save_dir)",
+        default=None,
+        group="network",
+    )
+    last: bool = flag("score the weights of the last epoch instead", default=False, group="network")
+    untrained: bool = flag("score without registration training", default=False, group="network")
+    batch_size: int | None = flag(
+        "images per network pass; affects time, memory and the last digits", default=None, least=1
+    )
+    scorer: tuple[str, ...] = flag(SCORER_HELP, default=(RELEASE_SCORER,), metavar="NAME")
+    metrics: str = flag("all: also AP, F1-max and PRO", default="all", choices=("all", "auroc"), affects_results=True)
+    output: Path = flag("folder of all that is written", default=Path("./results"))
+    overwrite: bool = flag("replace a record that was made with other settings", default=False)
+    save_images: int = flag(
+        "draw this many images of round 0, and write a report; -1: all", default=0, metavar="N", least=-1
+    )
+    save_maps: bool = flag("write the score maps of every round as .npz, float32", default=False)
+
+    def check(self) -> None:
+        """Raises UserError where flags exclude each other."""
+        if self.backbone.startswith(PREFIX) and not self.untrained:
+            raise UserError(f"{self.backbone} is not trained here: give --untrained")
+        if self.untrained + self.last + bool(self.checkpoint) > 1:
+            raise UserError("--untrained, --last and --checkpoint exclude each other")
+        if len(set(self.shot)) < len(self.shot):
+            raise UserError(f"--shot names a number twice: {' '.join(map(str, self.shot))}")

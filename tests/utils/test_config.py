@@ -1,0 +1,120 @@
+"""Configurations: fields as flags, checks, --config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.config import Config, Parser, flag, recorded
+from utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw(Config):
+    obj: str = flag("the category", group="data", affects_results=True)
+    shot: tuple[int, ...] = flag("images per round", default=(2,), least=1, affects_results=True)
+    rate: float = flag("a share of 5 %", default=0.05, least=0)
+    mode: str = flag("how", default="fast", choices=("fast", "slow"))
+    folder: Path | None = flag("where", default=None)
+    strict: bool = flag("refuse more", default=False, aliases=("--severe",))
+
+    def check(self):
+        if self.strict and self.mode == "fast":
+            raise UserError("--strict needs --mode slow")
+
+
+def parse(*argv):
+    return Parser(Draw, "Draws.").parse_config([str(word) for word in argv])
+
+
+def test_flags_are_fields():
+    config = parse("--obj", "ring", "--shot", 2, 4, "--folder", "a/b", "--severe", "--mode", "slow")
+    assert config == Draw(obj="ring", shot=(2, 4), folder=Path("a/b"), strict=True, mode="slow")
+    assert config.given == {"obj", "shot", "folder", "strict", "mode"}
+    assert config.results_part() == {"obj": "ring", "shot": [2, 4]}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.obj = "board"
+
+
+@given(st.text(), st.lists(st.integers(1, 99), min_size=1), st.floats(0, 1e300), st.none() | st.just(Path("x/y")))
+def test_plain_values_and_json_give_the_same_configuration_again(obj, shot, rate, folder):
+    config = Draw(obj=obj, shot=tuple(shot), rate=rate, folder=folder)
+    assert Draw.from_plain(json.loads(json.dumps(config.plain()))) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--obj is required: the category"),
+        (["--obj", "a", "--shot", "0"], "--shot must be at least 1, got 0"),
+        (["--obj", "a", "--rate", "nan"], "--rate must be a finite number"),
+        (["--obj", "a", "--strict"], "--strict needs --mode slow"),
+    ],
+)
+def test_wrong_values(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(*argv)
+
+
+@pytest.mark.parametrize("argv", [["--obj"], ["--shot", "two"], ["--mode", "odd"], ["--sho", "1", "--none"]])
+def test_argparse_errors_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_help_shows_defaults_and_percent_signs(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "images per round (default: 2)" in text and "5 % (default: 0.05)" in text and "--severe" not in text
+
+
+VALUES = {"obj": "ring", "shot": [4, 8], "folder": "f"}
+
+
+@pytest.mark.parametrize("content", [VALUES, {"config": VALUES, "rounds": [1]}, {"arguments": VALUES | {"shot": 4}}])
+def test_config_takes_values_from_files_and_the_command_line_wins(content, tmp_path):
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(content))
+    assert parse("--config", file).folder == Path("f")
+    assert parse("--config", file).shot[0] == 4
+    assert parse("--config", file, "--shot", 1, "--obj", "board") == Draw(obj="board", shot=(1,), folder=Path("f"))
+
+
+@pytest.mark.parametrize("key", ["recipe", "origin"])
+def test_config_of_torch_files(key, tmp_path):
+    torch.save({key: {"config": VALUES}, "weights": torch.zeros(2)}, tmp_path / "file.pt")
+    assert parse("--config", tmp_path / "file.pt").shot == (4, 8)
+
+
+def test_settings_of_other_commands(tmp_path, capsys):
+    (tmp_path / "record.json").write_text(json.dumps({"config": VALUES | {"epochs": 3}}))
+    assert parse("--config", tmp_path / "record.json").obj == "ring"
+    assert "ignored: epochs" in capsys.readouterr().err
+    (tmp_path / "own.json").write_text(json.dumps(VALUES | {"epochs": 3}))
+    with pytest.raises(UserError, match="no such setting: epochs"):
+        parse("--config", tmp_path / "own.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"rounds": {"a": 1}}', '{"obj": ["a"], "strict": "yes"}', "PK\x03\x04"]
+)
+def test_unusable_configuration_files(content, tmp_path):
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(UserError, match=r"file\.json|--strict"):
+        parse("--config", tmp_path / "file.json")
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        parse("--config", tmp_path / "missing.json")
+
+
+def test_recorded_is_empty_without_a_configuration():
+    assert recorded({"rounds": []}) == {}

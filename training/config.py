@@ -1,0 +1,105 @@
+"""The configuration of train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.cache import default_cache_dir
+from evaluation.config import (
+    SCORER_HELP,
+    DataConfig,
+    ImageConfig,
+    NetworkConfig,
+    RunConfig,
+    SupportConfig,
+    category_name,
+)
+from models.stn import BACKBONES
+from scorers.registry import RELEASE_SCORER
+from utils.config import flag
+from utils.errors import UserError
+from utils.flags import DEFAULT_SAVE_DIR
+
+SELECTION = "scoring and selection of the epoch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataConfig):
+    """The flags of train.py: those of the release and those of this project."""
+
+    obj: str = flag(
+        "target category: excluded from training, scored",
+        group="data",
+        convert=category_name,
+        metavar="CATEGORY",
+        affects_results=True,
+    )
+    sources: tuple[str, ...] | None = flag(
+        "train on these categories (default: all but the target)",
+        default=None,
+        group="data",
+        convert=category_name,
+        metavar="CATEGORY",
+    )
+    source_path: Path | None = flag(
+        "data set of the sources (default: that of the target)", default=None, group="data", metavar="DIR"
+    )
+    shot: int = flag("support images per query", default=2, group="data", least=1, metavar="K", affects_results=True)
+    episodes: Path | None = flag(
+        "use these episodes in every epoch (datasets/episodes.py)", default=None, group="data", metavar="FILE"
+    )
+    strict: bool = flag("reject defective test images without a mask", default=False, group="images")
+    epochs: int = flag("number of epochs", default=50, group="training", least=1, affects_results=True)
+    batch_size: int = flag("queries per step", default=32, group="training", least=1, affects_results=True)
+    lr: float = flag(
+        "learning rate, decays to 0 with a half cosine", default=0.0001, group="training", least=0, affects_results=True
+    )
+    momentum: float = flag("momentum of SGD", default=0.9, group="training", least=0, affects_results=True)
+    scorer: tuple[str, ...] = flag(SCORER_HELP, default=(RELEASE_SCORER,), group=SELECTION, metavar="NAME")
+    eval_every: int = flag(
+        "epochs between scorings; 0: never (needs --select last)",
+        default=1,
+        group=SELECTION,
+        least=0,
+        metavar="EPOCHS",
+        affects_results=True,
+    )
+    select: str = flag(
+        "best: by the target's test labels; source: by a held-out source category, without the target",
+        default="best",
+        group=SELECTION,
+        choices=("best", "last", "source"),
+        affects_results=True,
+    )
+    held_out: str | None = flag(
+        "for --select source (default: the next category after the target by name)",
+        default=None,
+        group=SELECTION,
+        convert=category_name,
+        metavar="CATEGORY",
+    )
+    cache_dir: str = flag("cache of decoded images; none: in memory", default=str(default_cache_dir()))
+    save_dir: Path = flag("folder of the checkpoints", default=DEFAULT_SAVE_DIR)
+    resume: bool = flag("resume an interrupted run, or start a new one", default=False)
+    overwrite: bool = flag("start a new run in place of an earlier one", default=False)
+    save_every: float = flag("interval for saving the state to resume from", default=300.0, least=0, metavar="SECONDS")
+    amp: str = flag(
+        "bf16: bfloat16 in training steps, changes results",
+        default="off",
+        choices=("off", "bf16"),
+        affects_results=True,
+    )
+    tf32: bool = flag("TF32 in training steps (CUDA), changes results", default=False, affects_results=True)
+    compile: bool = flag("compile the networks with torch.compile", default=False, affects_results=True)
+
+    def check(self) -> None:
+        """Raises UserError where flags contradict each other."""
+        if self.backbone not in BACKBONES:
+            raise UserError(f"--backbone {self.backbone} cannot be trained; choose from {', '.join(BACKBONES)}")
+        if self.select != "last" and not self.eval_every:
+            raise UserError(f"--select {self.select} needs scores; give --select last with --eval_every 0")
+        if self.held_out and self.select != "source":
+            raise UserError("--held_out is for --select source")
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")

@@ -1,0 +1,264 @@
+"""Configurations: one frozen dataclass per command, whose fields are its flags.
+
+    @dataclass(frozen=True, kw_only=True)
+    class DrawConfig(Config):
+        rounds: int = flag("rounds per support set", default=10, least=1, affects_results=True)
+
+A field is declared once: name, type, default, help and limits. `Parser` makes the command line of it. A configuration
+is checked when it is made and never changed; `dataclasses.replace` makes another one. `--config FILE` of every command
+takes the values of a JSON file, of a record, of a checkpoint or of a detector file; flags on the command line win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from utils.errors import UserError
+
+CONFIG_KEYS = ("config", "arguments")  # where records hold the configuration; "arguments": until version 0.1
+CHECKPOINT_KEYS = ("recipe", "origin")  # where checkpoints and detector files hold their record
+
+AnyConfig = TypeVar("AnyConfig", bound="Config")
+
+
+def flag(
+    text: str,
+    *,
+    default: object = MISSING,
+    group: str = "run",
+    affects_results: bool = False,
+    least: float | None = None,
+    choices: Sequence[object] | None = None,
+    convert: Callable[[str], object] | None = None,
+    **options: object,
+) -> Any:  # noqa: ANN401, the type of the field
+    """A field of a `Config`, and with it the flag of the same name.
+
+    text: the help. default: without one, the flag is required. group: of the help page. affects_results: the value is
+    part of the fingerprint of a run. least: smallest value of a number, or of each number of a tuple. convert: makes
+    the value of a text; by default the type of the field. options: further arguments of `add_argument` (metavar, nargs,
+    const), and `aliases`, other spellings of the flag that the help does not show.
+    """
+    metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least}
+    metadata |= {"choices": choices, "convert": convert, "options": options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The base of all configurations.
+
+    given: the names that the command line or --config set, as opposed to defaults. It is no flag and not compared.
+
+    Raises:
+        UserError: a value is not among the choices or below the least, a number is not finite, or `check` fails.
+    """
+
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for field in flags_of(type(self)):
+            values = getattr(self, field.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                _check_value(field, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raises UserError where values contradict each other. Subclasses override it."""
+
+    def plain(self) -> dict[str, object]:
+        """All values for JSON: paths as text, tuples as lists."""
+        return {field.name: _plain(getattr(self, field.name)) for field in flags_of(type(self))}
+
+    def results_part(self) -> dict[str, object]:
+        """The plain values that affect results, for the fingerprint of a run."""
+        plain = self.plain()
+        return {field.name: plain[field.name] for field in flags_of(type(self)) if field.metadata["affects_results"]}
+
+    @classmethod
+    def from_plain(cls: type[AnyConfig], values: Mapping[str, object]) -> AnyConfig:
+        """The configuration of plain values, as `plain` returns them; names that are missing have their default.
+
+        Raises:
+            UserError: a name is unknown, a value has another type, or a required one is missing.
+        """
+        known = {field.name: field for field in flags_of(cls)}
+        if unknown := [name for name in values if name not in known]:
+            raise UserError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
+        found = {name: _from_plain(cls, known[name], value) for name, value in values.items()}
+        for name, field in known.items():
+            if field.default is MISSING and name not in found:
+                raise UserError(f"--{name} is required: {field.metadata['text']}")
+        return cls(**found, given=frozenset(found))
+
+
+class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
+    """The command line of a configuration. An error is one line and exit code 2, without the usage."""
+
+    def __init__(self, kind: type[AnyConfig], description: str, epilog: str | None = None) -> None:
+        super().__init__(description=description, epilog=epilog, argument_default=argparse.SUPPRESS)
+        self.kind = kind
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        for field in flags_of(kind):
+            title = field.metadata["group"]
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            _add_flag(groups[title], kind, field)
+        self.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="take the values of a JSON file, a record, a checkpoint or a detector; flags on the command line win",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+    def parse_config(self, argv: Sequence[str] | None = None) -> AnyConfig:
+        """The configuration that a command line describes.
+
+        Raises:
+            UserError: as `Config`, or the file of --config cannot be used.
+        """
+        given = vars(self.parse_args(argv))
+        file = given.pop("config", None)
+        names = {field.name for field in flags_of(self.kind)}
+        values = {} if file is None else read_config(file, names)
+        # what argparse converted already is converted again: the same rule holds for files and command lines
+        return self.kind.from_plain(values | {name: _plain(value) for name, value in given.items()})
+
+
+def flags_of(kind: type[Config]) -> list[dataclasses.Field]:
+    """The fields of a configuration that are flags."""
+    return [field for field in dataclasses.fields(kind) if field.metadata]
+
+
+def recorded(record: Mapping) -> dict[str, object]:
+    """The configuration in a record, a checkpoint or the description of a detector; empty if it holds none."""
+    for key in CHECKPOINT_KEYS:
+        if isinstance(record.get(key), Mapping):
+            return recorded(record[key])
+    found = [record[key] for key in CONFIG_KEYS if isinstance(record.get(key), Mapping)]
+    return dict(found[0]) if found else {}
+
+
+def read_config(file: Path, names: set[str]) -> dict[str, object]:
+    """The values of `names` in a JSON file, a record, a checkpoint or a detector file.
+
+    Values of other commands in a record are left out, which is printed; in a JSON file of values alone they are errors.
+
+    Raises:
+        UserError: the file cannot be read, holds no configuration, or names something unknown.
+    """
+    content = _read(file)
+    values = recorded(content)
+    if not values and any(isinstance(value, Mapping) for value in content.values()):
+        raise UserError(f"{file} holds no configuration (looked for the entry {' or '.join(CONFIG_KEYS)})")
+    if not values:
+        if unknown := sorted(set(content) - names):
+            raise UserError(f"{file}: no such setting: {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+        return dict(content)
+    if others := sorted(set(values) - names):
+        print(f"{file}: not settings of this command, ignored: {', '.join(others)}", file=sys.stderr)
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _read(file: Path) -> Mapping:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {file}: {error.strerror}") from error
+    if content[:4] == b"PK\x03\x04":  # a torch file
+        from utils.files import load_tensors  # imports torch
+
+        found = load_tensors(file, "file")
+    else:
+        try:
+            found = json.loads(content.decode("utf-8-sig"))
+        except ValueError as error:
+            raise UserError(f"{file} is no JSON file, checkpoint or detector file: {error}") from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"{file} holds no configuration but {type(found).__name__}")
+    return found
+
+
+def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: dataclasses.Field) -> None:
+    options = dict(field.metadata["options"])
+    names = [f"--{field.name}", *options.pop("aliases", ())]
+    base, is_tuple = _base_type(kind, field)
+    text = field.metadata["text"]
+    if base is bool:
+        options["action"] = "store_true"
+    else:
+        options |= {"type": field.metadata["convert"] or base, "choices": field.metadata["choices"]}
+        if is_tuple:
+            options.setdefault("nargs", "+")
+        shown = field.default
+        if shown not in (MISSING, None) and shown != () and "default" not in text:
+            text += f" (default: {' '.join(map(str, shown)) if is_tuple else shown})"
+    group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
+    for alias in names[1:]:
+        group.add_argument(alias, dest=field.name, **options | {"help": argparse.SUPPRESS})
+
+
+def _base_type(kind: type[Config], field: dataclasses.Field) -> tuple[Callable, bool]:
+    """The type of a value of the field, without None, and whether the field is a tuple of them."""
+    found = _type_hints(kind)[field.name]
+    if isinstance(found, types.UnionType) or typing.get_origin(found) is typing.Union:
+        found = next(part for part in typing.get_args(found) if part is not type(None))
+    is_tuple = typing.get_origin(found) is tuple
+    return (typing.get_args(found)[0] if is_tuple else found), is_tuple
+
+
+_type_hints = functools.cache(typing.get_type_hints)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _from_plain(kind: type[Config], field: dataclasses.Field, value: object) -> object:
+    base, is_tuple = _base_type(kind, field)
+    if value is None:
+        return None
+    if is_tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(field, base, item) for item in items)
+    return _convert(field, base, value)
+
+
+def _convert(field: dataclasses.Field, base: Callable, value: object) -> object:
+    if base is bool:
+        if isinstance(value, bool):
+            return value
+        raise UserError(f"--{field.name} takes true or false in a configuration file, got {value!r}")
+    try:
+        return (field.metadata["convert"] or base)(value if isinstance(value, Path) else str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"--{field.name}: {value!r} is not valid ({error})") from error
+
+
+def _check_value(field: dataclasses.Field, value: object) -> None:
+    name, choices, least = field.name, field.metadata["choices"], field.metadata["least"]
+    if value is None:
+        return
+    if choices is not None and value not in choices:
+        raise UserError(f"--{name} {value}: choose from {', '.join(map(str, choices))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} must be a finite number, got {value}")
+    if least is not None and value < least:
+        raise UserError(f"--{name} must be at least {least}, got {value}")

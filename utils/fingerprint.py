@@ -1,0 +1,76 @@
+"""The fingerprint of a run: everything that its numbers depend on. Runs with equal fingerprints need not be repeated.
+
+A fingerprint holds the settings that affect results, the SHA-256 of the content of all inputs, and METHOD_VERSION. It
+does not depend on where files are, nor on the text of the code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from utils.files import sha256
+
+# Raised by hand whenever a change of the code changes results. tests/test_fixture.py fails when it was forgotten.
+METHOD_VERSION = 1
+DIGEST_LETTERS = 64  # of a SHA-256 in hexadecimal
+
+
+def fingerprint(settings: Mapping[str, object], inputs: Mapping[str, object]) -> dict:
+    """What the numbers of a run depend on, for its record.
+
+    settings: plain values, see `utils.config.Config.results_part`, with what was resolved in place of `auto` or None.
+    inputs: names of inputs (test images, weights, ...) and the digests of their content.
+    """
+    return {"method_version": METHOD_VERSION, "settings": dict(settings), "inputs": dict(inputs)}
+
+
+def changes(stored: object, current: Mapping) -> list[str]:
+    """How the fingerprint `stored` in a record differs from the current one, a phrase for each entry; [] if equal.
+
+    A record without a fingerprint, as of version 0.1, differs.
+    """
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("settings"), Mapping):
+        return ["no fingerprint"]
+    found = _changes({"method_version": stored.get("method_version")}, {"method_version": current["method_version"]})
+    for part in ("settings", "inputs"):
+        found += _changes(stored.get(part, {}), current[part])
+    return found
+
+
+def _changes(before: Mapping, now: Mapping) -> list[str]:
+    names = dict.fromkeys([*before, *now])
+    return [_change(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)]
+
+
+def _change(name: str, before: object, now: object) -> str:
+    shown = [value for value in (before, now) if not isinstance(value, dict) and len(str(value)) < DIGEST_LETTERS]
+    return f"{name} {before}, now {now}" if len(shown) == 2 else f"other {name.replace('_', ' ')}"
+
+
+def digest(content: object) -> str:
+    """SHA-256 of plain values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class FileDigests:
+    """SHA-256 of files by content. Each file is read once per object, several at a time."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def of(self, files: Iterable[Path]) -> list[str]:
+        """The SHA-256 of each file, in hexadecimal."""
+        files = list(files)
+        unknown = sorted(set(files) - set(self._known))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
+            self._known.update(zip(unknown, pool.map(sha256, unknown), strict=True))
+        return [self._known[file] for file in files]
+
+    def together(self, files: Sequence[Path]) -> str:
+        """One digest of files with their names, independent of their folder and order."""
+        return digest(sorted(zip((file.name for file in files), self.of(files), strict=True)))
