@@ -33,7 +33,7 @@ def support_views(images: torch.Tensor) -> torch.Tensor:
         - Translations by `TRANSLATIONS` use [1 0 x; 0 1 y]; (0.2, 0.2) moves the image by S/10 to the left and up.
         - Rotations by multiples of 90 degrees are counter-clockwise as displayed.
     """
-    grids = _view_grids(images.shape[-1], images.device).to(images.dtype)
+    grids = _view_grids(images.shape[-1], images.dtype, images.device)
     copies = images.repeat(len(grids), 1, 1, 1)
     moved = sample(copies, grids.repeat_interleave(len(images), dim=0))
     luma = sum(weight * images[:, channel] for channel, weight in enumerate(GREY_WEIGHTS))
@@ -43,11 +43,11 @@ def support_views(images: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _view_grids(size: int, device: torch.device) -> torch.Tensor:
-    """Sampling grids (16, S, S, 2) of the rotated and translated views; float32 sines, as in the release."""
-    angles = torch.tensor(ROTATION_ANGLES)
+def _view_grids(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Sampling grids (16, S, S, 2) of the rotated and translated views. All steps are in `dtype`."""
+    angles = torch.tensor(ROTATION_ANGLES, dtype=dtype)
     zero = torch.zeros_like(angles)
     rotations = torch.stack([angles.cos(), -angles.sin(), zero, angles.sin(), angles.cos(), zero], dim=1)
-    translations = torch.tensor([(1.0, 0.0, x, 0.0, 1.0, y) for x, y in TRANSLATIONS])
+    translations = torch.tensor([(1.0, 0.0, x, 0.0, 1.0, y) for x, y in TRANSLATIONS], dtype=dtype)
     matrices = torch.cat([rotations, translations]).view(-1, 2, 3).to(device)
     return F.affine_grid(matrices, [len(matrices), 1, size, size], align_corners=False)
