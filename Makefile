@@ -10,7 +10,7 @@ TRY_IMAGENET := import socket; socket.setdefaulttimeout(10); from models.regad i
 .PHONY: demo test test-slow lint clean
 
 demo: .venv/runtime
-	$(BIN)/python -m datasets.synthetic --output $(DEMO)/data
+	$(BIN)/python -m examples.demo_data --output $(DEMO)/data
 	$(BIN)/python make_support.py --obj ring --shots 2 --rounds 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set
 	rm -rf $(DEMO)/save_checkpoints
@@ -23,7 +23,7 @@ demo: .venv/runtime
 		--save_dir $(DEMO)/save_checkpoints --cache_dir $(DEMO)/cache
 	$(BIN)/python test.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
 		--support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints --output $(DEMO)/results --save_images -1
-	@$(BIN)/python -m reports.demo_figure --obj ring --shot 2 --inferences 2 --data_type folder \
+	@$(BIN)/python -m examples.demo_figure --obj ring --shot 2 --inferences 2 --data_type folder \
 		--data_path $(DEMO)/data --support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints \
 		--output $(DEMO)/figure.png
 

@@ -40,8 +40,8 @@ from datasets.cache import SourceImages
 from datasets.episodes import Episode, draw_episodes
 from datasets.mvtec import LabelledDataset, category_folder, list_source_images, list_test_items
 from datasets.support import read_support_images
-from datasets.synthetic import write_dataset
 from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
+from examples.demo_data import write_dataset
 from inspection.detector import FewShotDetector
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import STNResNet, folded

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from datasets.synthetic import write_dataset
+from examples.demo_data import write_dataset
 from utils.files import PROJECT_ROOT
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -21,8 +21,8 @@ from datasets.images import read_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
+from examples import demo_figure
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
-from reports import demo_figure
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
 

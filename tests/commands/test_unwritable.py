@@ -32,7 +32,7 @@ FOLDERS = {
     "reproduce, cache": ("reproduce", ["--data_path", "/nowhere"], "--cache_dir"),
     "reproduce, tables": ("reproduce", [], "--report"),
     "reproduce, import": ("reproduce", ["--import", "/nowhere/scores.csv"], "--output"),
-    "synthetic": ("datasets.synthetic", [], "--output"),
+    "synthetic": ("examples.demo_data", [], "--output"),
     **{
         f"benchmarks.{name}": (f"benchmarks.{name}", NO_DATA if 'argument("--data_path"' in code else [], "--output")
         for name, code in BENCHMARKS.items()
@@ -45,7 +45,7 @@ FILES = {
     "export": ("export", [*SUPPORT, "--format", "pt2"], "--output"),
     "make_support, hashes": ("make_support", ["--write_hashes"], "--verify"),
     "reproduce, readme": ("reproduce", ["--report", "/nowhere"], "--readme"),
-    "demo_figure": ("reports.demo_figure", OBJ, "--output"),
+    "demo_figure": ("examples.demo_figure", OBJ, "--output"),
 }
 
 

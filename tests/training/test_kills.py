@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from datasets.synthetic import write_dataset
+from examples.demo_data import write_dataset
 from models.regad import CHECKPOINT_PARTS, RECIPE
 from reports.figures import METADATA
 from tests.training.test_training import arguments

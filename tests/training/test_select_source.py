@@ -13,7 +13,7 @@ from PIL import Image
 
 import train
 from datasets.mvtec import held_out_category
-from datasets.synthetic import write_dataset
+from examples.demo_data import write_dataset
 from models.regad import selection
 from utils.errors import UserError
 

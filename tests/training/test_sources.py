@@ -11,7 +11,7 @@ import pytest
 import train
 from datasets import episodes
 from datasets.mvtec import list_source_images
-from datasets.synthetic import write_dataset
+from examples.demo_data import write_dataset
 from tests.training.test_training import arguments
 from utils.errors import UserError
 

@@ -27,14 +27,14 @@ from datasets.cache import decoded_images
 from datasets.manifest import Manifest, save_manifest
 from datasets.mvtec import LabelledDataset, LabelledImage, list_test_items
 from datasets.support import save_support_rounds
-from datasets.synthetic import write_dataset
 from evaluation.per_image import write_scores
 from evaluation.records import save_maps
+from examples.demo_data import write_dataset
+from examples.demo_figure import Example, save_figure
 from grid.tables_page import write_tables
 from inspection.detector import FewShotDetector
 from inspection.export import save_program
 from models.regad import RegAD, save_checkpoint
-from reports.demo_figure import Example, save_figure
 from reports.drawing import save_image
 from reports.gallery import Scored, save_gallery
 from reports.page import Page, PageRow, write_page

@@ -1,6 +1,6 @@
 """Command: draw a small data set in MVTec AD's layout: four objects with three kinds of defects each.
 
-python -m datasets.synthetic --output demo/data
+python -m examples.demo_data --output demo/data
 
 An image is drawn in two steps: a scene (the object, slightly turned and shifted) and its photograph (light and noise).
 A defect changes the scene only. Masks are therefore exact: they mark the pixels whose scene colour changed.
@@ -392,8 +392,8 @@ def _write_image(output: Path, category: str, folder: str, index: int, size: int
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of datasets.synthetic."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.synthetic", description=__doc__.splitlines()[0])
+    """The command line of examples.demo_data."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo_data", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the categories into")
     parser.add_argument("--train", type=int, default=12, help="normal training images per category")
     parser.add_argument("--good", type=int, default=6, help="normal test images per category")

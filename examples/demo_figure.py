@@ -1,6 +1,6 @@
 """Command: what few-shot detection does, in one figure: support images, test images, ground truth, heat maps.
 
-python -m reports.demo_figure --obj ring --data_type folder --data_path demo/data --support_path demo/support_set
+python -m examples.demo_figure --obj ring --data_type folder --data_path demo/data --support_path demo/support_set
     --inferences 2 --save_dir demo/save_checkpoints --output demo/figure.png
 """
 
@@ -48,8 +48,8 @@ class Example(NamedTuple):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of reports.demo_figure; the flags mean what they mean in test.py."""
-    parser = argparse.ArgumentParser(prog="python -m reports.demo_figure", description=__doc__.splitlines()[0])
+    """The command line of examples.demo_figure; the flags mean what they mean in test.py."""
+    parser = argparse.ArgumentParser(prog="python -m examples.demo_figure", description=__doc__.splitlines()[0])
     parser.add_argument("--obj", type=category_name, required=True, metavar="CATEGORY", help="the category to show")
     parser.add_argument("--shot", type=int, default=2, metavar="K", help="support images")
     add_data_flags(parser, CATEGORIES)
