@@ -33,7 +33,7 @@ from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import format_aurocs, format_summaries, kind_summaries, summaries
 from models.networks import network_name, scoring_network, settle_img_size
 from models.regad import checkpoint_file, last_file, selection
-from models.stn import BACKBONES, STN_MODES, folded
+from models.stn import BACKBONES, STN_MODES, fuse_conv_bn
 from models.timm_features import PREFIX
 from scorers.features import FeatureNetwork
 from scorers.registry import RELEASE_SCORER, add_scorer_flag, make_scorers, record_ending
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels, kinds = [item.label for item in items], [item.defect for item in items]
     for weights in dict.fromkeys(job.weights for job in jobs):
         print(f"scoring {args.obj}: {len(items)} test images, {weights.file or f'untrained, weights {args.weights}'}")
-        network, clock = folded(_load_network(args, weights).to(device)), StageClock(device)
+        network, clock = fuse_conv_bn(_load_network(args, weights).to(device)), StageClock(device)
         test = compute_test_features(network, scorers, dataset, labels, clock, args.batch_size, args.num_workers, kinds)
         shared_seconds = dict(clock.seconds)
         for shot in dict.fromkeys(job.shot for job in jobs if job.weights == weights):

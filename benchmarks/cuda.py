@@ -44,7 +44,7 @@ from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features
 from examples.demo_data import write_dataset
 from inspection.detector import FewShotDetector
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
-from models.stn import STNResNet, folded
+from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
 from training.loop import Trainer, count_images
 from training.records import RunFiles
@@ -144,7 +144,7 @@ def measure_equality(args: argparse.Namespace, device: torch.device, _scratch: P
     draws = draw_support_images(folder, min(args.shots), 2, seed=0)
     cpu = torch.device("cpu")
     images = read_support_images([item.image for item in list_test_items(folder)[:16]], args.img_size)
-    ours, reference = (folded(_network(args).to(on)).features(images.to(on)) for on in (device, cpu))
+    ours, reference = (fuse_conv_bn(_network(args).to(on)).features(images.to(on)) for on in (device, cpu))
     found = {"features": max(_relative(one, other) for one, other in zip(ours, reference, strict=True))}
     for scorer in SCORERS:
         rounds = [_rounds(args, on, scorer, draws) for on in (device, cpu)]
@@ -171,7 +171,7 @@ def _rounds(
     """The results of rounds with the support images `draws`."""
     items = list_test_items(category_folder(args.data_path, "folder", args.obj))
     dataset, labels, clock = LabelledDataset(items, args.img_size), [item.label for item in items], StageClock(device)
-    network = folded(_network(args).to(device))
+    network = fuse_conv_bn(_network(args).to(device))
     test = compute_test_features(network, [make_scorer(scorer)], dataset, labels, clock, None, args.num_workers)
     rounds = [read_support_images(paths, args.img_size) for paths in draws]
     return [one[scorer] for one in score_rounds(network, test, rounds, clock, all_metrics=True)]
@@ -188,7 +188,7 @@ def _losses(args: argparse.Namespace, device: torch.device) -> list[float]:
 
 def measure_network(args: argparse.Namespace, device: torch.device, _scratch: Path) -> dict:
     """Images per second of the scoring network, by memory format and batch size."""
-    network = folded(_network(args).to(device))
+    network = fuse_conv_bn(_network(args).to(device))
     found = {}
     for batch in (SCORING_BATCH["cpu"], SCORING_BATCH["cuda"]):
         images = torch.rand(batch, 3, args.img_size, args.img_size, device=device)

@@ -28,7 +28,7 @@ from datasets.support import find_support_rounds
 from evaluation.scoring import compute_test_features, score_rounds
 from evaluation.statistics import summary
 from models.networks import scoring_network, settle_img_size
-from models.stn import folded
+from models.stn import fuse_conv_bn
 from scorers.base import Scorer
 from scorers.features import FeatureNetwork
 from scorers.gaussian import Gaussian
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_writable(args.output, "--output", folder=True)
     device, begin = command_device(args.device), time.perf_counter()
     size = settle_img_size(args.backbone, None)
-    network = folded(scoring_network(args.backbone, "rotation_scale", size, None, args.weights).to(device))
+    network = fuse_conv_bn(scoring_network(args.backbone, "rotation_scale", size, None, args.weights).to(device))
     names = args.obj or sorted(path.parent.name for path in args.data_path.glob("*/test"))
     if not names:
         raise UserError(f"no category with a folder test in {args.data_path}")

@@ -28,7 +28,7 @@ from datasets.support import read_support_images
 from evaluation.scoring import SCORING_BATCH, compute_test_features, score_rounds
 from inspection.detector import FewShotDetector
 from models.regad import load_checkpoint
-from models.stn import STNResNet, folded
+from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from scorers.views import support_views
 from utils.devices import command_device, resolve_device, seed_everything
@@ -145,7 +145,7 @@ def _time_fast(
     """Times the project's implementation, from image files to AUROCs."""
     clock = StageClock(device)
     begin = time.perf_counter()
-    fast = folded(network.to(device))
+    fast = fuse_conv_bn(network.to(device))
     with clock("decode"):
         rounds = [read_support_images(paths, args.img_size) for paths in draws]
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
@@ -160,7 +160,7 @@ def _time_one_image(network: STNResNet, support: list[Path], scorer: str, device
     """Milliseconds of one image alone through FewShotDetector.score and through its network, medians in turn."""
     detector = FewShotDetector(network, device, scorer=scorer).fit(support, for_threshold=False)
     image = read_image(support[0], detector.size)
-    fast, inputs, times = folded(network), detector.inputs([image]), {"score": [], "network": []}
+    fast, inputs, times = fuse_conv_bn(network), detector.inputs([image]), {"score": [], "network": []}
     for _ in range(ONE_IMAGE_REPEATS):
         for name, run in (("score", lambda: detector.score([image])), ("network", lambda: fast.features(inputs))):
             begin = time.perf_counter()
@@ -172,13 +172,13 @@ def _time_one_image(network: STNResNet, support: list[Path], scorer: str, device
 
 
 def _time_network(network: STNResNet, device: torch.device, args: argparse.Namespace) -> dict:
-    """Milliseconds per image of the forward pass with un-warping: eager NCHW and the folded copy.
+    """Milliseconds per image of the forward pass with un-warping: eager NCHW and the fused copy.
 
     Measured on colour images. Grey images take less time.
     """
     images = torch.rand(args.batch_size, 3, args.img_size, args.img_size, device=device)
-    fast, clock = folded(network), StageClock(device)
-    versions = {"eager": network.features, "folded": fast.features}
+    fast, clock = fuse_conv_bn(network), StageClock(device)
+    versions = {"eager": network.features, "fused": fast.features}
     times = {name: [] for name in versions}
     for _ in range(NETWORK_REPEATS + 1):  # alternating, so that other load affects both
         for name, features in versions.items():
@@ -190,7 +190,7 @@ def _time_network(network: STNResNet, device: torch.device, args: argparse.Names
     errors = [
         float((a - b).norm() / b.norm()) for a, b in zip(fast.features(images), network.features(images), strict=True)
     ]
-    print(f"network: eager {eager:.1f}, folded {quick:.1f} ms per image: {eager / quick:.2f} times faster, ", end="")
+    print(f"network: eager {eager:.1f}, fused {quick:.1f} ms per image: {eager / quick:.2f} times faster, ", end="")
     print(f"largest relative difference of the features {max(errors):.1e}")
     return {"eager_ms": eager, "folded_ms": quick, "times_faster": eager / quick, "relative_error": max(errors)}
 

@@ -31,7 +31,7 @@ from inspection import threshold
 from inspection.detector import DEFAULT_SCORER
 from inspection.threshold import NormalScores, leave_one_out, normal_threshold
 from models.regad import load_checkpoint, untrained
-from models.stn import STNResNet, folded
+from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Prepared
 from scorers.features import FeatureStore, write_support_images
 from scorers.maps import score_maps_at
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
     else:
         network = untrained(args.weights, img_size=args.img_size).stn
-    network, clock = folded(network.to(device)), StageClock(device)
+    network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
     rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
     content = {"arguments": arguments, **provenance(device), "rounds": rounds, "seconds": clock.seconds}
     content["total_seconds"] = time.perf_counter() - begin

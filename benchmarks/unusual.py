@@ -22,7 +22,7 @@ from datasets.mvtec import category_folder, list_test_items
 from datasets.support import read_support_images
 from inspection.unusual import Likeness, contrast
 from models.regad import untrained
-from models.stn import STNResNet, folded
+from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared
 from scorers.features import FeatureStore, write_support_images
 from scorers.views import VIEWS_PER_IMAGE
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_writable(args.output, "--output", folder=True)
     begin = time.perf_counter()
-    network = folded(untrained(args.weights, img_size=args.img_size).stn.to(device))
+    network = fuse_conv_bn(untrained(args.weights, img_size=args.img_size).stn.to(device))
     images = {name: _test_images(name, network, device, args) for name in args.obj}
     rounds = [row for name in args.obj for row in _measure(name, images, network, device, args)]
     content = {"arguments": plain_arguments(args), **provenance(device), "rounds": rounds}

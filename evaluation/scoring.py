@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datasets.images import read_batches
 from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import AUROCS, Numbers, RoundMetrics, Truth
-from models.stn import STNResNet, folded
+from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Prepared, Scorer
 from scorers.features import FeatureNetwork, FeatureStore, write_support_images
 from scorers.maps import score_maps_at
@@ -88,7 +88,7 @@ def score_category(
 
     The arguments are those of `compute_test_features` and `score_rounds`.
     """
-    network = folded(network.to(clock.device))
+    network = fuse_conv_bn(network.to(clock.device))
     test = compute_test_features(network, scorers, dataset, labels, clock, batch_size, num_workers)
     yield from score_rounds(network, test, rounds, clock, batch_size)
 
@@ -105,7 +105,7 @@ def compute_test_features(
 ) -> TestFeatures:
     """Features and ground truth of the test images in `dataset`.
 
-    network: from `models.stn.folded`, on the clock's device. dataset: its items are those of
+    network: from `models.stn.fuse_conv_bn`, on the clock's device. dataset: its items are those of
     datasets.mvtec.LabelledDataset. labels: 1 for defective images. batch_size: None for SCORING_BATCH.
     kinds: the kind of defect of each image, for metrics by kind.
     """

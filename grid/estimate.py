@@ -21,7 +21,7 @@ import torch
 from evaluation.scoring import SCORING_BATCH
 from models.networks import scoring_network
 from models.regad import RegAD
-from models.stn import BACKBONES, RELEASE_BACKBONE, folded
+from models.stn import BACKBONES, RELEASE_BACKBONE, fuse_conv_bn
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
 from utils.devices import command_device
@@ -48,7 +48,7 @@ def measure(settings: argparse.Namespace) -> Speed:
     images = torch.rand(queries, 3, settings.img_size, settings.img_size, device=device)
     batch = images[:1].expand(scored, -1, -1, -1).contiguous()
     network = scoring_network(settings.backbone, settings.stn_mode, settings.img_size, None, "none")
-    network = folded(network.to(device))
+    network = fuse_conv_bn(network.to(device))
     step = _training_step(settings, images) if settings.backbone in BACKBONES else lambda: None
     clock = StageClock(device)
     for repeats in (1, passes):

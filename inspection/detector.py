@@ -37,7 +37,7 @@ from inspection.threshold import (
 )
 from inspection.tiles import AUTO, Layout, Tile, fitting_corners, joined_map, settle_tiling
 from inspection.unusual import Likeness, contrast
-from models.stn import STNResNet, folded
+from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, take_images, without_images, write_support_images
 from scorers.maps import score_maps_at
@@ -140,7 +140,7 @@ class FewShotDetector:
         self.origin: dict = {}
         self.fitted: Fitted = {}
         self.likeness: Fitted = {}
-        self._folded = folded(self.network)
+        self._fused = fuse_conv_bn(self.network)
 
     def fit(self, images: Sequence[ImageInput], for_threshold: bool = True) -> FewShotDetector:
         """Fits the detector to K >= 1 normal images.
@@ -195,7 +195,7 @@ class FewShotDetector:
             for tiles in self._cut(image, layout, corners) if layout else [square[None]]:
                 inputs = upload(tiles, self.clock.device)
                 with self.clock("network"):
-                    store.write(number, self._folded.features(inputs))
+                    store.write(number, self._fused.features(inputs))
                 contrasts.append(contrast(inputs))
                 number += len(inputs)
         return store.prepared, torch.cat(contrasts), ends
@@ -219,7 +219,7 @@ class FewShotDetector:
             some = support.squares[start : start + group]
             with self.clock("network"):
                 inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))
-                write_support_images(store, numbers, self._folded, inputs, VIEWS_PER_IMAGE * group)
+                write_support_images(store, numbers, self._fused, inputs, VIEWS_PER_IMAGE * group)
         return self._without_near_copies(support, dict(store.prepared))
 
     def _without_near_copies(
@@ -471,7 +471,7 @@ class FewShotDetector:
         kinds, done = _grey_and_coloured(inputs), 0
         groups = inputs.split(size) if len(kinds) == 1 else (inputs[g] for kind in kinds for g in kind.split(size))
         for group in groups:
-            store.write(done, self._folded.features(group))
+            store.write(done, self._fused.features(group))
             done += len(group)
         if len(kinds) == 1:
             return store.prepared

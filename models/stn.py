@@ -191,17 +191,17 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return convolution(x)
 
 
-def folded(network: nn.Module) -> nn.Module:
+def fuse_conv_bn(network: nn.Module) -> nn.Module:
     """A copy of `network` for inference with the same features up to rounding, in less time.
 
-    Batch-norm is folded into the convolutions, and memory is channels-last, for which `warp` is faster too. A network
+    Batch-norm is fused into the convolutions, and memory is channels-last, for which `warp` is faster too. A network
     that is not a STNResNet is only put into eval mode.
     """
     return without_batch_norm(network).to(memory_format=torch.channels_last)
 
 
 def without_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy of `network` in eval mode; in a STNResNet batch-norm is folded into the convolutions."""
+    """A copy of `network` in eval mode; in a STNResNet batch-norm is fused into the convolutions."""
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if not isinstance(network, STNResNet):  # the order of its layers is unknown
         return network

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import default_convert
 
 from evaluation.scoring import compute_test_features, score_rounds
-from models.stn import folded
+from models.stn import fuse_conv_bn
 from scorers.gaussian import Gaussian
 from tests.fixtures import make
 from training.loop import Trainer
@@ -54,12 +54,12 @@ def test_the_definition_still_says_so(fixture):
 
 
 @pytest.mark.parametrize(("version", "dtype", "bound"), [
-    ("eager", torch.float64, 1e-9), ("folded", torch.float64, 1e-9), ("eager", torch.float32, 1e-5),
-    ("folded", torch.float32, 1e-5),
+    ("eager", torch.float64, 1e-9), ("fused", torch.float64, 1e-9), ("eager", torch.float32, 1e-5),
+    ("fused", torch.float32, 1e-5),
 ])  # fmt: skip
 def test_features(version, dtype, bound, fixture):
     network = make.model(dtype).stn
-    network = network if version == "eager" else folded(network)
+    network = network if version == "eager" else fuse_conv_bn(network)
     for layer, found in enumerate(network.features(make.as_input(fixture["test"], dtype)), start=1):
         assert relative(found[::3, :: make.EVERY].numpy(), fixture[f"features{layer}"]) < bound, layer
 
@@ -68,7 +68,7 @@ def test_features(version, dtype, bound, fixture):
 def prepared(request, fixture):
     """What the Gaussian keeps of the support views and of the test images, and how near to the definition it is."""
     dtype, bound = request.param
-    network = folded(make.model(dtype).stn)
+    network = fuse_conv_bn(make.model(dtype).stn)
     images = (make.all_views(fixture["support"]).to(dtype), make.as_input(fixture["test"], dtype))
     return *(Gaussian().prepare(network.features(of)) for of in images), bound
 
@@ -86,7 +86,7 @@ def test_distance_maps(shot, prepared, fixture):
 @SHOTS
 def test_scores_of_a_round(shot, fixture):
     """Images to numbers by the code of train.py and test.py, in float32."""
-    network, clock = folded(make.model(torch.float32).stn), StageClock(CPU)
+    network, clock = fuse_conv_bn(make.model(torch.float32).stn), StageClock(CPU)
     masks = np.unpackbits(fixture["masks"]).reshape(-1, make.SIZE, make.SIZE).astype(bool)
     images = torch.from_numpy(fixture["test"]).permute(0, 3, 1, 2)
     dataset = [

@@ -26,7 +26,7 @@ from inspection.export import ExportedDetector
 from inspection.unusual import Likeness
 from models.networks import scoring_network
 from models.regad import RegAD
-from models.stn import folded
+from models.stn import fuse_conv_bn
 from scorers import features, maps, neighbours
 from scorers.registry import SCORERS, make_scorer
 from tests.device.pretend import PretendCuda
@@ -91,7 +91,7 @@ def rounds(normal, scorer: str, demo_data, dataset=None) -> Callable[[], object]
     kinds = [item.defect for item in items]
     kinds = kinds[::2] + kinds[1::2]  # kinds that are not together, so that they are chosen by index
     items = items[::2] + items[1::2]
-    network, clock = folded(RegAD("rotation_scale", SIZE).stn.to(CUDA)), StageClock(CUDA)
+    network, clock = fuse_conv_bn(RegAD("rotation_scale", SIZE).stn.to(CUDA)), StageClock(CUDA)
     dataset = dataset or LabelledDataset(items, SIZE)
     labels = [item.label for item in items]
     test = compute_test_features(network, [make_scorer(scorer)], dataset, labels, clock, None, 0, kinds)

@@ -15,7 +15,7 @@ from datasets.support import load_support_rounds, support_file
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import compute_test_features, score_rounds
 from models.regad import RegAD, load_checkpoint
-from models.stn import STN_MODES, folded
+from models.stn import STN_MODES, fuse_conv_bn
 from scorers.gaussian import Gaussian
 from utils.stages import StageClock
 
@@ -59,10 +59,10 @@ def recipe_model(stn_mode: str) -> RegAD:
 
 
 @pytest.mark.parametrize("stn_mode", ["rotation_scale", "affine", "rotation_translation_scale"])
-@pytest.mark.parametrize("version", ["eager", "folded"])
+@pytest.mark.parametrize("version", ["eager", "fused"])
 def test_features(stn_mode, version):
     model = recipe_model(stn_mode)
-    network = model.stn if version == "eager" else folded(model.stn)
+    network = model.stn if version == "eager" else fuse_conv_bn(model.stn)
     images = [read_image(DATA / "screw/test" / name, 224) for name in ("good/000.png", "thread_top/000.png")]
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     golden = np.load(GOLDEN / f"features_{stn_mode}.npz")
@@ -80,7 +80,7 @@ def test_features(stn_mode, version):
 @pytest.fixture(scope="module")
 def scored():
     """The project's results per (K, round) for the golden checkpoint and support sets, and the labels."""
-    network, clock = folded(load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn), StageClock(CPU)
+    network, clock = fuse_conv_bn(load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn), StageClock(CPU)
     items = list_test_items(DATA / "screw")
     labels = [item.label for item in items]
     test = compute_test_features(network, [Gaussian()], LabelledDataset(items, 224), labels, clock, 16, 0)

@@ -278,7 +278,7 @@ def test_estimate_with_the_batches_of_a_run(monkeypatch):
 
     monkeypatch.setattr(estimate, "command_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(estimate, "scoring_network", lambda *_: Network())
-    monkeypatch.setattr(estimate, "folded", lambda network: network)
+    monkeypatch.setattr(estimate, "fuse_conv_bn", lambda network: network)
     monkeypatch.setattr(estimate, "_training_step", lambda settings, images: lambda: steps.append(len(images)))
     settings = estimate.get_args_parser().parse_args(["--batch_size", "24", "--img_size", "32"])
     estimate.measure(settings)

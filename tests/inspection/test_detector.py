@@ -16,7 +16,7 @@ from evaluation import scoring
 from inspection.detector import FewShotDetector
 from inspection.threshold import NormalScores, normal_threshold
 from models.regad import RegAD, save_checkpoint
-from models.stn import folded
+from models.stn import fuse_conv_bn
 from scorers.features import FeatureStore
 from scorers.views import support_views
 from utils.errors import UserError
@@ -52,10 +52,10 @@ def detector(network, files):
 def test_same_maps_as_the_evaluation(detector, network, files):
     images = read_support_images(files[1], SIZE)
     store = FeatureStore([detector.scorer], len(images))
-    store.write(0, folded(network).features(images))
+    store.write(0, fuse_conv_bn(network).features(images))
     test = scoring.TestFeatures(store, np.arange(len(images)) > 2, None)
     clock = StageClock(torch.device("cpu"))
-    (results,) = scoring.score_rounds(folded(network), test, [read_support_images(files[0], SIZE)], clock, 32)
+    (results,) = scoring.score_rounds(fuse_conv_bn(network), test, [read_support_images(files[0], SIZE)], clock, 32)
     result = results[detector.scorer.name]
     scores, maps = detector.score(files[1])
     np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)

@@ -7,7 +7,7 @@ import torch
 
 from models.networks import network_name, scoring_network, settle_img_size
 from models.regad import RegAD, checkpoint_file, load_checkpoint, save_checkpoint, untrained
-from models.stn import BACKBONES, folded
+from models.stn import BACKBONES, fuse_conv_bn
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
 from training.loop import Trainer
@@ -28,7 +28,7 @@ def test_every_resnet_is_trained_and_scored(backbone):
     assert torch.isfinite(trainer.step(images, images[:, None], StageClock()))
     assert not torch.equal(before, model.stn.stn3.fc[2].weight)
     model.eval()
-    maps, fast = model.stn.features(images), folded(model.stn).features(images)
+    maps, fast = model.stn.features(images), fuse_conv_bn(model.stn).features(images)
     channels = BACKBONES[backbone].channels
     assert [tuple(layer.shape[1:]) for layer in maps] == [
         (c, side, side) for c, side in zip(channels, (16, 8, 4), strict=True)
@@ -76,7 +76,7 @@ def test_models_of_timm_give_maps_for_every_scorer(name, shapes, tmp_path):
     size = settle_img_size(f"timm:{name}", None)
     network = scoring_network(f"timm:{name}", "affine", size, None, "none")
     images = torch.rand(2, 3, size, size)
-    maps = folded(network).features(images)
+    maps = fuse_conv_bn(network).features(images)
     assert size == 160 and len(maps) == shapes
     normalised = network.net((images - network.mean) / network.std)
     assert all(torch.equal(one, other) for one, other in zip(maps, normalised, strict=True))

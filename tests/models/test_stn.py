@@ -1,4 +1,4 @@
-"""The backbone: the nine warps, the folded copy, and the files that it loads."""
+"""The backbone: the nine warps, the fused copy, and the files that it loads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
-from models.stn import STN_MODES, STNResNet, _first_convolution, folded
+from models.stn import STN_MODES, STNResNet, _first_convolution, fuse_conv_bn
 from models.warp import warp
 from tests.evaluation.test_release import recipe_model
 from utils.devices import command_device
@@ -98,15 +98,15 @@ def test_head_sizes_of_the_release():
 
 @pytest.mark.parametrize("stn_mode", ["rotation_scale", "affine"])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_folded_gives_the_same_features(stn_mode, batch):
+def test_fused_gives_the_same_features(stn_mode, batch):
     network = shaken(stn_mode)
-    fast = folded(network)
+    fast = fuse_conv_bn(network)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fast.modules())
     for slow, quick in zip(network.features(images(batch)), fast.features(images(batch)), strict=True):
         assert (slow - quick).norm() / slow.norm() < 1e-5
 
 
-@pytest.mark.parametrize("make", [folded, lambda network: network.train()])
+@pytest.mark.parametrize("make", [fuse_conv_bn, lambda network: network.train()])
 def test_grey_images_give_the_same_maps_by_one_channel(make, monkeypatch):
     network, grey = make(shaken().double()), images(3)[:, :1].expand(-1, 3, -1, -1).double()
 
@@ -128,14 +128,14 @@ def test_grey_images_stay_channels_last(channels_last):
     """In another memory format, pooling and all later layers take several times as long."""
     grey = images(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
     grey = grey.to(memory_format=torch.channels_last) if channels_last else grey
-    found = _first_convolution(folded(shaken()).conv1, grey)
+    found = _first_convolution(fuse_conv_bn(shaken()).conv1, grey)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_folding_does_not_change_the_network():
     network = shaken().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    folded(network).features(images(2))
+    fuse_conv_bn(network).features(images(2))
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
@@ -250,7 +250,7 @@ def test_cuda_equals_cpu(stn_mode):
     command_device("cuda")  # also switches TF32 off
     network = shaken(stn_mode)
     on_cpu = network.features(images(4))
-    on_cuda = folded(network.cuda()).features(images(4).cuda())
+    on_cuda = fuse_conv_bn(network.cuda()).features(images(4).cuda())
     for a, b in zip(on_cpu, on_cuda, strict=True):
         assert (a - b.cpu()).norm() / a.norm() < 1e-5
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks import plain
 from models.regad import RegAD
-from models.stn import folded
+from models.stn import fuse_conv_bn
 from models.warp import inverse_affine, warp
 from scorers.features import FeatureStore, _write_together, write_support_images
 from scorers.maps import score_map_matrix
@@ -78,7 +78,7 @@ def test_images_whose_views_share_network_passes(names, batch_size):
     for stn in (network.stn1, network.stn2, network.stn3):
         torch.nn.init.normal_(stn.fc[2].weight, std=0.01)
     images = torch.rand(3, 3, SIDE, SIDE, dtype=torch.float64)
-    network, scorers = folded(network), make_scorers(names)
+    network, scorers = fuse_conv_bn(network), make_scorers(names)
     alone, together = (FeatureStore(scorers, 4, with_views=True) for _ in range(2))
     order = [2, 0, 3]
     write_support_images(alone, order, network, images, batch_size)
