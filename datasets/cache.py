@@ -23,11 +23,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from datasets.episodes import Episode
-from datasets.images import ImageError, check_headers, read_batches, read_image
+from datasets.images import FULL_BITS, ImageError, check_headers, read_batches, read_image
 from utils.devices import upload
 from utils.errors import UserError
 from utils.files import digest, whole_file
-from utils.flags import FULL_BITS
 
 try:
     import fcntl

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.images import FULL_BITS
 from datasets.mvtec import TRAINING_IMAGES, list_train_images
 from utils.errors import UserError, run_command
 from utils.files import sha256, whole_file
-from utils.flags import DEFAULT_SUPPORT_PATH, FULL_BITS
+from utils.flags import DEFAULT_SUPPORT_PATH
 from utils.records import VERSION
 
 DRAW_SEED = 0  # default seed of support sets

@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import ImageError, eight_bit, fit, full_scale, read_pixels, size_mismatch
-from utils.flags import FULL_BITS
+from datasets.images import FULL_BITS, ImageError, eight_bit, fit, full_scale, read_pixels, size_mismatch
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
 MOST_CLASSES = 8  # different values besides 0; masks with antialiased edges have more, thin ones a dozen

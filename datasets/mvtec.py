@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import (
+    FULL_BITS,
     IMAGE_SUFFIXES,
     content_box,
     decode_image,
@@ -33,7 +34,6 @@ from datasets.images import (
 )
 from datasets.masks import decode_masks, to_square_mask
 from utils.errors import UserError
-from utils.flags import FULL_BITS
 
 TRAINING_IMAGES = {  # MVTec AD: number of normal training images, named from 000.png on
     **{"bottle": 209, "cable": 224, "capsule": 219, "carpet": 280, "grid": 264, "hazelnut": 391, "leather": 245},

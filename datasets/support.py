@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.images import read_image
+from datasets.images import FULL_BITS, read_image
 from datasets.manifest import (
     DRAW_SEED,
     Manifest,
@@ -27,7 +27,7 @@ from datasets.manifest import (
 from datasets.mvtec import list_train_images
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors, sha256
-from utils.flags import DEFAULT_SUPPORT_PATH, FULL_BITS
+from utils.flags import DEFAULT_SUPPORT_PATH
 from utils.records import VERSION
 
 NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets.images import AUTO_BITS, BIT_DEPTHS, MAX_PIXELS
 from datasets.mvtec import CATEGORIES
 from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES
 from models.timm_features import PREFIX
@@ -14,7 +15,7 @@ from scorers.registry import RELEASE_SCORER, SCORERS
 from utils.config import Config, flag
 from utils.devices import DEFAULT_SEED
 from utils.errors import UserError
-from utils.flags import AUTO_BITS, BIT_DEPTHS, DEFAULT_SAVE_DIR, MAX_PIXELS
+from utils.flags import DEFAULT_SAVE_DIR
 
 SCORER_HELP = f"{', '.join(SCORERS)}, or a custom class as FILE.py:CLASS"
 

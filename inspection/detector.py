@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datasets.images import (
+    AUTO_BITS,
+    BIT_DEPTHS,
+    FULL_BITS,
     ClippedWarning,
     clipping_note,
     decode_image,
@@ -46,7 +49,6 @@ from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.devices import resolve_device, upload
 from utils.errors import UserError
-from utils.flags import AUTO_BITS, BIT_DEPTHS, FULL_BITS
 from utils.stages import StageClock
 
 NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from datasets.images import FULL_BITS
 from inspection.threshold import NormalScores, Threshold
 from inspection.tiles import OFF, Tiling
 from models.stn import RELEASE_BACKBONE, STNResNet
@@ -20,7 +21,6 @@ from scorers.base import Scorer
 from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
-from utils.flags import FULL_BITS
 
 if TYPE_CHECKING:
     from inspection.detector import FewShotDetector

@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from datasets.images import ClippedWarning, settle_bits, warn_beyond
+from datasets.images import AUTO_BITS, ClippedWarning, settle_bits, warn_beyond
 from inspection.detector import DEFAULT_SCORER, FewShotDetector, KnownDefect
 from inspection.inputs import list_inputs
 from inspection.region import read_region
@@ -21,14 +21,7 @@ from scorers.registry import add_scorer_flag
 from utils.devices import seed_everything
 from utils.errors import UserError, require_positive
 from utils.files import sha256
-from utils.flags import (
-    AUTO_BITS,
-    add_bits_flag,
-    add_keep_aspect_flag,
-    add_network_flags,
-    add_seed_flag,
-    add_weights_flag,
-)
+from utils.flags import add_bits_flag, add_keep_aspect_flag, add_network_flags, add_seed_flag, add_weights_flag
 
 DEFAULT_FALSE_ALARM = 0.01
 MOST_NORMAL = 5  # normal images and known defects that are printed

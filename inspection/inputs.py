@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 
 from datasets.folders import Listing
-from datasets.images import IMAGE_SUFFIXES, ImageError, clipping_note, decode_image, to_square
+from datasets.images import FULL_BITS, IMAGE_SUFFIXES, ImageError, clipping_note, decode_image, to_square
 from utils.errors import UserError
-from utils.flags import FULL_BITS
 from utils.stages import StageClock, in_threads
 
 POLL_SECONDS = 0.5  # interval between scans of a watched folder

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from datasets.images import FULL_BITS
 from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER
 from utils.errors import UserError
 from utils.files import sha256
-from utils.flags import FULL_BITS
 
 # Arguments that runs of earlier versions do not name, with the values that those had.
 ADDED_LATER = {"scorer": [RELEASE_SCORER], "backbone": RELEASE_BACKBONE, "bits": FULL_BITS}

@@ -9,10 +9,6 @@ from pathlib import Path
 
 from utils.devices import DEFAULT_SEED
 
-MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
-FULL_BITS = BIT_DEPTHS[-1]
-AUTO_BITS = "auto"
 DEFAULT_SUPPORT_PATH = Path("./support_set")
 DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 
@@ -68,19 +64,19 @@ def add_keep_aspect_flag(group: Group) -> None:
 
 
 def add_bits_flag(group: Group, measured: str) -> None:
-    """Adds --bits: one of BIT_DEPTHS, or AUTO_BITS (default). measured: the images that decide for AUTO_BITS."""
+    """Adds --bits: 8 to 16, or auto (default). measured: the images that decide for auto."""
     group.add_argument(
         "--bits",
-        type=lambda text: text if text == AUTO_BITS else int(text),
-        choices=(AUTO_BITS, *BIT_DEPTHS),
-        default=AUTO_BITS,
+        type=lambda text: text if text == "auto" else int(text),
+        choices=("auto", 8, 10, 12, 14, 16),
+        default="auto",
         help=f"bit depth of 16-bit grey files; auto: the smallest that holds the values of {measured}",
     )
 
 
 def add_max_pixels_flag(group: Group) -> None:
     """Adds --max_pixels."""
-    group.add_argument("--max_pixels", type=int, default=MAX_PIXELS, help="larger images are rejected")
+    group.add_argument("--max_pixels", type=int, default=178_956_970, help="larger images are rejected")
 
 
 def add_network_flags(group: Group, stn_modes: Iterable[str], backbones: Sequence[str], timm: bool = True) -> None:

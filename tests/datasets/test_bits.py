@@ -20,6 +20,7 @@ import train
 from benchmarks.reference import DATA, needs_reference
 from datasets.cache import decoded_images
 from datasets.images import (
+    BIT_DEPTHS,
     ClippedWarning,
     clipping_note,
     eight_bit,
@@ -37,7 +38,6 @@ from models.regad import untrained
 from tests.commands.test_commands import test_command
 from utils.devices import seed_everything
 from utils.errors import UserError
-from utils.flags import BIT_DEPTHS
 
 SIZE = 64
 RUN = ["--data_type", "folder", "--img_size", str(SIZE), "--num_workers", "0", "--weights", "none", "--device", "cpu"]

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset, get_worker_info
 from benchmarks.reference import DATA, needs_reference
 from datasets import images as images_module
 from datasets.images import (
+    MAX_PIXELS,
     PREFETCHED,
     SHARED_BYTES,
     ImageError,
@@ -43,7 +44,6 @@ from datasets.masks import read_mask
 from datasets.mvtec import LabelledDataset, LabelledImage
 from evaluation.scoring import SCORING_BATCH
 from utils.errors import UserError
-from utils.flags import MAX_PIXELS
 
 BLOCK = 16  # pixels; a test image is 2 x 2 blocks of one colour each
 SIDE = 2 * BLOCK
