@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.images import limit_pixels, settle_bits
+from datasets.images import limit_pixels, resolve_bits
 from datasets.manifest import (
     DRAW_SEED,
     Manifest,
@@ -76,7 +76,7 @@ def _draw(args: argparse.Namespace, category: str) -> None:
     folder = category_folder(args.data_path, args.data_type, category)
     drawn = with_hashes(draw_from_folder(folder, max(args.shots), args.rounds, args.seed), folder)
     decoded = [] if args.names_only else list_train_images(folder)
-    images, bits = [], settle_bits(args.bits, decoded, category)
+    images, bits = [], resolve_bits(args.bits, decoded, category)
     if not args.names_only:
         images = read_rounds(folder, drawn, args.img_size, args.keep_aspect, bits)
     for shot in args.shots:
@@ -101,7 +101,7 @@ def _reject_foreign_file(target: Path) -> None:
 def _find_names(args: argparse.Namespace) -> None:
     category = args.obj[0] if args.obj else args.from_pt.absolute().parent.name
     folder = category_folder(args.data_path, args.data_type, category)
-    bits = settle_bits(args.bits, list_train_images(folder), category)
+    bits = resolve_bits(args.bits, list_train_images(folder), category)
     manifest, differences = find_names(args.from_pt, folder, args.keep_aspect, bits)
     target = args.support_path / category / args.from_pt.with_suffix(".json").name
     save_manifest(target, manifest)

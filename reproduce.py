@@ -27,7 +27,7 @@ from grid.imported import import_record
 from grid.plan import RECIPE, Plan, count_jobs, take_shard
 from grid.results import GRID_FILE, WEIGHTS, read_results
 from grid.tables_page import write_tables
-from models.networks import settle_img_size
+from models.networks import resolve_img_size
 from models.stn import BACKBONES, STN_MODES
 from models.timm_features import PREFIX
 from scorers.registry import add_scorer_flag
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.import_scores:
         require_writable(args.output, "--output", folder=True)
         require_positive(args, "shot", "inferences", "img_size")
-        args.img_size = settle_img_size(args.backbone, args.img_size)
+        args.img_size = resolve_img_size(args.backbone, args.img_size)
         import_record(args)
         return
     _check(args)
@@ -164,7 +164,7 @@ def _check(args: argparse.Namespace) -> None:
     require_writable(args.output, "--output", folder=True)
     if args.cache_dir != "none" and not args.eval_only:
         require_writable(Path(args.cache_dir), "--cache_dir", folder=True)
-    args.img_size = settle_img_size(args.backbone, args.img_size)
+    args.img_size = resolve_img_size(args.backbone, args.img_size)
     for name in ("lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.images import limit_pixels, settle_bits, warn_beyond
+from datasets.images import limit_pixels, resolve_bits, warn_beyond
 from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.notes import checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
@@ -31,7 +31,7 @@ from evaluation.records import (
 )
 from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import format_aurocs, format_summaries, kind_summaries, summaries
-from models.networks import network_name, scoring_network, settle_img_size
+from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import BACKBONES, STN_MODES, fuse_conv_bn
 from models.timm_features import PREFIX
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = checked_test_items(folder, args.strict, need_both=False)
-    args.bits = settle_bits(args.bits, normal_images(folder), f"{args.obj}/train")
+    args.bits = resolve_bits(args.bits, normal_images(folder), f"{args.obj}/train")
     warn_beyond([item.image for item in items], args.bits)
     supports = {
         shot: find_support_rounds(
@@ -142,7 +142,7 @@ class Scored(NamedTuple):
 def _check_numbers(args: argparse.Namespace) -> None:
     require_writable(args.output, "--output", folder=True)
     require_positive(args, "shot", "inferences", "batch_size", "img_size", "max_pixels")
-    args.img_size = settle_img_size(args.backbone, args.img_size)
+    args.img_size = resolve_img_size(args.backbone, args.img_size)
     if args.backbone.startswith(PREFIX) and not args.untrained:
         raise UserError(f"{args.backbone} is not trained here: give --untrained")
     if args.untrained + args.last + bool(args.checkpoint) > 1:

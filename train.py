@@ -19,7 +19,7 @@ import torch
 
 from datasets.cache import SourceImages, default_cache_dir
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.images import limit_pixels, settle_bits, warn_beyond
+from datasets.images import limit_pixels, resolve_bits, warn_beyond
 from datasets.mvtec import (
     CATEGORIES,
     LabelledDataset,
@@ -33,7 +33,7 @@ from datasets.notes import checked_test_items, print_notes, unread_images
 from datasets.support import find_support_rounds
 from evaluation.scoring import NotFinite, score_category
 from evaluation.statistics import format_summary, summaries
-from models.networks import settle_img_size
+from models.networks import resolve_img_size
 from models.regad import save_checkpoint, untrained
 from models.stn import BACKBONES, STN_MODES
 from reports.training_curve import save_curve
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources = list_source_images(args.data_path, args.data_type, args.obj, args.sources, args.source_path)
     scored = _hold_out(args, sources) if args.select == "source" else args.obj
     asked_bits, training = args.bits, [path for paths in sources.values() for path in paths]
-    args.bits = settle_bits(asked_bits, training, "the categories to train on")
+    args.bits = resolve_bits(asked_bits, training, "the categories to train on")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     decisive = _decisive(args, names)
     earlier = earlier_run(files, args.resume, args.overwrite)
@@ -229,7 +229,7 @@ def _check(args: argparse.Namespace) -> None:
     require_positive(args, "shot", "epochs", "batch_size", "inferences", "img_size", "max_pixels")
     if args.backbone not in BACKBONES:
         raise UserError(f"--backbone {args.backbone} cannot be trained; choose from {', '.join(BACKBONES)}")
-    args.img_size = settle_img_size(args.backbone, args.img_size, MIN_IMG_SIZE)
+    args.img_size = resolve_img_size(args.backbone, args.img_size, MIN_IMG_SIZE)
     for name in ("num_workers", "eval_every", "save_every", "lr", "momentum"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must not be negative or infinite, got {getattr(args, name)}")
@@ -267,7 +267,7 @@ def _load_target(args: argparse.Namespace, category: str, asked_bits: int | str)
     else:
         folder = category_folder(args.data_path, args.data_type, category)
     items = checked_test_items(folder, args.strict)
-    bits = settle_bits(asked_bits, normal_images(folder), f"{category}/train")
+    bits = resolve_bits(asked_bits, normal_images(folder), f"{category}/train")
     warn_beyond([item.image for item in items], bits)
     support = find_support_rounds(
         args.support_path, folder, args.shot, args.inferences, args.img_size, args.keep_aspect, bits

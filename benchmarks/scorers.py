@@ -27,7 +27,7 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import find_support_rounds
 from evaluation.scoring import compute_test_features, score_rounds
 from evaluation.statistics import summary
-from models.networks import scoring_network, settle_img_size
+from models.networks import resolve_img_size, scoring_network
 from models.stn import fuse_conv_bn
 from scorers.base import Scorer
 from scorers.features import FeatureNetwork
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_writable(args.output, "--output", folder=True)
     device, begin = command_device(args.device), time.perf_counter()
-    size = settle_img_size(args.backbone, None)
+    size = resolve_img_size(args.backbone, None)
     network = fuse_conv_bn(scoring_network(args.backbone, "rotation_scale", size, None, args.weights).to(device))
     names = args.obj or sorted(path.parent.name for path in args.data_path.glob("*/test"))
     if not names:

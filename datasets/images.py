@@ -374,7 +374,7 @@ def smallest_depth(values: Sequence[tuple[str, int]]) -> int:
     return next((bits for bits in BIT_DEPTHS if largest <= full_scale(bits)), FULL_BITS)
 
 
-def settle_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
+def resolve_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
     """The bit depth that --bits asks for; with AUTO_BITS, the smallest that holds the 16-bit grey images of `paths`.
 
     Where `paths` has 16-bit grey images, prints the depth, and a warning for those that exceed it. of: what they are.

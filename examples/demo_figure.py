@@ -22,7 +22,7 @@ from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder
 from datasets.notes import checked_test_items
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
-from models.networks import settle_img_size
+from models.networks import resolve_img_size
 from models.regad import checkpoint_file, load_checkpoint
 from models.stn import BACKBONES, STN_MODES
 from reports.drawing import colour_limits, overlay
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     require_positive(args, "shot", "inferences", "img_size")
     require_writable(args.output, "--output")
-    args.img_size = settle_img_size(args.backbone, args.img_size)
+    args.img_size = resolve_img_size(args.backbone, args.img_size)
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = checked_test_items(folder, strict=False)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)

@@ -8,14 +8,14 @@ import sys
 import warnings
 from pathlib import Path
 
-from datasets.images import AUTO_BITS, ClippedWarning, settle_bits, warn_beyond
+from datasets.images import AUTO_BITS, ClippedWarning, resolve_bits, warn_beyond
 from inspection.detector import DEFAULT_SCORER, FewShotDetector, KnownDefect
 from inspection.inputs import list_inputs
 from inspection.region import read_region
 from inspection.results import DEFECTIVE, UNUSUAL, decide
 from inspection.threshold import Threshold
 from inspection.tiles import AUTO, describe_tiling, tile_side
-from models.networks import scoring_network, settle_img_size
+from models.networks import resolve_img_size, scoring_network
 from models.stn import BACKBONES, STN_MODES
 from scorers.registry import add_scorer_flag
 from utils.devices import seed_everything
@@ -61,7 +61,7 @@ def check_detector_flags(args: argparse.Namespace) -> None:
     """
     require_positive(args, "img_size")
     if not args.detector:  # a saved one has its own
-        args.img_size = settle_img_size(args.backbone, args.img_size)
+        args.img_size = resolve_img_size(args.backbone, args.img_size)
     if bool(args.support) == bool(args.detector):
         raise UserError("give either normal images with --support, or a saved detector with --detector")
     for name in ("tile", "region", "ignore"):
@@ -81,7 +81,7 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
     """
     seed_everything(args.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClippedWarning)  # printed by settle_bits and warn_beyond
+        warnings.simplefilter("ignore", ClippedWarning)  # printed by resolve_bits and warn_beyond
         detector = _load(args, device) if args.detector else _fit(args, device)
         print(f"scorer: {detector.scorer.name}")
         print(f"tiles: {describe_tiling(detector.tiling)}")
@@ -128,7 +128,7 @@ def _fit(args: argparse.Namespace, device: str) -> FewShotDetector:
     support = list_inputs(args.support, args.output)
     network = scoring_network(args.backbone, args.stn_mode, args.img_size, args.checkpoint, args.weights)
     print(f"fitting on {len(support)} normal image(s)")
-    bits = settle_bits(args.bits, support, "the support")
+    bits = resolve_bits(args.bits, support, "the support")
     region = read_region(args.region, args.ignore, support)
     tile = args.tile or AUTO
     detector = FewShotDetector(network, device, args.keep_aspect, args.scorer or DEFAULT_SCORER, bits, tile, region)

@@ -13,7 +13,7 @@ from utils.errors import UserError
 RELEASE_IMG_SIZE = 224
 
 
-def settle_img_size(backbone: str, img_size: int | None, smallest: int | None = None) -> int:
+def resolve_img_size(backbone: str, img_size: int | None, smallest: int | None = None) -> int:
     """The side of the network's input in pixels: `img_size`, or the default of the backbone if it is None.
 
     smallest: minimum side for ResNet backbones; None for that of `check_img_size`.

@@ -27,7 +27,7 @@ from datasets.images import (
     full_scale,
     largest_values,
     read_image,
-    settle_bits,
+    resolve_bits,
     smallest_depth,
 )
 from datasets.manifest import load_manifest
@@ -115,11 +115,11 @@ def test_only_16_bit_files_are_decoded_to_find_the_depth(tmp_path, monkeypatch, 
     found = largest_values(paths)
     assert found == [(str(tmp_path / "c.png"), 4095), (str(tmp_path / "d.tif"), 1023), (str(tmp_path / "e.tif"), 255)]
     assert {Path(name).name for name in decoded} == {"c.png", "d.tif", "e.tif", "g.tif"}
-    assert settle_bits("auto", paths, "the test") == 12
+    assert resolve_bits("auto", paths, "the test") == 12
     assert capsys.readouterr().out == "bits: 12 (3 16-bit image(s) of the test, largest value 4095)\n"
-    assert settle_bits("auto", paths[:2], "the test") == 16 and settle_bits(16, paths, "the test") == 16
+    assert resolve_bits("auto", paths[:2], "the test") == 16 and resolve_bits(16, paths, "the test") == 16
     assert capsys.readouterr().out == ""
-    assert settle_bits(10, paths, "the test") == 10
+    assert resolve_bits(10, paths, "the test") == 10
     warning = capsys.readouterr().out.splitlines()[1]
     assert warning.startswith(f"warning: {tmp_path / 'c.png'} has values up to 4095, more than the 1023 of 10 bits")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.networks import network_name, scoring_network, settle_img_size
+from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import RegAD, checkpoint_file, load_checkpoint, save_checkpoint, untrained
 from models.stn import BACKBONES, fuse_conv_bn
 from scorers.gaussian import Gaussian
@@ -62,18 +62,18 @@ def test_names_and_sizes():
     assert network_name("resnet18", "affine") == "affine"
     assert network_name("resnet34", "affine") == "affine_resnet34"
     assert network_name("timm:test_vit.r160_in1k", "affine") == "timm-test_vit.r160_in1k"
-    assert settle_img_size("resnet18", None) == 224 and settle_img_size("resnet50", 64) == 64
+    assert resolve_img_size("resnet18", None) == 224 and resolve_img_size("resnet50", 64) == 64
     with pytest.raises(UserError, match="multiple of 16"):
-        settle_img_size("resnet18", 100)
+        resolve_img_size("resnet18", 100)
     with pytest.raises(UserError, match="no backbone 'resnet19'; give resnet18, resnet34"):
-        settle_img_size("resnet19", None)
+        resolve_img_size("resnet19", None)
 
 
 @pytest.mark.parametrize(("name", "shapes"), [("test_resnet", 3), ("test_vit", 1)])
 def test_models_of_timm_give_maps_for_every_scorer(name, shapes, tmp_path):
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    size = settle_img_size(f"timm:{name}", None)
+    size = resolve_img_size(f"timm:{name}", None)
     network = scoring_network(f"timm:{name}", "affine", size, None, "none")
     images = torch.rand(2, 3, size, size)
     maps = fuse_conv_bn(network).features(images)
@@ -101,15 +101,15 @@ def test_what_timm_cannot_give_is_a_sentence(backbone, weights, sentence, tmp_pa
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, other)
     with pytest.raises(UserError, match=sentence):
-        size = settle_img_size(backbone, None)
+        size = resolve_img_size(backbone, None)
         scoring_network(backbone, "affine", size, None, weights.format(other=other))
 
 
 def test_without_timm_the_command_to_install_it(monkeypatch):
     monkeypatch.setattr("models.timm_features.find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements-timm\.txt"):
-        settle_img_size("timm:test_vit", None)
-    assert settle_img_size("resnet18", None) == 224
+        resolve_img_size("timm:test_vit", None)
+    assert resolve_img_size("resnet18", None) == 224
 
 
 def test_a_checkpoint_for_a_model_of_timm_is_rejected(tmp_path):
