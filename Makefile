@@ -1,5 +1,6 @@
 # make demo    from nothing to heat maps: environment, data, support set, training, scoring, demo/figure.png
-# make test    from nothing to a tested tree: environment, lint, test suite; make test-slow: the tests that take minutes
+# make test    from nothing to a tested tree: environment, lint, test suite; make test-slow: the tests that take minutes,
+#              make test-random: a longer search by random examples, another one at each call
 PYTHON ?= python3
 BIN := .venv/bin
 WEIGHTS ?= imagenet
@@ -7,7 +8,7 @@ DEMO := demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 10
 TRY_IMAGENET := import socket; socket.setdefaulttimeout(10); from models.regad import untrained; untrained('imagenet')
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-random lint clean
 
 demo: .venv/runtime
 	$(BIN)/python -m examples.demo_data --output $(DEMO)/data
@@ -32,6 +33,9 @@ test: .venv/development lint
 
 test-slow: .venv/development
 	$(PYTEST) --runslow -m slow
+
+test-random: .venv/development
+	$(PYTEST) -m hypothesis --hypothesis-profile random
 
 lint: .venv/development
 	$(BIN)/ruff check .

@@ -14,8 +14,11 @@ from hypothesis import HealthCheck, settings
 from examples.demo_data import write_dataset
 from utils.files import PROJECT_ROOT
 
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("random", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+settings.load_profile("repeatable")  # `make test-random` has --hypothesis-profile random
 
 
 def pytest_addoption(parser):

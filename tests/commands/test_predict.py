@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
@@ -227,7 +227,6 @@ def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
 
 
 @given(st.integers(1, 12), st.integers(1, 700), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
 def test_outlines_run_inside_the_border(height, width, seed):
     """Amber outlines above the region threshold, cyan ones above the threshold; outlines close at the image border."""
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import episodes as command
@@ -20,7 +20,6 @@ SOURCES = {
 }
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**63), st.integers(1, 10**6))
 def test_every_image_is_a_query_once_and_never_its_own_support(shot, batch_size, seed, epoch):
     drawn = draw_episodes(SOURCES, shot, batch_size, seed, epoch)

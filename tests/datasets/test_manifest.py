@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import make_support
@@ -31,7 +31,6 @@ SIZE = 64
 NAMES = st.lists(st.text(min_size=1, max_size=9).map(lambda text: f"{text}.png"), min_size=1, max_size=40, unique=True)
 
 
-@settings(deadline=None)
 @given(NAMES, st.integers(1, 5), st.integers(0, 2**64), st.data())
 def test_draws_are_nested_distinct_and_do_not_depend_on_order(names, rounds, seed, data):
     shot = data.draw(st.integers(1, len(names)))
@@ -58,7 +57,6 @@ ODD_NAMES = st.text("ab é\\\"'<", min_size=1).map(lambda text: f"{text}.png")
 ROUNDS_OF_2 = st.lists(st.lists(ODD_NAMES, min_size=2, max_size=2, unique=True), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(ROUNDS_OF_2)
 def test_saved_manifests_come_back(tmp_path_factory, rounds):
     manifest = draw_manifest("bolt", ["x"], 1, 1, 5)._replace(rounds=rounds, shot=2, sha256={"x.png": "00"})
@@ -104,7 +102,6 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["category", "shot", "rounds", "sha256"]), ANYTHING)
 def test_any_value_gives_a_manifest_or_a_user_error(tmp_path_factory, key, value):
     file = tmp_path_factory.mktemp("manifest") / "2_2.json"
@@ -117,7 +114,6 @@ def test_any_value_gives_a_manifest_or_a_user_error(tmp_path_factory, key, value
     assert found.part(1, 1).names() and all(len(names) == found.shot for names in found.rounds)
 
 
-@settings(deadline=None)
 @given(st.sets(st.sampled_from(sorted(set(RIGHT) - set(NEEDED)))))
 def test_entries_that_nobody_knows_may_be_left_out(tmp_path_factory, known):
     file = tmp_path_factory.mktemp("manifest") / "2_2.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -52,7 +52,6 @@ def check_ranking_metrics(scores, labels):
     assert f1_max(ranking) == pytest.approx(plain.f1_max(scores, labels), abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
 @given(scores_and_labels(), st.sampled_from([1, 7, 2**20]))
 def test_equal_scikit_learn(case, chunk):
     original, metrics.SORT_CHUNK = metrics.SORT_CHUNK, chunk
@@ -62,14 +61,12 @@ def test_equal_scikit_learn(case, chunk):
         metrics.SORT_CHUNK = original
 
 
-@settings(max_examples=200, deadline=None)
 @given(maps_and_masks())
 def test_pro_equals_a_loop_over_regions(case):
     maps, masks = case
     assert pro(rank(maps, masks), region_weights(masks)) == pytest.approx(plain.pro(maps, masks), abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
 @given(maps_and_masks())
 def test_on_a_device_as_here(case):
     maps, masks = case

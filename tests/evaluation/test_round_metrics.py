@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -63,7 +63,6 @@ def pro_of_counted(maps, masks, counted):
     return np.trapezoid(heights, inside) / limit
 
 
-@settings(max_examples=300)
 @given(rounds(), st.booleans())
 def test_equal_to_the_definitions_on_subsets(case, all_metrics):
     kinds, labels, maps, masks, counted = case
@@ -80,7 +79,6 @@ def test_equal_to_the_definitions_on_subsets(case, all_metrics):
     assert tuple(everything) == names
 
 
-@settings(max_examples=50)
 @given(rounds())
 def test_image_metrics_without_maps(case):
     kinds, labels, maps, masks, counted = case
@@ -100,7 +98,6 @@ def check(numbers, plain_numbers, reasons):
             )
 
 
-@settings(max_examples=50)
 @given(rounds())
 def test_all_images_as_without_kinds(case):
     """Bit for bit: counting by kind changes no number."""
@@ -133,7 +130,6 @@ def test_several_chunks(monkeypatch):
         assert numbers["pro"] == pytest.approx(plain.pro(maps[chosen], masks[chosen]), abs=1e-9)
 
 
-@settings(max_examples=50)
 @given(rounds())
 def test_on_a_device_as_here(case):
     _, labels, maps, masks, _ = case

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import plain
@@ -97,7 +97,6 @@ def test_reflection_outside():
     assert warp(row, shift).flatten().tolist() == [2, 3, 3, 2]
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-3, 3, width=32), min_size=6, max_size=6), st.sampled_from([(5, 7), (8, 8), (14, 14)]))
 def test_channels_last_route_equals_grid_sample(offsets, sides):
     x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
