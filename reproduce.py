@@ -19,14 +19,14 @@ from pathlib import Path
 
 from datasets.cache import default_cache_dir
 from datasets.mvtec import CATEGORIES
-from grid.cells import Cell, require_locks
-from grid.comparison import FORMATS, compare
-from grid.engines import Cluster, run_local, run_on_cluster, visible_gpus
-from grid.estimate import format_duration
-from grid.imported import import_record
-from grid.plan import RECIPE, Plan, count_jobs, take_shard
-from grid.results import GRID_FILE, WEIGHTS, read_results
-from grid.tables_page import write_tables
+from experiments.comparison import FORMATS, compare
+from experiments.engines import Cluster, run_local, run_on_cluster, visible_gpus
+from experiments.estimate import format_duration
+from experiments.external_results import import_record
+from experiments.plan import RECIPE, Plan, count_jobs, take_shard
+from experiments.results import GRID_FILE, WEIGHTS, read_results
+from experiments.runs import Cell, require_locks
+from experiments.tables_page import write_tables
 from models.networks import resolve_img_size
 from models.stn import BACKBONES, STN_MODES
 from models.timm_features import PREFIX

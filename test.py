@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Weights(NamedTuple):
-    """The weights to score. kind: a key of grid.results.WEIGHTS. file, sha256: None for an untrained network."""
+    """The weights to score. kind: a key of experiments.results.WEIGHTS. file, sha256: None for an untrained network."""
 
     file: Path | None
     sha256: str | None

@@ -60,7 +60,7 @@ def test_the_tree_as_it_is(copied_tree):
         ("utils/files.py", "from models import stn", "utils.files -> models.stn"),
         ("evaluation/metrics.py", "import training.loop", "evaluation.metrics -> training.loop"),
         ("models/warp.py", "def late():\n    from datasets.images import read_image", "models.warp -> datasets.images"),
-        ("grid/cells.py", "import inspection.detector", "grid.cells -> inspection.detector"),
+        ("experiments/runs.py", "import inspection.detector", "experiments.runs -> inspection.detector"),
         ("scorers/maps.py", "from tests import conftest", "scorers.maps -> tests.conftest"),
         ("datasets/images.py", "import test", "datasets.images -> test"),
     ],

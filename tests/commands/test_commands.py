@@ -369,8 +369,10 @@ def test_every_flag_is_used(file):
     code = (PROJECT_ROOT / file).read_text()
     if "add_detector_flags(parser)" in code:
         code += (PROJECT_ROOT / "inspection/flags.py").read_text()
-    if "grid.plan" in code:
-        code += (PROJECT_ROOT / "grid/plan.py").read_text() + (PROJECT_ROOT / "grid/imported.py").read_text()
+    if "experiments.plan" in code:
+        code += (PROJECT_ROOT / "experiments/plan.py").read_text() + (
+            PROJECT_ROOT / "experiments/external_results.py"
+        ).read_text()
     for action in parser._actions:
         read = re.search(rf"args\.{action.dest}\b", code)
         assert action.dest == "help" or read, f"{file} never reads --{action.dest}"

@@ -11,10 +11,10 @@ import torch
 
 from datasets.mvtec import LabelledDataset, list_test_items
 from datasets.support import find_support_rounds
-from grid import comparison
-from grid.comparison import compare
-from grid.results import read_results
-from grid.tables import make_tables, to_markdown
+from experiments import comparison
+from experiments.comparison import compare
+from experiments.results import read_results
+from experiments.tables import make_tables, to_markdown
 from inspection.results import BOX_COLUMNS, CSV_COLUMNS
 from scorers.views import VIEWS_PER_IMAGE
 from tests.commands.test_commands import DOCUMENTS

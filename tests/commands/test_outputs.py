@@ -14,7 +14,7 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES, auroc, rank
 from evaluation.per_image import image_name, read_scores
 from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL
-from grid.tables_page import write_tables
+from experiments.tables_page import write_tables
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 

@@ -20,7 +20,7 @@ from datasets.episodes import draw_episodes
 from datasets.mvtec import LabelledDataset, list_source_images, list_test_items
 from datasets.support import read_support_images
 from evaluation.scoring import compute_test_features, score_rounds
-from grid.estimate import measure
+from experiments.estimate import measure
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.unusual import Likeness
@@ -160,7 +160,7 @@ def test_train_command(pretend, demo_data, tmp_path):
 
 
 def test_estimate_of_a_table(pretend, monkeypatch):
-    monkeypatch.setattr("grid.estimate.CUDA_PASSES", 1)
+    monkeypatch.setattr("experiments.estimate.CUDA_PASSES", 1)
     settings = argparse.Namespace(
         device="cuda", batch_size=2, img_size=SIZE, backbone="resnet18", stn_mode="affine", amp="bf16"
     )

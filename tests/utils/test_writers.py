@@ -31,7 +31,7 @@ from evaluation.per_image import write_scores
 from evaluation.records import save_maps
 from examples.demo_data import write_dataset
 from examples.demo_figure import Example, save_figure
-from grid.tables_page import write_tables
+from experiments.tables_page import write_tables
 from inspection.detector import FewShotDetector
 from inspection.export import save_program
 from models.regad import RegAD, save_checkpoint

@@ -43,7 +43,7 @@ class Cell(NamedTuple):
     key: str  # a digest of everything that the numbers depend on: arguments, data, code
     trained: Path | None  # the folder that train.py writes to; None where nothing is trained
     records: tuple[str, ...]  # names of the files that a finished cell leaves in the results folder
-    weights: tuple[str, ...] = ()  # the kinds of weights that are scored, keys of grid.results.WEIGHTS
+    weights: tuple[str, ...] = ()  # the kinds of weights that are scored, keys of experiments.results.WEIGHTS
     training: str = ""  # a digest of what the weights depend on; the same weights may be scored in other ways
 
 
@@ -207,7 +207,7 @@ def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     script, *arguments = command
-    leash = [] if lock is not None else [str(PROJECT_ROOT / "grid" / "leash.py")]
+    leash = [] if lock is not None else [str(PROJECT_ROOT / "experiments" / "leash.py")]
     with open(log, "ab") as stream:
         stream.write(f"\n$ python {shlex.join(command)}\n".encode())
         stream.flush()

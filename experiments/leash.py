@@ -1,6 +1,6 @@
 """Runs a script of the project that ends when its driver does, also where the driver is killed.
 
-python grid/leash.py SCRIPT ARGUMENTS     standard input: a pipe whose other end only the driver holds
+python experiments/leash.py SCRIPT ARGUMENTS     standard input: a pipe whose other end only the driver holds
 
 Used where a cell cannot be locked. A command that outlived its driver would write the same files as the next one.
 """

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from benchmarks.reference import REFERENCE
 from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
-from grid.comparison import FORMATS, compare
-from grid.results import GRID_FILE, SCHEMA_FILE, _problems, read_results
-from grid.tables import (
+from experiments.comparison import FORMATS, compare
+from experiments.results import GRID_FILE, SCHEMA_FILE, _problems, read_results
+from experiments.tables import (
     NO_TRUTH,
     Entry,
     format_entry,
@@ -27,7 +27,7 @@ from grid.tables import (
     to_markdown,
     write_csv,
 )
-from grid.tables_page import to_html
+from experiments.tables_page import to_html
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 

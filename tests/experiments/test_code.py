@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grid import code
+from experiments import code
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def tree(copied_tree, monkeypatch):
 def test_files(tree):
     names = {file.relative_to(tree).as_posix() for file in code.decisive_files()}
     assert {"train.py", "test.py", "models/warp.py", "training/loop.py", "utils/stages.py"} < names
-    assert not {name.split("/")[0] for name in names} & {"reports", "inspection", "grid", "benchmarks", "tests"}
+    assert not {name.split("/")[0] for name in names} & {"reports", "inspection", "experiments", "benchmarks", "tests"}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_code_that_decides(place, tree):
     "place",
     [
         *("datasets/check.py", "reports/templates/page.html", "reports/gallery.py"),
-        *("inspection/detector.py", "inspection/new.py", "grid/tables.py", "predict.py", "benchmarks/plain.py"),
+        *("inspection/detector.py", "inspection/new.py", "experiments/tables.py", "predict.py", "benchmarks/plain.py"),
     ],
 )
 def test_code_that_decides_nothing(place, tree):

@@ -20,13 +20,13 @@ import torch
 
 import reproduce
 import train
-from grid import cells as grid
-from grid import estimate
-from grid import plan as grid_plan
-from grid.cells import is_finished
-from grid.estimate import Speed, measure_apart
-from grid.results import GRID_FILE, SCHEMA_FILE, read_results
-from grid.tables import SECONDS, make_tables
+from experiments import estimate
+from experiments import plan as grid_plan
+from experiments import runs as grid
+from experiments.estimate import Speed, measure_apart
+from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
+from experiments.runs import is_finished
+from experiments.tables import SECONDS, make_tables
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 

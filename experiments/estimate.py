@@ -1,6 +1,6 @@
 """An estimate of the duration of a grid, from a measurement of a few seconds in a process of its own.
 
-python -m grid.estimate --device cuda --batch_size 32      prints the measured seconds per image as JSON
+python -m experiments.estimate --device cuda --batch_size 32      prints the measured seconds per image as JSON
 
 The process ends before the first cell begins, so that the driver of a grid holds no CUDA context.
 """
@@ -87,7 +87,7 @@ def measure_apart(arguments: argparse.Namespace, environment: Mapping[str, str])
     Raises:
         UserError: the measurement cannot be made because of an argument, such as a device that does not exist.
     """
-    command = [sys.executable, "-m", "grid.estimate"]
+    command = [sys.executable, "-m", "experiments.estimate"]
     for name in ("device", "stn_mode", "img_size", "backbone", "batch_size", "amp"):
         command += [f"--{name}", str(getattr(arguments, name))]
     environment = {**os.environ, **environment}
@@ -128,8 +128,8 @@ def format_duration(seconds: float) -> str:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of grid.estimate."""
-    parser = argparse.ArgumentParser(prog="python -m grid.estimate", description="Measure seconds per image.")
+    """The command line of experiments.estimate."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.estimate", description="Measure seconds per image.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--stn_mode", default="rotation_scale")
     parser.add_argument("--img_size", type=int, default=224)

@@ -1,6 +1,6 @@
 """Tables of records beside the published numbers, as Markdown, CSV and LaTeX.
 
-All numbers are percent, as in the paper, but for the tables of seconds. For the HTML page, see grid.tables_page.
+All numbers are percent, as in the paper, but for the tables of seconds. For the HTML page, see experiments.tables_page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import summary
-from grid.results import DIGEST_LETTERS, WEIGHTS, Results, kind_name, support_name, weights_of
+from experiments.results import DIGEST_LETTERS, WEIGHTS, Results, kind_name, support_name, weights_of
 from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER
 

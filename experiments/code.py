@@ -12,7 +12,7 @@ from pathlib import Path
 from utils.files import PROJECT_ROOT, digest, sha256
 
 DECISIVE_COMMANDS = ("train.py", "test.py")
-UNDECISIVE_FOLDERS = ("reports", "inspection", "grid")
+UNDECISIVE_FOLDERS = ("reports", "inspection", "experiments")
 
 
 def decisive_files() -> list[Path]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from grid.cells import BUSY, Cell, Report, is_finished, log_file, run_cell
+from experiments.runs import BUSY, Cell, Report, is_finished, log_file, run_cell
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, whole_file
 

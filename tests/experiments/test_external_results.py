@@ -17,7 +17,7 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import image_name, write_scores
 from evaluation.round_metrics import NO_NORMAL
-from grid.results import SCHEMA_FILE, read_results
+from experiments.results import SCHEMA_FILE, read_results
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 

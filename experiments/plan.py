@@ -15,11 +15,11 @@ from datasets.mvtec import (
     list_test_items,
     list_train_images,
 )
-from grid.cells import Cell, Fingerprints, is_begun, is_finished
-from grid.code import code_version
-from grid.engines import cores_per_job, job_environment, visible_gpus
-from grid.estimate import format_duration, measure_apart, scoring_seconds, training_seconds
-from grid.results import WEIGHTS, kind_name
+from experiments.code import code_version
+from experiments.engines import cores_per_job, job_environment, visible_gpus
+from experiments.estimate import format_duration, measure_apart, scoring_seconds, training_seconds
+from experiments.results import WEIGHTS, kind_name
+from experiments.runs import Cell, Fingerprints, is_begun, is_finished
 from models.networks import network_name
 from models.regad import checkpoint_file, last_file, selection
 from models.timm_features import PREFIX

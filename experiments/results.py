@@ -1,4 +1,4 @@
-"""The records of a results folder: read, checked against grid/record.schema.json, and keyed for tables."""
+"""The records of a results folder: read, checked against experiments/record.schema.json, and keyed for tables."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def _read_record(path: Path) -> dict:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"{path} is not a record (grid/record.schema.json, docs/extend.md): {'; '.join(problems[:3])}{more}. "
+            f"{path} is not a record (experiments/record.schema.json, docs/extend.md): "
+            f"{'; '.join(problems[:3])}{more}. "
             f"Correct it, or remove it from {path.parent}"
         )
     return record

@@ -10,8 +10,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from grid.results import Results, read_results, weights_of
-from grid.tables import (
+from experiments.results import Results, read_results, weights_of
+from experiments.tables import (
     DIFFERENCE,
     MISSING,
     NO_TRUTH,
@@ -111,7 +111,7 @@ def write_tables(folder: Path, readme: Path | None = None) -> None:
     readme: a file in which the tables replace the text between README_MARKS.
 
     Raises:
-        UserError: unusable records, see grid.tables.read_results, or no marks in `readme`.
+        UserError: unusable records, see experiments.tables.read_results, or no marks in `readme`.
     """
     results = read_results(folder)
     tables = make_tables(results)

@@ -11,8 +11,8 @@ import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import summary
-from grid.results import Results, kind_name, support_name, weights_of
-from grid.tables import DIFFERENCE, Entry, column_of, known, latex_row
+from experiments.results import Results, kind_name, support_name, weights_of
+from experiments.tables import DIFFERENCE, Entry, column_of, known, latex_row
 from scorers.registry import SCORERS
 from utils.errors import UserError
 

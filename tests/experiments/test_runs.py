@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from grid import cells as cells_module
-from grid import engines
-from grid.cells import BUSY, Cell, is_begun, is_finished, log_file, require_locks, run_cell
-from grid.engines import Cluster, run_local, run_on_cluster
+from experiments import engines
+from experiments import runs as cells_module
+from experiments.engines import Cluster, run_local, run_on_cluster
+from experiments.runs import BUSY, Cell, is_begun, is_finished, log_file, require_locks, run_cell
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
@@ -147,7 +147,7 @@ def test_two_drivers_do_no_cell_twice(output):
 def test_a_killed_drivers_command_is_waited_for(output):
     """The command lives on and keeps the lock; only when it has ended is the cell begun again."""
     cell = make_cell(output, "a", "waits")
-    code = f"from pathlib import PosixPath\nfrom grid.cells import *\nrun_cell({output!r}, {cell!r}, {{}})"
+    code = f"from pathlib import PosixPath\nfrom experiments.runs import *\nrun_cell({output!r}, {cell!r}, {{}})"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT)
     wait_for(lambda: runs(output, "a"))
     os.kill(driver.pid, signal.SIGKILL)
@@ -190,7 +190,7 @@ def test_without_locks_a_killed_drivers_command_ends_with_it(output):
     cell = make_cell(output, "a", "waits")
     code = "import errno, fcntl\nfrom pathlib import PosixPath\n"
     code += "def fails(*_): raise OSError(errno.ENOLCK, '')\nfcntl.flock = fails\n"
-    code += f"from grid.cells import *\nrun_cell({output!r}, {cell!r}, {{}}, alone=True)"
+    code += f"from experiments.runs import *\nrun_cell({output!r}, {cell!r}, {{}}, alone=True)"
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT_ROOT)
     wait_for(lambda: runs(output, "a"))
     assert working(output)
@@ -212,7 +212,8 @@ def working(output) -> list[int]:
 
 def start_driver(output, cells, locks: bool) -> subprocess.Popen:
     """A driver with two workers; without locks, of a file system that has none."""
-    code = "import errno, fcntl\nfrom pathlib import PosixPath\nfrom grid.cells import *\nfrom grid.engines import *\n"
+    code = "import errno, fcntl\nfrom pathlib import PosixPath\nfrom experiments.runs import *\n"
+    code += "from experiments.engines import *\n"
     if not locks:
         code += "def fails(*_): raise OSError(errno.ENOLCK, '')\nfcntl.flock = fails\n"
     code += f"run_local({output!r}, {cells!r}, 2, [], lambda cell, why: print(cell.name, why), alone={not locks})"
