@@ -60,31 +60,36 @@ def states(model: RegAD) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["the release's memory order", "as trained"])
 def test_golden_trace(path, trace, monkeypatch):
-    """In the release's memory order (NCHW, three channels for grey) all bits are equal. In training's own order,
-    sums are rounded differently, and six steps amplify this. The effect is largest in the heads that predict the warps:
-    their gradient is discontinuous where a sampling position or a pooled maximum moves to another cell.
+    """Losses, and the norms, sums and changes of all tensors after six steps, within bounds that hold on any processor.
+
+    Largest differences measured in the release's memory order (NCHW, three channels for grey), on one processor with
+    ATEN_CPU_CAPABILITY=default, avx2 and avx512 and with 1 and 2 threads: losses 3.2e-11; of its norm, a tensor's
+    norm, change and first values 2.9e-10, and 3.5e-6 in the heads that predict the warps. Their gradient is
+    discontinuous where a sampling position or a pooled maximum moves to another cell. In training's own order sums are
+    rounded differently, and six steps amplify this.
     """
     recorded, episodes, sources = trace
-    exact = path != "as trained"
+    release_order = path != "as trained"
     images = SourceImages(sources, 224, None, 0, CPU, torch.float64)
     trainer = golden_trainer(torch.float64, recorded)
-    if exact:
+    if release_order:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # all three channels
         trainer.model.to(memory_format=torch.contiguous_format)
     start, losses = states(trainer.model), []
     for episode in episodes:
         query, support = images.episode(episode)
-        if exact:
+        if release_order:
             query, support = query.contiguous(), support.contiguous()
         losses.append(trainer.step(query, support, StageClock()).item())
-    assert losses == pytest.approx(recorded["losses"], abs=1e-9 if exact else 1e-8)
+    assert losses == pytest.approx(recorded["losses"], abs=1e-9 if release_order else 1e-8)
     final = {name: value.double() for name, value in states(trainer.model).items()}
     assert final.keys() == recorded["final"].keys()
+    bound_of_heads, bound_of_others = (1e-4, 1e-8) if release_order else (2e-2, 1e-5)
     for name, value in final.items():
-        bound = 1e-8 if exact else 2e-2 if ".stn" in name else 1e-5
+        bound = bound_of_heads if ".stn" in name else bound_of_others
         expected, scale = recorded["final"][name], value.norm().item()
         assert scale == pytest.approx(expected["norm"], rel=bound), name
-        spread = 1 if exact else math.sqrt(value.numel())  # how much more than the norm a sum can move
+        spread = math.sqrt(value.numel())  # how much more than the norm a sum can move
         assert value.sum().item() == pytest.approx(expected["sum"], rel=bound, abs=bound * scale * spread), name
         change = (value - start[name].double()).norm().item()
         assert change == pytest.approx(expected["change"], rel=bound, abs=bound * scale), name
