@@ -290,8 +290,8 @@ def _write(
 def _save_images(
     args: argparse.Namespace, folder: Path, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple
 ) -> None:
-    """Draws images and the report. metrics: the arguments of reports.gallery.metric_tables."""
-    from reports import gallery  # slow: imports matplotlib
+    """Draws images and the report. metrics: the arguments of evaluation.gallery.metric_tables."""
+    from evaluation import gallery  # slow: imports matplotlib
 
     title = f"{folder.name}, round 0"
     try:

@@ -36,9 +36,9 @@ from evaluation.statistics import format_summary, summaries
 from models.networks import resolve_img_size
 from models.regad import save_checkpoint, untrained
 from models.stn import BACKBONES, STN_MODES
-from reports.training_curve import save_curve
 from scorers.base import Scorer
 from scorers.registry import add_scorer_flag, make_scorers
+from training.curve import save_curve
 from training.identity import identified, require_same
 from training.loop import Trainer, learning_rate
 from training.records import Earlier, RunFiles, earlier_run, is_selected, outcomes, remove_leftovers, save_history

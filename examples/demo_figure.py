@@ -135,7 +135,7 @@ def choose_examples(dataset: LabelledDataset, maps: np.ndarray) -> list[Example]
 
 
 def _limits(maps: np.ndarray, labels: Sequence[int]) -> tuple[float, float]:
-    """One scale of colours for all heat maps, from the normal test images as in reports/gallery.py."""
+    """One scale of colours for all heat maps, from the normal test images as in evaluation/gallery.py."""
     scores = maps.max(axis=(1, 2))
     return colour_limits(float(np.median(scores[np.array(labels) == 0])))
 

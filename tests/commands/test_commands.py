@@ -183,7 +183,7 @@ def test_pictures_that_cannot_be_written_cost_no_number(arguments, monkeypatch):
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reports.gallery.save_image", refuse)
+    monkeypatch.setattr("evaluation.gallery.save_image", refuse)
     with pytest.raises(UserError, match=r"the record is written, but the images in .*ring_2_affine cannot be: .*No sp"):
         call(arguments, "--save_images", "5")
     assert len(list(Path(arguments["--output"]).glob("*.json"))) == 1

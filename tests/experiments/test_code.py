@@ -33,7 +33,7 @@ def test_code_that_decides(place, tree):
 @pytest.mark.parametrize(
     "place",
     [
-        *("datasets/check.py", "reports/templates/page.html", "reports/gallery.py"),
+        *("datasets/check.py", "reports/templates/page.html", "evaluation/gallery.py"),
         *("inspection/detector.py", "inspection/new.py", "experiments/tables.py", "predict.py", "benchmarks/plain.py"),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from reports.drawing import CALLED, CAPTION_HEIGHT, apart, beside, boxed, save_image, titled
-from reports.training_curve import save_curve
+from training.curve import save_curve
 
 
 def test_frames_lie_around_their_boxes():

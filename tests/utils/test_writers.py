@@ -27,6 +27,7 @@ from datasets.cache import decoded_images
 from datasets.manifest import Manifest, save_manifest
 from datasets.mvtec import LabelledDataset, LabelledImage, list_test_items
 from datasets.support import save_support_rounds
+from evaluation.gallery import Scored, save_gallery
 from evaluation.per_image import write_scores
 from evaluation.records import save_maps
 from examples.demo_data import write_dataset
@@ -36,9 +37,8 @@ from inspection.detector import FewShotDetector
 from inspection.export import save_program
 from models.regad import RegAD, save_checkpoint
 from reports.drawing import save_image
-from reports.gallery import Scored, save_gallery
 from reports.page import Page, PageRow, write_page
-from reports.training_curve import save_curve
+from training.curve import save_curve
 from training.records import RunFiles, save_history
 from utils.errors import run_command
 from utils.files import PROJECT_ROOT, save_tensors, write_json

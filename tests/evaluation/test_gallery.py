@@ -13,10 +13,10 @@ from sklearn import metrics
 
 from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
+from evaluation import gallery
+from evaluation.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
 from evaluation.statistics import kind_summaries, summaries
-from reports import gallery
 from reports.drawing import CAPTION_HEIGHT, GAP
-from reports.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
 from reports.page import Table
 
 SIZE = 64
