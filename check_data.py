@@ -10,9 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from datasets.check import check_category, check_support, count_files, format_reports
+from datasets.check import check_category, check_support, format_reports
 from datasets.images import limit_pixels
 from datasets.mvtec import CATEGORIES, category_names
 from utils.errors import UserError, require_positive, run_command
@@ -47,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.obj or category_names(args.data_path, args.data_type)
     if not names:
         raise UserError(f"{args.data_path} holds no category: no sub-folder has train/good")
-    with tqdm(total=count_files(args.data_path, names), unit=" files", leave=False, disable=None) as bar:
-        reports = [check_category(args.data_path, args.data_type, name, bar.update) for name in names]
+    reports = [check_category(args.data_path, args.data_type, name) for name in names]
     print(format_reports(reports))
     problems = [problem for report in reports for problem in report.problems]
     if args.support:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.images import limit_pixels, resolve_bits, warn_beyond
+from datasets.check import list_test_items_with_notes, print_notes
+from datasets.images import limit_pixels, resolve_bits
 from datasets.mvtec import CATEGORIES, LabelledDataset, LabelledImage, category_folder, normal_images
-from datasets.notes import checked_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import write_scores
@@ -85,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = command_device(args.device)
     seed_everything(args.seed)
     folder = category_folder(args.data_path, args.data_type, args.obj)
-    items = checked_test_items(folder, args.strict, need_both=False)
+    items = list_test_items_with_notes(folder, args.strict, need_both=False)
     args.bits = resolve_bits(args.bits, normal_images(folder), f"{args.obj}/train")
-    warn_beyond([item.image for item in items], args.bits)
     supports = {
         shot: find_support_rounds(
             args.support_path, folder, shot, args.inferences, args.img_size, args.keep_aspect, args.bits
@@ -107,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clock.seconds.clear()
             clock.seconds.update(shared_seconds)
             _score_shot(args, [job for job in jobs if job.shot == shot], network, test, dataset, clock)
+    print_notes(dataset.notes())
 
 
 class Weights(NamedTuple):

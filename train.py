@@ -18,18 +18,17 @@ from typing import NamedTuple
 import torch
 
 from datasets.cache import SourceImages, default_cache_dir
+from datasets.check import list_test_items_with_notes, print_notes, unread_images
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.images import limit_pixels, resolve_bits, warn_beyond
+from datasets.images import limit_pixels, resolve_bits
 from datasets.mvtec import (
     CATEGORIES,
     LabelledDataset,
-    Preloaded,
     category_folder,
     held_out_category,
     list_source_images,
     normal_images,
 )
-from datasets.notes import checked_test_items, print_notes, unread_images
 from datasets.support import find_support_rounds
 from evaluation.scoring import NotFinite, score_category
 from evaluation.statistics import format_summary, summaries
@@ -204,7 +203,7 @@ def _epochs(
 class Target(NamedTuple):
     """The category to score, with decoded images: the target, or with --select source the held-out category."""
 
-    dataset: Preloaded
+    dataset: LabelledDataset
     labels: list[int]
     rounds: list[torch.Tensor]
     scorers: list[Scorer]
@@ -213,7 +212,7 @@ class Target(NamedTuple):
     def digest(self) -> str:
         """SHA-256 of the decoded images and masks, the labels and the support images, in hexadecimal."""
         content = hashlib.sha256(str(self.labels).encode())
-        for item in self.dataset.items:
+        for item in self.dataset:
             for name in sorted(item):
                 content.update(item[name].numpy())
         for images in self.rounds:
@@ -266,14 +265,15 @@ def _load_target(args: argparse.Namespace, category: str, asked_bits: int | str)
         folder = category_folder(args.source_path, "folder", category)
     else:
         folder = category_folder(args.data_path, args.data_type, category)
-    items = checked_test_items(folder, args.strict)
+    items = list_test_items_with_notes(folder, args.strict)
     bits = resolve_bits(asked_bits, normal_images(folder), f"{category}/train")
-    warn_beyond([item.image for item in items], bits)
     support = find_support_rounds(
         args.support_path, folder, args.shot, args.inferences, args.img_size, args.keep_aspect, bits
     )
     print(f"support: {support.source}")
-    dataset = Preloaded(LabelledDataset(items, args.img_size, args.keep_aspect, bits), args.num_workers)
+    dataset = LabelledDataset(items, args.img_size, args.keep_aspect, bits)
+    dataset.load(args.num_workers)
+    print_notes(dataset.notes())
     return Target(dataset, [item.label for item in items], support.images, make_scorers(args.scorer), bits)
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line
-from datasets.images import decode_image, read_header
+from datasets.images import decode_image
 from datasets.masks import decode_mask
 from evaluation.metrics import auroc, rank
 from inspection.detector import FewShotDetector
@@ -86,8 +86,8 @@ def draw_window(path: Path, rng: Generator) -> Window:
 
 def _window_share(path: Path) -> np.ndarray:
     """Width and height of a window as shares of the part's."""
-    header = read_header(path)
-    return np.array(CELL) / SCALE / (header.width, header.height)
+    with Image.open(path) as image:
+        return np.array(CELL) / SCALE / image.size
 
 
 def _large_parts(folder: Path) -> list[Path]:

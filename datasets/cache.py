@@ -1,11 +1,10 @@
 """The cache of decoded images: one memory-mapped uint8 array per folder, shared by epochs, runs and processes.
 
 File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path.
-`what` is a digest of the images' names, sizes and modification times, of S, of the bit depth and of the resizing rule.
-A changed image therefore leads to a new file; the file of the old state is removed.
+`what` is a digest of the names and contents of the images, of S, of the bit depth and of the resizing rule. A changed
+image therefore leads to a new file; the file of the old state is removed.
 
-A process that fills a file holds a lock (flock) on .<file>.lock beside it, so processes that start together decode each
-image once. Where there are no locks (Windows, some network file systems) each of them decodes, with the same result.
+Processes that start together decode each image once: the one that fills a file locks .<file>.lock next to it.
 """
 
 from __future__ import annotations
@@ -15,23 +14,21 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from datasets.episodes import Episode
-from datasets.images import FULL_BITS, ImageError, check_headers, read_batches, read_image
+from datasets.images import FULL_BITS, ImageError, read_image
 from utils.devices import upload
 from utils.errors import UserError
-from utils.files import digest, whole_file
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from utils.files import whole_file
+from utils.fingerprint import FileDigests, digest
+from utils.stages import in_threads
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
@@ -53,101 +50,87 @@ def decoded_images(
     num_workers: int,
     keep_aspect: bool = False,
     bits: int = FULL_BITS,
+    digests: FileDigests | None = None,
 ) -> np.ndarray:
     """The images `paths` of one folder as (N, size, size, 3) uint8 RGB, each decoded at most once per machine.
 
     The array is a read-only memory map of a file in `cache_dir`. With None the images are decoded into memory.
+    digests: those of files that are known already.
 
     Raises:
         UserError: an image cannot be read, or the cache folder cannot be written.
     """
+    read = partial(read_image, size=size, keep_aspect=keep_aspect, bits=bits)
+    shape = (len(paths), size, size, 3)
+
+    def decode(into: np.ndarray) -> np.ndarray:
+        images = in_threads(read, paths, max(1, num_workers))
+        for number, image in enumerate(
+            tqdm(images, f"decoding {paths[0].parent}", len(paths), unit=" images", leave=False, disable=None)
+        ):
+            into[number] = image
+        return into
+
     if cache_dir is None:
-        images = np.empty((len(paths), size, size, 3), np.uint8)
-        _decode(paths, images, num_workers, keep_aspect, bits)
-        return images
-    file = _cache_file(paths, size, cache_dir, keep_aspect, bits)
+        return decode(np.empty(shape, np.uint8))
+    file = _cache_file(paths, (size, keep_aspect, bits, RESIZE_RULE), cache_dir, digests or FileDigests())
     while True:
-        if file.is_file():
-            with suppress(FileNotFoundError):  # a run with other settings may remove the file as outdated at any time
-                return np.load(file, mmap_mode="r")
+        with suppress(
+            FileNotFoundError, NotADirectoryError
+        ):  # a run with other settings may remove the file as outdated at any time
+            return np.load(file, mmap_mode="r")
         try:
-            with _lock(file, f"waiting for another process, which decodes {paths[0].parent}"):
+            with _locked(file, f"waiting for another process, which decodes {paths[0].parent}"):
                 if not file.is_file():
-                    with whole_file(file) as aside:
-                        images = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(paths), size, size, 3))
-                        _reserve(aside)
-                        _decode(paths, images, num_workers, keep_aspect, bits)
-        except OSError as error:
+                    with whole_file(file) as temporary:
+                        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+                        _reserve(temporary)
+                        decode(array)
+        except (OSError, NotImplementedError) as error:  # filelock raises the latter on file systems without locks
             raise UserError(
-                f"cannot write the cache of decoded images {file}: {error.strerror}; "
-                "give another folder with --cache_dir, or no cache with --cache_dir none"
+                f"cannot write the cache of decoded images {file}: {getattr(error, 'strerror', None) or error}; give "
+                "another folder, or none to decode into memory",
+                options=("cache_dir",),
             ) from error
         _remove_outdated(file)
 
 
 def _reserve(file: Path) -> None:
-    """Makes sure that the disk has room for a file. Else the system would kill the process that writes into its map."""
+    """Reserves the disk space of a file. Else a full disk would kill the process that writes into the file's map."""
     if hasattr(os, "posix_fallocate"):
         with open(file, "rb+") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
 @contextmanager
-def _lock(file: Path, waiting: str) -> Iterator[None]:
-    """Holds the lock of a cache file, or nothing where there are no locks. Prints `waiting` if another has it.
-
-    The system releases the lock of a process that ends in any way, so a crashed holder blocks nobody. The lock file
-    stays: if it were removed, a new process would lock another file than those that wait for the removed one.
-    """
+def _locked(file: Path, waiting: str) -> Iterator[None]:
+    """Holds the lock of a cache file. Prints `waiting` if another process has it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = None
-    with suppress(OSError):  # a lock file of another user; if the folder cannot be written, writing the file says so
-        lock = os.open(_lock_file(file), os.O_RDONLY | os.O_CREAT, 0o666)
+    lock = FileLock(_lock_file(file), mode=0o666)
     try:
-        if lock is not None and fcntl is not None:
-            _wait(lock, waiting)
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, flush=True)
+        lock.acquire()
+    try:
         yield
     finally:
-        if lock is not None:
-            _unlock(lock)
+        lock.release()
 
 
 def _lock_file(file: Path) -> Path:
     return file.with_name(f".{file.name}.lock")
 
 
-def _wait(lock: int, waiting: str) -> None:
-    """Locks an open file as soon as no other process has it locked."""
-    with suppress(OSError):  # the file system has no locks
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def _unlock(lock: int) -> None:
-    with suppress(OSError):
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # forked readers have the descriptor too: closing it is not enough
-    os.close(lock)
-
-
-def _cache_file(paths: Sequence[Path], size: int, cache_dir: Path, keep_aspect: bool, bits: int) -> Path:
+def _cache_file(paths: Sequence[Path], settings: tuple, cache_dir: Path, digests: FileDigests) -> Path:
     folder = paths[0].parent.resolve()
-    states = [_state(path) for path in paths]
-    where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = hashlib.sha256(repr((size, keep_aspect, bits, RESIZE_RULE, states)).encode()).hexdigest()[:DIGEST_LETTERS]
-    return cache_dir / f"{folder.parent.parent.name}_{size}_{where}_{what}.npy"
-
-
-def _state(path: Path) -> tuple[str, int, int]:
-    """Name, size in bytes and modification time: a changed image differs in one of them."""
     try:
-        stat = path.stat()
+        content = digests.together(paths)
     except OSError as error:  # a dangling link
-        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
-    return path.name, stat.st_size, stat.st_mtime_ns
+        raise ImageError(f"cannot read the image {error.filename}: {error.strerror}") from error
+    where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
+    what = digest([*settings, [path.name for path in paths], content])[:DIGEST_LETTERS]
+    return cache_dir / f"{folder.parent.parent.name}_{settings[0]}_{where}_{what}.npy"
 
 
 def _remove_outdated(file: Path) -> None:
@@ -158,25 +141,6 @@ def _remove_outdated(file: Path) -> None:
             for outdated in (other, _lock_file(other)):
                 with suppress(OSError):
                     outdated.unlink()
-
-
-class _Images(Dataset):
-    def __init__(self, paths: Sequence[Path], size: int, keep_aspect: bool, bits: int) -> None:
-        self.paths, self.size, self.keep_aspect, self.bits = paths, size, keep_aspect, bits
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.from_numpy(read_image(self.paths[number], self.size, self.keep_aspect, self.bits).copy())
-
-
-def _decode(paths: Sequence[Path], into: np.ndarray, num_workers: int, keep_aspect: bool, bits: int) -> None:
-    """Decodes the images into the rows of `into` (N, S, S, 3) uint8."""
-    images = read_batches(_Images(paths, into.shape[1], keep_aspect, bits), None, num_workers)
-    progress = tqdm(images, f"decoding {paths[0].parent}", len(paths), unit=" images", leave=False, disable=None)
-    for number, image in enumerate(progress):
-        into[number] = image.numpy()
 
 
 class SourceImages:
@@ -193,25 +157,19 @@ class SourceImages:
         cache_dir: Path | None,
         num_workers: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
         keep_aspect: bool = False,
         bits: int = FULL_BITS,
+        digests: FileDigests | None = None,
     ) -> None:
-        self.device, self.dtype = device, dtype
-        self.rows = {name: {p.name: row for row, p in enumerate(paths)} for name, paths in sources.items()}
-        to_decode = [
-            p
-            for p in sources.values()
-            if not cache_dir or not _cache_file(p, size, cache_dir, keep_aspect, bits).is_file()
-        ]
-        check_headers([path for paths in to_decode for path in paths])  # fails early: decoding takes minutes
+        self.device = device
+        self.index = {name: {path.name: number for number, path in enumerate(paths)} for name, paths in sources.items()}
         self.images = {
-            name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect, bits)
+            name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect, bits, digests)
             for name, paths in sources.items()
         }
-        fits = sum(array.nbytes for array in self.images.values()) <= RESIDENT_BYTES
+        is_small = sum(array.nbytes for array in self.images.values()) <= RESIDENT_BYTES
         self.resident = {}
-        if device.type == "cuda" and fits:
+        if device.type == "cuda" and is_small:
             self.resident = {name: torch.tensor(array, device=device) for name, array in self.images.items()}
 
     def episode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,14 +181,14 @@ class SourceImages:
     def digest(self) -> str:
         """SHA-256 of the names and the decoded images, in hexadecimal."""
         images = {
-            name: [list(self.rows[name]), hashlib.sha256(array).hexdigest()] for name, array in self.images.items()
+            name: [list(self.index[name]), hashlib.sha256(array).hexdigest()] for name, array in self.images.items()
         }
         return digest(images)
 
     def _gather(self, category: str, names: Sequence[str]) -> torch.Tensor:
-        rows = [self.rows[category][name] for name in names]
+        numbers = [self.index[category][name] for name in names]
         if self.resident:
-            images = self.resident[category][upload(torch.tensor(rows), self.device)]
+            images = self.resident[category][upload(torch.tensor(numbers), self.device)]
         else:
-            images = upload(torch.from_numpy(self.images[category][rows]), self.device)
-        return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).to(self.dtype)
+            images = upload(torch.from_numpy(self.images[category][numbers]), self.device)
+        return images.permute(0, 3, 1, 2).float().div_(255)

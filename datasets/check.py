@@ -1,8 +1,9 @@
-"""The check of a data set: reads every file, counts what each category holds and lists every problem."""
+"""What is wrong or unusual in a data set: notes that a run prints, and the problems that check_data.py lists."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from datasets.folders import Listing
-from datasets.images import ImageError, eight_bit, read_header, read_pixels, size_mismatch
+from datasets.images import ImageError, eight_bit, is_ignored, is_image_file, read_pixels, size_mismatch
 from datasets.manifest import category_manifest, load_manifest, verify
-from datasets.masks import Look, decode_mask, mask_notes
+from datasets.masks import MaskFacts, decode_mask, mask_notes
 from datasets.mvtec import (
     GOOD,
     LabelledImage,
@@ -27,18 +28,97 @@ from datasets.mvtec import (
     list_train_images,
     without_truth,
 )
-from datasets.notes import images_like_masks, stray_masks, unread_images
 from datasets.support import load_support_rounds
 from utils.errors import UserError
 
+GROUND_TRUTH = "ground_truth"
+READ_FOLDERS = ("train", "test", GROUND_TRUTH, "validation")  # of a category; LOCO's validation images are not used
+EXPECTED_MASKS = (
+    f"expected: {GROUND_TRUTH}/<defect>/ with <name>_mask.png, <name>.png or <name>/*.png, or another image suffix"
+)
 
-class Seen(NamedTuple):
+
+def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = True) -> list[LabelledImage]:
+    """`list_test_items`; prints the notes on what is not read. Opens no image.
+
+    Raises:
+        UserError: as `list_test_items`.
+    """
+    items = list_test_items(category, strict, need_both)
+    print_notes([*unread_images(category), *images_like_masks(items), *missing_masks(category, items)])
+    return items
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints each note on a line."""
+    for note in notes:
+        print(f"note: {note}")
+
+
+def unread_images(category: Path) -> list[str]:
+    """Sentences on the images below `train` and below `test` that are not read because of their place."""
+    if is_visa(category):
+        return []
+    train, test = (sorted(filter(is_image_file, _files(category / part))) for part in ("train", "test"))
+    unread = {
+        f"train/{GOOD}/<name>": [file for file in train if file.parent != category / "train" / GOOD],
+        f"test/{GOOD}/<name>, test/<defect>/<name>": [file for file in test if file.parent.parent != category / "test"],
+    }
+    return [
+        f"{len(found)} image(s) outside {expected} are not read, e.g. {found[0]}"
+        for expected, found in unread.items()
+        if found
+    ]
+
+
+def images_like_masks(items: Sequence[LabelledImage]) -> list[str]:
+    """A sentence on the test images that are named like the mask of another one; [] if there are none."""
+    names = {item.image.with_name(f"{item.image.stem}_mask") for item in items}
+    like = sorted(item.image for item in items if item.image.with_suffix("") in names)
+    if not like:
+        return []
+    return [f"{len(like)} test image(s) are named like masks but scored as images, e.g. {like[0]}; {EXPECTED_MASKS}"]
+
+
+def missing_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
+    """A sentence on the defective images without a mask, and on files that could be their masks; [] if all have one."""
+    unknown = without_truth(items)
+    if not unknown:
+        return []
+    if any(item.masks for item in items):
+        note = f"{len(unknown)} defective image(s) have no mask, e.g. {unknown[0].image}; the pixel metrics omit them"
+    else:
+        note = f"no defective image has a mask, e.g. {unknown[0].image}: there are no pixel metrics"
+    return [note, *unused_masks(category, items)]
+
+
+def unused_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
+    """A sentence on files that are the mask of no test image, in the folder of masks or else in an unread folder."""
+    if is_visa(category):
+        return []
+    masks = {mask for item in items for mask in item.masks}
+    others = (entry for entry in category.iterdir() if entry.is_dir() and not is_ignored(entry.name))
+    others = sorted(entry for entry in others if entry.name not in READ_FOLDERS)
+    for folder in [category / GROUND_TRUTH, *others]:
+        if found := sorted(path for path in _files(folder) if path not in masks):
+            return [f"{len(found)} file(s) in {folder} are the mask of no image, e.g. {found[0]}; {EXPECTED_MASKS}"]
+    return []
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, without ignored ones; none if it is missing or cannot be listed."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_ignored(name)]
+        yield from (Path(root, name) for name in names if not is_ignored(name))
+
+
+class Decoded(NamedTuple):
     """An image or mask that was read."""
 
     size: tuple[int, int]  # width and height in pixels, upright
     mode: str  # Pillow's name of the stored format
-    look: Look | None  # of a mask
-    pixels: bytes  # digest of an image's pixels, equal for equal images in any format
+    pixels: bytes  # digest of an image's pixels, equal for equal images in any format; empty for a mask
+    mask: MaskFacts | None = None
 
 
 class CategoryReport(NamedTuple):
@@ -47,135 +127,116 @@ class CategoryReport(NamedTuple):
     name: str
     train: int
     good: int
-    defects: dict[str, int]  # images per kind
+    defects: dict[str, int]  # images per type of defect
     masks: int
     sizes: list[tuple[int, int]]  # of images, smallest first
     modes: list[str]
     problems: list[str]
 
 
-Progress = Callable[[], None]  # called after each file
-
-
-def check_category(data_path: Path, data_type: str, name: str, progress: Progress) -> CategoryReport:
+def check_category(data_path: Path, data_type: str, name: str) -> CategoryReport:
     """Reads every image and mask of a category, on all cores. Problems are listed in the report, never raised."""
     problems: list[str] = []
     train, test = _list_files(data_path, data_type, name, problems)
     masks = [mask for item in test for mask in item.masks]
     images = [*train, *(item.image for item in test)]
-    seen = dict(_read_all(images, masks, progress))
-    problems += [found for found in seen.values() if isinstance(found, str)]
+    decoded = _decode_all(name, images, masks, problems)
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one image; training needs at least two")
     problems += _same_names(images)
-    problems += _copies(train, test, seen)
+    problems += _equal_images(train, test, decoded)
     problems += [*unread_images(data_path / name), *images_like_masks(test)]
-    problems += _mask_problems(data_path / name, test, seen)
-    good = [found for path in images if isinstance(found := seen[path], Seen)]
+    problems += _mask_problems(data_path / name, test, decoded)
+    found = [decoded[path] for path in images if path in decoded]
     defects = Counter(item.defect for item in test)
+    good, sizes, modes = defects.pop(GOOD, 0), {one.size for one in found}, {one.mode for one in found}
     return CategoryReport(
-        name,
-        len(train),
-        defects.pop(GOOD, 0),
-        dict(sorted(defects.items())),
-        len(masks),
-        sorted({found.size for found in good}),
-        sorted({found.mode for found in good}),
-        problems,
+        name, len(train), good, dict(sorted(defects.items())), len(masks), sorted(sizes), sorted(modes), problems
     )
 
 
 def _list_files(
     data_path: Path, data_type: str, name: str, problems: list[str]
 ) -> tuple[list[Path], list[LabelledImage]]:
-    """Training and test images of a category; what cannot be listed is added to `problems`."""
+    """Training and test images of a category; what cannot be listed is added to `problems`.
+
+    The test images are listed folder by folder, so that an empty folder does not hide the problems of others. The
+    folder `test` may be missing. If it exists, it must hold normal and defective images.
+    """
+
+    def listed(list_files: Callable[[Path], list], folder: Path) -> list:
+        try:
+            return list_files(folder)
+        except UserError as error:
+            problems.append(str(error))
+            return []
+
     try:
         folder = category_folder(data_path, data_type, name)
     except UserError as error:
         problems.append(str(error))
         return [], []
-    train = _or_problem(list_train_images, folder, problems)
-    return train, _list_test(folder, problems)
-
-
-def _list_test(folder: Path, problems: list[str]) -> list[LabelledImage]:
-    """Test images of a category, folder by folder, so that an empty folder does not hide the problems of others.
-
-    The folder `test` may be missing. If it exists, it must hold normal and defective images.
-    """
+    train = listed(list_train_images, folder)
     if is_visa(folder):
-        return _or_problem(list_test_items, folder, problems)
+        return train, listed(list_test_items, folder)
     if not (folder / "test").exists():
-        return []
+        return train, []
     before = len(problems)
-    folders = _or_problem(defect_folders, folder, problems)
-    test = [item for entry in folders for item in _or_problem(list_folder_items, entry, problems)]
+    test = [item for entry in listed(defect_folders, folder) for item in listed(list_folder_items, entry)]
     labels = {item.label for item in test}
     if labels != {0, 1} and len(problems) == before:
         problems.append(f"{folder / 'test'} has no {'defective' if labels == {0} else 'normal'} images to score")
-    return test
+    return train, test
 
 
-def _or_problem(list_files: Callable[[Path], list], folder: Path, problems: list[str]) -> list:
-    try:
-        return list_files(folder)
-    except UserError as error:
-        problems.append(str(error))
-        return []
+def _decode_all(name: str, images: Sequence[Path], masks: Sequence[Path], problems: list[str]) -> dict[Path, Decoded]:
+    """Reads files, several at a time. What cannot be read is added to `problems`."""
+    of_masks = set(masks)
 
+    def decode(path: Path) -> Decoded | str:
+        try:
+            return read_mask(path) if path in of_masks else read_pixels(path, _decoded)
+        except ImageError as error:
+            return str(error)
 
-def _read_all(images: Sequence[Path], masks: Sequence[Path], progress: Progress) -> Iterator[tuple[Path, Seen | str]]:
-    def look(path: Path) -> tuple[Path, Seen | str]:
-        found = _look(path, path in are_masks)
-        progress()
-        return path, found
+    def read_mask(path: Path) -> Decoded:
+        facts = decode_mask(path).facts
+        return Decoded(facts.size, "", b"", facts)
 
-    are_masks = set(masks)
+    paths = list(dict.fromkeys([*images, *masks]))
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
-        yield from pool.map(look, dict.fromkeys([*images, *masks]))
+        read = tqdm(pool.map(decode, paths), name, len(paths), unit=" files", leave=False, disable=None)
+        found = dict(zip(paths, read, strict=True))
+    problems += [one for one in found.values() if isinstance(one, str)]
+    return {path: one for path, one in found.items() if isinstance(one, Decoded)}
 
 
-def _look(path: Path, is_mask: bool) -> Seen | str:
-    try:
-        mode = read_header(path).mode
-        if is_mask:
-            mask = decode_mask(path)
-            return Seen(mask.size, mode, Look.at(mask), b"")
-        size, pixels = read_pixels(path, _identify)
-        return Seen(size, mode, None, pixels)
-    except ImageError as error:
-        return str(error)
-
-
-def _identify(image: Image.Image) -> tuple[tuple[int, int], bytes]:
-    """Width and height of an image, and a digest of its pixels: of its stored values if they have 16 bits, else RGB."""
+def _decoded(image: Image.Image) -> Decoded:
+    """The digest is that of the stored values if they have 16 bits, else of the RGB values."""
     shown = eight_bit(image).convert("RGB")  # also rejects what the reader rejects
     pixels = np.asarray(image).astype(np.int64) if image.mode.startswith("I") else np.asarray(shown)
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype)).encode())
     digest.update(np.ascontiguousarray(pixels))
-    return image.size, digest.digest()
+    return Decoded(image.size, image.mode, digest.digest())
 
 
-def _copies(train: Sequence[Path], test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
+def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], decoded: dict[Path, Decoded]) -> list[str]:
     """Training images that are equal, test images that are also training images, and images both normal and defective.
 
-    A copy in the test set is scored against itself, or cannot be scored right.
+    A training image in the test set is scored against itself, an image of both classes cannot be scored right.
     """
 
-    def first_by_pixels(paths: Iterable[Path]) -> dict[bytes, Path]:
-        return {seen[path].pixels: path for path in reversed(list(paths)) if isinstance(seen[path], Seen)}
-
-    def equal(paths: Iterable[Path], others: dict[bytes, Path], which: str) -> list[str]:
-        found = [(path, others.get(seen[path].pixels)) for path in paths if isinstance(seen[path], Seen)]
+    def equal(paths: Iterable[Path], others: Iterable[Path], which: str) -> list[str]:
+        first = {decoded[path].pixels: path for path in reversed(list(others)) if path in decoded}
+        found = [(path, first.get(decoded[path].pixels)) for path in paths if path in decoded]
         return [
             f"{path} has the same pixels as the {which} {other}" for path, other in found if other not in (None, path)
         ]
 
-    first, defective = first_by_pixels(train), [item.image for item in test if item.label]
-    normal = first_by_pixels(item.image for item in test if not item.label)
+    normal, defective = ([item.image for item in test if item.label == label] for label in (0, 1))
     return [
-        *equal(train, first, "training image"),
-        *equal((item.image for item in test), first, "training image"),
+        *equal(train, train, "training image"),
+        *equal((item.image for item in test), train, "training image"),
         *equal(defective, normal, "normal test image"),
     ]
 
@@ -190,71 +251,56 @@ def _same_names(images: Iterable[Path]) -> list[str]:
     ]
 
 
-def _mask_problems(category: Path, test: Sequence[LabelledImage], seen: dict[Path, Seen | str]) -> list[str]:
-    """Masks that differ in size from their image, mark no pixel, look odd or belong to no image.
+def _mask_problems(category: Path, test: Sequence[LabelledImage], decoded: dict[Path, Decoded]) -> list[str]:
+    """Masks that differ in size from their image, mark no pixel, look odd, are missing or belong to no image.
 
-    A missing mask is a problem only where other images of the category have one, or where a stray file may be it.
+    Missing masks are no problem where no image of the category has one and no unused file may be one.
     """
-    problems, looks = [], {}
-    some_have_one = any(item.masks for item in test)
+    masks = [(path, decoded[path].mask) for item in test for path in item.masks if path in decoded]
+    problems = [f"the mask {path} marks no pixel" for path, facts in masks if facts.share == 0]
     for item in test:
-        image = seen[item.image]
-        if some_have_one and not item.has_truth:
-            problems.append(f"{item.image} has no mask")
-        for path in item.masks:
-            if isinstance(mask := seen[path], Seen):
-                looks[path] = mask.look
-                problems += [f"the mask {path} marks no pixel"] * (mask.look.share == 0)
-                if isinstance(image, Seen):
-                    problems += filter(None, [size_mismatch(path, mask.size, image.size)])
-    strays = _masks_of_nothing(category, {path for item in test for path in item.masks}) if test else []
-    if not strays and without_truth(test):
-        strays = stray_masks(category, test)
-    return problems + mask_notes(looks) + strays
-
-
-def _masks_of_nothing(category: Path, masks: set[Path]) -> list[str]:
-    files = Listing().images_below(category / "ground_truth")
-    return [f"{path} is the mask of no test image" for path in files if path not in masks]
+        sizes = [(path, decoded[path].size) for path in item.masks if path in decoded]
+        if item.image in decoded:
+            problems += filter(None, (size_mismatch(path, size, decoded[item.image].size) for path, size in sizes))
+    unused = unused_masks(category, test) if masks or without_truth(test) else []
+    missing = missing_masks(category, test)[:1] if masks or unused else []
+    return [*problems, *mask_notes(masks), *missing, *unused]
 
 
 def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
     """The problems of the support sets and manifests of a category, one sentence each."""
-    problems, folder = [], data_path / name
-    manifests = [category_manifest(support_path, name), *sorted((support_path / name).glob("*.json"))]
-    for file in filter(Path.is_file, manifests):
-        try:
-            problems += [f"{file}: {problem}" for problem in verify(load_manifest(file), folder)]
-        except UserError as error:
-            problems.append(str(error))
-    for file in sorted((support_path / name).glob("*.pt")):
+    problems: list[str] = []
+
+    def check(file: Path) -> list[str]:
+        if file.suffix == ".json":
+            return [f"{file}: {problem}" for problem in verify(load_manifest(file), data_path / name)]
         shot, _, rounds = file.stem.partition("_")
         if not (shot.isdecimal() and rounds.isdecimal()):
-            problems.append(f"{file} is not named <shot>_<rounds>.pt")
-            continue
+            return [f"{file} is not named <shot>_<rounds>.pt"]
+        load_support_rounds(file, int(shot), int(rounds), None)
+        return []
+
+    folder = support_path / name
+    files = [category_manifest(support_path, name), *sorted(folder.glob("*.json")), *sorted(folder.glob("*.pt"))]
+    for file in filter(Path.is_file, files):
         try:
-            load_support_rounds(file, int(shot), int(rounds), None)
+            problems += check(file)
         except UserError as error:
             problems.append(str(error))
     return problems
 
 
-def count_files(data_path: Path, names: Sequence[str]) -> int:
-    """The number of image files below the categories, about as many as `check_category` reads. For a progress bar."""
-    return sum(len(Listing().images_below(data_path / name)) for name in names)
-
-
 def format_reports(reports: Sequence[CategoryReport]) -> str:
     """A text table with one line per category."""
     header = ("category", "train", "test good", "test defective", "masks", "sizes", "modes")
-    rows = [header, *map(_cells, reports)]
-    widths = np.array([[len(cell) for cell in row] for row in rows]).max(axis=0)
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    rows = [header, *map(_table_row, reports)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
-def _cells(report: CategoryReport) -> tuple[str, ...]:
-    defects = ", ".join(f"{kind} {count}" for kind, count in report.defects.items())
+def _table_row(report: CategoryReport) -> tuple[str, ...]:
+    defects = ", ".join(f"{defect} {count}" for defect, count in report.defects.items())
     total = sum(report.defects.values())
     few = [f"{width}x{height}" for width, height in report.sizes]
     sizes = " ".join(few) if len(few) <= 2 else f"{few[0]} ... {few[-1]} ({len(few)} sizes)"

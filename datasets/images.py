@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from utils.errors import UserError
+from utils.stages import in_threads
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
@@ -28,9 +28,6 @@ AUTO_BITS = "auto"  # the smallest of BIT_DEPTHS that holds the values of the im
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})  # written by NAS, macOS and Windows
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
-NAMED_AT_MOST = 10  # images that a warning names one by one
-SHARED_BYTES = 32 * 2**20  # of shared memory for all worker processes; Docker's default is 64 MB in all
-PREFETCHED = 2  # batches per worker process, as torch's default
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
 Pixels = TypeVar("Pixels")
@@ -124,7 +121,8 @@ def read_pixels(
             image.load()
             return convert(_upright(image))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
-        raise ImageError(f"cannot read the image {name or path}: {_reason(error)}") from error
+        options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
+        raise ImageError(f"cannot read the image {name or path}: {_reason(error)}", options) from error
 
 
 def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
@@ -133,7 +131,7 @@ def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.nd
     Pillow's LANCZOS with antialiasing resizes it (release behaviour). An image that is not square is squeezed. With
     `keep_aspect` its longer side becomes `size` and reflection pads the other one; see `content_box`.
     """
-    square = fit(image, size, keep_aspect, Image.Resampling.LANCZOS)
+    square = resize(image, size, keep_aspect, Image.Resampling.LANCZOS)
     return square if square.ndim == 3 else square[..., None].repeat(3, axis=2)
 
 
@@ -163,112 +161,26 @@ def restore_map(scores: np.ndarray, width: int, height: int, keep_aspect: bool =
     return np.asarray(inner.resize((width, height), Image.Resampling.BILINEAR))
 
 
-class Header(NamedTuple):
-    """What the header of an image file states. Width and height are those stored, before any EXIF rotation."""
-
-    width: int
-    height: int
-    mode: str
-
-
-def read_header(path: Path) -> Header:
-    """The header of an image. Decodes no pixels, and still finds most files that `decode_image` rejects.
-
-    Raises:
-        ImageError: as `decode_image`, as far as the header shows it.
-    """
-    try:
-        with _pillow_warnings_ignored, Image.open(path) as image:
-            _reject_floats(image)
-            return Header(*image.size, image.mode)
-    except Exception as error:  # as in decode_image
-        raise ImageError(f"cannot read the image {path}: {_reason(error)}") from error
-
-
-def check_headers(paths: Sequence[Path]) -> None:
-    """Reads the headers of images that will be decoded later, several at a time.
-
-    Raises:
-        ImageError: the first problem that `read_header` finds, and the number of further ones.
-    """
-    with ThreadPoolExecutor() as pool:
-        problems = [problem for problem in pool.map(_header_problem, paths) if problem]
-    if problems:
-        more = f" (and {len(problems) - 1} more; python check_data.py lists them)" if len(problems) > 1 else ""
-        raise ImageError(f"{problems[0]}{more}")
-
-
-def _header_problem(path: Path) -> str | None:
-    try:
-        read_header(path)
-    except ImageError as error:
-        return str(error)
-    return None
-
-
 def limit_pixels(count: int) -> None:
-    """Rejects images of more than `count` pixels (rounded up to an even number) from now on, here and in workers."""
+    """Rejects images of more than `count` pixels (rounded up to an even number) from now on in this process."""
     Image.MAX_IMAGE_PIXELS = -(-count // PILLOW_REJECTS_ABOVE)
 
 
 def read_batches(dataset: Dataset, batch_size: int | None, num_workers: int) -> Iterator:
-    """Yields the items of `dataset` in order, in batches of `batch_size` (None: one by one).
+    """Yields the items of `dataset` in order, stacked in batches of `batch_size`, or one by one with None.
 
-    `num_workers` processes read them, in smaller batches where SHARED_BYTES asks for it; 0 reads them in this process.
-    The items, tensors or dicts of tensors, are in this process's own memory.
-
-    Raises:
-        ImageError: as the dataset does. The message is one line, also when a worker process raised it.
-        UserError: a worker process was killed, for example because shared memory is full.
+    `num_workers` threads read them ahead of their use; with 0 they are read when they are used.
     """
-    limit = partial(_limit_pixels_of_worker, Image.MAX_IMAGE_PIXELS)
-    try:
-        own = torch.Generator()  # the default one draws the weights, and reading must not advance it
-        options = {"num_workers": num_workers, "worker_init_fn": limit, "generator": own}
-        if not num_workers:
-            yield from DataLoader(dataset, batch_size, **options)
-            return
-        part = batch_size and worker_batch(_bytes(dataset[0]), batch_size, num_workers)
-        pieces = iter(DataLoader(dataset, part, prefetch_factor=PREFETCHED, **options))
-        while some := list(itertools.islice(pieces, batch_size // part if part else 1)):
-            yield _copied(some, part is not None)
-    except ImageError as error:
-        *traceback, last = str(error).strip().splitlines()  # torch's message holds the worker's traceback
-        raise ImageError(last.split("ImageError: ", 1)[1] if traceback else last) from error
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise UserError(
-            "a process that reads images was killed, most likely because /dev/shm or memory is full: give a container "
-            "more (docker run --shm-size 1g), or read in the main process with --num_workers 0"
-        ) from error
+    ahead = 2 * num_workers + (batch_size or 0)
+    read, numbers = dataset.__getitem__, range(len(dataset))
+    items = in_threads(read, numbers, num_workers, ahead) if num_workers else map(read, numbers)
+    if batch_size is None:
+        yield from items
+    while batch_size and (batch := list(itertools.islice(items, batch_size))):
+        yield default_collate(batch)
 
 
-def worker_batch(item_bytes: int, batch_size: int, num_workers: int) -> int:
-    """The largest divisor of `batch_size` whose batches, ready or in work, stay within SHARED_BYTES in all; at least 1.
-
-    A worker holds PREFETCHED batches.
-    """
-    most = SHARED_BYTES // (item_bytes * num_workers * PREFETCHED)
-    return next(part for part in range(batch_size, 0, -1) if batch_size % part == 0 and part <= max(1, most))
-
-
-def _bytes(item: torch.Tensor | dict[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in (item.values() if isinstance(item, dict) else [item]))
-
-
-def _copied(pieces: list, are_batches: bool) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Consecutive small batches as one, or one item; copied, as what workers send stays in shared memory."""
-    if isinstance(pieces[0], dict):
-        return {name: _copied([piece[name] for piece in pieces], are_batches) for name in pieces[0]}
-    return torch.cat(pieces) if are_batches else pieces[0].clone()
-
-
-def _limit_pixels_of_worker(limit: float, _worker: int) -> None:
-    Image.MAX_IMAGE_PIXELS = limit  # a process that is not forked starts with Pillow's default
-
-
-def fit(image: Image.Image, size: int, keep_aspect: bool, resampling: Image.Resampling) -> np.ndarray:
+def resize(image: Image.Image, size: int, keep_aspect: bool, resampling: Image.Resampling) -> np.ndarray:
     """`image` resized into its `content_box` and padded by reflection, (size, size) or (size, size, 3) uint8."""
     left, top, right, bottom = content_box(*image.size, size, keep_aspect)
     inner = np.asarray(image.resize((right - left, bottom - top), resampling))
@@ -291,8 +203,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image or damaged"
     reason = " ".join(str(error).split()) or repr(error)
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{reason} If the file can be trusted, give a larger --max_pixels"
     return reason
 
 
@@ -340,18 +250,26 @@ def full_scale(bits: int) -> int:
 def clipping_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
     """A sentence where `eight_bit` clipped values of the image called `name`, else None."""
     largest = image.info.get(CLIPPED_FROM)
-    return None if largest is None else _exceeds(name, largest, bits)
+    return None if largest is None else clipping_summary([(str(name), largest)], bits)[0]
 
 
-def _exceeds(name: Path | str, largest: int, bits: int) -> str:
-    limit = f"the {full_scale(bits)} of {bits} bits"
-    return f"{name} has values up to {largest}, more than {limit}; they are clipped. --bits sets another depth"
+def clipping_summary(values: Sequence[tuple[str, int]], bits: int) -> list[str]:
+    """A sentence on the images whose values exceed `bits` bits; [] if there are none.
+
+    values: the name and the largest value of images, as from `largest_values`.
+    """
+    exceeding = [(name, value) for name, value in values if value > full_scale(bits)]
+    if not exceeding:
+        return []
+    name, value = max(exceeding, key=lambda item: item[1])
+    more = f" (and {len(exceeding) - 1} more images)" if len(exceeding) > 1 else ""
+    return [f"{name}{more} has values up to {value}, above the {full_scale(bits)} of {bits} bits; they are clipped"]
 
 
 def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]]:
     """The name and the largest value of every 16-bit grey image among files and decoded images.
 
-    Only the headers of other files are read. Files that cannot be read are left out: their reader reports them.
+    Only the headers of other files are read. Files that cannot be read are omitted: their reader reports them.
     """
     with ThreadPoolExecutor() as pool:
         found = [named for named in pool.map(_largest_value, images) if named]
@@ -364,7 +282,7 @@ def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
             return ("an image", int(np.asarray(image).max())) if _is_16bit(image.mode) else None
         with _pillow_warnings_ignored, Image.open(image) as opened:
             return (str(image), int(np.asarray(opened).max())) if _is_16bit(opened.mode) else None
-    except Exception:  # as in decode_image
+    except Exception:  # as in read_pixels
         return None
 
 
@@ -375,30 +293,23 @@ def smallest_depth(values: Sequence[tuple[str, int]]) -> int:
 
 
 def resolve_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
-    """The bit depth that --bits asks for; with AUTO_BITS, the smallest that holds the 16-bit grey images of `paths`.
+    """The bit depth `asked`; for AUTO_BITS, the smallest that holds the 16-bit grey images of `paths`.
 
-    Where `paths` has 16-bit grey images, prints the depth, and a warning for those that exceed it. of: what they are.
+    Where `paths` has 16-bit grey images, prints the depth, and a warning if some exceed it. of: what they are.
     """
     values = [] if asked == FULL_BITS else largest_values(paths)
     bits = smallest_depth(values) if asked == AUTO_BITS else asked
     if values:
         largest = max(value for _, value in values)
         print(f"bits: {bits} ({len(values)} 16-bit image(s) of {of}, largest value {largest})")
-    _warn_beyond(values, bits)
+    warn_clipped(values, bits)
     return bits
 
 
-def warn_beyond(paths: Sequence[Path], bits: int) -> None:
-    """Prints a warning for each 16-bit grey image with values beyond `bits` bits, at most NAMED_AT_MOST by name."""
-    _warn_beyond([] if bits == FULL_BITS else largest_values(paths), bits)
-
-
-def _warn_beyond(values: Sequence[tuple[str, int]], bits: int) -> None:
-    beyond = [(name, value) for name, value in values if value > full_scale(bits)]
-    for name, value in beyond[:NAMED_AT_MOST]:
-        print(f"warning: {_exceeds(name, value, bits)}")
-    if len(beyond) > NAMED_AT_MOST:
-        print(f"warning: {len(beyond) - NAMED_AT_MOST} more images exceed {bits} bits")
+def warn_clipped(values: Sequence[tuple[str, int]], bits: int) -> None:
+    """Prints `clipping_summary` as a warning."""
+    for sentence in clipping_summary(values, bits):
+        print(f"warning: {sentence}")
 
 
 def _reject_floats(image: Image.Image) -> None:

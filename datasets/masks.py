@@ -10,15 +10,14 @@ class numbers     every other mask, as VisA's: defective where not 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from datasets.images import FULL_BITS, ImageError, eight_bit, fit, full_scale, read_pixels, size_mismatch
+from datasets.images import FULL_BITS, eight_bit, full_scale, read_pixels, resize
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
 MOST_CLASSES = 8  # different values besides 0; masks with antialiased edges have more, thin ones a dozen
@@ -27,25 +26,24 @@ ALPHA = "have an alpha channel that marks other pixels than the colours do; it i
 MIXED = "have a few small values beside 255; those up to 127 count as normal, as in the release"
 
 
-class Mask(NamedTuple):
-    """A mask that was read."""
+class MaskFacts(NamedTuple):
+    """What `mask_notes` needs to know of a mask."""
 
-    pixels: np.ndarray  # (H, W) bool, upright, True on the defect
+    size: tuple[int, int]  # width and height in pixels, upright
+    share: float  # of the pixels that are defective
     doubt: str | None  # ALPHA or MIXED where it may mean something else
+
+
+class Mask(NamedTuple):
+    """A mask that was read: pixels (H, W) bool, upright, True on the defect."""
+
+    pixels: np.ndarray
+    facts: MaskFacts
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height in pixels."""
-        return self.pixels.shape[1], self.pixels.shape[0]
-
-
-def read_mask(path: Path, size: int, keep_aspect: bool = False) -> np.ndarray:
-    """A ground-truth mask as (size, size) bool, True on the defect; see `decode_mask` and `to_square_mask`.
-
-    Raises:
-        ImageError: as `decode_mask`.
-    """
-    return to_square_mask(decode_mask(path).pixels, size, keep_aspect)
+        return self.facts.size
 
 
 def decode_mask(path: Path) -> Mask:
@@ -57,28 +55,13 @@ def decode_mask(path: Path) -> Mask:
     return read_pixels(path, _mask)
 
 
-def decode_masks(paths: Sequence[Path], image_size: tuple[int, int]) -> np.ndarray:
-    """The masks of one image together, (H, W) bool: True where one of them is.
-
-    Raises:
-        ImageError: as `decode_mask`, or a mask's size is not `image_size` (width, height).
-    """
-    together = np.zeros(image_size[::-1], dtype=bool)
-    for path in paths:
-        mask = decode_mask(path)
-        if problem := size_mismatch(path, mask.size, image_size):
-            raise ImageError(problem)
-        together |= mask.pixels
-    return together
-
-
 def to_square_mask(pixels: np.ndarray, size: int, keep_aspect: bool = False) -> np.ndarray:
     """(H, W) bool as (size, size) bool, resized by NEAREST (release behaviour) and padded as `to_square` does.
 
     The release resizes before it thresholds; NEAREST only picks pixels, so the result is the same.
     """
     image = Image.fromarray(pixels.astype(np.uint8))
-    return fit(image, size, keep_aspect, Image.Resampling.NEAREST).astype(bool)
+    return resize(image, size, keep_aspect, Image.Resampling.NEAREST).astype(bool)
 
 
 def _mask(image: Image.Image) -> Mask:
@@ -86,7 +69,7 @@ def _mask(image: Image.Image) -> Mask:
     different = _different_values(values)
     pixels = values > _threshold(different)
     doubt = ALPHA if _alpha_differs(image, pixels) else MIXED if _is_mixed(different) else None
-    return Mask(pixels, doubt)
+    return Mask(pixels, MaskFacts(image.size, float(pixels.mean()), doubt))
 
 
 def _raw_values(image: Image.Image) -> np.ndarray:
@@ -139,38 +122,16 @@ def _alpha_differs(image: Image.Image, pixels: np.ndarray) -> bool:
     return alpha.min() != alpha.max() and bool(((alpha > FULL_SCALE_8BIT // 2) != pixels).any())
 
 
-class Look(NamedTuple):
-    """What is kept of a mask for `mask_notes`."""
-
-    share: float  # of the pixels that are defective
-    doubt: str | None  # as Mask.doubt
-
-    @classmethod
-    def at(cls, mask: Mask) -> Look:
-        """The look of a mask that was read."""
-        return cls(float(mask.pixels.mean()), mask.doubt)
-
-
-def look_at_masks(paths: Sequence[Path]) -> dict[Path, Look]:
-    """Reads masks, several at a time.
-
-    Raises:
-        ImageError: as `decode_mask`.
-    """
-    with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
-        return dict(zip(paths, pool.map(lambda path: Look.at(decode_mask(path)), paths), strict=True))
-
-
-def mask_notes(looks: Mapping[Path, Look]) -> list[str]:
-    """A sentence for each kind of mask of a category that may mean something else than it is read as."""
+def mask_notes(masks: Sequence[tuple[Path, MaskFacts]]) -> list[str]:
+    """A sentence for each way in which masks of a category may mean something else than they are read as."""
     notes = []
     for doubt in (ALPHA, MIXED):
-        if doubted := [path for path, look in looks.items() if look.doubt == doubt]:
-            notes.append(f"{len(doubted)} of {len(looks)} masks {doubt}, e.g. {doubted[0]}")
-    mostly = [path for path, look in looks.items() if look.share > 0.5]
-    if mostly and len(mostly) >= NEARLY_ALL * len(looks):
+        if doubted := [path for path, facts in masks if facts.doubt == doubt]:
+            notes.append(f"{len(doubted)} of {len(masks)} masks {doubt}, e.g. {doubted[0]}")
+    mostly = [path for path, facts in masks if facts.share > 0.5]
+    if mostly and len(mostly) >= NEARLY_ALL * len(masks):
         notes.append(
-            f"{len(mostly)} of {len(looks)} masks mark more than half of their image, e.g. {mostly[0]}: are they "
+            f"{len(mostly)} of {len(masks)} masks mark more than half of their image, e.g. {mostly[0]}: are they "
             "inverted? A defect is bright, everything else 0"
         )
     return notes

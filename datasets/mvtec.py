@@ -23,16 +23,20 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import (
+    CLIPPED_FROM,
     FULL_BITS,
     IMAGE_SUFFIXES,
+    ImageError,
+    clipping_summary,
     content_box,
     decode_image,
     is_ignored,
     is_image_file,
     read_batches,
+    size_mismatch,
     to_square,
 )
-from datasets.masks import decode_masks, to_square_mask
+from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
 from utils.errors import UserError
 
 TRAINING_IMAGES = {  # MVTec AD: number of normal training images, named from 000.png on
@@ -323,45 +327,58 @@ def held_out_category(sources: Iterable[str], target: str) -> str:
 
 
 class LabelledDataset(Dataset):
-    """Test images as dicts of `image` (3, S, S) uint8 RGB, `mask` (S, S) bool and `counted` (S, S) bool.
+    """Test images as dicts of `image` (3, S, S) uint8 RGB, `mask` (S, S) bool and `valid_mask` (S, S) bool.
 
-    `mask` is True on the defect. `counted` is True on the pixels that enter the pixel metrics: all but the padding of
-    `keep_aspect`, and none of a defective image without a mask. `mask` is False where `counted` is.
+    `mask` is True on the defect. `valid_mask` is True on the pixels that enter the pixel metrics: all but the padding
+    of `keep_aspect`, and none of a defective image without a mask. `mask` is False where `valid_mask` is.
 
-    bits: the depth of 16-bit grey images, not of masks.
+    Each item is read at its first use and kept in memory. bits: the depth of 16-bit grey images, not of masks.
 
     Raises, when an item is read:
         ImageError: a file cannot be read, or a mask and its image differ in size.
     """
 
-    def __init__(self, items: list[LabelledImage], size: int, keep_aspect: bool = False, bits: int = FULL_BITS) -> None:
-        self.items, self.size, self.keep_aspect, self.bits = items, size, keep_aspect, bits
+    def __init__(
+        self, items: Sequence[LabelledImage], size: int, keep_aspect: bool = False, bits: int = FULL_BITS
+    ) -> None:
+        self.items, self.size, self.keep_aspect, self.bits = list(items), size, keep_aspect, bits
+        self._read: dict[int, dict[str, torch.Tensor]] = {}
+        self._clipped: list[tuple[str, int]] = []
+        self._masks: dict[Path, MaskFacts] = {}
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        item = self.items[index]
-        decoded = decode_image(item.image, self.bits)
-        square = to_square(decoded, self.size, self.keep_aspect).transpose(2, 0, 1)
-        counted = np.zeros((self.size, self.size), dtype=bool)
+        if index not in self._read:
+            self._read[index] = self._load(self.items[index])
+        return self._read[index]
+
+    def load(self, num_workers: int) -> None:
+        """Reads all items, in `num_workers` threads."""
+        for _ in read_batches(self, None, num_workers):
+            pass
+
+    def notes(self) -> list[str]:
+        """Sentences on images that were clipped to `bits`, and on masks that may mean something else."""
+        return [*clipping_summary(sorted(self._clipped), self.bits), *mask_notes(sorted(self._masks.items()))]
+
+    def _load(self, item: LabelledImage) -> dict[str, torch.Tensor]:
+        image = decode_image(item.image, self.bits)
+        if CLIPPED_FROM in image.info:
+            self._clipped.append((str(item.image), image.info[CLIPPED_FROM]))
+        masks = {path: decode_mask(path) for path in item.masks}
+        pixels = np.zeros(image.size[::-1], dtype=bool)
+        for path, mask in masks.items():
+            if problem := size_mismatch(path, mask.size, image.size):
+                raise ImageError(problem)
+            pixels |= mask.pixels
+            self._masks[path] = mask.facts
+        valid_mask = np.zeros((self.size, self.size), dtype=bool)
         if item.has_truth:
-            left, top, right, bottom = content_box(*decoded.size, self.size, self.keep_aspect)
-            counted[top:bottom, left:right] = True
-        pixels = decode_masks(item.masks, decoded.size)
-        mask = counted & to_square_mask(pixels, self.size, self.keep_aspect)
-        arrays = {"image": np.ascontiguousarray(square), "mask": mask, "counted": counted}
+            left, top, right, bottom = content_box(*image.size, self.size, self.keep_aspect)
+            valid_mask[top:bottom, left:right] = True
+        square = np.ascontiguousarray(to_square(image, self.size, self.keep_aspect).transpose(2, 0, 1))
+        mask = valid_mask & to_square_mask(pixels, self.size, self.keep_aspect)
+        arrays = {"image": square, "mask": mask, "valid_mask": valid_mask}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-class Preloaded(Dataset):
-    """The items of another dataset, read once and kept in memory, to score the same images many times."""
-
-    def __init__(self, dataset: Dataset, num_workers: int) -> None:
-        self.items = list(read_batches(dataset, None, num_workers))
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.items[index]

@@ -116,7 +116,7 @@ class RunConfig(Config):
     """Where the command runs."""
 
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
-    num_workers: int = flag("processes that decode images; 0: this process", default=2, least=0)
+    num_workers: int = flag("threads that decode images", default=2, least=0)
     seed: int = flag("of all random numbers; the same seed gives the same results", default=DEFAULT_SEED, least=0)
 
 

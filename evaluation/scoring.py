@@ -111,7 +111,7 @@ def compute_test_features(
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     store = FeatureStore(scorers, len(labels))
-    truth: dict[str, list[np.ndarray]] = {"mask": [], "counted": []}
+    truth: dict[str, list[np.ndarray]] = {"mask": [], "valid_mask": []}
     batches = read_batches(dataset, batch_size, num_workers)
     for start in range(0, len(labels), batch_size):
         with clock("decode"):

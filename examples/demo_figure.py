@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from datasets.check import list_test_items_with_notes
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder
-from datasets.notes import checked_test_items
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
 from models.networks import resolve_img_size
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_writable(args.output, "--output")
     args.img_size = resolve_img_size(args.backbone, args.img_size)
     folder = category_folder(args.data_path, args.data_type, args.obj)
-    items = checked_test_items(folder, strict=False)
+    items = list_test_items_with_notes(folder, strict=False)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
     checkpoint = checkpoint_file(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
     if not checkpoint.is_file():

@@ -117,7 +117,7 @@ def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: n
 def _masks(items: Sequence[LabelledImage], size: int, workers: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The masks and counted pixels of a Truth (B, S, S) at the size of the maps, as test.py scales them."""
     read = list(read_batches(LabelledDataset(list(items), size), None, workers))
-    masks, counted = (np.stack([one[name].numpy() for one in read]) for name in ("mask", "counted"))
+    masks, counted = (np.stack([one[name].numpy() for one in read]) for name in ("mask", "valid_mask"))
     return masks if masks.any() else None, None if counted.all() else counted
 
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from datasets.images import AUTO_BITS, ClippedWarning, resolve_bits, warn_beyond
+from datasets.images import AUTO_BITS, ClippedWarning, largest_values, resolve_bits, warn_clipped
 from inspection.detector import DEFAULT_SCORER, FewShotDetector, KnownDefect
 from inspection.inputs import list_inputs
 from inspection.region import read_region
@@ -81,7 +81,7 @@ def make_detector(args: argparse.Namespace, device: str) -> FewShotDetector:
     """
     seed_everything(args.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClippedWarning)  # printed by resolve_bits and warn_beyond
+        warnings.simplefilter("ignore", ClippedWarning)  # printed by resolve_bits and warn_clipped
         detector = _load(args, device) if args.detector else _fit(args, device)
         print(f"scorer: {detector.scorer.name}")
         print(f"tiles: {describe_tiling(detector.tiling)}")
@@ -151,7 +151,7 @@ def _set_threshold(detector: FewShotDetector, args: argparse.Namespace) -> None:
             f"the threshold of {args.detector} comes from {len(detector.calibration.scores)} calibration images: "
             "give them again with --calibrate for another rate, or the threshold itself with --threshold"
         )
-    warn_beyond(normal or [], detector.bits)
+    warn_clipped(largest_values(normal or []), detector.bits)
     if normal or args.false_alarm is not None or is_fresh:
         try:
             detector.calibrate(false_alarm, normal)

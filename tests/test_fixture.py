@@ -90,7 +90,7 @@ def test_scores_of_a_round(shot, fixture):
     masks = np.unpackbits(fixture["masks"]).reshape(-1, make.SIZE, make.SIZE).astype(bool)
     images = torch.from_numpy(fixture["test"]).permute(0, 3, 1, 2)
     dataset = [
-        default_convert({"image": image, "mask": mask, "counted": np.ones_like(mask)})
+        default_convert({"image": image, "mask": mask, "valid_mask": np.ones_like(mask)})
         for image, mask in zip(images, masks, strict=True)
     ]
     test = compute_test_features(network, [Gaussian()], dataset, fixture["labels"], clock, 4, 0)

@@ -113,4 +113,4 @@ def add_device_flag(group: Group) -> None:
 
 def add_workers_flag(group: Group) -> None:
     """Adds --num_workers."""
-    group.add_argument("--num_workers", type=int, default=2, help="processes that decode images; 0: this process")
+    group.add_argument("--num_workers", type=int, default=2, help="threads that decode images")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +51,7 @@ def test_equals_reading(cached, workers, paths, tmp_path):
 def test_decoded_once_and_nothing_is_written_beside_the_images(paths, tmp_path, monkeypatch):
     before = sorted(paths[0].parent.iterdir())
     first = decoded_images(paths, SIZE, tmp_path / "cache", 0)
-    monkeypatch.setattr(cache, "read_image", None)  # a second decoding would fail
+    monkeypatch.setattr(cache, "in_threads", None)  # a second decoding would fail
     np.testing.assert_array_equal(decoded_images(paths, SIZE, tmp_path / "cache", 0), first)
     assert sorted(paths[0].parent.iterdir()) == before
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
@@ -64,15 +61,19 @@ def change_content(paths: list[Path]) -> None:
     Image.new("RGB", (40, 30), "red").save(paths[2])
 
 
-def change_time(paths: list[Path]) -> None:
-    os.utime(paths[2], ns=(1, 1))
+def change_content_but_neither_size_nor_time(paths: list[Path]) -> None:
+    before = paths[2].stat()
+    for file, extra in zip(paths[1:3], (b"", b""), strict=True):
+        file.write_bytes(file.read_bytes() + extra)
+    paths[2].write_bytes(paths[1].read_bytes().ljust(before.st_size, b"x")[: before.st_size])
+    os.utime(paths[2], ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def rename(paths: list[Path]) -> None:
     paths[2] = paths[2].rename(paths[2].with_name("002b.png"))
 
 
-@pytest.mark.parametrize("change", [change_content, change_time, rename])
+@pytest.mark.parametrize("change", [change_content, change_content_but_neither_size_nor_time, rename])
 def test_a_changed_image_renews_the_cache(change, paths, tmp_path):
     decoded_images(paths, SIZE, tmp_path / "cache", 0)
     (old,) = (tmp_path / "cache").glob("*.npy")
@@ -93,7 +94,7 @@ def test_each_size_has_its_own_file(paths, tmp_path):
 def test_a_killed_writer_leaves_no_cache_file(paths, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from datasets import cache\n"
-        "def slow(*a): time.sleep(0.2); return original(*a)\n"
+        "def slow(*a, **b): time.sleep(0.2); return original(*a, **b)\n"
         "original, cache.read_image = cache.read_image, slow\n"
         f"cache.decoded_images([Path(p) for p in sys.argv[2:]], {SIZE}, Path(sys.argv[1]), 0)\n"
     )
@@ -113,11 +114,11 @@ import os, sys, time
 from pathlib import Path
 from datasets import cache
 
-def read(path, *rest):
+def read(path, **rest):
     with open(os.environ["LOG"], "a") as log:
         log.write(f"{os.getpid()} {path.name}\\n")
     time.sleep(float(os.environ["SECONDS"]))
-    return original(path, *rest)
+    return original(path, **rest)
 
 original, cache.read_image = cache.read_image, read
 folder, *paths = map(Path, sys.argv[1:])
@@ -182,28 +183,6 @@ def test_processes_with_the_same_id_decode_each_image_once(paths, tmp_path):
     assert sorted(entry.suffix for entry in (tmp_path / "cache").iterdir()) == [".lock", ".npy"]
 
 
-def refused(*_arguments) -> None:
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
-@pytest.mark.parametrize("locks", [None, SimpleNamespace(flock=refused, LOCK_EX=2, LOCK_NB=4, LOCK_UN=8)])
-def test_without_locks_all_decode_and_all_are_right(locks, paths, tmp_path, monkeypatch):
-    """On Windows there is no fcntl; some file systems refuse. The barrier makes both decode at the same time."""
-    decoded, both = [], threading.Barrier(2, timeout=60)
-
-    def read(path: Path, *rest):
-        decoded.append(path)
-        both.wait()
-        return read_image(path, *rest)
-
-    monkeypatch.setattr(cache, "read_image", read)
-    monkeypatch.setattr(cache, "fcntl", locks)
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: decoded_images(paths, SIZE, tmp_path / "cache", 0), range(2)))
-    assert all((images == expected(paths)).all() for images in found) and sorted(decoded) == sorted(paths * 2)
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
-
-
 def test_a_crashed_holder_blocks_nobody(paths, tmp_path):
     """The first process is killed while it decodes and the second one waits for it."""
     first, second = (Readers(tmp_path / "cache", paths, seconds=seconds) for seconds in (30, 0))
@@ -221,7 +200,7 @@ def test_a_crashed_holder_blocks_nobody(paths, tmp_path):
 
 def test_threads_decode_each_image_once(paths, tmp_path, monkeypatch):
     decoded = []
-    monkeypatch.setattr(cache, "read_image", lambda path, *rest: (decoded.append(path), read_image(path, *rest))[1])
+    monkeypatch.setattr(cache, "read_image", lambda path, **rest: (decoded.append(path), read_image(path, **rest))[1])
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: decoded_images(paths, SIZE, tmp_path / "cache", 0), range(8)))
     assert all((images == expected(paths)).all() for images in found) and sorted(decoded) == paths
@@ -250,7 +229,7 @@ def test_damaged_image_is_named_and_no_cache_is_left(paths, tmp_path):
 
 def test_a_cache_folder_that_cannot_be_written(paths, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write the cache .*--cache_dir none"):
+    with pytest.raises(UserError, match="cannot write the cache"):
         decoded_images(paths, SIZE, tmp_path / "cache", 0)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.check import check_category, count_files
+from datasets.check import check_category
 from datasets.folders import Listing
 from datasets.images import IGNORED_NAMES, IMAGE_SUFFIXES, is_ignored, read_image
 from datasets.mvtec import category_names, defect_folders, list_images
@@ -173,5 +173,4 @@ def test_the_check_of_a_data_set_ignores_them(tmp_path, demo_data):
     for name in SYSTEM:
         for place in ("train/good", "test", "test/scratch", "ground_truth", "ground_truth/scratch"):
             image(data / "ring" / place / name / "000-checkpoint.png")
-    assert check_category(data, "folder", "ring", lambda: None).problems == []
-    assert count_files(data, ["ring"]) == count_files(demo_data, ["ring"])
+    assert check_category(data, "folder", "ring").problems == []

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 import check_data
 import train
+from datasets.check import list_test_items_with_notes, unread_images
 from datasets.mvtec import (
     CATEGORIES,
     VISA_SPLIT,
@@ -25,7 +26,6 @@ from datasets.mvtec import (
     list_train_images,
     without_truth,
 )
-from datasets.notes import checked_test_items, unread_images
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import SIDEWAYS
 from utils.errors import UserError
@@ -76,9 +76,9 @@ def test_visa_is_read_in_place(visa):
     ]
     found = LabelledDataset(items, 60)[0]
     assert found["mask"].sum() == (60 * 10 // HEIGHT) * (60 * 10 // WIDTH)  # class number 2 is a defect
-    assert found["counted"].all()
+    assert found["valid_mask"].all()
     kept = LabelledDataset(items, 60, keep_aspect=True)[0]
-    assert kept["counted"].sum() == 60 * 40 and kept["mask"].sum() == 20 * 20
+    assert kept["valid_mask"].sum() == 60 * 40 and kept["mask"].sum() == 20 * 20
 
 
 def test_visa_through_the_commands(visa, tmp_path, monkeypatch):
@@ -152,15 +152,15 @@ def test_masks_are_found_under_any_usual_name_and_mode(ending, mode, category):
 
 def test_images_without_a_mask_are_left_out_of_the_pixel_metrics(category, capsys):
     mask(category / "ground_truth/dent/e_mask.png")
-    items = checked_test_items(category, strict=False)
+    items = list_test_items_with_notes(category, strict=False)
     printed = capsys.readouterr().out
-    assert "note: 2 defective image(s) have no mask" in printed and "the pixel metrics leave them out" in printed
+    assert "note: 2 defective image(s) have no mask" in printed and "the pixel metrics omit them" in printed
     assert {item.image.name for item in without_truth(items)} == {"f.JPG", "g.tiff"}
-    counted = {item.image.name: LabelledDataset([item], 8)[0]["counted"] for item in items}
+    counted = {item.image.name: LabelledDataset([item], 8)[0]["valid_mask"] for item in items}
     assert {name for name, pixels in counted.items() if pixels.all()} == {"c.bmp", "d.webp", "e.tif"}
     assert not counted["f.JPG"].any() and not counted["g.tiff"].any()
     with pytest.raises(UserError, match=r"2 mask\(s\) missing, the first is that of .*f\.JPG"):
-        checked_test_items(category, strict=True)
+        list_test_items_with_notes(category, strict=True)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -226,7 +226,7 @@ def loco(tmp_path) -> Path:
 def test_loco_is_read_in_place_and_its_masks_count_together(loco, capsys):
     folder = category_folder(loco, "loco", "pushpins")
     assert [path.name for path in list_train_images(folder)] == ["000.png", "001.png", "002.png"]
-    items = checked_test_items(folder, strict=True)
+    items = list_test_items_with_notes(folder, strict=True)
     assert [(item.defect, len(item.masks)) for item in items] == [
         ("good", 0),
         ("logical_anomalies", 2),
@@ -267,7 +267,7 @@ def test_masks_that_fit_no_image_are_told(case, category, capsys):
         (category / name).parent.mkdir(parents=True, exist_ok=True)
         (category / "mask.png").replace(category / name)
     folder = category / files[0].split("/")[0]
-    items = checked_test_items(category, strict=False)
+    items = list_test_items_with_notes(category, strict=False)
     printed = capsys.readouterr().out
     assert not any(item.masks for item in items)
     assert "note: no defective image has a mask" in printed and "there are no pixel metrics" in printed
@@ -280,7 +280,7 @@ def test_masks_that_fit_no_image_are_told(case, category, capsys):
 
 def test_masks_beside_their_images_are_told(category, capsys):
     mask(category / "test/hole/g_mask.png")
-    checked_test_items(category, strict=False)
+    list_test_items_with_notes(category, strict=False)
     sentence = "1 test image(s) are named like masks but scored as images, e.g."
     assert f"{sentence} {category / 'test/hole/g_mask.png'}; expected: " in capsys.readouterr().out
 

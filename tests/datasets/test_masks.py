@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,12 @@ from datasets.masks import (
     ALPHA,
     MIXED,
     MOST_CLASSES,
-    Look,
+    MaskFacts,
     decode_mask,
-    decode_masks,
-    look_at_masks,
     mask_notes,
-    read_mask,
 )
+from datasets.mvtec import LabelledDataset, LabelledImage
+from tests.datasets.test_images import read_mask
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 SIZES = st.integers(1, 20)
@@ -114,18 +114,23 @@ def test_values_that_are_no_mask_are_refused(values, tmp_path):
         decode_mask(tmp_path / "x.tif")
 
 
-@given(st.lists(arrays(bool, (4, 6)), max_size=4))
+@given(st.lists(arrays(bool, (6, 6)), max_size=4))
 def test_several_masks_of_an_image_count_together(marks):
-    files = [stored(Image.fromarray(one * np.uint8(254 - number))) for number, one in enumerate(marks)]
-    together = decode_masks(files, (6, 4))
-    np.testing.assert_array_equal(together, np.any([np.zeros((4, 6), bool), *marks], axis=0))
+    with tempfile.TemporaryDirectory() as folder:
+        Image.new("L", (6, 6)).save(Path(folder, "image.png"))
+        files = tuple(Path(folder, f"{number}.png") for number in range(len(marks)))
+        for number, (file, one) in enumerate(zip(files, marks, strict=True)):
+            Image.fromarray(one * np.uint8(254 - number)).save(file)
+        (item,) = LabelledDataset([LabelledImage(Path(folder, "image.png"), files, "dent")], 6)
+        np.testing.assert_array_equal(item["mask"], np.any([np.zeros((6, 6), bool), *marks], axis=0))
 
 
 def test_one_of_several_masks_with_another_size_is_named(tmp_path):
-    for name, size in (("a.png", (6, 4)), ("b.png", (4, 6))):
+    for name, size in (("image.png", (6, 4)), ("a.png", (6, 4)), ("b.png", (4, 6))):
         Image.new("L", size, 255).save(tmp_path / name)
+    item = LabelledImage(tmp_path / "image.png", (tmp_path / "a.png", tmp_path / "b.png"), "dent")
     with pytest.raises(ImageError, match=r"b\.png is 4x6 pixels instead of the 6x4 of its image"):
-        decode_masks([tmp_path / "a.png", tmp_path / "b.png"], (6, 4))
+        LabelledDataset([item], 8)[0]
 
 
 SQUARE = np.zeros((9, 9), np.uint8)
@@ -155,13 +160,14 @@ DOUBTFUL = {
 def test_doubtful_masks_are_told(case, tmp_path):
     image, doubt = DOUBTFUL[case]
     image.save(tmp_path / "x.png")
-    notes = [note for note in mask_notes(look_at_masks([tmp_path / "x.png"])) if "inverted" not in note]
+    found = mask_notes([(tmp_path / "x.png", decode_mask(tmp_path / "x.png").facts)])
+    notes = [note for note in found if "inverted" not in note]
     assert notes == ([f"1 of 1 masks {doubt}, e.g. {tmp_path / 'x.png'}"] if doubt else [])
 
 
 @pytest.mark.parametrize(("inverted", "others", "told"), [(10, 0, True), (18, 2, True), (8, 2, False), (0, 3, False)])
 def test_inverted_masks_are_told_if_nearly_all_are(inverted, others, told):
     shares = [0.9] * inverted + [0.1] * others
-    notes = mask_notes({Path(f"{number}.png"): Look(share, None) for number, share in enumerate(shares)})
+    notes = mask_notes([(Path(f"{number}.png"), MaskFacts((9, 9), share, None)) for number, share in enumerate(shares)])
     sentence = f"{inverted} of {len(shares)} masks mark more than half of their image, e.g. 0.png: are they inverted?"
     assert [note.startswith(sentence) for note in notes] == [True] * told

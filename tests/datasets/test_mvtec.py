@@ -14,8 +14,8 @@ from PIL import Image
 
 from benchmarks.reference import DATA, GOLDEN, needs_reference
 from datasets.images import ImageError, read_image
-from datasets.masks import read_mask
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, list_images, list_test_items
+from tests.datasets.test_images import read_mask
 from utils.errors import UserError
 
 SIDE = 12
@@ -163,7 +163,7 @@ def test_dataset_equals_the_reader(category, size):
     dataset = LabelledDataset(items, size)
     assert len(dataset) == len(items) == 6
     for item, found in zip(items, (dataset[number] for number in range(6)), strict=True):
-        assert set(found) == {"image", "mask", "counted"} and found["counted"].all()
+        assert set(found) == {"image", "mask", "valid_mask"} and found["valid_mask"].all()
         assert (found["image"].shape, found["image"].dtype) == ((3, size, size), torch.uint8)
         assert (found["mask"].shape, found["mask"].dtype) == ((size, size), torch.bool)
         np.testing.assert_array_equal(found["image"].permute(1, 2, 0), read_image(item.image, size))

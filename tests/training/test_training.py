@@ -46,6 +46,13 @@ def trace(tmp_path_factory):
     return recorded, episodes, few
 
 
+class DoubleImages(SourceImages):
+    """The images in float64."""
+
+    def episode(self, episode):
+        return tuple(images.double() for images in super().episode(episode))
+
+
 def golden_trainer(dtype: torch.dtype, recorded: dict) -> Trainer:
     model = load_checkpoint(GOLDEN_CHECKPOINT, recorded["stn_mode"], 224).to(dtype).train()
     return Trainer(model, recorded["lr"], recorded["momentum"])
@@ -70,7 +77,7 @@ def test_golden_trace(path, trace, monkeypatch):
     """
     recorded, episodes, sources = trace
     release_order = path != "as trained"
-    images = SourceImages(sources, 224, None, 0, CPU, torch.float64)
+    images = DoubleImages(sources, 224, None, 0, CPU)
     trainer = golden_trainer(torch.float64, recorded)
     if release_order:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # all three channels
@@ -109,7 +116,7 @@ def test_step_equals_the_plain_step(demo_data):
     """Loss and all weights after one update, for coloured images in float64."""
     sources = list_source_images(demo_data, "folder", "ring")
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
-    images = SourceImages(sources, SIZE, None, 0, CPU, torch.float64)
+    images = DoubleImages(sources, SIZE, None, 0, CPU)
     (episode,) = draw_episodes(names, shot=3, batch_size=8, seed=0, epoch=1)
     query, support = images.episode(episode)
     torch.manual_seed(0)
@@ -261,7 +268,7 @@ def test_the_second_epoch_opens_no_image(demo_data, tmp_path, monkeypatch):
     )
     train.main(arguments(demo_data, tmp_path, epochs=3))
     assert len(counts) == 3 and counts[0] == len(opened) == counts[2] > 10
-    monkeypatch.delattr("datasets.cache.read_image")  # another run takes all source images from the cache
+    monkeypatch.delattr("datasets.cache.in_threads")  # another run takes all source images from the cache
     train.main(arguments(demo_data, tmp_path, save_dir=tmp_path / "other", eval_every=0, select="last", epochs=1))
 
 
