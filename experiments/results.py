@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
+
+from jsonschema import Draft202012Validator
 
 from datasets.mvtec import CATEGORIES
 from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER, SCORERS
+from utils.config import recorded
 from utils.errors import UserError
 
 WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
@@ -22,14 +25,7 @@ WEIGHTS = {  # the weights of a record, in the order of the columns: how they we
 }
 GRID_FILE = "grid.json"  # what was asked for, so that missing records can be shown: categories, shots, kinds
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
-SCHEMA_TYPES = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "null": type(None),
-}
+SHOWN_PROBLEMS, SHOWN_LETTERS = 3, 100  # of what is wrong with a record
 DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
 
 
@@ -73,7 +69,7 @@ def read_results(folder: Path) -> Results:
         if path.name != GRID_FILE:
             record = _read_record(path)
             kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
-            records[record["arguments"]["obj"], record["arguments"]["shot"], kind] = record
+            records[record["config"]["obj"], record["config"]["shot"], kind] = record
     if not records:
         raise UserError(f"no records of test.py in {folder}")
     _refuse_mixture(folder, list(records.values()))
@@ -94,19 +90,26 @@ def read_results(folder: Path) -> Results:
 
 
 def _read_record(path: Path) -> dict:
-    """A record with all that tables need; UserError names what it lacks."""
+    """A record with all that tables need; UserError names what it lacks.
+
+    Its "config" holds the resolved values too. Records until version 0.1 have "arguments" in its place.
+    """
     record = _read_json(path)
-    problems = list(_problems(record, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")), ""))
-    if not problems:
-        problems += _contradictions(record)
+    record["config"] = {**recorded(record), **record.get("resolved", {})}
+    validator = Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+    problems = [_phrase(error.json_path, error.message) for error in validator.iter_errors(record)]
+    problems = problems or _contradictions(record)
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        more = f" and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         raise UserError(
             f"{path} is not a record (experiments/record.schema.json, docs/extend.md): "
-            f"{'; '.join(problems[:3])}{more}. "
-            f"Correct it, or remove it from {path.parent}"
+            f"{'; '.join(problems[:SHOWN_PROBLEMS])}{more}. Correct it, or remove it from {path.parent}"
         )
     return record
+
+
+def _phrase(place: str, message: str) -> str:
+    return textwrap.shorten(f"{place.removeprefix('$').lstrip('.')}: {message}".removeprefix(": "), SHOWN_LETTERS)
 
 
 def _read_json(path: Path) -> dict:
@@ -117,37 +120,6 @@ def _read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a record of test.py")
     return content
-
-
-def _problems(value: object, schema: dict, place: str) -> Iterator[str]:
-    """What contradicts the schema, a phrase each. Knows only the words of JSON Schema that the project's file uses."""
-    named = schema.get("type", [])
-    types = [named] if isinstance(named, str) else named
-    if types and not any(_is_type(value, name) for name in types):
-        yield f"{place or 'it'} must be {' or '.join(types)}"
-        return
-    if "enum" in schema and value not in schema["enum"]:
-        yield f"{place} must be one of {', '.join(schema['enum'])}"
-    if isinstance(value, dict):
-        yield from (
-            f"it lacks {place}.{name}".replace(" .", " ") for name in schema.get("required", []) if name not in value
-        )
-        known, further = schema.get("properties", {}), schema.get("additionalProperties", {})
-        for name, item in value.items():
-            yield from _problems(item, known.get(name, further), f"{place}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        if len(value) < schema.get("minItems", 0):
-            yield f"{place} is empty"
-        for number, item in enumerate(value):
-            yield from _problems(item, schema.get("items", {}), f"{place}[{number}]")
-    elif isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        yield f"{place} is {value}, out of its range"
-
-
-def _is_type(value: object, name: str) -> bool:
-    if name == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, SCHEMA_TYPES[name]) and not isinstance(value, bool)
 
 
 def _contradictions(record: dict) -> list[str]:
@@ -167,16 +139,16 @@ def _contradictions(record: dict) -> list[str]:
 
 def _refuse_mixture(folder: Path, records: list[dict]) -> None:
     """Raises UserError for several data types, and for several settings of the project's own network."""
-    own = [record["arguments"] for record in records if record.get("scorer", RELEASE_SCORER) in SCORERS]
-    everything = [record["arguments"] for record in records]
-    for name, arguments in (("data_type", everything), *((name, own) for name in ("stn_mode", "img_size", "backbone"))):
-        found = {given.get(name, RELEASE_BACKBONE) for given in arguments}
+    own = [record["config"] for record in records if record.get("scorer", RELEASE_SCORER) in SCORERS]
+    everything = [record["config"] for record in records]
+    for name, configs in (("data_type", everything), *((name, own) for name in ("stn_mode", "img_size", "backbone"))):
+        found = {config.get(name, RELEASE_BACKBONE) for config in configs}
         if len(found) > 1:
-            raise UserError(f"{folder} mixes records of --{name} {' and '.join(map(str, sorted(found)))}")
+            raise UserError(f"{folder} mixes records of {name} {' and '.join(map(str, sorted(found)))}")
 
 
 def _training_seconds(folder: Path, record: dict) -> float | None:
-    """The seconds of all epochs, from the record of train.py beside the checkpoint; None where there is none.
+    """The seconds of all epochs, from the record of train.py in the folder of the checkpoint; None where there is none.
 
     The checkpoint is looked for where it was, and at the same place below `folder`, which may have been moved.
     """

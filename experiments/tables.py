@@ -21,7 +21,7 @@ from experiments.results import DIGEST_LETTERS, WEIGHTS, Results, kind_name, sup
 from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER
 
-HEADER_ARGUMENTS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}
+HEADER_SETTINGS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}
 PUBLISHED_FILES = "published_{}.csv"  # beside this file, by data type; MPDD's figures were found in no source
 PUBLISHED = ("paper", "release")
 PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 NO_TRUTH = Entry(math.nan)  # scored, but the metric is not in the record or undefined: images without ground truth
 
 
-class Table(NamedTuple):
+class ResultsTable(NamedTuple):
     """One metric at one shot, the metrics "other" or "defects" of one kind of weights, or SECONDS.
 
     rows: the categories, then "mean", each with one entry per column; None where nothing was scored. Those of "defects"
@@ -77,7 +77,7 @@ def read_published(data_type: str = "mvtec") -> dict[tuple[str, str, int], dict[
     return rows
 
 
-def make_tables(results: Results) -> list[Table]:
+def make_tables(results: Results) -> list[ResultsTable]:
     """Tables of image AUROC and of pixel AUROC for each shot, then of the other metrics and of seconds for each shot.
 
     Where there are several scorers, each AUROC has tables of paired differences: of scorers, and of training.
@@ -96,21 +96,23 @@ def make_tables(results: Results) -> list[Table]:
     return tables
 
 
-def _compared_table(results: Results, metric: str, shot: int) -> Table:
+def _compared_table(results: Results, metric: str, shot: int) -> ResultsTable:
     columns = {name: column_of(results, metric, shot, name) for name in _kinds(results)}
     notes = [note for name in columns for note in _lacking_note(results, metric, shot, name)]
-    published = read_published(results.data_type)
+    published, scored = (
+        read_published(results.data_type),
+        {name for column in columns.values() for name in known(column)},
+    )
     for source in PUBLISHED:
         if (source, metric, shot) in published:
-            cells = dict(published[source, metric, shot])
-            printed = cells.pop("average", None)
-            columns[source] = {category: Entry(value) for category, value in cells.items()}
-            notes += _average_note(source, metric, shot, printed, list(cells.values()))
+            numbers = dict(published[source, metric, shot])
+            notes += _average_notes(source, numbers.pop("average", None), list(numbers.values()), len(scored))
+            columns[source] = {category: Entry(value) for category, value in numbers.items()}
     for source in PUBLISHED if "best" in columns else ():
         if source in columns:
-            columns[f"best{DIFFERENCE}{source}"] = _difference(columns["best"], columns[source])
+            columns[f"best{DIFFERENCE}{source}"] = _minus(columns["best"], columns[source])
     title = f"{METRIC_NAMES[metric]}, K = {shot}"
-    return Table(title, metric, shot, list(columns), _rows(results.categories, columns), notes)
+    return ResultsTable(title, metric, shot, list(columns), _rows(results.categories, columns), notes)
 
 
 def _lacking_note(results: Results, metric: str, shot: int, kind: str) -> list[str]:
@@ -129,7 +131,7 @@ def _kinds(results: Results) -> list[str]:
     return [kind for scorer in results.scorers for weights in WEIGHTS if (kind := kind_name(weights, scorer)) in found]
 
 
-def _paired_tables(results: Results, metric: str, shot: int) -> list[Table]:
+def _paired_tables(results: Results, metric: str, shot: int) -> list[ResultsTable]:
     """Paired differences, round by round on the same support sets: of each further scorer, and of training."""
     differences = {
         f"{scorer} minus {RELEASE_SCORER}": [(weights, kind_name(weights, scorer)) for weights in WEIGHTS]
@@ -146,7 +148,7 @@ def _paired_tables(results: Results, metric: str, shot: int) -> list[Table]:
         if columns:
             rows = _rows(results.categories, columns)
             title = f"{METRIC_NAMES[metric]}, K = {shot}: {title}, paired"
-            tables.append(Table(title, f"{metric}_paired", shot, list(columns), rows, []))
+            tables.append(ResultsTable(title, f"{metric}_paired", shot, list(columns), rows, []))
     return tables
 
 
@@ -170,7 +172,7 @@ def _same_weights(one: dict, other: dict) -> bool:
     return one["weights"] != other["weights"] or None in files or files[0] == files[1]
 
 
-def _other_tables(results: Results, shot: int) -> list[Table]:
+def _other_tables(results: Results, shot: int) -> list[ResultsTable]:
     """AP, F1-max and PRO, and the metrics by kind of defect, of each scorer's first kind of weights that has them."""
     tables = []
     for scorer in results.scorers:
@@ -180,15 +182,15 @@ def _other_tables(results: Results, shot: int) -> list[Table]:
     return tables
 
 
-def _other_table(results: Results, shot: int, kind: str) -> Table | None:
+def _other_table(results: Results, shot: int, kind: str) -> ResultsTable | None:
     columns = {METRIC_NAMES[metric]: column_of(results, metric, shot, kind) for metric in OTHER_METRICS}
     if not any(known(column) for column in columns.values()):
         return None
     title = f"Other metrics, {kind} weights, K = {shot}"
-    return Table(title, "other", shot, list(columns), _rows(results.categories, columns), [])
+    return ResultsTable(title, "other", shot, list(columns), _rows(results.categories, columns), [])
 
 
-def _defects_table(results: Results, shot: int, kind: str) -> Table | None:
+def _defects_table(results: Results, shot: int, kind: str) -> ResultsTable | None:
     """A row for each category and kind of defect, whose images are compared with all normal ones."""
     rows: dict[str, list[Entry | None]] = {}
     for category in results.categories:
@@ -199,10 +201,14 @@ def _defects_table(results: Results, shot: int, kind: str) -> Table | None:
                 _entry([100 * value for value in one["rounds"]]) if one else NO_TRUTH for one in found
             ]
     columns = [METRIC_NAMES[metric] for metric in DEFECT_METRICS]
-    return Table(f"By kind of defect, {kind} weights, K = {shot}", "defects", shot, columns, rows, []) if rows else None
+    return (
+        ResultsTable(f"By kind of defect, {kind} weights, K = {shot}", "defects", shot, columns, rows, [])
+        if rows
+        else None
+    )
 
 
-def _seconds_table(results: Results, shot: int) -> list[Table]:
+def _seconds_table(results: Results, shot: int) -> list[ResultsTable]:
     """The seconds of scoring for each kind of weights, and those of training before them where they are known."""
     columns: dict[str, dict[str, Entry]] = {}
     for (category, of_shot, kind), record in results.records.items():
@@ -217,7 +223,7 @@ def _seconds_table(results: Results, shot: int) -> list[Table]:
         return []
     shown = {name if name.startswith("training") else f"scoring, {name}": columns[name] for name in order}
     notes = ["Scoring with several scorers in one command counts for each of them."] if len(results.scorers) > 1 else []
-    return [Table(f"Seconds, K = {shot}", SECONDS, shot, list(shown), _rows(results.categories, shown), notes)]
+    return [ResultsTable(f"Seconds, K = {shot}", SECONDS, shot, list(shown), _rows(results.categories, shown), notes)]
 
 
 def column_of(results: Results, metric: str, shot: int, weights: str) -> dict[str, Entry]:
@@ -241,15 +247,21 @@ def _entry(rounds: Sequence[float], of: str = "") -> Entry:
     return Entry(numbers["mean"], numbers["sd"], tuple(rounds), of)
 
 
-def _difference(ours: dict[str, Entry], published: dict[str, Entry]) -> dict[str, Entry]:
+def _minus(ours: dict[str, Entry], published: dict[str, Entry]) -> dict[str, Entry]:
     return {
         category: Entry(ours[category].mean - published[category].mean) for category in ours if category in published
     }
 
 
 def _rows(categories: Sequence[str], columns: dict[str, dict[str, Entry]]) -> dict[str, list[Entry | None]]:
+    """The rows of `categories`, and "mean". That of published numbers is of the categories that were scored here."""
+    own = {name for source, column in columns.items() if source not in PUBLISHED for name in known(column)}
+    means = [
+        _mean({name: value for name, value in column.items() if not own or name in own}, len(categories))
+        for column in columns.values()
+    ]
     rows = {category: [column.get(category) for column in columns.values()] for category in categories}
-    return rows | {"mean": [_mean(column, len(categories)) for column in columns.values()]}
+    return rows | {"mean": means}
 
 
 def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
@@ -264,12 +276,14 @@ def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
     return Entry(float(np.mean([entry.mean for entry in entries])), of=of)
 
 
-def _average_note(source: str, metric: str, shot: int, printed: float | None, cells: list[float]) -> list[str]:
-    mean = float(np.mean(cells)) if cells else 0.0
-    if printed is None or abs(mean - printed) <= PRINTED_DIGITS:
-        return []
-    where = f"The {source} prints {printed:.1f} as its average of {METRIC_NAMES[metric]} at K = {shot}"
-    return [f"{where}. The mean of its cells is {mean:.1f}, as shown here."]
+def _average_notes(source: str, printed: float | None, values: list[float], scored: int) -> list[str]:
+    """Where the mean of all published `values` is not in the table, or not what the source prints."""
+    every, notes = float(np.mean(values)), []
+    if 0 < scored < len(values):
+        notes.append(f"{source}: the mean of all {len(values)} categories is {every:.1f}.")
+    if printed is not None and abs(every - printed) > PRINTED_DIGITS:
+        notes.append(f"{source}: prints {printed:.1f} as its average, the mean of its cells is {every:.1f}.")
+    return notes
 
 
 def header(results: Results) -> list[tuple[str, str]]:
@@ -279,9 +293,9 @@ def header(results: Results) -> list[tuple[str, str]]:
     dates = sorted(record["date"] for record in records)
     lines.append(("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"))
     lines.append(("device", _distinct(record["device"] for record in records)))
-    for name, label in HEADER_ARGUMENTS.items():
-        lines.append((label, _distinct(record["arguments"].get(name, "not given") for record in records)))
-    lines.append(("backbone", _distinct(record["arguments"].get("backbone", RELEASE_BACKBONE) for record in records)))
+    for name, label in HEADER_SETTINGS.items():
+        lines.append((label, _distinct(record["config"].get(name, "not given") for record in records)))
+    lines.append(("backbone", _distinct(record["config"].get("backbone", RELEASE_BACKBONE) for record in records)))
     lines.append(("scorers", _distinct(record.get("scorer", RELEASE_SCORER) for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
     lines.append(("support sets", _support_sets(results)))
@@ -312,7 +326,7 @@ def _distinct(values: Iterable[object]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
-def format_row(table: Table, entries: Sequence[Entry | None]) -> list[str]:
+def format_row(table: ResultsTable, entries: Sequence[Entry | None]) -> list[str]:
     """The texts of one row of `table`, see format_entry."""
     texts = [format_entry(entry, name) for entry, name in zip(entries, table.columns, strict=True)]
     return ["" if table.metric == SECONDS and text == MISSING else text for text in texts]
@@ -333,7 +347,7 @@ def format_entry(entry: Entry | None, column: str) -> str:
     return text + (f" ({entry.of})" if entry.of else "")
 
 
-def to_markdown(results: Results, tables: Sequence[Table]) -> str:
+def to_markdown(results: Results, tables: Sequence[ResultsTable]) -> str:
     """Header and tables as Markdown."""
     lines = [f"- {name}: {value}" for name, value in header(results)]
     for table in tables:
@@ -344,7 +358,7 @@ def to_markdown(results: Results, tables: Sequence[Table]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_csv(path: Path, tables: Sequence[Table]) -> None:
+def write_csv(path: Path, tables: Sequence[ResultsTable]) -> None:
     """Writes one line per table cell: mean, SD, Student's 95 % interval and every round, unrounded, in percent.
 
     The lines of SECONDS have their number in the last column instead.
@@ -368,7 +382,7 @@ def _csv_numbers(entry: Entry | None, column: str) -> list[object]:
     return [entry.mean, entry.sd, *(interval or ("", "")), " ".join(map(str, entry.rounds))]
 
 
-def to_latex(results: Results, tables: Sequence[Table]) -> str:
+def to_latex(results: Results, tables: Sequence[ResultsTable]) -> str:
     """The tables as LaTeX that needs booktabs, with the header as comments; without those of seconds."""
     lines = [f"% {name}: {value}" for name, value in header(results)] + ["% requires \\usepackage{booktabs}"]
     for table in (table for table in tables if table.metric != SECONDS):

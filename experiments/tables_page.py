@@ -18,7 +18,7 @@ from experiments.tables import (
     PUBLISHED,
     TABLE_METRICS,
     Entry,
-    Table,
+    ResultsTable,
     format_row,
     header,
     make_tables,
@@ -40,7 +40,7 @@ MARKS = {
 CATEGORY_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.34, 1.3, 8.4
 
 
-def to_html(results: Results, tables: Sequence[Table]) -> str:
+def to_html(results: Results, tables: Sequence[ResultsTable]) -> str:
     """A self-contained HTML page of the tables, with a figure for each table of image or pixel AUROC."""
     figures = [_figure(table) if table.metric in TABLE_METRICS else "" for table in tables]
     return get_template("tables.html").render(
@@ -51,7 +51,7 @@ def to_html(results: Results, tables: Sequence[Table]) -> str:
     )
 
 
-def _figure(table: Table) -> Markup:
+def _figure(table: ResultsTable) -> Markup:
     """An SVG with a line per category, a mark per column and bars of one SD over rounds; empty without any number."""
     shown = [name for name in table.columns if _mark(name) and any(_drawable(table, name))]
     if not shown:
@@ -89,7 +89,7 @@ def _mark(column: str) -> tuple[str, str] | None:
     return None if DIFFERENCE in column else MARKS.get(weights_of(column))
 
 
-def _drawable(table: Table, name: str) -> list[Entry | None]:
+def _drawable(table: ResultsTable, name: str) -> list[Entry | None]:
     """The entries of a column, None where there is no number to draw."""
     entries = (row[table.columns.index(name)] for row in table.rows.values())
     return [None if entry is NO_TRUTH else entry for entry in entries]

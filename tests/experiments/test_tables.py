@@ -7,16 +7,15 @@ import json
 import re
 from html.parser import HTMLParser
 
+import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks.reference import REFERENCE
 from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
 from experiments.comparison import FORMATS, compare
-from experiments.results import GRID_FILE, SCHEMA_FILE, _problems, read_results
+from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
 from experiments.tables import (
     NO_TRUTH,
     Entry,
@@ -85,7 +84,7 @@ def test_every_published_cell():
 @pytest.mark.parametrize("shot", [2, 4, 8])
 @pytest.mark.parametrize("metric", ["image_auroc", "pixel_auroc"])
 def test_published_columns(tmp_path, metric, shot):
-    """Each cell is in its row, the mean is that of the cells, and a note tells where the printed average differs."""
+    """The mean is that of the scored categories; notes give the mean of all, and a misprint."""
     write_record(tmp_path, "bottle", shot, "best", [(0.9, 0.9)])
     made = table(tmp_path, f"{METRIC_NAMES[metric]}, K = {shot}")
     for source in ("paper", "release"):
@@ -94,10 +93,12 @@ def test_published_columns(tmp_path, metric, shot):
         assert list(cells) == list(CATEGORIES["mvtec"]) == list(made.rows)[:-1]
         for category, value in cells.items():
             assert entry(made, category, source) == Entry(value)
-        mean = entry(made, "mean", source)
-        assert mean.mean == pytest.approx(sum(cells.values()) / 15) and mean.of == ""
-        noted = any(note.startswith(f"The {source} prints {printed}") for note in made.notes)
-        assert noted == (abs(mean.mean - printed) > 0.05)
+        mean = entry(made, "mean", source)  # over the categories that were scored here
+        assert (mean.mean, mean.of) == (cells["bottle"], "1 of 15")
+        every = sum(cells.values()) / 15
+        assert f"{source}: the mean of all 15 categories is {every:.1f}" in " ".join(made.notes)
+        noted = any(note.startswith(f"{source}: prints {printed}") for note in made.notes)
+        assert noted == (abs(every - printed) > 0.05)
         assert noted == ((source, metric, shot) == ("paper", "pixel_auroc", 8))
     assert entry(made, "bottle", "best - paper").mean == pytest.approx(90 - entry(made, "bottle", "paper").mean)
 
@@ -112,7 +113,7 @@ def test_rows_by_hand(folder):
     mean = entry(made, "mean", "best")  # rounds: (99 + 50) / 2 and (97 + 56) / 2
     assert (mean.mean, mean.sd, mean.of) == (pytest.approx(75.5), pytest.approx(np.sqrt(2)), "2 of 15")
     assert entry(made, "mean", "last").of == "1 of 15"
-    # compared with the same two categories of the paper, not with its mean over fifteen
+    assert entry(made, "mean", "paper") == Entry(pytest.approx((99.8 + 63.4) / 2), of="2 of 15")
     assert entry(made, "mean", "best - paper").mean == pytest.approx(((98 - 99.8) + (53 - 63.4)) / 2)
 
 
@@ -221,7 +222,7 @@ def test_markdown(folder):
     row = re.search(r"\| bottle \|.*", text[text.index("image AUROC, K = 8") :])[0]
     assert row == "| bottle | 96.0 ± 1.4 | 97.0 ± 1.4 | 98.0 ± 1.4 | 99.8 | 99.8 | -1.8 | -1.8 |"
     assert "| screw | 53.0 ± 4.2 | missing |" in text and "| 75.5 ± 1.4 (2 of 15) |" in text
-    assert "prints 96.8 as its average of pixel AUROC at K = 8. The mean of its cells is 96.7, as shown here." in text
+    assert "paper: prints 96.8 as its average, the mean of its cells is 96.7." in text
 
 
 def test_latex(folder):
@@ -282,7 +283,7 @@ def test_folders_without_records(tmp_path):
 def test_a_mixed_folder_is_refused(tmp_path):
     write_record(tmp_path, "bottle", 2, "best", [(0.9, 0.9)])
     write_record(tmp_path, "cable", 2, "best", [(0.9, 0.9)], stn_mode="scale")
-    with pytest.raises(UserError, match="--stn_mode affine and scale"):
+    with pytest.raises(UserError, match="stn_mode affine and scale"):
         read_results(tmp_path)
 
 
@@ -349,22 +350,22 @@ def test_what_a_record_lacks_is_named(with_another_method):
     assert entry(made, "bottle", "last, mine") is NO_TRUTH
     record = json.loads((folder / "mine.json").read_text())
     for change, words in (
-        ({"date": None}, "date must be string"),
-        ({"weights": "first"}, "weights must be one of untrained, last, source, best"),
-        ({"rounds": []}, "rounds is empty"),
-        ({"rounds": [{"image_auroc": 95}]}, r"rounds\[0\]\.image_auroc is 95, out of its range"),
-        ({"rounds": [{"pixel_auroc": 0.5}]}, r"it lacks rounds\[0\]\.image_auroc"),
+        ({"date": None}, "date: None is not of type .string."),
+        ({"weights": "first"}, "weights: .first. is not one of"),
+        ({"rounds": []}, "rounds: .. should be non-empty"),
+        ({"rounds": [{"image_auroc": 95}]}, r"rounds\[0\]\.image_auroc: 95 is greater than the maximum of 1"),
+        ({"rounds": [{"pixel_auroc": 0.5}]}, r"rounds\[0\]: .image_auroc. is a required property"),
         ({"rounds": [{"image_auroc": 0.5}, {"image_auroc": 0.5, "pro": 0}]}, "other metrics than"),
-        ({"defects": {"cut": {"pro": {"mean": 1}}}}, "it lacks defects.cut.pro.rounds"),
+        ({"defects": {"cut": {"pro": {"mean": 1}}}}, "defects.cut.pro: .rounds. is a required property"),
         ({"rounds": [{"image_auroc": 0.5}]}, "names has 2 rounds, rounds has 1"),
         ({"support_set": {"names": None}}, "it lacks support_set.sha256"),
-        ({"arguments": {"obj": "bottle"}}, "it lacks arguments.shot; it lacks arguments.data_type"),
+        ({"arguments": {"obj": "bottle"}}, "config: .shot. is a required property; config: .data_type. is"),
     ):
         (folder / "mine.json").write_text(json.dumps(record | change))
         with pytest.raises(UserError, match=words):
             read_results(folder)
     (folder / "mine.json").write_text(json.dumps({"arguments": record["arguments"]}))
-    with pytest.raises(UserError, match="it lacks commit; it lacks date; it lacks device and 3 more"):
+    with pytest.raises(UserError, match=r".commit. is a required property; .date. is .* and 3 more"):
         read_results(folder)
 
 
@@ -372,40 +373,11 @@ RECORDS = [file for file in (PROJECT_ROOT / "results" / "published").glob("*/*.j
 
 
 def test_the_schema_and_the_committed_records():
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(SCHEMA_FILE.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert len(RECORDS) > 20
+    assert len(RECORDS) == 12
     for file in RECORDS:
         jsonschema.validate(json.loads(file.read_text()), schema)
-
-
-JUNK = st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(-2, 2), st.text(max_size=2), st.just([]))
-
-
-@given(st.data())
-def test_the_schema_is_read_as_jsonschema_reads_it(data):
-    """A record with random damage is refused by both or by none."""
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads(SCHEMA_FILE.read_text())
-    record = json.loads(RECORDS[0].read_text())
-    record["defects"] = {"cut": {"images": 2, "pro": {"rounds": [0.5]}, "pixel_auroc": None}}
-    for _ in range(data.draw(st.integers(0, 2))):
-        place = data.draw(st.sampled_from([record, *_containers(record)]))
-        key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
-        if isinstance(place, dict) and data.draw(st.booleans()):
-            del place[key]
-        else:
-            place[key] = data.draw(JUNK)
-    refused = any(_problems(record, schema, ""))
-    assert refused != jsonschema.Draft202012Validator(schema).is_valid(record)
-
-
-def _containers(value):
-    """The non-empty objects and arrays inside a record."""
-    inside = value.values() if isinstance(value, dict) else value
-    found = [item for item in inside if isinstance(item, dict | list) and item]
-    return found + [deeper for item in found for deeper in _containers(item)]
 
 
 def with_scorer(folder, name, scorer, **arguments):
