@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-import predict
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds
 from datasets.images import is_image_file
-from inspection.detector import SCORE_GROUP, FewShotDetector
+from inspection.config import PredictConfig
+from inspection.detector import FewShotDetector
 from inspection.inputs import read_inputs
+from inspection.scoring import SCORE_GROUP
 from models.regad import untrained
 from utils.devices import resolve_device
 from utils.errors import UserError, run_command
@@ -38,7 +39,7 @@ LOOK_SECONDS = 0.2  # between two measurements of the memory
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=2000, help="number of images; those of --data_path repeat")
+    parser.add_argument("--images", type=int, default=2000, help="number of images; those of --data_path repeat")
     parser.add_argument(
         "--support", default="screw/train/good", help="folder in --data_path; its first four images are the support"
     )
@@ -55,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs predict.py once, measures its memory, prints the result and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
     require_writable(args.output, "--output", folder=True)
-    if args.pictures <= SETTLED_AFTER:
-        raise UserError(f"--pictures must be more than {SETTLED_AFTER}")
+    if args.images <= SETTLED_AFTER:
+        raise UserError(f"--images must be more than {SETTLED_AFTER}")
     device, images = resolve_device(args.device), _images(args)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         first = pool.submit(_decode_and_network, images, args).result()
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     later = [megabytes for scored, megabytes in memory if scored >= SETTLED_AFTER]
     settled, highest = later[0], max(later)
     total, seconds = record["total_seconds"], record["seconds"]
-    print_seconds(f"{args.pictures} images, {total:.1f} s; below: all threads, including waiting", seconds, seconds)
+    print_seconds(f"{args.images} images, {total:.1f} s; below: all threads, including waiting", seconds, seconds)
     print(f"decode and network alone, before and after: {bare:.1f} s, {bare / total:.0%} of predict.py's time")
     print(f"memory: {settled:.0f} MB after {SETTLED_AFTER} images, at most {highest:.0f} MB later")
     content = {"command": command_line("benchmarks.predict", args), **provenance(device)}
@@ -76,15 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _images(args: argparse.Namespace) -> list[Path]:
-    """--pictures normal and defective images of all categories; they repeat if there are fewer."""
+    """--images normal and defective images of all categories; they repeat if there are fewer."""
     images = sorted(filter(is_image_file, args.data_path.glob("*/t*/*/*")))
-    return list(itertools.islice(itertools.cycle(images), args.pictures))
+    return list(itertools.islice(itertools.cycle(images), args.images))
 
 
 def _decode_and_network(paths: Sequence[Path], args: argparse.Namespace) -> float:
     """Seconds of the unavoidable work of predict.py: decoding in threads, and the network in its groups."""
     detector = FewShotDetector(untrained(args.weights, img_size=args.img_size).stn, args.device)
-    workers = predict.get_args_parser().get_default("num_workers")
+    workers = PredictConfig.num_workers
     read = (item.square for item in read_inputs(paths, detector.size, False, workers, detector.clock))
     begin = time.perf_counter()
     while group := list(itertools.islice(read, SCORE_GROUP)):

@@ -26,7 +26,7 @@ from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line
 from datasets.images import is_image_file
 from inspection.detector import FewShotDetector
-from inspection.flags import DEFAULT_FALSE_ALARM
+from inspection.fitting import DEFAULT_RATE
 from models.regad import untrained
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.regad"
         detector = FewShotDetector(untrained(args.weights, img_size=args.img_size).stn, "cpu").fit(support)
-        detector.calibrate(DEFAULT_FALSE_ALARM)
+        detector.calibrate(DEFAULT_RATE)
         detector.save(part)
         found = measure(part, bodies, args.clients)
     chosen = argparse.Namespace(**{key: value for key, value in vars(args).items() if key != "output"})

@@ -33,7 +33,7 @@ from datasets.images import decode_image
 from datasets.masks import decode_mask
 from evaluation.metrics import auroc, rank
 from inspection.detector import FewShotDetector
-from inspection.flags import DEFAULT_FALSE_ALARM
+from inspection.fitting import DEFAULT_RATE
 from inspection.tiles import AUTO, tile_side
 from models.regad import untrained
 from utils.errors import UserError, run_command
@@ -212,7 +212,7 @@ def measure(args: argparse.Namespace) -> dict:
     detector = FewShotDetector(untrained(args.weights).stn, args.device, tile=args.tile)
     begin = time.perf_counter()
     detector.fit(images if args.parts else [mosaic.draw(grid[0]) for mosaic in support])
-    detector.calibrate(DEFAULT_FALSE_ALARM)
+    detector.calibrate(DEFAULT_RATE)
     fitting = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         rows = score_mosaics(detector, test, grid[0], Path(folder))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
+from skimage.measure import label, regionprops
 
 MOST_BOXES = 100  # of an image; those with the highest peaks
-_EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
 
 class Box(NamedTuple):
@@ -33,19 +32,8 @@ def find_boxes(scores: np.ndarray, limit: float, most: int = MOST_BOXES) -> list
 
     A region is a set of pixels with scores above `limit` that touch each other at a side or a corner.
     """
-    above = scores > limit
-    if not above.any():
-        return []
-    labels, count = ndimage.label(above, structure=_EIGHT_NEIGHBOURS)
-    inside = labels[above]  # far fewer pixels than the image has
-    areas = np.bincount(inside)
-    peaks = ndimage.maximum(scores[above], inside, np.arange(1, count + 1))
-    places = ndimage.find_objects(labels)
-    first = np.argsort(-peaks, kind="stable")[:most]  # equal peaks: from top to bottom
-    return [_box(places[number], int(areas[number + 1]), float(peaks[number])) for number in first]
-
-
-def _box(place: tuple[slice, slice], area: int, peak: float) -> Box:
-    rows, columns = place
-    width, height = columns.stop - columns.start, rows.stop - rows.start
-    return Box(columns.start, rows.start, width, height, area, peak)
+    boxes = []
+    for region in regionprops(label(scores > limit, connectivity=2), intensity_image=scores):
+        top, left, bottom, right = region.bbox
+        boxes.append(Box(left, top, right - left, bottom - top, int(region.area), float(region.intensity_max)))
+    return sorted(boxes, key=lambda box: -box.peak)[:most]  # equal peaks: from top to bottom

@@ -42,7 +42,7 @@ class ExportedDetector(nn.Module):
             grid = self._distances(torch.zeros(1, 3, detector.size, detector.size)).shape[-1]
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))
         if detector.region is not None and detector.cuts_support:
-            raise UserError("an exported file scores single tiles and knows no region: leave out --region and --ignore")
+            raise UserError("an exported file scores single tiles and knows no region", options=("region", "ignore"))
         self.has_region = detector.region is not None
         if self.has_region:
             square = inside_square(detector.region, detector.size, detector.keep_aspect)
@@ -72,7 +72,8 @@ def write_onnx(detector: FewShotDetector, path: Path) -> None:
     if size > ONNX_LIMIT:
         raise UserError(
             f"the detector has {size / 2**30:.1f} GB, one ONNX file holds 2 GB: "
-            "give fewer support images, a smaller --img_size, or --format pt2"
+            "give fewer support images, a smaller image size, or the format pt2",
+            options=("img_size", "format"),
         )
     program = torch.onnx.export(
         *(module, _example(detector)),

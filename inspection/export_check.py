@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from inspection.detector import FewShotDetector, as_tensor
+from datasets.images import read_image
+from inspection.detector import FewShotDetector
+from inspection.images import as_tensor
 from utils.errors import UserError
 
 FLOOR = 1e-3  # times the largest value: lower bound of the divisor, as distances can be 0
@@ -104,6 +106,26 @@ def open_pt2(path: Path) -> Runtime:
 
 
 OPENERS = {"onnx": open_onnx, "pt2": open_pt2}
+
+
+def compare_files(detector: FewShotDetector, files: dict[str, Path], paths: Sequence[Path], are_support: bool) -> None:
+    """Compares exported files with the detector on at most CHECK_IMAGES of the images; prints differences and times.
+
+    Raises:
+        UserError: the maps or scores of a file differ from those in PyTorch.
+    """
+    chosen = np.unique(np.linspace(0, len(paths) - 1, CHECK_IMAGES).round().astype(int))
+    how = (detector.size, detector.keep_aspect, detector.bits)
+    images = np.stack([read_image(paths[index], *how) for index in chosen])
+    if are_support:  # a support image as it is may have no distance anywhere, and would compare zeros
+        images = np.roll(images, detector.size // 10, axis=2)
+    print(f"{len(images)} images, {torch.get_num_threads()} thread(s), without decoding")
+    print("runtime   batch   ms per image   largest relative difference")
+    rows = []
+    for row in compare(detector, files, images):
+        print(f"{row.runtime:9} {row.batch:5} {row.milliseconds:16.1f}   {row.difference:.1e}")
+        rows.append(row)
+    refuse_differences(rows)
 
 
 def refuse_differences(comparisons: list[Comparison]) -> None:

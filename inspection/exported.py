@@ -18,7 +18,7 @@ from utils.files import whole_file
 from utils.records import VERSION, git_commit
 
 METADATA_FILE = "metadata.json"  # extra file inside a .pt2 file
-GIVEN_WITH = "given with --set_threshold"
+GIVEN = "given"  # how a threshold was set
 
 
 def export_metadata(detector: FewShotDetector) -> dict[str, str]:
@@ -63,11 +63,13 @@ def set_threshold(path: Path, value: float) -> str:
         UserError: there is no such file, it is not from export.py, or its format needs a package that is missing.
     """
     if not path.is_file():
-        raise UserError(f"no exported file {path}; make one with: python export.py --detector FILE --output {path}")
+        raise UserError(f"no exported file {path}; python export.py --detector FILE --output {path} makes one")
     writers = {".onnx": _set_in_onnx, ".pt2": _set_in_pt2}
     if path.suffix not in writers:
-        raise UserError(f"--set_threshold changes .onnx and .pt2 files, not {path}; for .regad: predict.py --save")
-    return writers[path.suffix](path, {"threshold": repr(value), "threshold_rule": GIVEN_WITH, "false_alarm": ""})
+        raise UserError(
+            f"{path} is no .onnx or .pt2 file; python predict.py --detector {path} --save changes a .regad file"
+        )
+    return writers[path.suffix](path, {"threshold": repr(value), "threshold_rule": GIVEN, "false_alarm": ""})
 
 
 def _set_in_onnx(path: Path, changes: dict[str, str]) -> str:

@@ -16,9 +16,12 @@ import torch
 from PIL import Image
 
 from inspection.boxes import Box, find_boxes
-from inspection.detector import SCORE_GROUP, FewShotDetector, as_tensor
+from inspection.config import PANELS
+from inspection.detector import FewShotDetector
+from inspection.images import as_tensor
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.results import Prediction, decide, relative_score
+from inspection.scoring import SCORE_GROUP
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
 from reports.drawing import CALLED, HOT, apart, beside, boxed, colour_limits, outline, overlay, save_image, titled
@@ -27,13 +30,13 @@ from utils.files import whole_file
 from utils.stages import in_threads
 
 IMAGE_PANEL, HEAT_PANEL, OUTLINE_PANEL = "input", "heat map", "outlines"  # titles; thumbnails show the heat map
-PANELS = ("joined", "separate")  # in one file beside each other, or a file for each
+PANELS_FOLDER, MAPS_FOLDER = "images", "maps"  # in the output folder; panels were in pictures/ until version 0.1
 PANELS_SUFFIX = ".jpg"  # of the panels; maps have another
 UNBOUNDED_MAP_SCALE = 256  # 16-bit PNG maps store score times a scale: up to a score of 255.99 where there is no bound
 
 
 class Outputs(NamedTuple):
-    """Which files are written per image: in `folder`, as pictures/ and maps/, with the paths relative to `root`.
+    """Which files are written per image: in `folder`, as images/ and maps/, with the paths relative to `root`.
 
     panels: one of PANELS, or None. detector: its identity, for the rows. taken: files of earlier rows, relative to
     `folder`, which are kept.
@@ -48,29 +51,29 @@ class Outputs(NamedTuple):
 
     def names(self, path: Path, titles: Iterable[str]) -> list[str]:
         """The output files of the image `path`, relative to `folder`: its map, then its panels with these titles."""
-        kinds = [("maps", f".{self.maps}")] if self.maps != "none" else []
-        if self.panels == "joined":
-            kinds.append(("pictures", PANELS_SUFFIX))
-        elif self.panels == "separate":
-            kinds += [("pictures", f".{title.replace(' ', '_')}{PANELS_SUFFIX}") for title in titles]
-        return [self._place(kind, path, suffix) for kind, suffix in kinds]
+        files = [(MAPS_FOLDER, f".{self.maps}")] if self.maps != "none" else []
+        if self.panels == PANELS[0]:
+            files.append((PANELS_FOLDER, PANELS_SUFFIX))
+        elif self.panels is not None:
+            files += [(PANELS_FOLDER, f".{title.replace(' ', '_')}{PANELS_SUFFIX}") for title in titles]
+        return [self._place(folder, path, suffix) for folder, suffix in files]
 
-    def _place(self, kind: str, path: Path, suffix: str) -> str:
+    def _place(self, folder: str, path: Path, suffix: str) -> str:
         """The suffix of the image is kept, to distinguish a.png from a.jpg.
 
         If an earlier row has the file, because the image is new under an old name, a number is added.
         """
-        stem = Path(kind, absolute(path).relative_to(self.root)).as_posix()
+        stem = Path(folder, absolute(path).relative_to(self.root)).as_posix()
         names = (f"{stem}{suffix}" if number == 1 else f"{stem}.{number}{suffix}" for number in itertools.count(1))
         return next(name for name in names if name not in self.taken)
 
 
 def predict(
     detector: FewShotDetector, paths: Iterable[Path], outputs: Outputs, workers: int, previews: int
-) -> Iterator[Prediction]:
-    """Yields results in the order of `paths`; memory does not grow with their number.
+) -> Iterator[tuple[Prediction, Preview]]:
+    """Yields rows and previews in the order of `paths`; memory does not grow with their number.
 
-    workers: threads that decode and draw. previews: largest number of previews.
+    workers: threads that decode and draw. previews: largest number of previews; further ones are empty.
     """
     groups = _scored_groups(detector, paths, workers)
     finish = partial(_finish, detector, outputs, previews)
@@ -117,24 +120,24 @@ def _to_score(detector: FewShotDetector, item: InputImage) -> Image.Image | torc
     return item.image if detector.layout_of(*item.image.size) else as_tensor(item.square)
 
 
-def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> Prediction:
-    """Writes the files of an image and returns its row."""
+def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> tuple[Prediction, Preview]:
+    """Writes the files of an image and returns its row and preview."""
     number, item, result = scored
     if result is None:
-        return _row(item, None, None, detector.threshold, outputs.detector)
+        return _row(item, None, None, detector.threshold, outputs.detector), NO_PREVIEW
     score, scores, unusual = result
     row = _row(item, float(score), unusual, detector.threshold, outputs.detector)
-    with detector.clock.on_host()("pictures"):
+    with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
         row = row._replace(boxes=boxes, files=outputs.names(item.path, panel_titles(detector.threshold)))
         places = [outputs.folder / name for name in row.files]
         try:
-            return row._replace(preview=_write(detector, places, item.image, restored, boxes, number < previews))
+            return row, _write(detector, places, item.image, restored, boxes, number < previews)
         except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
             written = [name for name, place in zip(row.files, places, strict=True) if place.is_file()]
             fault = f"scored, but its files cannot be written: {item.path} ({error})"
-            return row._replace(files=written, error=fault)
+            return row._replace(files=written, error=fault), NO_PREVIEW
 
 
 def _row(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import decode_image
 from datasets.masks import decode_mask, to_square_mask
 from scorers.views import support_views
 from utils.errors import UserError
@@ -28,19 +27,16 @@ class RegionWarning(UserWarning):
     """A mask that may not fit the images."""
 
 
-def read_region(region: str | None, ignore: Path | None, support: Sequence[Path]) -> np.ndarray | None:
-    """The region (H, W) that --region and --ignore give, or None if both are None.
+def read_region(region: str | None, ignore: Path | None, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The part of the images (H, W) in `region` and not in `ignore`.
 
     region: "x,y,width,height" in pixels, or in fractions of the image if no number exceeds 1; or a mask file, not black
-    inside the region. ignore: a mask file, not black where images are not scored. support: the support images, whose
-    size is that of the images.
+    inside the region. ignore: a mask file, not black where images are not scored. sizes: (width, height) of the support
+    images, which is that of all images.
 
     Raises:
         UserError: a file cannot be read, the rectangle is none, or nothing is left to score.
     """
-    if region is None and ignore is None:
-        return None
-    sizes = [decode_image(path).size for path in support]
     width, height = sizes[0]
     shrink = min(1, LONGEST_SIDE / max(width, height))
     shape = max(1, round(height * shrink)), max(1, round(width * shrink))
@@ -51,8 +47,7 @@ def read_region(region: str | None, ignore: Path | None, support: Sequence[Path]
     if ignore is not None:
         inside &= ~_mask(ignore, sizes[0], shape)
     if not inside.any():
-        given = [f"--region {region}"] * (region is not None) + [f"--ignore {ignore}"] * (ignore is not None)
-        raise UserError(f"{' with '.join(given)} leaves nothing of the {width}x{height} pixels of an image to score")
+        raise UserError(f"nothing of the {width}x{height} pixels of an image is left to score", ("region", "ignore"))
     return inside
 
 
@@ -63,13 +58,13 @@ def _rectangle(text: str, sizes: Sequence[tuple[int, int]]) -> tuple[float, ...]
     try:
         left, top, width, height = (float(number) for number in text.split(","))
     except ValueError as error:
-        raise UserError(f"--region takes x,y,width,height or a mask file, got {text}") from error
+        raise UserError(f"a region is x,y,width,height or a mask file, not {text}") from error
     if min(left, top) < 0 or min(width, height) <= 0:
-        raise UserError(f"--region {text} is no rectangle: x,y,width,height must not be negative, nor the last two 0")
+        raise UserError(f"{text} is no rectangle: x,y,width,height must not be negative, nor the last two 0")
     if max(left, top, width, height) <= 1:
         return left, top, left + width, top + height
     if len(set(sizes)) > 1:
-        raise UserError(f"--region {text} is in pixels, but the support images differ in size: give fractions, 0 to 1")
+        raise UserError(f"{text} is in pixels, but the support images differ in size: give fractions, 0 to 1")
     across, down = sizes[0]
     return left / across, top / down, (left + width) / across, (top + height) / down
 
@@ -83,7 +78,7 @@ def _filled(box: Sequence[float], shape: tuple[int, int]) -> np.ndarray:
 def _mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """The mask file as a bool array of `shape`. Warns where its aspect ratio is not that of the image."""
     if not path.is_file():
-        raise UserError(f"no mask {path}: --region takes x,y,width,height or a mask file, --ignore a mask file")
+        raise UserError(f"no mask file {path}; a region is x,y,width,height or a mask file", ("region", "ignore"))
     mask = decode_mask(path)
     width, height = mask.size
     if abs(width / height * size[1] / size[0] - 1) > ASPECT_TOLERANCE:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 from inspection.boxes import Box
 from inspection.inputs import Identity
 from inspection.threshold import Threshold
-from reports.page import NO_PREVIEW, Preview
 from utils.errors import UserError
 from utils.files import whole_file
 
@@ -63,21 +62,19 @@ class Prediction(NamedTuple):
     warning: str | None = None
     boxes: Sequence[Box] = ()
     files: Sequence[str] = ()
-    preview: Preview = NO_PREVIEW  # for the report; not kept in files
 
     @property
     def identity(self) -> Identity:
         return Identity(self.path, self.bytes, self.modified)
 
     @property
-    def is_called(self) -> bool:
+    def is_flagged(self) -> bool:
         """Whether somebody should look at the image: its decision is another than normal."""
         return self.decision not in (NORMAL, None)
 
     def plain(self) -> dict:
         """The row as it stands in JSON files."""
-        kept = {name: value for name, value in self._asdict().items() if name != "preview"}
-        return kept | {"boxes": [box._asdict() for box in self.boxes], "files": list(self.files)}
+        return self._asdict() | {"boxes": [box._asdict() for box in self.boxes], "files": list(self.files)}
 
 
 CSV_COLUMNS = Prediction._fields[: Prediction._fields.index("boxes")]
@@ -133,8 +130,8 @@ class ResultFiles:
         self.folder = folder
         if not overwrite and _is_of_earlier_version(folder):
             raise UserError(
-                f"{folder} holds results without {RECORD}, as earlier versions wrote them; "
-                "give another --output, or --overwrite"
+                f"{folder} holds results without {RECORD}, as earlier versions wrote them; give another folder",
+                options=("output", "overwrite"),
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +163,7 @@ class ResultFiles:
             if fcntl:
                 fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another predict.py writes to {self.folder}; give another --output") from error
+            raise UserError(f"another predict.py writes to {self.folder}; give another folder", ("output",)) from error
         except OSError:  # a file system without locks
             return
 
@@ -178,7 +175,7 @@ class ResultFiles:
         try:
             return [_row(json.loads(line)) for line in content[:whole].splitlines()]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.folder / RECORD} is not a record of predict.py; give another --output") from error
+            raise UserError(f"{self.folder / RECORD} is not a record of predict.py", ("output",)) from error
 
     def _write_tables(self) -> None:
         """Writes the tables from the rows: after a kill, they may lack some."""

@@ -1,6 +1,6 @@
 """Computes a threshold from the scores of n normal images, without defective images.
 
-The threshold for a false-positive rate a (the share of normal images that cause a false alarm):
+The threshold for a false-positive rate a (the share of normal images that score above it):
 
 - If (n + 1) a >= 1, it is the ceil((n + 1)(1 - a))-th smallest score of the images (split conformal prediction). This
   assumes no distribution. Leave-one-out scores are too high: the threshold from them is at most that of the next rule
@@ -9,8 +9,8 @@ The threshold for a false-positive rate a (the share of normal images that cause
   taken as normally distributed.
   - If the scorer has a `typical_score`, n images are few evidence beside what is known of other parts: the mean
     logarithm is pulled towards that of `typical_score` by PULL / n, and the variance towards PRIOR_SPREAD^2, which
-    counts as PRIOR_IMAGES images. The threshold lies a share of the normal quantile above the mean: LEFT_OUT_SHARE
-    for leave-one-out scores of at most FEW_LEFT_OUT images, otherwise CALIBRATION_SHARE. It is at least the largest
+    counts as PRIOR_IMAGES images. The threshold lies a share of the normal quantile above the mean: LOO_SHARE
+    for leave-one-out scores of at most FEW_LOO images, otherwise CALIBRATION_SHARE. It is at least the largest
     score of further images.
   - If it has none, each image is scored in all views that the scorer uses. The threshold is the quantile 1 - a of a
     normal distribution with mean and standard deviation of all these logarithms, or the largest score of an image if
@@ -47,8 +47,8 @@ from utils.stages import StageClock
 PULL = 1.5  # images: weight of the typical score beside n scores is PULL / n, at most 1
 PRIOR_SPREAD = 0.1  # standard deviation of the logarithms of a part's scores, before any image is seen
 PRIOR_IMAGES = 0.5  # how many images the prior spread counts for
-LEFT_OUT_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
-FEW_LEFT_OUT = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
+LOO_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
+FEW_LOO = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
 EXCEPTIONAL = 3.0  # standard deviations of the other logarithms above their mean: such an image is named
 NOTICEABLE = 0.01  # share of the threshold by which it falls without that image
 FEWEST_TO_COMPARE = 5  # among fewer images, none can be called an exception
@@ -58,40 +58,35 @@ class NormalScores(NamedTuple):
     """Scores of normal images, from which a threshold is computed.
 
     scores: (n, views), at least 0; the first view is the image itself. maps: (n, S, S), the values of the score maps of
-    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps. left_out: whether
-    each image was left out of the support that scored it. names: of the images, for messages. thumbnails:
-    (n, T, T, 3) uint8, small copies of the images for the report.
+    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps. is_loo: whether they
+    are leave-one-out scores, each image without its own support. names: of the images, for messages.
     """
 
     scores: np.ndarray
     maps: np.ndarray
-    left_out: bool
+    is_loo: bool
     names: tuple[str, ...] = ()
-    thumbnails: np.ndarray | None = None
 
     def keep(self, chosen: np.ndarray) -> NormalScores:
         """The images where `chosen` (n,) bool is True."""
         names = tuple(name for name, kept in zip(self.names, chosen, strict=True) if kept) if self.names else ()
-        thumbnails = None if self.thumbnails is None else self.thumbnails[chosen]
-        return NormalScores(self.scores[chosen], self.maps[chosen], self.left_out, names, thumbnails)
+        return NormalScores(self.scores[chosen], self.maps[chosen], self.is_loo, names)
 
     def by_score(self) -> list[tuple[str, float]]:
         """Name and score of each image, highest score first."""
         names = self.names or tuple(f"image {n}" for n in range(1, len(self.scores) + 1))
         return sorted(zip(names, self.scores[:, 0].tolist(), strict=True), key=lambda row: -row[1])
 
-    def content(self) -> dict:
-        """Tensors and plain values for a file; `from_content` reads them."""
-        values = self._asdict() | {"names": list(self.names)}
-        return {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in values.items()}
+    def state(self) -> dict:
+        """Tensors and plain values for a file; `from_state` reads them."""
+        scores, maps = torch.from_numpy(self.scores), torch.from_numpy(self.maps)
+        return {"scores": scores, "maps": maps, "left_out": self.is_loo, "names": list(self.names)}
 
     @staticmethod
-    def from_content(content: dict | list) -> NormalScores:
-        """The inverse of `content`. Earlier files hold a list of scores and maps of left-out images."""
-        if isinstance(content, list):
-            content = {"scores": content[0], "maps": content[1], "left_out": True}
-        values = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in content.items()}
-        return NormalScores(**values | {"names": tuple(values.get("names", ()))})
+    def from_state(state: dict) -> NormalScores:
+        """The inverse of `state`."""
+        names = tuple(state.get("names", ()))
+        return NormalScores(state["scores"].numpy(), state["maps"].numpy(), state["left_out"], names)
 
 
 def leave_one_out(
@@ -115,7 +110,7 @@ def leave_one_out(
         scores.append(of_views.cpu().numpy())
         of_image = maps_of_views[0].cpu().numpy()
         maps.append(of_image if inside is None else pixels(of_image, inside[0].cpu().numpy(), size))
-    return NormalScores(np.stack(scores), np.stack(maps), left_out=True)
+    return NormalScores(np.stack(scores), np.stack(maps), is_loo=True)
 
 
 class Threshold(NamedTuple):
@@ -144,7 +139,7 @@ class Threshold(NamedTuple):
         if self.rate is not None and self.rate * (self.count + 1) < 1:
             found.append(
                 f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images can show no rate below "
-                f"1/{self.count + 1}; give more with --calibrate"
+                f"1/{self.count + 1}; give further normal images"
             )
         if self.decided_by:
             found.append(
@@ -154,66 +149,69 @@ class Threshold(NamedTuple):
         return found
 
 
-def is_order_statistic(count: int, false_alarm: float) -> bool:
+def is_order_statistic(count: int, rate: float) -> bool:
     """Whether `count` normal images are enough for a threshold from their scores alone, without a distribution."""
-    return _order(count, false_alarm) <= count
+    return _order(count, rate) <= count
 
 
-def needs_views(count: int, false_alarm: float, scorer: Scorer) -> bool:
+def needs_views(count: int, rate: float, scorer: Scorer) -> bool:
     """Whether the rule needs the scores of all views of each normal image."""
-    return scorer.typical_score is None and not is_order_statistic(count, false_alarm)
+    return scorer.typical_score is None and not is_order_statistic(count, rate)
 
 
-def normal_threshold(normal: NormalScores, false_alarm: float, typical_score: float | None, source: str) -> Threshold:
-    """The threshold for a false-positive rate of `false_alarm`, by the rule in the module's docstring.
+def normal_threshold(normal: NormalScores, rate: float, typical_score: float | None, source: str) -> Threshold:
+    """The threshold for a false-positive rate of `rate`, by the rule in the module's docstring.
 
     typical_score: the scorer's. source: where the scores come from, as text for `Threshold.how`.
 
     Raises:
         UserError: fewer than two images that differ, or a rate outside (0, 1).
     """
-    check_calibration(len(normal.scores), false_alarm)
+    check_calibration(len(normal.scores), rate)
     known = normal.scores[:, 0] <= 0  # copies of a support image: they say nothing about how much images differ
     source += f", {known.sum()} identical to others left out" if known.any() else ""
     normal = normal.keep(~known)
     count = len(normal.scores)
     if count < 2:
-        raise UserError("identical normal images give no threshold; give other images, or --threshold")
-    value, rule = _value(normal.scores, normal.left_out, false_alarm, typical_score)
-    region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - false_alarm, axis=1))
-    how = f"{rule} for a false-alarm rate of {false_alarm:g}, {source}"
+        raise UserError(
+            "identical normal images give no threshold; give other images, or the threshold itself",
+            options=("calibrate", "threshold"),
+        )
+    value, rule = _value(normal.scores, normal.is_loo, rate, typical_score)
+    region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
+    how = f"{rule} for a false-positive rate of {rate:g}, {source}"
     typical = float(np.median(normal.scores[:, 0]))
-    threshold = Threshold(value, how, typical, float(region), false_alarm, count)
+    threshold = Threshold(value, how, typical, float(region), rate, count)
     return _with_deciding_image(threshold, normal, typical_score)
 
 
-def _value(scores: np.ndarray, left_out: bool, false_alarm: float, typical_score: float | None) -> tuple[float, str]:
+def _value(scores: np.ndarray, is_loo: bool, rate: float, typical_score: float | None) -> tuple[float, str]:
     """The threshold from scores (n, views) above 0, and the name of the rule. It falls as the rate rises."""
     images, count = np.sort(scores[:, 0]), len(scores)
     largest = float(images[-1]), f"the largest of {count} scores"
-    if is_order_statistic(count, false_alarm):
-        order = _order(count, false_alarm)
+    if is_order_statistic(count, rate):
+        order = _order(count, rate)
         found = float(images[order - 1]), f"the {order}-th smallest of {count} scores"
-        if typical_score is None or not left_out:
+        if typical_score is None or not is_loo:
             return found
-        return min(found, _bound(images, left_out, 1 / (count + 1), typical_score))
+        return min(found, _bound(images, is_loo, 1 / (count + 1), typical_score))
     if typical_score is not None:
-        bound = _bound(images, left_out, false_alarm, typical_score)
-        return bound if left_out else max(bound, largest)
+        bound = _bound(images, is_loo, rate, typical_score)
+        return bound if is_loo else max(bound, largest)
     logs = np.log(scores[scores > 0].astype(np.float64))
-    value = float(np.exp(logs.mean() + ndtri(1 - false_alarm) * logs.std()))
+    value = float(np.exp(logs.mean() + ndtri(1 - rate) * logs.std()))
     return max((value, f"log-normal bound of {scores.size} views"), largest)
 
 
-def _bound(images: np.ndarray, left_out: bool, false_alarm: float, typical_score: float) -> tuple[float, str]:
+def _bound(images: np.ndarray, is_loo: bool, rate: float, typical_score: float) -> tuple[float, str]:
     """The threshold from scores (n,) of images and from what is known of other parts, and the name of the rule."""
     logs, count = np.log(images.astype(np.float64)), len(images)
     pull = min(1.0, PULL / count)
     mean = (1 - pull) * logs.mean() + pull * math.log(typical_score)
     squares = PRIOR_IMAGES * PRIOR_SPREAD**2 + ((logs - logs.mean()) ** 2).sum()
     spread = math.sqrt(squares / (PRIOR_IMAGES + count - 1) * (1 + 1 / count))
-    share = LEFT_OUT_SHARE if left_out and count <= FEW_LEFT_OUT else CALIBRATION_SHARE
-    return math.exp(mean + share * ndtri(1 - false_alarm) * spread), f"bound from {count} scores and the prior"
+    share = LOO_SHARE if is_loo and count <= FEW_LOO else CALIBRATION_SHARE
+    return math.exp(mean + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
 
 
 def _with_deciding_image(threshold: Threshold, normal: NormalScores, typical_score: float | None) -> Threshold:
@@ -223,7 +221,7 @@ def _with_deciding_image(threshold: Threshold, normal: NormalScores, typical_sco
     if count < FEWEST_TO_COMPARE:
         return threshold
     others = np.delete(logs, highest)
-    without, _ = _value(np.delete(normal.scores, highest, axis=0), normal.left_out, threshold.rate, typical_score)
+    without, _ = _value(np.delete(normal.scores, highest, axis=0), normal.is_loo, threshold.rate, typical_score)
     is_exceptional = logs[highest] - others.mean() > EXCEPTIONAL * others.std(ddof=1)
     if not is_exceptional or threshold.value - without < NOTICEABLE * threshold.value:
         return threshold
@@ -231,26 +229,17 @@ def _with_deciding_image(threshold: Threshold, normal: NormalScores, typical_sco
     return threshold._replace(decided_by=name, without=without)
 
 
-def check_calibration(count: int, false_alarm: float) -> None:
-    """Checks that a threshold can be computed from `count` normal images for the rate `false_alarm`.
+def check_calibration(count: int, rate: float) -> None:
+    """Checks that a threshold can be computed from `count` normal images for the false-positive rate `rate`.
 
     Raises:
         UserError: fewer than two images, or a rate outside (0, 1).
     """
-    check_rate(false_alarm)
+    if not 0 < rate < 1:
+        raise UserError(f"the false-positive rate must be between 0 and 1, got {rate}", ("false_positive_rate",))
     if count < 2:
         raise UserError(f"a threshold needs the scores of at least 2 normal images, got {count}")
 
 
-def check_rate(false_alarm: float) -> None:
-    """Checks a false-positive rate.
-
-    Raises:
-        UserError: it is outside (0, 1).
-    """
-    if not 0 < false_alarm < 1:
-        raise UserError(f"--false_alarm must be between 0 and 1, got {false_alarm}")
-
-
-def _order(count: int, false_alarm: float) -> int:
-    return math.ceil((count + 1) * (1 - false_alarm) - 1e-9)  # 20 * 0.95 must not become 19.000000000000004
+def _order(count: int, rate: float) -> int:
+    return math.ceil((count + 1) * (1 - rate) - 1e-9)  # 20 * 0.95 must not become 19.000000000000004

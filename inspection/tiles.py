@@ -51,7 +51,7 @@ class Tiling(NamedTuple):
         return Layout(width, height, across, down, size)
 
 
-def settle_tiling(tile: Tile, sizes: Sequence[tuple[int, int]], size: int, keep_aspect: bool) -> Tiling | None:
+def resolve_tiling(tile: Tile, sizes: Sequence[tuple[int, int]], size: int, keep_aspect: bool) -> Tiling | None:
     """How a detector cuts images; None with OFF.
 
     A side in pixels cuts support and other images. AUTO cuts images that would shrink more than MAX_SHRINK: into tiles

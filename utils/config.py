@@ -48,7 +48,8 @@ def flag(
     text: the help. default: without one, the flag is required. group: of the help page. affects_results: the value is
     part of the fingerprint of a run. least: smallest value of a number, or of each number of a tuple. convert: makes
     the value of a text; by default the type of the field. options: further arguments of `add_argument` (metavar, nargs,
-    const), and `aliases`, other spellings of the flag that the help does not show.
+    const), `spelling`, the flag where it is not the name of the field, and `aliases`, other flags and names in files of
+    --config, which the help does not show.
     """
     metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least}
     metadata |= {"choices": choices, "convert": convert, "options": options}
@@ -134,8 +135,7 @@ class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
         """
         given = vars(self.parse_args(argv))
         file = given.pop("config", None)
-        names = {field.name for field in flags_of(self.kind)}
-        values = {} if file is None else read_config(file, names)
+        values = {} if file is None else read_config(file, self.kind)
         # what argparse converted already is converted again: the same rule holds for files and command lines
         return self.kind.from_plain(values | {name: _plain(value) for name, value in given.items()})
 
@@ -154,25 +154,36 @@ def recorded(record: Mapping) -> dict[str, object]:
     return dict(found[0]) if found else {}
 
 
-def read_config(file: Path, names: set[str]) -> dict[str, object]:
-    """The values of `names` in a JSON file, a record, a checkpoint or a detector file.
+def read_config(file: Path, kind: type[Config]) -> dict[str, object]:
+    """The values of a configuration in a JSON file, a record, a checkpoint or a detector file.
 
     Values of other commands in a record are left out, which is printed; in a JSON file of values alone they are errors.
 
     Raises:
         UserError: the file cannot be read, holds no configuration, or names something unknown.
     """
-    content = _read(file)
+    names, content = {field.name for field in flags_of(kind)}, _read(file)
     values = recorded(content)
     if not values and any(isinstance(value, Mapping) for value in content.values()):
         raise UserError(f"{file} holds no configuration (looked for the entry {' or '.join(CONFIG_KEYS)})")
     if not values:
+        content = _renamed(content, kind)
         if unknown := sorted(set(content) - names):
             raise UserError(f"{file}: no such setting: {', '.join(unknown)}; there are {', '.join(sorted(names))}")
-        return dict(content)
+        return content
+    values = _renamed(values, kind)
     if others := sorted(set(values) - names):
         print(f"{file}: not settings of this command, ignored: {', '.join(others)}", file=sys.stderr)
-    return {name: value for name, value in values.items() if name in names}
+    defaults = {field.name: _plain(field.default) for field in flags_of(kind)}  # a record holds them, nobody gave them
+    return {name: value for name, value in values.items() if name in names and value != defaults[name]}
+
+
+def _renamed(values: Mapping, kind: type[Config]) -> dict[str, object]:
+    """The values under the names of the fields, where they are under an alias."""
+    own = {
+        alias.removeprefix("--"): f.name for f in flags_of(kind) for alias in f.metadata["options"].get("aliases", ())
+    }
+    return {own.get(name, name): value for name, value in values.items()}
 
 
 def _read(file: Path) -> Mapping:
@@ -196,7 +207,7 @@ def _read(file: Path) -> Mapping:
 
 def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: dataclasses.Field) -> None:
     options = dict(field.metadata["options"])
-    names = [f"--{field.name}", *options.pop("aliases", ())]
+    names = [options.pop("spelling", f"--{field.name}"), *options.pop("aliases", ())]
     base, is_tuple = _base_type(kind, field)
     text = field.metadata["text"]
     if base is bool:

@@ -48,16 +48,16 @@ def test_scores_are_the_detector_s(support, demo_data, tmp_path):
     record = run(support, [demo_data / "ring/test"], tmp_path)
     seed_everything(668)
     detector = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
-    paths = [row["path"] for row in record["pictures"]]
+    paths = [row["path"] for row in record["images"]]
     assert len(paths) == 9
     scores, maps = detector.score(paths)
-    assert [row["score"] for row in record["pictures"]] == scores.tolist()
+    assert [row["score"] for row in record["images"]] == scores.tolist()
     np.testing.assert_allclose(detector.score(paths[4:5])[1][0], maps[4], rtol=1e-4, atol=1e-6)  # not batch-dependent
     rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert [np.float32(row["score"]) for row in rows] == scores.tolist()
     limit = record["threshold"]["value"]
     assert [row["decision"] for row in rows] == ["defective" if score > limit else "normal" for score in scores]
-    assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9 and (tmp_path / "report.html").stat().st_size > 10000
+    assert len(list((tmp_path / "images").rglob("*.jpg"))) == 9 and (tmp_path / "report.html").stat().st_size > 10000
 
 
 def test_maps_have_the_size_of_their_image(support, demo_data, tmp_path):
@@ -66,7 +66,7 @@ def test_maps_have_the_size_of_their_image(support, demo_data, tmp_path):
     run(support, [tmp_path / "wide.png"], tmp_path / "out", "--maps", "npy", "--keep_aspect")
     (file,) = (tmp_path / "out/maps").iterdir()
     assert np.load(file).shape == (40, 90)
-    (panels,) = (tmp_path / "out/pictures").iterdir()
+    (panels,) = (tmp_path / "out/images").iterdir()
     with Image.open(panels) as image:
         assert image.height == CAPTION_HEIGHT + 40 and image.width > 3 * 90
 
@@ -76,9 +76,9 @@ def test_a_file_for_each_panel(images, titles, support, demo_data, tmp_path):
     """They have the image's own size; a single support image gives no threshold, so that there are no outlines."""
     source = demo_data / "ring/test/chip/000.png"
     record = run(support[:images], [source], tmp_path, "--panels", "separate")
-    names = [f"pictures/000.png.{title}.jpg" for title in titles]
-    assert sorted(record["pictures"][0]["files"]) == names
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [Path(name).name for name in names]
+    names = [f"images/000.png.{title}.jpg" for title in titles]
+    assert sorted(record["images"][0]["files"]) == names
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [Path(name).name for name in names]
     heat, own, *_ = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in names)
     with Image.open(source) as image:
         expected = np.asarray(image.convert("RGB")).astype(int)
@@ -94,7 +94,7 @@ def test_broken_inputs_do_not_stop_the_run(support, demo_data, tmp_path, capsys)
         run(support, [tmp_path / "in"], tmp_path / "out")
     assert ended.value.code == 1
     assert f"failed: cannot read the image {tmp_path}/in/a.png" in capsys.readouterr().err
-    rows = json.loads((tmp_path / "out/scores.json").read_text())["pictures"]
+    rows = json.loads((tmp_path / "out/scores.json").read_text())["images"]
     assert rows[0]["score"] is None and rows[1]["score"] > 0
 
 
@@ -106,19 +106,19 @@ def test_saved_detector_gives_the_same_bits(support, demo_data, tmp_path):
         + ["--device", "cpu"]
     )
     second = json.loads((tmp_path / "b/scores.json").read_text())
-    when = [row.pop("time") for row in first["pictures"] + second["pictures"]]
-    assert second["pictures"] == first["pictures"] and second["threshold"] == first["threshold"]
+    when = [row.pop("time") for row in first["images"] + second["images"]]
+    assert second["images"] == first["images"] and second["threshold"] == first["threshold"]
     assert len(when) == 4 and all(datetime.fromisoformat(time).utcoffset() is not None for time in when)
 
 
 def test_given_threshold_wins(support, demo_data, tmp_path):
     record = run(support, [demo_data / "ring/test/good"], tmp_path, "--threshold", "0.001")
-    assert {row["decision"] for row in record["pictures"]} == {"defective"}
+    assert {row["decision"] for row in record["images"]} == {"defective"}
 
 
 def test_one_support_picture_decides_nothing(support, demo_data, tmp_path, capsys):
     record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
-    assert record["threshold"] is None and {row["decision"] for row in record["pictures"]} == {None}
+    assert record["threshold"] is None and {row["decision"] for row in record["images"]} == {None}
     printed = capsys.readouterr().out
     assert "images are not classified; give two support images or more" in printed
     assert "images scored, not classified, 0 failed" in printed
@@ -145,8 +145,8 @@ def test_every_picture_has_its_own_files(support, demo_data, tmp_path):
     inputs = [tmp_path / "in", tmp_path / "in/x/a.png", tmp_path / "in/../in/y/a.png"]
     record = run(support, inputs, tmp_path / "out", "--maps", "png")
     names = sorted(str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.*g"))
-    assert len(record["pictures"]) == len(names) == 5
-    for kind, ending in (("pictures", ".jpg"), ("maps", ".png")):
+    assert len(record["images"]) == len(names) == 5
+    for kind, ending in (("images", ".jpg"), ("maps", ".png")):
         folder = tmp_path / "out" / kind
         assert sorted(str(f.relative_to(folder)) for f in folder.rglob("*.*g")) == [name + ending for name in names]
     assert "größe 7 部品.png" in (tmp_path / "out/scores.csv").read_text(encoding="utf-8")
@@ -168,8 +168,8 @@ def test_a_name_that_is_no_text(support, demo_data, tmp_path):
 
 @pytest.mark.parametrize(("scorer", "scale"), [("gaussian", 256), ("neighbours", 16384)])
 def test_maps_hold_the_scores(support, demo_data, tmp_path, scorer, scale):
-    image, flags = demo_data / "ring/test/good/000.png", ("--no_pictures", "--scorer", scorer, "--maps")
-    score = run(support, [image], tmp_path / "a", *flags, "npy")["pictures"][0]["score"]
+    image, flags = demo_data / "ring/test/good/000.png", ("--no_images", "--scorer", scorer, "--maps")
+    score = run(support, [image], tmp_path / "a", *flags, "npy")["images"][0]["score"]
     assert run(support, [image], tmp_path / "b", *flags, "png")["map_scale"] == scale
     with Image.open(tmp_path / "b/maps/000.png.png") as image:
         coarse = np.asarray(image) / scale
@@ -183,9 +183,9 @@ def test_maps_hold_the_scores(support, demo_data, tmp_path, scorer, scale):
 def test_alone_as_among_others(support, demo_data, tmp_path):
     inputs = sorted((demo_data / "ring/test").rglob("*.png")) + sorted((demo_data / "weave/test").rglob("*.png"))
     assert len(inputs) > 16  # more than one group
-    together = run(support, inputs, tmp_path / "all", "--no_pictures", "--maps", "npy")["pictures"]
+    together = run(support, inputs, tmp_path / "all", "--no_images", "--maps", "npy")["images"]
     for number in (0, len(inputs) - 1):
-        alone = run(support, [inputs[number]], tmp_path / str(number), "--no_pictures", "--maps", "npy")["pictures"]
+        alone = run(support, [inputs[number]], tmp_path / str(number), "--no_images", "--maps", "npy")["images"]
         score, decision = together[number]["score"], together[number]["decision"]
         differs = {name: alone[0][name] for name in ("time", "relative", "threshold", "boxes", "files")}
         assert alone == [together[number] | differs | {"score": pytest.approx(score, rel=1e-5), "decision": decision}]
@@ -197,11 +197,11 @@ def test_alone_as_among_others(support, demo_data, tmp_path):
 def test_heat_maps_are_seen(support, demo_data, tmp_path):
     """The heat map of an image as normal as the support is coloured at its maximum, for any threshold."""
     record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")
-    assert all(row["decision"] == "normal" for row in record["pictures"])
-    for row in record["pictures"]:
+    assert all(row["decision"] == "normal" for row in record["images"])
+    for row in record["images"]:
         with Image.open(
             tmp_path
-            / "pictures"
+            / "images"
             / Path(row["path"]).relative_to(demo_data / "ring/test").with_name(Path(row["path"]).name + ".jpg")
         ) as image:
             panels = np.asarray(image).astype(int)[CAPTION_HEIGHT:]
@@ -213,7 +213,7 @@ def test_heat_maps_are_seen(support, demo_data, tmp_path):
 
 
 def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
-    for module in ("predict", "inspection.report"):
+    for module in ("inspection.run", "inspection.report"):
         monkeypatch.setattr(f"{module}.PAGE_IMAGES", 2)
     run(support, [demo_data / "ring/test"], tmp_path)
     page = (tmp_path / "report.html").read_text()
@@ -223,7 +223,7 @@ def test_page_shows_so_many_images(support, demo_data, tmp_path, monkeypatch):
     known = json.loads(re.search(r'id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1])["references"]
     assert [image["name"] for image in known] == [path.name for path in support]
     assert all(image["role"] == "support" and image["score"] > 0 and len(image["panels"]) == 3 for image in known)
-    assert len(list((tmp_path / "pictures").rglob("*.jpg"))) == 9
+    assert len(list((tmp_path / "images").rglob("*.jpg"))) == 9
 
 
 @given(st.integers(1, 12), st.integers(1, 700), st.integers(0, 2**32 - 1))
@@ -264,11 +264,11 @@ def test_support_images_without_any_difference_are_one_image(tmp_path, capsys):
     for name in "ab":
         Image.new("L", (80, 60)).save(tmp_path / f"{name}.png")
     record = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "out")
-    sentence = f"{tmp_path / 'b.png'} is a copy of {tmp_path / 'a.png'} and does not count"
+    sentence = f"{tmp_path / 'b.png'}: duplicate of {tmp_path / 'a.png'}, ignored"
     assert record["warnings"] == [sentence] and f"warning: {sentence}" in capsys.readouterr().err
-    assert record["threshold"] is None and record["pictures"][0]["decision"] is None
+    assert record["threshold"] is None and record["images"][0]["decision"] is None
     record = run([tmp_path / "a.png", tmp_path / "b.png"], [tmp_path / "a.png"], tmp_path / "o", "--threshold", "1")
-    assert record["pictures"][0]["decision"] == "normal"
+    assert record["images"][0]["decision"] == "normal"
 
 
 def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_threshold(
@@ -283,7 +283,7 @@ def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_thresh
         map(str, defects), key={row["name"]: row["score"] for row in record["known_defects"]}.get
     )
     assert f"of {len(defects)} found, lowest scores first" in printed
-    listed = record["normal_images"]["left_out"]
+    listed = record["normal_images"]["leave_one_out"]
     assert {row["path"] for row in listed} == set(map(str, support))
     assert [row["score"] for row in listed] == sorted((row["score"] for row in listed), reverse=True)
     assert "normal images, highest scores first" in printed and "extrapolation" in record["warnings"][0]
@@ -302,7 +302,7 @@ def test_thresholds_of_further_images_and_of_another_rate(support, demo_data, tm
     normal = sorted((demo_data / "ring/test/good").iterdir())
     record = run(support, normal, tmp_path / "a", "--calibrate", *map(str, normal), "--save", str(tmp_path / "x.regad"))
     assert "3 further normal images" in record["threshold"]["how"] and "0.01" in record["threshold"]["how"]
-    assert record["threshold"]["typical"] == sorted(row["score"] for row in record["pictures"])[1]
+    assert record["threshold"]["typical"] == sorted(row["score"] for row in record["images"])[1]
     loose = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"]
     strict = run(support, normal, tmp_path / "c", "--false_alarm", "0.02")["threshold"]
     assert loose["value"] < strict["value"] and "leave-one-out over 3" in strict["how"]
@@ -319,18 +319,18 @@ def test_own_output_is_not_scored(support, demo_data, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
     for _ in range(2):
-        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out", "--overwrite")["pictures"]) == 1
+        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out", "--overwrite")["images"]) == 1
     (tmp_path / "out/in").mkdir(parents=True)
     (tmp_path / "in/a.png").rename(tmp_path / "out/in/a.png")
-    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["pictures"]) == 1  # allowed: above inputs
+    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["images"]) == 1  # allowed: above inputs
 
 
 def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/000.png.jpg").mkdir()  # blocks the output file
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/000.png.jpg").mkdir()  # blocks the output file
     with pytest.raises(SystemExit) as ended:
         run(support, [demo_data / "ring/test/good"], tmp_path)
-    rows = json.loads((tmp_path / "scores.json").read_text())["pictures"]
+    rows = json.loads((tmp_path / "scores.json").read_text())["images"]
     assert ended.value.code == 1 and all(row["score"] > 0 for row in rows)
     assert [bool(row["error"]) for row in rows] == [True, False, False]
     said = capsys.readouterr()
@@ -348,13 +348,14 @@ MISTAKES = {
     "--support empty --input in": "no images",
     "--support in --input in --img_size 50": "multiple of 16",
     "--support in --input in --num_workers 0": "--num_workers must be at least 1",
-    "--support in --input in --threshold nan": "--threshold must be a number",
+    "--support in --input in --threshold nan": "--threshold must be a finite number",
     "--support in --input in --output in": "--output in is also where the images come from",
     "--support in --input in --output in/a.png": "no folder for output can be at in/a.png (--output): ",
     "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal images",
     "--support in in2 --input in --false_alarm 5": "must be between 0 and 1, got 5",
     "--support broken.png --input in": "cannot read the image broken.png",
     "--detector nowhere --input in": "no detector file nowhere",
+    "--detector x --input in --keep_aspect --img_size 512 --checkpoint x": "--checkpoint, --img_size, --keep_aspect: a",
     "--support in --save out.regad --checkpoint x": "x",
     "--support in --save in": "no file can be written at in (--save): something else than a file is there",
     "--support in --input in --device tpu9": "device 'tpu9' cannot be used",
@@ -370,10 +371,11 @@ def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkey
     Path("in/a.png").write_bytes(image)
     Path("in2/b.png").write_bytes(image)
     Path("broken.png").write_bytes(b"broken")
-    size = [] if "--img_size" in flags else ["--img_size", str(SIZE)]
+    fitting = [] if "--detector" in flags else ["--weights", "none"]
+    fitting += [] if "--img_size" in flags or "--detector" in flags else ["--img_size", str(SIZE)]
     device = [] if "--device" in flags else ["--device", "cpu"]
     with pytest.raises(UserError) as caught:
-        predict.main([*flags.split(), "--weights", "none", *size, *device])
+        predict.main([*flags.split(), *fitting, *device])
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -381,12 +383,12 @@ def test_a_copy_among_the_support_images_changes_nothing_and_is_named(support, d
     """A copy among four images used to raise the threshold from 55.9 to 84.3; all images twice made it 13.5."""
     (tmp_path / "copy.png").write_bytes(support[0].read_bytes())
     normal = [demo_data / "ring/test/good"]
-    plain = run(support, normal, tmp_path / "out", "--no_pictures")
+    plain = run(support, normal, tmp_path / "out", "--no_images")
     for images in ([*support, tmp_path / "copy.png"], [*support, *_copied(support, tmp_path / "twice")]):
-        record = run(images, normal, tmp_path / "out", "--no_pictures", "--overwrite")
+        record = run(images, normal, tmp_path / "out", "--no_images", "--overwrite")
         assert record["threshold"] == plain["threshold"]
-        assert [row["score"] for row in record["pictures"]] == [row["score"] for row in plain["pictures"]]
-        assert sum("is a copy of" in sentence for sentence in record["warnings"]) == len(images) - len(support)
+        assert [row["score"] for row in record["images"]] == [row["score"] for row in plain["images"]]
+        assert sum("duplicate of" in sentence for sentence in record["warnings"]) == len(images) - len(support)
 
 
 def _copied(paths, folder):

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import predict
+from inspection import run
 from inspection.detector import FewShotDetector
 from inspection.inputs import Watcher
 from inspection.results import ResultFiles
@@ -72,7 +73,7 @@ def watch(part, folder, tmp_path, monkeypatch) -> Callable[..., int]:
                 raise KeyboardInterrupt
             step()
 
-        monkeypatch.setattr("predict.time.sleep", sleep)
+        monkeypatch.setattr("inspection.run.time.sleep", sleep)
         return call(part, "--watch", folder, "--output", tmp_path / "out", *flags)
 
     return watch_steps
@@ -82,7 +83,7 @@ def rows_of(output: Path) -> list[dict]:
     """The rows of an output folder, after a check that all its files agree on them."""
     rows = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     record = json.loads((output / "scores.json").read_text())
-    assert record["pictures"] == rows
+    assert record["images"] == rows
     with (output / "scores.csv").open(newline="", encoding="utf-8") as stream:
         table = list(csv.DictReader(stream))
     as_text = [{name: "" if row[name] is None else str(row[name]) for name in table[0]} for row in rows]
@@ -135,7 +136,7 @@ def test_a_watch_ends_with_a_summary(part, images, folder):
     assert "stopped: 2 images scored, 2 defective, 0 failed" in errors.decode() and "Traceback" not in errors.decode()
     assert rows_of(output) == lines
     assert [Path(row["path"]).name for row in lines] == ["0.png", "1.png"]
-    assert len(list((output / "pictures").iterdir())) == 2 and [len(row["boxes"]) > 0 for row in lines] == [True, True]
+    assert len(list((output / "images").iterdir())) == 2 and [len(row["boxes"]) > 0 for row in lines] == [True, True]
 
 
 def test_a_camera_that_reuses_a_name(watch, part, images, folder, tmp_path):
@@ -149,7 +150,7 @@ def test_a_camera_that_reuses_a_name(watch, part, images, folder, tmp_path):
     rows = rows_of(tmp_path / "out")
     assert watch() == 0
     assert rows_of(tmp_path / "out") == rows  # nothing is scored twice
-    assert [row["files"] for row in rows] == [[f"pictures/latest.png{n}.jpg"] for n in ("", ".2", ".3")]
+    assert [row["files"] for row in rows] == [[f"images/latest.png{n}.jpg"] for n in ("", ".2", ".3")]
     expected = FewShotDetector.load(part, "cpu").score([Image.open(io.BytesIO(image)) for image in images[:3]])[0]
     assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
     assert len({row["modified"] for row in rows}) == 3 and {row["path"] for row in rows} == {str(target)}
@@ -235,7 +236,7 @@ def test_undecodable_names_and_other_working_directories(watch, images, folder, 
     (row,) = rows_of(tmp_path / "out")
     assert row["path"] == f"{folder}/2\\udce9.png" and (tmp_path / "out" / row["files"][0]).is_file()
     call_overwrite = watch(flags=("--overwrite",))
-    assert call_overwrite == 0 and len(list((tmp_path / "out/pictures").iterdir())) == 1
+    assert call_overwrite == 0 and len(list((tmp_path / "out/images").iterdir())) == 1
 
 
 def test_own_output_is_not_watched_through_a_link(part, images, folder, tmp_path, watch):
@@ -265,7 +266,7 @@ def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_
     flags = ("--input", folder, "--output", out, "--maps", "npy")
     assert call(part, *flags) == 0
     first = rows_of(out)
-    (out / "pictures/mine.jpg").write_bytes(b"mine")
+    (out / "images/mine.jpg").write_bytes(b"mine")
     with monkeypatch.context() as patched:
         patched.setattr("predict.make_detector", lambda *_: pytest.fail("work was done"))
         with pytest.raises(UserError, match=r"holds results of an earlier run: give --append, --overwrite or another"):
@@ -282,7 +283,7 @@ def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_
     (folder / "0.png").unlink()
     assert call(part, *flags, "--overwrite") == 0
     assert [Path(row["path"]).name for row in rows_of(out)] == ["1.png", "2.png"]
-    assert sorted(path.name for path in (out / "pictures").iterdir()) == ["1.png.jpg", "2.png.jpg", "mine.jpg"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["1.png.jpg", "2.png.jpg", "mine.jpg"]
     assert sorted(path.name for path in (out / "maps").iterdir()) == ["1.png.npy", "2.png.npy"]
 
 
@@ -306,7 +307,7 @@ def test_same_names_of_another_night_keep_their_pictures(part, images, tmp_path)
         (tmp_path / f"{night}").mkdir()
         (tmp_path / f"{night}/a.png").write_bytes(images[night])
         call(part, "--input", tmp_path / f"{night}", "--output", out, "--append")
-    assert [row["files"] for row in rows_of(out)] == [["pictures/a.png.jpg"], ["pictures/a.png.2.jpg"]]
+    assert [row["files"] for row in rows_of(out)] == [["images/a.png.jpg"], ["images/a.png.2.jpg"]]
 
 
 def test_exit_codes(part, images, folder, tmp_path):
@@ -314,7 +315,7 @@ def test_exit_codes(part, images, folder, tmp_path):
     text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
     table = re.search(r"\| exit code \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text)[1]
     meanings = dict(re.findall(r"\| (\d+) \| (.+) \|", table))
-    assert list(meanings) == ["0", str(predict.SOME_FAILED), "2", str(predict.SOME_CALLED)] == ["0", "1", "2", "3"]
+    assert list(meanings) == ["0", str(run.SOME_FAILED), "2", str(run.SOME_FLAGGED)] == ["0", "1", "2", "3"]
     assert "images failed" in meanings["1"] and "`--fail_on_defect`" in meanings["3"]
     (folder / "0.png").write_bytes(images[0])
     flags = ("--input", folder, "--output", tmp_path / "out", "--overwrite")
@@ -349,14 +350,14 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(part, images, folder, tmp
 
 
 def test_images_to_look_at_are_printed_and_the_page_says_why(part, images, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predict, "MOST_CALLED", 2)
+    monkeypatch.setattr(run, "MOST_FLAGGED", 2)
     for number in range(2):
         (folder / f"{number}.png").write_bytes(images[number])
     Image.new("L", (80, 60)).save(folder / "black.png")
     out = tmp_path / "out"
     assert call(part, "--input", folder, "--output", out, "--threshold", 0.001) == 0
     printed = capsys.readouterr().out
-    rows = json.loads((out / "scores.json").read_text())["pictures"]
+    rows = json.loads((out / "scores.json").read_text())["images"]
     called = sorted(rows, key=lambda row: -row["score"])
     said = [f"{row['path']}: {row['score']:.3f} {row['decision']}" for row in called]
     assert [line in printed for line in said] == [True, True, False] and "and 1 more, see" in printed
@@ -390,7 +391,7 @@ def test_the_reader_of_the_lines_goes_away(part, images, folder, tmp_path):
 def test_a_page_is_not_written_at_every_arrival(watch, images, folder, tmp_path, monkeypatch):
     """Rows are appended one by one; scores.json and the page follow at intervals and at the end."""
     written = []
-    monkeypatch.setattr("predict.write_page", lambda *content: written.append(content))
+    monkeypatch.setattr("inspection.run.write_page", lambda *content: written.append(content))
     arrivals = [lambda n=n: (folder / f"{n}.png").write_bytes(images[n]) for n in range(4)]
     watch(*(step for arrival in arrivals for step in (arrival, lambda: None)))
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4 and len(written) == 2
@@ -401,7 +402,7 @@ def test_another_threshold_is_saved_without_the_network(part, tmp_path, monkeypa
     monkeypatch.setattr(FewShotDetector, "fit", lambda *_: pytest.fail("the detector was fitted"))
     assert call(part, "--threshold", 30, "--save", tmp_path / "b.regad") == 0
     before, after = FewShotDetector.load(part, "cpu"), FewShotDetector.load(tmp_path / "b.regad", "cpu")
-    assert after.threshold == before.threshold._replace(value=30.0, how="given with --threshold", rate=None)
+    assert after.threshold == before.threshold._replace(value=30.0, how="given", rate=None)
     assert after.identity() == before.identity()
 
 
@@ -421,7 +422,7 @@ def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
         Path(f"{name}.png").write_bytes(images[number])
     for step in [*steps, nightly]:
         pause = iter([None])
-        monkeypatch.setattr("predict.time.sleep", lambda _, pause=pause: _next_or_interrupt(pause))
+        monkeypatch.setattr("inspection.run.time.sleep", lambda _, pause=pause: _next_or_interrupt(pause))
         fresh = ["--weights", "none", "--img_size", "64"] if "--support" in step else []
         capsys.readouterr()
         with suppress(SystemExit):

@@ -266,7 +266,7 @@ def test_an_image_beyond_the_depth_of_the_detector_is_named(network, greys):
 def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, capsys):
     support, images = greys[10]
     bright = greys[12][1][0]
-    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--no_pictures"]
+    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--no_images"]
     base = ["--input", str(bright), str(images[1]), "--output", str(tmp_path / "out"), *flags]
     predict.main(["--support", *map(str, support), "--save", str(tmp_path / "part.regad"), *base])
     printed = capsys.readouterr()
@@ -274,8 +274,8 @@ def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, caps
     assert re.search(r", 0 failed(, \d unusual)?, 1 beyond the bit depth: ", printed.out)
     assert f"warning: {bright} has values up to" in printed.err
     record = json.loads((tmp_path / "out/scores.json").read_text())
-    assert record["bits"] == 10 and [bool(row["warning"]) for row in record["pictures"]] == [True, False]
-    assert str(bright) in record["pictures"][0]["warning"]
+    assert record["bits"] == 10 and [bool(row["warning"]) for row in record["images"]] == [True, False]
+    assert str(bright) in record["images"][0]["warning"]
     assert "1023 of 10 bits" in (tmp_path / "out/report.html").read_text()
     other = ["--detector", str(tmp_path / "part.regad"), "--overwrite", *base]
     predict.main([*other, "--bits", "12", "--calibrate", *map(str, greys[12][1][2:5])])
@@ -290,7 +290,7 @@ def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, caps
 def test_predict_says_nothing_about_8_bit_files(greys, tmp_path, capsys):
     support, images = greys[None]
     predict.main(
-        ["--support", *map(str, support), "--input", *map(str, images), "--output", str(tmp_path), "--no_pictures"]
+        ["--support", *map(str, support), "--input", *map(str, images), "--output", str(tmp_path), "--no_images"]
         + ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu"]
     )
     printed = capsys.readouterr()

@@ -23,7 +23,7 @@ from evaluation.scoring import compute_test_features, score_rounds
 from experiments.estimate import measure
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
-from inspection.unusual import Likeness
+from inspection.out_of_distribution import OutOfDistributionCheck
 from models.networks import scoring_network
 from models.regad import RegAD
 from models.stn import fuse_conv_bn
@@ -40,8 +40,10 @@ WAITS_OF_A_ROUND, WAITS_OF_A_BATCH = 3, 1  # largest number allowed
 
 @pytest.fixture
 def pretend(monkeypatch):
-    twins = Likeness.twins  # the invented answer is that all are copies; then only one image would be left
-    monkeypatch.setattr(Likeness, "twins", lambda *given: twins(*given) and {})
+    found = OutOfDistributionCheck.duplicates
+        OutOfDistributionCheck.twins
+    )  # the invented answer is that all are copies; then only one image would be left
+    monkeypatch.setattr(OutOfDistributionCheck, "duplicates", lambda *given: found(*given) and {})
     with PretendCuda() as mode:
         yield mode
 

@@ -101,21 +101,22 @@ def test_leave_one_out_is_fitting_without_the_image(name, network, files):
         views = support_views(read_support_images([left_out], SIZE))[list(detector.scorer.views)]
         views = views if name == "gaussian" else views[:1]
         scores, maps = FewShotDetector(network, "cpu", scorer=name).fit(others).score(views)
-        np.testing.assert_allclose(maps[0], detector.left_out.maps[index], rtol=1e-3)
-        np.testing.assert_allclose(scores, detector.left_out.scores[index], rtol=1e-3)
+        np.testing.assert_allclose(maps[0], detector.loo_scores.maps[index], rtol=1e-3)
+        np.testing.assert_allclose(scores, detector.loo_scores.scores[index], rtol=1e-3)
 
 
 def test_one_support_image(network, files):
     detector = FewShotDetector(network, "cpu").fit(files[0][:1])
-    assert detector.left_out is None and np.isfinite(detector.score(files[1][:1])[0]).all()
-    with pytest.raises(UserError, match=r"scores of two normal images.*--calibrate.*--threshold"):
+    assert detector.loo_scores is None and np.isfinite(detector.score(files[1][:1])[0]).all()
+    with pytest.raises(UserError, match=r"scores of two normal images"):
         detector.calibrate(0.05)
     assert detector.calibrate(0.05, files[0][1:]).value > 0
 
 
-def test_saved_and_loaded(detector, files, tmp_path):
+def test_saved_and_loaded(network, files, tmp_path):
+    origin = {"support": [path.name for path in files[0]]}
+    detector = FewShotDetector(network, "cpu", origin=origin).fit(files[0])
     detector.calibrate(0.05)
-    detector.origin = {"support": [path.name for path in files[0]]}
     detector.save(tmp_path / "part.regad")
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
     assert loaded.threshold == detector.threshold and loaded.origin == detector.origin
@@ -158,13 +159,13 @@ def test_calibration_takes_views_where_the_rule_needs_them(name, network, files)
     scores = np.stack([detector.score(image)[0] for image in views])[:, : None if name == "gaussian" else 1]
     prior = detector.scorer.typical_score
 
-    def value(scores: np.ndarray, rate: float, left_out: bool) -> float:
-        seen = NormalScores(scores, np.zeros((len(scores), 2, 2)), left_out)
+    def value(scores: np.ndarray, rate: float, is_loo: bool) -> float:
+        seen = NormalScores(scores, np.zeros((len(scores), 2, 2)), is_loo)
         return normal_threshold(seen, rate, prior, "").value
 
     assert detector.calibrate(0.05, normal).value == pytest.approx(value(scores, 0.05, False), rel=1e-5)
     assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max(), rel=1e-5)
-    assert detector.calibrate(0.05).value == value(detector.left_out.scores, 0.05, True)
+    assert detector.calibrate(0.05).value == value(detector.loo_scores.scores, 0.05, True)
 
 
 def test_the_readme_s_python(files, tmp_path, monkeypatch):

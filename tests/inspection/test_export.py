@@ -25,7 +25,7 @@ from datasets.images import read_image
 from inspection.detector import FewShotDetector
 from inspection.export import WRITERS, ExportedDetector
 from inspection.export_check import CHECK_BATCHES, OPENERS, TOLERANCE, compare, refuse_differences
-from inspection.exported import GIVEN_WITH, METADATA_FILE, export_metadata
+from inspection.exported import GIVEN, METADATA_FILE, export_metadata
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
 from models.regad import RegAD, load_checkpoint
@@ -175,7 +175,7 @@ def test_another_threshold_changes_nothing_else(exported, images, kind, tmp_path
     export.main(["--set_threshold", "30.5", str(path)])
     assert f"threshold of {path}: 30.5, before: {about['threshold']}" in capsys.readouterr().out
     changed, same_weights, same_results = contents(path, images[:2])
-    assert changed == about | {"threshold": "30.5", "threshold_rule": GIVEN_WITH, "false_alarm": ""}
+    assert changed == about | {"threshold": "30.5", "threshold_rule": GIVEN, "false_alarm": ""}
     assert len(weights) > 20 and same_weights == weights
     assert all(np.array_equal(*pair) for pair in zip(results, same_results, strict=True))
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -189,8 +189,8 @@ def test_a_threshold_that_cannot_be_set(exported, normal, tmp_path, monkeypatch)
         archive.writestr("other/extra/metadata.json", "{}")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     mistakes = {
-        (str(tmp_path / "missing.onnx"), "30"): r"no exported file .*missing\.onnx; make one with: python export\.py",
-        (str(tmp_path / "part.regad"), "30"): r"changes \.onnx and \.pt2 files.*predict\.py --save",
+        (str(tmp_path / "missing.onnx"), "30"): r"no exported file .*missing\.onnx; python export\.py",
+        (str(tmp_path / "part.regad"), "30"): r"is no \.onnx or \.pt2 file.*predict\.py",
         (str(tmp_path / "part.pt2"), "nan"): "needs a number and a file, got 'nan'",
         (str(tmp_path / "part.pt2"), "high"): "needs a number and a file, got 'high'",
     }
@@ -254,7 +254,7 @@ def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeyp
         ExportedDetector(FewShotDetector(network, "cpu"))
     with monkeypatch.context() as limited:
         limited.setattr(inspection.export, "ONNX_LIMIT", 2**20)
-        with pytest.raises(UserError, match=r"one ONNX file holds 2 GB.*--format pt2"):
+        with pytest.raises(UserError, match=r"one ONNX file holds 2 GB.*the format pt2"):
             inspection.export.write_onnx(detector, tmp_path / "part.onnx")
     monkeypatch.setattr(inspection.exported, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no package onnx and onnxscript: .*requirements-export.txt"):

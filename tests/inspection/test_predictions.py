@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from inspection.detector import SCORE_GROUP, FewShotDetector
+from inspection.detector import FewShotDetector
 from inspection.predictions import Outputs, predict
+from inspection.scoring import SCORE_GROUP
 from inspection.threshold import Threshold
 from models.regad import untrained
 from utils.devices import seed_everything
@@ -44,11 +45,11 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
         **{"size": 16, "keep_aspect": False, "bits": 16},
     )
     paths = [tmp_path / f"{number}.png" for number in range(3 * SCORE_GROUP)]
-    outputs = Outputs(tmp_path / "out", tmp_path, False, "none", "id")
-    rows = list(predict(detector, paths, outputs, 2, 0))
+    outputs = Outputs(tmp_path / "out", tmp_path, None, "none", "id")
+    rows = [row for row, _ in predict(detector, paths, outputs, 2, 0)]
     assert len(rows) == len(paths) and when_scored[0] == 2 * SCORE_GROUP - 1
     assert {(row.decision, row.relative, len(row.boxes)) for row in rows} == {("defective", 4.0, 1)}
-    assert detector.clock.seconds.keys() == {"decode", "pictures"}
+    assert detector.clock.seconds.keys() == {"decode", "drawing"}
 
 
 def test_the_identity_of_a_detector(demo_data):
@@ -61,7 +62,7 @@ def test_the_identity_of_a_detector(demo_data):
 
     first = fitted(support)
     own = first.identity()
-    first.threshold, first.origin = Threshold(1.0, "", 1.0, 1.0), {"support": []}
+    first.set_threshold(1.0)
     assert first.identity() == own == fitted(support).identity()
     others = [fitted(support[:2]), fitted(support, seed=1), fitted(support, keep_aspect=True)]
     others += [fitted(support, scorer="gaussian"), fitted(support, bits=12), fitted(support, tile="off")]

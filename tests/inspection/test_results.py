@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from inspection.boxes import Box
 from inspection.results import CSV_COLUMNS, Prediction, ResultFiles, count_decisions, relative_score
 from inspection.threshold import Threshold
-from reports.page import NO_PREVIEW
 from utils.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(['a,"b"', "x\r\ny", "größe\n"])
@@ -38,7 +37,6 @@ ROWS = st.lists(
         st.none() | TEXTS,
         st.lists(BOX, max_size=2),
         st.lists(TEXTS, max_size=2),
-        st.just(NO_PREVIEW),  # previews are not kept
     ),
     max_size=4,
 )
@@ -81,15 +79,15 @@ def row_with(*files: str) -> Prediction:
 def test_only_listed_files_inside_the_folder_are_removed(tmp_path):
     out, outside = tmp_path / "out", tmp_path / "outside.jpg"
     files = ResultFiles(out)
-    files.add(row_with("pictures/a.jpg", "../outside.jpg", str(outside)))
+    files.add(row_with("images/a.jpg", "../outside.jpg", str(outside)))
     files.close()
-    (out / "pictures").mkdir()
-    for place in (outside, out / "pictures/a.jpg", out / "pictures/b.jpg"):
+    (out / "images").mkdir()
+    for place in (outside, out / "images/a.jpg", out / "images/b.jpg"):
         place.write_bytes(b"x")
     with (out / "results.jsonl").open("a") as stream:
         stream.write('{"damaged\n')
     ResultFiles(out, overwrite=True).close()
-    assert outside.is_file() and [path.name for path in (out / "pictures").iterdir()] == ["b.jpg"]
+    assert outside.is_file() and [path.name for path in (out / "images").iterdir()] == ["b.jpg"]
     assert (out / "results.jsonl").read_bytes() == b"" and len(read_csv(out / "scores.csv")) == 1
 
 
@@ -119,4 +117,4 @@ def test_counts():
     row = row_with()
     rows = [row, row._replace(decision="unusual"), row._replace(score=None, decision=None, error="broken")]
     assert count_decisions(rows) == {"scored": 2, "normal": 1, "defective": 0, "unusual": 1, "failed": 1}
-    assert [one.is_called for one in rows] == [False, True, False]
+    assert [one.is_flagged for one in rows] == [False, True, False]

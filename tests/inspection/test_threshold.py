@@ -17,11 +17,11 @@ scores_of_images = st.lists(st.floats(0.1, 1.5), min_size=2, max_size=30)
 kinds = st.sampled_from([(None, True), (None, False), (PRIOR, True), (PRIOR, False)])
 
 
-def threshold_of(scores, share: float, prior: float | None = None, left_out: bool = True) -> Threshold:
+def threshold_of(scores, share: float, prior: float | None = None, is_loo: bool = True) -> Threshold:
     """The threshold for scores (n,) or (n, views); the maps do not matter."""
     scores = np.array(scores, float).reshape(len(scores), -1)
     names = tuple(f"{n}.png" for n in range(len(scores)))
-    return normal_threshold(NormalScores(scores, np.zeros((len(scores), 2, 2)), left_out, names), share, prior, "")
+    return normal_threshold(NormalScores(scores, np.zeros((len(scores), 2, 2)), is_loo, names), share, prior, "")
 
 
 def test_few_images_without_a_prior_by_the_definition():
@@ -53,14 +53,14 @@ def test_one_copy_more_or_less_hardly_matters_with_a_prior():
 def test_many_scores_are_an_order_statistic():
     scores = np.random.default_rng(0).permutation(np.arange(1, 20))
     for prior in (None, 5.0):
-        assert threshold_of(scores, 0.05, prior, left_out=False).value == 19  # (19 + 1) 0.95 = 19
-        assert threshold_of(scores, 0.5, prior, left_out=False).value == 10
+        assert threshold_of(scores, 0.05, prior, is_loo=False).value == 19  # (19 + 1) 0.95 = 19
+        assert threshold_of(scores, 0.5, prior, is_loo=False).value == 10
     assert threshold_of(scores, 0.04).value > 19
 
 
 def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
     maps = np.random.default_rng(0).permutation(3 * 100).reshape(3, 10, 10) + 1.0
-    normal = NormalScores(maps.max(axis=(1, 2))[:, None], maps, left_out=True)
+    normal = NormalScores(maps.max(axis=(1, 2))[:, None], maps, is_loo=True)
     threshold = normal_threshold(normal, 0.2, None, "")
     shares = sorted((maps > threshold.region).mean(axis=(1, 2)))
     assert shares[1] == pytest.approx(0.2) and shares[0] < 0.2 < shares[2]
@@ -85,7 +85,7 @@ def test_false_alarms_of_log_normal_scores_are_as_asked():
 
 
 @given(st.integers(2, 40), st.floats(0.001, 0.5))
-def test_a_rate_that_the_images_cannot_show_is_called_an_extrapolation(count, rate):
+def test_a_rate_that_the_images_cannot_show_is_flagged_an_extrapolation(count, rate):
     threshold = threshold_of(np.linspace(0.5, 0.8, count), rate, PRIOR)
     said = any("extrapolation" in sentence and f"1/{count + 1}" in sentence for sentence in threshold.warnings)
     assert said == (rate < 1 / (count + 1)) and threshold.count == count and threshold.rate == rate

@@ -24,7 +24,7 @@ from inspection.tiles import (
     Tiling,
     fitting_corners,
     joined_map,
-    settle_tiling,
+    resolve_tiling,
     shrink_warning,
     tile_side,
 )
@@ -107,13 +107,13 @@ def test_a_tile_that_protrudes_is_filled_by_reflection():
 
 
 def test_auto_follows_the_support():
-    assert settle_tiling("off", [(4000, 3000)], SIZE, False) is None
-    assert settle_tiling(100, [(4000, 3000)], SIZE, False) == Tiling(100, 100, 100, False)
-    large = settle_tiling("auto", [(4000, 3000)] * 2, SIZE, False)
+    assert resolve_tiling("off", [(4000, 3000)], SIZE, False) is None
+    assert resolve_tiling(100, [(4000, 3000)], SIZE, False) == Tiling(100, 100, 100, False)
+    large = resolve_tiling("auto", [(4000, 3000)] * 2, SIZE, False)
     assert large == Tiling(SIZE, SIZE, 4 * SIZE, False)
     sizes = [(100, 60), (120, 70), (140, 80)]
-    assert settle_tiling("auto", sizes, SIZE, False) == Tiling(120, 70, 4 * SIZE, True)
-    assert settle_tiling("auto", sizes, SIZE, True) == Tiling(120, 120, 4 * SIZE, True)
+    assert resolve_tiling("auto", sizes, SIZE, False) == Tiling(120, 70, 4 * SIZE, True)
+    assert resolve_tiling("auto", sizes, SIZE, True) == Tiling(120, 120, 4 * SIZE, True)
     assert large.layout(4 * SIZE, SIZE, SIZE) is None and large.layout(4 * SIZE + 1, SIZE, SIZE)
     assert shrink_warning(4 * SIZE, 1, SIZE) is None and "shrink 5.0 times" in shrink_warning(1, 5 * SIZE, SIZE)
 
@@ -163,19 +163,19 @@ def test_images_that_are_not_cut_are_scored_as_without_tiles(network):
     for tile in ("auto", "off"):
         detector = FewShotDetector(network, "cpu", tile=tile).fit(images[:3])
         detector.calibrate(0.05)
-        pairs.append((*detector.score(images), *detector.left_out, detector.threshold))
+        pairs.append((*detector.score(images), *detector.loo_scores, detector.threshold))
     assert all(np.array_equal(one, other) for one, other in zip(*pairs, strict=True))
 
 
 def test_a_whole_image_is_left_out_with_all_its_tiles(detector, network, monkeypatch):
     monkeypatch.setattr(tiles, "FIT_TILES", 2048)
     images = [surface(seed, 110, 90) for seed in range(2)]  # so few tiles that the detector is fitted to all
-    left_out = FewShotDetector(network, "cpu", tile=48).fit(images).left_out
+    loo_scores = FewShotDetector(network, "cpu", tile=48).fit(images).loo_scores
     for number, other in ((0, 1), (1, 0)):
         score, maps = FewShotDetector(network, "cpu", tile=48).fit([images[other]]).score([images[number]])
-        np.testing.assert_allclose(left_out.scores[number], score, rtol=1e-4)
-        np.testing.assert_allclose(left_out.maps[number], pixels(maps[0], None, SIZE), rtol=1e-3)
-    assert left_out.scores.shape == (2, 1) and detector.left_out.scores.shape == (3, 1)
+        np.testing.assert_allclose(loo_scores.scores[number], score, rtol=1e-4)
+        np.testing.assert_allclose(loo_scores.maps[number], pixels(maps[0], None, SIZE), rtol=1e-3)
+    assert loo_scores.scores.shape == (2, 1) and detector.loo_scores.scores.shape == (3, 1)
 
 
 def test_small_support_and_large_images(network):
@@ -211,10 +211,10 @@ def test_saved_tiles_and_region(detector, network, tmp_path):
 
 
 @pytest.mark.parametrize("tile", ["off", 48])
-def test_only_the_region_is_scored(network, tile, tmp_path):
+def test_only_the_region_is_scored(network, tile):
     left, right = with_spot(surface(8), 30, 50), with_spot(surface(8), 120, 50)
     images = [surface(seed) for seed in range(3)]
-    region = read_region("0,0,0.5,1", None, _saved(images, tmp_path))
+    region = read_region("0,0,0.5,1", None, [(160, 112)])
     whole = FewShotDetector(network, "cpu", tile=tile).fit(images)
     half = FewShotDetector(network, "cpu", tile=tile, region=region).fit(images)
     for image in (left, right, surface(8)):
@@ -224,11 +224,11 @@ def test_only_the_region_is_scored(network, tile, tmp_path):
         np.testing.assert_array_equal(maps[0], np.where(inside, all_maps[0], 0))
         assert scores[0] == maps[0].max() <= everywhere[0]
     assert half.score([right])[0] < half.score([left])[0]
-    assert (half.left_out.scores[:, 0] <= whole.left_out.scores[:, 0]).all() and half.left_out.maps.min() > 0
+    assert (half.loo_scores.scores[:, 0] <= whole.loo_scores.scores[:, 0]).all() and half.loo_scores.maps.min() > 0
     assert half.calibrate(0.05, [surface(seed) for seed in (4, 5)]).region > 0
     if tile == "off":
         others = FewShotDetector(network, "cpu", tile=tile, region=region).fit(images[1:], for_threshold=False)
-        np.testing.assert_allclose(half.left_out.scores[0, 0], others.score(images[:1])[0][0], rtol=1e-4)
+        np.testing.assert_allclose(half.loo_scores.scores[0, 0], others.score(images[:1])[0][0], rtol=1e-4)
         squares = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in (left, right)])
         with torch.inference_mode():
             maps, scores = ExportedDetector(half).eval()(torch.from_numpy(squares))
@@ -243,35 +243,33 @@ def _saved(images, folder):
 
 
 def test_rectangles_and_masks(tmp_path):
-    paths = _saved([surface(0), surface(1)], tmp_path)
-    assert read_region(None, None, paths) is None
-    rectangle = read_region("16,14,80,56", None, paths)
+    sizes = [(160, 112)] * 2
+    rectangle = read_region("16,14,80,56", None, sizes)
     assert rectangle[14:70, 16:96].all() and rectangle.sum() == 80 * 56
-    assert (read_region("0.1, 0.125, 0.5, 0.5", None, paths) == rectangle).all()
+    assert (read_region("0.1, 0.125, 0.5, 0.5", None, sizes) == rectangle).all()
     mask = tmp_path / "mask.png"
     Image.fromarray(np.uint8(255) * rectangle).resize((80, 56)).save(mask)
-    assert (read_region(str(mask), None, paths) != rectangle).mean() < 0.02
-    assert (read_region(None, mask, paths) == ~read_region(str(mask), None, paths)).all()
-    both = read_region("0,0,60,112", mask, paths)
+    assert (read_region(str(mask), None, sizes) != rectangle).mean() < 0.02
+    assert (read_region(None, mask, sizes) == ~read_region(str(mask), None, sizes)).all()
+    both = read_region("0,0,60,112", mask, sizes)
     assert both[:, :14].all() and not both[:, 60:].any() and not both[30:60, 20:].any()
-    with pytest.raises(UserError, match="leaves nothing of the 160x112 pixels"):
-        read_region(str(mask), mask, paths)
-    with pytest.raises(UserError, match="leaves nothing"):
-        read_region("500,500,10,10", None, paths)
+    with pytest.raises(UserError, match="nothing of the 160x112 pixels"):
+        read_region(str(mask), mask, sizes)
+    with pytest.raises(UserError, match="nothing of the"):
+        read_region("500,500,10,10", None, sizes)
     for text in ("0,0,0,10", "-1,0,5,5"):
         with pytest.raises(UserError, match="no rectangle"):
-            read_region(text, None, paths)
-    with pytest.raises(UserError, match=r"no mask nowhere\.png"):
-        read_region("nowhere.png", None, paths)
+            read_region(text, None, sizes)
+    with pytest.raises(UserError, match=r"no mask file nowhere\.png"):
+        read_region("nowhere.png", None, sizes)
     with pytest.raises(UserError, match="cannot read the image"):
         (tmp_path / "broken.png").write_text("no image")
-        read_region(None, tmp_path / "broken.png", paths)
+        read_region(None, tmp_path / "broken.png", sizes)
     Image.fromarray(np.full((50, 50), 255, np.uint8)).save(tmp_path / "square.png")
     with pytest.warns(RegionWarning, match="50x50 pixels is stretched to images of 160x112"):
-        assert read_region(str(tmp_path / "square.png"), None, paths).all()
-    surface(0, 90, 90).save(tmp_path / "other.png")
+        assert read_region(str(tmp_path / "square.png"), None, sizes).all()
     with pytest.raises(UserError, match="differ in size: give fractions"):
-        read_region("0,0,50,50", None, [*paths, tmp_path / "other.png"])
+        read_region("0,0,50,50", None, [*sizes, (90, 90)])
 
 
 def test_predict_says_how_images_are_cut(tmp_path, capsys):
@@ -293,7 +291,7 @@ def test_predict_says_how_images_are_cut(tmp_path, capsys):
     flags[flags.index(str(tmp_path / "out"))] = str(tmp_path / "off")
     predict.main([*flags, "--tile", "off"])
     assert "warning: images of 300 x 200 pixels shrink 4.7 times to 64 x 64" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--tile belongs to fitting"):
+    with pytest.raises(UserError, match=r"^--tile: a saved detector keeps what it was fitted with"):
         saved = ["--detector", str(tmp_path / "part.regad"), "--input", str(tmp_path / "in"), "--tile", "64"]
         predict.main([*saved, "--output", str(tmp_path / "out2")])
 

@@ -57,5 +57,4 @@ def test_a_detector_of_eight_images_is_a_small_file_and_another_threshold_costs_
     assert (tmp_path / "tiles.regad").stat().st_size < 42e6
     loaded = FewShotDetector.load(tmp_path / "tiles.regad", "cpu")
     assert loaded.calibrate(0.2).value < loaded.calibrate(0.01).value
-    assert loaded.left_out.names == detector.left_out.names
-    assert (loaded.left_out.thumbnails == detector.left_out.thumbnails).all()
+    assert loaded.loo_scores.names == detector.loo_scores.names

@@ -1,7 +1,7 @@
 """Measures which images are called unusual: frames without a part, other parts, turned parts, and images of the part.
 
-python -m benchmarks.unusual             print the tables, write benchmarks/results/unusual_<device>.json
-python -m benchmarks.unusual --report    print the tables of that file
+python -m benchmarks.out_of_distribution             print the tables, write benchmarks/results/unusual_<device>.json
+python -m benchmarks.out_of_distribution --report    print the tables of that file
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.scoring import RESULTS
 from benchmarks.threshold import CATEGORIES
 from datasets.mvtec import category_folder, list_test_items
 from datasets.support import read_support_images
-from inspection.unusual import Likeness, contrast
+from inspection.out_of_distribution import OutOfDistributionCheck, contrast
 from models.regad import untrained
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared
@@ -35,7 +35,7 @@ FRAMES = 10  # normal test images of a category from which frames are made
 BATCH = 8  # images per network pass
 OWN = ("normal", "defective")
 UPSIDE_DOWN, DARK = "upside down", "15 % of the light"
-LIKENESS = Likeness()
+CHECK = OutOfDistributionCheck()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -138,11 +138,11 @@ def make_frames(images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _keep(images: torch.Tensor, network: STNResNet) -> tuple[Prepared, torch.Tensor]:
     """Kept features and contrasts of images."""
-    store = FeatureStore([LIKENESS], len(images))
+    store = FeatureStore([CHECK], len(images))
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
             store.write(start, network.features(images[start : start + BATCH]))
-    return store.prepared[LIKENESS.name], contrast(images)
+    return store.prepared[CHECK.name], contrast(images)
 
 
 def _test_images(category: str, network: STNResNet, device: torch.device, args: argparse.Namespace) -> _Images:
@@ -159,11 +159,11 @@ def _measure(
     folder, largest = category_folder(args.data_path, "folder", category), max(args.shots)
     for number, paths in enumerate(draw_support_images(folder, largest, args.draws, seed=0)):
         support = read_support_images(paths, args.img_size).to(device)
-        store = FeatureStore([LIKENESS], largest, with_views=True)
+        store = FeatureStore([CHECK], largest, with_views=True)
         with torch.inference_mode():
             write_support_images(store, range(len(support)), network, support, VIEWS_PER_IMAGE)
         for shot in args.shots:
-            fitted = LIKENESS.fit(store.part(0, shot)[LIKENESS.name], contrast(support[:shot]))
+            fitted = CHECK.fit(store.part(0, shot)[CHECK.name], contrast(support[:shot]))
             row = _judge(category, images, fitted)
             print(f"{category}, K = {shot}, draw {number}: {_mean(list(row['others'].values())):.1%}", flush=True)
             yield {"category": category, "shot": shot, "limit": float(fitted["limit"]), **row}
@@ -173,7 +173,7 @@ def _judge(category: str, images: dict[str, _Images], fitted: Fitted) -> dict:
     """Shares of images called unusual: own normal and defective ones, frames by kind, other categories by name."""
 
     def called(kept: tuple[Prepared, torch.Tensor]) -> np.ndarray:
-        return np.array([bool(reason) for reason in LIKENESS.reasons(LIKENESS.measure(fitted, *kept).tolist())])
+        return np.array([bool(reason) for reason in CHECK.reasons(CHECK.measure(fitted, *kept).tolist())])
 
     own = images[category]
     of_test = called(own.test)

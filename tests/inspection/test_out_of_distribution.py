@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.out_of_distribution import make_frames
 from benchmarks.reference import DATA, TRUNK, needs_reference
-from benchmarks.unusual import make_frames
 from datasets.images import decode_image
 from inspection.detector import FewShotDetector
-from inspection.unusual import Likeness, _relative
+from inspection.out_of_distribution import OutOfDistributionCheck, _relative
 from models.regad import untrained
 from utils.errors import UserError
 
@@ -55,7 +55,7 @@ def test_parts_without_a_direction_may_be_turned(network):
     """Screws lie in any direction."""
     detector = FewShotDetector(network, "cpu").fit(normal_images("screw", 3))
     turned = [decode_image(path).rotate(180) for path in normal_images("screw", 3)]
-    assert not detector.likeness["direction"] and detector.inspect(turned).unusual == [""] * 3
+    assert not detector.check["direction"] and detector.inspect(turned).unusual == [""] * 3
 
 
 @needs_reference
@@ -65,9 +65,7 @@ def test_saved_detectors_know_what_is_unusual_and_older_ones_do_not(transistors,
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
     assert loaded.inspect([frame]).unusual == transistors.inspect([frame]).unusual == ["hardly any contrast"]
     content = torch.load(tmp_path / "part.regad", weights_only=True)
-    left_out = content.pop("left_out")
-    old = content | {"left_out": [left_out["scores"], left_out["maps"]], "likeness": {}}
-    torch.save(old, tmp_path / "old.regad")
+    torch.save(content | {"likeness": {}}, tmp_path / "old.regad")
     loaded = FewShotDetector.load(tmp_path / "old.regad", "cpu")
     assert loaded.inspect([frame]).unusual == [""]
     assert loaded.calibrate(0.05).value == pytest.approx(transistors.calibrate(0.05).value)
@@ -84,9 +82,9 @@ def test_copies_among_support_images_count_once_and_are_named(network, tmp_path)
     image.point(lambda value: min(255, round(1.02 * value))).save(tmp_path / "brighter.png")
     copies = [tmp_path / name for name in ("copy.png", "again.jpg", "brighter.png")]
     detector = FewShotDetector(network, "cpu").fit([*support, *copies])
-    said = " ".join(detector.copies)
-    assert len(detector.copies) == 3 and all(str(path) in said for path in copies) and str(support[0]) in said
-    assert detector.left_out.names == tuple(map(str, support))
+    said = " ".join(detector.duplicates)
+    assert len(detector.duplicates) == 3 and all(str(path) in said for path in copies) and str(support[0]) in said
+    assert detector.loo_scores.names == tuple(map(str, support))
     for name, tensor in plain.fitted.items():
         torch.testing.assert_close(detector.fitted[name], tensor)
     assert detector.calibrate(0.05).value == pytest.approx(plain.calibrate(0.05).value)
@@ -100,17 +98,16 @@ def test_copies_among_calibration_images_count_once_and_are_named(transistors, t
     again = io.BytesIO()
     decode_image(own[0]).save(again, "PNG")
     before = transistors.calibrate(0.2, own).value
-    transistors.copies = []
     copies = [Image.open(again), normal_images("transistor", 1)[0]]
     assert transistors.calibrate(0.2, [*own, *copies]).value == pytest.approx(before)
     assert transistors.calibration.names == tuple(map(str, own))
-    assert "image 5" in transistors.copies[0] and "is a copy of a support image" in transistors.copies[1]
+    assert "image 5" in transistors.duplicates[0] and "duplicate of a support image" in transistors.duplicates[1]
 
 
 @needs_reference
 @pytest.mark.parametrize("category", ["transistor", "bottle", "solar_mono"])
 def test_different_images_of_a_part_are_no_copies(category, network):
-    assert FewShotDetector(network, "cpu").fit(normal_images(category, 4), for_threshold=False).copies == []
+    assert FewShotDetector(network, "cpu").fit(normal_images(category, 4), for_threshold=False).duplicates == []
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9))
@@ -132,40 +129,40 @@ def test_relative_distances_by_the_definition(count, others, width, seed):
 
 
 def test_one_support_image_has_a_limit_and_no_direction():
-    likeness, views = Likeness(), len(Likeness.views)
+    check, views = OutOfDistributionCheck(), len(OutOfDistributionCheck.views)
     maps = [torch.rand(views, channels, 8, 8) for channels in (4, 8)]
-    fitted = likeness.fit(likeness.prepare(maps), torch.tensor([0.2]))
+    fitted = check.fit(check.prepare(maps), torch.tensor([0.2]))
     assert fitted["limit"] == pytest.approx(0.3) and not fitted["direction"]
-    measured = likeness.measure(fitted, likeness.prepare([layer[:1] for layer in maps]), torch.tensor([0.2]))
-    assert likeness.reasons(measured.tolist()) == [""]
+    measured = check.measure(fitted, check.prepare([layer[:1] for layer in maps]), torch.tensor([0.2]))
+    assert check.reasons(measured.tolist()) == [""]
 
 
 def test_networks_with_one_layer_have_statistics_and_grids_too():
     """A vision transformer gives one layer: its standard deviations are no grid."""
-    likeness = Likeness()
-    maps = torch.rand(2 * len(likeness.views), 8, 16, 16, generator=torch.Generator().manual_seed(0))
-    prepared = likeness.prepare((maps,))
-    fitted = likeness.fit(prepared, torch.ones(2))
+    check = OutOfDistributionCheck()
+    maps = torch.rand(2 * len(check.views), 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = check.prepare((maps,))
+    fitted = check.fit(prepared, torch.ones(2))
     mean, deviation, grid = prepared
     assert torch.equal(fitted["statistic0"], mean) and torch.equal(fitted["statistic1"], deviation)
-    assert torch.equal(fitted["upright0"], grid[:: len(likeness.views)]) and "upright1" not in fitted
+    assert torch.equal(fitted["upright0"], grid[:: len(check.views)]) and "upright1" not in fitted
     first = [part[:1] for part in prepared]
-    assert likeness.measure(fitted, first, torch.ones(1))[0, 1] < 1e-3 and likeness.copies(fitted, first) == [0]
+    assert check.measure(fitted, first, torch.ones(1))[0, 1] < 1e-3 and check.of_support(fitted, first) == [True]
 
 
 def test_calibrating_again_names_the_copies_of_the_last_images_only():
     values = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     detector = FewShotDetector(untrained("none", img_size=64).stn, "cpu").fit([*values[:2], values[0]])
-    of_support = ["image 3 is a copy of image 1 and does not count"]
+    of_support = ["image 3: duplicate of image 1, ignored"]
     for _ in range(2):
         detector.calibrate(0.1, [*values[2:], values[2]])
-        assert detector.copies == [*of_support, "image 5 is a copy of image 1 and does not count"]
+        assert detector.duplicates == [*of_support, "image 5: duplicate of image 1, ignored"]
     detector.calibrate(0.1)
-    assert detector.copies == of_support
+    assert detector.duplicates == of_support
 
 
 def test_calibration_with_nothing_but_copies_is_refused_by_name():
     values = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     detector = FewShotDetector(untrained("none", img_size=64).stn, "cpu").fit(list(values[:2]))
-    with pytest.raises(UserError, match="of 4 normal images, 3 are copies of each other or of support images"):
+    with pytest.raises(UserError, match="of 4 normal images, 3 are duplicates of each other or of support images"):
         detector.calibrate(0.1, [*values, values[2]])

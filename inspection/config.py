@@ -1,0 +1,149 @@
+"""The configurations of predict.py and export.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
+from inspection.tiles import AUTO, tile_side
+from utils.config import flag
+from utils.devices import DEFAULT_SEED
+from utils.errors import UserError
+
+PANELS = ("joined", "separate")  # in one file, side by side, or a file for each
+MAPS = ("none", "png", "npy")
+FORMATS = ("onnx", "pt2")
+# settings that a saved detector keeps
+FITTING = (
+    "checkpoint",
+    "weights",
+    "stn_mode",
+    "backbone",
+    "img_size",
+    "keep_aspect",
+    "tile",
+    "region",
+    "ignore",
+    "seed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(NetworkConfig, ImageConfig):
+    """How a detector is loaded or fitted, and how its threshold is set."""
+
+    support: tuple[Path, ...] = flag("normal images: files or folders", default=(), group="detector", metavar="PATH")
+    detector: Path | None = flag(
+        "from predict.py --save; replaces --support and all settings of fitting",
+        default=None,
+        group="detector",
+        metavar="FILE",
+    )
+    scorer: str | None = flag(
+        f"{SCORER_HELP} (default: neighbours)", default=None, group="detector", metavar="NAME", affects_results=True
+    )
+    tile: int | str = flag(
+        "auto: cut images that would shrink more than 4 times; off; or the side of a tile in pixels",
+        default=AUTO,
+        group="detector",
+        convert=tile_side,
+        affects_results=True,
+    )
+    region: str | None = flag(
+        "score only here: x,y,width,height, or a mask file", default=None, group="detector", metavar="RECT|MASK"
+    )
+    ignore: Path | None = flag("mask file: do not score here", default=None, group="detector", metavar="MASK")
+    checkpoint: Path | None = flag(
+        "from train.py or the release (default: weights without registration training)", default=None, group="network"
+    )
+    seed: int = flag("for --weights none; everything else is deterministic", default=DEFAULT_SEED, group="network")
+    false_positive_rate: float | None = flag(
+        "accepted share of normal images above the threshold (default: 0.01)",
+        default=None,
+        group="threshold",
+        aliases=("--false_alarm",),
+        metavar="RATE",
+    )
+    calibrate: tuple[Path, ...] = flag(
+        "further normal images to set the threshold", default=(), group="threshold", metavar="PATH"
+    )
+    defects: tuple[Path, ...] = flag(
+        "known defective images to compare with the threshold", default=(), group="threshold", metavar="PATH"
+    )
+    threshold: float | None = flag("fixed threshold; overrides calibration", default=None, group="threshold")
+
+    def check(self) -> None:
+        """Raises UserError where flags exclude each other."""
+        if bool(self.support) == bool(self.detector):
+            raise UserError("give either normal images with --support, or a saved detector with --detector")
+        if self.detector and (given := [f"--{name}" for name in FITTING if name in self.given]):
+            raise UserError(
+                f"{', '.join(given)}: a saved detector keeps what it was fitted with; fit one with --support"
+            )
+
+    def plain(self) -> dict[str, object]:
+        """All values that are in use, for JSON: without those of fitting if the detector is a saved one."""
+        unused = FITTING if self.detector else ()
+        return {name: value for name, value in super().plain().items() if name not in unused}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(DetectorConfig):
+    """The flags of predict.py."""
+
+    input: tuple[Path, ...] = flag("images to score: files or folders", default=(), metavar="PATH")
+    watch: Path | None = flag("score images as they arrive here, until Ctrl-C", default=None, metavar="DIR")
+    output: Path = flag("folder of all output files", default=Path("./predictions"))
+    append: bool = flag("keep the results in --output, score only new images", default=False)
+    overwrite: bool = flag("remove the results in --output", default=False)
+    save: Path | None = flag("save the detector to a file, e.g. part.regad", default=None, metavar="FILE")
+    maps: str = flag("score maps; png: 16 bits, scaled by map_scale in scores.json", default="none", choices=MAPS)
+    jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
+    fail_on_defect: bool = flag("exit code 3 if an image is defective or unusual", default=False)
+    panels: str = flag(
+        "input, heat map and outlines in one file per image, or in a file each, without titles",
+        default=PANELS[0],
+        choices=PANELS,
+    )
+    no_images: bool = flag("write only scores and the report", default=False, aliases=("--no_pictures",))
+    device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
+    num_workers: int = flag("threads that decode and draw", default=2, least=1)
+
+    def check(self) -> None:
+        """Raises UserError where flags exclude each other."""
+        super().check()
+        if self.input and self.watch:
+            raise UserError("--input and --watch exclude each other; images already in the watched folder come first")
+        if self.append and self.overwrite:
+            raise UserError("--append and --overwrite exclude each other")
+        if not (self.input or self.watch or self.save):
+            raise UserError("nothing to do: give images with --input or --watch, or a file to --save the detector in")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(DetectorConfig):
+    """The flags of export.py."""
+
+    output: Path = flag("the suffix is set by --format", default=Path("part.onnx"))
+    format: tuple[str, ...] = flag("one or both formats", default=("onnx",), choices=FORMATS)
+    compare: tuple[Path, ...] | None = flag(
+        "compare with PyTorch on at most 20 of these images; without PATH, on the --support images",
+        default=None,
+        nargs="*",
+        metavar="PATH",
+        spelling="--check",
+    )
+    set_threshold: tuple[str, ...] | None = flag(
+        "change the threshold in an exported file, no more", default=None, nargs=2, metavar=("VALUE", "FILE")
+    )
+
+    def check(self) -> None:
+        """Raises UserError where flags exclude each other."""
+        if self.set_threshold:
+            if self.support or self.detector:
+                raise UserError("--set_threshold changes a file that exists: leave out --support and --detector")
+            return
+        super().check()
+        if self.compare == () and not self.support:
+            raise UserError("--check needs images, and a saved detector contains none; give files or folders after it")

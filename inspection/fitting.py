@@ -1,0 +1,176 @@
+"""Makes the detector that a configuration describes: loads or fits it, sets its threshold, compares known defects."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.images import AUTO_BITS, FULL_BITS, ClippedWarning, smallest_depth
+from inspection.config import DetectorConfig
+from inspection.detector import DEFAULT_SCORER, FewShotDetector
+from inspection.images import ImageFile, largest_grey_values
+from inspection.inputs import list_inputs
+from inspection.region import RegionWarning, read_region
+from inspection.results import DEFECTIVE, UNUSUAL, decide
+from inspection.threshold import Threshold
+from inspection.tiles import AUTO, describe_tiling
+from models.networks import resolve_img_size, scoring_network
+from utils.devices import seed_everything
+from utils.errors import UserError
+from utils.files import sha256
+from utils.fingerprint import fingerprint
+
+DEFAULT_RATE = 0.01  # false-positive rate
+MOST_NORMAL = 5  # normal images and known defects that are printed
+MOST_WARNINGS = 10  # of images, that are printed
+
+
+class KnownDefect(NamedTuple):
+    """A defective image that is known: its path, its score, and why it is unusual or ""."""
+
+    name: str
+    score: float
+    unusual: str
+
+
+def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
+    """Loads or fits the detector of `config` on `device`, and sets its threshold.
+
+    Prints the scorer, the tiles, the threshold and, where 16-bit images are among the support images, their bit depth.
+    output: a folder in which no images are looked for.
+
+    Raises:
+        UserError: a file or folder is missing or unsuitable.
+    """
+    seed_everything(config.seed)
+    with _printed_warnings():
+        detector = _load(config, device) if config.detector else _fit(config, device, output)
+        print(f"scorer: {detector.scorer.name}")
+        print(f"tiles: {describe_tiling(detector.tiling)}")
+        _set_threshold(detector, config, output)
+    normal, threshold = detector.calibration or detector.loo_scores, detector.threshold
+    print(f"threshold: {describe_threshold(threshold)}")
+    if normal is not None and threshold is not None:
+        print(f"{len(normal.scores)} normal images, highest scores first:")
+        for name, score in normal.by_score()[:MOST_NORMAL]:
+            print(f"  {score:8.3f}  {'above the threshold  ' if score > threshold.value else ''}{name}")
+    for sentence in detector.warnings:
+        print(f"warning: {sentence}", file=sys.stderr)
+    return detector
+
+
+def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Path) -> list[KnownDefect]:
+    """The scores of the known defects of `config`, lowest first. Prints which are found; the threshold stays."""
+    if not config.defects:
+        return []
+    paths = list_inputs(config.defects, output)
+    with _printed_warnings():
+        scores, _, unusual = detector.inspect(paths)
+    known = [KnownDefect(*row) for row in zip(map(str, paths), scores.tolist(), unusual, strict=True)]
+    known.sort(key=lambda defect: defect.score)
+    found = [decide(one.score, detector.threshold, one.unusual) in (DEFECTIVE, UNUSUAL) for one in known]
+    print(f"known defects: {sum(found)} of {len(known)} found, lowest scores first:")
+    for one, is_found in list(zip(known, found, strict=True))[:MOST_NORMAL]:
+        print(f"  {one.score:8.3f}  {'' if is_found else 'missed  '}{one.name}")
+    return known
+
+
+def describe_threshold(threshold: Threshold | None) -> str:
+    """Value and origin of a threshold as text."""
+    if threshold is None:
+        return "none, images are not classified; give two support images or more, --calibrate, or --threshold"
+    return f"{threshold.value:.3f} ({threshold.how})"
+
+
+@contextmanager
+def _printed_warnings() -> Iterator[None]:
+    """Prints the warnings about images as lines, each once, the first MOST_WARNINGS of them."""
+    with warnings.catch_warnings(record=True) as raised:
+        for category in (ClippedWarning, RegionWarning):
+            warnings.simplefilter("always", category)
+        yield
+    sentences = list(dict.fromkeys(str(one.message) for one in raised))
+    for sentence in sentences[:MOST_WARNINGS]:
+        print(f"warning: {sentence}")
+    if len(sentences) > MOST_WARNINGS:
+        print(f"warning: {len(sentences) - MOST_WARNINGS} more such images")
+
+
+def _load(config: DetectorConfig, device: str) -> FewShotDetector:
+    """Loads the saved detector. --bits overrides its bit depth."""
+    return FewShotDetector.load(
+        config.detector, device, config.scorer, None if config.bits == AUTO_BITS else config.bits
+    )
+
+
+def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
+    """Fits a detector to the support images, each of which is opened once."""
+    support = [ImageFile(path) for path in list_inputs(config.support, output)]
+    size = resolve_img_size(config.backbone, config.img_size)
+    network = scoring_network(config.backbone, config.stn_mode, size, config.checkpoint, config.weights)
+    print(f"fitting on {len(support)} normal image(s)")
+    bits = _bit_depth(config, support)
+    region = None
+    if config.region is not None or config.ignore is not None:
+        region = read_region(config.region, config.ignore, [image.size for image in support])
+    origin = _describe_fit(config, support, {"bits": bits, "img_size": size})
+    scorer = config.scorer or DEFAULT_SCORER
+    detector = FewShotDetector(network, device, config.keep_aspect, scorer, bits, config.tile or AUTO, region, origin)
+    return detector.fit(support)
+
+
+def _bit_depth(config: DetectorConfig, support: Sequence[ImageFile]) -> int:
+    """The bit depth asked for, or the smallest that holds the 16-bit support images; printed if there are any."""
+    values = [] if config.bits == FULL_BITS else largest_grey_values(support)
+    bits = smallest_depth([("", value) for value in values]) if config.bits == AUTO_BITS else config.bits
+    if values:
+        print(f"bits: {bits} ({len(values)} 16-bit image(s) of the support, largest value {max(values)})")
+    return bits
+
+
+def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved: dict) -> dict:
+    """What a detector file says of the fit: images, weights, configuration, resolved values and fingerprint."""
+    plain, own = config.plain(), DetectorConfig.__dataclass_fields__
+    weights = f"not trained, weights {config.weights}"
+    if config.weights == "none" and not config.checkpoint:
+        weights_from = f"seed {config.seed}"
+    else:
+        file = config.checkpoint or Path(config.weights)
+        weights_from = sha256(file) if file.is_file() else config.weights
+    masks = [path for path in (config.region, config.ignore) if path is not None]
+    inputs = {
+        "support": [image.sha256 for image in support],
+        "network": weights_from,
+        "region": [sha256(Path(path)) if Path(path).is_file() else str(path) for path in masks],
+    }
+    return {
+        "support": [{"path": str(image.path), "sha256": image.sha256} for image in support],
+        "network": f"{config.checkpoint} {weights_from}" if config.checkpoint else weights,
+        "config": {name: value for name, value in plain.items() if name in own},
+        "resolved": resolved,
+        "fingerprint": fingerprint(config.results_part() | resolved, inputs),
+    }
+
+
+def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
+    """Sets the threshold: --threshold, else --calibrate, else leave-one-out. Without flags, a saved one is kept."""
+    rate = config.false_positive_rate
+    normal = list_inputs(config.calibrate, output) if config.calibrate else None
+    is_fresh = detector.threshold is None and detector.loo_scores is not None
+    if detector.calibration is not None and rate is not None and not normal:
+        raise UserError(
+            f"the threshold of {config.detector} comes from {len(detector.calibration.scores)} calibration images: "
+            "give them again with --calibrate for another rate, or the threshold itself with --threshold"
+        )
+    if normal or rate is not None or is_fresh:
+        try:
+            detector.calibrate(DEFAULT_RATE if rate is None else rate, normal)
+        except UserError:
+            if config.threshold is None:  # otherwise calibration only provides the colour scale
+                raise
+    if config.threshold is not None:
+        detector.set_threshold(config.threshold)

@@ -1,0 +1,288 @@
+"""The run of predict.py: scores images, adds their rows to the result files, and writes scores.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from inspection.config import PredictConfig
+from inspection.detector import FewShotDetector
+from inspection.fitting import KnownDefect
+from inspection.inputs import POLL_SECONDS, Watcher, absolute, identify
+from inspection.predictions import Outputs, map_scale, predict
+from inspection.report import choose_previews, is_made_with, known_images, report_page
+from inspection.results import (
+    DEFECTIVE,
+    PAGE,
+    SCORES,
+    SUMMARY,
+    UNUSUAL,
+    Prediction,
+    ResultFiles,
+    count_decisions,
+    has_results,
+)
+from inspection.tiles import describe_tiling
+from reports.page import PAGE_IMAGES, Preview, write_page
+from utils.errors import UserError
+from utils.files import require_writable, write_json
+from utils.fingerprint import fingerprint
+from utils.interrupts import Interrupts
+from utils.records import peak_memory_mb, provenance
+
+SOME_FAILED = 1  # exit code if some images failed; all others are processed
+SOME_FLAGGED = 3  # exit code with --fail_on_defect if an image is defective or unusual; comes before SOME_FAILED
+MOST_FLAGGED = 10  # images with another decision than normal that are printed at the end
+REFRESH_SECONDS, REFRESH_SHARE = 5.0, 0.05  # --watch writes scores.json and the report so seldom, in so little time
+
+
+def check_paths(config: PredictConfig) -> None:
+    """Raises UserError where the folders and files of `config` cannot be used together."""
+    require_writable(config.output, "--output", folder=True)
+    if config.save:
+        require_writable(config.save, "--save")
+    sources = [*config.input, *([config.watch] if config.watch else [])]
+    if absolute(config.output) in map(absolute, sources):
+        raise UserError(f"--output {config.output} is also where the images come from; give another folder")
+    if config.watch and not config.watch.is_dir():
+        raise UserError(f"no folder {config.watch} to watch")
+    if config.input and has_results(config.output) and not (config.append or config.overwrite):
+        raise UserError(
+            f"{config.output} holds results of an earlier run: give --append, --overwrite or another --output"
+        )
+
+
+def run(
+    config: PredictConfig,
+    detector: FewShotDetector,
+    defects: Sequence[KnownDefect],
+    paths: Sequence[Path],
+    lines: TextIO | None,
+) -> int:
+    """Scores `paths`, or watches a folder; returns the exit code of the command.
+
+    lines: where the rows also go as lines of JSON, or None.
+
+    Raises:
+        UserError: the output cannot be written, or its results are of another detector.
+    """
+    folder = config.watch or Path(os.path.commonpath([absolute(path).parent for path in paths]))
+    with closing(ResultFiles(config.output, config.overwrite)) as results:
+        current = Run(config, detector, defects, results, absolute(folder), lines)
+        with current.interrupts:
+            is_whole = current.watch() if config.watch else current.score_all(paths)
+    return current.exit_code(is_whole)
+
+
+class Run:
+    """One call of predict.py. root: the folder that images are named relative to. lines: see `run`."""
+
+    def __init__(
+        self,
+        config: PredictConfig,
+        detector: FewShotDetector,
+        defects: Sequence[KnownDefect],
+        results: ResultFiles,
+        root: Path,
+        lines: TextIO | None,
+    ) -> None:
+        self.config, self.detector, self.defects = config, detector, defects
+        self.results, self.root, self.lines = results, root, lines
+        self.interrupts = Interrupts()
+        self.earlier = self.refreshed = len(results.rows)  # rows before this call, and in scores.json
+        self.next_refresh = 0.0
+        self.previews: dict[int, Preview] = {}  # by the number of the row
+        panels = None if config.no_images else config.panels
+        self.outputs = Outputs(config.output, root, panels, config.maps, detector.identity(), results.taken)
+        self.known_images = known_images(detector, defects)
+        detector.clock.seconds.clear()  # discard the times of fitting
+
+    @property
+    def rows(self) -> list[Prediction]:
+        """The rows of this call."""
+        return self.results.rows[self.earlier :]
+
+    def score_all(self, paths: Sequence[Path]) -> bool:
+        """Scores the images that the output folder has no result of; returns False if it was interrupted."""
+        new = [path for path in paths if identify(path) not in self.results.done]
+        if len(new) < len(paths):
+            print(f"{len(paths) - len(new)} of {len(paths)} images have results in {self.config.output} already")
+            self._mention_other_decisions()
+        begin = time.perf_counter()
+        is_whole = False
+        with suppress(KeyboardInterrupt):
+            self._score(tqdm(new, unit="image", disable=None))
+            is_whole = True
+        with suppress(KeyboardInterrupt), self.interrupts.held():
+            seconds = time.perf_counter() - begin
+            self._refresh(seconds)
+            self._summarise(is_whole)
+            if self.rows:
+                print(f"{seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
+                stages, total = self.detector.clock.seconds, sum(self.detector.clock.seconds.values())
+                print("work:", ", ".join(f"{stage} {took / total:.0%}" for stage, took in stages.items()))
+        return is_whole
+
+    def watch(self) -> bool:
+        """Scores images as they arrive, until it is interrupted; returns False.
+
+        Resumes earlier runs with the same output folder: what they scored, or recorded as failed, is not tried again.
+
+        Raises:
+            UserError: the earlier rows are of another detector, and --append was not given.
+        """
+        own, output = self.outputs.detector, self.config.output
+        before = self.results.rows[-1].detector if self.results.rows else own
+        if before != own and not self.config.append:
+            raise UserError(
+                f"{output} holds results of another detector ({before}, this one is {own}): "
+                "give --append to add results of this one, --overwrite, another --output, or the detector as before"
+            )
+        earlier = f"; {self.earlier} results before" if self.earlier else ""
+        print(f"watching {self.config.watch}; press Ctrl-C to stop{earlier}", flush=True)
+        watcher = Watcher(self.config.watch, output, self.results.done)
+        with suppress(KeyboardInterrupt):
+            while True:
+                count = len(self.results.rows)
+                self._score(watcher.scan(), watcher)
+                self._refresh_if_due()
+                if len(self.results.rows) == count:
+                    time.sleep(POLL_SECONDS)
+        with suppress(KeyboardInterrupt), self.interrupts.held():
+            self._refresh()
+            self._summarise(False)
+        return False
+
+    def exit_code(self, is_whole: bool) -> int:
+        """See SOME_FLAGGED and SOME_FAILED; 0 otherwise, and where only the user ended the run."""
+        if self.config.fail_on_defect and any(row.is_flagged for row in self.rows):
+            return SOME_FLAGGED
+        return SOME_FAILED if is_whole and any(row.error for row in self.rows) else 0
+
+    def _mention_other_decisions(self) -> None:
+        own = self.outputs.detector, self.detector.threshold
+        others = sum(not is_made_with(row, *own) for row in self.results.rows)
+        if others:
+            what = "1 result is" if others == 1 else f"{others} results are"
+            print(f"{what} of another detector or threshold and not on the page; --overwrite scores all images again")
+
+    def _score(self, paths: Iterable[Path], watcher: Watcher | None = None) -> None:
+        """Scores images and adds their rows. With a watcher, images that may become readable are left out."""
+        previews = PAGE_IMAGES - len(self.previews)
+        with closing(predict(self.detector, paths, self.outputs, self.config.num_workers, previews)) as scored:
+            for row, preview in scored:
+                if watcher and row.score is None and not watcher.gives_up(row.identity):
+                    continue
+                with self.interrupts.held():
+                    if preview.thumbnail:
+                        self.previews[len(self.results.rows)] = preview
+                    self.results.add(row)
+                    self._print_line(row)
+                if watcher:
+                    _print_faults(row)
+                    if row.score is not None:
+                        print(_outcome(row), flush=True)
+                    self._refresh_if_due()
+
+    def _print_line(self, row: Prediction) -> None:
+        if self.lines is None:
+            return
+        try:
+            print(json.dumps(row.plain()), file=self.lines, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.lines.fileno())  # else Python complains once more at its end
+            self.lines = None
+            print("warning: nobody reads the lines of --jsonl any more; the run goes on", file=sys.stderr)
+
+    def _refresh_if_due(self) -> None:
+        begin = time.monotonic()
+        if begin >= self.next_refresh and self.refreshed < len(self.results.rows):
+            self._refresh()
+            took = time.monotonic() - begin
+            self.next_refresh = begin + max(REFRESH_SECONDS, took / REFRESH_SHARE)
+
+    def _refresh(self, total_seconds: float | None = None) -> None:
+        """Writes scores.json, with all rows, and report.html."""
+        rows, identity, threshold = self.results.rows, self.outputs.detector, self.detector.threshold
+        try:
+            write_json(self.config.output / SUMMARY, self._summary(total_seconds))
+            self.previews = choose_previews(rows, self.previews, self.config.output, identity, threshold)
+            file = self.config.save or self.config.detector
+            page = report_page(self.detector, identity, file, rows, self.previews, self.root, self.known_images)
+            write_page(self.config.output / PAGE, page)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.config.output}: {error.strerror}") from error
+        self.refreshed = len(rows)
+
+    def _summary(self, total_seconds: float | None) -> dict:
+        """The content of scores.json."""
+        detector, identity = self.detector, self.outputs.detector
+        threshold = None if detector.threshold is None else detector.threshold._asdict()
+        normal = {"leave_one_out": detector.loo_scores, "calibration": detector.calibration}
+        return {
+            "config": self.config.plain(),
+            "resolved": {"bits": detector.bits, "img_size": detector.size, "device": str(detector.clock.device)},
+            "fingerprint": fingerprint({"threshold": threshold and threshold["value"]}, {"detector": identity}),
+            **provenance(detector.clock.device),
+            "detector": detector.origin,
+            "detector_id": identity,
+            "scorer": detector.scorer.name,
+            "backbone": getattr(detector.network, "backbone", None),
+            "img_size": detector.size,
+            "bits": detector.bits,
+            "tiles": describe_tiling(detector.tiling),
+            "has_region": detector.region is not None,
+            "map_scale": map_scale(detector),
+            "threshold": threshold,
+            "normal_images": {
+                name: [{"path": path, "score": score} for path, score in one.by_score()] if one else []
+                for name, one in normal.items()
+            },
+            "known_defects": [defect._asdict() for defect in self.defects],
+            "warnings": detector.warnings,
+            "counts": count_decisions(self.results.rows),
+            "images": [row.plain() for row in self.results.rows],
+            "seconds": detector.clock.seconds,
+            "total_seconds": total_seconds,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+
+    def _summarise(self, is_whole: bool) -> None:
+        """Prints the failed images, those to look at, highest score first, and the number of decisions of this call."""
+        if not self.config.watch:
+            for row in self.rows:
+                _print_faults(row)
+            flagged = sorted((row for row in self.rows if row.is_flagged), key=lambda row: -row.score)
+            for row in flagged[:MOST_FLAGGED]:
+                print(_outcome(row))
+            if len(flagged) > MOST_FLAGGED:
+                print(f"and {len(flagged) - MOST_FLAGGED} more, see {self.config.output / SCORES}")
+        count = count_decisions(self.rows)
+        doubtful = sum(row.warning is not None for row in self.rows)
+        is_classified = self.detector.threshold is not None
+        decided = f"{count[DEFECTIVE]} defective" if is_classified else "not classified"
+        plural = "" if count["scored"] == 1 else "s"
+        parts = [f"{count['scored']} image{plural} scored", decided, f"{count['failed']} failed"]
+        parts += [f"{count[UNUSUAL]} unusual"] if count[UNUSUAL] else []
+        parts += [f"{doubtful} beyond the bit depth"] if doubtful else []
+        in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
+        print(f"{'' if is_whole else 'stopped: '}{', '.join(parts)}: {self.config.output}{in_all}")
+
+
+def _outcome(row: Prediction) -> str:
+    why = f": {row.unusual}" if row.unusual else ""
+    return f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip()
+
+
+def _print_faults(row: Prediction) -> None:
+    for what, reason in (("failed", row.error), ("warning", row.warning)):
+        if reason:
+            print(f"{what}: {reason}", file=sys.stderr)

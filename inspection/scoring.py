@@ -1,0 +1,173 @@
+"""Network, scorer, tiles and region together: from images of any form to scores and score maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from datasets.images import restore_map, to_square
+from inspection.images import ImageInput, as_pixels, as_tensor
+from inspection.out_of_distribution import OutOfDistributionCheck, contrast
+from inspection.region import inside_map, inside_square, pixels
+from inspection.region import inside_views as views_of_region
+from inspection.tiles import Layout, Tiling, joined_map
+from models.stn import STNResNet, fuse_conv_bn
+from scorers.base import Fitted, Prepared, Scorer
+from scorers.features import FeatureStore
+from scorers.maps import score_maps_at
+from utils.devices import upload
+from utils.stages import StageClock
+
+NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
+SCORE_GROUP = 32  # images whose features are in memory at the same time
+CHECK = OutOfDistributionCheck()
+
+
+class ImageResult(NamedTuple):
+    """One image: score, map, why it is unusual, its square, and what CHECK keeps of it, None of an image cut."""
+
+    score: np.float32
+    map: np.ndarray
+    unusual: str
+    square: torch.Tensor
+    kept: Prepared | None
+
+
+class ImageScoring:
+    """How images are read, cut and scored, given what a scorer has fitted.
+
+    bits: the bit depth of 16-bit grey images. tiling: how large images are cut; None if they are not. region: (H, W)
+    bool, where images are scored; None: everywhere. check: what CHECK has fitted; empty: no image is unusual.
+    """
+
+    def __init__(
+        self,
+        network: STNResNet,
+        scorer: Scorer,
+        clock: StageClock,
+        keep_aspect: bool,
+        bits: int,
+        region: np.ndarray | None,
+    ) -> None:
+        self.network, self.fast_network = network.to(clock.device), fuse_conv_bn(network)
+        self.scorer, self.clock, self.size = scorer, clock, network.img_size
+        self.keep_aspect, self.bits, self.region = keep_aspect, bits, region
+        self.tiling: Tiling | None = None
+        self.check: Fitted = {}
+
+    def layout_of(self, width: int, height: int) -> Layout | None:
+        """The tiles into which an image of this size is cut; None if it is scored as a whole."""
+        return self.tiling and self.tiling.layout(width, height, self.size)
+
+    @property
+    def cuts_support(self) -> bool:
+        """Whether the support images were cut, so that the detector is fitted to tiles."""
+        return self.tiling is not None and not self.tiling.of_support
+
+    def restore(self, scores: np.ndarray, width: int, height: int) -> np.ndarray:
+        """A score map at the size of its image, (height, width) float32; see `datasets.images.restore_map`."""
+        return restore_map(scores, width, height, self.keep_aspect and self.layout_of(width, height) is None)
+
+    def results(self, images: Iterable[ImageInput], fitted: Fitted, only_pixels: bool = False) -> Iterator[ImageResult]:
+        """The results of images, in order. only_pixels: `inspection.region.pixels` of each map, (S, S)."""
+        squares: list[torch.Tensor] = []
+        for image in images:
+            with self.clock("decode"):
+                decoded = as_pixels(image, self.size, self.bits)
+                square = self.square(decoded)
+                layout = self.layout_of(*decoded.size) if isinstance(decoded, Image.Image) else None
+            if layout is None:
+                squares.append(square)
+            if layout is not None or len(squares) == SCORE_GROUP:
+                yield from self._whole_results(squares, fitted, only_pixels)
+                squares = []
+            if layout is not None:
+                yield self._cut_result(decoded, square, layout, fitted, only_pixels)
+        yield from self._whole_results(squares, fitted, only_pixels)
+
+    def _whole_results(self, squares: list[torch.Tensor], fitted: Fitted, only_pixels: bool) -> Iterator[ImageResult]:
+        """The results of at most SCORE_GROUP images that are not cut."""
+        if not squares:
+            return
+        scores, maps, unusual, kept = self.score_squares(self.on_device(squares), fitted, self.inside)
+        if only_pixels and self.region is not None:
+            inside = inside_square(self.region, self.size, self.keep_aspect)
+            maps = [pixels(one, inside, self.size) for one in maps]
+        for number, square in enumerate(squares):
+            own = [part[number : number + 1] for part in kept]
+            yield ImageResult(scores[number], maps[number], unusual[number], square, own)
+
+    def _cut_result(
+        self, image: Image.Image, square: torch.Tensor, layout: Layout, fitted: Fitted, only_pixels: bool
+    ) -> ImageResult:
+        """The result of an image that is cut. It is unusual if most of its tiles are."""
+        reasons: list[str] = []
+
+        def maps_of(tiles: torch.Tensor) -> np.ndarray:
+            _, maps, unusual, _ = self.score_squares(upload(tiles, self.clock.device), fitted, None)
+            reasons.extend(unusual)
+            return maps
+
+        scores = joined_map(image, layout, maps_of, SCORE_GROUP)
+        inside = inside_map(self.region, layout.across, layout.down)
+        scores = scores if inside is None else scores * inside
+        unusual = [reason for reason in reasons if reason]
+        reason = f"most tiles: {unusual[0]}" if 2 * len(unusual) > len(reasons) else ""
+        kept_map = pixels(scores, inside, self.size) if only_pixels else scores
+        return ImageResult(scores.max(), kept_map, reason, square, None)
+
+    def score_squares(
+        self, inputs: torch.Tensor, fitted: Fitted, inside: torch.Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray, list[str], Prepared]:
+        """Scores, maps, reasons and what CHECK keeps of network inputs (B, 3, S, S).
+
+        Maps are 0 where `inside`, (S, S) or (B, S, S), is False.
+        """
+        with self.clock("network"):
+            prepared = self.features(inputs)
+        kept = prepared[CHECK.name]
+        with self.clock("distance"):
+            distances = self.scorer.distance_maps(fitted, prepared[self.scorer.name])
+            measured = [CHECK.measure(self.check, kept, contrast(inputs))] if self.check else []
+        with self.clock("smoothing"):
+            scores, maps = score_maps_at(distances, self.size, inside)
+            columns = [scores[:, None], maps.flatten(1), *measured]
+            values = torch.cat(columns, dim=1).cpu().numpy()  # one copy: each copy from a device waits for it
+        scores, maps = values[:, 0], values[:, 1 : maps[0].numel() + 1].reshape(maps.shape)
+        unusual = CHECK.reasons(values[:, -measured[0].shape[1] :].tolist()) if measured else [""] * len(inputs)
+        return scores, maps, unusual, kept
+
+    @property
+    def inside(self) -> torch.Tensor | None:
+        """The region in the network's input, (S, S) bool."""
+        if self.region is None:
+            return None
+        return upload(torch.from_numpy(inside_square(self.region, self.size, self.keep_aspect)), self.clock.device)
+
+    @property
+    def inside_views(self) -> torch.Tensor | None:
+        """The region in each support view that the scorer uses, (views, S, S) bool."""
+        return None if self.region is None else views_of_region(self.inside, self.scorer.views)
+
+    def features(self, inputs: torch.Tensor) -> dict[str, Prepared]:
+        """Prepared features of inputs (B, 3, S, S) in [0, 1], for the scorer and for CHECK, by name."""
+        size = NETWORK_GROUP[inputs.device.type]
+        store = FeatureStore([self.scorer, CHECK], len(inputs))
+        for start in range(0, len(inputs), size):
+            store.write(start, self.fast_network.features(inputs[start : start + size]))
+        return store.prepared
+
+    def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
+        """Converts images to network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
+        inputs = [self.square(as_pixels(image, self.size, self.bits)) for image in images]
+        return self.on_device(inputs) if inputs else torch.empty(0)
+
+    def on_device(self, squares: Sequence[torch.Tensor]) -> torch.Tensor:
+        return upload(torch.stack(squares), self.clock.device)
+
+    def square(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        return image if isinstance(image, torch.Tensor) else as_tensor(to_square(image, self.size, self.keep_aspect))
