@@ -22,14 +22,14 @@ from utils.errors import UserError, run_command
 from utils.files import require_writable
 
 
-def get_parser() -> Parser[ExportConfig]:
+def get_args_parser() -> Parser[ExportConfig]:
     """The command line of export.py."""
     return Parser(ExportConfig, __doc__.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, writes the files, and compares them with PyTorch; or changes a file's threshold."""
-    config = get_parser().parse_config(argv)
+    config = get_args_parser().parse_config(argv)
     if config.set_threshold:
         _change_threshold(*config.set_threshold)
         return
@@ -65,4 +65,4 @@ def _change_threshold(text: str, file: str) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, get_parser)
+    run_command(main, get_args_parser)

@@ -18,14 +18,14 @@ from utils.config import Parser
 from utils.errors import run_command
 
 
-def get_parser() -> Parser[PredictConfig]:
+def get_args_parser() -> Parser[PredictConfig]:
     """The command line of predict.py."""
     return Parser(PredictConfig, __doc__.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, scores all images, and writes the tables, the record and the report."""
-    config = get_parser().parse_config(argv)
+    config = get_args_parser().parse_config(argv)
     lines = sys.stdout if config.jsonl else None
     with redirect_stdout(sys.stderr if config.jsonl else sys.stdout):
         check_paths(config)
@@ -42,4 +42,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, get_parser)
+    run_command(main, get_args_parser)

@@ -367,12 +367,12 @@ def test_every_flag_is_used(file):
     """Every flag is read: a flag that is parsed but not read would have no effect."""
     parser, _ = command_parser(["python", file])
     code = (PROJECT_ROOT / file).read_text()
-    if "add_detector_flags(parser)" in code:
-        code += (PROJECT_ROOT / "inspection/flags.py").read_text()
+    if "inspection.config" in code:
+        code += "".join(path.read_text() for path in (PROJECT_ROOT / "inspection").glob("*.py"))
     if "experiments.plan" in code:
         code += (PROJECT_ROOT / "experiments/plan.py").read_text() + (
             PROJECT_ROOT / "experiments/external_results.py"
         ).read_text()
     for action in parser._actions:
-        read = re.search(rf"args\.{action.dest}\b", code)
-        assert action.dest == "help" or read, f"{file} never reads --{action.dest}"
+        read = re.search(rf"(args|config)\.{action.dest}\b", code)
+        assert action.dest in ("help", "config") or read, f"{file} never reads --{action.dest}"

@@ -266,9 +266,9 @@ def test_an_image_beyond_the_depth_of_the_detector_is_named(network, greys):
 def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, capsys):
     support, images = greys[10]
     bright = greys[12][1][0]
-    flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--no_images"]
-    base = ["--input", str(bright), str(images[1]), "--output", str(tmp_path / "out"), *flags]
-    predict.main(["--support", *map(str, support), "--save", str(tmp_path / "part.regad"), *base])
+    base = ["--input", str(bright), str(images[1]), "--output", str(tmp_path / "out"), "--device", "cpu", "--no_images"]
+    fitting = ["--weights", "none", "--img_size", str(SIZE), "--save", str(tmp_path / "part.regad")]
+    predict.main(["--support", *map(str, support), *fitting, *base])
     printed = capsys.readouterr()
     assert "bits: 10 (3 16-bit image(s) of the support" in printed.out
     assert re.search(r", 0 failed(, \d unusual)?, 1 beyond the bit depth: ", printed.out)

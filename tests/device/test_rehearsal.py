@@ -41,8 +41,6 @@ WAITS_OF_A_ROUND, WAITS_OF_A_BATCH = 3, 1  # largest number allowed
 @pytest.fixture
 def pretend(monkeypatch):
     found = OutOfDistributionCheck.duplicates
-        OutOfDistributionCheck.twins
-    )  # the invented answer is that all are copies; then only one image would be left
     monkeypatch.setattr(OutOfDistributionCheck, "duplicates", lambda *given: found(*given) and {})
     with PretendCuda() as mode:
         yield mode
