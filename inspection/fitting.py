@@ -26,7 +26,6 @@ from utils.fingerprint import fingerprint
 
 DEFAULT_RATE = 0.01  # false-positive rate
 MOST_NORMAL = 5  # normal images and known defects that are printed
-MOST_WARNINGS = 10  # of images, that are printed
 
 
 class KnownDefect(NamedTuple):
@@ -88,16 +87,17 @@ def describe_threshold(threshold: Threshold | None) -> str:
 
 @contextmanager
 def _printed_warnings() -> Iterator[None]:
-    """Prints the warnings about images as lines, each once, the first MOST_WARNINGS of them."""
+    """Prints the warnings about images, one line for each kind, instead of showing them as Python does."""
+    kinds = (ClippedWarning, RegionWarning)
     with warnings.catch_warnings(record=True) as raised:
-        for category in (ClippedWarning, RegionWarning):
-            warnings.simplefilter("always", category)
+        for kind in kinds:
+            warnings.simplefilter("always", kind)
         yield
-    sentences = list(dict.fromkeys(str(one.message) for one in raised))
-    for sentence in sentences[:MOST_WARNINGS]:
-        print(f"warning: {sentence}")
-    if len(sentences) > MOST_WARNINGS:
-        print(f"warning: {len(sentences) - MOST_WARNINGS} more such images")
+    for kind in kinds:
+        sentences = list(dict.fromkeys(str(one.message) for one in raised if one.category is kind))
+        more = f" (and {len(sentences) - 1} more images)" if len(sentences) > 1 else ""
+        if sentences:
+            print(f"warning: {sentences[0]}{more}")
 
 
 def _load(config: DetectorConfig, device: str) -> FewShotDetector:
