@@ -154,7 +154,9 @@ def read_rounds(
 ) -> list[torch.Tensor]:
     """The images that a manifest names, read from the category folder: per round (K, 3, S, S) float32 in [0, 1]."""
     files = training_files(category, manifest)
-    return [read_support_images([files[name] for name in names], size, keep_aspect, bits) for names in manifest.rounds]
+    names = manifest.names()
+    images = dict(zip(names, read_support_images([files[n] for n in names], size, keep_aspect, bits), strict=True))
+    return [torch.stack([images[name] for name in of_round]) for of_round in manifest.rounds]
 
 
 def read_support_images(
