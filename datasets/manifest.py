@@ -1,15 +1,12 @@
 """Manifests: JSON files with the names of a support set's images and the SHA-256 of the image files.
 
-<support_path>/<category>/<shot>_<rounds>.json   one support set, beside its tensors
+<support_path>/<category>/<shot>_<rounds>.json   one support set, next to its tensors
 <support_path>/manifests/<category>.json         all support sets of a category: draws are nested, so the first K names
                                                  of the first R rounds are the K-shot set of R rounds
-
-python -m datasets.manifest      writes support_set/manifests/ for MVTec AD
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,38 +14,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.images import FULL_BITS
-from datasets.mvtec import TRAINING_IMAGES, list_train_images
-from utils.errors import UserError, run_command
-from utils.files import sha256, whole_file
-from utils.flags import DEFAULT_SUPPORT_PATH
+from datasets.mvtec import list_train_images
+from utils.errors import UserError
+from utils.files import sha256, write_json
 from utils.records import VERSION
 
 DRAW_SEED = 0  # default seed of support sets
-PUBLISHED_SHOT, PUBLISHED_ROUNDS = 16, 10  # size of the manifests in support_set/manifests/
-NEEDED = ("category", "shot", "rounds")  # entries that a manifest written by hand must have
-UNKNOWN = {
-    "seed": None,
-    "origin": "not stated",
-    "tool": "not stated",
-    "tensors": None,
-    "keep_aspect": None,
-    "sha256": {},
-}
 
 
 class Manifest(NamedTuple):
-    """The images of a support set by name, with what is known of their files."""
+    """The images of a support set by name, with what is known of their files. Entries with defaults are optional."""
 
     category: str
     shot: int  # images per round
-    seed: int | None  # of the draw; None where the images were chosen elsewhere
-    origin: str  # a sentence that says how the images were chosen
-    tool: str  # name and version of the program
-    tensors: str | None  # SHA-256 of the .pt file with these images
-    keep_aspect: bool | None  # whether the images in the .pt file are padded
     rounds: list[list[str]]  # file names in the category's training folder
-    sha256: dict[str, str]  # by file name; {} where the manifest was written without the data
+    seed: int | None = None  # of the draw; None where the images were chosen elsewhere
+    origin: str = "not stated"  # a sentence that says how the images were chosen
+    tool: str = "not stated"  # name and version of the program
+    tensors: str | None = None  # SHA-256 of the .pt file with these images
+    keep_aspect: bool | None = None  # whether the images in the .pt file are padded
     bits: int = FULL_BITS  # depth by which 16-bit images in the .pt file are scaled
+    sha256: dict[str, str] = {}  # by file name; empty where the manifest was written without the data  # noqa: RUF012
 
     def names(self) -> list[str]:
         """The names in all rounds, without repetitions, sorted."""
@@ -89,7 +75,7 @@ def draw_manifest(category: str, names: Sequence[str], shot: int, rounds: int, s
     """A manifest of rounds drawn from `names`, without hashes."""
     drawn = [draw_support_names(names, shot, number, seed, category) for number in range(rounds)]
     origin = f"drawn from {len(names)} images in the order of the SHA-256 of seed/category/round/name"
-    return Manifest(category, shot, seed, origin, f"regad {VERSION}", None, None, drawn, {})
+    return Manifest(category, shot, drawn, seed, origin, f"regad {VERSION}")
 
 
 def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manifest:
@@ -100,7 +86,7 @@ def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manif
     """
     images = list_train_images(category)
     if len(images) < shot:
-        raise UserError(f"{images[0].parent} has {len(images)} image(s), {shot} are needed for --shots {shot}")
+        raise UserError(f"{images[0].parent} has {len(images)} image(s), {shot} are needed", ("shots", "shot"))
     return draw_manifest(category.name, [path.name for path in images], shot, rounds, seed)
 
 
@@ -133,26 +119,12 @@ def verify(manifest: Manifest, category: Path) -> list[str]:
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes the manifest as JSON, with one line per round and per file."""
-    content = {key: _json(value) for key, value in manifest._asdict().items()}
-    content["rounds"] = _lines("[", [_json(names) for names in manifest.rounds], "]", indent=2)
-    content["sha256"] = _lines("{", [f"{_json(k)}: {_json(v)}" for k, v in manifest.sha256.items()], "}", indent=2)
-    with whole_file(path) as aside:
-        entries = [f"{_json(key)}: {text}" for key, text in content.items()]
-        aside.write_text(_lines("{", entries, "}", indent=1) + "\n", encoding="utf-8")
-
-
-def _json(value: object) -> str:
-    return json.dumps(value)
-
-
-def _lines(start: str, entries: Sequence[str], end: str, indent: int) -> str:
-    line = "\n" + " " * indent
-    return start + ",".join(line + entry for entry in entries) + line[:-1] + end
+    """Writes the manifest as JSON."""
+    write_json(path, manifest._asdict())
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Reads a manifest that `save_manifest` wrote, or that was written by hand with the entries NEEDED.
+    """Reads a manifest that `save_manifest` wrote, or that was written by hand with the required entries.
 
     Raises:
         UserError: the file is missing or no manifest, a round has another number of names than `shot`, or a name is a
@@ -162,12 +134,14 @@ def load_manifest(path: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the manifest {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or (set(NEEDED) - set(content)) or (set(content) - set(Manifest._fields)):
+    try:
+        manifest = Manifest(**content)
+    except TypeError as error:
+        needed = [name for name in Manifest._fields if name not in Manifest._field_defaults]
         raise UserError(
-            f"cannot read the manifest {path}: it needs the entries {', '.join(NEEDED)}, and may have "
-            f"{', '.join(name for name in Manifest._fields if name not in NEEDED)}"
-        )
-    manifest = Manifest(**UNKNOWN | content)
+            f"cannot read the manifest {path}: it needs the entries {', '.join(needed)}, and may have "
+            f"{', '.join(Manifest._field_defaults)}"
+        ) from error
     if not _is_sound(manifest):
         raise UserError(f"manifest {path} does not list plain file names per round, and SHA-256 of files by name")
     for number, names in enumerate(manifest.rounds):
@@ -190,26 +164,3 @@ def _is_sound(manifest: Manifest) -> bool:
     return all(isinstance(text, str) for text in (*names, *hashes.values(), manifest.category)) and all(
         name and Path(name).name == name for name in names
     )
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of datasets.manifest."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.manifest", description="Write MVTec AD's manifests.")
-    parser.add_argument(
-        "--support_path", type=Path, default=DEFAULT_SUPPORT_PATH, help="the manifests go to its sub-folder manifests"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draws manifests from the names of MVTec AD's training images. `make_support.py --verify` can add the hashes."""
-    args = get_args_parser().parse_args(argv)
-    for category, count in TRAINING_IMAGES.items():
-        names = [f"{number:03d}.png" for number in range(count)]
-        file = category_manifest(args.support_path, category)
-        save_manifest(file, draw_manifest(category, names, PUBLISHED_SHOT, PUBLISHED_ROUNDS, DRAW_SEED))
-        print(f"wrote {file}")
-
-
-if __name__ == "__main__":
-    run_command(main)

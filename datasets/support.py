@@ -27,9 +27,9 @@ from datasets.manifest import (
 from datasets.mvtec import list_train_images
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors, sha256
-from utils.flags import DEFAULT_SUPPORT_PATH
 from utils.records import VERSION
 
+DEFAULT_SUPPORT_PATH = Path("./support_set")
 NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above
 
 
@@ -210,7 +210,7 @@ def find_names(
         differences |= {paths[index].name: difference for index, difference in found if difference}
     origin = f"found in {file.name}: {len(differences)} image(s) as the nearest, all others bit for bit"
     shot, tool = len(first), f"regad {VERSION}"
-    manifest = Manifest(folder.name, shot, None, origin, tool, sha256(file), keep_aspect, names, {}, bits)
+    manifest = Manifest(folder.name, shot, names, None, origin, tool, sha256(file), keep_aspect, bits)
     return with_hashes(manifest, folder), differences
 
 

@@ -65,7 +65,14 @@ class SupportConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig(Config):
+class MaxPixelsConfig(Config):
+    """Which images are rejected."""
+
+    max_pixels: int = flag("larger images are rejected", default=MAX_PIXELS, group="images", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(MaxPixelsConfig):
     """How images are decoded."""
 
     keep_aspect: bool = flag(
@@ -79,7 +86,6 @@ class ImageConfig(Config):
         convert=bit_depth,
         affects_results=True,
     )
-    max_pixels: int = flag("larger images are rejected", default=MAX_PIXELS, group="images", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

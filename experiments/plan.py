@@ -15,6 +15,7 @@ from datasets.mvtec import (
     list_test_items,
     list_train_images,
 )
+from datasets.support import DEFAULT_SUPPORT_PATH
 from experiments.code import code_version
 from experiments.engines import cores_per_job, job_environment, visible_gpus
 from experiments.estimate import format_duration, measure_apart, scoring_seconds, training_seconds
@@ -26,7 +27,6 @@ from models.timm_features import PREFIX
 from scorers.registry import make_scorers, record_ending
 from utils.errors import UserError
 from utils.files import digest
-from utils.flags import DEFAULT_SUPPORT_PATH
 
 RECIPE = {"lr": 0.0001, "momentum": 0.9, "amp": "off"}  # the defaults of train.py
 

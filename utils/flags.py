@@ -9,7 +9,6 @@ from pathlib import Path
 
 from utils.devices import DEFAULT_SEED
 
-DEFAULT_SUPPORT_PATH = Path("./support_set")
 DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 
 Group = argparse.ArgumentParser | argparse._ArgumentGroup

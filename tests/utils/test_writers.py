@@ -65,7 +65,7 @@ def noise_image(*shape: int) -> Image.Image:
 
 def manifest(path: Path) -> None:
     names = [[f"{number:03}.png" for number in range(10)]] * 10
-    save_manifest(path, Manifest("ring", 10, 0, "a draw", "a test", None, False, names, {}))
+    save_manifest(path, Manifest("ring", 10, names, 0, "a draw", "a test", None, False))
 
 
 def gallery(path: Path) -> None:
