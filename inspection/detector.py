@@ -28,6 +28,7 @@ from inspection.tiles import AUTO, OFF, Layout, Tile, Tiling, fitting_corners, r
 from models.stn import STNResNet
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, take_images, without_images, write_support_images
+from scorers.gaussian import Gaussian, convert_fitted_369ac53
 from scorers.neighbours import Neighbours
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
@@ -389,6 +390,8 @@ class FewShotDetector(ImageScoring):
         detector.calibration = calibration and NormalScores.from_state(calibration)
         on = detector.clock.device
         detector.fitted = {key: value.to(on) for key, value in state["fitted"].items()}
+        if detector.scorer.name == Gaussian.name:
+            detector.fitted = convert_fitted_369ac53(detector.fitted)
         detector.check = {key: value.to(on) for key, value in state.get("likeness", {}).items()}
         return detector
 
