@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from datasets.manifest import draw_from_folder, training_files
 from utils.files import PROJECT_ROOT
 
@@ -15,8 +13,6 @@ DATA = REFERENCE / "data"
 TRUNK = REFERENCE / "weights" / "resnet18_imagenet_trunk.pth"
 GOLDEN = REFERENCE / "golden"
 GOLDEN_CHECKPOINT = GOLDEN / "save_checkpoints/rotation_scale/2/screw/screw_2_rotation_scale_model.pt"
-
-needs_reference = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the release's outputs are not at {REFERENCE}")
 
 
 def golden_rounds() -> dict[str, list[dict]]:

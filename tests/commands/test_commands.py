@@ -16,13 +16,14 @@ import scipy.stats
 import torch
 
 import make_support
-from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
+from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT
 from datasets.images import read_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
 from examples import demo_figure
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
+from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
 

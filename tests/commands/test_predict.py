@@ -19,12 +19,13 @@ from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
 from skimage.filters import threshold_otsu
 
 import predict
-from benchmarks.reference import DATA, TRUNK, needs_reference
+from benchmarks.reference import DATA, TRUNK
 from inspection.detector import FewShotDetector
 from inspection.predictions import draw_panels
 from inspection.threshold import Threshold
 from models.regad import untrained
 from reports.drawing import CALLED, CAPTION_HEIGHT, HOT
+from tests.reference import needs_reference
 from utils.devices import seed_everything
 from utils.errors import UserError
 

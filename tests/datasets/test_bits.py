@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 import make_support
 import predict
 import train
-from benchmarks.reference import DATA, needs_reference
+from benchmarks.reference import DATA
 from datasets.cache import decoded_images
 from datasets.images import (
     BIT_DEPTHS,
@@ -36,6 +36,7 @@ from inspection.export import export_metadata
 from models.regad import untrained
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import read_mask
+from tests.reference import needs_reference
 from utils.devices import seed_everything
 from utils.errors import UserError
 

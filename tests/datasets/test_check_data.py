@@ -16,7 +16,7 @@ from PIL import Image
 
 import check_data
 import train
-from benchmarks.reference import DATA, needs_reference
+from benchmarks.reference import DATA
 from datasets import images
 from datasets.manifest import category_manifest, draw_manifest, save_manifest
 from tests.commands.test_commands import test_command
@@ -32,6 +32,7 @@ from tests.datasets.test_images import (
     with_alpha,
 )
 from tests.datasets.test_layouts import visa  # noqa: F401
+from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 

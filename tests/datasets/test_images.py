@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from benchmarks.reference import DATA, needs_reference
+from benchmarks.reference import DATA
 from datasets.images import (
     MAX_PIXELS,
     ImageError,
@@ -31,6 +31,7 @@ from datasets.images import (
 )
 from datasets.masks import decode_mask, to_square_mask
 from datasets.mvtec import LabelledDataset, LabelledImage
+from tests.reference import needs_reference
 
 BLOCK = 16  # pixels; a test image is 2 x 2 blocks of one colour each
 SIDE = 2 * BLOCK

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import make_support
-from benchmarks.reference import DATA, GOLDEN, golden_rounds, needs_reference
+from benchmarks.reference import DATA, GOLDEN, golden_rounds
 from datasets.manifest import (
     category_manifest,
     draw_from_folder,
@@ -22,6 +22,7 @@ from datasets.manifest import (
     with_hashes,
 )
 from datasets.support import find_names, find_support_rounds, read_support_images, save_support_rounds, support_file
+from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
 

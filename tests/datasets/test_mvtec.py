@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.reference import DATA, GOLDEN, needs_reference
+from benchmarks.reference import DATA, GOLDEN
 from datasets.images import ImageError, read_image
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, list_images, list_test_items
 from tests.datasets.test_images import read_mask
+from tests.reference import needs_reference
 from utils.errors import UserError
 
 SIDE = 12

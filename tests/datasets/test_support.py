@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import make_support
-from benchmarks.reference import DATA, GOLDEN, golden_rounds, needs_reference
+from benchmarks.reference import DATA, GOLDEN, golden_rounds
 from datasets.manifest import draw_support_names
 from datasets.support import (
     load_support_rounds,
@@ -23,6 +23,7 @@ from datasets.support import (
     save_support_rounds,
     support_file,
 )
+from tests.reference import needs_reference
 from utils.errors import UserError
 
 SHOT, ROUNDS, SIZE = 2, 3, 16

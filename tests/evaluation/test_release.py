@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, TRUNK, golden_rounds, needs_reference
+from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, TRUNK, golden_rounds
 from datasets.images import read_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from datasets.support import load_support_rounds, support_file
@@ -17,6 +17,7 @@ from evaluation.scoring import compute_test_features, score_rounds
 from models.regad import RegAD, load_checkpoint
 from models.stn import STN_MODES, fuse_conv_bn
 from scorers.gaussian import Gaussian
+from tests.reference import needs_reference
 from utils.stages import StageClock
 
 pytestmark = needs_reference

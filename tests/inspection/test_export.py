@@ -20,7 +20,7 @@ import export
 import inspection.export
 import inspection.exported
 import predict
-from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, needs_reference
+from benchmarks.reference import DATA, GOLDEN_CHECKPOINT
 from datasets.images import read_image
 from inspection.detector import FewShotDetector
 from inspection.export import WRITERS, ExportedDetector
@@ -29,6 +29,7 @@ from inspection.exported import GIVEN, METADATA_FILE, export_metadata
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
 from models.regad import RegAD, load_checkpoint
+from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
 from utils.records import VERSION

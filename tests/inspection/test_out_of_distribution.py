@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.out_of_distribution import make_frames
-from benchmarks.reference import DATA, TRUNK, needs_reference
+from benchmarks.reference import DATA, TRUNK
 from datasets.images import decode_image
 from inspection.detector import FewShotDetector
 from inspection.out_of_distribution import OutOfDistributionCheck, _relative
 from models.regad import untrained
+from tests.reference import needs_reference
 from utils.errors import UserError
 
 SIZE = 224

@@ -13,7 +13,6 @@ from PIL import Image
 
 import predict
 from benchmarks import tiles as benchmark
-from benchmarks.reference import needs_reference
 from inspection import tiles
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
@@ -29,6 +28,7 @@ from inspection.tiles import (
     tile_side,
 )
 from models.regad import untrained
+from tests.reference import needs_reference
 from utils.errors import UserError
 
 SIZE = 64

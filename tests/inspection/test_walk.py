@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.reference import DATA, TRUNK, needs_reference
+from benchmarks.reference import DATA, TRUNK
 from inspection.detector import FewShotDetector
 from models.regad import untrained
+from tests.reference import needs_reference
 
 pytestmark = needs_reference
 

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK, needs_reference
+from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK
 from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
 from models.stn import STN_MODES, STNResNet, _first_convolution, fuse_conv_bn
 from models.warp import warp
 from tests.evaluation.test_release import recipe_model
+from tests.reference import needs_reference
 from utils.devices import command_device
 from utils.errors import UserError
 

@@ -14,13 +14,14 @@ import torch
 
 import train
 from benchmarks import plain
-from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT, needs_reference
+from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT
 from datasets.cache import SourceImages
 from datasets.episodes import draw_episodes, read_episodes
 from datasets.mvtec import list_source_images
 from losses.norm_loss import registration_loss
 from models.regad import CHECKPOINT_PARTS, RECIPE, RegAD, load_checkpoint
 from tests.commands.test_commands import test_command
+from tests.reference import needs_reference
 from training.loop import Trainer, learning_rate
 from training.records import RunFiles
 from utils.errors import UserError
