@@ -25,14 +25,6 @@ REFERENCE = "PyTorch"
 Runtime = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # images (B, S, S, 3) uint8 -> maps, scores
 
 
-class Result(NamedTuple):
-    """The result of one call: maps (B, S, S), scores (B,), and its duration in seconds."""
-
-    maps: np.ndarray
-    scores: np.ndarray
-    seconds: float
-
-
 class Comparison(NamedTuple):
     """One runtime at one batch size. difference: largest relative difference of a pixel or score from PyTorch."""
 
@@ -52,25 +44,21 @@ def compare(detector: FewShotDetector, files: dict[str, Path], images: np.ndarra
     for size in CHECK_BATCHES:
         filled = images[np.arange(-(-len(images) // size) * size) % len(images)]
         batches = np.split(filled, len(filled) // size)
-        results = [_run_all(runtimes, batch) for batch in [batches[0], *batches]][1:]  # the first call is a warm-up
+        seconds, differences = {name: [] for name in runtimes}, dict.fromkeys(runtimes, 0.0)
+        for batch in [batches[0], *batches]:  # the first call is a warm-up
+            results = {}
+            for name, run in runtimes.items():
+                begin = time.perf_counter()
+                results[name] = run(batch)
+                seconds[name].append(time.perf_counter() - begin)
+                differences[name] = max(differences[name], _difference(results[name], results[REFERENCE]))
         for name in runtimes:
-            difference = max(_difference(result[name], result[REFERENCE]) for result in results)
-            seconds = float(np.median([result[name].seconds for result in results]))
-            yield Comparison(name, size, difference, 1000 * seconds / size)
+            yield Comparison(name, size, differences[name], 1000 * float(np.median(seconds[name][1:])) / size)
 
 
-def _run_all(runtimes: dict[str, Runtime], batch: np.ndarray) -> dict[str, Result]:
-    results = {}
-    for name, run in runtimes.items():
-        start = time.perf_counter()
-        maps, scores = run(batch)
-        results[name] = Result(maps, scores, time.perf_counter() - start)
-    return results
-
-
-def _difference(result: Result, reference: Result) -> float:
+def _difference(result: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> float:
     """Largest relative difference of any pixel or score; NaN counts as infinite."""
-    pairs = ((result.maps, reference.maps), (result.scores, reference.scores))
+    pairs = zip(result, reference, strict=True)
     relative = [(np.abs(one - other) / np.maximum(other, FLOOR * (other.max() or 1))).max() for one, other in pairs]
     return float(np.nan_to_num(np.max(relative), nan=np.inf))
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import csv
 import errno
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
+
+from filelock import FileLock, Timeout
 
 from inspection.boxes import Box
 from inspection.inputs import Identity
@@ -26,13 +28,9 @@ from inspection.threshold import Threshold
 from utils.errors import UserError
 from utils.files import whole_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 NORMAL, DEFECTIVE, UNUSUAL = DECISIONS = ("normal", "defective", "unusual")
 RECORD, SCORES, BOXES, SUMMARY, PAGE = "results.jsonl", "scores.csv", "boxes.csv", "scores.json", "report.html"
+LOCK = ".lock"  # held by the process that writes to the folder
 
 
 class Prediction(NamedTuple):
@@ -127,7 +125,7 @@ class ResultFiles:
     """
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
-        self.folder = folder
+        self.folder, self._open = folder, ExitStack()
         if not overwrite and _is_of_earlier_version(folder):
             raise UserError(
                 f"{folder} holds results without {RECORD}, as earlier versions wrote them; give another folder",
@@ -135,37 +133,23 @@ class ResultFiles:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._record = open(folder / RECORD, "ab", buffering=0)  # noqa: SIM115, unbuffered: one write per row
+            self._open.enter_context(FileLock(folder / LOCK, timeout=0))
+            self._record = self._open.enter_context((folder / RECORD).open("ab", buffering=0))  # one write per row
+            if overwrite:
+                _remove_results(folder)
+                self._record.truncate(0)
+            self.rows = self._read_record()
+            self._tables = [self._open_table(*table) for table in TABLES.items()]
+        except Timeout as error:
+            raise UserError(f"another predict.py writes to {folder}; give another folder", ("output",)) from error
         except OSError as error:
-            raise UserError(f"cannot write {folder / RECORD}: {error.strerror}") from error
-        try:
-            self._prepare(overwrite)
-        except BaseException:
-            self._record.close()
+            self.close()
+            raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+        except UserError:
+            self.close()
             raise
-
-    def _prepare(self, overwrite: bool) -> None:
-        self._lock()
-        self.rows: list[Prediction] = [] if overwrite else self._read_record()
         self.done = {row.identity for row in self.rows}
         self.taken = {name for row in self.rows for name in row.files}
-        try:
-            if overwrite:
-                _remove_results(self.folder)
-                self._record.truncate(0)
-            self._write_tables()
-            self._tables = [_open_table(self.folder / name, "a") for name in (SCORES, BOXES)]
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
-
-    def _lock(self) -> None:
-        try:
-            if fcntl:
-                fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another predict.py writes to {self.folder}; give another folder", ("output",)) from error
-        except OSError:  # a file system without locks
-            return
 
     def _read_record(self) -> list[Prediction]:
         """The earlier rows. A last line that was cut off when the process was killed is removed."""
@@ -177,12 +161,12 @@ class ResultFiles:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.folder / RECORD} is not a record of predict.py", ("output",)) from error
 
-    def _write_tables(self) -> None:
-        """Writes the tables from the rows: after a kill, they may lack some."""
-        for name, columns, lines in ((SCORES, CSV_COLUMNS, _score_lines), (BOXES, BOX_COLUMNS, _box_lines)):
-            with whole_file(self.folder / name) as aside, _open_table(aside, "w") as stream:
-                stream.write(_csv([columns]))
-                stream.writelines(_csv(lines(row)) for row in self.rows)
+    def _open_table(self, name: str, table: CsvTable) -> TextIO:
+        """Writes a table from the rows, as it may lack some after a kill, and opens it for more."""
+        options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with whole_file(self.folder / name) as aside, open(aside, "w", **options) as stream:
+            csv.writer(stream).writerows([table.columns, *(line for row in self.rows for line in table.lines(row))])
+        return self._open.enter_context((self.folder / name).open("a", **options))
 
     def add(self, row: Prediction) -> None:
         """Appends a row to all tables. The caller holds back interruptions.
@@ -194,8 +178,8 @@ class ResultFiles:
             line = json.dumps(row.plain(), allow_nan=False).encode() + b"\n"
             if self._record.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for stream, lines in zip(self._tables, (_score_lines(row), _box_lines(row)), strict=True):
-                stream.write(_csv(lines))
+            for stream, table in zip(self._tables, TABLES.values(), strict=True):
+                csv.writer(stream).writerows(table.lines(row))
                 stream.flush()
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
@@ -204,8 +188,20 @@ class ResultFiles:
         self.taken.update(row.files)
 
     def close(self) -> None:
-        for stream in (*self._tables, self._record):
-            stream.close()
+        self._open.close()
+
+
+class CsvTable(NamedTuple):
+    """A CSV file: its columns, and the lines of a row. Numbers have all their digits, as in JSON; None is empty."""
+
+    columns: Sequence[str]
+    lines: Callable[[Prediction], list[tuple]]
+
+
+TABLES = {
+    SCORES: CsvTable(CSV_COLUMNS, lambda row: [row[: len(CSV_COLUMNS)]]),
+    BOXES: CsvTable(BOX_COLUMNS, lambda row: [(row.time, row.path, *box) for box in row.boxes]),
+}
 
 
 def _row(values: dict) -> Prediction:
@@ -214,41 +210,12 @@ def _row(values: dict) -> Prediction:
     return Prediction(**known, boxes=[Box(**box) for box in values["boxes"]], files=[str(f) for f in values["files"]])
 
 
-def _score_lines(row: Prediction) -> list[tuple]:
-    return [tuple(getattr(row, name) for name in CSV_COLUMNS)]
-
-
-def _box_lines(row: Prediction) -> list[tuple]:
-    return [(row.time, row.path, *box) for box in row.boxes]
-
-
-def _csv(lines: Iterable[Sequence]) -> str:
-    """Lines of a CSV file. Numbers have all their digits, as in JSON; None is empty."""
-    stream = io.StringIO(newline="")
-    csv.writer(stream).writerows(lines)
-    return stream.getvalue()
-
-
-def _open_table(path: Path, mode: str) -> io.TextIOBase:
-    return open(path, mode, newline="", encoding="utf-8", errors="backslashreplace")
-
-
 def _remove_results(folder: Path) -> None:
     """Removes the results of an earlier run and the files that its record lists, and no other file."""
-    for name in _listed_files(folder / RECORD):
-        place = PurePosixPath(name)
-        if not place.is_absolute() and ".." not in place.parts:
-            (folder / place).unlink(missing_ok=True)
+    for line in (folder / RECORD).read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError):  # a damaged record is overwritten, too
+            for place in map(PurePosixPath, json.loads(line)["files"]):
+                if not place.is_absolute() and ".." not in place.parts:
+                    (folder / place).unlink(missing_ok=True)
     for name in (SCORES, BOXES, SUMMARY, PAGE):
         (folder / name).unlink(missing_ok=True)
-
-
-def _listed_files(record: Path) -> list[str]:
-    """The files in the lines of a record that can be read."""
-    names = []
-    for line in record.read_bytes().splitlines():
-        try:
-            names += [str(name) for name in json.loads(line)["files"]]
-        except (ValueError, TypeError, KeyError):  # a damaged record is overwritten, too
-            continue
-    return names
