@@ -96,13 +96,14 @@ def category_folder(data_path: Path, data_type: str, category: str) -> Path:
     if names is not None and category not in names:
         raise UserError(
             f"{data_type} has no category {category!r}, only {', '.join(names)}; "
-            "for a category of your own in the same layout use --data_type folder"
+            "for a category of your own in the same layout use the data type folder",
+            ("data_type",),
         )
     if not data_path.is_dir():
-        raise UserError(f"no data folder {data_path}; give the folder that holds the categories with --data_path")
+        raise UserError(f"no data folder {data_path}; give the folder that holds the categories", ("data_path",))
     folder = data_path / category
     if not folder.is_dir():
-        raise UserError(f"no category folder {folder}; {_what_there_is(data_path, category)}")
+        raise UserError(f"no category folder {folder}; {_what_there_is(data_path, category)}", ("obj", "data_path"))
     return folder
 
 
@@ -110,13 +111,12 @@ def _what_there_is(data_path: Path, category: str) -> str:
     """A hint for the user: what the data folder holds in place of the category, and what to do."""
     deeper = [entry for entry in _entries(data_path) if entry.is_dir() and (entry / category).is_dir()]
     if deeper:
-        return f"but there is {deeper[0] / category}: give --data_path {deeper[0]}"
+        return f"but there is {deeper[0] / category}: give {deeper[0]} as the data folder"
     archives = [entry.name for entry in _entries(data_path) if entry.suffix in ARCHIVE_SUFFIXES and entry.is_file()]
     if archives:
         return f"the folder holds the archive {archives[0]}: unpack it first"
     found = [entry.name for entry in _entries(data_path) if _is_category(entry)]
-    has = f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
-    return f"{has}. Give another --obj or --data_path"
+    return f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
 
 
 def _is_category(folder: Path) -> bool:
@@ -184,8 +184,8 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
     if strict and lacking_mask:
         raise UserError(
             f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected name: "
-            f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png); without --strict these "
-            "images are left out of the pixel metrics only"
+            f"ground_truth/{lacking_mask[0].defect}/{lacking_mask[0].image.stem}_mask.png)",
+            ("strict",),
         )
     return items
 
@@ -272,8 +272,8 @@ def list_source_images(
     root = source_path or data_path
     for folder in (data_path, root):
         if not folder.is_dir():
-            flag = "--data_path" if folder == data_path else "--source_path"
-            raise UserError(f"no data folder {folder}; give the folder that holds the categories with {flag}")
+            option = "data_path" if folder == data_path else "source_path"
+            raise UserError(f"no data folder {folder}; give the folder that holds the categories", (option,))
     same = root.resolve() == data_path.resolve()
     if not same:
         data_type = "visa" if (root / VISA_SPLIT).is_file() else "folder"
@@ -281,7 +281,7 @@ def list_source_images(
     target_folder = (data_path / target).resolve()
     is_target = {name: (same and name == target) or (root / name).resolve() == target_folder for name in names}
     if only and any(is_target.values()):
-        raise UserError(f"--sources names {target}, the target: it must not be trained on")
+        raise UserError(f"the sources include the target {target}, which must not be trained on", ("sources",))
     names = [name for name in names if not is_target[name]]
     _require_folders(root, names)
     if not same and target in names:
@@ -311,7 +311,7 @@ def _refuse_copy(source: Path, target: Path) -> None:
         return
     files = [[(path.name, path.stat().st_size) for path in list_train_images(folder)] for folder in (source, target)]
     if files[0] == files[1]:
-        raise UserError(f"{source} is a copy of the target {target}: name the categories to train on with --sources")
+        raise UserError(f"{source} is a copy of the target {target}: name the categories to train on", ("sources",))
 
 
 def held_out_category(sources: Iterable[str], target: str) -> str:

@@ -103,12 +103,12 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
     beside = file.with_suffix(".json")
     manifest = load_manifest(beside) if beside.is_file() else None
     if manifest is None or manifest.tensors != sha256(file):
-        return SupportRounds(images, None, f"{file} (names unknown; make_support.py --from_pt finds them)", file)
+        return SupportRounds(images, None, f"{file} (names unknown; make_support.py can find them)", file)
     if manifest.keep_aspect != keep_aspect:
-        made = "with" if manifest.keep_aspect else "without"
-        raise UserError(f"support set {file} was made {made} --keep_aspect; remove it or give another --support_path")
+        kept = "padded" if manifest.keep_aspect else "squeezed"
+        raise UserError(f"the images of the support set {file} are {kept}; make it again", ("keep_aspect",))
     if manifest.bits != bits:
-        raise UserError(f"support set {file} was made with --bits {manifest.bits}, not {bits}; make it again")
+        raise UserError(f"support set {file} was made for {manifest.bits} bits, not {bits}; make it again", ("bits",))
     return SupportRounds(images, manifest.rounds, f"{file}, names in {beside.name}", file)
 
 
@@ -132,13 +132,14 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
     if not isinstance(content, list | tuple) or not all(map(_is_dense, content)):
         raise UserError(f"support set {path} is not a list of tensors, one per round")
     if len(content) != rounds:
-        raise UserError(f"support set {path} has {len(content)} rounds, not {rounds}; give --inferences {len(content)}")
+        raise UserError(f"support set {path} has {len(content)} rounds, not {rounds}", ("inferences",))
     size = size or next((images.shape[-1] for images in content if images.ndim), 0)
     for number, images in enumerate(content):
         if images.shape != (shot, 3, size, size):
             raise UserError(
                 f"support set {path} is for another shot or size: round {number} has shape {tuple(images.shape)}, "
-                f"--shot {shot} --img_size {size} need {(shot, 3, size, size)}"
+                f"{shot} shot(s) at {size} pixels need {(shot, 3, size, size)}",
+                ("shot", "img_size"),
             )
         if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
             raise UserError(f"support set {path}: round {number} is not made of floats between 0 and 1")

@@ -141,4 +141,4 @@ def _limits(maps: np.ndarray, labels: Sequence[int]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, get_args_parser)

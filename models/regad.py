@@ -11,6 +11,7 @@ from torch import nn
 from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
 from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES, STNResNet
+from utils.config import recorded
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 
@@ -77,7 +78,7 @@ def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
 
 
 def selection(path: Path) -> tuple[str, int | None]:
-    """The rule that selected the weights of a checkpoint (train.py's --select), and their epoch, None if unknown.
+    """The rule that selected the weights of a checkpoint (`select` of train.py), and their epoch, None if unknown.
 
     The release selects by the target's test labels: `best`.
 
@@ -87,7 +88,7 @@ def selection(path: Path) -> tuple[str, int | None]:
     content = load_tensors(path, "checkpoint")
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
     recipe = recipe if isinstance(recipe, dict) else {}
-    rule = "last" if path.stem.endswith("_last") else recipe.get("arguments", {}).get("select", "best")
+    rule = "last" if path.stem.endswith("_last") else recorded(recipe).get("select", "best")
     return rule, recipe.get("epoch")
 
 
@@ -100,7 +101,10 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
-    _reject_other_recipe(path, content.get(RECIPE), stn_mode, img_size)
+    trained = recorded(content)
+    for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
+        if trained.get(name) not in (asked, None):
+            raise UserError(f"checkpoint {path} was trained with {name} {trained[name]}, not {asked}", (name,))
     _reject_other_backbone(path, content["STN"], backbone)
     _reject_other_mode(path, content["STN"], stn_mode)
     model = RegAD(stn_mode, img_size, backbone)
@@ -110,18 +114,10 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise UserError(
-                f"checkpoint {path} does not fit --stn_mode {stn_mode} --img_size {img_size}: {part}, {reason}"
+                f"checkpoint {path} does not fit the STN mode {stn_mode} at {img_size} pixels: {part}, {reason}",
+                ("stn_mode", "img_size"),
             ) from error
     return model
-
-
-def _reject_other_recipe(path: Path, recipe: object, stn_mode: str, img_size: int) -> None:
-    """Raises UserError where the recipe of a checkpoint names another STN mode or image size."""
-    trained = recipe.get("arguments") if isinstance(recipe, dict) else None
-    if isinstance(trained, dict):
-        for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
-            if trained.get(name, asked) != asked:
-                raise UserError(f"checkpoint {path} was trained with --{name} {trained[name]}, not {asked}")
 
 
 def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
@@ -129,7 +125,7 @@ def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
     layers = {name: shape for name, shape in _shapes(stn).items() if name.split(".")[0] in TRUNK_LAYERS}
     found = [name for name in BACKBONES if _layer_shapes(name) == layers]
     if found and backbone not in found:
-        raise UserError(f"checkpoint {path} has the backbone {found[0]}, not {backbone}: give --backbone {found[0]}")
+        raise UserError(f"checkpoint {path} has the backbone {found[0]}, not {backbone}", ("backbone",))
 
 
 def _layer_shapes(backbone: str) -> dict[str, torch.Size]:
@@ -156,7 +152,7 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
         rf".+_\d+_({'|'.join(STN_MODES)})(?:_(?:{'|'.join(BACKBONES)}))?_(?:model|last)\.pt", path.name
     )
     if named and named[1] != stn_mode:
-        raise UserError(f"checkpoint {path} is named after --stn_mode {named[1]}, not {stn_mode}")
+        raise UserError(f"checkpoint {path} is named after the STN mode {named[1]}, not {stn_mode}", ("stn_mode",))
     bias = stn.get("stn1.fc.2.bias")
     if not isinstance(bias, torch.Tensor):
         return  # load_state_dict names the missing tensor
@@ -167,10 +163,15 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     }
     if stn_mode not in offsets:
         likely = " or ".join(offsets) or "unknown"
-        raise UserError(f"checkpoint {path} has {bias.numel()} warp parameters: --stn_mode is {likely}, not {stn_mode}")
+        raise UserError(
+            f"checkpoint {path} has {bias.numel()} warp parameters: its STN mode is {likely}, not {stn_mode}",
+            ("stn_mode",),
+        )
     nearest = min(offsets, key=offsets.get)
     if offsets[nearest] < offsets[stn_mode] and offsets[stn_mode] > 0.5:  # identities differ by 1 in some parameter
-        raise UserError(f"checkpoint {path} was trained with --stn_mode {nearest}, not {stn_mode}, by its warps")
+        raise UserError(
+            f"checkpoint {path} was trained with the STN mode {nearest}, not {stn_mode}, by its warps", ("stn_mode",)
+        )
 
 
 def untrained(
@@ -203,14 +204,17 @@ def _imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError) as error:  # no network, no disk space, or another hash
         raise UserError(
             f"torchvision's ImageNet {backbone} cannot be downloaded ({error}); download "
-            f"{weights.url} on another machine and give the file with --weights FILE, "
-            "or start from random weights with --weights none"
+            f"{weights.url} on another machine and give the file, or start from random "
+            "weights (none)",
+            ("weights",),
         ) from error
 
 
 def _trunk_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise UserError(f"no weights file {path}; --weights takes imagenet, none, or the path of a state dict")
+        raise UserError(
+            f"no weights file {path}; weights are imagenet, none, or the path of a state dict", ("weights",)
+        )
     state = load_tensors(path, "weights file")
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"weights file {path} is not a state dict (names -> tensors)")

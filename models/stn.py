@@ -25,10 +25,10 @@ SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids are joined, so each must d
 
 
 def check_img_size(size: int, smallest: int = SIZE_DIVISOR) -> None:
-    """Raises UserError where --img_size is not a multiple of SIZE_DIVISOR, or is below `smallest`."""
+    """Raises UserError where an image size is not a multiple of SIZE_DIVISOR, or is below `smallest`."""
     if size % SIZE_DIVISOR or size < smallest:
         least = "" if smallest == SIZE_DIVISOR else f" from {smallest} on"
-        raise UserError(f"--img_size must be a multiple of {SIZE_DIVISOR}{least}, got {size}")
+        raise UserError(f"the image size must be a multiple of {SIZE_DIVISOR}{least}, got {size}", ("img_size",))
 
 
 class WarpMode(NamedTuple):
@@ -149,9 +149,8 @@ class STNResNet(nn.Module):
 
         The maps are (B, C, S/4, S/4), (B, C, S/8, S/8) and (B, C, S/16, S/16) with the channels of BACKBONES.
         """
-        x = self.relu(
-            self.maxpool(self.bn1(_first_convolution(self.conv1, x)))
-        )  # pooling first: see SpatialTransformer
+        x = self.maxpool(self.bn1(_first_convolution(self.conv1, x)))  # pooling first: see SpatialTransformer
+        x = self.relu(x)
         maps, warps = [], []
         for layer, stn in ((self.layer1, self.stn1), (self.layer2, self.stn2), (self.layer3, self.stn3)):
             x = layer(x)

@@ -17,7 +17,7 @@ from torch import nn
 from utils.errors import UserError
 from utils.files import load_tensors
 
-PREFIX = "timm:"  # --backbone timm:NAME
+PREFIX = "timm:"  # of the names of backbones
 STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
 
 
@@ -57,7 +57,8 @@ class TimmFeatures(nn.Module):
             grids = ", ".join(f"{height} x {width}" for height, width in sides)
             raise UserError(
                 f"the timm model {name} gives grids of {grids} at {self.img_size} pixels, which do not tile the image; "
-                "give an --img_size that is a multiple of its coarsest stride (16 or 32 for most)"
+                "the image size must be a multiple of its coarsest stride (16 or 32 for most)",
+                ("img_size",),
             )
 
     def _create(self, timm: object, name: str, weights: str) -> nn.Module:
@@ -87,7 +88,9 @@ class TimmFeatures(nn.Module):
 def _load(net: nn.Module, path: Path) -> None:
     """Loads a state dict with timm's names. It may hold the classifier, which is not used."""
     if not path.is_file():
-        raise UserError(f"no weights file {path}; --weights takes imagenet, none, or the path of a state dict")
+        raise UserError(
+            f"no weights file {path}; weights are imagenet, none, or the path of a state dict", ("weights",)
+        )
     state = load_tensors(path, "weights file")
     own = net.state_dict()
     names = {name: _timm_name(name, state) for name in own}
@@ -121,7 +124,7 @@ def _config(timm: object, name: str) -> dict:
 
 def _timm() -> object:
     if find_spec("timm") is None:
-        raise UserError("--backbone timm:NAME needs the package timm: pip install -r requirements-timm.txt")
+        raise UserError("the models of timm need the package timm: pip install -r requirements-timm.txt")
     import timm
     import timm.data
 

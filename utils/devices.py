@@ -38,9 +38,11 @@ def resolve_device(name: str) -> torch.device:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}); try --device cpu") from error
+        raise UserError(f"device {name!r} cannot be used ({reason}); try cpu", ("device",)) from error
     if device.type not in SUPPORTED_DEVICES:
-        raise UserError(f"device {name!r} is not supported, only {' and '.join(SUPPORTED_DEVICES)}; try --device cpu")
+        raise UserError(
+            f"device {name!r} is not supported, only {' and '.join(SUPPORTED_DEVICES)}; try cpu", ("device",)
+        )
     return device
 
 

@@ -225,14 +225,14 @@ MISTAKES = {
     "no such category": ({"--obj": "bolt"}, r"no category folder .*bolt; it has ring, weave"),
     "unknown MVTec name": (
         {"--data_type": "mvtec"},
-        r"mvtec has no category 'ring', only bottle, .*--data_type folder",
+        r"mvtec has no category 'ring', only bottle, .*data type folder",
     ),
     "no data": ({"--data_path": "/nowhere"}, r"no data folder /nowhere.*--data_path"),
     "no support set": ({"--inferences": "7"}, r"no support set .*2_7\.pt; make it with: python make_support\.py .*"),
     "no checkpoint": ({"--checkpoint": "/nowhere/x.pt"}, r"no checkpoint /nowhere/x\.pt.*--untrained"),
-    "another mode": ({"--stn_mode": "scale"}, r"checkpoint .* is named after --stn_mode affine, not scale"),
+    "another mode": ({"--stn_mode": "scale"}, r"checkpoint .* is named after the STN mode affine, not scale"),
     "not a checkpoint": ({"--checkpoint": __file__}, r"checkpoint .*test_commands\.py cannot be read"),
-    "odd size": ({"--img_size": "100"}, r"--img_size must be a multiple of 16, got 100"),
+    "odd size": ({"--img_size": "100"}, r"the image size must be a multiple of 16, got 100"),
     "no shots": ({"--shot": "0"}, r"--shot must be at least 1, got 0"),
     "negative workers": ({"--num_workers": "-1"}, r"--num_workers must not be negative"),
     "no such device": ({"--device": "warp9"}, r"device 'warp9' cannot be used"),
@@ -254,7 +254,7 @@ def test_support_set_of_another_shot(arguments):
     wrong = Path(arguments["--output"]).parent / "support" / "ring"
     wrong.mkdir(parents=True)
     (wrong / "1_2.pt").write_bytes((folder / "2_2.pt").read_bytes())
-    with pytest.raises(UserError, match=r"round 0 has shape \(2, 3, 64, 64\), --shot 1 --img_size 64 need \(1, 3"):
+    with pytest.raises(UserError, match=r"round 0 has shape \(2, 3, 64, 64\), 1 shot\(s\) at 64 pixels need \(1, 3"):
         call(arguments | {"--shot": "1", "--support_path": str(wrong.parent)})
 
 

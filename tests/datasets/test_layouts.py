@@ -121,7 +121,7 @@ def test_missing_categories_are_listed(data_type, tmp_path):
 
 def test_errors_name_a_nested_folder_or_an_archive(tmp_path):
     image(tmp_path / "MVTec/bottle/train/good/000.png")
-    with pytest.raises(UserError, match=r"but there is .*MVTec/bottle: give --data_path .*MVTec"):
+    with pytest.raises(UserError, match=r"but there is .*MVTec/bottle: give .*MVTec as the data folder"):
         category_folder(tmp_path, "mvtec", "bottle")
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed/bottle.tar.xz").write_bytes(b"x")

@@ -168,7 +168,7 @@ def test_order_of_the_sources_of_support_rounds(category, tmp_path, monkeypatch)
     assert find(None, category).names == beside.rounds
     save_support_rounds(support_file(root, "ring", 2, 2), drawn.images)
     stored = find(None, category)
-    assert stored.names is None and "make_support.py --from_pt" in stored.source
+    assert stored.names is None and "make_support.py can find them" in stored.source
     for a, b in zip(stored.images, drawn.images, strict=True):
         assert torch.equal(a, b)
     for found in (drawn, from_category):
@@ -224,7 +224,7 @@ def test_tensors_of_make_support_have_names_and_an_aspect(category, tmp_path):
     make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2", "--keep_aspect")
     found = find_support_rounds(tmp_path, category, 2, 2, SIZE, keep_aspect=True)
     assert found.names == draw_from_folder(category, 2, 2, 0).rounds and "names in 2_2.json" in found.source
-    with pytest.raises(UserError, match="was made with --keep_aspect; remove it or give another --support_path"):
+    with pytest.raises(UserError, match=r"2_2\.pt are padded; make it again"):
         find(tmp_path, category)
 
 

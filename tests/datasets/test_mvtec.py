@@ -125,7 +125,7 @@ def test_no_training_images(category):
 
 
 def test_no_data_folder(tmp_path):
-    with pytest.raises(UserError, match=re.escape(f"no data folder {tmp_path}/x; ") + ".*--data_path"):
+    with pytest.raises(UserError, match=re.escape(f"no data folder {tmp_path}/x; ")):
         category_folder(tmp_path / "x", "folder", "bolt")
 
 
@@ -133,7 +133,7 @@ def test_an_unknown_category_lists_the_existing_ones(category):
     data = category.parent
     write_category(data / "anchor")
     (data / "notes").mkdir()
-    sentence = re.escape(f"no category folder {data}/nut; it has anchor, bolt. Give another --obj")
+    sentence = re.escape(f"no category folder {data}/nut; it has anchor, bolt")
     with pytest.raises(UserError, match=sentence):
         category_folder(data, "folder", "nut")
     with pytest.raises(UserError, match=r"no category folder .*/zipper; it has anchor, bolt"):
@@ -147,7 +147,7 @@ def test_an_unknown_mvtec_category_lists_all_fifteen(category):
         category_folder(category.parent, "mvtec", "bolt")
     assert len(CATEGORIES["mvtec"]) == 15
     assert ", ".join(sorted(CATEGORIES["mvtec"])) in str(caught.value)
-    assert "--data_type folder" in str(caught.value)
+    assert "data type folder" in str(caught.value) and caught.value.options == ("data_type",)
 
 
 def test_without_ground_truth_there_are_labels_but_no_masks(category):

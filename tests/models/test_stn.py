@@ -156,7 +156,7 @@ def test_a_checkpoint_loads_in_its_own_mode_only(stored, tmp_path):
         if asked == stored:
             assert load_checkpoint(named, asked, SIDE).stn_mode == asked
             continue
-        with pytest.raises(UserError, match=f"named after --stn_mode {stored}, not {asked}"):
+        with pytest.raises(UserError, match=f"named after the STN mode {stored}, not {asked}"):
             load_checkpoint(named, asked, SIDE)
         if {asked, stored} != {"translation", "shear"}:  # two parameters, both initially 0: cannot be distinguished
             with pytest.raises(UserError, match=str(renamed)):
@@ -165,7 +165,7 @@ def test_a_checkpoint_loads_in_its_own_mode_only(stored, tmp_path):
 
 def test_checkpoint_of_another_size_is_rejected(tmp_path):
     path = write_checkpoint(tmp_path / "weights.pt", "affine", 96)
-    with pytest.raises(UserError, match=r"does not fit --stn_mode affine --img_size 64.*stn1\.fc\.0\.weight"):
+    with pytest.raises(UserError, match=r"does not fit the STN mode affine at 64 pixels.*stn1\.fc\.0\.weight"):
         load_checkpoint(path, "affine", 64)
 
 
@@ -230,7 +230,7 @@ def test_without_a_connection_the_error_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"Network is unreachable.*--weights FILE.*--weights none"):
+    with pytest.raises(UserError, match=r"Network is unreachable.*give the file, or start from random"):
         untrained("imagenet", "affine", SIDE)
 
 

@@ -60,9 +60,9 @@ def test_the_target_s_folder_is_no_source_under_any_name(roots, tmp_path):
         (links / alias).symlink_to(roots[0] / name)
     assert list(list_source_images(roots[0], "folder", "ring", source_path=links)) == ["weave"]
     for name in ("ring", "alias"):
-        with pytest.raises(UserError, match="--sources names ring, the target"):
+        with pytest.raises(UserError, match="the sources include the target ring"):
             list_source_images(roots[0], "folder", "ring", only=[name, "weave"], source_path=links)
-    with pytest.raises(UserError, match="--sources names ring, the target"):
+    with pytest.raises(UserError, match="the sources include the target ring"):
         list_source_images(roots[0], "folder", "ring", only=["ring"])
 
 
@@ -73,7 +73,7 @@ def test_the_same_folder_by_another_path_is_the_same_data_set(roots):
 
 def test_a_copy_of_the_target_is_refused(roots, tmp_path):
     shutil.copytree(roots[0], tmp_path / "copy")
-    with pytest.raises(UserError, match=r"copy/ring is a copy of the target .*: name the categories .* with --sources"):
+    with pytest.raises(UserError, match=r"copy/ring is a copy of the target .*: name the categories"):
         list_source_images(roots[0], "folder", "ring", source_path=tmp_path / "copy")
     named = list_source_images(roots[0], "folder", "ring", only=["weave", "board"], source_path=tmp_path / "copy")
     assert list(named) == ["board", "weave"]
@@ -88,7 +88,7 @@ def test_the_held_out_category_is_one_of_the_sources(roots, tmp_path):
     ("flags", "sentence"),
     [
         (["--sources", "bolt"], r"lacks 1 of the 1 categories to train on: bolt; it has board, ring, weave"),
-        (["--source_path", "/nowhere"], r"no data folder /nowhere; .* with --source_path"),
+        (["--source_path", "/nowhere"], r"no data folder /nowhere"),
     ],
 )
 def test_mistakes_get_one_sentence(flags, sentence, roots, tmp_path):

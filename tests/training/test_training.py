@@ -379,7 +379,7 @@ def test_a_diverged_training_names_loss_epoch_and_step(lr, changes, demo_data, t
 
 
 MISTAKES = {
-    "too small": ({"img_size": 48}, r"--img_size must be a multiple of 16 from 64 on, got 48"),
+    "too small": ({"img_size": 48}, r"the image size must be a multiple of 16 from 64 on, got 48"),
     "no epochs": ({"epochs": 0}, r"--epochs must be at least 1"),
     "negative rate": ({"lr": -1}, r"--lr must not be negative"),
     "infinite rate": ({"lr": "inf"}, r"--lr must not be negative or infinite"),

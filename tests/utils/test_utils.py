@@ -232,7 +232,7 @@ def test_a_device_can_be_used_or_costs_one_sentence(name):
     try:
         device = resolve_device(name)
     except UserError as error:
-        assert repr(name) in str(error) and "try --device cpu" in str(error) and "\n" not in str(error)
+        assert repr(name) in str(error) and "try cpu" in str(error) and "\n" not in str(error)
     else:
         assert device.type in ("cpu", "cuda") and torch.ones(2, device=device).sum().item() == 2
 
