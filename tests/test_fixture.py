@@ -1,7 +1,7 @@
 """The fast path against the plain definition's numbers in fixtures/plain.npz (see fixtures/make.py), on any machine.
 
 Largest relative differences measured with ATEN_CPU_CAPABILITY=default, avx2 and avx512, with MKL_CBWR=COMPATIBILITY,
-and with 1 and 2 threads: 3.6e-15 in float64 (bound 1e-9) and 1.9e-6 in float32 (bound 1e-5).
+and with 1 and 2 threads: 1.2e-13 in float64 (bound 1e-9) and 1.9e-6 in float32 (bound 1e-5).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch.utils.data import default_convert
 from evaluation.scoring import compute_test_features, score_rounds
 from models.stn import fuse_conv_bn
 from scorers.gaussian import Gaussian
+from scorers.registry import SCORERS
 from tests.fixtures import make
 from training.loop import Trainer
+from utils.fingerprint import METHOD_VERSION
 from utils.stages import StageClock
 
 CPU = torch.device("cpu")
@@ -100,6 +102,33 @@ def test_scores_of_a_round(shot, fixture):
     assert relative(found.maps.numpy()[:, ::4, ::4], fixture[f"maps_{shot}"]) < 1e-5
     assert found.maps.numpy().max(axis=(1, 2)) == pytest.approx(fixture[f"image_scores_{shot}"], rel=1e-5)
     assert [found.image_auroc, found.pixel_auroc] == pytest.approx(fixture[f"aurocs_{shot}"], abs=1e-5)
+
+
+def check_numbers(fixture, scorer: str) -> None:
+    """Fails if results have changed and METHOD_VERSION has not, and if the fixture belongs to another version."""
+    again = "run python -m tests.fixtures.make"
+    assert fixture["method_version"] == METHOD_VERSION, f"METHOD_VERSION was raised: {again}"
+    unchanged = relative(make.scorer_distances(scorer, fixture), fixture[f"{scorer}_distances"]) < 1e-9
+    assert unchanged, f"the numbers changed: raise METHOD_VERSION in utils/fingerprint.py and {again}"
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_changed_numbers_need_another_method_version(scorer, fixture):
+    check_numbers(fixture, scorer)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "constant", "value"),
+    [
+        ("gaussian", "scorers.gaussian.COVARIANCE_EPS", 0.01001),
+        ("neighbours", "scorers.neighbours.SHRINKAGE", 0.01001),
+        ("gaussian", "tests.test_fixture.METHOD_VERSION", 0),
+    ],
+)
+def test_a_forgotten_method_version_is_noticed(scorer, constant, value, fixture, monkeypatch):
+    monkeypatch.setattr(constant, value)
+    with pytest.raises(AssertionError, match=r"METHOD_VERSION .* python -m tests\.fixtures\.make"):
+        check_numbers(fixture, scorer)
 
 
 def test_losses_of_the_training_steps(fixture):
