@@ -26,7 +26,7 @@ from datasets.mvtec import (
     list_folder_items,
     list_test_items,
     list_train_images,
-    without_truth,
+    without_mask,
 )
 from datasets.support import load_support_rounds
 from utils.errors import UserError
@@ -82,7 +82,7 @@ def images_like_masks(items: Sequence[LabelledImage]) -> list[str]:
 
 def missing_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
     """A sentence on the defective images without a mask, and on files that could be their masks; [] if all have one."""
-    unknown = without_truth(items)
+    unknown = without_mask(items)
     if not unknown:
         return []
     if any(item.masks for item in items):
@@ -262,7 +262,7 @@ def _mask_problems(category: Path, test: Sequence[LabelledImage], decoded: dict[
         sizes = [(path, decoded[path].size) for path in item.masks if path in decoded]
         if item.image in decoded:
             problems += filter(None, (size_mismatch(path, size, decoded[item.image].size) for path, size in sizes))
-    unused = unused_masks(category, test) if masks or without_truth(test) else []
+    unused = unused_masks(category, test) if masks or without_mask(test) else []
     missing = missing_masks(category, test)[:1] if masks or unused else []
     return [*problems, *mask_notes(masks), *missing, *unused]
 

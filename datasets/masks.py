@@ -20,10 +20,10 @@ from PIL import Image
 from datasets.images import FULL_BITS, eight_bit, full_scale, read_pixels, resize
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
-MOST_CLASSES = 8  # different values besides 0; masks with antialiased edges have more, thin ones a dozen
+MOST_CLASSES = 8  # different values other than 0; masks with antialiased edges have more, thin ones a dozen
 NEARLY_ALL = 0.9  # share of the masks that must look inverted before a hint says so
 ALPHA = "have an alpha channel that marks other pixels than the colours do; it is not read"
-MIXED = "have a few small values beside 255; those up to 127 count as normal, as in the release"
+MIXED = "have a few small values next to 255; those up to 127 count as normal, as in the release"
 
 
 class MaskFacts(NamedTuple):
@@ -89,7 +89,7 @@ def _raw_values(image: Image.Image) -> np.ndarray:
 
 
 def _different_values(values: np.ndarray) -> np.ndarray:
-    """The different values besides 0, in rising order."""
+    """The different values other than 0, in rising order."""
     if values.dtype == np.uint8:
         return np.flatnonzero(np.bincount(values.ravel(), minlength=1)[1:]) + 1  # much faster than np.unique
     different = np.unique(values)
@@ -97,7 +97,7 @@ def _different_values(values: np.ndarray) -> np.ndarray:
 
 
 def _threshold(different: np.ndarray) -> int:
-    """The largest value that is normal in a mask with these different values besides 0."""
+    """The largest value that is normal in a mask with these different values other than 0."""
     most, half = different.max(initial=0), _full_scale(different) // 2
     grey_levels = most == _full_scale(different) or (most > half and len(different) > MOST_CLASSES)
     return half if grey_levels and most <= FULL_SCALE_16BIT else 0
@@ -108,7 +108,7 @@ def _full_scale(different: np.ndarray) -> int:
 
 
 def _is_mixed(different: np.ndarray) -> bool:
-    """Whether small values beside the full scale, and none between, look like class numbers beside another mark."""
+    """Whether small values next to the full scale, and none between, look like class numbers."""
     full, small = _full_scale(different), different[:-1]
     return 0 < len(small) <= MOST_CLASSES and different[-1] == full and small[-1] <= full // 2
 

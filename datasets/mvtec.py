@@ -55,7 +55,7 @@ CATEGORIES = {
 ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
 GOOD = "good"  # the folder of normal images
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
-VISA_DEFECT = "anomaly"  # VisA's split file names no kinds of defects
+VISA_DEFECT = "anomaly"  # VisA's split file names no types of defects
 
 
 class LabelledImage(NamedTuple):
@@ -71,7 +71,7 @@ class LabelledImage(NamedTuple):
         return int(self.defect != GOOD)
 
     @property
-    def has_truth(self) -> bool:
+    def has_ground_truth(self) -> bool:
         """Whether the defective pixels are known. A normal image has none."""
         return not self.label or bool(self.masks)
 
@@ -179,8 +179,8 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
     labels = {item.label for item in items}
     if not items or (need_both and labels != {0, 1}):
         lacking = f"normal images (test/{GOOD})" if 0 not in labels else "defective images (test/<defect>)"
-        raise UserError(f"{category / 'test'} has no {lacking}; an AUROC needs both kinds")
-    lacking_mask = without_truth(items)
+        raise UserError(f"{category / 'test'} has no {lacking}; an AUROC needs both")
+    lacking_mask = without_mask(items)
     if strict and lacking_mask:
         raise UserError(
             f"{len(lacking_mask)} mask(s) missing, the first is that of {lacking_mask[0].image} (expected name: "
@@ -190,9 +190,9 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
     return items
 
 
-def without_truth(items: Iterable[LabelledImage]) -> list[LabelledImage]:
+def without_mask(items: Iterable[LabelledImage]) -> list[LabelledImage]:
     """The defective images without a mask."""
-    return [item for item in items if not item.has_truth]
+    return [item for item in items if not item.has_ground_truth]
 
 
 def defect_folders(category: Path) -> list[Path]:
@@ -214,7 +214,7 @@ def list_folder_items(folder: Path) -> list[LabelledImage]:
 
 
 def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """The masks of a kind of defect by name: a file by its name without suffix, or all images in a sub-folder (LOCO).
+    """The masks of a type of defect by name: a file by its name without suffix, or all images in a sub-folder (LOCO).
 
     A PNG wins over other files of the same name, and a file over a folder.
     """
@@ -228,7 +228,7 @@ def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def is_visa(category: Path) -> bool:
-    """Whether the category has VisA's layout: no train folder, and a split file beside it."""
+    """Whether the category has VisA's layout: no train folder, and a split file next to it."""
     return not (category / "train").is_dir() and (category.parent / VISA_SPLIT).is_file()
 
 
@@ -288,7 +288,7 @@ def list_source_images(
         _refuse_copy(root / target, target_folder)
     sources = {name: list_train_images(root / name) for name in names}
     if not sources:
-        raise UserError(f"no category to train on in {root}: it needs sub-folders with train/good besides {target}")
+        raise UserError(f"no category to train on in {root}: it needs sub-folders with train/good other than {target}")
     for images in sources.values():
         if len(images) < 2:
             raise UserError(
@@ -373,7 +373,7 @@ class LabelledDataset(Dataset):
             pixels |= mask.pixels
             self._masks[path] = mask.facts
         valid_mask = np.zeros((self.size, self.size), dtype=bool)
-        if item.has_truth:
+        if item.has_ground_truth:
             left, top, right, bottom = content_box(*image.size, self.size, self.keep_aspect)
             valid_mask[top:bottom, left:right] = True
         square = np.ascontiguousarray(to_square(image, self.size, self.keep_aspect).transpose(2, 0, 1))

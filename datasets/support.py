@@ -88,7 +88,7 @@ def find_support_rounds(
 
 
 def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
-    """The manifest beside the path of the tensors, or that of the category: the first one that is large enough."""
+    """The manifest next to the path of the tensors, or that of the category: the first one that is large enough."""
     for file in (tensors.with_suffix(".json"), category_manifest(tensors.parent.parent, tensors.parent.name)):
         if file.is_file():
             manifest = load_manifest(file)
@@ -98,10 +98,10 @@ def _find_manifest(tensors: Path, shot: int, rounds: int) -> Path | None:
 
 
 def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: bool, bits: int) -> SupportRounds:
-    """The rounds of a tensor file, with names where the manifest beside it holds the SHA-256 of this file."""
+    """The rounds of a tensor file, with names where the manifest next to it holds the SHA-256 of this file."""
     images = load_support_rounds(file, shot, rounds, size)
-    beside = file.with_suffix(".json")
-    manifest = load_manifest(beside) if beside.is_file() else None
+    named = file.with_suffix(".json")
+    manifest = load_manifest(named) if named.is_file() else None
     if manifest is None or manifest.tensors != sha256(file):
         return SupportRounds(images, None, f"{file} (names unknown; make_support.py can find them)", file)
     if manifest.keep_aspect != keep_aspect:
@@ -109,7 +109,7 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
         raise UserError(f"the images of the support set {file} are {kept}; make it again", ("keep_aspect",))
     if manifest.bits != bits:
         raise UserError(f"support set {file} was made for {manifest.bits} bits, not {bits}; make it again", ("bits",))
-    return SupportRounds(images, manifest.rounds, f"{file}, names in {beside.name}", file)
+    return SupportRounds(images, manifest.rounds, f"{file}, names in {named.name}", file)
 
 
 def _missing(path: Path, shot: int, rounds: int, size: int | None) -> UserError:

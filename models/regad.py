@@ -50,7 +50,7 @@ def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str, backbon
 
 
 def last_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str = RELEASE_BACKBONE) -> Path:
-    """The path of the weights after the last epoch, beside `checkpoint_file`."""
+    """The path of the weights after the last epoch, next to `checkpoint_file`."""
     return _weights_file(root, stn_mode, shot, category, backbone, "last")
 
 
@@ -146,7 +146,7 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     The release does not store the mode, and modes with equally many warp parameters load without an error. Three signs
     are checked: the mode in the file's name, the number of warp parameters, and the last bias of the first STN, which
     starts as the identity of its mode and stays near it. Translation and shear have the same identity and cannot be
-    told apart.
+    told from each other.
     """
     named = re.fullmatch(
         rf".+_\d+_({'|'.join(STN_MODES)})(?:_(?:{'|'.join(BACKBONES)}))?_(?:model|last)\.pt", path.name

@@ -67,7 +67,7 @@ def temporary_name(path: Path) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`. The file is renamed to `path` once it is complete and on the disk.
+    """Yields a temporary path next to `path`. The file is renamed to `path` once it is complete and on the disk.
 
     After a fault, `path` is what it was before, and there is no temporary file. A killed process leaves one, which the
     next process removes that writes into the folder, a day later or more.
@@ -75,26 +75,26 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, a permission is missing, or the like.
     """
-    aside = path.with_name(temporary_name(path))
+    temporary = path.with_name(temporary_name(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb+") as written:  # Windows flushes only files that are open for writing
+        yield temporary
+        with open(temporary, "rb+") as written:  # Windows flushes only files that are open for writing
             os.fsync(written.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
         _remove_leftovers(path)
     except (OSError, RuntimeError) as error:
-        fault = _fault(error, {None, str(aside), str(path), *map(str, path.parents)})
+        fault = _fault(error, {None, str(temporary), str(path), *map(str, path.parents)})
         if fault is None:
             raise
         raise WriteError(fault.errno, fault.strerror, str(path)) from error
     finally:
         with suppress(OSError):  # it may never have been there
-            aside.unlink()
+            temporary.unlink()
 
 
 def _remove_leftovers(written: Path) -> None:
-    """Removes the temporary files beside `written` that are LEFTOVER_SECONDS older; once per folder and process.
+    """Removes the temporary files next to `written` that are LEFTOVER_SECONDS older; once per folder and process.
 
     All times are of the file system's clock, which other machines share. Process ids would say nothing there.
     """
@@ -123,13 +123,16 @@ def _fault(error: BaseException | None, places: set[str | None]) -> OSError | No
 
 def write_json(path: Path, content: dict) -> None:
     """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
-    with whole_file(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def save_tensors(path: Path, content: object) -> None:
     """Writes tensors and plain values as a torch file, whole or not at all."""
-    with whole_file(path) as aside, open(aside, "wb") as stream:  # given a path, torch does not say what went wrong
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "wb") as stream,
+    ):  # torch hides why a path failed
         torch.save(content, stream)
 
 

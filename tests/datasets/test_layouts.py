@@ -24,7 +24,7 @@ from datasets.mvtec import (
     list_source_images,
     list_test_items,
     list_train_images,
-    without_truth,
+    without_mask,
 )
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import SIDEWAYS
@@ -155,7 +155,7 @@ def test_images_without_a_mask_are_left_out_of_the_pixel_metrics(category, capsy
     items = list_test_items_with_notes(category, strict=False)
     printed = capsys.readouterr().out
     assert "note: 2 defective image(s) have no mask" in printed and "the pixel metrics omit them" in printed
-    assert {item.image.name for item in without_truth(items)} == {"f.JPG", "g.tiff"}
+    assert {item.image.name for item in without_mask(items)} == {"f.JPG", "g.tiff"}
     counted = {item.image.name: LabelledDataset([item], 8)[0]["valid_mask"] for item in items}
     assert {name for name, pixels in counted.items() if pixels.all()} == {"c.bmp", "d.webp", "e.tif"}
     assert not counted["f.JPG"].any() and not counted["g.tiff"].any()
