@@ -1,6 +1,6 @@
 """Measures which images are called unusual: frames without a part, other parts, turned parts, and images of the part.
 
-python -m benchmarks.out_of_distribution             print the tables, write benchmarks/results/unusual_<device>.json
+python -m benchmarks.out_of_distribution             print the tables, write benchmarks/results/out_of_distribution_<device>.json
 python -m benchmarks.out_of_distribution --report    print the tables of that file
 """
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures all categories, prints the tables and writes one JSON file."""
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
-    target = args.output / f"unusual_{device.type}.json"
+    target = args.output / f"out_of_distribution_{device.type}.json"
     if args.report:
         print(report(json.loads(target.read_text())))
         return
@@ -66,22 +66,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = fuse_conv_bn(untrained(args.weights, img_size=args.img_size).stn.to(device))
     images = {name: _test_images(name, network, device, args) for name in args.obj}
     rounds = [row for name in args.obj for row in _measure(name, images, network, device, args)]
-    content = {"arguments": plain_arguments(args), **provenance(device), "rounds": rounds}
+    content = {"arguments": plain_arguments(args), **provenance(device), "categories": summarise(rounds)}
     content["total_seconds"] = time.perf_counter() - begin
     write_json(target, content)
     print(report(content))
     print(f"{content['total_seconds']:.0f} s; written: {target}")
 
 
+def summarise(rounds: Sequence[dict]) -> list[dict]:
+    """One entry per category: the means over draws and K, rounded to 1e-6."""
+    entries = []
+    for name in dict.fromkeys(row["category"] for row in rounds):
+        rows = [row for row in rounds if row["category"] == name]
+        shares = {key: round(_mean([row[key] for row in rows]), 6) for key in OWN}
+        groups = {
+            group: {key: round(_mean([row[group][key] for row in rows]), 6) for key in rows[0][group]}
+            for group in ("frames", "others")
+        }
+        entries.append({"category": name, "runs": len(rows), **shares, **groups})
+    return entries
+
+
 def report(content: dict) -> str:
     """Markdown tables: the share of images called unusual, means over draws and K."""
-    rounds = content["rounds"]
-    names = list(dict.fromkeys(row["category"] for row in rounds))
-    frames = [key for key in rounds[0]["frames"] if key not in (UPSIDE_DOWN, DARK)]
+    entries = content["categories"]
+    names = [entry["category"] for entry in entries]
+    frames = [key for key in entries[0]["frames"] if key not in (UPSIDE_DOWN, DARK)]
     first = ["caught", *frames, "other parts", DARK, UPSIDE_DOWN, *OWN]
     lines = [f"| detector of | {' | '.join(first)} |", "|---" * (len(first) + 1) + "|"]
     for name in [*names, "all"]:
-        rows = [row for row in rounds if name in (row["category"], "all")]
+        rows = [entry for entry in entries if name in (entry["category"], "all")]
         values = [_mean([_caught(row, frames) for row in rows])]
         values += [_mean([row["frames"][key] for row in rows]) for key in frames]
         values += [_mean([share for row in rows for share in row["others"].values()])]
@@ -89,10 +103,9 @@ def report(content: dict) -> str:
         values += [_mean([row[key] for row in rows]) for key in OWN]
         lines.append(f"| {name} | {' | '.join(f'{value:.1%}' for value in values)} |")
     lines += ["", f"| detector of | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for name in names:
-        rows = [row for row in rounds if row["category"] == name]
-        cells = ["" if o == name else f"{_mean([row['others'][o] for row in rows]):.0%}" for o in names]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for entry in entries:
+        cells = ["" if name == entry["category"] else f"{entry['others'][name]:.0%}" for name in names]
+        lines.append(f"| {entry['category']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Measures the false alarms of the threshold of predict.py on real categories, by default without training.
+"""Measures the false-positive rate of the threshold of predict.py on real categories, by default without training.
 
 The test features of a category are computed once. Each draw contains as many support images as the largest K, and
 further images for calibration. Its first K images give the detector for K. The threshold is computed from leave-one-out
@@ -6,7 +6,9 @@ scores, as in predict.py, and once more from the scores of the calibration image
 
 python -m benchmarks.threshold             print the table, write benchmarks/results/threshold_<scorer>_<device>.json
 python -m benchmarks.threshold --report    print the table of that file
-python -m benchmarks.threshold --choose    choose the rule's constants on all categories but one, judge on that one
+python -m benchmarks.threshold --choose    measure, then choose the rule's constants without each category in turn
+
+The JSON file has one entry per category and K: means over the draws, and the highest value of all draws.
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ from utils.records import plain_arguments, provenance
 from utils.stages import StageClock
 
 COLUMNS = {
-    "alarms": "false alarms",
+    "alarms": "false-positive rate",
     "worst": "of the worst draw",
     "found": "defects found",
-    "calibrated_alarms": "false alarms, calibrated",
+    "calibrated_alarms": "false-positive rate, calibrated",
     "calibrated_worst": "of the worst draw",
     "calibrated_found": "defects found",
     "defects_at_rate": "defects found at a true rate as asked",
@@ -55,7 +57,7 @@ COLUMNS = {
 }
 WORST = ("worst", "calibrated_worst")
 CATEGORIES = ["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"]
-# What --choose tries: PULL, typical score, PRIOR_SPREAD, PRIOR_IMAGES, LEFT_OUT_SHARE of inspection/threshold.py
+# What --choose tries: PULL, typical score, PRIOR_SPREAD, PRIOR_IMAGES, LOO_SHARE of inspection/threshold.py
 CHOICES = tuple(
     itertools.product((0.5, 1, 1.5, 2), (0.7, 0.74, 0.78, 0.82, 0.86), (0.1, 0.15, 0.2), (0.5, 1), (0.4, 0.5, 0.6, 0.8))
 )
@@ -79,7 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
-    parser.add_argument("--choose", action="store_true", help="choose constants from the scores of the JSON file")
+    parser.add_argument("--choose", action="store_true", help="choose the constants without each category")
     return parser
 
 
@@ -88,9 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"threshold_{args.scorer}_{device.type}.json"
-    if args.report or args.choose:
-        content = json.loads(target.read_text())
-        print(choose(content["rounds"], args.false_alarm) if args.choose else report(content))
+    if args.report:
+        print(report(json.loads(target.read_text())))
         return
     require_writable(args.output, "--output", folder=True)
     begin, arguments = time.perf_counter(), plain_arguments(args)
@@ -101,23 +102,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = untrained(args.weights, img_size=args.img_size).stn
     network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
     rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
-    content = {"arguments": arguments, **provenance(device), "rounds": rounds, "seconds": clock.seconds}
+    content = {"arguments": arguments, **provenance(device), "draws": args.draws, "summary": summarise(rounds)}
+    content["seconds"] = clock.seconds
     content["total_seconds"] = time.perf_counter() - begin
     write_json(target, content)
     print(report(content))
+    if args.choose:
+        print(choose(rounds, args.false_alarm))
     print(f"{content['total_seconds']:.0f} s; written: {target}")
+
+
+def summarise(rounds: Sequence[dict]) -> list[dict]:
+    """One entry per category and K, from one row per draw: the columns of `report`."""
+    groups = dict.fromkeys((row["category"], row["shot"]) for row in rounds)
+    entries = []
+    for category, shot in groups:
+        rows = [row for row in rounds if (row["category"], row["shot"]) == (category, shot)]
+        entries.append({"category": category, "shot": shot, **{key: _summary(rows, key) for key in COLUMNS}})
+    return entries
 
 
 def report(content: dict) -> str:
     """Markdown table: one row per category and K, means over the draws; then the means over all K and categories."""
     lines = [f"| category | K | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
-    rounds = content["rounds"]
-    names, shots = (list(dict.fromkeys(row[key] for row in rounds)) for key in ("category", "shot"))
+    entries = content["summary"]
+    names, shots = (list(dict.fromkeys(row[key] for row in entries)) for key in ("category", "shot"))
     groups = (
         [(name, str(shot)) for name in names for shot in shots] + [(name, "all") for name in names] + [("all", "all")]
     )
     for name, shot in groups:
-        rows = [row for row in rounds if name in ("all", row["category"]) and shot in ("all", str(row["shot"]))]
+        rows = [row for row in entries if name in ("all", row["category"]) and shot in ("all", str(row["shot"]))]
         values = {key: _summary(rows, key) for key in COLUMNS}
         cells = [f"{value:.2f}" if key == "auroc" else f"{value:.0%}" for key, value in values.items()]
         lines.append(f"| {' | '.join([name, shot, *cells])} |")
@@ -145,7 +159,7 @@ def _measure(category: str, network: STNResNet, clock: StageClock, args: argpars
         for shot in args.shots:
             first = support.part(0, shot)[args.scorer.name]
             row = _judge(first, calibration.prepared[args.scorer.name], test, clock, args)
-            print(f"{category}, K = {shot}, draw {number}: {row['alarms']:.0%} false alarms", flush=True)
+            print(f"{category}, K = {shot}, draw {number}: false-positive rate {row['alarms']:.0%}", flush=True)
             yield {"category": category, "shot": shot, "support": [path.name for path in paths[:shot]], **row}
 
 
@@ -172,27 +186,27 @@ def _judge(
     alarms, found: shares of normal and defective test images with a score above the threshold from leave-one-out
     scores. calibrated_...: the same with the thresholds from the calibration images, as means and for the worst of
     them. defects_at_rate: the share of defective images above the threshold that has exactly the requested rate.
-    normal, left_out: scores.
+    normal, loo_scores: scores.
     """
     fitted = args.scorer.fit(support)
 
     def score(features: Prepared) -> NormalScores:
         scores, maps = score_maps_at(args.scorer.distance_maps(fitted, features), args.img_size)
-        return NormalScores(scores.cpu().numpy()[:, None], maps.cpu().numpy(), left_out=False)
+        return NormalScores(scores.cpu().numpy()[:, None], maps.cpu().numpy(), is_loo=False)
 
     scores = score(test.features.prepared[args.scorer.name]).scores[:, 0]
-    left_out = leave_one_out(args.scorer, support, args.img_size, clock)
+    loo = leave_one_out(args.scorer, support, args.img_size, clock)
     normal, defective = scores[~test.labels], scores[test.labels]
     row = {
         "defects_at_rate": float((defective > np.quantile(normal, 1 - args.false_alarm)).mean()),
         "auroc": auroc(rank(scores, test.labels)),
         "normal": np.sort(normal).tolist(),
-        "left_out": left_out.scores[:, 0].tolist(),
+        "loo_scores": loo.scores[:, 0].tolist(),
     }
     seen = score(calibration)
     groups = np.arange(len(seen.scores)).reshape(args.calibrations, -1)
     values = [_threshold(seen._replace(scores=seen.scores[n], maps=seen.maps[n]), args) for n in groups]
-    for prefix, thresholds in (("", [_threshold(left_out, args)]), ("calibrated_", values)):
+    for prefix, thresholds in (("", [_threshold(loo, args)]), ("calibrated_", values)):
         row |= {
             f"{prefix}thresholds": thresholds,
             f"{prefix}alarms": float(np.mean([(normal > value).mean() for value in thresholds])),
@@ -210,7 +224,10 @@ def choose(rounds: Sequence[dict], rate: float) -> str:
     """Chooses the rule's constants on all categories but one, for each category, and applies them to that one."""
     names = list(dict.fromkeys(row["category"] for row in rounds))
     tried = [(choice, np.array([_alarms_with(choice, row, rate) for row in rounds])) for choice in CHOICES]
-    lines = ["| category | constants chosen without it | false alarms | of the worst draw |", "|---|---|---|---|"]
+    lines = [
+        "| category | constants chosen without it | false-positive rate | of the worst draw |",
+        "|---|---|---|---|",
+    ]
     blind = []
     for name in names:
         own = np.array([row["category"] == name for row in rounds])
@@ -227,9 +244,9 @@ def choose(rounds: Sequence[dict], rate: float) -> str:
 def _alarms_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
     """The false-positive rate of one round with other constants of the rule for leave-one-out scores."""
     pull, typical, spread, images, share = choice
-    constants = {"PULL": pull, "PRIOR_SPREAD": spread, "PRIOR_IMAGES": images, "LEFT_OUT_SHARE": share}
+    constants = {"PULL": pull, "PRIOR_SPREAD": spread, "PRIOR_IMAGES": images, "LOO_SHARE": share}
     with mock.patch.multiple(threshold, **constants):
-        scores = np.array(row["left_out"])[:, None]
+        scores = np.array(row["loo_scores"])[:, None]
         value = normal_threshold(NormalScores(scores, scores[..., None], True), rate, typical, "").value
     return float((np.array(row["normal"]) > value).mean())
 
