@@ -1,6 +1,7 @@
 """Measures which images are called unusual: frames without a part, other parts, turned parts, and images of the part.
 
-python -m benchmarks.out_of_distribution             print the tables, write benchmarks/results/out_of_distribution_<device>.json
+python -m benchmarks.out_of_distribution             measure, print the tables and write them to
+                                                     benchmarks/results/out_of_distribution_<device>.json
 python -m benchmarks.out_of_distribution --report    print the tables of that file
 """
 
