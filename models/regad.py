@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
         raise UserError(f"checkpoint {path} has the backbone {found[0]}, not {backbone}", ("backbone",))
 
 
+@functools.cache
 def _layer_shapes(backbone: str) -> dict[str, torch.Size]:
     """Names and shapes of the layers of a backbone, without the STNs. On the meta device nothing is allocated."""
     with torch.device("meta"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK
-from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file, load_checkpoint, untrained
+from models.regad import CHECKPOINT_PARTS, RegAD, _reject_other_mode, checkpoint_file, load_checkpoint, untrained
 from models.stn import STN_MODES, STNResNet, _first_convolution, fuse_conv_bn
 from models.warp import warp
 from tests.evaluation.test_release import recipe_model
@@ -151,16 +151,18 @@ def write_checkpoint(path, stn_mode: str, size: int = SIDE):
 @pytest.mark.parametrize("stored", STN_MODES)
 def test_a_checkpoint_loads_in_its_own_mode_only(stored, tmp_path):
     named = write_checkpoint(checkpoint_file(tmp_path, stored, 2, "screw"), stored)
-    renamed = write_checkpoint(tmp_path / "weights.pt", stored)
-    for asked in STN_MODES:
-        if asked == stored:
-            assert load_checkpoint(named, asked, SIDE).stn_mode == asked
-            continue
+    loaded = load_checkpoint(named, stored, SIDE)
+    assert loaded.stn_mode == stored
+    state, renamed = loaded.stn.state_dict(), tmp_path / "weights.pt"
+    for asked in set(STN_MODES) - {stored}:
         with pytest.raises(UserError, match=f"named after the STN mode {stored}, not {asked}"):
-            load_checkpoint(named, asked, SIDE)
+            _reject_other_mode(named, state, asked)
         if {asked, stored} != {"translation", "shear"}:  # two parameters, both initially 0: cannot be distinguished
             with pytest.raises(UserError, match=str(renamed)):
-                load_checkpoint(renamed, asked, SIDE)
+                _reject_other_mode(renamed, state, asked)
+    named.rename(renamed)
+    with pytest.raises(UserError, match=str(renamed)):
+        load_checkpoint(renamed, "affine" if stored == "rotation" else "rotation", SIDE)
 
 
 def test_checkpoint_of_another_size_is_rejected(tmp_path):
