@@ -35,7 +35,6 @@ from inspection.detector import FewShotDetector
 from inspection.export import export_metadata
 from models.regad import untrained
 from tests.commands.test_commands import test_command
-from tests.datasets.test_images import read_mask
 from tests.reference import needs_reference
 from utils.devices import seed_everything
 from utils.errors import UserError
@@ -123,13 +122,6 @@ def test_only_16_bit_files_are_decoded_to_find_the_depth(tmp_path, monkeypatch, 
     assert resolve_bits(10, paths, "the test") == 10
     warning = capsys.readouterr().out.splitlines()[1]
     assert warning.startswith(f"warning: {tmp_path / 'c.png'} has values up to 4095, above the 1023 of 10 bits")
-
-
-def test_masks_keep_the_full_range(tmp_path):
-    values = np.zeros((8, 8), np.uint16)
-    values[:4] = 65535
-    Image.fromarray(values).save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png", 8)[:4].all() and read_mask(tmp_path / "mask.png", 8).sum() == 32
 
 
 def test_the_cache_distinguishes_depths(tmp_path):
@@ -286,17 +278,6 @@ def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, caps
     printed = capsys.readouterr()
     beyond = [line for line in printed.out.splitlines() if "has values up to" in line]
     assert len(beyond) == 1 and beyond[0].startswith("warning: ") and "(and 2 more images)" in beyond[0]
-
-
-def test_predict_says_nothing_about_8_bit_files(greys, tmp_path, capsys):
-    support, images = greys[None]
-    predict.main(
-        ["--support", *map(str, support), "--input", *map(str, images), "--output", str(tmp_path), "--no_images"]
-        + ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu"]
-    )
-    printed = capsys.readouterr()
-    assert "bits" not in printed.out + printed.err
-    assert json.loads((tmp_path / "scores.json").read_text())["bits"] == 16
 
 
 @needs_reference

@@ -93,13 +93,16 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", FINE)
-def test_every_kind_of_image_works_in_training_and_scoring(kind, data, tmp_path, capsys):
-    for place in ("ring/train/good/000.png", "ring/test/good/000.png", "weave/train/good/000.png"):
-        (data / place).write_bytes(FINE[kind]())
+def test_every_kind_of_image_and_name_works_in_training_and_scoring(data, tmp_path, capsys):
+    for number, content in enumerate(FINE.values()):
+        (data / f"ring/test/good/1{number}.png").write_bytes(content())
+    for place in ("ring/train/good", "weave/train/good"):
+        for number, name in enumerate(("ünï cødé.png", "数据 集.png", 'it\'s "x".png', "<b>.PNG", "plain.png")):
+            (data / place / f"00{number}.png").unlink()
+            (data / place / name).write_bytes(list(FINE.values())[number]())
     assert check(data) == 1
     printed = capsys.readouterr().out
-    assert "1 problem(s)" in printed and "test/good/000.png has the same pixels as the training image" in printed
+    assert "5 problem(s)" in printed and printed.count("has the same pixels as the training image") == 5
     run_all(data, tmp_path)
 
 
@@ -143,27 +146,12 @@ def test_folders_and_dangling_links_are_named(spoil, data, tmp_path, capsys):
         run_all(data, tmp_path)
 
 
-def test_damage_behind_a_good_header_is_named_too(data, tmp_path):
-    path = data / "weave/train/good/001.png"
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"cannot read the image .*001\.png: .*truncated"):
-        run_all(data, tmp_path)
-
-
 def test_bombs_and_their_limit(data, capsys, monkeypatch):
     monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", images.Image.MAX_IMAGE_PIXELS)  # restored after the test
     (data / "ring/test/good/000.png").write_bytes(big((400, 400)))
     assert check(data, "--max_pixels", "100000") == 1
     assert "exceeds limit of 100000 pixels" in capsys.readouterr().out
     assert check(data, "--max_pixels", "160000") == 0
-
-
-@pytest.mark.parametrize("name", ["ünï cødé.png", "数据 集.png", 'it\'s "x".png', "<b>.PNG"])
-def test_names(name, data, tmp_path, capsys):
-    for place in ("ring/train/good", "ring/test/good", "weave/train/good"):
-        (data / place / "000.png").rename(data / place / name)
-    assert check(data) == 0
-    run_all(data, tmp_path)
 
 
 FAULTS = {

@@ -15,7 +15,7 @@ from PIL import Image
 from datasets.check import check_category
 from datasets.folders import Listing
 from datasets.images import IGNORED_NAMES, IMAGE_SUFFIXES, is_ignored, read_image
-from datasets.mvtec import category_names, defect_folders, list_images
+from datasets.mvtec import category_names, list_images
 from inspection.inputs import Watcher, list_inputs
 from utils.errors import UserError
 
@@ -48,12 +48,6 @@ def test_hidden_and_system_files_are_not_even_counted(name, tmp_path, capsys):
     kept, hidden = image(tmp_path / "a.png"), image(tmp_path / name)
     assert list_inputs([tmp_path]) == [kept] and capsys.readouterr().out == ""
     assert list_inputs([hidden]) == [hidden]
-
-
-def test_a_defect_folder_of_a_notebook_is_no_defect(tmp_path):
-    for name in ("good", "scratch", ".ipynb_checkpoints", "@eaDir", "__MACOSX"):
-        image(tmp_path / "test" / name / "a.png")
-    assert [folder.name for folder in defect_folders(tmp_path)] == ["good", "scratch"]
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
@@ -118,12 +112,6 @@ def test_linked_folders_are_entered_once(tmp_path):
     assert list_inputs([root / "b", root]) == [root / name for name in ("b/real.png", *below(root)[1:])]
 
 
-def test_links_to_a_file_are_images_of_their_own(tmp_path):
-    image(tmp_path / "a.png")
-    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
-    assert below(tmp_path) == ["a.png", "b.png"]
-
-
 def test_pipes_and_folders_named_like_images_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     image(tmp_path / "b.png/c.png")
@@ -159,13 +147,6 @@ def test_a_sub_folder_that_vanishes_does_not_end_a_watch(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", vanish)
     assert arrivals(tmp_path) == [tmp_path / "a/x.png", tmp_path / "z/x.png"]
     assert tmp_path / "gone" in scanned
-
-
-@pytest.mark.parametrize("name", SYSTEM)
-def test_a_watch_ignores_them_too(name, tmp_path):
-    kept = image(tmp_path / "a.png")
-    image(tmp_path / name / "x.png")
-    assert arrivals(tmp_path) == [kept]
 
 
 def test_the_check_of_a_data_set_ignores_them(tmp_path, demo_data):

@@ -150,21 +150,6 @@ def test_every_kind_of_image(kind, size, tmp_path):
     assert difference(found, resized(values, size)) <= tolerance
 
 
-def test_kinds_have_the_modes_of_their_names(tmp_path):
-    """The files of the test above have the modes that their names state."""
-    modes = {}
-    for name, (suffix, image, options, *_) in KINDS.items():
-        image().save(tmp_path / f"x.{suffix}", **options)
-        with Image.open(tmp_path / f"x.{suffix}") as stored:
-            modes[name] = stored.mode
-            if "transparen" in name or "opacities" in name:
-                assert stored.info["transparency"] == options["transparency"]
-    expected = {"RGB": "RGB", "grey": "L", "grey and alpha": "LA", "1 bit": "1", "palette": "P", "CMYK JPEG": "CMYK"}
-    expected |= {"RGBA": "RGBA", "palette with opacities": "P", "16-bit big-endian TIFF": "I;16B"}
-    assert {name: modes[name] for name in expected} == expected
-    assert modes["16-bit grey"].startswith("I") and modes["16-bit TIFF"] == "I;16"
-
-
 @pytest.mark.parametrize("size", [20, 40, 224])
 def test_sixteen_bit_copy_gives_the_same_image(size, tmp_path):
     values = noise(40, 40)
@@ -240,19 +225,6 @@ def test_images_that_are_not_square_are_squeezed(shape, tmp_path):
     across, down = found.mean(axis=0)[:, 0], found.mean(axis=1)[:, 1]
     assert across[:5].min() > 200 and across[-5:].max() < 55
     assert shape[0] == 1 or (down[:5].min() > 200 and down[-5:].max() < 55)
-
-
-def test_one_pixel(tmp_path):
-    Image.new("RGB", (1, 1), (12, 34, 56)).save(tmp_path / "x.png")
-    assert np.unique(read_image(tmp_path / "x.png", 30).reshape(-1, 3), axis=0).tolist() == [[12, 34, 56]]
-
-
-@pytest.mark.parametrize(
-    "name", ["ünï cødé.png", "数据 集.png", "it's.png", '"quoted".png', "a\tb%20?*.png", "-x.PNG", "x"]
-)
-def test_file_names(name, tmp_path):
-    coloured().save(tmp_path / name, "PNG")
-    np.testing.assert_array_equal(read_image(tmp_path / name, SIDE), COLOURS)
 
 
 def half(kind: str) -> bytes:
@@ -344,12 +316,6 @@ def test_decompression_bombs(read, tmp_path, pixel_limit):
     assert_rejected(read, tmp_path / "x.png", sentence)
 
 
-def test_default_limit_is_that_of_pillow():
-    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
-    limit_pixels(MAX_PIXELS)
-    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
-
-
 def test_a_bomb_takes_no_memory(tmp_path):
     """A file of 24 KB with 196 million pixels is rejected before it is decoded."""
     Image.new("1", (14000, 14000)).save(tmp_path / "x.png")
@@ -426,11 +392,6 @@ def test_a_mask_is_padded_like_its_image(tmp_path):
     np.testing.assert_array_equal(mask, stored[reflected(30, 12)] > 127)
 
 
-def test_squares_do_not_depend_on_keeping_the_aspect(tmp_path):
-    Image.fromarray(noise(50, 50, 3)).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png", 22, True), read_image(tmp_path / "x.png", 22))
-
-
 @pytest.mark.parametrize("keep_aspect", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(90, 40), (40, 90), (64, 64), (500, 3), (1, 1)])
 def test_a_map_is_restored_to_the_frame_of_its_image(width, height, keep_aspect):
@@ -459,27 +420,6 @@ def test_images_are_grey_or_rgb(kind, tmp_path):
     image().save(tmp_path / f"x.{suffix}", **options)
     found = decode_image(tmp_path / f"x.{suffix}")
     assert found.mode == ("L" if values.ndim == 2 else "RGB") and difference(np.asarray(found), values) <= tolerance
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
-@pytest.mark.parametrize(("stored", "size"), [(50, 17), (50, 224), (64, 64)])
-def test_masks_equal_pillow_s_nearest_resize(mode, stored, size, tmp_path):
-    path = tmp_path / "x_mask.png"
-    Image.fromarray((noise(stored, stored) > 200) * np.uint8(255)).convert(mode).save(path)
-    with Image.open(path) as image:
-        assert image.mode == mode
-        expected = image.convert("L").resize((size, size), Image.Resampling.NEAREST)
-    found = read_mask(path, size)
-    assert found.shape == (size, size) and found.dtype == bool and 0.1 < found.mean() < 0.4
-    np.testing.assert_array_equal(found, np.asarray(expected) > 127)
-
-
-@pytest.mark.parametrize("scale", [1, 257])
-def test_a_mask_is_true_above_one_half(scale, tmp_path):
-    stored = np.array([[0, 1], [127, 128], [254, 255]], np.uint8).repeat(2, axis=0).repeat(6, axis=1)
-    image = Image.fromarray(stored[:6]) if scale == 1 else sixteen_bit(stored[:6] * np.uint16(scale))
-    image.save(tmp_path / "x.png")
-    assert read_mask(tmp_path / "x.png", 3).tolist() == [[False] * 3, [False, True, True], [True] * 3]
 
 
 def damaged(generator: random.Random, whole: bytes) -> bytes:
@@ -561,16 +501,6 @@ def test_threads_leave_the_warning_filters_as_they_were(tmp_path, pixel_limit):
     assert warnings.filters == before
     with pytest.warns(UserWarning, match="own warning"):
         warnings.warn("own warning", stacklevel=1)
-
-
-@pytest.mark.parametrize("name", WARNED_ABOUT)
-def test_pillow_does_warn_about_these_files(name, tmp_path, pixel_limit):
-    """Else the test above would prove nothing."""
-    (tmp_path / name).write_bytes(WARNED_ABOUT[name]())
-    pixel_limit(SIDE * SIDE)
-    with pytest.warns(), Image.open(tmp_path / name) as image:
-        image.getexif()
-        image.convert("RGB")
 
 
 @needs_reference

@@ -20,8 +20,6 @@ from datasets.mvtec import (
     VISA_SPLIT,
     LabelledDataset,
     category_folder,
-    category_names,
-    list_source_images,
     list_test_items,
     list_train_images,
     without_mask,
@@ -107,16 +105,6 @@ def test_wrong_splits_are_rejected(case, visa):
     with pytest.raises(UserError, match=sentence) as caught:
         (list_train_images if "training" in case else list_test_items)(visa / "candle")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("data_type", ["mvtec", "mpdd", "visa"])
-def test_missing_categories_are_listed(data_type, tmp_path):
-    assert len(category_names(tmp_path, data_type)) == {"mvtec": 15, "mpdd": 6, "visa": 12}[data_type]
-    name = CATEGORIES[data_type][0]
-    for number in range(2):
-        image(tmp_path / name / "train/good" / f"{number}.png")
-    with pytest.raises(UserError, match=f"lacks {len(CATEGORIES[data_type]) - 2} of the .*{CATEGORIES[data_type][2]}"):
-        list_source_images(tmp_path, data_type, target=CATEGORIES[data_type][1])
 
 
 def test_errors_name_a_nested_folder_or_an_archive(tmp_path):

@@ -194,11 +194,6 @@ def test_a_manifest_with_names_only(category, tmp_path, capsys):
     assert "not verified" not in capsys.readouterr().out
 
 
-def test_a_given_folder_without_support_set_is_an_error(category, tmp_path):
-    with pytest.raises(UserError, match=r"no support set .*2_2\.pt; make it with: python make_support\.py"):
-        find(tmp_path, category)
-
-
 def test_a_manifest_that_does_not_fit_the_data(category, tmp_path):
     file = category_manifest(tmp_path, "ring")
     save_manifest(file, draw_manifest("ring", ["000.png", "9.png", "8.png"], 3, 2, 0))
