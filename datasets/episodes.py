@@ -11,16 +11,18 @@ python -m datasets.episodes --obj screw --data_type folder --data_path DATA --ep
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets.mvtec import CATEGORIES, list_source_images
-from utils.errors import UserError, require_positive, run_command
-from utils.flags import add_data_flags, add_seed_flag, add_source_flags, category_name
+from utils.config import Config, Parser, flag
+from utils.devices import DEFAULT_SEED
+from utils.errors import UserError, run_command
+from utils.flags import category_name
 
 
 class Episode(NamedTuple):
@@ -90,28 +92,32 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
     return episodes
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class EpisodesConfig(Config):
+    """The flags of this command; they have the meaning of those of train.py."""
+
+    obj: str = flag("the target category, not drawn from", convert=category_name, metavar="CATEGORY")
+    data_type: str = flag("layout of the data", default="mvtec", choices=tuple(CATEGORIES))
+    data_path: Path = flag("folder that holds the categories", default=Path("./MVTec/"))
+    sources: tuple[str, ...] | None = flag("default: all but the target", default=None, convert=category_name)
+    source_path: Path | None = flag("data set of the sources; default: that of the target", default=None)
+    shot: int = flag("support images per query", default=2, least=1)
+    batch_size: int = flag("queries per episode, at most", default=32, least=1)
+    seed: int = flag("of the draw", default=DEFAULT_SEED)
+    epoch: int = flag("counted from 1", default=1, least=1)
+
+
+def get_args_parser() -> Parser[EpisodesConfig]:
     """The command line of datasets.episodes."""
-    parser = argparse.ArgumentParser(description="Print the episodes of one training epoch as JSON.")
-    parser.add_argument(
-        "--obj", type=category_name, required=True, metavar="CATEGORY", help="the target category, not drawn from"
-    )
-    add_data_flags(parser, CATEGORIES)
-    add_source_flags(parser)
-    parser.add_argument("--shot", type=int, default=2, help="support images per query")
-    parser.add_argument("--batch_size", type=int, default=32, help="queries per episode, at most")
-    add_seed_flag(parser)
-    parser.add_argument("--epoch", type=int, default=1, help="counted from 1")
-    return parser
+    return Parser(EpisodesConfig, "Print the episodes of one training epoch as JSON.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the episodes of one epoch: those that train.py draws with the same arguments."""
-    args = get_args_parser().parse_args(argv)
-    require_positive(args, "shot", "batch_size", "epoch")
-    sources = list_source_images(args.data_path, args.data_type, args.obj, args.sources, args.source_path)
+    config = get_args_parser().parse_config(argv)
+    sources = list_source_images(config.data_path, config.data_type, config.obj, config.sources, config.source_path)
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
-    print(write_episodes(draw_episodes(names, args.shot, args.batch_size, args.seed, args.epoch)))
+    print(write_episodes(draw_episodes(names, config.shot, config.batch_size, config.seed, config.epoch)))
 
 
 if __name__ == "__main__":

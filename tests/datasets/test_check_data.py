@@ -101,8 +101,8 @@ def test_every_kind_of_image_and_name_works_in_training_and_scoring(data, tmp_pa
             (data / place / f"00{number}.png").unlink()
             (data / place / name).write_bytes(list(FINE.values())[number]())
     assert check(data) == 1
-    printed = capsys.readouterr().out
-    assert "5 problem(s)" in printed and printed.count("has the same pixels as the training image") == 5
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(problems) >= 10 and all("has the same pixels as the" in line for line in problems)
     run_all(data, tmp_path)
 
 
