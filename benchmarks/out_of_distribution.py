@@ -1,4 +1,4 @@
-"""Measures which images are called unusual: frames without a part, other parts, turned parts, and images of the part.
+"""Measures which images are flagged as unusual: frames without a part, other parts, turned parts, own images.
 
 python -m benchmarks.out_of_distribution             measure, print the tables and write them to
                                                      benchmarks/results/out_of_distribution_<device>.json
@@ -89,7 +89,7 @@ def summarise(rounds: Sequence[dict]) -> list[dict]:
 
 
 def report(content: dict) -> str:
-    """Markdown tables: the share of images called unusual, means over draws and K."""
+    """Markdown tables: the share of images flagged as unusual, means over draws and K."""
     entries = content["categories"]
     names = [entry["category"] for entry in entries]
     frames = [key for key in entries[0]["frames"] if key not in (UPSIDE_DOWN, DARK)]
@@ -184,19 +184,19 @@ def _measure(
 
 
 def _judge(category: str, images: dict[str, _Images], fitted: Fitted) -> dict:
-    """Shares of images called unusual: own normal and defective ones, frames by kind, other categories by name."""
+    """Shares of images flagged as unusual: own normal and defective ones, frames by kind, other categories by name."""
 
-    def called(kept: tuple[Prepared, torch.Tensor]) -> np.ndarray:
+    def flagged(kept: tuple[Prepared, torch.Tensor]) -> np.ndarray:
         return np.array([bool(reason) for reason in CHECK.reasons(CHECK.measure(fitted, *kept).tolist())])
 
     own = images[category]
-    of_test = called(own.test)
+    of_test = flagged(own.test)
     return {
         "direction": bool(fitted["direction"]),
         "normal": float(of_test[~own.labels].mean()),
         "defective": float(of_test[own.labels].mean()),
-        "frames": {kind: float(called(kept).mean()) for kind, kept in own.frames.items()},
-        "others": {name: float(called(other.test).mean()) for name, other in images.items() if name != category},
+        "frames": {kind: float(flagged(kept).mean()) for kind, kept in own.frames.items()},
+        "others": {name: float(flagged(other.test).mean()) for name, other in images.items() if name != category},
     }
 
 

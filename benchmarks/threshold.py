@@ -71,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, default=6, help="draws of support and calibration images, seed 0")
     parser.add_argument("--calibration", type=int, default=20, help="further normal images of a calibration")
     parser.add_argument("--calibrations", type=int, default=3, help="calibrations per draw, of different images")
-    parser.add_argument("--false_alarm", type=float, default=0.05)
+    parser.add_argument("--false_positive_rate", type=float, default=0.05)
     parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(target, content)
     print(report(content))
     if args.choose:
-        print(choose(rounds, args.false_alarm))
+        print(choose(rounds, args.false_positive_rate))
     print(f"{content['total_seconds']:.0f} s; written: {target}")
 
 
@@ -198,7 +198,7 @@ def _judge(
     loo = leave_one_out(args.scorer, support, args.img_size, clock)
     normal, defective = scores[~test.labels], scores[test.labels]
     row = {
-        "defects_at_rate": float((defective > np.quantile(normal, 1 - args.false_alarm)).mean()),
+        "defects_at_rate": float((defective > np.quantile(normal, 1 - args.false_positive_rate)).mean()),
         "auroc": auroc(rank(scores, test.labels)),
         "normal": np.sort(normal).tolist(),
         "loo_scores": loo.scores[:, 0].tolist(),
@@ -217,7 +217,7 @@ def _judge(
 
 
 def _threshold(seen: NormalScores, args: argparse.Namespace) -> float:
-    return normal_threshold(seen, args.false_alarm, args.scorer.typical_score, "").value
+    return normal_threshold(seen, args.false_positive_rate, args.scorer.typical_score, "").value
 
 
 def choose(rounds: Sequence[dict], rate: float) -> str:

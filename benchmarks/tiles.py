@@ -239,7 +239,7 @@ def report(content: dict) -> str:
             f"defective {scores[1].min():.3f} to {scores[1].max():.3f}, AUROC {auroc(ranked):.3f}",
             f"peak at the defect: {sum(row['at_defect'] for row in defective)} of {len(defective)}",
             f"threshold {limit:.3f}: {(scores[0] > limit).sum()} of {len(clean)} clean and "
-            f"{(scores[1] > limit).sum()} of {len(defective)} defective called",
+            f"{(scores[1] > limit).sum()} of {len(defective)} defective flagged",
             f"fitting {content['fitting_seconds']:.0f} s, an image {seconds:.1f} s, "
             f"peak memory {content['peak_memory_mb']:.0f} MB",
         ]

@@ -124,8 +124,8 @@ class Counts:
 
     def __str__(self) -> str:
         scored = self.decisions.total()
-        called = f"{self.decisions[DEFECTIVE]} defective, {self.decisions[UNUSUAL]} unusual"
-        return f"{scored} frames scored, {self.last + 1 - scored} dropped, {called}"
+        flagged = f"{self.decisions[DEFECTIVE]} defective, {self.decisions[UNUSUAL]} unusual"
+        return f"{scored} frames scored, {self.last + 1 - scored} dropped, {flagged}"
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -8,9 +8,9 @@ normal or defective would mislead. Three rules, all from the support images alon
 - Features. Mean and standard deviation of each channel of the two coarsest layers are compared with those of each
   support view. The image is unlike the support if the distance to the nearest view exceeds LEAST_LIMIT, or
   LOO_FACTOR times the median distance of a support image to the others if that is larger.
-- Direction. Where each support image is clearly more similar to the other support images than to their copies turned by
-  90, 180 or 270 degrees, parts lie in a fixed direction. An image that is clearly more similar to a turned copy is then
-  turned. For parts that look alike from several sides, there is no such rule.
+- Direction. Where each support image is clearly more similar to the other support images than to these turned by 90,
+  180 or 270 degrees, parts lie in a fixed direction. An image that is clearly more similar to a turned support image is
+  then turned. For parts that look alike from several sides, there is no such rule.
 
 A distance is relative: |a - b| / sqrt(|a| |b|), averaged over the compared tensors. The constants were chosen on the
 categories on which `python -m benchmarks.out_of_distribution` measures the rules.
@@ -134,7 +134,7 @@ class OutOfDistributionCheck:
         return (NEAR_VIEW * torch.cat(own).amin(dim=1)).clamp(max=NEAR_DUPLICATE)
 
     def _has_direction(self, upright: list[torch.Tensor], turned: list[torch.Tensor]) -> bool:
-        """Whether every support image is clearly more similar to the others than to their turned copies."""
+        """Whether every support image is clearly more similar to the others than to these turned."""
         straight = _loo_distances(upright, [part[:, None] for part in upright])
         return len(straight) > 1 and bool((straight < CLEARLY * _loo_distances(upright, turned)).all())
 

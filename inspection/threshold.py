@@ -51,7 +51,7 @@ LOO_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
 FEW_LOO = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
 EXCEPTIONAL = 3.0  # standard deviations of the other logarithms above their mean: such an image is named
 NOTICEABLE = 0.01  # share of the threshold by which it falls without that image
-FEWEST_TO_COMPARE = 5  # among fewer images, none can be called an exception
+FEWEST_TO_COMPARE = 5  # among fewer images, none is an exception
 
 
 class NormalScores(NamedTuple):
@@ -168,8 +168,8 @@ def normal_threshold(normal: NormalScores, rate: float, typical_score: float | N
         UserError: fewer than two images that differ, or a rate outside (0, 1).
     """
     check_calibration(len(normal.scores), rate)
-    known = normal.scores[:, 0] <= 0  # copies of a support image: they say nothing about how much images differ
-    source += f", {known.sum()} identical to others left out" if known.any() else ""
+    known = normal.scores[:, 0] <= 0  # duplicates of support images: they say nothing about how much images differ
+    source += f", {known.sum()} identical to others ignored" if known.any() else ""
     normal = normal.keep(~known)
     count = len(normal.scores)
     if count < 2:

@@ -140,7 +140,7 @@ def test_a_watch_ends_with_a_summary(part, images, folder):
 
 
 def test_a_camera_that_reuses_a_name(watch, part, images, folder, tmp_path):
-    """Each image is a new row with its own picture, also one that came while nobody watched."""
+    """Each image is a new row with its own files, also one that came while nobody watched."""
     target = folder / "latest.png"
     target.write_bytes(images[0])
     assert watch(lambda: None, lambda: target.write_bytes(images[1])) == 0
@@ -301,15 +301,6 @@ def test_results_of_an_earlier_version(part, images, folder, tmp_path):
     assert call(part, *flags, "--overwrite") == 0 and len(rows_of(out)) == 1
 
 
-def test_same_names_of_another_night_keep_their_pictures(part, images, tmp_path):
-    out = tmp_path / "out"
-    for night in range(2):
-        (tmp_path / f"{night}").mkdir()
-        (tmp_path / f"{night}/a.png").write_bytes(images[night])
-        call(part, "--input", tmp_path / f"{night}", "--output", out, "--append")
-    assert [row["files"] for row in rows_of(out)] == [["images/a.png.jpg"], ["images/a.png.2.jpg"]]
-
-
 def test_exit_codes(part, images, folder, tmp_path):
     """Those of the table in docs/inspection.md, which has no others; 2 is that of every UserError."""
     text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
@@ -358,10 +349,10 @@ def test_images_to_look_at_are_printed_and_the_page_says_why(part, images, folde
     assert call(part, "--input", folder, "--output", out, "--threshold", 0.001) == 0
     printed = capsys.readouterr().out
     rows = json.loads((out / "scores.json").read_text())["images"]
-    called = sorted(rows, key=lambda row: -row["score"])
-    said = [f"{row['path']}: {row['score']:.3f} {row['decision']}" for row in called]
+    flagged = sorted(rows, key=lambda row: -row["score"])
+    said = [f"{row['path']}: {row['score']:.3f} {row['decision']}" for row in flagged]
     assert [line in printed for line in said] == [True, True, False] and "and 1 more, see" in printed
-    (row,) = [row for row in called if row["decision"] == "unusual"]
+    (row,) = [row for row in flagged if row["decision"] == "unusual"]
     assert row["unusual"] == "hardly any contrast"
     assert '"reason": "hardly any contrast"' in (out / "report.html").read_text()
 

@@ -88,8 +88,8 @@ def test_scores_are_those_of_the_detector(server, detector, images):
             result = reply.result
             assert result["score"] == pytest.approx(float(score), rel=1e-4)
             assert result["relative"] == pytest.approx(float(score) / detector.threshold.typical, rel=1e-4)
-            called = "defective" if score > detector.threshold.value else "normal"
-            assert result["decision"] == ("unusual" if why else called) and result["reason"] == (why or None)
+            expected = "defective" if score > detector.threshold.value else "normal"
+            assert result["decision"] == ("unusual" if why else expected) and result["reason"] == (why or None)
             assert (result["threshold"], result["detector"]) == (detector.threshold.value, detector.identity())
             assert bool(result["boxes"]) == bool(detector.restore(scored, SIZE, SIZE).max() > result["threshold"])
     assert {reply["decision"] for reply in map(lambda p: server.send(p.read_bytes()).result, images)} != {"unusual"}

@@ -1,12 +1,8 @@
-"""Boxes of regions above a threshold: against scikit-image's region properties, and drawn by hand."""
+"""Boxes of regions above a threshold: a map drawn by hand, and the highest peaks."""
 
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.ndimage import gaussian_filter
-from skimage.measure import label, regionprops
 
 from inspection.boxes import MOST_BOXES, Box, find_boxes
 
@@ -19,19 +15,6 @@ def test_a_map_drawn_by_hand():
     assert find_boxes(scores, 0.2) == [Box(5, 4, 3, 1, 3, 0.75), Box(2, 1, 2, 2, 2, 0.5)]
     assert find_boxes(scores, 0.5) == [Box(6, 4, 1, 1, 1, 0.75)]
     assert find_boxes(scores, 0.75) == []
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_boxes_are_the_region_properties(height, width, share, seed):
-    scores = gaussian_filter(np.random.default_rng(seed).normal(size=(height, width)), 1).astype(np.float32)
-    limit = float(np.quantile(scores, share))
-    regions = regionprops(label(scores > limit, connectivity=2), intensity_image=scores)
-    expected = [
-        Box(left, top, right - left, bottom - top, int(region.area), float(region.intensity_max))
-        for region in regions
-        for top, left, bottom, right in [region.bbox]
-    ]
-    assert find_boxes(scores, limit) == sorted(expected, key=lambda box: -box.peak)
 
 
 def test_the_highest_peaks_are_kept():

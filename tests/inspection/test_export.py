@@ -208,18 +208,6 @@ def test_a_threshold_that_cannot_be_set(exported, normal, tmp_path, monkeypatch)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_saved_detector_with_another_threshold(detector, tmp_path, monkeypatch):
-    """Nothing is fitted again, and nothing but the threshold is another."""
-    part, copy = tmp_path / "part.regad", tmp_path / "copy.regad"
-    detector.save(part)
-    monkeypatch.setattr(FewShotDetector, "fit", lambda *arguments: pytest.fail("fitted again"))
-    output = ["--output", str(tmp_path / "out")]
-    predict.main(["--detector", str(part), "--threshold", "30", "--save", str(copy), *output])
-    changed = FewShotDetector.load(copy, "cpu")
-    assert (changed.threshold.value, changed.threshold.rate) == (30, None)
-    assert changed.identity() == detector.identity()
-
-
 def test_comparison_finds_a_file_of_another_detector(detector, network, normal, exported, images):
     files = {"pt2": exported["pt2"]}
     right = list(compare(detector, files, images))

@@ -1,4 +1,4 @@
-"""Images that are unlike the support, copies among normal images, and how the detector reports them."""
+"""Images that are unlike the support, duplicates among normal images, and how the detector reports them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_saved_detectors_know_what_is_unusual_and_older_ones_do_not(transistors,
 
 
 @needs_reference
-def test_copies_among_support_images_count_once_and_are_named(network, tmp_path):
+def test_duplicates_among_support_images_count_once_and_are_named(network, tmp_path):
     """An exact copy, one saved again, and one a little brighter leave detector and threshold as they were."""
     support = normal_images("transistor", 3)
     plain = FewShotDetector(network, "cpu").fit(support)
@@ -81,10 +81,10 @@ def test_copies_among_support_images_count_once_and_are_named(network, tmp_path)
     image.save(tmp_path / "copy.png")
     image.save(tmp_path / "again.jpg", quality=100, subsampling=0)
     image.point(lambda value: min(255, round(1.02 * value))).save(tmp_path / "brighter.png")
-    copies = [tmp_path / name for name in ("copy.png", "again.jpg", "brighter.png")]
-    detector = FewShotDetector(network, "cpu").fit([*support, *copies])
+    duplicates = [tmp_path / name for name in ("copy.png", "again.jpg", "brighter.png")]
+    detector = FewShotDetector(network, "cpu").fit([*support, *duplicates])
     said = " ".join(detector.duplicates)
-    assert len(detector.duplicates) == 3 and all(str(path) in said for path in copies) and str(support[0]) in said
+    assert len(detector.duplicates) == 3 and all(str(path) in said for path in duplicates) and str(support[0]) in said
     assert detector.loo_scores.names == tuple(map(str, support))
     for name, tensor in plain.fitted.items():
         torch.testing.assert_close(detector.fitted[name], tensor)
@@ -94,20 +94,20 @@ def test_copies_among_support_images_count_once_and_are_named(network, tmp_path)
 
 
 @needs_reference
-def test_copies_among_calibration_images_count_once_and_are_named(transistors, tmp_path):
+def test_duplicates_among_calibration_images_count_once_and_are_named(transistors, tmp_path):
     own = normal_images("transistor", 4, 3)
     again = io.BytesIO()
     decode_image(own[0]).save(again, "PNG")
     before = transistors.calibrate(0.2, own).value
-    copies = [Image.open(again), normal_images("transistor", 1)[0]]
-    assert transistors.calibrate(0.2, [*own, *copies]).value == pytest.approx(before)
+    duplicates = [Image.open(again), normal_images("transistor", 1)[0]]
+    assert transistors.calibrate(0.2, [*own, *duplicates]).value == pytest.approx(before)
     assert transistors.calibration.names == tuple(map(str, own))
     assert "image 5" in transistors.duplicates[0] and "duplicate of a support image" in transistors.duplicates[1]
 
 
 @needs_reference
 @pytest.mark.parametrize("category", ["transistor", "bottle", "solar_mono"])
-def test_different_images_of_a_part_are_no_copies(category, network):
+def test_different_images_of_a_part_are_no_duplicates(category, network):
     assert FewShotDetector(network, "cpu").fit(normal_images(category, 4), for_threshold=False).duplicates == []
 
 
@@ -151,7 +151,7 @@ def test_networks_with_one_layer_have_statistics_and_grids_too():
     assert check.measure(fitted, first, torch.ones(1))[0, 1] < 1e-3 and check.of_support(fitted, first) == [True]
 
 
-def test_calibrating_again_names_the_copies_of_the_last_images_only():
+def test_calibrating_again_names_the_duplicates_of_the_last_images_only():
     values = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
     detector = FewShotDetector(untrained("none", img_size=64).stn, "cpu").fit([*values[:2], values[0]])
     of_support = ["image 3: duplicate of image 1, ignored"]
@@ -162,7 +162,7 @@ def test_calibrating_again_names_the_copies_of_the_last_images_only():
     assert detector.duplicates == of_support
 
 
-def test_calibration_with_nothing_but_copies_is_refused_by_name():
+def test_calibration_with_nothing_but_duplicates_is_refused_by_name():
     values = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     detector = FewShotDetector(untrained("none", img_size=64).stn, "cpu").fit(list(values[:2]))
     with pytest.raises(UserError, match="of 4 normal images, 3 are duplicates of each other or of support images"):

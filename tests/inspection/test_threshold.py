@@ -67,7 +67,7 @@ def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
 
 
 @given(scores_of_images, st.floats(0.001, 0.5), st.floats(0.1, 10), kinds)
-def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, share, factor, kind):
+def test_threshold_scales_with_the_scores_and_rises_as_the_rate_falls(scores, share, factor, kind):
     prior, left_out = kind
     value = threshold_of(scores, share, prior, left_out).value
     scaled = threshold_of(factor * np.array(scores), share, prior and factor * prior, left_out).value
@@ -75,13 +75,13 @@ def test_threshold_scales_with_the_scores_and_rises_as_alarms_get_rarer(scores, 
     assert threshold_of(scores, share / 2, prior, left_out).value >= value * (1 - 1e-9)
 
 
-def test_false_alarms_of_log_normal_scores_are_as_asked():
+def test_the_rate_of_log_normal_scores_is_as_asked():
     """Mean rate over many draws without a prior, for views that vary as much as images do."""
     rng = np.random.default_rng(0)
     for count in (4, 40):
         draws = np.exp(rng.normal(3, 0.25, (2000, count + 1, 22)))
-        alarms = [draw[-1, 0] > threshold_of(draw[:-1], 0.05).value for draw in draws]
-        assert 0.025 < np.mean(alarms) < 0.065
+        exceeding = [draw[-1, 0] > threshold_of(draw[:-1], 0.05).value for draw in draws]
+        assert 0.025 < np.mean(exceeding) < 0.065
 
 
 @given(st.integers(2, 40), st.floats(0.001, 0.5))
@@ -108,7 +108,7 @@ def test_no_image_is_named_among_like_ones(count, kind):
     assert threshold_of(np.linspace(0.5, 0.6, count), 0.05, *kind).decided_by == ""
 
 
-def test_copies_without_a_score_are_left_out():
+def test_images_without_a_score_are_ignored():
     with_copy = threshold_of([0.0, 0.5, 0.6], 0.05, PRIOR)
     assert with_copy.value == threshold_of([0.5, 0.6], 0.05, PRIOR).value and "1 identical" in with_copy.how
     with pytest.raises(UserError, match="identical normal images"):

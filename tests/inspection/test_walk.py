@@ -1,7 +1,7 @@
 """What an engineer with eight good magnetic tiles and a folder of unknown ones meets, on real images.
 
-The other findings of that walk have tests of their own: copies in test_unusual.py, large images in test_tiles.py,
-watched folders in tests/commands/test_watch.py, bit depths and folders in tests/datasets.
+Duplicates are tested in test_out_of_distribution.py, large images in test_tiles.py, watched folders in
+tests/commands/test_watch.py, bit depths and folders in tests/datasets.
 """
 
 from __future__ import annotations
@@ -50,12 +50,3 @@ def test_one_odd_image_among_thirty_is_named(detector, scores):
     found = [(scores[1] > value).sum() for value in (threshold.value, threshold.without)]
     assert found[0] == 0 < found[1]
     assert detector.calibration.by_score()[0][0] == str(odd)
-
-
-def test_a_detector_of_eight_images_is_a_small_file_and_another_threshold_costs_nothing(detector, tmp_path):
-    """It used to be 428 MB."""
-    detector.save(tmp_path / "tiles.regad")
-    assert (tmp_path / "tiles.regad").stat().st_size < 42e6
-    loaded = FewShotDetector.load(tmp_path / "tiles.regad", "cpu")
-    assert loaded.calibrate(0.2).value < loaded.calibrate(0.01).value
-    assert loaded.loo_scores.names == detector.loo_scores.names
