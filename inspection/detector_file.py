@@ -36,7 +36,7 @@ def read_state(path: Path) -> dict:
         UserError: the file is missing, damaged, not a detector, or of another version.
     """
     if not path.is_file():
-        raise UserError(f"no detector file {path}; python predict.py --support ... --save {path} makes one")
+        raise UserError(f"no detector file {path}; predict.py saves one")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

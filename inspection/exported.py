@@ -63,12 +63,10 @@ def set_threshold(path: Path, value: float) -> str:
         UserError: there is no such file, it is not from export.py, or its format needs a package that is missing.
     """
     if not path.is_file():
-        raise UserError(f"no exported file {path}; python export.py --detector FILE --output {path} makes one")
+        raise UserError(f"no exported file {path}; export.py writes one")
     writers = {".onnx": _set_in_onnx, ".pt2": _set_in_pt2}
     if path.suffix not in writers:
-        raise UserError(
-            f"{path} is no .onnx or .pt2 file; python predict.py --detector {path} --save changes a .regad file"
-        )
+        raise UserError(f"{path} is no .onnx or .pt2 file; predict.py changes the threshold of a .regad file")
     return writers[path.suffix](path, {"threshold": repr(value), "threshold_rule": GIVEN, "false_alarm": ""})
 
 

@@ -87,12 +87,12 @@ def shrink_warning(width: int, height: int, size: int) -> str | None:
         return None
     return (
         f"warning: images of {width} x {height} pixels shrink {shrink:.1f} times to {size} x {size}, and small defects "
-        "with them; --tile auto cuts such images into tiles"
+        "with them; tiles keep them"
     )
 
 
 def tile_side(text: str) -> Tile:
-    """The value of --tile.
+    """The size of a tile from text.
 
     Raises:
         ValueError: neither AUTO, nor OFF, nor a positive number of pixels.
@@ -186,7 +186,7 @@ def joined_map(
 
     maps_of: score maps (n, S, S) of tiles (n, 3, S, S). group: number of tiles in memory at the same time.
     """
-    total = np.zeros((layout.down, layout.across), np.float32)
+    total, weights = np.zeros((2, layout.down, layout.across), np.float32)
     fade = np.outer(cross_fade(layout.size), cross_fade(layout.size))
     corners = layout.corners
     for start in range(0, len(corners), group):
@@ -194,18 +194,9 @@ def joined_map(
         maps = maps_of(torch.stack([layout.cut(image, *corner) for corner in some]))
         for (left, top), scores in zip(some, maps, strict=True):
             y0, x0 = max(top, 0), max(left, 0)
-            onto = total[y0 : top + layout.size, x0 : left + layout.size]
-            inside = slice(y0 - top, y0 - top + onto.shape[0]), slice(x0 - left, x0 - left + onto.shape[1])
-            onto += fade[inside] * scores[inside]
-    total /= _weights(layout.rows, layout.down, layout.size)[:, None]
-    total /= _weights(layout.columns, layout.across, layout.size)
-    return total
-
-
-def _weights(starts: Sequence[int], length: int, size: int) -> np.ndarray:
-    """The sum of the weights of all tiles at each position along one side, (length,)."""
-    total = np.zeros(length, np.float32)
-    for start in starts:
-        onto = total[max(start, 0) : start + size]
-        onto += cross_fade(size)[max(-start, 0) :][: len(onto)]
-    return total
+            onto = slice(y0, top + layout.size), slice(x0, left + layout.size)
+            height, width = total[onto].shape
+            inside = slice(y0 - top, y0 - top + height), slice(x0 - left, x0 - left + width)
+            total[onto] += fade[inside] * scores[inside]
+            weights[onto] += fade[inside]
+    return total / weights
