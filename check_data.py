@@ -12,9 +12,9 @@ from pathlib import Path
 
 from datasets.check import check_category, check_support, format_reports
 from datasets.images import limit_pixels
-from datasets.mvtec import category_names
+from datasets.mvtec import category_name, category_names
 from datasets.support import DEFAULT_SUPPORT_PATH
-from evaluation.config import DataConfig, MaxPixelsConfig, category_name
+from evaluation.config import DataConfig, MaxPixelsConfig
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from datasets.images import limit_pixels, resolve_bits
 from datasets.manifest import DRAW_SEED, Manifest, draw_from_folder, load_manifest, save_manifest, verify, with_hashes
-from datasets.mvtec import category_folder, list_train_images
+from datasets.mvtec import category_folder, category_name, list_train_images
 from datasets.support import DEFAULT_SUPPORT_PATH, find_names, read_rounds, save_support_rounds, support_file
-from evaluation.config import DataConfig, ImageConfig, category_name
+from evaluation.config import DataConfig, ImageConfig
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
 from utils.files import require_writable, sha256

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.mvtec import CATEGORIES, list_source_images
+from datasets.mvtec import CATEGORIES, category_name, list_source_images
 from utils.config import Config, Parser, flag
 from utils.devices import DEFAULT_SEED
 from utils.errors import UserError, run_command
-from utils.flags import category_name
 
 
 class Episode(NamedTuple):

@@ -13,7 +13,9 @@ A category without a train folder has VisA's layout if that file exists.
 
 from __future__ import annotations
 
+import argparse
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +58,18 @@ ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
 GOOD = "good"  # the folder of normal images
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_DEFECT = "anomaly"  # VisA's split file names no types of defects
+
+
+def category_name(text: str) -> str:
+    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
+
+    Raises:
+        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
+    """
+    name = os.path.normpath(text) if text else ""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
+    return name
 
 
 class LabelledImage(NamedTuple):

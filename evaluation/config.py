@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.images import AUTO_BITS, BIT_DEPTHS, MAX_PIXELS
-from datasets.mvtec import CATEGORIES
+from datasets.mvtec import CATEGORIES, category_name
 from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES
 from models.timm_features import PREFIX
 from scorers.registry import RELEASE_SCORER, SCORERS
@@ -18,18 +16,6 @@ from utils.errors import UserError
 from utils.flags import DEFAULT_SAVE_DIR
 
 SCORER_HELP = f"{', '.join(SCORERS)}, or a custom class as FILE.py:CLASS"
-
-
-def category_name(text: str) -> str:
-    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
-
-    Raises:
-        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
-    """
-    name = os.path.normpath(text) if text else ""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
-    return name
 
 
 def bit_depth(text: str) -> int | str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.cache import default_cache_dir
+from datasets.mvtec import category_name
 from evaluation.config import (
     SCORER_HELP,
     DataConfig,
@@ -13,7 +14,6 @@ from evaluation.config import (
     NetworkConfig,
     RunConfig,
     SupportConfig,
-    category_name,
 )
 from models.stn import BACKBONES
 from scorers.registry import RELEASE_SCORER
