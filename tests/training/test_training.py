@@ -239,7 +239,7 @@ def test_training_and_test_py_give_equal_numbers(which, undisturbed, demo_data, 
     assert rounds == entry["rounds"]
 
 
-@pytest.mark.parametrize("change", [{}, {"num_workers": 2}, {"cache_dir": "none"}, {"eval_every": 2}])
+@pytest.mark.parametrize("change", [{}, {"num_workers": 2, "cache_dir": "none", "eval_every": 2}])
 def test_same_seed_same_bits(change, undisturbed, demo_data, tmp_path):
     """For any number of workers, with or without a cache, for any --eval_every."""
     train.main(arguments(demo_data, tmp_path, **change))
@@ -369,8 +369,9 @@ def test_a_loss_that_is_not_finite_names_its_episode(demo_data, tmp_path, monkey
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 8}, {"batch_size": 8, "eval_every": 0, "select": "last"}])
-@pytest.mark.parametrize("lr", [1e9, 1e20, 1e38])
+@pytest.mark.parametrize(("lr", "changes"), [
+    (1e9, {}), (1e38, {}), (1e20, {"batch_size": 8}), (1e38, {"batch_size": 8, "eval_every": 0, "select": "last"}),
+])  # fmt: skip
 def test_a_diverged_training_names_loss_epoch_and_step(lr, changes, demo_data, tmp_path):
     """Whether the loss or the scores show it first; batches of 8 make one step per epoch."""
     with pytest.raises(UserError, match=r"loss (is|was) \S+ in epoch [12], step \d.*give a lower|lower --lr") as caught:
