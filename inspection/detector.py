@@ -129,6 +129,7 @@ class FewShotDetector(ImageScoring):
         if not images:
             raise UserError("no support images: at least one normal image is needed")
         self.threshold = self.loo_scores = self.calibration = None
+        self._calibration_notes = []
         with self.clock("decode"):
             if self.measures_bits:
                 self.bits = smallest_depth([("", value) for value in largest_grey_values(images)])
@@ -285,9 +286,9 @@ class FewShotDetector(ImageScoring):
         ignored = set(found)
         if self.check and not are_cut:
             kept = [torch.cat(part) for part in zip(*(one.kept for one in results), strict=True)]
-            near = {n for n, is_near in enumerate(CHECK.of_support(self.check, kept)) if is_near} - ignored
+            near = [n for n, is_near in enumerate(CHECK.of_support(self.check, kept)) if is_near and n not in ignored]
             self._calibration_notes += [f"{names[number]}: duplicate of a support image, ignored" for number in near]
-            ignored |= near
+            ignored |= set(near)
         chosen = [number for number in range(len(results)) if number not in ignored]
         results = [results[number] for number in chosen]
         if are_cut or not needs_views(len(chosen), rate, self.scorer):

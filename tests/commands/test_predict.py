@@ -110,6 +110,19 @@ def test_saved_detector_gives_the_same_bits(support, demo_data, tmp_path):
     assert len(when) == 4 and all(datetime.fromisoformat(time).utcoffset() is not None for time in when)
 
 
+def test_a_run_is_repeated_from_its_record_and_a_fit_from_the_detector(support, demo_data, tmp_path):
+    inputs = demo_data / "ring/test/rust"
+    first = run(support, [inputs], tmp_path / "a", "--save", str(tmp_path / "part.regad"), "--keep_aspect")
+    predict.main(["--config", str(tmp_path / "a/scores.json"), "--output", str(tmp_path / "b")])
+    fitted = ["--config", str(tmp_path / "part.regad"), "--input", str(inputs), "--device", "cpu"]
+    predict.main([*fitted, "--output", str(tmp_path / "c")])
+    for name in "bc":
+        again = json.loads((tmp_path / name / "scores.json").read_text())
+        assert [row["score"] for row in again["images"]] == [row["score"] for row in first["images"]]
+        assert again["detector"]["fingerprint"] == first["detector"]["fingerprint"]
+        assert again["fingerprint"] == first["fingerprint"] and again["resolved"]["bits"] == 16
+
+
 def test_one_support_image_gives_no_threshold(support, demo_data, tmp_path, capsys):
     record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
     assert record["threshold"] is None and {row["decision"] for row in record["images"]} == {None}

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import predict
+from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
+from utils.config import read_config
 from utils.files import PROJECT_ROOT
 
 DATA = PROJECT_ROOT / "tests/data/369ac53"
@@ -40,6 +42,12 @@ def test_a_detector_scores_as_it_did(part):
     assert scores.tolist() == pytest.approx([row["score"] for row in rows], rel=1e-4) and unusual == ["", ""]
     assert detector.identity() == rows[0]["detector"] and detector.threshold.value == rows[0]["threshold"]
     assert detector.calibrate(0.1).value == pytest.approx(rows[0]["threshold"])
+
+
+def test_the_record_of_a_run_is_a_configuration():
+    """Names that have changed since are understood; defaults count as not given."""
+    found = read_config(DATA / "predictions/scores.json", PredictConfig)
+    assert found["false_positive_rate"] == 0.1 and found["checkpoint"] == "trained.pt" and "keep_aspect" not in found
 
 
 def test_results_are_continued(part, output):
