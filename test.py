@@ -30,7 +30,7 @@ from evaluation.records import (
     test_digest,
 )
 from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
-from evaluation.statistics import format_aurocs, format_summaries, kind_summaries, summaries
+from evaluation.statistics import defect_type_summaries, format_aurocs, format_summaries, summaries
 from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import checkpoint_file, last_file, selection
 from models.stn import BACKBONES, STN_MODES, fuse_conv_bn
@@ -134,7 +134,7 @@ class Scored(NamedTuple):
     """All rounds of a job: metrics, metrics of each kind of defect, image scores (B,), and the maps of round 0."""
 
     numbers: list[dict]
-    by_kind: list[dict]
+    by_defect_type: list[dict]
     image_scores: list[np.ndarray]
     first_maps: list[np.ndarray]
 
@@ -238,7 +238,7 @@ def _score_shot(
             label = f"round {number}" + (f", {job.scorer}" if len(jobs) > 1 else "")
             print(f"{label}: {format_aurocs(result.numbers)}", flush=True)
             of_job.numbers.append(result.numbers)
-            of_job.by_kind.append(result.by_kind)
+            of_job.by_defect_type.append(result.by_defect_type)
             of_job.image_scores.append(result.image_scores)
             if args.save_maps:
                 save_maps(job.files.round_maps(number), dataset.items, result.maps.cpu().numpy())
@@ -257,9 +257,9 @@ def _write(
     clock: StageClock,
 ) -> None:
     """Prints the summaries of a job; writes its scores, its record and its images."""
-    reasons, kind_reasons = test.truth.reasons()
-    images = {kind: len(members) for kind, members in test.truth.members().items()}
-    all_summaries, kinds = summaries(scored.numbers), kind_summaries(scored.by_kind, images, kind_reasons)
+    reasons, type_reasons = test.truth.reasons()
+    images = {name: int(members.sum()) for name, members in test.truth.members().items()}
+    all_summaries, kinds = summaries(scored.numbers), defect_type_summaries(scored.by_defect_type, images, type_reasons)
     label = "" if job.scorer == RELEASE_SCORER else f"{job.scorer}: "
     print(f"{label}mean +- SD of {len(scored.numbers)} rounds, and Student's 95 % interval of the mean:")
     print(*format_summaries(all_summaries, reasons, kinds, METRIC_NAMES), sep="\n")

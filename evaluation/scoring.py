@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_batches
 from evaluation.metrics import METRIC_NAMES
-from evaluation.round_metrics import AUROCS, Numbers, RoundMetrics, Truth
+from evaluation.round_metrics import AUROCS, GroundTruth, Numbers, RoundMetrics
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Prepared, Scorer
 from scorers.features import FeatureNetwork, FeatureStore, write_support_images
@@ -41,27 +41,27 @@ class TestFeatures(NamedTuple):
     features: FeatureStore
     labels: np.ndarray  # (B,) bool, True for defective
     masks: np.ndarray | None  # (B, S, S) bool; None if no pixel is known to be defective: no pixel metrics
-    counted: np.ndarray | None = None  # (B, S, S) bool, the pixels with known ground truth; None: all
-    kinds: Sequence[str] | None = None  # the kind of defect of each image; None: no metrics by kind
+    valid_mask: np.ndarray | None = None  # (B, S, S) bool, the pixels with known ground truth; None: all
+    defect_types: Sequence[str] | None = None  # of each image; None: no metrics by defect type
 
     @property
-    def truth(self) -> Truth:
+    def truth(self) -> GroundTruth:
         """The ground truth alone."""
-        return Truth(self.labels, self.masks, self.counted, self.kinds)
+        return GroundTruth(self.labels, self.masks, self.valid_mask, self.defect_types)
 
 
 class RoundResult(NamedTuple):
     """The result of one support set and one scorer.
 
     image_scores: (B,). distances: (B, H, H). maps: (B, S, S), enlarged and smoothed. numbers: the metrics by their key
-    in the records, None where evaluation.round_metrics has a reason. by_kind: the same for each kind of defect.
+    in the records, None where evaluation.round_metrics has a reason. by_defect_type: the same for each defect type.
     """
 
     image_scores: np.ndarray
     distances: torch.Tensor
     maps: torch.Tensor
     numbers: Numbers
-    by_kind: dict[str, Numbers]
+    by_defect_type: dict[str, Numbers]
 
     @property
     def image_auroc(self) -> float | None:
@@ -101,13 +101,13 @@ def compute_test_features(
     clock: StageClock,
     batch_size: int | None,
     num_workers: int,
-    kinds: Sequence[str] | None = None,
+    defect_types: Sequence[str] | None = None,
 ) -> TestFeatures:
     """Features and ground truth of the test images in `dataset`.
 
     network: from `models.stn.fuse_conv_bn`, on the clock's device. dataset: its items are those of
     datasets.mvtec.LabelledDataset. labels: 1 for defective images. batch_size: None for SCORING_BATCH.
-    kinds: the kind of defect of each image, for metrics by kind.
+    defect_types: of each image, for metrics by defect type.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     store = FeatureStore(scorers, len(labels))
@@ -121,9 +121,13 @@ def compute_test_features(
         with clock("network"):
             images = upload(batch["image"], clock.device).float() / 255
             store.write(start, network.features(images))
-    masks, counted = map(np.concatenate, truth.values())
+    masks, valid_mask = map(np.concatenate, truth.values())
     return TestFeatures(
-        store, np.array(labels, dtype=bool), masks if masks.any() else None, None if counted.all() else counted, kinds
+        store,
+        np.array(labels, dtype=bool),
+        masks if masks.any() else None,
+        None if valid_mask.all() else valid_mask,
+        defect_types,
     )
 
 

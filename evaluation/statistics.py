@@ -34,50 +34,53 @@ def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | Non
     return {name: summary([numbers[name] for numbers in rounds], SHARE) for name in rounds[0]}
 
 
-def kind_summaries(
+def defect_type_summaries(
     rounds: Sequence[dict[str, dict[str, float | None]]], images: dict[str, int], reasons: dict[str, dict[str, str]]
 ) -> dict[str, dict]:
-    """For each kind of defect: `images`, and per metric the summary with the values of all `rounds`, or None.
+    """For each defect type: `images`, and per metric the summary with the values of all `rounds`, or None.
 
-    rounds: one dict per round, kind -> metric -> value. images: their number by kind. reasons: by kind, why metrics are
-    None, by metric; it becomes `not_available`.
+    rounds: one dict per round, defect type -> metric -> value. images: their number by defect type. reasons: by defect
+    type, why metrics are None, by metric; it becomes `not_available`.
     """
     found = {}
-    for kind, numbers in (rounds[0] if rounds else {}).items():
-        values = {name: [of_round[kind][name] for of_round in rounds] for name in numbers}
+    for defect_type, numbers in (rounds[0] if rounds else {}).items():
+        values = {name: [of_round[defect_type][name] for of_round in rounds] for name in numbers}
         summed = {name: summary(of_metric, SHARE) for name, of_metric in values.items()}
         metrics = {name: numbers and numbers | {"rounds": values[name]} for name, numbers in summed.items()}
-        lacking = {name: reason for name, reason in reasons[kind].items() if name in metrics}
-        found[kind] = {"images": images[kind], **metrics, "not_available": lacking}
+        lacking = {name: reason for name, reason in reasons[defect_type].items() if name in metrics}
+        found[defect_type] = {"images": images[defect_type], **metrics, "not_available": lacking}
     return found
 
 
 def format_summaries(
-    summaries_by_metric: dict[str, dict | None], reasons: dict[str, str], kinds: dict[str, dict], names: dict[str, str]
+    summaries_by_metric: dict[str, dict | None],
+    reasons: dict[str, str],
+    defect_types: dict[str, dict],
+    names: dict[str, str],
 ) -> list[str]:
-    """The lines of all metrics with their intervals, then the table of the kinds of defects, if there are any.
+    """The lines of all metrics with their intervals, then the table of the defect types, if there are any.
 
-    summaries_by_metric: from `summaries`. reasons: why a metric is None. kinds: from `kind_summaries`. names: the
-    display names by metric.
+    summaries_by_metric: from `summaries`. reasons: why a metric is None. defect_types: from `defect_type_summaries`.
+    names: the display names by metric.
     """
     lines = []
     for name, numbers in summaries_by_metric.items():
-        beside = reasons.get(name) or format_interval(numbers)
-        lines.append(f"  {names[name]:14}{format_summary(numbers):20}{beside}".rstrip())
-    if kinds:
-        lines += ["each kind of defect against all normal images:", *format_kinds(kinds, names)]
+        second = reasons.get(name) or format_interval(numbers)
+        lines.append(f"  {names[name]:14}{format_summary(numbers):20}{second}".rstrip())
+    if defect_types:
+        lines += ["each defect type against all normal images:", *format_defect_types(defect_types, names)]
     return lines
 
 
-def format_kinds(kinds: dict[str, dict], names: dict[str, str]) -> list[str]:
-    """The lines of a table of `kind_summaries`: mean and standard deviation. names: the columns by metric."""
-    metrics = [name for name in next(iter(kinds.values())) if name in names]
-    width = max(map(len, (*kinds, "kind of defect")))
+def format_defect_types(defect_types: dict[str, dict], names: dict[str, str]) -> list[str]:
+    """The lines of a table of `defect_type_summaries`: mean and standard deviation. names: the columns by metric."""
+    metrics = [name for name in next(iter(defect_types.values())) if name in names]
+    width = max(map(len, (*defect_types, "defect type")))
     heads = "".join(f"  {names[metric]:17}" for metric in metrics)
-    lines = [f"  {'kind of defect':{width}}  images{heads}".rstrip()]
-    for kind, numbers in kinds.items():
+    lines = [f"  {'defect type':{width}}  images{heads}".rstrip()]
+    for defect_type, numbers in defect_types.items():
         cells = "".join(f"  {format_summary(numbers[metric]):17}" for metric in metrics)
-        lines.append(f"  {kind:{width}}  {numbers['images']:6}{cells}".rstrip())
+        lines.append(f"  {defect_type:{width}}  {numbers['images']:6}{cells}".rstrip())
     return lines
 
 

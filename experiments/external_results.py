@@ -20,8 +20,8 @@ from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import ROUND, image_name, read_scores
 from evaluation.records import difference, round_maps, support_record, test_digest
-from evaluation.round_metrics import IMAGE_METRICS, RoundMetrics, Truth
-from evaluation.statistics import format_summaries, kind_summaries, summaries
+from evaluation.round_metrics import IMAGE_METRICS, GroundTruth, RoundMetrics
+from evaluation.statistics import defect_type_summaries, format_summaries, summaries
 from scorers.registry import SAFE_NAME, TAKEN_NAMES
 from utils.errors import UserError
 from utils.files import digest, sha256, write_json
@@ -91,11 +91,11 @@ def _print(record: dict, path: Path) -> None:
 
 def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: np.ndarray) -> dict:
     """The entries of the record that say how good the scores (rounds, B) are, as in those of test.py."""
-    labels, kinds = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
-    truth, names = Truth(labels, None, None, kinds), IMAGE_METRICS
+    labels, defect_types = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
+    truth, names = GroundTruth(labels, None, None, defect_types), IMAGE_METRICS
     if args.maps:
         size = _read_maps(round_maps(args.maps, 0), items).shape[-1]
-        truth, names = Truth(labels, *_masks(items, size, args.num_workers), kinds), tuple(METRIC_NAMES)
+        truth, names = GroundTruth(labels, *_masks(items, size, args.num_workers), defect_types), tuple(METRIC_NAMES)
     metrics = RoundMetrics(truth, torch.device("cpu"), names)
     found = []
     for number, of_round in enumerate(scores):
@@ -103,22 +103,22 @@ def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: n
         if maps is not None and maps.shape[-1] != size:
             raise UserError(f"{args.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
         found.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
-    rounds, by_kind = zip(*found, strict=True)
-    reasons, kind_reasons = truth.reasons()
-    images = {kind: len(members) for kind, members in truth.members().items()}
+    rounds, by_defect_type = zip(*found, strict=True)
+    reasons, type_reasons = truth.reasons()
+    images = {name: int(members.sum()) for name, members in truth.members().items()}
     return {
         "rounds": list(rounds),
         **summaries(rounds),
         "not_available": {name: reason for name, reason in reasons.items() if name in names},
-        "defects": kind_summaries(by_kind, images, kind_reasons),
+        "defects": defect_type_summaries(by_defect_type, images, type_reasons),
     }
 
 
 def _masks(items: Sequence[LabelledImage], size: int, workers: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The masks and counted pixels of a Truth (B, S, S) at the size of the maps, as test.py scales them."""
+    """The masks and valid pixels of a GroundTruth (B, S, S) at the size of the maps, as test.py scales them."""
     read = list(read_batches(LabelledDataset(list(items), size), None, workers))
-    masks, counted = (np.stack([one[name].numpy() for one in read]) for name in ("mask", "valid_mask"))
-    return masks if masks.any() else None, None if counted.all() else counted
+    masks, valid_mask = (np.stack([one[name].numpy() for one in read]) for name in ("mask", "valid_mask"))
+    return masks if masks.any() else None, None if valid_mask.all() else valid_mask
 
 
 def _read_maps(path: Path, items: Sequence[LabelledImage]) -> np.ndarray:

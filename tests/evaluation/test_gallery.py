@@ -15,7 +15,7 @@ from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation import gallery
 from evaluation.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
-from evaluation.statistics import kind_summaries, summaries
+from evaluation.statistics import defect_type_summaries, summaries
 from reports.drawing import CAPTION_HEIGHT, GAP
 from reports.page import Table
 
@@ -102,7 +102,9 @@ def test_panels_show_truth_and_heat(scored, tmp_path):
 def test_page_shows_all_metrics_with_their_spread(scored, tmp_path):
     """Of all rounds, and of each kind of defect; what cannot be computed with its reason."""
     rounds = [{"image_auroc": 0.5, "pixel_auroc": None}, {"image_auroc": 0.7, "pixel_auroc": None}]
-    by_kind = kind_summaries([{"rust": numbers} for numbers in rounds], {"rust": 3}, {"rust": {"pixel_auroc": "no"}})
+    by_kind = defect_type_summaries(
+        [{"rust": numbers} for numbers in rounds], {"rust": 3}, {"rust": {"pixel_auroc": "no"}}
+    )
     tables = gallery.metric_tables(summaries(rounds), {"pixel_auroc": "no masks"}, by_kind, 2)
     save_gallery(tmp_path, "ring", scored, 0, 1, tables)
     page = re.sub(r"<[^>]*>", "|", (tmp_path / "report.html").read_text())

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import plain
-from evaluation import metrics
 from evaluation.metrics import auroc, average_precision, f1_max, pro, rank, region_weights
 
 
@@ -52,13 +51,9 @@ def check_ranking_metrics(scores, labels):
     assert f1_max(ranking) == pytest.approx(plain.f1_max(scores, labels), abs=1e-12)
 
 
-@given(scores_and_labels(), st.sampled_from([1, 7, 2**20]))
-def test_equal_scikit_learn(case, chunk):
-    original, metrics.SORT_CHUNK = metrics.SORT_CHUNK, chunk
-    try:
-        check_ranking_metrics(*case)
-    finally:
-        metrics.SORT_CHUNK = original
+@given(scores_and_labels())
+def test_equal_scikit_learn(case):
+    check_ranking_metrics(*case)
 
 
 @given(maps_and_masks())
@@ -67,20 +62,11 @@ def test_pro_equals_a_loop_over_regions(case):
     assert pro(rank(maps, masks), region_weights(masks)) == pytest.approx(plain.pro(maps, masks), abs=1e-12)
 
 
-@given(maps_and_masks())
-def test_on_a_device_as_here(case):
-    maps, masks = case
-    here = metrics._count([maps.ravel()], [masks.ravel()])
-    there = metrics._count_on_device([torch.from_numpy(maps.ravel())], [masks.ravel()])
-    for one, other in zip(here, there, strict=True):
-        assert np.array_equal(one, other)  # the counts as a list of one part
-
-
 @pytest.mark.cuda
 def test_on_cuda_as_on_the_cpu():
     maps, masks = pixels(share=0.01)
-    for one, other in zip(rank(maps, masks), rank(torch.from_numpy(maps).cuda(), masks), strict=True):
-        assert np.array_equal(one, other)
+    here, there = rank(maps, masks), rank(torch.from_numpy(maps).cuda(), masks)
+    assert auroc(here) == auroc(there) and average_precision(here) == average_precision(there)
 
 
 def test_by_hand():
@@ -147,5 +133,3 @@ def test_nan_is_refused(where):
     scores[where] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         rank(scores, np.array([True, False, False]))
-    with pytest.raises(ValueError, match="NaN"):
-        metrics._count_on_device([torch.from_numpy(scores)], [np.array([True, False, False])])
