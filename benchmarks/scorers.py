@@ -32,7 +32,7 @@ from models.stn import fuse_conv_bn
 from scorers.base import Scorer
 from scorers.features import FeatureNetwork
 from scorers.gaussian import Gaussian
-from scorers.neighbours import Choices, Neighbours
+from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.views import TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import UserError, run_command
@@ -43,23 +43,26 @@ from utils.stages import StageClock
 ALL_VIEWS = tuple(range(VIEWS_PER_IMAGE))
 METRICS = ("image_auroc", "pixel_auroc")
 BASE = "neighbours"
-PROTOTYPE = Choices(finer=2, components=None, whitening=0, damped=False, limit=6000)
-VARIANTS: dict[str, tuple[Choices, tuple[int, ...]]] = {
+PROTOTYPE = NeighboursConfig(finer=2, components=None, whitening=0, damped=False, bank_size=6000)
+VARIANTS: dict[str, tuple[NeighboursConfig, tuple[int, ...]]] = {
     "prototype": (PROTOTYPE, ALL_VIEWS),
-    BASE: (Choices(), Neighbours.views),
-    "with the translated and grey views": (Choices(), ALL_VIEWS),
-    "without rotated views": (Choices(), tuple(v for v in Neighbours.views if v == 0 or v > TRANSLATED_VIEWS[-1])),
-    "the image alone": (Choices(), (0,)),
-    "grid twice as fine": (Choices(finer=2), Neighbours.views),
-    "layer 3 alone": (Choices(layers=1), Neighbours.views),
-    "layer 1 too": (Choices(layers=3), Neighbours.views),
-    "no local average": (Choices(window=1), Neighbours.views),
-    "average over 5 x 5": (Choices(window=5), Neighbours.views),
-    "64 components": (Choices(components=64), Neighbours.views),
-    "no whitening": (Choices(whitening=0), Neighbours.views),
-    "full whitening": (Choices(whitening=1), Neighbours.views),
-    "no damping": (Choices(damped=False), Neighbours.views),
-    "2,000 rows": (Choices(limit=2000), Neighbours.views),
+    BASE: (NeighboursConfig(), Neighbours.views),
+    "with the translated and grey views": (NeighboursConfig(), ALL_VIEWS),
+    "without rotated views": (
+        NeighboursConfig(),
+        tuple(v for v in Neighbours.views if v == 0 or v > TRANSLATED_VIEWS[-1]),
+    ),
+    "the image alone": (NeighboursConfig(), (0,)),
+    "grid twice as fine": (NeighboursConfig(finer=2), Neighbours.views),
+    "layer 3 alone": (NeighboursConfig(layers=1), Neighbours.views),
+    "layer 1 too": (NeighboursConfig(layers=3), Neighbours.views),
+    "no local average": (NeighboursConfig(window=1), Neighbours.views),
+    "average over 5 x 5": (NeighboursConfig(window=5), Neighbours.views),
+    "64 components": (NeighboursConfig(components=64), Neighbours.views),
+    "no whitening": (NeighboursConfig(whitening=0), Neighbours.views),
+    "full whitening": (NeighboursConfig(whitening=1), Neighbours.views),
+    "no damping": (NeighboursConfig(damped=False), Neighbours.views),
+    "2,000 rows": (NeighboursConfig(bank_size=2000), Neighbours.views),
 }
 CHOSEN_ON = 2  # rounds at K = 2 on which the choices were made
 FEW = ("prototype", BASE)
@@ -69,8 +72,8 @@ def make_variant(name: str) -> Scorer:
     """The scorer of one row of the table."""
     if name == Gaussian.name:
         return Gaussian()
-    choices, views = VARIANTS[name]
-    scorer = Neighbours(choices)
+    config, views = VARIANTS[name]
+    scorer = Neighbours(config)
     scorer.name, scorer.views = name, views
     return scorer
 

@@ -3,18 +3,19 @@
 After PatchCore (Roth et al., CVPR 2022, section 3), adapted to a few support images:
 
 1. Regions. The two coarsest layers are averaged over 3 x 3 positions and joined on the coarsest grid (14 x 14 at 224
-   pixels). Each region is one row of 384 features. The memory holds the rows of all views, up to a limit; PatchCore
-   keeps a small subset (coreset).
-2. Coordinates. Each layer is scaled to the same total variance. The rows of the support views determine the principal
-   directions. The first `components` directions are kept. Each is divided by the fourth root of its variance, which is
-   half of full whitening.
-3. Damping. A row x becomes x / sqrt(|x|^2 + mean |x|^2 of the support). The resulting distance lies between the
+   pixels). Each region has a patch embedding of 384 features. The memory bank holds those of all views, up to a
+   limit; PatchCore keeps a small subset (coreset).
+2. Coordinates. Each layer is scaled to the same total variance. The patch embeddings of the support views determine
+   the principal directions. The first `components` directions are kept. Each is divided by the fourth root of its
+   variance, which is half of full whitening.
+3. Damping. An embedding x becomes x / sqrt(|x|^2 + mean |x|^2 of the support). The resulting distance lies between the
    Euclidean and the cosine distance.
-4. Distance. The Euclidean distance to the nearest row of the memory, computed exactly with one matrix product.
+4. Distance. The Euclidean distance to the nearest patch embedding of the memory bank, computed exactly with one matrix
+   product.
 
 The position of a region does not matter, so parts may lie anywhere in the image. The translated and the grey views are
-not used: they add rows and network passes, and hardly any accuracy. benchmarks/scorers.py measures what each choice
-gives, and whether the choice would also have been made without the category it is judged on.
+not used: they add embeddings and network passes, and hardly any accuracy. benchmarks/scorers.py measures what each
+choice gives, and whether the choice would also have been made without the category it is judged on.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 from utils.devices import upload
 
-CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test rows and the memory
+CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test patch embeddings and the memory bank
 SHRINKAGE = 0.01  # times the mean variance, added to every variance before whitening: limits noise in weak directions
 RIDGE = 1e-5  # times the mean variance, added to the diagonal: eigh can take seconds without it
-EPS = 1e-12  # avoids division by 0 where a layer has no variance or all rows are equal
+EPS = 1e-12  # avoids division by 0 where a layer has no variance or all embeddings are equal
 ROUNDING = 1e-5  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
-SUBSET_SEED = 0  # for the random subset of rows, if there are more than `limit`
+SUBSET_SEED = 0  # for the random subset of patch embeddings, if there are more than `bank_size`
 
 
-class Choices(NamedTuple):
+class NeighboursConfig(NamedTuple):
     """Parameters that benchmarks/scorers.py varies one at a time. The project uses the defaults.
 
     layers: number of layers, counted from the coarsest. window: side of the averaging window in positions. finer: grid
     positions per position of the coarsest layer, along one side. components: number of principal directions, None for
     the features without step 2. whitening: exponent of the standard deviation that each direction is divided by; 0 is
-    none, 1 is full whitening. damped: whether step 3 is applied. limit: largest number of rows in the memory; a random
-    subset is kept if there are more.
+    none, 1 is full whitening. damped: whether step 3 is applied. bank_size: largest number of patch
+    embeddings in the memory bank; a random subset is kept if there are more.
     """
 
     layers: int = 2
@@ -53,10 +54,10 @@ class Choices(NamedTuple):
     components: int | None = 128
     whitening: float = 0.5
     damped: bool = True
-    limit: int = 12288
+    bank_size: int = 12288
 
 
-CHOSEN = Choices()
+DEFAULT = NeighboursConfig()
 
 
 class Neighbours(Scorer):
@@ -66,12 +67,12 @@ class Neighbours(Scorer):
     """
 
     name = "neighbours"
-    largest = 2.0  # between damped rows, which are shorter than 1
+    largest = 2.0  # between damped embeddings, which are shorter than 1
     typical_score = 0.78  # of seven categories at K = 2 to 8, see inspection/threshold.py
     views = tuple(view for view in range(VIEWS_PER_IMAGE) if view not in TRANSLATED_VIEWS and view != GREY_VIEW)
 
-    def __init__(self, choices: Choices = CHOSEN) -> None:
-        self.choices = choices
+    def __init__(self, config: NeighboursConfig = DEFAULT) -> None:
+        self.config = config
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
         """Averages each layer over `window` x `window` positions and resamples it to one grid: (N, P, C_l) per layer.
@@ -80,9 +81,9 @@ class Neighbours(Scorer):
 
         Convention: bilinear resampling with align_corners=False.
         """
-        side, window = maps[-1].shape[-1] * self.choices.finer, self.choices.window
+        side, window = maps[-1].shape[-1] * self.config.finer, self.config.window
         layers = []
-        for layer in maps[-self.choices.layers :]:
+        for layer in maps[-self.config.layers :]:
             layer = F.avg_pool2d(layer, window, stride=1, padding=window // 2)
             if layer.shape[-1] > side:
                 layer = F.adaptive_avg_pool2d(layer, side)
@@ -97,37 +98,37 @@ class Neighbours(Scorer):
         A column of the memory holds -2 m for a support row m, followed by |m|^2. One product with a test row q then
         gives |m|^2 - 2 q m.
         """
-        rows = torch.cat(support, dim=2).flatten(0, 1)  # (N P, C)
-        directions, offset = self._coordinates(rows, [layer.shape[2] for layer in support])
-        if len(rows) > self.choices.limit:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SUBSET_SEED))
-            rows = rows[upload(order[: self.choices.limit], rows.device)]
-        rows = torch.addmm(offset, rows, directions)
-        damping = rows.square().sum(dim=1).mean()
-        if self.choices.damped:
-            rows = _damp(rows, damping)
-        memory = torch.cat([-2 * rows.T, rows.square().sum(dim=1)[None]])
+        embeddings = torch.cat(support, dim=2).flatten(0, 1)  # (N P, C)
+        directions, offset = self._coordinates(embeddings, [layer.shape[2] for layer in support])
+        if len(embeddings) > self.config.bank_size:
+            order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(SUBSET_SEED))
+            embeddings = embeddings[upload(order[: self.config.bank_size], embeddings.device)]
+        embeddings = torch.addmm(offset, embeddings, directions)
+        damping = embeddings.square().sum(dim=1).mean()
+        if self.config.damped:
+            embeddings = _damp(embeddings, damping)
+        memory = torch.cat([-2 * embeddings.T, embeddings.square().sum(dim=1)[None]])
         return {"directions": directions, "offset": offset, "damping": damping, "memory": memory}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Distances (B, H, H) to the nearest row of the memory: at least 0, at most 2 with damping, without a unit."""
+        """Distances (B, H, H) to the memory bank: at least 0, at most 2 with damping, without a unit."""
         images, positions = test[0].shape[:2]
-        rows = torch.cat(test, dim=2)
+        embeddings = torch.cat(test, dim=2)
         if torch.compiler.is_compiling():  # no parts: their size depends on the number of images, unknown here
-            squared = self._squared_distances(fitted, rows)
+            squared = self._squared_distances(fitted, embeddings)
         else:
-            parts = rows.split(self._images_at_once(fitted["memory"], positions))
+            parts = embeddings.split(self._images_at_once(fitted["memory"], positions))
             squared = torch.cat([self._squared_distances(fitted, part) for part in parts])
         side = math.isqrt(positions)
         return F.threshold(squared, ROUNDING, 0.0).sqrt().view(images, side, side)
 
-    def _squared_distances(self, fitted: Fitted, rows: torch.Tensor) -> torch.Tensor:
-        """Squared distances (B, P) of rows (B, P, C) to the nearest row of the memory; can be negative by rounding."""
-        rows = torch.addmm(fitted["offset"], rows.flatten(0, 1), fitted["directions"])
-        if self.choices.damped:
-            rows = _damp(rows, fitted["damping"])
-        nearest = (F.pad(rows, (0, 1), value=1.0) @ fitted["memory"]).amin(dim=1)
-        return rows.square().sum(dim=1) + nearest
+    def _squared_distances(self, fitted: Fitted, embeddings: torch.Tensor) -> torch.Tensor:
+        """Squared distances (B, P) of patch embeddings (B, P, C) to the memory bank; can be negative by rounding."""
+        embeddings = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
+        if self.config.damped:
+            embeddings = _damp(embeddings, fitted["damping"])
+        nearest = (F.pad(embeddings, (0, 1), value=1.0) @ fitted["memory"]).amin(dim=1)
+        return embeddings.square().sum(dim=1) + nearest
 
     def _images_at_once(self, memory: torch.Tensor, positions: int) -> int:
         """Number of images that share a table of distances.
@@ -139,25 +140,25 @@ class Neighbours(Scorer):
             return 1
         return max(1, CUDA_TABLE_BYTES // (positions * memory.shape[1] * memory.element_size()))
 
-    def _coordinates(self, rows: torch.Tensor, channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _coordinates(self, embeddings: torch.Tensor, channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Directions (C, D) and offset (D,); the coordinates of a row x are x @ directions + offset."""
-        choices, mean = self.choices, rows.mean(dim=0)
-        if choices.components is None:
-            return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device), torch.zeros_like(mean)
-        centred = rows - mean
-        covariance = centred.T @ centred / (len(rows) - 1)
+        config, mean = self.config, embeddings.mean(dim=0)
+        if config.components is None:
+            return torch.eye(len(mean), dtype=mean.dtype, device=mean.device), torch.zeros_like(mean)
+        centred = embeddings - mean
+        covariance = centred.T @ centred / (len(embeddings) - 1)
         variances = covariance.diagonal().split(channels)
         scale = torch.cat([v.sum().clamp(min=EPS).rsqrt().expand(len(v)) for v in variances])
         covariance = covariance * scale * scale[:, None]
         typical = len(channels) / len(mean)  # the mean variance, as each layer now has a total variance of 1
         covariance.diagonal().add_(RIDGE * typical)
         values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(0)[: choices.components].clamp(min=0), vectors.flip(1)[:, : choices.components]
+        values, vectors = values.flip(0)[: config.components].clamp(min=0), vectors.flip(1)[:, : config.components]
         floor = SHRINKAGE * typical
-        directions = scale[:, None] * vectors * (values + floor).pow(-choices.whitening / 2)
+        directions = scale[:, None] * vectors * (values + floor).pow(-config.whitening / 2)
         return directions, -(mean @ directions)
 
 
-def _damp(rows: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """Scales rows x (N, D) to x / sqrt(|x|^2 + damping), so that their length is below 1."""
-    return rows * (rows.square().sum(dim=1, keepdim=True) + damping).clamp(min=EPS).rsqrt()
+def _damp(embeddings: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Scales embeddings x (N, D) to x / sqrt(|x|^2 + damping), so that their length is below 1."""
+    return embeddings * (embeddings.square().sum(dim=1, keepdim=True) + damping).clamp(min=EPS).rsqrt()

@@ -9,7 +9,7 @@ from scipy.ndimage import uniform_filter
 from sklearn.neighbors import NearestNeighbors
 
 from scorers import neighbours
-from scorers.neighbours import Choices, Neighbours
+from scorers.neighbours import Neighbours, NeighboursConfig
 from utils.stages import StageClock
 
 SIDES, CHANNELS = (16, 8, 4), (6, 12, 20)
@@ -49,7 +49,7 @@ def definition(support: list[torch.Tensor], test: list[torch.Tensor], components
 @pytest.mark.parametrize("images_at_once", [1, 2, 3])
 def test_equals_the_definition(images_at_once, monkeypatch):
     monkeypatch.setattr(Neighbours, "_images_at_once", lambda *_: images_at_once)
-    scorer, support, test = Neighbours(Choices(components=10)), feature_maps(44, 2), feature_maps(3, 3)
+    scorer, support, test = Neighbours(NeighboursConfig(components=10)), feature_maps(44, 2), feature_maps(3, 3)
     found = scorer.measure(scorer.prepare(support), scorer.prepare(test), StageClock())
     np.testing.assert_allclose(found, definition(support, test), rtol=1e-4)
 
@@ -73,7 +73,7 @@ def test_where_a_region_lies_plays_no_part():
 
 
 def test_memory_is_limited_and_drawn_the_same_every_time():
-    scorer, support = Neighbours(Choices(limit=100)), feature_maps(22, 2)
+    scorer, support = Neighbours(NeighboursConfig(bank_size=100)), feature_maps(22, 2)
     first, second = (scorer.fit(scorer.prepare(support)) for _ in range(2))
     assert first["memory"].shape[1] == 100
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -88,7 +88,7 @@ def test_a_layer_without_variance_is_no_obstacle():
 
 def test_the_prototype_is_one_of_the_choices():
     """Layers 2 and 3 on the finer grid, with a random subset of the rows and without steps 2 and 3."""
-    scorer = Neighbours(Choices(finer=2, components=None, whitening=0, damped=False, limit=500))
+    scorer = Neighbours(NeighboursConfig(finer=2, components=None, whitening=0, damped=False, bank_size=500))
     support, test = scorer.prepare(feature_maps(22, 2)), scorer.prepare(feature_maps(2, 3))
     rows = torch.cat(support, dim=2).flatten(0, 1)
     kept = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(neighbours.SUBSET_SEED))[:500]]
