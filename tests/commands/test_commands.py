@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -314,66 +312,3 @@ def test_demo_figure_shows_a_normal_image_and_each_kind_of_defect(demo_data):
     for example in examples:
         of_kind = [number for number, item in enumerate(items) if item.defect.replace("good", "normal") == example.kind]
         assert example.score == of_kind[0] and (example.scores == of_kind[0]).all()
-
-
-DOCUMENTS = [
-    *(PROJECT_ROOT / name for name in ("README.md", "support_set/README.md", "save_checkpoints/README.md")),
-    *sorted((PROJECT_ROOT / "docs").glob("*.md")),
-]
-
-
-def documented_commands() -> list[str]:
-    """The lines of all ```bash blocks, and inline code of the form `python ...` or `make ...`."""
-    lines = []
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-            lines += block.replace("\\\n", " ").splitlines()
-        lines += re.findall(r"`((?:python|make) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    commands = (line.split("#")[0].strip() for line in lines)
-    return list(dict.fromkeys(filter(None, commands)))
-
-
-def command_parser(words: list[str]):
-    if words[1] == "test.py":
-        return test_command.get_args_parser(), words[2:]
-    name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
-    return importlib.import_module(name).get_args_parser(), rest
-
-
-@pytest.mark.parametrize("command", documented_commands())
-def test_documented_commands(command):
-    """Every command would start: the make target or file exists, and all flags are known."""
-    words = shlex.split(command)
-    if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (PROJECT_ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        assert words[1] in targets
-    elif words[:3] == ["python", "-m", "pip"]:
-        assert words[3:5] == ["install", "-r"] and all((PROJECT_ROOT / file).is_file() for file in words[5:])
-    elif words[:3] == ["python", "-m", "pytest"]:
-        assert words[3:] in ([], ["--runslow"], ["-m", "cuda"])
-    elif words[0] == ".":
-        assert words[1:] == [".venv/bin/activate"]  # made by the Makefile
-    else:
-        assert words[0] == "python"
-        parser, rest = command_parser(words)
-        parser.parse_args(rest)  # exits with an error for an unknown flag
-
-
-COMMANDS = sorted(path.name for path in PROJECT_ROOT.glob("*.py"))
-
-
-@pytest.mark.parametrize("file", COMMANDS)
-def test_every_flag_is_used(file):
-    """Every flag is read: a flag that is parsed but not read would have no effect."""
-    parser, _ = command_parser(["python", file])
-    code = (PROJECT_ROOT / file).read_text()
-    if "inspection.config" in code:
-        code += "".join(path.read_text() for path in (PROJECT_ROOT / "inspection").glob("*.py"))
-    if "experiments.plan" in code:
-        code += (PROJECT_ROOT / "experiments/plan.py").read_text() + (
-            PROJECT_ROOT / "experiments/external_results.py"
-        ).read_text()
-    for action in parser._actions:
-        read = re.search(rf"(args|config)\.{action.dest}\b", code)
-        assert action.dest in ("help", "config") or read, f"{file} never reads --{action.dest}"

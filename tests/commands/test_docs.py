@@ -1,9 +1,11 @@
-"""README and docs match the project: sizes, links, file tree, and Python examples that run."""
+"""README and docs match the project: commands, links, file tree, and Python examples that run."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,18 +19,59 @@ from experiments.results import read_results
 from experiments.tables import make_tables, to_markdown
 from inspection.results import BOX_COLUMNS, CSV_COLUMNS
 from scorers.views import VIEWS_PER_IMAGE
-from tests.commands.test_commands import DOCUMENTS
 from utils.files import PROJECT_ROOT
 
 SIZE = 64
-README_BYTES, FIGURE_BYTES = 10_000, 150_000
+DOCUMENTS = [
+    *(PROJECT_ROOT / name for name in ("README.md", "support_set/README.md", "save_checkpoints/README.md")),
+    *sorted((PROJECT_ROOT / "docs").glob("*.md")),
+]
 TEXTS = {str(path.relative_to(PROJECT_ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 
 
-def test_sizes():
-    assert (PROJECT_ROOT / "README.md").stat().st_size <= README_BYTES
-    figures = list((PROJECT_ROOT / "docs/figures").iterdir())
-    assert figures and all(figure.stat().st_size < FIGURE_BYTES for figure in figures)
+def documented_commands() -> list[str]:
+    """The lines of all ```bash blocks, and inline code of the form `python ...` or `make ...`."""
+    lines = []
+    for text in TEXTS.values():
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
+        lines += re.findall(r"`((?:python|make)\s[^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    commands = (line.split("#")[0].strip() for line in lines)
+    return list(dict.fromkeys(filter(None, commands)))
+
+
+def command_parser(words: list[str]):
+    """The parser of a command, and its arguments. words: python FILE.py ..., or python -m MODULE ..."""
+    name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    if name == "test":  # `import test` would import the package `test` of the standard library
+        spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(name)
+    return module.get_args_parser(), rest
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands(command, tmp_path):
+    """Every command would start: the make target or file exists, and all flags are known."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (PROJECT_ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert words[1] in targets
+    elif words[:3] == ["python", "-m", "pip"]:
+        assert words[3:5] == ["install", "-r"] and all((PROJECT_ROOT / file).is_file() for file in words[5:])
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert words[3:] == ["-m", "cuda"]
+    elif words[0] == ".":
+        assert words[1:] == [".venv/bin/activate"]  # made by the Makefile
+    else:
+        assert words[0] == "python"
+        parser, rest = command_parser(words)
+        if "--config" in rest:
+            rest[rest.index("--config") + 1] = str(tmp_path / "record.json")
+            (tmp_path / "record.json").write_text('{"obj": "bottle"}')
+        parser.parse_args(rest)  # exits with an error for an unknown flag
 
 
 def anchors(text: str) -> set[str]:
@@ -50,8 +93,8 @@ def test_links_lead_somewhere(name):
 
 def product_files() -> set[str]:
     """All .py files except tests and empty files."""
-    rooms = {path.parent for path in PROJECT_ROOT.glob("*/__init__.py")} - {PROJECT_ROOT / "tests"}
-    files = [*PROJECT_ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
+    packages = {path.parent for path in PROJECT_ROOT.glob("*/__init__.py")} - {PROJECT_ROOT / "tests"}
+    files = [*PROJECT_ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
     return {str(file.relative_to(PROJECT_ROOT)) for file in files if file.stat().st_size}
 
 
@@ -72,6 +115,17 @@ def test_the_tree_lists_every_file():
     listed = listed_files(tree)
     assert len(set(listed)) == len(listed)
     assert set(listed) == product_files()
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in PROJECT_ROOT.glob("*.py")))
+def test_every_flag_is_used(file):
+    """A flag that no module reads would have no effect."""
+    parser, _ = command_parser(["python", file])
+    files = [path for path in product_files() if not path.startswith(("benchmarks/", "examples/"))]
+    code = "".join((PROJECT_ROOT / path).read_text(encoding="utf-8") for path in files)
+    for action in parser._actions:
+        read = re.search(rf"\w\.{action.dest}\b", code)
+        assert action.dest in ("help", "config") or read, f"{file} never reads --{action.dest}"
 
 
 def python_blocks() -> dict[str, str]:
