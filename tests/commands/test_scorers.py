@@ -76,7 +76,7 @@ def test_a_model_of_timm_through_test_reproduce_and_predict(demo_data, tmp_path,
     detector = ["--support", *map(str, support), "--backbone", "timm:test_vit", "--weights", "none"]
     predict.main([*detector, *inputs, "--output", str(tmp_path / "a"), "--save", str(tmp_path / "part.regad")])
     predict.main(["--detector", str(tmp_path / "part.regad"), *inputs, "--output", str(tmp_path / "b")])
-    first, second = (json.loads((tmp_path / name / "scores.json").read_text())["pictures"] for name in "ab")
+    first, second = (json.loads((tmp_path / name / "scores.json").read_text())["images"] for name in "ab")
     assert [row["score"] for row in first] == [row["score"] for row in second] and len(first) == 9
     with pytest.raises(UserError, match="timm:test_vit is not trained here: give --untrained"):
         test_command.main(["--obj", "ring", "--backbone", "timm:test_vit"])
@@ -103,7 +103,7 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
     file = tmp_path / "part.regad"
     predict.main(["--support", *support, *common, "--scorer", mine, "--save", str(file)])
     saved = ["--detector", str(file), *inputs, "--device", "cpu", "--no_pictures", "--output", str(tmp_path / "saved")]
-    with pytest.raises(UserError, match=r"made with the scorer nearest; give --scorer FILE\.py:CLASS"):
+    with pytest.raises(UserError, match=r"needs its scorer nearest as FILE\.py:CLASS"):
         predict.main(saved)
     with pytest.raises(UserError, match="made with the scorer nearest, not gaussian"):
         predict.main([*saved, "--scorer", "gaussian"])
