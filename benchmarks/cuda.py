@@ -47,10 +47,10 @@ from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
 from training.loop import Trainer, count_images
-from training.records import RunFiles
 from utils.devices import command_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, whole_file, write_json
+from utils.naming import CheckpointFiles
 from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock
 
@@ -349,7 +349,9 @@ def measure_cell(args: argparse.Namespace, _device: torch.device, scratch: Path)
         given += ["--data_path", str(args.data_path), "--weights", args.weights, "--save_dir", str(scratch / "save")]
         given += ["--cache_dir", str(scratch / "cache"), "--num_workers", str(args.num_workers), "--overwrite"]
         train.main(given)
-        entry = json.loads(RunFiles.of(scratch / "save", STN_MODE, shot, args.obj).record.read_text())["epochs"][-1]
+        entry = json.loads(CheckpointFiles.of(scratch / "save", STN_MODE, shot, args.obj).record.read_text())["epochs"][
+            -1
+        ]
         scoring = sum(entry["scoring_seconds"].values())
         training = entry["elapsed_seconds"] - scoring  # on CUDA, the times of its stages are those of the host
         cell = PAPER_EPOCHS * (training * MVTEC_SOURCES / sources + scoring)

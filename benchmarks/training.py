@@ -26,10 +26,10 @@ from datasets.images import read_image
 from datasets.mvtec import category_folder, list_source_images, list_test_items
 from models.regad import untrained
 from training.loop import Trainer
-from training.records import RunFiles
 from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, write_json
+from utils.naming import CheckpointFiles
 from utils.records import provenance
 from utils.stages import StageClock
 
@@ -137,7 +137,7 @@ def _time_epochs(args: argparse.Namespace, scratch: Path) -> list[dict]:
     given += f"--img_size {args.img_size} --batch_size {args.batch_size} --device {args.device}".split()
     given += ["--data_path", str(args.data_path), "--weights", args.weights, "--save_dir", str(scratch / "save")]
     train.main([*given, "--cache_dir", str(scratch / "cache")])
-    record = RunFiles.of(scratch / "save", STN_MODE, args.shot, args.obj).record
+    record = CheckpointFiles.of(scratch / "save", STN_MODE, args.shot, args.obj).record
     epochs = json.loads(record.read_text())["epochs"]
     entry = epochs[2]
     spent = {**entry["seconds"], **entry["scoring_seconds"]}

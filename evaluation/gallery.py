@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.metrics import auc, roc_curve
 
 from datasets.mvtec import LabelledDataset, LabelledImage
-from evaluation.metrics import METRIC_NAMES, auroc, rank
+from evaluation.metrics import METRIC_NAMES
+from evaluation.per_image import image_name
 from evaluation.statistics import format_interval, format_summary
 from reports.drawing import (
     CALLED,
@@ -43,7 +45,7 @@ class Scored(NamedTuple):
     """Test images and the scores that one round gave them.
 
     maps: (B, S, S) score maps. scores: (B,) their maxima. labels: (B,) bool, True for defective images. An image whose
-    score exceeds `threshold` is called defective; None: no image is called anything.
+    score exceeds `threshold` is classified as defective; None: images are not classified.
     """
 
     dataset: LabelledDataset
@@ -72,8 +74,7 @@ class Scored(NamedTuple):
 
     def name(self, index: int) -> str:
         """Folder and file name of an image."""
-        item = self.dataset.items[index]
-        return f"{item.defect}/{item.image.name}"
+        return image_name(self.dataset.items[index])
 
     def caption(self, index: int) -> str:
         """Name, score and label of an image, and "missed" or "false alarm" where the decision is wrong."""
@@ -83,7 +84,7 @@ class Scored(NamedTuple):
 
 
 def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
-    """Scores the images of `dataset` by the maxima of their maps (B, S, S) and chooses a threshold on these images.
+    """Scores the images by the maxima of their maps (B, S, S) and chooses a threshold on these images.
 
     The threshold maximizes Youden's index, the true-positive rate minus the false-positive rate. It is chosen with the
     test labels, so its error rates are optimistic estimates for new images. It is None where one class is missing.
@@ -91,22 +92,10 @@ def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
     scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
     if labels.all() or not labels.any():
         return Scored(dataset, maps, scores, labels, None)
-    false_positives, true_positives, thresholds = roc_curve(scores, labels)
-    lowest_called = thresholds[(true_positives - false_positives)[1:].argmax()]
-    return Scored(dataset, maps, scores, labels, float(np.nextafter(np.float32(lowest_called), np.float32(-np.inf))))
-
-
-def roc_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """False-positive rates (T + 1,), true-positive rates (T + 1,) and the T distinct scores in descending order.
-
-    scores: (B,). labels: (B,) bool, with both classes. Element 0 of both rates is 0. Element t + 1 is the rate when an
-    image is called defective if its score is at least the distinct score t.
-    """
-    thresholds = np.unique(scores)[::-1]
-    below = (np.searchsorted(np.sort(scores[chosen]), thresholds) for chosen in (~labels, labels))
-    totals = (~labels).sum(), labels.sum()
-    rates = [np.append(0, (total - count) / total) for total, count in zip(totals, below, strict=True)]
-    return rates[0], rates[1], thresholds
+    false_positives, true_positives, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    lowest = thresholds[(true_positives - false_positives)[1:].argmax() + 1]  # the first threshold is infinite
+    threshold = float(np.nextafter(np.float32(lowest), np.float32(-np.inf)))
+    return Scored(dataset, maps, scores, labels, threshold)
 
 
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
@@ -245,9 +234,9 @@ def _save_curves(path: Path, scored: Scored) -> None:
     roc.plot([0, 1], [0, 1], color="0.8", linewidth=1)
     title = "image AUROC n/a: one class only"
     if scored.threshold is not None:
-        false_positives, true_positives, _ = roc_curve(scored.scores, scored.labels)
+        false_positives, true_positives, _ = roc_curve(scored.labels, scored.scores)
         roc.plot(false_positives, true_positives, color=DEFECTIVE_COLOUR)
-        title = f"image AUROC {auroc(rank(scored.scores, scored.labels)):.4f}"
+        title = f"image AUROC {auc(false_positives, true_positives):.4f}"
     roc.set(title=title, xlabel="false-positive rate", ylabel="true-positive rate")
     roc.set_aspect("equal")
     bins = np.histogram_bin_edges(scored.scores, 30)

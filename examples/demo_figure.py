@@ -22,14 +22,15 @@ from datasets.check import list_test_items_with_notes
 from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder
 from datasets.support import find_support_rounds
 from evaluation.scoring import score_category
-from models.networks import resolve_img_size
-from models.regad import checkpoint_file, load_checkpoint
+from models.networks import network_name, resolve_img_size
+from models.regad import load_checkpoint
 from models.stn import BACKBONES, STN_MODES
 from reports.drawing import colour_limits, overlay
 from scorers.registry import RELEASE_SCORER, make_scorer
 from utils.errors import UserError, require_positive, run_command
 from utils.files import require_writable, whole_file
 from utils.flags import DEFAULT_SAVE_DIR, add_data_flags, add_network_flags, add_support_flags, category_name
+from utils.naming import CheckpointFiles
 from utils.stages import StageClock
 
 MAX_COLUMNS = 4  # test images: a normal one and up to three defects
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = category_folder(args.data_path, args.data_type, args.obj)
     items = list_test_items_with_notes(folder, strict=False)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
-    checkpoint = checkpoint_file(args.save_dir, args.stn_mode, args.shot, args.obj, args.backbone)
+    network = network_name(args.backbone, args.stn_mode)
+    checkpoint = CheckpointFiles.of(args.save_dir, network, args.shot, args.obj).selected
     if not checkpoint.is_file():
         raise UserError(f"no checkpoint {checkpoint}; train.py --save_dir {args.save_dir} writes it")
     network = load_checkpoint(checkpoint, args.stn_mode, args.img_size, args.backbone).stn

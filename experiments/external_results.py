@@ -19,12 +19,14 @@ from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import ROUND, image_name, read_scores
-from evaluation.records import difference, round_maps, support_record, test_digest
 from evaluation.round_metrics import IMAGE_METRICS, GroundTruth, RoundMetrics
+from evaluation.run import difference, digest_items, support_record
 from evaluation.statistics import defect_type_summaries, format_summaries, summaries
 from scorers.registry import SAFE_NAME, TAKEN_NAMES
 from utils.errors import UserError
 from utils.files import digest, sha256, write_json
+from utils.fingerprint import FileDigests, fingerprint
+from utils.naming import round_maps
 from utils.records import plain_arguments
 
 KEPT_ARGUMENTS = ("obj", "shot", "data_type", "data_path", "inferences", "support_path", "import_scores", "maps")
@@ -48,7 +50,7 @@ def import_record(args: argparse.Namespace) -> Path:
     scores = read_scores(args.import_scores, items, args.inferences)
     support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
     path = args.output / f"{args.obj}_{args.shot}_{args.kind}_{args.name}.json"
-    depends = _decisive(args, items, support)
+    depends = fingerprint({}, _inputs(args, items, support))
     if not args.overwrite and (replaced := difference(path, depends)):
         raise UserError(f"{replaced}; give another --name or --output to keep it, or --overwrite to replace it")
     metrics = _metrics(args, items, scores)
@@ -56,8 +58,8 @@ def import_record(args: argparse.Namespace) -> Path:
         "arguments": {name: plain_arguments(args)[name] for name in KEPT_ARGUMENTS} | {"scorer": args.name},
         **{"commit": None, "device": "not given", "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
         **{"weights": args.kind, "epoch": None, "checkpoint": None, "scorer": args.name},
-        "imported": {"path": str(args.import_scores), "sha256": depends["scores"]},
-        "decisive": depends,
+        "imported": {"path": str(args.import_scores), "sha256": depends["inputs"]["scores"]},
+        "fingerprint": depends,
         "support_set": support_record(support),
         "test_pictures": len(items),
         **metrics,
@@ -67,16 +69,16 @@ def import_record(args: argparse.Namespace) -> Path:
     return path
 
 
-def _decisive(args: argparse.Namespace, items: Sequence[LabelledImage], support: SupportRounds) -> dict[str, str]:
-    """What the record depends on, by content and not by path, as evaluation.records.decisive for those of test.py."""
+def _inputs(args: argparse.Namespace, items: Sequence[LabelledImage], support: SupportRounds) -> dict[str, str]:
+    """What the record depends on, by content and not by path, as the records of test.py."""
     maps = [
         path for number in range(args.inferences) if args.maps and (path := round_maps(args.maps, number)).is_file()
     ]
     return {
         "scores": sha256(args.import_scores),
         "maps": digest([sha256(path) for path in maps if path.is_file()]),
-        "support images": digest([support.names, support.file and sha256(support.file)]),
-        "test images": test_digest(items),
+        "support_images": digest([support.names, support.file and sha256(support.file)]),
+        "test_images": digest_items(items, FileDigests()),
     }
 
 

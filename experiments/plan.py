@@ -22,11 +22,12 @@ from experiments.estimate import format_duration, measure_apart, scoring_seconds
 from experiments.results import WEIGHTS, kind_name
 from experiments.runs import Cell, Fingerprints, is_begun, is_finished
 from models.networks import network_name
-from models.regad import checkpoint_file, last_file, selection
+from models.regad import selection
 from models.timm_features import PREFIX
 from scorers.registry import make_scorers, record_ending
 from utils.errors import UserError
 from utils.files import digest
+from utils.naming import CheckpointFiles
 
 RECIPE = {"lr": 0.0001, "momentum": 0.9, "amp": "off"}  # the defaults of train.py
 
@@ -154,7 +155,7 @@ class Plan:
         if select == "best":
             commands.append(self._test(category, [shot], "--save_dir", str(save_dir), "--last"))
             records += self._records(category, [shot], "_last")
-        weights = checkpoint_file(save_dir, args.stn_mode, shot, category, args.backbone)
+        weights = CheckpointFiles.of(save_dir, self.network, shot, category).selected
         decisive = (select, args.epochs, args.batch_size, args.eval_every, *self._changed_recipe())
         key = self._key(category, [shot], args.scorer, *decisive)
         training = self._key(category, [shot], args.scorer[:1], *decisive)
@@ -171,9 +172,9 @@ class Plan:
         """The cells of a category's existing checkpoints. A cell covers all K, so that equal files are scored once."""
         args = self.args
         found: dict[tuple[str, str], dict[int, Path]] = {}  # (rule, flag for test.py) -> shot -> file
-        for flag, place in (("--last", last_file), ("", checkpoint_file)):
+        for flag, which in (("--last", "last"), ("", "selected")):
             for shot in args.shots:
-                file = place(args.eval_only, args.stn_mode, shot, category, args.backbone)
+                file = getattr(CheckpointFiles.of(args.eval_only, self.network, shot, category), which)
                 rule = selection(file)[0] if file.is_file() else None
                 if rule and shot not in found.get((rule, "--last"), {}):
                     found.setdefault((rule, flag), {})[shot] = file

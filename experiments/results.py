@@ -74,7 +74,7 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"no records of test.py in {folder}")
     _refuse_mixture(folder, list(records.values()))
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"kinds": []}
-    data_type = next(iter(records.values()))["arguments"]["data_type"]
+    data_type = next(iter(records.values()))["config"]["data_type"]
     found = {category for category, _, _ in records} | set(asked.get("objs", []))
     order = CATEGORIES.get(data_type) or ()
     others = {record.get("scorer", RELEASE_SCORER) for record in records.values()} - {RELEASE_SCORER}

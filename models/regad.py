@@ -45,22 +45,6 @@ class RegAD(nn.Module):
         return registration_loss(self.predictor(z_query), z_query, self.predictor(z_support), z_support)
 
 
-def checkpoint_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str = RELEASE_BACKBONE) -> Path:
-    """The path of the selected weights of one category, as in the release; another backbone is part of the name."""
-    return _weights_file(root, stn_mode, shot, category, backbone, "model")
-
-
-def last_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str = RELEASE_BACKBONE) -> Path:
-    """The path of the weights after the last epoch, next to `checkpoint_file`."""
-    return _weights_file(root, stn_mode, shot, category, backbone, "last")
-
-
-def _weights_file(root: Path, stn_mode: str, shot: int, category: str, backbone: str, which: str) -> Path:
-    network = stn_mode if backbone == RELEASE_BACKBONE else f"{stn_mode}_{backbone}"
-    name = f"{category}_{shot}_{network}"
-    return root / network / str(shot) / category / f"{name}_{which}.pt"
-
-
 def checkpoint(model: RegAD, recipe: dict) -> dict:
     """A checkpoint in the release's format, with `recipe` as a further entry: plain values on the training.
 
@@ -102,7 +86,8 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     content = load_tensors(path, "checkpoint")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
-    trained = recorded(content)
+    recipe = content.get(RECIPE)
+    trained = {**recorded(content), **(recipe.get("resolved", {}) if isinstance(recipe, dict) else {})}
     for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
         if trained.get(name) not in (asked, None):
             raise UserError(f"checkpoint {path} was trained with {name} {trained[name]}, not {asked}", (name,))

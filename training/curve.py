@@ -17,7 +17,7 @@ def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
     AUROCs are means over rounds, with a band of one standard deviation.
 
     Args:
-        target: the PNG file; PDF and SVG are written beside it.
+        target: the PNG file; PDF and SVG are written next to it.
         history: one entry per epoch: "epoch", "loss" (None before training) and, if the epoch was scored, "image_auroc"
             and "pixel_auroc" as given by evaluation.statistics.summary.
         scored: the data of the AUROCs, for the label of the axis.

@@ -156,8 +156,8 @@ class Trainer:
     def diverged(self, what: str) -> UserError:
         """The error of a training whose numbers are no longer finite; `what`: where that was seen."""
         return UserError(
-            f"{what}. The training diverged: start again with a lower --lr than {self.lr:g}, and with --overwrite if "
-            "an epoch was saved"
+            f"{what}. The training diverged: start a new run in its place with a learning rate below {self.lr:g}",
+            ("lr", "overwrite"),
         )
 
     def finish_epoch(self, entry: dict, is_selected: bool, recipe: dict) -> None:
@@ -168,13 +168,13 @@ class Trainer:
             progress.selected, self.selected = progress.epoch, checkpoint(self.model, recipe)
         progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
 
-    def save(self, path: Path, arguments: dict) -> None:
+    def save(self, path: Path, fingerprint: dict) -> None:
         """Writes the state of the run: all that its other files are made of, so that they can follow it.
 
         A resumed run ends with the same bits as an undisturbed one on the CPU.
         """
         content = {
-            "arguments": arguments,
+            "fingerprint": fingerprint,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),

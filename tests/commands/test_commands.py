@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 
+import evaluation.run
 import make_support
 from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT
 from datasets.images import read_image
@@ -20,10 +21,11 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
 from examples import demo_figure
-from models.regad import CHECKPOINT_PARTS, RegAD, checkpoint_file
+from models.regad import CHECKPOINT_PARTS, RegAD
 from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
+from utils.naming import CheckpointFiles
 
 # `import test` would import the package `test` of the standard library
 _spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
@@ -48,7 +50,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """Random weights in the release's format and at its path."""
     torch.manual_seed(0)
     model = RegAD("affine", SIZE)
-    path = checkpoint_file(tmp_path_factory.mktemp("checkpoints"), "affine", 2, "ring")
+    path = CheckpointFiles.of(tmp_path_factory.mktemp("checkpoints"), "affine", 2, "ring").selected
     path.parent.mkdir(parents=True)
     torch.save({part: getattr(model, name).state_dict() for part, name in CHECKPOINT_PARTS.items()}, path)
     return path
@@ -87,11 +89,11 @@ def call(arguments: dict[str, str], *extra: str) -> dict:
 def test_record(arguments, capsys):
     record = call(arguments)
     printed = capsys.readouterr().out
-    assert record["arguments"]["obj"] == "ring" and record["arguments"]["seed"] == 668
+    assert record["config"]["obj"] == "ring" and record["config"]["seed"] == 668
     assert record["checkpoint"]["sha256"] == sha256(Path(arguments["--checkpoint"]))
     assert record["support_set"]["sha256"] == sha256(Path(arguments["--support_path"]) / "ring/2_2.pt")
     assert set(record["seconds"]) == {"decode", "network", "gaussian", "distance", "smoothing", "metrics"}
-    assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_pictures"] == 9
+    assert record["peak_memory_mb"] > 50 and record["versions"]["torch"] and record["test_images"] == 9
     for key, name in METRIC_NAMES.items():
         values = [one[key] for one in record["rounds"]]
         interval = np.clip(scipy.stats.t.interval(0.95, 1, np.mean(values), scipy.stats.sem(values)), 0, 1)
@@ -132,12 +134,12 @@ def test_several_shots_share_the_test_features(arguments, monkeypatch):
     for shot in shots:
         test_command.main(flat(arguments | {"--shot": shot, "--weights": "none"}) + ["--untrained"])
     alone = [json.loads((output / f"ring_{shot}_affine_untrained.json").read_text()) for shot in shots]
-    calls, original = [], test_command.compute_test_features
-    monkeypatch.setattr(test_command, "compute_test_features", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], evaluation.run.compute_test_features
+    monkeypatch.setattr(evaluation.run, "compute_test_features", lambda *a: calls.append(1) or original(*a))
     test_command.main(flat(arguments | {"--weights": "none"}) + ["--untrained", "--shot", *shots])
     for shot, expected in zip(shots, alone, strict=True):
         record = json.loads((output / f"ring_{shot}_affine_untrained.json").read_text())
-        assert record["rounds"] == expected["rounds"] and record["arguments"]["shot"] == int(shot)
+        assert record["rounds"] == expected["rounds"] and record["config"]["shot"] == int(shot)
         assert record["weights"] == "untrained"
     assert len(calls) == 1
 

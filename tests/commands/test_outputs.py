@@ -110,7 +110,7 @@ def test_one_class_or_no_masks(case, run, part_of_the_ring, tmp_path, capsys):
         assert set(kind["not_available"]) == {name for name, value in kind.items() if value is None}
     assert set(record["defects"]) == set(kinds) - {"good"}
     lines = (tmp_path / "out/ring_1_affine_untrained.csv").read_text().splitlines()
-    assert len(lines) == 1 + record["test_pictures"]
+    assert len(lines) == 1 + record["test_images"]
     folder = tmp_path / "out/ring_1_affine_untrained"
     assert (folder / "report.html").is_file() and (folder / "curves.png").is_file()
     write_tables(tmp_path / "out")
@@ -131,7 +131,7 @@ OTHER_SETTINGS = {
     "image size": ({"img_size": 80}, "img_size 64, now 80, other support images"),
     "padding": ({"keep_aspect": True}, "keep_aspect False, now True"),
     "metrics": ({"metrics": "auroc"}, "metrics all, now auroc"),
-    "rounds": ({"inferences": 3}, "other support images"),
+    "rounds": ({"inferences": 3}, "inferences 2, now 3, other support images"),
     "seed of random weights": ({"seed": 1}, "weights none, seed 668, now none, seed 1"),
 }
 
@@ -145,13 +145,13 @@ def test_a_record_of_other_settings_stays(case, run, tmp_path, monkeypatch):
     assert run()["rounds"] == record["rounds"]
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
-        patched.setattr(test_command, "compute_test_features", lambda *a: pytest.fail("the work has started"))
+        patched.setattr("evaluation.run.compute_test_features", lambda *a: pytest.fail("the work has started"))
         run(**change)
     assert str(caught.value).startswith(f"{file} was made with other settings: {sentence}")
     assert "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == files
     replaced = run(**change, overwrite=True)
-    assert replaced["decisive"] != record["decisive"]
+    assert replaced["fingerprint"] != record["fingerprint"]
     assert not list((tmp_path / "out").rglob("round_*.npz"))  # maps of other numbers do not stay beside it
 
 

@@ -46,7 +46,9 @@ def test_several_scorers_share_a_run_and_give_what_each_gives_alone(demo_data, m
     for name in ("gaussian", "neighbours", mine):
         (record,) = score(demo_data, tmp_path / "alone" / name.rsplit(":")[-1], *flags, name).values()
         (shared,) = (other for other in together.values() if other["scorer"] == record["scorer"])
-        assert record["arguments"]["scorer"] == record["scorer"]
+        assert record["config"]["scorer"] == name and record["scorer"] == name.rsplit(":")[-1].replace(
+            "NearestView", "nearest"
+        )
         for alone, among in zip(record["rounds"], shared["rounds"], strict=True):  # last digits depend on the batch
             assert alone == pytest.approx(among, abs=2e-3)
 
@@ -68,7 +70,7 @@ def test_a_model_of_timm_through_test_reproduce_and_predict(demo_data, tmp_path,
     output = tmp_path / "out"
     records = score(demo_data, output, "--backbone", "timm:test_vit", "--scorer", "gaussian", "neighbours")
     assert set(records) == {"ring_2_timm-test_vit_untrained.json", "ring_2_timm-test_vit_untrained_neighbours.json"}
-    assert {record["arguments"]["img_size"] for record in records.values()} == {160}
+    assert {record["resolved"]["img_size"] for record in records.values()} == {160}
     reproduce.main(["--report", str(output)])
     assert "- backbone: timm:test_vit" in capsys.readouterr().out
     support = sorted((demo_data / "ring/train/good").iterdir())[:3]

@@ -7,14 +7,11 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn import metrics
 
 from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation import gallery
-from evaluation.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, roc_curve, save_gallery, with_own_threshold
+from evaluation.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, save_gallery, with_own_threshold
 from evaluation.statistics import defect_type_summaries, summaries
 from reports.drawing import CAPTION_HEIGHT, GAP
 from reports.page import Table
@@ -39,15 +36,6 @@ def test_threshold_finds_most_defects_at_fewest_false_alarms(scored):
 
     assert youden(scored.threshold) == pytest.approx(max(youden(score - 1e-3) for score in scored.scores))
     assert 0 < scored.wrong.sum() < len(scored.scores)
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=30))
-def test_roc_curve_equals_scikit_learn(pairs):
-    scores, labels = np.array([(1, False), (2, True), *pairs], float).T
-    *rates, thresholds = roc_curve(scores, labels.astype(bool))
-    *expected, expected_thresholds = metrics.roc_curve(labels, scores, drop_intermediate=False)
-    np.testing.assert_allclose(rates, expected, rtol=1e-12)
-    assert thresholds.tolist() == expected_thresholds[1:].tolist()  # scikit-learn puts infinity first
 
 
 def test_worst_come_first(scored):

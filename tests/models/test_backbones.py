@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from models.networks import network_name, resolve_img_size, scoring_network
-from models.regad import RegAD, checkpoint_file, load_checkpoint, save_checkpoint, untrained
+from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import BACKBONES, fuse_conv_bn
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
 from training.loop import Trainer
 from utils.errors import UserError
+from utils.naming import CheckpointFiles
 from utils.stages import StageClock
 
 SIZE = 64
@@ -41,9 +42,9 @@ def test_every_resnet_is_trained_and_scored(backbone):
 
 
 def test_a_checkpoint_of_another_backbone_is_rejected_in_a_sentence(tmp_path):
-    file = checkpoint_file(tmp_path, "affine", 2, "ring", "resnet34")
+    file = CheckpointFiles.of(tmp_path, "affine_resnet34", 2, "ring").selected
     assert file.name == "ring_2_affine_resnet34_model.pt"
-    assert checkpoint_file(tmp_path, "affine", 2, "ring").name == "ring_2_affine_model.pt"
+    assert CheckpointFiles.of(tmp_path, "affine", 2, "ring").selected.name == "ring_2_affine_model.pt"
     save_checkpoint(file, RegAD("affine", SIZE, "resnet34"), {})
     assert load_checkpoint(file, "affine", SIZE, "resnet34").backbone == "resnet34"
     for other in ("resnet18", "resnet50", "wide_resnet50_2"):

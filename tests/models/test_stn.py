@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK
-from models.regad import CHECKPOINT_PARTS, RegAD, _reject_other_mode, checkpoint_file, load_checkpoint, untrained
+from models.regad import CHECKPOINT_PARTS, RegAD, _reject_other_mode, load_checkpoint, untrained
 from models.stn import STN_MODES, STNResNet, _first_convolution, fuse_conv_bn
 from models.warp import warp
 from tests.evaluation.test_release import recipe_model
 from tests.reference import needs_reference
 from utils.devices import command_device
 from utils.errors import UserError
+from utils.naming import CheckpointFiles
 
 SIDE = 64  # pixels; the release has 224, which is slower
 COS, SIN = math.cos(0.3), math.sin(0.3)
@@ -150,7 +151,7 @@ def write_checkpoint(path, stn_mode: str, size: int = SIDE):
 
 @pytest.mark.parametrize("stored", STN_MODES)
 def test_a_checkpoint_loads_in_its_own_mode_only(stored, tmp_path):
-    named = write_checkpoint(checkpoint_file(tmp_path, stored, 2, "screw"), stored)
+    named = write_checkpoint(CheckpointFiles.of(tmp_path, stored, 2, "screw").selected, stored)
     loaded = load_checkpoint(named, stored, SIDE)
     assert loaded.stn_mode == stored
     state, renamed = loaded.stn.state_dict(), tmp_path / "weights.pt"
@@ -189,7 +190,7 @@ def test_missing_tensors_are_named(tmp_path):
 
 def test_path_of_a_checkpoint(tmp_path):
     expected = tmp_path / "affine/4/pill/pill_4_affine_model.pt"
-    assert checkpoint_file(tmp_path, "affine", 4, "pill") == expected
+    assert CheckpointFiles.of(tmp_path, "affine", 4, "pill").selected == expected
 
 
 @needs_reference

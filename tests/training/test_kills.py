@@ -21,7 +21,7 @@ from examples.demo_data import write_dataset
 from models.regad import CHECKPOINT_PARTS, RECIPE
 from reports.figures import METADATA
 from tests.training.test_training import arguments
-from training.records import RunFiles
+from utils.naming import CheckpointFiles, lock_file
 
 CHANGES = {"obj": "weave", "epochs": 3, "inferences": 1, "lr": 0.003, "seed": 1, "save_every": 0}  # epoch 2 is selected
 TIMES = ("seconds", "elapsed_seconds", "scoring_seconds", "date")
@@ -41,8 +41,8 @@ def command(data: Path, folder: Path, *flags: str, **changes: object) -> list[st
     return [*arguments(data / "data", folder, **given), *flags]
 
 
-def files(folder: Path) -> RunFiles:
-    return RunFiles.of(folder, "rotation_scale", 1, "weave")
+def files(folder: Path) -> CheckpointFiles:
+    return CheckpointFiles.of(folder, "rotation_scale", 1, "weave")
 
 
 def train_until(argv: list[str], operation: int | None) -> None:
@@ -103,10 +103,10 @@ def assert_same_weights(first: dict, second: dict) -> None:
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
 
 
-def assert_same_run(expected: RunFiles, found: RunFiles) -> None:
+def assert_same_run(expected: CheckpointFiles, found: CheckpointFiles) -> None:
     """All files are those of an undisturbed run, and there are no others."""
     curves = [found.curve.with_suffix(f".{kind}") for kind in METADATA]
-    there = sorted([found.selected, found.last, found.epochs, found.record, *curves])
+    there = sorted([found.selected, found.last, found.epochs, found.record, *curves, lock_file(found.state)])
     assert sorted(found.state.parent.iterdir()) == there
     assert_same_weights(weights(expected.selected), weights(found.selected))
     assert_same_weights(weights(expected.last), weights(found.last))
@@ -116,7 +116,7 @@ def assert_same_run(expected: RunFiles, found: RunFiles) -> None:
     assert lines == records[1]["epochs"]
 
 
-def assert_consistent(found: RunFiles) -> None:
+def assert_consistent(found: CheckpointFiles) -> None:
     """What a kill left: whole files, and without a state a finished run whose files fit each other, or nothing."""
     there = {
         name: weights(file) for name, file in (("selected", found.selected), ("last", found.last)) if file.exists()

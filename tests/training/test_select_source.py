@@ -60,30 +60,30 @@ def test_nothing_of_the_target_is_read(arguments, three, monkeypatch):
         monkeypatch.setattr(module, name, guarded(getattr(module, name)))
     monkeypatch.setattr(Path, "iterdir", guarded(Path.iterdir))
     record = call(arguments)
-    assert record["arguments"]["held_out"] == "weave"
+    assert record["resolved"]["held_out"] == "weave"
     monkeypatch.undo()
     arguments["--save_dir"] += "/best"
-    assert call(arguments | {"--select": "best"})["arguments"]["held_out"] is None
+    assert call(arguments | {"--select": "best"})["resolved"]["held_out"] is None
 
 
 def test_the_target_need_not_exist(arguments):
     record = call(arguments | {"--obj": "nut"})
-    assert record["arguments"]["held_out"] == "ring"
+    assert record["resolved"]["held_out"] == "ring"
 
 
 def test_the_epoch_is_the_best_of_the_held_out_category(arguments):
     """The held-out category is scored and not trained on."""
     record = call(arguments)
     epochs = record["epochs"]
-    merits = [epoch["image_auroc"]["mean"] + epoch["pixel_auroc"]["mean"] for epoch in epochs]
-    assert record["selected_epoch"] == merits.index(max(merits))
+    selected_by = [epoch["image_auroc"]["mean"] + epoch["pixel_auroc"]["mean"] for epoch in epochs]
+    assert record["selected_epoch"] == selected_by.index(max(selected_by))
     assert {epoch["steps"] for epoch in epochs[1:]} == {3}  # five images of board only, two at a time
     (weights,) = Path(arguments["--save_dir"]).rglob("*_model.pt")
     assert selection(weights) == ("source", record["selected_epoch"])
 
     other = arguments | {"--obj": "board", "--held_out": "weave", "--save_dir": arguments["--save_dir"] + "/other"}
     assert call(other)["epochs"][1]["loss"] != epochs[1]["loss"]  # trained on the other category
-    assert all(torch.isfinite(torch.tensor(merit)) for merit in merits)
+    assert all(torch.isfinite(torch.tensor(metric)) for metric in selected_by)
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,15 @@ def test_only_the_named_categories_are_trained_on(roots, tmp_path):
     alone, everything = record(few, tmp_path / "alone"), record(roots[0], tmp_path / "all")
     assert [run["epochs"][1]["steps"] for run in (named, alone, everything)] == [2, 2, 4]
     assert named["epochs"][1]["loss"] == alone["epochs"][1]["loss"]
-    assert named["arguments"]["sources"] == ["weave"] and named["decisive"] == alone["decisive"]
-    with pytest.raises(UserError, match=r"has sources \[weave\], not \[board, weave\]"):
+    assert named["config"]["sources"] == ["weave"] and named["fingerprint"] == alone["fingerprint"]
+    with pytest.raises(UserError, match=r"other sources"):
         record(roots[0], tmp_path / "named", "--resume")
 
 
 def test_another_data_set_may_have_a_category_of_the_target_s_name(roots, tmp_path, capsys):
     across = record(roots[0], tmp_path, "--source_path", str(roots[1]))
-    assert across["decisive"]["sources"] == ["board", "ring"] and across["epochs"][1]["steps"] == 6
-    assert across["arguments"]["source_path"] == str(roots[1])
+    assert list(across["fingerprint"]["inputs"]["sources"]) == ["board", "ring"] and across["epochs"][1]["steps"] == 6
+    assert across["config"]["source_path"] == str(roots[1])
     assert f"training on 2 categories of {roots[1]}, 10 images; target ring" in capsys.readouterr().out
 
 
@@ -81,7 +81,7 @@ def test_a_copy_of_the_target_is_refused(roots, tmp_path):
 
 def test_the_held_out_category_is_one_of_the_sources(roots, tmp_path):
     across = record(roots[0], tmp_path, "--source_path", str(roots[1]), "--select", "source", "--held_out", "board")
-    assert across["decisive"]["sources"] == ["ring"] and across["epochs"][1]["image_auroc"]
+    assert list(across["fingerprint"]["inputs"]["sources"]) == ["ring"] and across["epochs"][1]["image_auroc"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from datasets.mvtec import LabelledDataset, LabelledImage, list_test_items
 from datasets.support import save_support_rounds
 from evaluation.gallery import Scored, save_gallery
 from evaluation.per_image import write_scores
-from evaluation.records import save_maps
+from evaluation.run import save_maps
 from examples.demo_data import write_dataset
 from examples.demo_figure import Example, save_figure
 from experiments.tables_page import write_tables
@@ -39,9 +39,10 @@ from models.regad import RegAD, save_checkpoint
 from reports.drawing import save_image
 from reports.page import Page, PageRow, write_page
 from training.curve import save_curve
-from training.records import RunFiles, save_history
+from training.state import save_history
 from utils.errors import run_command
 from utils.files import PROJECT_ROOT, save_tensors, write_json
+from utils.naming import CheckpointFiles
 
 ITEMS = [LabelledImage(Path(f"test/{kind}/{number}.png"), (), kind) for kind in ("good", "cut") for number in range(40)]
 HISTORY = [{"epoch": number, "loss": 0.5, "seconds": 1.0} for number in range(100)]
@@ -107,7 +108,7 @@ WRITERS = {  # name of a file -> what writes it
     "image.png": lambda path: save_image(path, noise_image(90, 90)),
     "figure.jpg": figure,
     "curve.png": lambda path: save_curve(path, HISTORY, "ring"),
-    "epochs.jsonl": lambda path: save_history(RunFiles(*[path] * 6), HISTORY),
+    "epochs.jsonl": lambda path: save_history(CheckpointFiles(*[path] * 6), HISTORY),
     "manifest.json": manifest,
     "support.pt": lambda path: save_support_rounds(path, [torch.ones(2, 3, 8, 8)] * 3),
     "state.pt": lambda path: save_tensors(path, {"weights": torch.rand(10_000), "epoch": 3}),

@@ -1,0 +1,373 @@
+"""The run of test.py: reads a category and its support sets, scores every round, and writes the records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from datasets.check import list_test_items_with_notes, print_notes
+from datasets.images import limit_pixels, resolve_bits
+from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
+from datasets.support import SupportRounds, find_support_rounds
+from evaluation.config import ScoringConfig
+from evaluation.metrics import METRIC_NAMES
+from evaluation.per_image import image_name, write_scores
+from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
+from evaluation.statistics import defect_type_summaries, format_aurocs, format_summaries, summaries
+from models.networks import network_name, resolve_img_size, scoring_network
+from models.regad import selection
+from models.stn import fuse_conv_bn
+from scorers.features import FeatureNetwork
+from scorers.registry import RELEASE_SCORER, make_scorers
+from utils.devices import command_device, seed_everything
+from utils.errors import UserError
+from utils.files import require_writable, sha256, whole_file, write_json
+from utils.fingerprint import FileDigests, changes, digest, fingerprint
+from utils.locks import locked
+from utils.naming import CheckpointFiles, RecordFiles, record_name, round_maps
+from utils.records import peak_memory_mb, provenance
+from utils.stages import StageClock
+
+
+class Resolved(NamedTuple):
+    """What a run finds out: the bit depth of 16-bit images and the side of the network's input."""
+
+    bits: int
+    img_size: int
+
+
+class Weights(NamedTuple):
+    """The weights to score. kind: a key of experiments.results.WEIGHTS. file, sha256: None for an untrained network."""
+
+    file: Path | None
+    sha256: str | None
+    kind: str
+    epoch: int | None
+
+
+class Job(NamedTuple):
+    """One K and one scorer: the numbers of one record. config: the settings of these numbers alone."""
+
+    config: ScoringConfig
+    scorer: str
+    weights: Weights
+    support: SupportRounds
+    files: RecordFiles
+    fingerprint: dict
+
+    @property
+    def shot(self) -> int:
+        """The number of support images per round."""
+        return self.config.shot[0]
+
+
+class Plan(NamedTuple):
+    """A category to score: its test images and all jobs."""
+
+    config: ScoringConfig
+    resolved: Resolved
+    items: list[LabelledImage]
+    jobs: list[Job]
+
+
+def run(config: ScoringConfig) -> None:
+    """Checks all inputs, scores every round, prints the metrics and writes the records.
+
+    Raises:
+        UserError: data, a support set or a checkpoint cannot be used, a record of other settings would be replaced, or
+            another process writes one of the records.
+    """
+    require_writable(config.output, "--output", folder=True)
+    limit_pixels(config.max_pixels)
+    device = command_device(config.device)
+    seed_everything(config.seed)
+    plan = make_plan(config, list_test_items_with_notes(_folder(config), config.strict, need_both=False))
+    with locked([job.files.record for job in plan.jobs]):
+        replaced = {job.files.record for job in plan.jobs if _replaces(job)}
+        bits, img_size = plan.resolved
+        dataset = LabelledDataset(plan.items, img_size, config.keep_aspect, bits)
+        for weights in dict.fromkeys(job.weights for job in plan.jobs):
+            of_weights = [job for job in plan.jobs if job.weights == weights]
+            _score_weights(plan, of_weights, dataset, device, replaced)
+        print_notes(dataset.notes())
+
+
+def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDigests | None = None) -> Plan:
+    """The jobs of a configuration with their fingerprints, in the order of weights, K and scorers. Scores nothing.
+
+    items: the test images of the category. digests: known digests of files.
+
+    Raises:
+        UserError: a support set or a checkpoint cannot be used.
+    """
+    digests, folder = digests or FileDigests(), _folder(config)
+    resolved = Resolved(
+        resolve_bits(config.bits, normal_images(folder), f"{config.obj}/train"),
+        resolve_img_size(config.backbone, config.img_size),
+    )
+    settings = config.results_part() | resolved._asdict()
+    test, scorers = digest_items(items, digests), [scorer.name for scorer in make_scorers(config.scorer)]
+    network, jobs = network_name(config.backbone, config.stn_mode), []
+    supports = {shot: _support(config, folder, shot, resolved) for shot in config.shot}
+    for weights, shots in _find_weights(config, network).items():
+        for shot in shots:
+            for given, scorer in zip(config.scorer, scorers, strict=True):
+                inputs = {
+                    "scorer": digest_scorer(given, digests),
+                    "weights": weights.sha256 or digest_weights(config.weights, config.seed, digests),
+                    "support_images": digest_support(supports[shot]),
+                    "test_images": test,
+                }
+                files = RecordFiles.of(config.output, record_name(config.obj, shot, network, weights.kind, scorer))
+                of_job = replace(config, shot=(shot,), scorer=(given,))
+                known = fingerprint({**settings, "shot": shot}, inputs)
+                jobs.append(Job(of_job, scorer, weights, supports[shot], files, known))
+    return Plan(config, resolved, items, jobs)
+
+
+def digest_items(items: Sequence[LabelledImage], digests: FileDigests) -> str:
+    """SHA-256 of the names, images and masks of a test set, in hexadecimal."""
+    files = [[item.image, *item.masks] for item in items]
+    digests.of([path for of_item in files for path in of_item])
+    return digest([[image_name(item), digests.of(paths)] for item, paths in zip(items, files, strict=True)])
+
+
+def digest_support(support: SupportRounds) -> str:
+    """SHA-256 of the support images of every round, in hexadecimal."""
+    return digest([digest_tensor(images) for images in support.images])
+
+
+def digest_tensor(images: torch.Tensor) -> str:
+    """SHA-256 of a tensor's shape and values, in hexadecimal."""
+    return digest([list(images.shape), hashlib.sha256(images.contiguous().numpy()).hexdigest()])
+
+
+def digest_weights(weights: str, seed: int, digests: FileDigests) -> str:
+    """What initial weights are: the SHA-256 of a file, else their name, with the seed of random ones."""
+    if Path(weights).is_file():
+        return digests.of([Path(weights)])[0]
+    return f"none, seed {seed}" if weights == "none" else weights
+
+
+def digest_scorer(given: str, digests: FileDigests) -> str:
+    """A scorer as given with --scorer: its name, with the SHA-256 of the file of a custom one."""
+    file, _, name = given.rpartition(":")
+    return f"{name} {digests.of([Path(file)])[0]}" if file else name
+
+
+def difference(record: Path, known: dict) -> str | None:
+    """How an existing record differs from one with the fingerprint `known`, as a sentence; None if there is none."""
+    if not record.is_file():
+        return None
+    try:
+        earlier = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{record} is not a record ({error})"
+    found = changes(earlier, known)
+    return f"{record} was made with other settings: {', '.join(found)}" if found else None
+
+
+def _replaces(job: Job) -> bool:
+    """Whether the job replaces a record of other settings.
+
+    Raises:
+        UserError: it does, and --overwrite was not given; or a file of the record could not be written.
+    """
+    for file in (job.files.record, job.files.scores):
+        require_writable(file, "--output")
+    for wanted, folder in ((job.config.save_maps, job.files.maps), (job.config.save_images, job.files.images)):
+        if wanted:
+            require_writable(folder, "--output", folder=True)
+    replaced = difference(job.files.record, job.fingerprint)
+    if replaced and not job.config.overwrite:
+        raise UserError(f"{replaced}; give another --output to keep it, or --overwrite to replace it")
+    return replaced is not None
+
+
+def _folder(config: ScoringConfig) -> Path:
+    return category_folder(config.data_path, config.data_type, config.obj)
+
+
+def _support(config: ScoringConfig, folder: Path, shot: int, resolved: Resolved) -> SupportRounds:
+    how = resolved.img_size, config.keep_aspect, resolved.bits
+    return find_support_rounds(config.support_path, folder, shot, config.inferences, *how)
+
+
+def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int]]:
+    """The weights to score, each with its list of K. Equal files are scored once.
+
+    Raises:
+        UserError: a checkpoint is missing.
+    """
+    if config.untrained:
+        return {Weights(None, None, "untrained", 0): list(config.shot)}
+    found: dict[str, tuple[Weights, list[int]]] = {}
+    for shot in config.shot:
+        files = CheckpointFiles.of(config.save_dir, network, shot, config.obj)
+        file = config.checkpoint or (files.last if config.last else files.selected)
+        if not file.is_file():
+            raise UserError(
+                f"no checkpoint {file}; make it with: python train.py --obj {config.obj} --shot {shot} "
+                f"--stn_mode {config.stn_mode} --data_path <data folder>. Or put the release's file there, give "
+                "another with --checkpoint FILE, or score the network before training with --untrained"
+            )
+        known = sha256(file)
+        if known not in found:
+            found[known] = Weights(file, known, *selection(file)), []
+        found[known][1].append(shot)
+    return dict(found.values())
+
+
+def _score_weights(
+    plan: Plan, jobs: Sequence[Job], dataset: LabelledDataset, device: torch.device, replaced: set[Path]
+) -> None:
+    """Scores all K with the same weights; the features of the test images are computed once.
+
+    replaced: existing records of other settings.
+    """
+    config, weights, img_size = plan.config, jobs[0].weights, plan.resolved.img_size
+    print(
+        f"scoring {config.obj}: {len(plan.items)} test images, {weights.file or f'untrained, weights {config.weights}'}"
+    )
+    network = scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
+    network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
+    labels, defect_types = [item.label for item in plan.items], [item.defect for item in plan.items]
+    test = compute_test_features(
+        network,
+        make_scorers(config.scorer),
+        dataset,
+        labels,
+        clock,
+        config.batch_size,
+        config.num_workers,
+        defect_types,
+    )
+    shared_seconds = dict(clock.seconds)
+    for shot in dict.fromkeys(job.shot for job in jobs):
+        clock.seconds.clear()
+        clock.seconds.update(shared_seconds)
+        of_shot = [job for job in jobs if job.shot == shot]
+        for job in of_shot:
+            if job.files.record in replaced:
+                job.files.remove_extras()
+        _score_shot(plan, of_shot, network, test, dataset, clock)
+
+
+class Collected(NamedTuple):
+    """All rounds of a job: metrics, metrics of each defect type, image scores (B,), and the maps of round 0."""
+
+    numbers: list[dict]
+    by_defect_type: list[dict]
+    image_scores: list[np.ndarray]
+    first_maps: list[np.ndarray]
+
+
+def _score_shot(
+    plan: Plan,
+    jobs: Sequence[Job],
+    network: FeatureNetwork,
+    test: TestFeatures,
+    dataset: LabelledDataset,
+    clock: StageClock,
+) -> None:
+    """Scores all rounds of one K with every scorer; prints the metrics and writes the files of each job."""
+    config, support = plan.config, jobs[0].support
+    print(f"support: {support.source}")
+    collected = [Collected([], [], [], []) for _ in jobs]
+    rounds = score_rounds(network, test, support.images, clock, config.batch_size, config.metrics == "all")
+    for number, by_scorer in enumerate(rounds):
+        for job, of_job in zip(jobs, collected, strict=True):
+            result = by_scorer[job.scorer]
+            label = f"round {number}" + (f", {job.scorer}" if len(jobs) > 1 else "")
+            print(f"{label}: {format_aurocs(result.numbers)}", flush=True)
+            of_job.numbers.append(result.numbers)
+            of_job.by_defect_type.append(result.by_defect_type)
+            of_job.image_scores.append(result.image_scores)
+            if config.save_maps:
+                save_maps(round_maps(job.files.maps, number), plan.items, result.maps.cpu().numpy())
+            if config.save_images and not number:
+                of_job.first_maps.append(result.maps.cpu().numpy())
+    for job, of_job in zip(jobs, collected, strict=True):
+        _write(plan, job, of_job, test, dataset, clock)
+
+
+def save_maps(path: Path, items: Sequence[LabelledImage], maps: np.ndarray) -> None:
+    """Writes the score maps of a round as .npz: `names` (B,), as in the CSV file, and `maps` (B, S, S).
+
+    The maps are float32, because float16 would merge neighbouring scores: metrics computed from the file are those of
+    the record. They are not compressed, which would save a tenth of the space and take seconds.
+    """
+    with whole_file(path) as aside, open(aside, "wb") as stream:
+        np.savez(stream, names=np.array([image_name(item) for item in items]), maps=maps)
+
+
+def _write(
+    plan: Plan,
+    job: Job,
+    collected: Collected,
+    test: TestFeatures,
+    dataset: LabelledDataset,
+    clock: StageClock,
+) -> None:
+    """Prints the summaries of a job; writes its scores, its record and its images."""
+    reasons, type_reasons = test.truth.reasons()
+    images = {name: int(members.sum()) for name, members in test.truth.members().items()}
+    all_summaries = summaries(collected.numbers)
+    defect_types = defect_type_summaries(collected.by_defect_type, images, type_reasons)
+    label = "" if job.scorer == RELEASE_SCORER else f"{job.scorer}: "
+    print(f"{label}mean +- SD of {len(collected.numbers)} rounds, and Student's 95 % interval of the mean:")
+    print(*format_summaries(all_summaries, reasons, defect_types, METRIC_NAMES), sep="\n")
+    content = {
+        "command": "test.py",
+        "config": job.config.plain() | {"shot": job.shot, "scorer": job.config.scorer[0]},
+        "resolved": plan.resolved._asdict(),
+        "fingerprint": job.fingerprint,
+        **provenance(clock.device),
+        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": file_record(job.weights.file)},
+        "scorer": job.scorer,
+        "support_set": support_record(job.support),
+        "test_images": len(plan.items),
+        "rounds": collected.numbers,
+        **all_summaries,
+        "not_available": {name: reason for name, reason in reasons.items() if name in all_summaries},
+        "defects": defect_types,
+        "seconds": clock.seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    write_scores(job.files.scores, plan.items, collected.image_scores)
+    write_json(job.files.record, content)
+    maps = f", maps: {job.files.maps}" if job.config.save_maps else ""
+    print(f"record: {job.files.record}, scores: {job.files.scores}{maps}")
+    if collected.first_maps:
+        shown = (all_summaries, reasons, defect_types, len(collected.numbers))
+        _save_images(plan, job, dataset, collected.first_maps[0], shown)
+
+
+def file_record(path: Path | None) -> dict | None:
+    """What a record says of a file; None for None."""
+    return None if path is None else {"path": str(path), "sha256": sha256(path)}
+
+
+def support_record(support: SupportRounds) -> dict:
+    """What a record says of its support set."""
+    return {"source": support.source, "names": support.names} | (file_record(support.file) or {})
+
+
+def _save_images(plan: Plan, job: Job, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple) -> None:
+    """Draws images and the report. metrics: the arguments of evaluation.gallery.metric_tables."""
+    from evaluation import gallery  # slow: imports matplotlib
+
+    folder, config = job.files.images, plan.config
+    try:
+        scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(*metrics)
+        gallery.save_gallery(folder, f"{folder.name}, round 0", scored, config.save_images, config.num_workers, tables)
+    except OSError as error:
+        raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
+    print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")

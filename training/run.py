@@ -1,0 +1,349 @@
+"""The run of train.py: trains, scores and saves epoch by epoch, and can be killed and resumed at any point."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from datasets.cache import SourceImages
+from datasets.check import list_test_items_with_notes, print_notes, unread_images
+from datasets.episodes import Episode, draw_episodes, read_episodes
+from datasets.images import limit_pixels, resolve_bits
+from datasets.mvtec import (
+    LabelledDataset,
+    LabelledImage,
+    category_folder,
+    held_out_category,
+    list_source_images,
+    list_test_items,
+    normal_images,
+)
+from datasets.support import SupportRounds, find_support_rounds
+from evaluation.run import digest_items, digest_scorer, digest_support, digest_weights
+from evaluation.scoring import NotFinite, score_category
+from evaluation.statistics import format_summary, summaries
+from models.networks import network_name, resolve_img_size
+from models.regad import save_checkpoint, untrained
+from scorers.base import Scorer
+from scorers.registry import make_scorers
+from training.config import TrainingConfig
+from training.curve import save_curve
+from training.loop import Trainer, learning_rate
+from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
+from utils.devices import command_device, seed_everything
+from utils.errors import UserError
+from utils.files import require_writable, save_tensors, write_json
+from utils.fingerprint import FileDigests, fingerprint
+from utils.locks import locked
+from utils.naming import CheckpointFiles
+from utils.records import provenance
+from utils.stages import StageClock
+
+MIN_IMG_SIZE = 64  # smaller images leave the batch norm of the last warp head one value per channel
+CURVE_SECONDS = 60.0  # the curve is drawn at most this often, and at the end
+
+
+class Target(NamedTuple):
+    """The category to score: the target, or with --select source the held-out category. bits: of its 16-bit images."""
+
+    category: str
+    folder: Path
+    items: list[LabelledImage]
+    bits: int
+    support: SupportRounds
+
+
+class Inputs(NamedTuple):
+    """All that a run reads, and what it finds out about it.
+
+    sources: training images by category. target: None with --eval_every 0. resolved: for records. fingerprint: see
+    utils/fingerprint.py.
+    """
+
+    sources: dict[str, list[Path]]
+    target: Target | None
+    resolved: dict
+    fingerprint: dict
+
+    @property
+    def scored(self) -> str:
+        """The category of the AUROCs."""
+        return self.target.category if self.target else "no category"
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the training images by category."""
+        return {category: [path.name for path in paths] for category, paths in self.sources.items()}
+
+
+def checkpoint_files(config: TrainingConfig) -> CheckpointFiles:
+    """The files that a run writes."""
+    network = network_name(config.backbone, config.stn_mode)
+    return CheckpointFiles.of(config.save_dir, network, config.shot, config.obj)
+
+
+def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigests | None = None) -> Inputs:
+    """Lists all inputs of a run, and computes its fingerprint. Trains nothing.
+
+    check: also read the headers of the images to score, and print notes on the data.
+
+    Raises:
+        UserError: data or a support set cannot be used.
+    """
+    digests = digests or FileDigests()
+    sources = list_source_images(config.data_path, config.data_type, config.obj, config.sources, config.source_path)
+    held_out = _held_out(config, sources) if config.select == "source" else None
+    sources = {name: paths for name, paths in sources.items() if name != held_out}
+    every = [path for paths in sources.values() for path in paths]
+    resolved = {
+        "bits": resolve_bits(config.bits, every, "the categories to train on"),
+        "img_size": resolve_img_size(config.backbone, config.img_size, MIN_IMG_SIZE),
+        "held_out": held_out,
+    }
+    target = _target(config, held_out, resolved["img_size"], check) if config.eval_every else None
+    inputs = {
+        "sources": {name: digests.together(paths) for name, paths in sources.items()},
+        "weights": digest_weights(config.weights, config.seed, digests),
+        "episodes": digests.of([config.episodes])[0] if config.episodes else None,
+        "scorers": [digest_scorer(given, digests) for given in config.scorer] if target else [],
+    }
+    if target:
+        resolved["scored_bits"] = target.bits
+        inputs |= {"test_images": digest_items(target.items, digests), "support_images": digest_support(target.support)}
+    settings = config.results_part() | resolved | {"seed": config.seed}
+    return Inputs(sources, target, resolved, fingerprint(settings, inputs))
+
+
+def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> str:
+    """The category that selects the epoch, which is excluded from training."""
+    if len(sources) < 2:
+        raise UserError(f"--select source needs two source categories, one is held out; found {', '.join(sources)}")
+    held_out = config.held_out or held_out_category(sources, config.obj)
+    if held_out not in sources:
+        raise UserError(f"--held_out {held_out} is no source category; they are {', '.join(sources)}")
+    return held_out
+
+
+def _target(config: TrainingConfig, held_out: str | None, img_size: int, check: bool) -> Target:
+    """The category to score as test.py reads it, with a bit depth of its own where --bits is auto."""
+    category = held_out or config.obj
+    root, data_type = config.data_path, config.data_type
+    if held_out and config.source_path:
+        root, data_type = config.source_path, "folder"
+    folder = category_folder(root, data_type, category)
+    items = (list_test_items_with_notes if check else list_test_items)(folder, config.strict)
+    bits = resolve_bits(config.bits, normal_images(folder), f"{category}/train")
+    how = img_size, config.keep_aspect, bits
+    support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, *how)
+    return Target(category, folder, items, bits, support)
+
+
+def run(config: TrainingConfig) -> None:
+    """Checks all inputs, then trains, scores and saves epoch by epoch.
+
+    Raises:
+        UserError: data or weights cannot be used, an earlier run would be overwritten or has other settings, another
+            process trains into the same files, or the training diverges.
+    """
+    files = checkpoint_files(config)
+    for file in files:
+        require_writable(file, "--save_dir")
+    if config.cache_dir != "none":
+        require_writable(Path(config.cache_dir), "--cache_dir", folder=True)
+    with locked([files.state]):
+        _run(config, files)
+
+
+def _run(config: TrainingConfig, files: CheckpointFiles) -> None:
+    limit_pixels(config.max_pixels)
+    device = command_device(config.device)
+    inputs = read_inputs(config, check=True)
+    earlier = earlier_run(files, config.resume, config.overwrite, inputs.fingerprint)
+    if earlier and earlier.finished:
+        history, selected = (earlier.content[key] for key in ("epochs", "selected_epoch"))
+        print(f"already finished: {files.record}\n{_format_outcomes(history, selected)}")
+        return
+    replayed = _read_episodes(config, inputs.names) if config.episodes else None
+    scoring = Scoring(config, inputs.target) if inputs.target else None
+    seed_everything(config.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
+    trainer = _make_trainer(config, inputs, device, new=earlier is None)
+    images = _read_sources(config, inputs, device)
+    if earlier:
+        trainer.restore(earlier.content)
+        _publish(files, trainer, new_weights=True)
+        print(f"resumed at epoch {trainer.progress.epoch}, step {trainer.progress.step}: {files.state}")
+    elif config.resume:
+        print(f"nothing to resume at {files.state}: a new run")
+    _announce(config, inputs)
+    described = {"command": "train.py", "config": config.plain(), "resolved": inputs.resolved}
+    described |= {"fingerprint": inputs.fingerprint, **provenance(device)}
+    _train(config, files, trainer, inputs, images, replayed, scoring, described)
+    _finish(files, trainer, described, inputs)
+
+
+def _train(
+    config: TrainingConfig,
+    files: CheckpointFiles,
+    trainer: Trainer,
+    inputs: Inputs,
+    images: SourceImages,
+    replayed: list[Episode] | None,
+    scoring: Scoring | None,
+    described: dict,
+) -> None:
+    """The remaining epochs: train, score, select, save. Epoch 0 is the untrained network."""
+    progress, started = trainer.progress, time.perf_counter()
+    drawn = started
+    save = partial(trainer.save, files.state, inputs.fingerprint)
+    while (epoch := progress.epoch) <= config.epochs:
+        clock = StageClock()  # on CUDA, host time only: synchronisation would slow down training
+        entry = {"epoch": epoch, "loss": None, "lr": None, "steps": 0, "seconds": {}}
+        if epoch:
+            episodes = replayed or draw_episodes(inputs.names, config.shot, config.batch_size, config.seed, epoch)
+            trainer.train_epoch(episodes, images, config.epochs, clock, save, config.save_every)
+            loss = sum(progress.losses) / len(progress.losses)
+            lr = learning_rate(config.lr, epoch, config.epochs)
+            entry |= {"loss": loss, "lr": lr, "steps": len(episodes), "seconds": clock.seconds}
+        if scoring and (epoch % config.eval_every == 0 or epoch == config.epochs):
+            entry |= scoring.score(trainer)
+        entry["elapsed_seconds"] = time.perf_counter() - started  # includes saving the previous epoch
+        started = time.perf_counter()
+        selected = is_selected(entry, progress.history, progress.selected, config.select)
+        trainer.finish_epoch(entry, selected, {**described, **entry})
+        save()  # from here on the epoch counts; the other files follow
+        _publish(files, trainer, selected)
+        if started - drawn > CURVE_SECONDS:
+            save_curve(files.curve, progress.history, inputs.scored)
+            drawn = started
+        print(_format_entry(entry, config.epochs, selected), flush=True)
+
+
+def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> None:
+    """Makes the files next to the state from what the state holds, and removes those of a run that this one replaces.
+
+    new_weights: the selected weights are not those in their file.
+    """
+    for file in (files.record, files.last):  # written when the run is finished
+        file.unlink(missing_ok=True)
+    if new_weights:
+        save_tensors(files.selected, trainer.selected)
+    save_history(files, trainer.progress.history)
+
+
+def _finish(files: CheckpointFiles, trainer: Trainer, described: dict, inputs: Inputs) -> None:
+    """Writes the last weights, the curve and the record, removes the state, and prints the results."""
+    history, selected = trainer.progress.history, trainer.progress.selected
+    save_checkpoint(files.last, trainer.model, {**described, **history[-1]})
+    save_curve(files.curve, history, inputs.scored)
+    record = {**described, "selected_epoch": selected, "outcomes": outcomes(history, selected), "epochs": history}
+    write_json(files.record, record)
+    remove_leftovers(files)
+    files.state.unlink()
+    print(f"\n{_format_outcomes(history, selected)}\nweights: {files.selected}\nrecord: {files.record}")
+
+
+def _announce(config: TrainingConfig, inputs: Inputs) -> None:
+    where = f" of {config.source_path}" if config.source_path else ""
+    images = sum(map(len, inputs.sources.values()))
+    print(f"training on {len(inputs.sources)} categories{where}, {images} images; target {config.obj}")
+    if config.select == "best":
+        print("note: --select best selects the epoch by the target's test labels, as in the published protocol")
+    if held_out := inputs.resolved["held_out"]:
+        print(f"the epoch is selected by {held_out}, which is excluded from training; score {config.obj} with test.py")
+
+
+def _read_episodes(config: TrainingConfig, names: dict[str, list[str]]) -> list[Episode]:
+    """The episodes of --episodes.
+
+    Raises:
+        UserError: the file cannot be used, or has another number of support images than --shot.
+    """
+    episodes = read_episodes(config.episodes, names)
+    found = sorted({len(support) for episode in episodes for support in episode.support})
+    if found != [config.shot]:
+        numbers = " and ".join(map(str, found))
+        raise UserError(f"{config.episodes} has {numbers} support images per query, not --shot {config.shot}")
+    return episodes
+
+
+def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device) -> SourceImages:
+    root = config.source_path or config.data_path
+    print_notes(note for name in inputs.sources for note in unread_images(root / name))
+    cache_dir = None if config.cache_dir == "none" else Path(config.cache_dir)
+    return SourceImages(
+        *(inputs.sources, inputs.resolved["img_size"], cache_dir, config.num_workers, device),
+        keep_aspect=config.keep_aspect,
+        bits=inputs.resolved["bits"],
+    )
+
+
+def _make_trainer(config: TrainingConfig, inputs: Inputs, device: torch.device, new: bool) -> Trainer:
+    """The networks before training. Unless the run is `new`, their weights are going to be replaced."""
+    weights = config.weights if new else "none"
+    model = untrained(weights, config.stn_mode, inputs.resolved["img_size"], config.backbone).to(device)
+    return Trainer(
+        model, config.lr, config.momentum, bf16=config.amp == "bf16", tf32=config.tf32, compiled=config.compile
+    )
+
+
+class Scoring:
+    """Scores the target after an epoch, with images that are decoded once.
+
+    Raises:
+        UserError: an image or mask cannot be read.
+    """
+
+    def __init__(self, config: TrainingConfig, target: Target) -> None:
+        print(f"support: {target.support.source}")
+        size = target.support.images[0].shape[-1]
+        self.dataset = LabelledDataset(target.items, size, config.keep_aspect, target.bits)
+        self.dataset.load(config.num_workers)
+        print_notes(self.dataset.notes())
+        self.labels = [item.label for item in target.items]
+        self.rounds = target.support.images
+        self.scorers: list[Scorer] = make_scorers(config.scorer)
+
+    def score(self, trainer: Trainer) -> dict:
+        """The metrics of the current weights: of the first scorer, and of every scorer if several.
+
+        Raises:
+            UserError: a score is not finite; after training, the message names the loss.
+        """
+        clock, network = StageClock(trainer.device), trainer.model.stn
+        try:
+            scored = list(score_category(network, self.scorers, self.dataset, self.labels, self.rounds, clock))
+        except NotFinite as error:
+            if not trainer.progress.epoch:  # the weights that were given
+                raise
+            raise trainer.diverged(f"scores are not finite; {trainer.last_loss()}") from error
+        by_scorer = {}
+        for scorer in self.scorers:
+            rounds = [results[scorer.name].numbers for results in scored]
+            by_scorer[scorer.name] = {**summaries(rounds), "rounds": rounds}
+        entry = {**next(iter(by_scorer.values())), "scoring_seconds": clock.seconds}
+        return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
+
+
+def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
+    text = f"epoch {entry['epoch']}/{epochs}: "
+    text += (
+        "untrained" if entry["loss"] is None else f"loss {entry['loss']:.4f}, {sum(entry['seconds'].values()):.0f} s"
+    )
+    if entry.get("image_auroc"):
+        text += f"; image AUROC {format_summary(entry['image_auroc'])}, pixel {format_summary(entry['pixel_auroc'])}"
+        text += f" ({sum(entry['scoring_seconds'].values()):.0f} s)"
+    return text + (" *" if is_selected else "")
+
+
+def _format_outcomes(history: Sequence[dict], selected: int) -> str:
+    """Formats the metrics of the untrained, selected and last weights as a table."""
+    lines = [f"{'weights':22}{'image AUROC':20}pixel AUROC"]
+    for name, entry in outcomes(history, selected).items():
+        image, pixel = format_summary(entry["image_auroc"]), format_summary(entry["pixel_auroc"])
+        lines.append(f"{name:22}{image:20}{pixel}")
+    return "\n".join(lines) if len(lines) > 1 else "no epoch was scored (--eval_every 0)"

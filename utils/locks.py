@@ -1,0 +1,32 @@
+"""Locks of output files: two processes never write the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils.errors import UserError
+from utils.naming import lock_file
+
+
+@contextmanager
+def locked(files: Sequence[Path]) -> Iterator[None]:
+    """Holds the locks of `files`, in one order for all processes. The lock files remain; a killed process holds none.
+
+    Raises:
+        UserError: another process holds one of them, or the file system has no locks.
+    """
+    with ExitStack() as stack:
+        for file in sorted(files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(lock_file(file), timeout=0, mode=0o666)
+            try:
+                stack.enter_context(lock)
+            except Timeout as error:
+                raise UserError(f"another process writes {file}") from error
+            except (OSError, NotImplementedError) as error:
+                raise UserError(f"files in {file.parent} cannot be locked ({error}); give another folder") from error
+        yield
