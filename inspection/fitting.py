@@ -93,6 +93,8 @@ def _printed_warnings() -> Iterator[None]:
         for kind in kinds:
             warnings.simplefilter("always", kind)
         yield
+    for other in (one for one in raised if one.category not in kinds):
+        warnings.showwarning(other.message, other.category, other.filename, other.lineno)
     for kind in kinds:
         sentences = list(dict.fromkeys(str(one.message) for one in raised if one.category is kind))
         more = f" (and {len(sentences) - 1} more images)" if len(sentences) > 1 else ""
