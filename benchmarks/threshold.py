@@ -223,7 +223,7 @@ def _threshold(seen: NormalScores, args: argparse.Namespace) -> float:
 def choose(rounds: Sequence[dict], rate: float) -> str:
     """Chooses the rule's constants on all categories but one, for each category, and applies them to that one."""
     names = list(dict.fromkeys(row["category"] for row in rounds))
-    tried = [(choice, np.array([_alarms_with(choice, row, rate) for row in rounds])) for choice in CHOICES]
+    tried = [(choice, np.array([_rate_with(choice, row, rate) for row in rounds])) for choice in CHOICES]
     lines = [
         "| category | constants chosen without it | false-positive rate | of the worst draw |",
         "|---|---|---|---|",
@@ -231,17 +231,15 @@ def choose(rounds: Sequence[dict], rate: float) -> str:
     blind = []
     for name in names:
         own = np.array([row["category"] == name for row in rounds])
-        choice, alarms = min(
-            tried, key=lambda one: _badness(one[1][~own], [r for r in rounds if r["category"] != name])
-        )
-        blind.append(alarms[own])
-        lines.append(f"| {name} | {choice} | {alarms[own].mean():.1%} | {alarms[own].max():.0%} |")
+        choice, rates = min(tried, key=lambda one: _badness(one[1][~own], [r for r in rounds if r["category"] != name]))
+        blind.append(rates[own])
+        lines.append(f"| {name} | {choice} | {rates[own].mean():.1%} | {rates[own].max():.0%} |")
     together = np.concatenate(blind)
     lines.append(f"| mean | | {together.mean():.1%} | {together.max():.0%} |")
     return "\n".join([*lines, f"on all categories: {min(tried, key=lambda one: _badness(one[1], rounds))[0]}"])
 
 
-def _alarms_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
+def _rate_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
     """The false-positive rate of one round with other constants of the rule for leave-one-out scores."""
     pull, typical, spread, images, share = choice
     constants = {"PULL": pull, "PRIOR_SPREAD": spread, "PRIOR_IMAGES": images, "LOO_SHARE": share}
@@ -251,17 +249,17 @@ def _alarms_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
     return float((np.array(row["normal"]) > value).mean())
 
 
-def _badness(alarms: np.ndarray, rounds: Sequence[dict]) -> float:
+def _badness(rates: np.ndarray, rounds: Sequence[dict]) -> float:
     """How far rates are from what a user wants: 4 % on average, no category above 12 %, no draw above 25 %.
 
-    alarms: of each round. What is asked for is a rate of 5 %; a little below it costs few defects.
+    rates: of each round. What is asked for is a rate of 5 %; a little below it costs few defects.
     """
     keys = [(row["category"], row["shot"]) for row in rounds]
-    groups = [alarms[[key == one for key in keys]] for one in dict.fromkeys(keys)]
+    groups = [rates[[key == one for key in keys]] for one in dict.fromkeys(keys)]
     means = np.array([group.mean() for group in groups])
     return (
-        5 * abs(alarms.mean() - 0.04)
-        + 3 * np.maximum(alarms - 0.25, 0).sum()
+        5 * abs(rates.mean() - 0.04)
+        + 3 * np.maximum(rates - 0.25, 0).sum()
         + 3 * np.maximum(means - 0.12, 0).sum()
         + ((means - 0.05) ** 2).sum()
     )

@@ -200,7 +200,7 @@ class Run:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.lines.fileno())  # else Python complains once more at its end
             self.lines = None
-            print("warning: nobody reads the lines of --jsonl any more; the run goes on", file=sys.stderr)
+            print("warning: the reader of --jsonl has closed the stream; the run continues", file=sys.stderr)
 
     def _refresh_if_due(self) -> None:
         begin = time.monotonic()

@@ -7,7 +7,7 @@ The threshold for a false-positive rate a (the share of normal images that score
   for the rate 1/(n + 1).
 - Otherwise n images are too few for the rate a, and any threshold is an extrapolation. The logarithms of the scores are
   taken as normally distributed.
-  - If the scorer has a `typical_score`, n images are few evidence beside what is known of other parts: the mean
+  - If the scorer has a `typical_score`, n images are combined with what is known of other parts: the mean
     logarithm is pulled towards that of `typical_score` by PULL / n, and the variance towards PRIOR_SPREAD^2, which
     counts as PRIOR_IMAGES images. The threshold lies a share of the normal quantile above the mean: LOO_SHARE
     for leave-one-out scores of at most FEW_LOO images, otherwise CALIBRATION_SHARE. It is at least the largest
@@ -44,7 +44,7 @@ from scorers.maps import score_maps_at
 from utils.errors import UserError
 from utils.stages import StageClock
 
-PULL = 1.5  # images: weight of the typical score beside n scores is PULL / n, at most 1
+PULL = 1.5  # images: weight of the typical score against n scores is PULL / n, at most 1
 PRIOR_SPREAD = 0.1  # standard deviation of the logarithms of a part's scores, before any image is seen
 PRIOR_IMAGES = 0.5  # how many images the prior spread counts for
 LOO_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile

@@ -307,7 +307,7 @@ def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path
     assert "files cannot be written" in said.err and "3 images scored" in said.out and "1 failed" in said.out
 
 
-MISTAKES = {
+INVALID = {
     "--input in": "either normal images with --support, or a saved detector",
     "--support in --detector x --input in": "either normal images",
     "--support in": "nothing to do",
@@ -332,8 +332,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("flags", "sentence"), MISTAKES.items())
-def test_mistakes_cost_one_sentence(flags, sentence, demo_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("flags", "sentence"), INVALID.items())
+def test_invalid_arguments_are_one_sentence(flags, sentence, demo_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image = (demo_data / "ring/test/good/000.png").read_bytes()
     for folder in ("in", "in2", "empty"):

@@ -192,7 +192,7 @@ def test_a_camera_that_stops_is_an_error_and_a_video_that_ends_is_none(part, mon
     assert " frames scored, " in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_mistakes(part, tmp_path, monkeypatch):
+def test_invalid_arguments(part, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no video file .*missing\.mp4"):
         open_source(str(tmp_path / "missing.mp4"))
     (tmp_path / "text.avi").write_text("no video")

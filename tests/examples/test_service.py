@@ -192,7 +192,7 @@ def test_killed_in_the_middle_and_started_again(part, images):
         assert second.process.wait(20) == 0 and second.process.stdout.read() == "ended\n"
 
 
-def test_mistakes_in_the_call(part, monkeypatch, tmp_path):
+def test_invalid_arguments(part, monkeypatch, tmp_path):
     call = ["--detector", str(part), "--device", "cpu"]
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="cannot listen at"):
         service.main([*call, "--port", str(taken.getsockname()[1])])

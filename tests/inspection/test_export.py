@@ -232,7 +232,7 @@ def test_command(normal, tmp_path, capsys):
     assert all(float(row[3]) < TOLERANCE for row in rows)
 
 
-def test_mistakes_cost_one_sentence(detector, network, normal, tmp_path, monkeypatch):
+def test_invalid_arguments_are_one_sentence(detector, network, normal, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="either normal images with --support"):
         export.main([])
     detector.save(tmp_path / "part.regad")
