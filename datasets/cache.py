@@ -178,13 +178,6 @@ class SourceImages:
         support = self._gather(episode.category, [name for of_query in episode.support for name in of_query])
         return query, support.unflatten(0, (len(episode.query), -1))
 
-    def digest(self) -> str:
-        """SHA-256 of the names and the decoded images, in hexadecimal."""
-        images = {
-            name: [list(self.index[name]), hashlib.sha256(array).hexdigest()] for name, array in self.images.items()
-        }
-        return digest(images)
-
     def _gather(self, category: str, names: Sequence[str]) -> torch.Tensor:
         numbers = [self.index[category][name] for name in names]
         if self.resident:

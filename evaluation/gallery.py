@@ -38,7 +38,7 @@ from utils.stages import in_threads
 SHEET_IMAGES, SHEET_COLUMNS = 40, 4
 TILE = 180  # pixels; a tile of the contact sheet holds two images of this size
 NORMAL_COLOUR, DEFECTIVE_COLOUR = "#46698c", "#b83c06"  # as in page.css
-WRONG_COLOUR = DEFECTIVE_COLOUR  # of the captions of misses and false alarms
+WRONG_COLOUR = DEFECTIVE_COLOUR  # of the captions of misses and false positives
 
 
 class Scored(NamedTuple):
@@ -56,7 +56,7 @@ class Scored(NamedTuple):
 
     @property
     def wrong(self) -> np.ndarray:
-        """Missed defects and false alarms, (B,) bool."""
+        """Missed defects and false positives, (B,) bool."""
         if self.threshold is None:
             return np.zeros(len(self.scores), bool)
         return (self.scores > self.threshold) != self.labels
@@ -77,8 +77,8 @@ class Scored(NamedTuple):
         return image_name(self.dataset.items[index])
 
     def caption(self, index: int) -> str:
-        """Name, score and label of an image, and "missed" or "false alarm" where the decision is wrong."""
-        truth, mistake = ("defective", ", missed") if self.labels[index] else ("normal", ", false alarm")
+        """Name, score and label of an image, and "missed" or "false positive" where the decision is wrong."""
+        truth, mistake = ("defective", ", missed") if self.labels[index] else ("normal", ", false positive")
         mistake = mistake if self.wrong[index] else ""
         return f"{self.name(index)}  {self.scores[index]:.2f}  {truth}{mistake}"
 
@@ -110,27 +110,30 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
 
 
 def metric_tables(
-    metrics: dict[str, dict | None], reasons: dict[str, str], kinds: dict[str, dict], rounds: int
+    metrics: dict[str, dict | None], reasons: dict[str, str], defect_types: dict[str, dict], rounds: int
 ) -> list[Table]:
-    """The tables of the page on all rounds: every metric with its spread, and the metrics of each kind of defect.
+    """The tables of the page on all rounds: every metric with its spread, and the metrics of each defect type.
 
-    metrics, kinds: from evaluation.statistics. reasons: why metrics are None.
+    metrics, defect_types: from evaluation.statistics. reasons: why metrics are None.
     """
     rows = [
         (METRIC_NAMES[name], format_summary(numbers), reasons.get(name) or format_interval(numbers))
         for name, numbers in metrics.items()
     ]
-    header, title = ("metric", "one round"), "Each kind of defect against all normal images"
+    header, title = ("metric", "one round"), "Each defect type against all normal images"
     if rounds > 1:
         spread = f"mean +- SD of {rounds} rounds"
         header, title = ("metric", spread, "95 % interval of the mean"), f"{title}, {spread}"
     elif any(why for *_, why in rows):
         header = (*header, "why not")
     tables = [Table("Metrics", header, [row[: len(header)] for row in rows])]
-    if kinds:
-        names = [name for name in next(iter(kinds.values())) if name in METRIC_NAMES]
-        rows = [(kind, str(of["images"]), *(format_summary(of[name]) for name in names)) for kind, of in kinds.items()]
-        header = ("kind of defect", "images", *(METRIC_NAMES[name] for name in names))
+    if defect_types:
+        names = [name for name in next(iter(defect_types.values())) if name in METRIC_NAMES]
+        rows = [
+            (defect_type, str(of["images"]), *(format_summary(of[name]) for name in names))
+            for defect_type, of in defect_types.items()
+        ]
+        header = ("defect type", "images", *(METRIC_NAMES[name] for name in names))
         tables.append(Table(title, header, rows))
     return tables
 
@@ -169,10 +172,10 @@ def _verdict(scored: Scored) -> str:
     """The threshold and its errors, in words."""
     if scored.threshold is None:
         return "no threshold: choosing it needs normal and defective test images"
-    missed, alarms = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
-    rate = alarms / (~scored.labels).sum()
-    missed_text, alarms_text = _count(missed, "missed defect"), _count(alarms, "false alarm")
-    errors = f"{missed_text}, {alarms_text} (false-positive rate {100 * rate:.0f} %)"
+    missed, positives = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
+    rate = positives / (~scored.labels).sum()
+    missed_text, positives_text = _count(missed, "missed defect"), _count(positives, "false positive")
+    errors = f"{missed_text}, {positives_text} (false-positive rate {100 * rate:.0f} %)"
     return f"threshold {scored.threshold:.2f}, chosen on these test images by Youden's index: {errors}"
 
 

@@ -162,7 +162,8 @@ def run(config: TrainingConfig) -> None:
 def _run(config: TrainingConfig, files: CheckpointFiles) -> None:
     limit_pixels(config.max_pixels)
     device = command_device(config.device)
-    inputs = read_inputs(config, check=True)
+    digests = FileDigests()
+    inputs = read_inputs(config, check=True, digests=digests)
     earlier = earlier_run(files, config.resume, config.overwrite, inputs.fingerprint)
     if earlier and earlier.finished:
         history, selected = (earlier.content[key] for key in ("epochs", "selected_epoch"))
@@ -172,7 +173,7 @@ def _run(config: TrainingConfig, files: CheckpointFiles) -> None:
     scoring = Scoring(config, inputs.target) if inputs.target else None
     seed_everything(config.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _make_trainer(config, inputs, device, new=earlier is None)
-    images = _read_sources(config, inputs, device)
+    images = _read_sources(config, inputs, device, digests)
     if earlier:
         trainer.restore(earlier.content)
         _publish(files, trainer, new_weights=True)
@@ -271,7 +272,7 @@ def _read_episodes(config: TrainingConfig, names: dict[str, list[str]]) -> list[
     return episodes
 
 
-def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device) -> SourceImages:
+def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device, digests: FileDigests) -> SourceImages:
     root = config.source_path or config.data_path
     print_notes(note for name in inputs.sources for note in unread_images(root / name))
     cache_dir = None if config.cache_dir == "none" else Path(config.cache_dir)
@@ -279,6 +280,7 @@ def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device) 
         *(inputs.sources, inputs.resolved["img_size"], cache_dir, config.num_workers, device),
         keep_aspect=config.keep_aspect,
         bits=inputs.resolved["bits"],
+        digests=digests,
     )
 
 

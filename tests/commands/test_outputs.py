@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES, auroc, rank
@@ -18,6 +19,7 @@ from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL
 from experiments.tables_page import write_tables
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
+from utils.naming import lock_file
 
 SIZE = 64
 
@@ -180,3 +182,16 @@ def test_what_is_no_record_of_this_version_stays(content, run, tmp_path):
         run()
     assert file.read_text() == content
     assert run(overwrite=True)["rounds"]
+
+
+def test_a_second_process_does_not_write_the_same_record(run, tmp_path):
+    file = tmp_path / "out/ring_1_affine_untrained.json"
+    file.parent.mkdir()
+    with FileLock(lock_file(file)), pytest.raises(UserError, match=f"another process writes {re.escape(str(file))}"):
+        run()
+    assert not file.exists()
+
+
+def test_equal_shots_are_refused():
+    with pytest.raises(UserError, match="--shot names a number twice: 2 2"):
+        test_command.main(["--obj", "ring", "--shot", "2", "2"])

@@ -29,7 +29,7 @@ def scored(demo_data) -> Scored:
     return with_own_threshold(dataset, maps)
 
 
-def test_threshold_finds_most_defects_at_fewest_false_alarms(scored):
+def test_threshold_finds_most_defects_at_fewest_false_positives(scored):
     def youden(limit: float) -> float:
         called = scored.scores > limit
         return called[scored.labels].mean() - called[~scored.labels].mean()
@@ -41,8 +41,8 @@ def test_threshold_finds_most_defects_at_fewest_false_alarms(scored):
 def test_worst_come_first(scored):
     order, wrong = scored.worst_first(), scored.wrong
     assert wrong[order[: wrong.sum()]].all() and not wrong[order[wrong.sum() :]].any()
-    missed, alarms = (order[(wrong & kind)[order]] for kind in (scored.labels, ~scored.labels))
-    assert (np.diff(scored.scores[missed]) >= 0).all() and (np.diff(scored.scores[alarms]) <= 0).all()
+    missed, positives = (order[(wrong & kind)[order]] for kind in (scored.labels, ~scored.labels))
+    assert (np.diff(scored.scores[missed]) >= 0).all() and (np.diff(scored.scores[positives]) <= 0).all()
 
 
 def test_threshold_is_a_number_where_scores_say_nothing(scored):
@@ -88,7 +88,7 @@ def test_panels_show_truth_and_heat(scored, tmp_path):
 
 
 def test_page_shows_all_metrics_with_their_spread(scored, tmp_path):
-    """Of all rounds, and of each kind of defect; what cannot be computed with its reason."""
+    """Of all rounds, and of each defect type; what cannot be computed with its reason."""
     rounds = [{"image_auroc": 0.5, "pixel_auroc": None}, {"image_auroc": 0.7, "pixel_auroc": None}]
     by_kind = defect_type_summaries(
         [{"rust": numbers} for numbers in rounds], {"rust": 3}, {"rust": {"pixel_auroc": "no"}}
@@ -98,27 +98,27 @@ def test_page_shows_all_metrics_with_their_spread(scored, tmp_path):
     page = re.sub(r"<[^>]*>", "|", (tmp_path / "report.html").read_text())
     page = re.sub(r"[|\s]*\|[|\s]*", "|", page)
     assert "|image AUROC|0.6000 +- 0.1414|0.0000 to 1.0000|" in page and "|pixel AUROC|n/a|no masks|" in page
-    assert "|kind of defect|images|image AUROC|pixel AUROC|" in page and "|rust|3|0.6000 +- 0.1414|n/a|" in page
+    assert "|defect type|images|image AUROC|pixel AUROC|" in page and "|rust|3|0.6000 +- 0.1414|n/a|" in page
 
 
 def test_one_round_has_no_spread():
     """Neither an empty column nor the word."""
-    table, kinds = gallery.metric_tables(
+    table, types = gallery.metric_tables(
         summaries([{"image_auroc": 0.5}]), {}, {"rust": {"images": 3, "image_auroc": None}}, 1
     )
     assert table == Table("Metrics", ("metric", "one round"), [("image AUROC", "0.5000")])
-    assert kinds.title == "Each kind of defect against all normal images"
+    assert types.title == "Each defect type against all normal images"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_verdict_counts_in_plain_english(number, scored):
-    """One defect, several defects; one false alarm, several."""
+    """One defect, several defects; one false positive, several."""
     labels = np.repeat([True, False], 3)
     scores = np.where(labels, 9.0, 1.0)
     scores[:number], scores[3 : 3 + number] = 0.0, 10.0
     text = gallery._verdict(Scored(scored.dataset, scored.maps, scores, labels, 5.0))
     ending = "" if number == 1 else "s"
-    assert f": {number} missed defect{ending}, {number} false alarm{ending} (" in text
+    assert f": {number} missed defect{ending}, {number} false positive{ending} (" in text
 
 
 @pytest.mark.parametrize("label", [False, True])
