@@ -19,20 +19,20 @@ from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import image_name
 from evaluation.statistics import format_interval, format_summary
 from reports.drawing import (
-    CALLED,
+    FLAGGED,
     GAP,
-    beside,
+    add_titles,
     captioned,
     colour_limits,
     css_colour,
     heat_map,
+    hstack,
     outline,
     overlay,
     save_image,
-    titled,
 )
 from reports.figures import save_figure
-from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Table, make_preview, write_page
+from reports.page import NO_PREVIEW, PAGE_IMAGES, Page, PageRow, PageTable, Preview, make_preview, write_page
 from utils.stages import in_threads
 
 SHEET_IMAGES, SHEET_COLUMNS = 40, 4
@@ -111,7 +111,7 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
 
 def metric_tables(
     metrics: dict[str, dict | None], reasons: dict[str, str], defect_types: dict[str, dict], rounds: int
-) -> list[Table]:
+) -> list[PageTable]:
     """The tables of the page on all rounds: every metric with its spread, and the metrics of each defect type.
 
     metrics, defect_types: from evaluation.statistics. reasons: why metrics are None.
@@ -126,7 +126,7 @@ def metric_tables(
         header, title = ("metric", spread, "95 % interval of the mean"), f"{title}, {spread}"
     elif any(why for *_, why in rows):
         header = (*header, "why not")
-    tables = [Table("Metrics", header, [row[: len(header)] for row in rows])]
+    tables = [PageTable("Metrics", header, [row[: len(header)] for row in rows])]
     if defect_types:
         names = [name for name in next(iter(defect_types.values())) if name in METRIC_NAMES]
         rows = [
@@ -134,12 +134,12 @@ def metric_tables(
             for defect_type, of in defect_types.items()
         ]
         header = ("defect type", "images", *(METRIC_NAMES[name] for name in names))
-        tables.append(Table(title, header, rows))
+        tables.append(PageTable(title, header, rows))
     return tables
 
 
 def save_gallery(
-    folder: Path, title: str, scored: Scored, count: int, workers: int, tables: Sequence[Table] = ()
+    folder: Path, title: str, scored: Scored, count: int, workers: int, tables: Sequence[PageTable] = ()
 ) -> None:
     """Writes contact_sheet.jpg, the curves, report.html and the panels of `count` images (-1: all) into `folder`.
 
@@ -163,7 +163,7 @@ def save_gallery(
         notes=[verdict if scored.threshold is None else f"Initial {verdict}"],
         tables=tables,
         colours=scored.limits,
-        outlines=[(css_colour(CALLED), "ground truth")],
+        outlines=[(css_colour(FLAGGED), "ground truth")],
     )
     write_page(folder / "report.html", page)
 
@@ -198,13 +198,13 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     of_item = scored.dataset[index]
     image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
     limits = scored.limits
-    truth, over = outline(image, mask, CALLED), overlay(image, scored.maps[index], limits)
+    truth, over = outline(image, mask, FLAGGED), overlay(image, scored.maps[index], limits)
     heat = heat_map(scored.maps[index], limits)
     panels = {"input": image, "ground truth": truth, "heat map": heat, "heat map over the input": over}
     caption, colour = scored.caption(index), WRONG_COLOUR if scored.wrong[index] else "black"
     if index in written:
-        save_image(folder / f"{scored.name(index)}.jpg", captioned(beside(titled(panels)), caption, colour))
-    tile = captioned(beside([_small(truth), _small(over)]), caption, colour) if index in tiled else None
+        save_image(folder / f"{scored.name(index)}.jpg", captioned(hstack(add_titles(panels)), caption, colour))
+    tile = captioned(hstack([_small(truth), _small(over)]), caption, colour) if index in tiled else None
     preview = make_preview(panels, "heat map over the input") if index in shown else NO_PREVIEW
     return _Drawn(preview, tile)
 

@@ -24,7 +24,18 @@ from inspection.results import Prediction, decide, relative_score
 from inspection.scoring import SCORE_GROUP
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
-from reports.drawing import CALLED, HOT, apart, beside, boxed, colour_limits, outline, overlay, save_image, titled
+from reports.drawing import (
+    ELEVATED,
+    FLAGGED,
+    add_titles,
+    boxed,
+    colour_limits,
+    hstack,
+    outline,
+    overlay,
+    save_image,
+    split_panels,
+)
 from reports.page import NO_PREVIEW, PANEL_SIDE, Preview, make_preview
 from utils.files import whole_file
 from utils.stages import in_threads
@@ -170,7 +181,7 @@ def _write(
         if place not in files:
             _save_map(place, scores, map_scale(detector))
     panels = draw_panels(image, scores, detector.threshold, boxes) if with_preview or files else {}
-    drawn = [beside(titled(panels))] if len(files) == 1 else panels.values()
+    drawn = [hstack(add_titles(panels))] if len(files) == 1 else panels.values()
     for place, panel in zip(files, drawn, strict=bool(files)):
         save_image(place, panel)
     return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
@@ -182,7 +193,7 @@ def read_preview(folder: Path, row: Prediction) -> Preview:
     titles = panel_titles(row.threshold)
     try:
         each = len(titles) if len(places) == 1 else 1
-        panels = [panel for place in places for panel in apart(place, each, PANEL_SIDE)]
+        panels = [panel for place in places for panel in split_panels(place, each, PANEL_SIDE)]
     except (OSError, Image.DecompressionBombError):
         return NO_PREVIEW
     return (
@@ -206,11 +217,11 @@ def draw_panels(
     image = image.convert("RGB")
     if threshold is None:  # the colours are not comparable between images
         return {IMAGE_PANEL: image, HEAT_PANEL: overlay(image, scores, (float(scores.min()), float(scores.max())))}
-    outlined = outline(outline(image, scores > threshold.region, HOT), scores > threshold.value, CALLED)
+    outlined = outline(outline(image, scores > threshold.region, ELEVATED), scores > threshold.value, FLAGGED)
     return {
         IMAGE_PANEL: image,
         HEAT_PANEL: overlay(image, scores, colour_limits(threshold.typical)),
-        OUTLINE_PANEL: boxed(outlined, boxes, CALLED),
+        OUTLINE_PANEL: boxed(outlined, boxes, FLAGGED),
     }
 
 

@@ -18,13 +18,13 @@ from inspection.inputs import full_name
 from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
 from inspection.results import SUMMARY, UNUSUAL, Prediction
 from inspection.threshold import Threshold
-from reports.drawing import CALLED, HOT, colour_limits, css_colour
+from reports.drawing import ELEVATED, FLAGGED, colour_limits, css_colour
 from reports.page import KNOWN_PANELS, NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
 
 MOST_WARNINGS = 10
 OUTLINES = [
-    (css_colour(CALLED), "above the threshold, with numbered frames, the highest score first"),
-    (css_colour(HOT), "hotter than the hottest part of a typical normal image; normal images have such regions too"),
+    (css_colour(FLAGGED), "above the threshold, with numbered frames, the highest score first"),
+    (css_colour(ELEVATED), "above the highest scores of a typical normal image; normal images have such regions too"),
 ]
 
 

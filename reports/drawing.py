@@ -16,8 +16,8 @@ from utils.files import whole_file
 COLOUR_MAP = "inferno"  # of even lightness steps: readable in grey and with colour blindness
 OPACITY = 0.75  # of the heat map at the upper colour limit; 0 at the lower one
 # Colours of outlines, which differ from the colour map and from most parts.
-HOT = (255, 190, 0)  # around hot regions, see inspection.threshold.Threshold.region
-CALLED = (0, 230, 255)  # around regions above the threshold, and around the ground truth
+ELEVATED = (255, 190, 0)  # around elevated scores, see inspection.threshold.Threshold.region
+FLAGGED = (0, 230, 255)  # around regions above the threshold, and around the ground truth
 GAP = 6  # pixels between panels
 JPEG_QUALITY = 90
 CAPTION_HEIGHT = 22  # pixels
@@ -65,7 +65,7 @@ def _eroded(region: np.ndarray) -> np.ndarray:
     return inner
 
 
-def beside(panels: Sequence[Image.Image]) -> Image.Image:
+def hstack(panels: Sequence[Image.Image]) -> Image.Image:
     """Panels of equal size in a row, with white gaps."""
     width, height = panels[0].size
     row = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height), "white")
@@ -74,8 +74,8 @@ def beside(panels: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def apart(path: Path, count: int, side: int) -> list[Image.Image]:
-    """The `count` panels of a JPEG file of `beside(titled(...))`, without their titles; count 1: the image as it is.
+def split_panels(path: Path, count: int, side: int) -> list[Image.Image]:
+    """The `count` panels of a JPEG file of `hstack(add_titles(...))`, without their titles; of one panel, the image.
 
     Panels with a side above twice `side` are decoded at a fraction of their size, which is much faster.
 
@@ -102,7 +102,7 @@ def _strip_height(size: tuple[int, int], count: int) -> int:
     return size[1] - next(fits, size[1])
 
 
-def titled(panels: Mapping[str, Image.Image]) -> list[Image.Image]:
+def add_titles(panels: Mapping[str, Image.Image]) -> list[Image.Image]:
     """Each panel below its title, which is larger on larger images."""
     height = max(CAPTION_HEIGHT, *(max(panel.size) // TITLE_SHARE for panel in panels.values()))
     return [captioned(panel, title, height=height) for title, panel in panels.items()]

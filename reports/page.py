@@ -1,8 +1,4 @@
-"""The HTML report: one self-contained page that opens from disk and needs no network.
-
-`write_page` writes a whole page. `append_rows` adds rows to its end, so that a long run need not write the page again
-for each image: a browser reads every row up to the end of the file.
-"""
+"""The HTML report: one self-contained page that opens from disk and needs no network."""
 
 from __future__ import annotations
 
@@ -15,18 +11,18 @@ from typing import NamedTuple
 from PIL import Image
 
 from reports.drawing import colour_stops
-from reports.render import get_template, to_json
+from reports.render import get_template
 from utils.files import whole_file
 
 PAGE_IMAGES = 500  # rows with a preview in one page: 17 to 29 MB with the images of six categories, 92 MB with noise
-KNOWN_PANELS = 100  # calibration images with panels; of others, the thumbnail of the detector is shown
+KNOWN_PANELS = 100  # calibration images with panels
 PANEL_SIDE = 400  # pixels of the longer side of a panel in the enlarged view
 THUMBNAIL_SIDE = 128  # the same of a thumbnail
 PREVIEW_QUALITY = 75  # of JPEG
 
 
 class Preview(NamedTuple):
-    """What the page shows of an image. thumbnail: a data URI. panels: (title, data URI) of the enlarged view."""
+    """The images of a row. thumbnail: a data URI. panels: (title, data URI) of the enlarged view."""
 
     thumbnail: str = ""
     panels: Sequence[tuple[str, str]] = ()
@@ -38,15 +34,15 @@ NO_PREVIEW = Preview()
 class PageRow(NamedTuple):
     """One image of the page.
 
-    score: None if the image could not be scored; `error` says why. kind: "good" or the name of a defect, None without
-    labels. decision: "unusual" if the image is neither normal nor defective, whatever its score and the threshold; any
-    other value is ignored, because the threshold that the reader sets decides. reason: why it is unusual.
+    score: None if the image could not be scored; `error` says why. defect_type: "good" or the name of a defect, None
+    without labels. decision: "unusual" if the image is neither normal nor defective, whatever its score; other values
+    are ignored, because the page has a threshold of its own. reason: why it is unusual.
     boxes: regions above the threshold as (x, y, width, height, area, peak), in pixels of the image; peak is a score.
     """
 
     name: str
     score: float | None
-    kind: str | None = None
+    defect_type: str | None = None
     preview: Preview = NO_PREVIEW
     decision: str | None = None
     reason: str | None = None
@@ -55,7 +51,7 @@ class PageRow(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """An image known before: normal, or with a known defect.
+    """A normal image that was used for fitting or calibration, or an image with a known defect.
 
     role: "support" (score: leave-one-out), "calibration" or "known defect". score: None if there is none. decision,
     reason: as of `PageRow`.
@@ -69,7 +65,7 @@ class Reference(NamedTuple):
     reason: str | None = None
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     """A table of texts. The first column is aligned to the left, the others to the right."""
 
     title: str
@@ -80,7 +76,7 @@ class Table(NamedTuple):
 class Page(NamedTuple):
     """All that a page shows.
 
-    threshold: above it, an image is called defective; None: the reader sets one. warnings: sentences, shown first.
+    threshold: above it, an image is flagged as defective; None: the reader sets one. warnings: sentences, shown first.
     facts: name and value, such as date and detector. typical: a typical score of a normal image; scores are also shown
     as its multiples. colours: the scores of the first and the last colour of all heat maps; None if each has its own.
     outlines: CSS colour and meaning of each outline.
@@ -93,7 +89,7 @@ class Page(NamedTuple):
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     references: Sequence[Reference] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[PageTable] = ()
     typical: float | None = None
     colours: tuple[float, float] | None = None
     outlines: Sequence[tuple[str, str]] = ()
@@ -102,8 +98,8 @@ class Page(NamedTuple):
 def write_page(path: Path, page: Page) -> None:
     """Writes a page with a histogram of the scores, a threshold slider and a sortable table of the rows.
 
-    With kinds, the page also has a ROC curve and a table by kind. Rows are written one by one, because all previews
-    together are large.
+    With labels, the page also has a ROC curve and a table by defect type. Rows are written one by one, because all
+    previews together are large.
 
     Raises:
         ValueError: a score or the threshold is NaN or infinite.
@@ -116,19 +112,6 @@ def write_page(path: Path, page: Page) -> None:
     }
     with whole_file(path) as aside:  # file names may hold any bytes
         get_template("page.html").stream(values).dump(str(aside), encoding="utf-8", errors="backslashreplace")
-
-
-def append_rows(path: Path, rows: Iterable[PageRow]) -> None:
-    """Adds rows to a page that `write_page` wrote. A row that is cut off by a crash is left out by the browser.
-
-    Raises:
-        ValueError: a score is NaN or infinite.
-        OSError: the page cannot be written.
-    """
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-        for row in rows:
-            stream.write(f'<script type="application/json" class="row">{to_json(_plain(row))}</script>\n')
-            stream.flush()
 
 
 def _plain(row: PageRow | Reference) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -21,15 +20,6 @@ def get_template(name: str) -> Template:
         jinja2.TemplateNotFound: no such file.
     """
     return _environment.get_template(name)
-
-
-def to_json(value: object) -> Markup:
-    """The same JSON as the filter `tojson` of the templates.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
-    return htmlsafe_json_dumps(value, **_environment.policies["json.dumps_kwargs"])
 
 
 def _source(name: str) -> Markup:

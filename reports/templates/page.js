@@ -18,13 +18,13 @@ const FILTERS = {
   "defective": row => decide(row) === "defective",
   "normal": row => decide(row) === "normal",
   "unusual": row => decide(row) === "unusual",
-  "missed or false alarm": row => decide(row) === (isDefect(row) ? "normal" : "defective"),
+  "wrong decision": row => decide(row) === (isDefect(row) ? "normal" : "defective"),
 };
 
 const { threshold: initialThreshold, typical, references } = JSON.parse(byId("data").textContent);
 const everything = [...document.querySelectorAll("script.row")].flatMap(takeRow);
 const rows = everything.filter(row => row.score !== null), failed = everything.filter(row => row.score === null);
-const labelled = rows.some(row => row.kind !== null);
+const labelled = rows.some(row => row.defect_type !== null);
 const defects = rows.filter(isDefect).length, goods = rows.length - defects;
 const unusual = rows.filter(row => row.decision === "unusual").length;
 const scoredReferences = references.filter(row => row.score !== null).sort((a, b) => b.score - a.score);
@@ -52,7 +52,7 @@ function takeRow(element) {
 }
 
 function isDefect(row) {
-  return row.kind !== undefined && row.kind !== null && row.kind !== "good";
+  return row.defect_type !== undefined && row.defect_type !== null && row.defect_type !== "good";
 }
 
 // "normal", "defective", "unusual", or "" without a threshold.
@@ -62,7 +62,7 @@ function decide(row) {
   return row.score > threshold ? "defective" : "normal";
 }
 
-function isCalled(row) {
+function isFlagged(row) {
   return decide(row) === "defective";
 }
 
@@ -87,8 +87,8 @@ function addWords(tableRow, text) {
   addBreakable(add(tableRow, "td", { class: "words" }), text);
 }
 
-function addNumber(tableRow, text, kind = "") {
-  add(tableRow, "td", { class: `number ${kind}` }, text);
+function addNumber(tableRow, text, column = "") {
+  add(tableRow, "td", { class: `number ${column}` }, text);
 }
 
 // The slider's range: all scores, the initial threshold, and a margin. It moves in steps of a power of ten, so that the
@@ -122,7 +122,7 @@ function scoreToX(score) {
   return HISTOGRAM.left + (HISTOGRAM.right - HISTOGRAM.left) * (score - range.start) / (range.end - range.start);
 }
 
-// The axes, and everything that the threshold does not change. Bars of kinds are fixed, those of decisions are not.
+// The axes, and everything that the threshold does not change. Bars of labels are fixed, those of decisions are not.
 function drawHistogram() {
   const svg = byId("histogram"), { left, right, top, bottom } = HISTOGRAM;
   const end = bottom + LANE * lanes.length;
@@ -140,7 +140,7 @@ function drawHistogram() {
   add(svg, "line", { id: "mark", y1: top, y2: end, ...line });
 }
 
-// What the bars are split by: kinds where they are known, else decisions.
+// What the bars are split by: labels where they are known, else decisions.
 function groupOf(row) {
   return labelled ? (isDefect(row) ? "defective" : "normal") : decide(row) || "normal";
 }
@@ -235,10 +235,10 @@ function drawRoc() {
 function rocCurve(list) {
   const descending = [...list].sort((a, b) => b.score - a.score), curve = [[0, 0]];
   const positives = list.filter(isDefect).length, negatives = list.length - positives;
-  let found = 0, falseAlarms = 0;
+  let found = 0, falsePositives = 0;
   descending.forEach((row, index) => {
-    if (isDefect(row)) found++; else falseAlarms++;
-    if (descending[index + 1]?.score !== row.score) curve.push([falseAlarms / negatives, found / positives]);
+    if (isDefect(row)) found++; else falsePositives++;
+    if (descending[index + 1]?.score !== row.score) curve.push([falsePositives / negatives, found / positives]);
   });
   return curve;
 }
@@ -277,7 +277,7 @@ function formatRatio(score) {
 
 function makeImageRow(row) {
   const tableRow = makeTableRow(row, () => shown);
-  if (labelled) addWords(tableRow, row.kind ?? "");
+  if (labelled) addWords(tableRow, row.defect_type ?? "");
   addResult(tableRow, row);
   return tableRow;
 }
@@ -289,13 +289,13 @@ function fillTable() {
   const chosen = order.filter(FILTERS[filter]);
   shown = chosen.slice(0, TABLE_ROWS);
   for (const row of shown) row.tableRow ??= makeImageRow(row);
-  const body = byId("pictures").tBodies[0];
+  const body = byId("images").tBodies[0];
   body.replaceChildren(...shown.map(row => row.tableRow));
   makeOneTabStop(body);
   byId("left-out").hidden = chosen.length <= TABLE_ROWS;
   byId("left-out").textContent = `This table shows the first ${TABLE_ROWS} images in the chosen order. ` +
     `Figures and counts cover all ${rows.length}.`;
-  for (const head of document.querySelectorAll("#pictures th[data-key]")) {
+  for (const head of document.querySelectorAll("#images th[data-key]")) {
     if (head.dataset.key === key) head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     else head.removeAttribute("aria-sort");
   }
@@ -319,19 +319,19 @@ function updateDecisions(list) {
   }
 }
 
-function updateKinds() {
+function updateDefectTypes() {
   if (!labelled) return;
-  const body = byId("kinds").tBodies[0], normal = rows.filter(row => !isDefect(row));
+  const body = byId("defect-types").tBodies[0], normal = rows.filter(row => !isDefect(row));
   const withArea = Boolean(defects && goods);
-  document.querySelector(".kind-auroc").hidden = !withArea;
+  document.querySelector(".defect-type-auroc").hidden = !withArea;
   body.replaceChildren();
-  for (const kind of [...new Set(rows.map(row => row.kind))].sort()) {
-    const own = rows.filter(row => row.kind === kind), called = own.filter(isCalled).length;
+  for (const type of [...new Set(rows.map(row => row.defect_type))].sort()) {
+    const own = rows.filter(row => row.defect_type === type), flagged = own.filter(isFlagged).length;
     const tableRow = add(body, "tr");
-    addWords(tableRow, kind ?? "");
+    addWords(tableRow, type ?? "");
     addNumber(tableRow, own.length);
     addNumber(tableRow, formatScore(own.reduce((sum, row) => sum + row.score, 0) / own.length));
-    addNumber(tableRow, threshold === null ? "" : `${called} (${formatPercent(called, own.length)})`);
+    addNumber(tableRow, threshold === null ? "" : `${flagged} (${formatPercent(flagged, own.length)})`);
     if (withArea) addNumber(tableRow, isDefect(own[0]) ? formatArea(rocCurve([...normal, ...own])) : "");
   }
 }
@@ -362,7 +362,7 @@ function focusRow(button) {
 
 function makeFilters() {
   const names = Object.keys(FILTERS).filter(
-    name => (name !== "unusual" || unusual) && (name !== "missed or false alarm" || (labelled && defects && goods)));
+    name => (name !== "unusual" || unusual) && (name !== "wrong decision" || (labelled && defects && goods)));
   for (const name of names) {
     add(byId("filters"), "button", { type: "button", "data-filter": name }).onclick = () => {
       filter = name;
@@ -440,14 +440,14 @@ function showLarge(index) {
   const row = enlarged.list[index], decision = decide(row);
   byId("large-name").replaceChildren();
   addBreakable(byId("large-name"), row.name);
-  const kind = row.role ?? (labelled ? row.kind : null);
+  const label = row.role ?? (labelled ? row.defect_type : null);
   const ratio = typical && row.score !== null ? `${formatRatio(row.score)} times a typical normal score` : "";
   const limit = threshold === null ? "" : `threshold ${formatScore(threshold)}`;
   const result = byId("large-result");
   result.replaceChildren();
   if (decision) add(result, "span", { class: decision }, decision);
   if (decision === "unusual" && row.reason) result.append(`: ${row.reason}`);
-  const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, kind ?? ""];
+  const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, label ?? ""];
   result.append((decision ? ", " : "") + texts.filter(Boolean).join(", "));
   byId("large-error").hidden = !row.error;
   byId("large-error").textContent = row.error ?? "";
@@ -507,37 +507,37 @@ function connectDialog() {
 function setThreshold(value) {
   threshold = value;
   byId("slider").value = threshold ?? range.highestScore;
-  const called = rows.filter(isCalled), found = called.filter(isDefect).length;
-  byId("counts").textContent = describeCounts(called.length, found);
-  moveMarks(found, called.length - found);
+  const flagged = rows.filter(isFlagged), found = flagged.filter(isDefect).length;
+  byId("counts").textContent = describeCounts(flagged.length, found);
+  moveMarks(found, flagged.length - found);
   if (!labelled) drawBars();
-  updateKinds();
+  updateDefectTypes();
   updateFilters();
   if (filter === "all") updateDecisions(shown);
   else fillTable();
   updateDecisions(references);
 }
 
-function describeCounts(called, found) {
+function describeCounts(flagged, found) {
   const known = references.filter(row => row.role === "known defect");
   const hits = known.filter(row => ["defective", "unusual"].includes(decide(row))).length;
   const others = (unusual ? `; ${unusual} unusual` : "") + (failed.length ? `; ${failed.length} not scored` : "") +
     (known.length && threshold !== null ? `; ${hits} of ${known.length} known defects found` : "");
   if (threshold === null) return "no threshold: move the slider or enter a number" + others;
-  const text = `${called} of ${rows.length} called defective${others}`;
+  const text = `${flagged} of ${rows.length} flagged as defective${others}`;
   if (!labelled) return text;
-  const alarms = called - found, rate = goods ? ` (false-positive rate ${formatPercent(alarms, goods)})` : "";
-  return `${text}; ${found} of ${defects} defects found, ${alarms} of ${goods} false alarms${rate}`;
+  const falsePositives = flagged - found, rate = goods ? ` (false-positive rate ${formatPercent(falsePositives, goods)})` : "";
+  return `${text}; ${found} of ${defects} defects found, ${falsePositives} of ${goods} false positives${rate}`;
 }
 
 // Places the threshold in the histogram and on the ROC curve.
-function moveMarks(found, falseAlarms) {
+function moveMarks(found, falsePositives) {
   const line = byId("mark"), dot = byId("dot");  // no dot without a ROC curve
   for (const mark of [line, dot]) if (mark) mark.style.display = threshold === null ? "none" : "";
   if (threshold === null) return;
   for (const end of ["x1", "x2"]) line.setAttribute(end, scoreToX(threshold));
   if (!dot) return;
-  const { x, y } = rocPoint(falseAlarms / goods, found / defects);
+  const { x, y } = rocPoint(falsePositives / goods, found / defects);
   dot.setAttribute("cx", x);
   dot.setAttribute("cy", y);
 }
@@ -558,10 +558,10 @@ function connectControls() {
     if (number.value === "") resetThreshold();
     else setThreshold(Number(number.value));
   };
-  for (const button of document.querySelectorAll("#pictures th button")) {
+  for (const button of document.querySelectorAll("#images th button")) {
     button.onclick = () => chooseColumn(button.parentElement.dataset.key);
   }
-  connectArrows(byId("pictures"));
+  connectArrows(byId("images"));
   connectArrows(byId("references"));
   connectDialog();
 }
@@ -569,7 +569,7 @@ function connectControls() {
 const heading = document.querySelector("h1");
 heading.replaceChildren();
 addBreakable(heading, document.title);
-byId("kinds-part").hidden = document.querySelector("#pictures .kind").hidden = !labelled;
+byId("defect-types-part").hidden = document.querySelector("#images .defect-type").hidden = !labelled;
 for (const head of document.querySelectorAll("th.ratio")) head.hidden = !typical;
 connectControls();
 drawHistogram();

@@ -22,7 +22,7 @@ from inspection.detector import FewShotDetector
 from inspection.predictions import draw_panels
 from inspection.threshold import Threshold
 from models.regad import untrained
-from reports.drawing import CALLED, CAPTION_HEIGHT, HOT
+from reports.drawing import CAPTION_HEIGHT, ELEVATED, FLAGGED
 from tests.reference import needs_reference
 from utils.devices import seed_everything
 from utils.errors import UserError
@@ -205,7 +205,7 @@ def test_outlines_run_inside_the_border(height, width, seed):
     low, high = np.quantile(scores, rng.random(2)) * [1, 2] - [0.1, 0]
     image, _, outlined = map(np.array, draw_panels(image, scores, Threshold(high, "", 1.0, low)).values())
     expected = image.copy()
-    for limit, colour in ((low, HOT), (high, CALLED)):
+    for limit, colour in ((low, ELEVATED), (high, FLAGGED)):
         line = max(1, round(max(height, width) / 250))
         expected[(scores > limit) & ~binary_erosion(scores > limit, iterations=line)] = colour
     np.testing.assert_array_equal(outlined, expected)

@@ -14,7 +14,7 @@ from evaluation import gallery
 from evaluation.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, save_gallery, with_own_threshold
 from evaluation.statistics import defect_type_summaries, summaries
 from reports.drawing import CAPTION_HEIGHT, GAP
-from reports.page import Table
+from reports.page import PageTable
 
 SIZE = 64
 
@@ -70,7 +70,7 @@ def test_files(scored, tmp_path, monkeypatch, count):
     rows = [json.loads(row) for row in re.findall(r'class="row">(.*?)</script>', page)]
     assert [row["score"] for row in rows] == scored.scores.tolist()
     assert [index for index, row in enumerate(rows) if row["thumbnail"]] == sorted(scored.worst_first()[:2])
-    assert [row["kind"] == "good" for row in rows] == (~scored.labels).tolist()
+    assert [row["defect_type"] == "good" for row in rows] == (~scored.labels).tolist()
     assert f"{(scored.wrong & scored.labels).sum()} missed" in page
 
 
@@ -106,7 +106,7 @@ def test_one_round_has_no_spread():
     table, types = gallery.metric_tables(
         summaries([{"image_auroc": 0.5}]), {}, {"rust": {"images": 3, "image_auroc": None}}, 1
     )
-    assert table == Table("Metrics", ("metric", "one round"), [("image AUROC", "0.5000")])
+    assert table == PageTable("Metrics", ("metric", "one round"), [("image AUROC", "0.5000")])
     assert types.title == "Each defect type against all normal images"
 
 

@@ -7,30 +7,30 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reports.drawing import CALLED, CAPTION_HEIGHT, apart, beside, boxed, save_image, titled
+from reports.drawing import CAPTION_HEIGHT, FLAGGED, add_titles, boxed, hstack, save_image, split_panels
 from training.curve import save_curve
 
 
 def test_frames_lie_around_their_boxes():
     image = Image.new("RGB", (100, 80), "grey")
-    drawn = np.asarray(boxed(image, [(40, 30, 20, 10, 150, 1.0)], CALLED))
+    drawn = np.asarray(boxed(image, [(40, 30, 20, 10, 150, 1.0)], FLAGGED))
     changed = (drawn != np.asarray(image)).any(axis=2)
-    np.testing.assert_array_equal(drawn[28, 38:62], [CALLED] * 24)  # the upper line, two pixels outside
-    np.testing.assert_array_equal(drawn[28:42, 61], [CALLED] * 14)
+    np.testing.assert_array_equal(drawn[28, 38:62], [FLAGGED] * 24)  # the upper line, two pixels outside
+    np.testing.assert_array_equal(drawn[28:42, 61], [FLAGGED] * 14)
     assert not changed[30:40, 40:60].any() and not changed[43:].any()
     assert changed[:28].any()  # the number
-    assert boxed(image, [], CALLED) is image
+    assert boxed(image, [], FLAGGED) is image
 
 
 def test_boxes_at_the_border_are_drawn():
-    drawn = np.asarray(boxed(Image.new("RGB", (50, 50)), [(0, 0, 50, 50, 2500, 1.0)], CALLED))
-    np.testing.assert_array_equal(drawn[-1], [CALLED] * 50)
+    drawn = np.asarray(boxed(Image.new("RGB", (50, 50)), [(0, 0, 50, 50, 2500, 1.0)], FLAGGED))
+    np.testing.assert_array_equal(drawn[-1], [FLAGGED] * 50)
 
 
 def test_titles_grow_with_the_image():
     for side, height in ((64, CAPTION_HEIGHT), (1500, 50)):
         panel = Image.new("RGB", (side, side), "white")
-        (shown,) = titled({"input": panel})
+        (shown,) = add_titles({"input": panel})
         assert shown.size == (side, side + height)
         dark = np.argwhere(np.asarray(shown.convert("L")) < 128)
         assert len(dark) > 0 and dark[:, 0].max() < height and np.ptp(dark[:, 0]) > height / 3
@@ -52,8 +52,8 @@ def test_panels_are_taken_apart_as_they_were_joined(tmp_path_factory, width, hei
     colours = [(80 * n, 90, 200) for n in range(count)]
     panels = [Image.new("RGB", (width, height), colour) for colour in colours]
     path = tmp_path_factory.mktemp("panels") / "a.jpg"
-    save_image(path, panels[0] if count == 1 else beside(titled({str(n): one for n, one in enumerate(panels)})))
-    parts = apart(path, count, side)
+    save_image(path, panels[0] if count == 1 else hstack(add_titles({str(n): one for n, one in enumerate(panels)})))
+    parts = split_panels(path, count, side)
     assert len(parts) == count
     for part, colour in zip(parts, colours, strict=True):
         size = np.array(part.size)

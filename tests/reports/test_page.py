@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from reports.page import NO_PREVIEW, Page, PageRow, Preview, Reference, Table, make_preview, write_page
+from reports.page import NO_PREVIEW, Page, PageRow, PageTable, Preview, Reference, make_preview, write_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (requirements-dev.txt)")
 
@@ -115,27 +115,29 @@ def bars(browser, kind: str = "") -> np.ndarray:
 
 
 def check_decisions(browser, rows: Sequence[PageRow], limit: float) -> None:
-    called = {row.name: row.score > limit for row in rows}
-    shown = {row[1]: row[-1] for row in cells(browser, "#pictures")}
-    assert shown == {name: "defective" if bad else "normal" for name, bad in called.items()}
-    counts = f"{sum(called.values())} of {len(rows)} called defective"
-    if rows[0].kind is not None:
-        found, alarms = (sum(called[r.name] for r in rows if (r.kind != "good") == bad) for bad in (True, False))
-        goods = sum(row.kind == "good" for row in rows)
-        counts += f"; {found} of {len(rows) - goods} defects found, {alarms} of {goods} false alarms"
-        counts += f" (false-positive rate {100 * alarms / goods:.0f} %)"
-        assert [row[:4] for row in cells(browser, "#kinds")] == by_kind(rows, limit)
+    flagged = {row.name: row.score > limit for row in rows}
+    shown = {row[1]: row[-1] for row in cells(browser, "#images")}
+    assert shown == {name: "defective" if bad else "normal" for name, bad in flagged.items()}
+    counts = f"{sum(flagged.values())} of {len(rows)} flagged as defective"
+    if rows[0].defect_type is not None:
+        found, wrong = (sum(flagged[r.name] for r in rows if (r.defect_type != "good") == bad) for bad in (True, False))
+        goods = sum(row.defect_type == "good" for row in rows)
+        counts += f"; {found} of {len(rows) - goods} defects found, {wrong} of {goods} false positives"
+        counts += f" (false-positive rate {100 * wrong / goods:.0f} %)"
+        assert [row[:4] for row in cells(browser, "#defect-types")] == by_kind(rows, limit)
         dot = [float(find(browser, "#dot").get_attribute(key)) for key in ("cx", "cy")]
-        np.testing.assert_allclose(roc_points([dot]), [[alarms / goods, found / (len(rows) - goods)]], atol=1e-9)
+        np.testing.assert_allclose(roc_points([dot]), [[wrong / goods, found / (len(rows) - goods)]], atol=1e-9)
     assert find(browser, "#counts").text == counts
 
 
 def by_kind(rows: Sequence[PageRow], limit: float) -> list[list[str]]:
     table = []
-    for kind, group in groupby(sorted(rows, key=lambda row: row.kind), key=lambda row: row.kind):
+    for kind, group in groupby(sorted(rows, key=lambda row: row.defect_type), key=lambda row: row.defect_type):
         scores = np.array([row.score for row in group])
-        called = int((scores > limit).sum())
-        table.append([kind, str(len(scores)), f"{scores.mean():.2f}", f"{called} ({100 * called / len(scores):.0f} %)"])
+        flagged = int((scores > limit).sum())
+        table.append(
+            [kind, str(len(scores)), f"{scores.mean():.2f}", f"{flagged} ({100 * flagged / len(scores):.0f} %)"]
+        )
     return table
 
 
@@ -179,11 +181,11 @@ def test_every_threshold_recounts(with_kinds, browser, tmp_path):
 def test_the_drawings_hold_the_scores(browser, tmp_path):
     rows = make_rows(True, 60)
     show(browser, tmp_path, rows)
-    defects, scores = np.array([row.kind != "good" for row in rows]), np.array([row.score for row in rows])
+    defects, scores = np.array([row.defect_type != "good" for row in rows]), np.array([row.score for row in rows])
     points = find(browser, "#curve").get_attribute("points").split()
-    alarms, found, _ = roc_curve(defects, scores, drop_intermediate=False)
+    wrong, found, _ = roc_curve(defects, scores, drop_intermediate=False)
     shown = roc_points([[float(value) for value in point.split(",")] for point in points])
-    np.testing.assert_allclose(shown, np.stack([alarms, found], 1), atol=1e-9)
+    np.testing.assert_allclose(shown, np.stack([wrong, found], 1), atol=1e-9)
     reach = tuple(float(find(browser, "#slider").get_property(end)) for end in ("min", "max"))
     for kind, chosen in (("normal", ~defects), ("defective", defects)):
         drawn = bars(browser, f".bar-{kind}")
@@ -194,27 +196,27 @@ def test_the_drawings_hold_the_scores(browser, tmp_path):
     np.testing.assert_allclose(places, 34 + 376 * (values - reach[0]) / (reach[1] - reach[0]))
     assert float(find(browser, "#mark").get_attribute("x1")) == pytest.approx(np.interp(16, reach, (34, 410)))
     assert as_share(find(browser, "#auroc").text) == pytest.approx(roc_auc_score(defects, scores), abs=6e-5)
-    kinds = np.array([row.kind for row in rows])
-    for kind, *_, area in cells(browser, "#kinds")[1:]:
+    kinds = np.array([row.defect_type for row in rows])
+    for kind, *_, area in cells(browser, "#defect-types")[1:]:
         chosen = (kinds == "good") | (kinds == kind)
         expected = roc_auc_score(kinds[chosen] == kind, scores[chosen])
         assert as_share(area) == pytest.approx(expected, abs=6e-5) != roc_auc_score(defects, scores)
-    assert cells(browser, "#kinds")[0][-1] == ""  # good
+    assert cells(browser, "#defect-types")[0][-1] == ""  # good
 
 
 def test_sorting_by_keyboard(browser, tmp_path):
     rows = make_rows(True)
     show(browser, tmp_path, rows)
-    states = "return [...document.querySelectorAll('#pictures th')].map(th => th.getAttribute('aria-sort'))"
+    states = "return [...document.querySelectorAll('#images th')].map(th => th.getAttribute('aria-sort'))"
     score, by_name = (lambda row: row.score), (lambda row: row.name)
     ordered = sorted(rows, key=score, reverse=True)
-    assert [row[1] for row in cells(browser, "#pictures")] == [row.name for row in ordered]
+    assert [row[1] for row in cells(browser, "#images")] == [row.name for row in ordered]
     assert browser.execute_script(states) == [None, None, None, "descending", None, None]
     for column, key, falling in ((1, by_name, False), (1, by_name, True), (3, score, True), (3, score, False)):
-        button = tab_to(browser, f"#pictures th:nth-child({column + 1}) button")
+        button = tab_to(browser, f"#images th:nth-child({column + 1}) button")
         press(browser, webdriver.Keys.ENTER)
         ordered = sorted(ordered, key=key, reverse=falling)  # the order of equal scores is kept
-        shown = cells(browser, "#pictures")
+        shown = cells(browser, "#images")
         assert [row[1] for row in shown] == [row.name for row in ordered]
         assert [row[3] for row in shown] == [f"{row.score:.2f}" for row in ordered]
         expected = [None] * 6
@@ -230,8 +232,8 @@ def test_names_are_text(browser, tmp_path):
     show(browser, tmp_path, rows, 2.0, [" ".join(ODD_NAMES), *ODD_NAMES])
     assert browser.title == find(browser, "h1").text == " ".join(ODD_NAMES)
     assert [note.text for note in browser.find_elements("css selector", ".notes li")] == list(ODD_NAMES)
-    assert [row[1:3] for row in cells(browser, "#pictures")] == [[name, name] for name in reversed(ODD_NAMES)]
-    assert sorted(row[0] for row in cells(browser, "#kinds")) == sorted(ODD_NAMES)
+    assert [row[1:3] for row in cells(browser, "#images")] == [[name, name] for name in reversed(ODD_NAMES)]
+    assert sorted(row[0] for row in cells(browser, "#defect-types")) == sorted(ODD_NAMES)
     for row, button in zip(reversed(rows), browser.find_elements("css selector", ".thumb"), strict=True):
         assert button.accessible_name == f"enlarge {row.name}"
         button.send_keys(webdriver.Keys.ENTER)
@@ -255,7 +257,9 @@ def phone(browser) -> Iterator:
 @pytest.mark.parametrize("part", ["x" * 300, "Oberfläche 7/部品_" * 30])
 def test_a_phone_needs_no_sideways_scrolling(part, with_kinds, phone, tmp_path):
     rows = [
-        row._replace(name=part + row.name, kind=row.kind and row.kind + part, score=row.score + 1000)
+        row._replace(
+            name=part + row.name, defect_type=row.defect_type and row.defect_type + part, score=row.score + 1000
+        )
         for row in make_rows(with_kinds)
     ]
     show(phone, tmp_path, rows, 1016.0, [part, part])
@@ -272,7 +276,9 @@ def test_a_phone_needs_no_sideways_scrolling(part, with_kinds, phone, tmp_path):
 
 
 def test_wide_tables_scroll_by_themselves_on_a_phone(phone, tmp_path):
-    rows = [row._replace(kind=row.kind and f"{row.kind}_contamination") for row in make_rows(True, 600)]
+    rows = [
+        row._replace(defect_type=row.defect_type and f"{row.defect_type}_contamination") for row in make_rows(True, 600)
+    ]
     rows.append(PageRow("good.png", 1000.0, "good"))
     show(phone, tmp_path, rows, 5.0)
     page = find(phone, "html")
@@ -300,7 +306,7 @@ def test_thumbnails_open_by_keyboard(browser, tmp_path):
 def test_nothing_is_fetched(browser, tmp_path):
     address = show(browser, tmp_path, make_rows(True))
     tab_to(browser, "#slider").send_keys(webdriver.Keys.ARROW_LEFT)
-    tab_to(browser, "#pictures th button").send_keys(webdriver.Keys.ENTER)
+    tab_to(browser, "#images th button").send_keys(webdriver.Keys.ENTER)
     tab_to(browser, ".thumb").send_keys(webdriver.Keys.ENTER)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
@@ -315,14 +321,14 @@ def test_a_long_table_is_cut(browser, tmp_path):
     assert find(browser, "#left-out").text.startswith("This table shows the first 2000 images")
     assert round(bars(browser).sum()) == 2100
     tab_to(browser, "#slider").send_keys(webdriver.Keys.HOME)
-    assert find(browser, "#counts").text.startswith("2100 of 2100 called defective")
+    assert find(browser, "#counts").text.startswith("2100 of 2100 flagged as defective")
     press(browser, webdriver.Keys.PAGE_UP * 4)
     limit = float(find(browser, "#number").get_property("value"))
     names = sorted(row.name for row in rows)
     decisions = {row.name: "defective" if row.score > limit else "normal" for row in rows}
     for expected in (names[:2000], names[:-2001:-1]):
-        find(browser, "#pictures th button").send_keys(webdriver.Keys.ENTER)
-        assert [(row[1], row[-1]) for row in cells(browser, "#pictures")] == [(n, decisions[n]) for n in expected]
+        find(browser, "#images th button").send_keys(webdriver.Keys.ENTER)
+        assert [(row[1], row[-1]) for row in cells(browser, "#images")] == [(n, decisions[n]) for n in expected]
 
 
 @pytest.fixture
@@ -337,7 +343,10 @@ def full_page() -> Page:
     known.append(Reference("d.png", "known defect", 19.0))
     known.append(Reference("e.png", "known defect", 11.0, decision="unusual", reason="turned"))
     known.append(Reference("f.png", "known defect", 13.5))
-    facts, table = [("Date", "today"), ("Detector", "a.regad")], Table("Metrics", ["metric", "mean"], [["AP", "98.1"]])
+    facts, table = (
+        [("Date", "today"), ("Detector", "a.regad")],
+        PageTable("Metrics", ["metric", "mean"], [["AP", "98.1"]]),
+    )
     return Page("a", 16.0, rows, facts, ["c.png decides the threshold."], (), known, [table], 12.5, (6.0, 18.0))
 
 
@@ -376,40 +385,40 @@ def test_unusual_images_do_not_move_with_the_threshold(full_page, browser, tmp_p
     for key in (webdriver.Keys.HOME, webdriver.Keys.END):
         slider.send_keys(key)
         limit = float(slider.get_property("value"))
-        decisions = {row[1]: row[-1] for row in cells(browser, "#pictures")}
-        called = {row.name: "defective" if row.score > limit else "normal" for row in rows}
-        assert decisions == called | {rows[0].name: "unusual"}
+        decisions = {row[1]: row[-1] for row in cells(browser, "#images")}
+        flagged = {row.name: "defective" if row.score > limit else "normal" for row in rows}
+        assert decisions == flagged | {rows[0].name: "unusual"}
         count = sum(decision == "defective" for decision in decisions.values())
         hits = 1 + sum(score > limit for score in (19.0, 13.5))  # the unusual one is found at any threshold
         known = f"{hits} of 3 known defects found"
-        counts = f"{count} of {len(rows)} called defective; 1 unusual; 1 not scored; {known}"
+        counts = f"{count} of {len(rows)} flagged as defective; 1 unusual; 1 not scored; {known}"
         assert find(browser, "#counts").text == counts
         assert bars(browser, ".bar-unusual").sum() == 1 and bars(browser, ".bar-defective").sum() == count
 
 
 def test_filters_by_keyboard(full_page, browser, tmp_path):
     show_page(browser, tmp_path, full_page)
-    decisions = [row[-1] for row in cells(browser, "#pictures")]
+    decisions = [row[-1] for row in cells(browser, "#images")]
     for name in ("unusual", "defective", "normal", "all"):
         find(browser, "#number").click()  # so that Tab starts before the filters
         button = tab_to(browser, f"[data-filter='{name}']")
         press(browser, webdriver.Keys.SPACE)
         count = len(decisions) if name == "all" else decisions.count(name)
         assert button.text == f"{name} {count}" and button.get_attribute("aria-pressed") == "true"
-        shown = [row[-1] for row in cells(browser, "#pictures")]
+        shown = [row[-1] for row in cells(browser, "#images")]
         assert len(shown) == count and (name == "all" or set(shown) == {name})
     tab_to(browser, "[data-filter='defective']")
     press(browser, webdriver.Keys.SPACE)
     find(browser, "#slider").send_keys(webdriver.Keys.HOME)  # the table follows the threshold
-    assert [row[-1] for row in cells(browser, "#pictures")] == ["defective"] * (len(decisions) - 1)
+    assert [row[-1] for row in cells(browser, "#images")] == ["defective"] * (len(decisions) - 1)
 
 
 def test_walk_through_the_images_by_keyboard(full_page, browser, tmp_path):
     """Arrow keys between rows and between enlarged images; Escape returns to the row that was shown last."""
     show_page(browser, tmp_path, full_page)
     keys, rows = webdriver.Keys, full_page.rows
-    buttons = browser.find_elements("css selector", "#pictures .thumb")
-    tab_to(browser, "#pictures .thumb")
+    buttons = browser.find_elements("css selector", "#images .thumb")
+    tab_to(browser, "#images .thumb")
     for key, row in ((keys.DOWN, 1), (keys.END, len(buttons) - 1), (keys.HOME, 0), (keys.DOWN, 1), (keys.UP, 0)):
         press(browser, key)
         assert browser.switch_to.active_element == buttons[row]
@@ -429,7 +438,7 @@ def test_walk_through_the_images_by_keyboard(full_page, browser, tmp_path):
     assert not find(browser, "dialog").is_displayed() and browser.switch_to.active_element == buttons[2]
     tab_to_previous = webdriver.ActionChains(browser).key_down(keys.SHIFT).send_keys(keys.TAB).key_up(keys.SHIFT)
     tab_to_previous.perform()
-    assert browser.switch_to.active_element == find(browser, "#pictures th[data-key=score] button")
+    assert browser.switch_to.active_element == find(browser, "#images th[data-key=score] button")
     find(browser, "#number").click()
     first = tab_to(browser, "#references .thumb")
     press(browser, keys.ENTER)
@@ -443,7 +452,7 @@ def test_a_row_that_is_cut_off_is_left_out(full_page, browser, tmp_path):
     whole = (tmp_path / "page.html").read_text()
     (tmp_path / "page.html").write_text(whole[: whole.index("broken.png") - 30])  # in the middle of the last row
     browser.get((tmp_path / "page.html").as_uri())
-    assert len(cells(browser, "#pictures")) == 12 and not find(browser, "#failed-part").is_displayed()
+    assert len(cells(browser, "#images")) == 12 and not find(browser, "#failed-part").is_displayed()
 
 
 def test_a_full_page_fits_on_a_phone(full_page, phone, tmp_path):
@@ -457,10 +466,10 @@ ODD_TABLES = {
     "empty": ([], 3.0),
     "empty, no threshold": ([], None),
     "one": (ONE, 16.0),
-    "one, no threshold": ([ONE[0]._replace(kind=None)], None),
+    "one, no threshold": ([ONE[0]._replace(defect_type=None)], None),
     "equal": ([row._replace(score=5.0) for row in make_rows(True)], 5.0),
-    "only good": ([row._replace(kind="good") for row in make_rows(True)], 16.0),
-    "only defects": ([row._replace(kind="rust") for row in make_rows(True)], 16.0),
+    "only good": ([row._replace(defect_type="good") for row in make_rows(True)], 16.0),
+    "only defects": ([row._replace(defect_type="rust") for row in make_rows(True)], 16.0),
     "no threshold": (make_rows(True), None),
     "no images": ([row._replace(preview=NO_PREVIEW) for row in make_rows(False)], 16.0),
     "far threshold": (make_rows(True), -1e6),
@@ -482,19 +491,21 @@ def check_labels(browser) -> None:
 def test_odd_tables(case, browser, tmp_path):
     rows, threshold = ODD_TABLES[case]
     show(browser, tmp_path, rows, threshold)
-    assert len(cells(browser, "#pictures")) == len(rows) == round(bars(browser).sum())
-    goods = sum(row.kind in ("good", None) for row in rows)
+    assert len(cells(browser, "#images")) == len(rows) == round(bars(browser).sum())
+    goods = sum(row.defect_type in ("good", None) for row in rows)
     assert find(browser, "#roc-part").is_displayed() == (0 < goods < len(rows))
     if threshold is None:
-        assert {row[-1] for row in cells(browser, "#pictures")} | {row[3] for row in cells(browser, "#kinds")} <= {""}
+        assert {row[-1] for row in cells(browser, "#images")} | {row[3] for row in cells(browser, "#defect-types")} <= {
+            ""
+        }
         assert find(browser, "#counts").text.startswith("no threshold: ")
     slider = find(browser, "#slider")
     for key in (webdriver.Keys.HOME, webdriver.Keys.END, webdriver.Keys.ARROW_LEFT):
         slider.send_keys(key)
         limit = float(slider.get_property("value"))
-        decisions = {row[1]: row[-1] for row in cells(browser, "#pictures")}
+        decisions = {row[1]: row[-1] for row in cells(browser, "#images")}
         assert decisions == {row.name: "defective" if row.score > limit else "normal" for row in rows}
-    assert len({row[-2] for row in cells(browser, "#pictures")}) == len({row.score for row in rows})
+    assert len({row[-2] for row in cells(browser, "#images")}) == len({row.score for row in rows})
     check_labels(browser)
     drawn = "return [...document.querySelectorAll('svg *')].filter(e => e.outerHTML.match(/NaN|Infinity/)).length"
     assert browser.execute_script(drawn) == 0 and browser.get_log("browser") == []

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 from jinja2 import UndefinedError
 
-from reports.page import Page, PageRow, Preview, append_rows, write_page
+from reports.page import Page, PageRow, Preview, write_page
 from reports.render import get_template
 
 
@@ -39,23 +39,12 @@ def test_style_and_script_are_inlined(tmp_path):
 def test_no_name_ends_a_script_element(tmp_path):
     names = ["</script><script>alert(1)</script>", "<!--", "'\"&", "\udcff.png"]
     rows = [PageRow(name, 0.1 + number, "good", error=name) for number, name in enumerate(names)]
-    write_page(tmp_path / "page.html", Page("\udcff", 1e-9, rows[:2], warnings=names, notes=names))
-    append_rows(tmp_path / "page.html", rows[2:])
+    write_page(tmp_path / "page.html", Page("\udcff", 1e-9, rows, warnings=names, notes=names))
     page = (tmp_path / "page.html").read_text()
     assert page.count("<script") == page.count("</script>") == 2 + len(rows) and "<!--" not in page
     assert read_data(page)["threshold"] == 1e-9
     shown = [{key: row[key] for key in ("name", "score", "error")} for row in read_rows(page)]
     assert shown == [{"name": row.name, "score": row.score, "error": row.error} for row in rows]
-
-
-def test_appended_rows_are_those_of_a_whole_page(tmp_path):
-    preview = Preview("data:a", [("input", "data:b")])
-    rows = [PageRow("a.png", 1.0, "good", preview, "unusual", None, [(1, 2, 3, 4, 5, 6.5)]), PageRow("b.png", None)]
-    write_page(tmp_path / "whole.html", Page("a", rows=rows))
-    write_page(tmp_path / "grown.html", Page("a"))
-    for row in rows:
-        append_rows(tmp_path / "grown.html", [row])
-    assert (tmp_path / "grown.html").read_text() == (tmp_path / "whole.html").read_text()
 
 
 @pytest.mark.parametrize(("score", "threshold"), [(float("nan"), 1.0), (1.0, float("inf"))])
