@@ -1,4 +1,4 @@
-"""Runs the grid on a real Slurm of one node, kills its driver, resumes, and compares with the local engine.
+"""Makes a table on a real Slurm of one node, kills its driver, resumes, and compares with the local engine.
 
 python -m benchmarks.slurm_one_node      as root; needs Debian's slurm-wlm and munge, and requirements-cluster.txt
 
@@ -46,8 +46,8 @@ NodeName={host} CPUs={cores} State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 DATA_SIZE = 64  # pixels
-GRID = ("--shots", "1", "--epochs", "2", "--inferences", "2", "--weights", "none", "--img_size", str(DATA_SIZE))
-GRID += ("--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--data_type", "folder", "--jobs", "2")
+TABLE = ("--shots", "1", "--epochs", "2", "--inferences", "2", "--weights", "none", "--img_size", str(DATA_SIZE))
+TABLE += ("--batch_size", "4", "--num_workers", "0", "--device", "cpu", "--data_type", "folder", "--jobs", "2")
 PATIENCE = 600  # seconds to wait for the second driver
 
 
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the grid on both engines, prints the observations and writes a JSON file."""
+    """Makes the table on both engines, prints the observations and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
     require_writable(args.output, "--output", folder=True)
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_on_slurm(folder: Path) -> dict:
-    """Runs the grid with a driver that is killed and a second one that finishes; returns the observations."""
+    """Makes the table with a driver that is killed and a second one that finishes; returns the observations."""
     begin, driver = time.monotonic(), _start(folder, "slurm")
     _wait_for(lambda: " R " in _output("squeue"))
     driver.kill()
@@ -96,9 +96,9 @@ def _run_on_slurm(folder: Path) -> dict:
 
 
 def _start(folder: Path, engine: str, capture: bool = False) -> subprocess.Popen:
-    command = [sys.executable, str(PROJECT_ROOT / "reproduce.py"), *GRID, "--engine", engine]
+    command = [sys.executable, str(PROJECT_ROOT / "reproduce.py"), *TABLE, "--engine", engine]
     command += ["--data_path", str(folder / "data"), "--cache_dir", str(folder / "cache")]
-    command += ["--output", str(folder / engine), "--slurm_gpus", "0", "--slurm_cpus", "1", "--slurm_minutes", "30"]
+    command += ["--output", str(folder / engine), "--slurm", "gpus=0", "cpus=1", "minutes=30"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE if capture else None)
 

@@ -1,4 +1,4 @@
-"""The engines that run cells: processes on this machine, or a cluster through submitit."""
+"""The engines that execute runs: processes on this machine, or a cluster through submitit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from experiments.runs import BUSY, Cell, Report, is_finished, log_file, run_cell
+from experiments.config import SLURM_NUMBERS
+from experiments.runs import BUSY, Report, Run, execute, is_finished, log_file
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, whole_file
+from utils.fingerprint import FileDigests
 
 if TYPE_CHECKING:
     import submitit
@@ -46,28 +48,33 @@ def job_environment(cores: int, gpu: str | None) -> dict[str, str]:
 
 
 def run_local(
-    output: Path, cells: Sequence[Cell], jobs: int, gpus: Sequence[str], report: Report, alone: bool = False
+    output: Path,
+    runs: Sequence[Run],
+    jobs: int,
+    gpus: Sequence[str],
+    report: Report,
+    digests: FileDigests | None = None,
 ) -> None:
-    """Runs the cells, `jobs` at a time. Each has its share of the cores, and its own GPU if there are enough.
+    """Executes the runs, `jobs` at a time. Each has its share of the cores, and its own GPU if there are enough.
 
-    Cells that another driver runs are waited for at the end. `alone`: no other driver has these cells, see `run_cell`.
+    Runs of another driver are waited for at the end. digests: known digests of data files.
     """
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for number in range(jobs):
         slots.put(job_environment(cores_per_job(jobs), gpus[number % len(gpus)] if gpus else None))
 
-    def run(cell: Cell, wait: bool) -> str | None:
+    def execute_in_slot(run: Run, wait: bool) -> str | None:
         environment = slots.get()
         try:
-            return run_cell(output, cell, environment, wait, alone)
+            return execute(output, run, environment, wait, digests)
         finally:
             slots.put(environment)
 
     busy = []
     with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a process
         try:
-            for wait, now in ((False, cells), (True, busy)):
-                running = {pool.submit(run, cell, wait): cell for cell in now}
+            for wait, now in ((False, runs), (True, busy)):
+                running = {pool.submit(execute_in_slot, run, wait): run for run in now}
                 for future in as_completed(running):
                     if future.result() == BUSY:
                         print(f"{running[future].name}: {BUSY}; waiting for it at the end", flush=True)
@@ -80,27 +87,36 @@ def run_local(
 
 
 class Cluster(NamedTuple):
-    """The resources requested from the cluster. `name` is submitit's: `slurm`, or `local` for tests on this machine.
+    """What is requested from the cluster. `name` is submitit's: `slurm`, or `local` for tests on this machine.
 
-    options: further parameters of submitit, such as `account`; None where the cluster's default is taken.
+    texts: further parameters of submitit, such as `account`. setup: shell lines that a job runs first, as they are.
     """
 
     name: str
     minutes: int
     gpus: int
     cpus: int
-    requeues: int
-    options: Mapping[str, str | list[str] | None] = MappingProxyType({})
+    requeue: int
+    texts: Mapping[str, str] = MappingProxyType({})
+    setup: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, options: Sequence[str]) -> Cluster:
+        """The cluster of the values of --slurm, see experiments.config.slurm_option."""
+        pairs = [option.split("=", 1) for option in options]
+        numbers = {**SLURM_NUMBERS, **{key: int(value) for key, value in pairs if key in SLURM_NUMBERS}}
+        texts = {key: value for key, value in pairs if key not in SLURM_NUMBERS and key != "setup"}
+        return cls(name, **numbers, texts=texts, setup=tuple(value for key, value in pairs if key == "setup"))
 
 
 class _OnNode:
-    """A cell as submitit pickles it. A job that exceeds its time limit is queued again and resumes."""
+    """A run as submitit pickles it. A job that exceeds its time limit is queued again and resumes."""
 
-    def __init__(self, output: Path, cell: Cell, alone: bool) -> None:
-        self.output, self.cell, self.alone = output, cell, alone
+    def __init__(self, output: Path, run: Run) -> None:
+        self.output, self.run = output, run
 
     def __call__(self) -> str | None:
-        return run_cell(self.output, self.cell, {}, alone=self.alone)
+        return execute(self.output, self.run, {})
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         from submitit.helpers import DelayedSubmission
@@ -108,37 +124,35 @@ class _OnNode:
         return DelayedSubmission(self)
 
 
-def run_on_cluster(
-    output: Path, cells: Sequence[Cell], jobs: int, cluster: Cluster, report: Report, alone: bool = False
-) -> None:
-    """Submits the cells as one job array with at most `jobs` running, and waits for them.
+def run_on_cluster(output: Path, runs: Sequence[Run], jobs: int, cluster: Cluster, report: Report) -> None:
+    """Submits the runs as one job array with at most `jobs` at a time, and waits for them.
 
-    Cells that are still in the queue from an earlier call are not submitted again. `alone`: as for `run_local`.
+    Runs that are still in the queue from an earlier call are not submitted again.
 
     Raises:
         UserError: submitit or the cluster's commands are missing.
     """
     executor = _executor(output, jobs, cluster)
     queued = _queued_ids() if cluster.name == "slurm" else set()
-    waiting = {cell: kept for cell in cells if (kept := _read_id(output, cell)) in queued}
-    fresh = [cell for cell in cells if cell not in waiting]
-    submitted = executor.submit_array([_OnNode(output, cell, alone) for cell in fresh]) if fresh else []
-    for cell, job in zip(fresh, submitted, strict=True):
-        with whole_file(_id_file(output, cell)) as aside:
-            aside.write_text(job.job_id)
-        waiting[cell] = job.job_id
+    waiting = {run: kept for run in runs if (kept := _read_id(output, run)) in queued}
+    fresh = [run for run in runs if run not in waiting]
+    submitted = executor.submit_array([_OnNode(output, run) for run in fresh]) if fresh else []
     handles = dict(zip(fresh, submitted, strict=True))
+    for run, job in handles.items():
+        with whole_file(_id_file(output, run)) as aside:
+            aside.write_text(job.job_id)
+        waiting[run] = job.job_id
     print(f"{len(fresh)} submitted, {len(waiting) - len(fresh)} in the queue from before", flush=True)
     while waiting:
         time.sleep(POLL_SECONDS if cluster.name == "slurm" else 1)
         queued = (
             _queued_ids()
             if cluster.name == "slurm"
-            else {handles[cell].job_id for cell in waiting if not handles[cell].done()}
+            else {handles[run].job_id for run in waiting if not handles[run].done()}
         )
-        for cell in [cell for cell, job_id in waiting.items() if job_id not in queued]:
-            job_id = waiting.pop(cell)
-            report(cell, None if is_finished(output, cell) else _what_happened(output, cell, job_id))
+        for run in [run for run, job_id in waiting.items() if job_id not in queued]:
+            job_id = waiting.pop(run)
+            report(run, None if is_finished(run, FileDigests()) else _what_happened(output, run, job_id))
 
 
 def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecutor:
@@ -149,7 +163,7 @@ def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecuto
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # jobs import this module from any folder
     try:
-        executor = submitit.AutoExecutor(output / "slurm", cluster=cluster.name, slurm_max_num_timeout=cluster.requeues)
+        executor = submitit.AutoExecutor(output / "slurm", cluster=cluster.name, slurm_max_num_timeout=cluster.requeue)
     except RuntimeError as error:
         raise UserError(
             f"no Slurm on this machine ({error}); submit from a login node, or use --engine local"
@@ -160,7 +174,8 @@ def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecuto
         cpus_per_task=cluster.cpus,
         slurm_array_parallelism=jobs,
         **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
-        **{f"slurm_{name}": value for name, value in cluster.options.items() if value},
+        **{f"slurm_{name}": value for name, value in cluster.texts.items()},
+        **({"slurm_setup": list(cluster.setup)} if cluster.setup else {}),
     )
     return executor
 
@@ -176,14 +191,14 @@ def _queued_ids() -> set[str]:
     raise UserError(f"squeue fails ({done.stderr.strip()}); the jobs continue, run the same command again later")
 
 
-def _id_file(output: Path, cell: Cell) -> Path:
-    return output / "jobs" / f"{cell.name}.slurm"
+def _id_file(output: Path, run: Run) -> Path:
+    return output / "jobs" / f"{run.name}.slurm"
 
 
-def _read_id(output: Path, cell: Cell) -> str | None:
-    file = _id_file(output, cell)
+def _read_id(output: Path, run: Run) -> str | None:
+    file = _id_file(output, run)
     return file.read_text() if file.is_file() else None
 
 
-def _what_happened(output: Path, cell: Cell, job_id: str) -> str:
-    return f"job {job_id} left it unfinished ({log_file(output, cell)}, and {output / 'slurm'} for the job's own log)"
+def _what_happened(output: Path, run: Run, job_id: str) -> str:
+    return f"job {job_id} left it unfinished ({log_file(output, run)}, and {output / 'slurm'} for the job's own log)"

@@ -1,13 +1,12 @@
-"""An estimate of the duration of a grid, from a measurement of a few seconds in a process of its own.
+"""An estimate of the duration of a table, from a measurement of a few seconds in a process of its own.
 
 python -m experiments.estimate --device cuda --batch_size 32      prints the measured seconds per image as JSON
 
-The process ends before the first cell begins, so that the driver of a grid holds no CUDA context.
+The process ends before the first run begins, so that the driver holds no CUDA context.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -19,11 +18,13 @@ from typing import NamedTuple
 import torch
 
 from evaluation.scoring import SCORING_BATCH
-from models.networks import scoring_network
+from experiments.config import ExperimentConfig
+from models.networks import resolve_img_size, scoring_network
 from models.regad import RegAD
-from models.stn import BACKBONES, RELEASE_BACKBONE, fuse_conv_bn
+from models.stn import BACKBONES, fuse_conv_bn
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer
+from utils.config import Parser
 from utils.devices import command_device
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT
@@ -41,15 +42,16 @@ class Speed(NamedTuple):
     network: float
 
 
-def measure(settings: argparse.Namespace) -> Speed:
+def measure(config: ExperimentConfig) -> Speed:
     """Times training steps and passes of the scoring network on the device, after one of each to warm up."""
-    device = command_device(settings.device)
-    queries, scored, passes = _batches(device, settings.batch_size)
-    images = torch.rand(queries, 3, settings.img_size, settings.img_size, device=device)
+    device = command_device(config.device)
+    queries, scored, passes = _batches(device, config.batch_size)
+    size = resolve_img_size(config.backbone, config.img_size)
+    images = torch.rand(queries, 3, size, size, device=device)
     batch = images[:1].expand(scored, -1, -1, -1).contiguous()
-    network = scoring_network(settings.backbone, settings.stn_mode, settings.img_size, None, "none")
+    network = scoring_network(config.backbone, config.stn_mode, size, None, "none")
     network = fuse_conv_bn(network.to(device))
-    step = _training_step(settings, images) if settings.backbone in BACKBONES else lambda: None
+    step = _training_step(config, images) if config.backbone in BACKBONES else lambda: None
     clock = StageClock(device)
     for repeats in (1, passes):
         clock.seconds.clear()
@@ -73,23 +75,24 @@ def _batches(device: torch.device, batch_size: int) -> tuple[int, int, int]:
     return batch_size, SCORING_BATCH[device.type], CUDA_PASSES
 
 
-def _training_step(settings: argparse.Namespace, images: torch.Tensor) -> Callable[[], None]:
+def _training_step(config: ExperimentConfig, images: torch.Tensor) -> Callable[[], None]:
     """A training step with one support image per query: 2 B images pass through the network."""
-    model = RegAD(settings.stn_mode, settings.img_size, settings.backbone).to(images.device)
-    trainer = Trainer(model, 0.0, 0.9, bf16=settings.amp == "bf16")
+    model = RegAD(config.stn_mode, images.shape[-1], config.backbone).to(images.device)
+    trainer = Trainer(model, 0.0, 0.9, bf16=config.amp == "bf16")
     trainer.model.train()
     return lambda: trainer.step(images, images[:, None], StageClock(images.device))
 
 
-def measure_apart(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Speed | None:
-    """`measure` in a process of its own, for the arguments of reproduce.py; None where it fails, with a printed line.
+def measure_in_process(config: ExperimentConfig, environment: Mapping[str, str]) -> Speed | None:
+    """`measure` in a process of its own; None where it fails, with a printed line.
 
     Raises:
-        UserError: the measurement cannot be made because of an argument, such as a device that does not exist.
+        UserError: the measurement cannot be made because of a setting, such as a device that does not exist.
     """
     command = [sys.executable, "-m", "experiments.estimate"]
     for name in ("device", "stn_mode", "img_size", "backbone", "batch_size", "amp"):
-        command += [f"--{name}", str(getattr(arguments, name))]
+        if (value := getattr(config, name)) is not None:
+            command += [f"--{name}", str(value)]
     environment = {**os.environ, **environment}
     done = subprocess.run(
         command,
@@ -127,21 +130,10 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of experiments.estimate."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.estimate", description="Measure seconds per image.")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--stn_mode", default="rotation_scale")
-    parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--backbone", default=RELEASE_BACKBONE)
-    parser.add_argument("--batch_size", type=int, default=32, help="queries of a training step, on CUDA")
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the measured speed as one line of JSON."""
-    print(json.dumps(measure(get_args_parser().parse_args(argv))._asdict()))
+    config = Parser(ExperimentConfig, "Measures seconds per image.").parse_config(argv)
+    print(json.dumps(measure(config)._asdict()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ round_<number>.npz per round, as `test.py --save_maps` writes them: `names` (B,)
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,68 +17,75 @@ from datasets.images import read_batches
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
-from evaluation.per_image import ROUND, image_name, read_scores
+from evaluation.per_image import image_name, read_scores
 from evaluation.round_metrics import IMAGE_METRICS, GroundTruth, RoundMetrics
 from evaluation.run import difference, digest_items, support_record
 from evaluation.statistics import defect_type_summaries, format_summaries, summaries
+from experiments.config import ExperimentConfig
+from models.networks import resolve_img_size
 from scorers.registry import SAFE_NAME, TAKEN_NAMES
 from utils.errors import UserError
-from utils.files import digest, sha256, write_json
-from utils.fingerprint import FileDigests, fingerprint
-from utils.naming import round_maps
-from utils.records import plain_arguments
+from utils.files import write_json
+from utils.fingerprint import FileDigests, digest, fingerprint
+from utils.naming import ROUND, round_maps
 
-KEPT_ARGUMENTS = ("obj", "shot", "data_type", "data_path", "inferences", "support_path", "import_scores", "maps")
+KEPT_SETTINGS = ("obj", "shot", "data_type", "data_path", "inferences", "support_path", "import_scores", "maps", "name")
 
 
-def import_record(args: argparse.Namespace) -> Path:
+def import_record(config: ExperimentConfig) -> Path:
     """Makes the record that the arguments of reproduce.py ask for, prints its metrics and returns its file.
 
     Raises:
         UserError: a name that cannot be one, wrong scores or maps, data or a support set that cannot be read, or
             without --overwrite an existing record that was made of something else.
     """
-    if not SAFE_NAME.fullmatch(args.name or "") or args.name in TAKEN_NAMES:
+    if not SAFE_NAME.fullmatch(config.name or "") or config.name in TAKEN_NAMES:
         raise UserError(
             f"--import needs --name, of letters, digits, - and _, other than {', '.join(sorted(TAKEN_NAMES))}"
         )
-    if not args.obj or not args.shot:
+    if not config.obj or not config.shot:
         raise UserError("--import needs the category and the number of support images: --obj and --shot")
-    folder = category_folder(args.data_path, args.data_type, args.obj)
+    folder = category_folder(config.data_path, config.data_type, config.obj)
     items = list_test_items(folder, need_both=False)
-    scores = read_scores(args.import_scores, items, args.inferences)
-    support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
-    path = args.output / f"{args.obj}_{args.shot}_{args.kind}_{args.name}.json"
-    depends = fingerprint({}, _inputs(args, items, support))
-    if not args.overwrite and (replaced := difference(path, depends)):
+    scores = read_scores(config.import_scores, items, config.inferences)
+    size = resolve_img_size(config.backbone, config.img_size)
+    support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, size)
+    path = config.output / f"{config.obj}_{config.shot}_{config.kind}_{config.name}.json"
+    known = _fingerprint(config, items, support)
+    if not config.overwrite and (replaced := difference(path, known)):
         raise UserError(f"{replaced}; give another --name or --output to keep it, or --overwrite to replace it")
-    metrics = _metrics(args, items, scores)
+    plain = config.plain()
     record = {
-        "arguments": {name: plain_arguments(args)[name] for name in KEPT_ARGUMENTS} | {"scorer": args.name},
+        "command": "reproduce.py",
+        "config": {name: plain[name] for name in KEPT_SETTINGS} | {"scorer": config.name},
+        "fingerprint": known,
         **{"commit": None, "device": "not given", "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
-        **{"weights": args.kind, "epoch": None, "checkpoint": None, "scorer": args.name},
-        "imported": {"path": str(args.import_scores), "sha256": depends["inputs"]["scores"]},
-        "fingerprint": depends,
+        **{"weights": config.kind, "epoch": None, "checkpoint": None, "scorer": config.name},
+        "external": {"path": str(config.import_scores), "sha256": known["inputs"]["scores"]},
         "support_set": support_record(support),
-        "test_pictures": len(items),
-        **metrics,
+        "test_images": len(items),
+        **_metrics(config, items, scores),
     }
     write_json(path, record)
     _print(record, path)
     return path
 
 
-def _inputs(args: argparse.Namespace, items: Sequence[LabelledImage], support: SupportRounds) -> dict[str, str]:
-    """What the record depends on, by content and not by path, as the records of test.py."""
+def _fingerprint(config: ExperimentConfig, items: Sequence[LabelledImage], support: SupportRounds) -> dict:
+    """What the record depends on, by content and not by path."""
+    digests = FileDigests()
     maps = [
-        path for number in range(args.inferences) if args.maps and (path := round_maps(args.maps, number)).is_file()
+        path
+        for number in range(config.inferences)
+        if config.maps and (path := round_maps(config.maps, number)).is_file()
     ]
-    return {
-        "scores": sha256(args.import_scores),
-        "maps": digest([sha256(path) for path in maps if path.is_file()]),
-        "support_images": digest([support.names, support.file and sha256(support.file)]),
-        "test_images": digest_items(items, FileDigests()),
+    inputs = {
+        "scores": digests.of([config.import_scores])[0],
+        "maps": digest(digests.of(maps)),
+        "support_images": digest([support.names, support.file and digests.of([support.file])]),
+        "test_images": digest_items(items, digests),
     }
+    return fingerprint({}, inputs)
 
 
 def _print(record: dict, path: Path) -> None:
@@ -91,19 +97,19 @@ def _print(record: dict, path: Path) -> None:
     print(f"record: {path}")
 
 
-def _metrics(args: argparse.Namespace, items: Sequence[LabelledImage], scores: np.ndarray) -> dict:
+def _metrics(config: ExperimentConfig, items: Sequence[LabelledImage], scores: np.ndarray) -> dict:
     """The entries of the record that say how good the scores (rounds, B) are, as in those of test.py."""
     labels, defect_types = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
     truth, names = GroundTruth(labels, None, None, defect_types), IMAGE_METRICS
-    if args.maps:
-        size = _read_maps(round_maps(args.maps, 0), items).shape[-1]
-        truth, names = GroundTruth(labels, *_masks(items, size, args.num_workers), defect_types), tuple(METRIC_NAMES)
+    if config.maps:
+        size = _read_maps(round_maps(config.maps, 0), items).shape[-1]
+        truth, names = GroundTruth(labels, *_masks(items, size, config.num_workers), defect_types), tuple(METRIC_NAMES)
     metrics = RoundMetrics(truth, torch.device("cpu"), names)
     found = []
     for number, of_round in enumerate(scores):
-        maps = _read_maps(round_maps(args.maps, number), items) if args.maps else None
+        maps = _read_maps(round_maps(config.maps, number), items) if config.maps else None
         if maps is not None and maps.shape[-1] != size:
-            raise UserError(f"{args.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
+            raise UserError(f"{config.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
         found.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
     rounds, by_defect_type = zip(*found, strict=True)
     reasons, type_reasons = truth.reasons()

@@ -105,6 +105,8 @@ def _read_record(path: Path) -> dict:
             f"{path} is not a record (experiments/record.schema.json, docs/extend.md): "
             f"{'; '.join(problems[:SHOWN_PROBLEMS])}{more}. Correct it, or remove it from {path.parent}"
         )
+    if isinstance(shots := record["config"]["shot"], list):
+        (record["config"]["shot"],) = shots
     return record
 
 

@@ -1,229 +1,231 @@
-"""The cells of a results table. A run of a cell may be killed at any time and is resumed by the next one.
+"""The runs of a table. A run may be killed at any time and is continued by the next driver.
 
-A cell is a sequence of commands, usually train.py and test.py. Its files in the results folder, beside the records:
-jobs/<name>.started, .done     JSON stamps: the key of the cell that was started or finished
-jobs/<name>.lock               locked (flock) by the process that runs the cell, and by its commands
+A run is a training, where there is one, and the scorings of its weights. It is finished when its records have the
+fingerprints that are computed now. Its files in the results folder, next to the records:
+jobs/<name>.train.json, ...    the configuration of each command, for its --config, with the fingerprint of a training
+jobs/<name>.lock               locked by the driver that executes the run
 logs/<name>.log                the output of the commands
 
-Locks keep two commands from running one cell. Where there are none (Windows, some network file systems), commands must
-share no cell: --shard gives each its own, and a cell's commands end with the command that started them.
+train.py and test.py lock their own files. The command of a killed driver goes on, and the next driver waits for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.errors import UserError
-from utils.files import PROJECT_ROOT, sha256, write_json
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from datasets.mvtec import category_folder, list_test_items
+from evaluation.config import ScoringConfig
+from evaluation.run import make_plan
+from training.config import TrainingConfig
+from training.run import checkpoint_files, read_inputs
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT, temporary_name, write_json
+from utils.fingerprint import FileDigests
+from utils.naming import lock_file
 
 BUSY = "another process works on it"
 
 
-class Cell(NamedTuple):
-    """One unit of work, for one category and some shots."""
+class Scoring(NamedTuple):
+    """A test.py of one kind of weights, a key of experiments.results.WEIGHTS, and the records that it writes."""
+
+    weights: str
+    config: ScoringConfig
+    records: tuple[Path, ...]
+
+
+class Run(NamedTuple):
+    """One category and some shots: a training, None where nothing is trained, and the scorings of its weights."""
 
     name: str
-    category: str
-    shots: tuple[int, ...]
-    commands: tuple[tuple[str, ...], ...]  # each a script of the project and its arguments
-    key: str  # a digest of everything that the numbers depend on: arguments, data, code
-    trained: Path | None  # the folder that train.py writes to; None where nothing is trained
-    records: tuple[str, ...]  # names of the files that a finished cell leaves in the results folder
-    weights: tuple[str, ...] = ()  # the kinds of weights that are scored, keys of experiments.results.WEIGHTS
-    training: str = ""  # a digest of what the weights depend on; the same weights may be scored in other ways
+    training: TrainingConfig | None
+    scorings: tuple[Scoring, ...]
+
+    @property
+    def records(self) -> list[Path]:
+        """The records of the finished run."""
+        return [record for scoring in self.scorings for record in scoring.records]
 
 
-Report = Callable[[Cell, str | None], None]  # called with each cell that has ended and the answer of `run_cell`
+Report = Callable[[Run, str | None], None]  # called with each run that has ended and the answer of `execute`
 
 
-class Fingerprints:
-    """The SHA-256 of files; each file is read once."""
-
-    def __init__(self) -> None:
-        self.known: dict[Path, str] = {}
-
-    def read(self, files: Sequence[Path]) -> None:
-        """Computes the hashes that are not known yet, several at a time."""
-        unknown = sorted(set(files) - set(self.known))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
-            self.known.update(zip(unknown, pool.map(sha256, unknown), strict=True))
-
-    def of(self, files: Sequence[Path]) -> list[tuple[str, str]]:
-        """(folder name/file name, SHA-256) of each file; independent of the path of the data."""
-        self.read(files)
-        return [(f"{file.parent.name}/{file.name}", self.known[file]) for file in files]
+def log_file(output: Path, run: Run) -> Path:
+    """The file with the output of a run's commands."""
+    return output / "logs" / f"{run.name}.log"
 
 
-def log_file(output: Path, cell: Cell) -> Path:
-    """The file with the output of a cell's commands."""
-    return output / "logs" / f"{cell.name}.log"
+def is_finished(run: Run, digests: FileDigests) -> bool:
+    """Whether all records of a run have the fingerprints of now. digests: known digests of data files.
 
-
-def is_finished(output: Path, cell: Cell) -> bool:
-    """Whether a cell with this key is finished and its records are unchanged since."""
-    stamp = _read_stamp(_job_file(output, cell, "done"))
-    if stamp.get("key") != cell.key:
+    Raises:
+        UserError: data or a support set cannot be used.
+    """
+    if run.training and not _is_trained(run.training, read_inputs(run.training, digests=digests).fingerprint):
         return False
-    return all((output / name).is_file() and sha256(output / name) == stamp["records"][name] for name in cell.records)
+    return not any(_outdated(scoring, digests) for scoring in run.scorings)
 
 
-def is_begun(output: Path, cell: Cell) -> bool:
-    """Whether a cell with this key was started before."""
-    return _read_stamp(_job_file(output, cell, "started")).get("key") == cell.key
+def is_begun(run: Run) -> bool:
+    """Whether there is the state of an interrupted training to resume from."""
+    return run.training is not None and checkpoint_files(run.training).state.is_file()
 
 
-def run_cell(
-    output: Path, cell: Cell, environment: Mapping[str, str], wait: bool = True, alone: bool = False
+def execute(
+    output: Path,
+    run: Run,
+    environment: Mapping[str, str],
+    wait: bool = True,
+    digests: FileDigests | None = None,
 ) -> str | None:
-    """Runs the commands of a cell unless it is finished. Returns None when it is finished, else a sentence on why not.
+    """Executes what is not finished of a run. Returns None when it is finished, else a sentence on why not.
 
-    With `wait`, another process that runs the cell is waited for; without, BUSY is returned. The commands inherit the
-    lock: while a command is still running after its driver was killed, no other driver starts the cell. `alone`: no
-    other driver has this cell, so that it also runs where locks fail; its commands then end with their driver.
+    With `wait`, another process that executes the run is waited for; without, BUSY is returned. digests: known digests
+    of data files.
     """
     try:
-        with _locked(_job_file(output, cell, "lock"), wait, alone) as lock:
-            return None if is_finished(output, cell) else _run_commands(output, cell, environment, lock)
-    except _Busy:
+        with _locked([output / "jobs" / f"{run.name}.lock"], wait):
+            with _locked(_locks_of_commands(run), wait):
+                pass  # the command of a killed driver has ended; no other driver starts one now
+            return _execute(output, run, environment, digests or FileDigests())
+    except Timeout:
         return BUSY
-    except OSError as error:  # no space, no permission, no locks: only this cell fails
-        return f"{error} ({log_file(output, cell)})"
+    except (OSError, NotImplementedError, UserError) as error:  # only this run fails
+        return f"{error} ({log_file(output, run)})"
 
 
 def require_locks(output: Path) -> None:
     """Raises UserError where files in `output` cannot be locked."""
+    file = output / "jobs" / temporary_name(Path("locks"))
     try:
-        with _locked(output / "jobs" / "locks.lock", wait=True, alone=False):
+        with _locked([file], wait=False):
             pass
-    except _NoLocksError as error:
+    except (OSError, NotImplementedError) as error:  # also Timeout: nobody else knows the name
         raise UserError(
-            f"{output} has no file locks ({error}), which keep two commands from running one cell: "
-            "give each command its own cells with --shard I/N, or --shard 0/1 if it is the only one"
+            f"files in {output} cannot be locked ({error}), which keeps two commands from executing one run; "
+            "give a folder of another file system"
         ) from error
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
-def _run_commands(output: Path, cell: Cell, environment: Mapping[str, str], lock: int | None) -> str | None:
-    _begin(output, cell)
-    log = log_file(output, cell)
-    for command in cell.commands:
-        code = _run(command, log, environment, lock)
-        if code:
-            return f"{command[0]} ended with code {code}: {_last_line(log)} ({log})"
-    records = {name: sha256(output / name) for name in cell.records}
-    write_json(_job_file(output, cell, "done"), {"key": cell.key, "commands": cell.commands, "records": records})
+def _execute(output: Path, run: Run, environment: Mapping[str, str], digests: FileDigests) -> str | None:
+    if run.training:
+        current = read_inputs(run.training, digests=digests).fingerprint
+        if not _is_trained(run.training, current):
+            _prepare_training(output, run, current)
+            file = _config_file(output, run, "train")
+            write_json(file, {"config": run.training.plain(), "fingerprint": current})
+            if failure := _command("train.py", file, log_file(output, run), environment):
+                return failure
+    outdated = {scoring: _outdated(scoring, digests) for scoring in run.scorings}
+    for record in itertools.chain(*outdated.values()):
+        record.unlink(missing_ok=True)  # else a table would show it if this run fails
+    for scoring in run.scorings:
+        if outdated[scoring]:
+            file = _config_file(output, run, scoring.weights)
+            write_json(file, {"config": scoring.config.plain()})
+            if failure := _command("test.py", file, log_file(output, run), environment):
+                return failure
     return None
 
 
-def _job_file(output: Path, cell: Cell, kind: str) -> Path:
-    return output / "jobs" / f"{cell.name}.{kind}"
+def _config_file(output: Path, run: Run, name: str) -> Path:
+    return output / "jobs" / f"{run.name}.{name}.json"
 
 
-def _read_stamp(file: Path) -> dict:
+def _locks_of_commands(run: Run) -> list[Path]:
+    """The files that the commands of a run lock, as far as they exist."""
+    written = run.records + ([checkpoint_files(run.training).state] if run.training else [])
+    return [lock for lock in map(lock_file, written) if lock.is_file()]
+
+
+def _read(file: Path) -> dict:
+    """A JSON file; empty if there is none or it is damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
-class _Busy(Exception):
-    """Another process holds the lock."""
+def _is_trained(config: TrainingConfig, current: dict) -> bool:
+    """Whether the training with the fingerprint `current` is finished, with all its files."""
+    files = checkpoint_files(config)
+    whole = files.selected.is_file() and files.last.is_file() and not files.state.is_file()
+    return whole and _read(files.record).get("fingerprint") == current
 
 
-class _NoLocksError(OSError):
-    """Files cannot be locked: not on this system, or not on this file system."""
+def _outdated(scoring: Scoring, digests: FileDigests) -> list[Path]:
+    """The records of a scoring that do not exist or do not have the fingerprints of now."""
+    config = scoring.config
+    items = list_test_items(category_folder(config.data_path, config.data_type, config.obj), need_both=False)
+    try:
+        current = {job.files.record: job.fingerprint for job in make_plan(config, items, digests).jobs}
+    except UserError:  # no checkpoint yet; where there is another reason, test.py gives it
+        return list(scoring.records)
+    return [file for file in scoring.records if file not in current or _read(file).get("fingerprint") != current[file]]
+
+
+def _prepare_training(output: Path, run: Run, current: dict) -> None:
+    """Removes the records and moves the weights aside that an earlier training with another fingerprint left."""
+    if _read(_config_file(output, run, "train")).get("fingerprint") == current:
+        return
+    for record in run.records:
+        record.unlink(missing_ok=True)
+    folder, number = checkpoint_files(run.training).state.parent, 1
+    if folder.is_dir():
+        while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+            number += 1
+        os.rename(folder, aside)
 
 
 @contextmanager
-def _locked(file: Path, wait: bool, alone: bool) -> Iterator[int | None]:
-    """Yields a locked open file; with `alone`, None where locks fail.
-
-    Raises:
-        _Busy: another process holds the lock and `wait` is False.
-        _NoLocksError: locks fail and `alone` is False.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        yield lock if _lock(lock, wait, alone) else None
-    finally:
-        os.close(lock)
+def _locked(files: Iterator[Path] | Sequence[Path], wait: bool) -> Iterator[None]:
+    """Holds the locks of all `files`. Raises filelock.Timeout if another process holds one and `wait` is False."""
+    with ExitStack() as stack:
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(file, timeout=-1 if wait else 0, mode=0o666))
+        yield
 
 
-def _lock(lock: int, wait: bool, alone: bool) -> bool:
-    """Whether the open file is locked now; raises as `_locked`."""
-    try:
-        if fcntl is None:
-            raise OSError("not on this system")
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
-        raise _Busy from error
-    except OSError as error:
-        if not alone:
-            raise _NoLocksError(error.strerror or str(error)) from error
-        return False
-    return True
-
-
-def _begin(output: Path, cell: Cell) -> None:
-    """Writes the stamp of a started cell.
-
-    If a cell of the same name and another key was started before, its records are removed. Its weights are moved aside,
-    unless they depend on the same.
-    """
-    if is_begun(output, cell):
-        return
-    before = _read_stamp(_job_file(output, cell, "started"))
-    outdated = _read_stamp(_job_file(output, cell, "done")).get("records", {})
-    for name in {*cell.records, *outdated}:
-        (output / name).unlink(missing_ok=True)  # else a table would show them if this cell fails
-    same_weights = bool(cell.training) and before.get("training") == cell.training
-    if cell.trained is not None and cell.trained.is_dir() and not same_weights:
-        number = 1
-        while (aside := cell.trained.with_name(f"{cell.trained.name}.old{number}")).exists():
-            number += 1
-        os.rename(cell.trained, aside)
-    stamp = {"key": cell.key, "training": cell.training, "commands": cell.commands}
-    write_json(_job_file(output, cell, "started"), stamp)
-
-
-def _run(command: Sequence[str], log: Path, environment: Mapping[str, str], lock: int | None) -> int:
-    """Runs a script of the project, appends its output to `log`, and returns the exit code.
-
-    lock: the open lock file, which the script inherits; None: the script ends when this process does.
-    """
+def _command(script: str, file: Path, log: Path, environment: Mapping[str, str]) -> str | None:
+    """Runs a command of the project with the configuration in `file`. Returns None, or why it failed."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    script, *arguments = command
-    leash = [] if lock is not None else [str(PROJECT_ROOT / "experiments" / "leash.py")]
     with open(log, "ab") as stream:
-        stream.write(f"\n$ python {shlex.join(command)}\n".encode())
+        stream.write(f"\n$ python {script} --config {file}\n".encode())
         stream.flush()
-        with subprocess.Popen(
-            [sys.executable, *leash, str(PROJECT_ROOT / script), *arguments],
-            stdin=subprocess.PIPE if leash else subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            pass_fds=() if lock is None else (lock,),
-        ) as process:  # the pipe stays open until the script has ended
-            try:
-                return process.wait()
-            except BaseException:  # Ctrl-C, or the end of a cluster's job
-                process.kill()
-                raise
+        code = _run([script, "--config", str(file)], stream, environment)
+    return f"{script} ended with code {code}: {_last_line(log)} ({log})" if code else None
+
+
+def _run(command: Sequence[str], stream: object, environment: Mapping[str, str]) -> int:
+    """The exit code of a script of the project, whose output goes to the file `stream`."""
+    script, *arguments = command
+    with subprocess.Popen(
+        [sys.executable, str(PROJECT_ROOT / script), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stream,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+    ) as process:
+        try:
+            return process.wait()
+        except BaseException:  # Ctrl-C, or the end of a cluster's job
+            process.kill()
+            raise
 
 
 def _last_line(log: Path) -> str:

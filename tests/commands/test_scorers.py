@@ -84,16 +84,16 @@ def test_a_model_of_timm_through_test_reproduce_and_predict(demo_data, tmp_path,
         test_command.main(["--obj", "ring", "--backbone", "timm:test_vit"])
 
 
-def test_a_grid_of_a_model_of_timm_and_two_scorers(demo_data, tmp_path, capsys):
+def test_a_table_of_a_model_of_timm_and_two_scorers(demo_data, tmp_path, capsys):
     pytest.importorskip("timm")
     grid = ["--objs", "ring", "--shots", "1", "--inferences", "2", "--data_type", "folder", "--data_path"]
     grid += [str(demo_data), "--backbone", "timm:test_vit", "--weights", "none", "--num_workers", "0"]
     grid += ["--scorer", "gaussian", "neighbours", "--device", "cpu", "--output", str(tmp_path)]
     reproduce.main(grid)
     printed = capsys.readouterr().out
-    assert "1 cells, 0 finished, 1 to run" in printed and "| category | untrained |" in printed
+    assert "1 runs, 0 finished, 1 to do" in printed and "| category | untrained |" in printed
     reproduce.main([*grid, "--dry_run"])
-    assert "1 cells, 1 finished, 0 to run" in capsys.readouterr().out
+    assert "1 runs, 1 finished, 0 to do" in capsys.readouterr().out
 
 
 def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, mine, tmp_path, capsys):

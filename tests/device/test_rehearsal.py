@@ -5,7 +5,6 @@ Nothing is computed on the device, so no number is checked here; `pytest -m cuda
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +19,7 @@ from datasets.episodes import draw_episodes
 from datasets.mvtec import LabelledDataset, list_source_images, list_test_items
 from datasets.support import read_support_images
 from evaluation.scoring import compute_test_features, score_rounds
+from experiments.config import ExperimentConfig
 from experiments.estimate import measure
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
@@ -163,10 +163,8 @@ def test_train_command(pretend, demo_data, tmp_path):
 
 def test_estimate_of_a_table(pretend, monkeypatch):
     monkeypatch.setattr("experiments.estimate.CUDA_PASSES", 1)
-    settings = argparse.Namespace(
-        device="cuda", batch_size=2, img_size=SIZE, backbone="resnet18", stn_mode="affine", amp="bf16"
-    )
-    assert measure(settings).training > 0
+    config = ExperimentConfig(device="cuda", batch_size=2, img_size=SIZE, stn_mode="affine", amp="bf16")
+    assert measure(config).training > 0
 
 
 def test_a_network_of_timm(pretend, normal):

@@ -133,17 +133,17 @@ def test_no_record_is_replaced_unasked(command, items, scores, maps, demo_data, 
     refused(with_maps, "was made with other settings: other scores")
     reproduce.main([*with_maps, "--overwrite"])
     old = json.loads(record.read_text())
-    del old["decisive"]
+    del old["fingerprint"]
     record.write_text(json.dumps(old))
     before = record.read_bytes()
-    refused(with_maps, "does not say what it was made of, it is of an earlier version")
+    refused(with_maps, "was made with other settings: no fingerprint")
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--obj ring", "--obj goes with --import CSV; a grid takes --objs"),
-        ("--shot 2", "--shot goes with --import CSV; a grid takes --shots"),
+        ("--obj ring", "--obj goes with --import CSV; a table takes --objs"),
+        ("--shot 2", "--shot goes with --import CSV; a table takes --shots"),
         ("--name mine", "--name goes with --import CSV$"),
         ("--maps folder", "--maps goes with --import CSV$"),
         ("--overwrite", "--overwrite goes with --import CSV$"),

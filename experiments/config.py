@@ -1,0 +1,142 @@
+"""The configuration of reproduce.py: every setting of train.py and test.py, and those of a table of experiments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets.mvtec import category_name
+from evaluation.config import ScoringConfig
+from experiments.results import WEIGHTS
+from models.timm_features import PREFIX
+from training.config import TrainingConfig
+from utils.config import AnyConfig, Config, flag, flags_of
+from utils.errors import UserError
+from utils.flags import DEFAULT_SAVE_DIR
+
+SLURM_TEXTS = ("partition", "account", "qos", "constraint", "mem", "setup")  # setup: may be given several times
+SLURM_NUMBERS = {"minutes": 1440, "gpus": 1, "cpus": 4, "requeue": 3}  # with their defaults
+# Set by the plan, run by run: which category and weights, and where their files are.
+SET_BY_THE_PLAN = ("obj", "shot", "select", "save_dir", "checkpoint", "last", "untrained", "resume", "overwrite")
+OF_EXTERNAL_RESULTS = ("name", "obj", "shot", "maps", "overwrite")
+TABLE, EXTERNAL = "results of earlier runs", "another method's scores in the tables, see docs/extend.md"
+
+
+def slurm_option(text: str) -> str:
+    """One KEY=VALUE of --slurm.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown key, a number out of range, or a control character: the value becomes
+            part of a job's script, in which a second line would be a command of its own.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not value or key not in (*SLURM_TEXTS, *SLURM_NUMBERS):
+        raise argparse.ArgumentTypeError(f"KEY=VALUE with one of {', '.join((*SLURM_TEXTS, *SLURM_NUMBERS))}")
+    if not value.isprintable():
+        raise argparse.ArgumentTypeError(f"{value!r} holds a line break or another control character")
+    least = 1 if key in ("minutes", "cpus") else 0
+    if key in SLURM_NUMBERS and not (value.isdecimal() and least <= int(value) <= (1 if key == "gpus" else 10**6)):
+        raise argparse.ArgumentTypeError(f"{key} must be {'0 or 1' if key == 'gpus' else f'at least {least}'}")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig(Config):
+    """The flags that train.py and test.py do not have."""
+
+    objs: tuple[str, ...] = flag(
+        "all, or categories", default=("all",), group="data", convert=category_name, metavar="CATEGORY"
+    )
+    shots: tuple[int, ...] = flag(
+        "support images per round", default=(2, 4, 8), group="data", least=1, metavar="K", nargs="+"
+    )
+    select: tuple[str, ...] = flag(
+        "source: a second training per run, whose epoch is selected without the target",
+        default=("best",),
+        group="training",
+        choices=("best", "source"),
+    )
+    eval_only: Path | None = flag(
+        f"score the checkpoints in DIR without training (without DIR: {DEFAULT_SAVE_DIR})",
+        default=None,
+        group="network",
+        metavar="DIR",
+        nargs="?",
+        const=DEFAULT_SAVE_DIR,
+    )
+    scoring_batch_size: int | None = flag("--batch_size of test.py", default=None, least=1)
+    output: Path = flag("records, tables, weights, logs", default=Path("./results/grid"))
+    jobs: int | None = flag("parallel runs (default: the number of GPUs, or 1; slurm: all)", default=None, least=1)
+    engine: str = flag("where the runs are executed", default="local", choices=("local", "slurm"))
+    slurm: tuple[str, ...] = flag(
+        "options of --engine slurm, such as partition=gpu mem=32G minutes=1440 'setup=module load cuda'; "
+        f"keys: {', '.join(SLURM_TEXTS)}, {', '.join(f'{key} (default {n})' for key, n in SLURM_NUMBERS.items())}",
+        default=(),
+        convert=slurm_option,
+        metavar="KEY=VALUE",
+    )
+    dry_run: bool = flag("print the plan and an estimate without running it", default=False)
+    report: Path | None = flag(
+        "print the tables of DIR and rewrite their files", default=None, group=TABLE, metavar="DIR"
+    )
+    readme: Path | None = flag("with --report: also insert them in FILE", default=None, group=TABLE, metavar="FILE")
+    compare: tuple[Path, ...] | None = flag(
+        "paired differences B - A", default=None, group=TABLE, nargs=2, metavar=("A", "B")
+    )
+    format: str = flag("of --compare: Markdown, LaTeX or CSV", default="md", group=TABLE, choices=("md", "tex", "csv"))
+    import_scores: Path | None = flag(
+        "make a record of these image scores (short: --import)",
+        default=None,
+        group=EXTERNAL,
+        metavar="CSV",
+        aliases=("--import",),
+    )
+    name: str | None = flag("the method's name", default=None, group=EXTERNAL)
+    obj: str | None = flag(
+        "the category that was scored", default=None, group=EXTERNAL, convert=category_name, metavar="CATEGORY"
+    )
+    shot: int | None = flag("support images per round", default=None, group=EXTERNAL, least=1, metavar="K")
+    maps: Path | None = flag("round_0.npz, ... for the pixel metrics", default=None, group=EXTERNAL, metavar="DIR")
+    overwrite: bool = flag("replace a record that was made of other scores", default=False, group=EXTERNAL)
+    kind: str = flag("how its weights were chosen", default="last", group=EXTERNAL, choices=tuple(WEIGHTS))
+
+    def check(self) -> None:
+        """Raises UserError where flags contradict each other."""
+        if self.eval_only and self.backbone.startswith(PREFIX):
+            raise UserError(f"{self.backbone} is not trained here, so there is nothing for --eval_only to score")
+        if self.readme and not self.report:
+            raise UserError("--readme goes with --report DIR")
+        for name in () if self.import_scores else OF_EXTERNAL_RESULTS:
+            if getattr(self, name):
+                more = f"; a table takes --{name}s" if name in ("obj", "shot") else ""
+                raise UserError(f"--{name} goes with --import CSV{more}")
+        if len(set(self.shots)) < len(self.shots) or len(set(self.objs)) < len(self.objs):
+            raise UserError("--shots and --objs must not contain duplicates")
+
+    def part(self, kind: type[AnyConfig], **values: object) -> AnyConfig:
+        """The configuration of one run: the settings that `kind` shares with this one, and those in `values`."""
+        shared = {field.name for field in flags_of(kind)} - {*SET_BY_THE_PLAN, *values}
+        return kind(**{name: getattr(self, name) for name in shared}, **values)
+
+
+def _settings_of_runs() -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """The fields of train.py and test.py that a table shares among its runs, with their types."""
+    own, found = {field.name for field in flags_of(TableConfig)}, {}
+    for kind in (TrainingConfig, ScoringConfig):
+        hints = typing.get_type_hints(kind)
+        for field in flags_of(kind):
+            if field.name not in {*own, *SET_BY_THE_PLAN}:
+                copied = dataclasses.field(default=field.default, metadata=field.metadata)
+                found.setdefault(field.name, (field.name, hints[field.name], copied))
+    yield from found.values()
+
+
+ExperimentConfig = dataclasses.make_dataclass(
+    "ExperimentConfig", _settings_of_runs(), bases=(TableConfig,), frozen=True, kw_only=True
+)
+ExperimentConfig.__doc__ = "All flags of reproduce.py."

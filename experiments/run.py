@@ -1,0 +1,84 @@
+"""The runs of reproduce.py: a table of experiments, the tables of earlier results, a comparison, external results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.comparison import FORMATS, compare
+from experiments.config import ExperimentConfig
+from experiments.engines import Cluster, run_local, run_on_cluster, visible_gpus
+from experiments.estimate import format_duration
+from experiments.external_results import import_record
+from experiments.plan import Plan, count_jobs
+from experiments.results import GRID_FILE, read_results
+from experiments.runs import Run, require_locks
+from experiments.tables_page import write_tables
+from utils.files import require_writable, write_json
+
+SLURM_CLUSTER = "slurm"  # name of the submitit executor; tests use "local"
+
+
+def run(config: ExperimentConfig) -> None:
+    """Does what the configuration asks for: compares, reports, imports, or executes the runs of a table.
+
+    Raises:
+        UserError: data, results or settings cannot be used.
+    """
+    if config.compare:
+        print(FORMATS[config.format](compare(*map(read_results, config.compare))))
+    elif config.report:
+        require_writable(config.report, "--report", folder=True)
+        if config.readme:
+            require_writable(config.readme, "--readme")
+        write_tables(config.report, config.readme)
+    elif config.import_scores:
+        require_writable(config.output, "--output", folder=True)
+        import_record(config)
+    else:
+        make_table(config)
+
+
+def make_table(config: ExperimentConfig) -> None:
+    """Plans the runs, executes those that are not finished, and prints the tables. Exits with 1 if some failed."""
+    require_writable(config.output, "--output", folder=True)
+    if config.cache_dir != "none" and not config.eval_only:
+        require_writable(Path(config.cache_dir), "--cache_dir", folder=True)
+    plan = Plan(config)
+    runs = plan.runs()
+    to_do = plan.print_plan(runs)
+    if config.dry_run:
+        return
+    write_json(config.output / GRID_FILE, plan.asked(runs))
+    failed = _execute(plan, to_do) if to_do else {}
+    if any(config.output.glob("*_*.json")):
+        write_tables(config.output)
+    for name, reason in failed.items():
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed; run the same command to retry them", file=sys.stderr)
+        sys.exit(1)
+
+
+def _execute(plan: Plan, runs: Sequence[Run]) -> dict[str, str]:
+    """Executes the runs. Returns the names of failed runs with the reasons."""
+    config, failed = plan.config, {}
+    begin, done = time.monotonic(), 0
+
+    def report(run: Run, reason: str | None) -> None:
+        """Counts and prints a completed run, with the elapsed time and the reason if it failed."""
+        nonlocal done
+        done += 1
+        if reason:
+            failed[run.name] = reason
+        took = format_duration(time.monotonic() - begin)
+        print(f"[{done}/{len(runs)}, {took}] {run.name}: {reason or 'finished'}", flush=True)
+
+    require_locks(config.output)
+    if config.engine == "local":
+        run_local(config.output, runs, count_jobs(config), visible_gpus(config.device), report, plan.digests)
+    else:
+        run_on_cluster(config.output, runs, config.jobs or len(runs), Cluster.of(SLURM_CLUSTER, config.slurm), report)
+    return failed
