@@ -1,4 +1,4 @@
-"""Tables of records beside the published numbers, as Markdown, CSV and LaTeX.
+"""Tables of records and the published numbers, as Markdown, CSV and LaTeX.
 
 All numbers are percent, as in the paper, but for the tables of seconds. For the HTML page, see experiments.tables_page.
 """
@@ -22,7 +22,7 @@ from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER
 
 HEADER_SETTINGS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}
-PUBLISHED_FILES = "published_{}.csv"  # beside this file, by data type; MPDD's figures were found in no source
+PUBLISHED_FILES = "published_{}.csv"  # in this folder, by data type; there is none for MPDD
 PUBLISHED = ("paper", "release")
 PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc")

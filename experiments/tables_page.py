@@ -106,7 +106,7 @@ def _as_svg(figure: Figure) -> Markup:
 
 
 def write_tables(folder: Path, readme: Path | None = None) -> None:
-    """Prints the tables of a results folder and writes them beside the records as Markdown, CSV, LaTeX and HTML.
+    """Prints the tables of a results folder and writes them into the same folder as Markdown, CSV, LaTeX and HTML.
 
     readme: a file in which the tables replace the text between README_MARKS.
 

@@ -155,7 +155,7 @@ def test_flags_of_imports_alone(words, sentence, demo_data, tmp_path):
         reproduce.main([*words.split(), "--data_path", str(demo_data), "--output", str(tmp_path / "out"), "--dry_run"])
 
 
-def test_beside_records_of_this_project(command, tmp_path, capsys):
+def test_paired_with_records_of_this_project(command, tmp_path, capsys):
     """Paired differences in Markdown, LaTeX and CSV; what the record lacks is named."""
     reproduce.main(command)
     assert "not in the record, as there is no --maps: pixel AUROC, pixel AP" in capsys.readouterr().out

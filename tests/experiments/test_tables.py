@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import jsonschema
@@ -389,7 +390,7 @@ def with_scorer(folder, name, scorer, **arguments):
     (folder / name.replace(".json", f"_{scorer}.json")).write_text(json.dumps(record))
 
 
-def test_only_another_scorer_beside_the_published_numbers(tmp_path):
+def test_only_another_scorer_and_the_published_numbers(tmp_path):
     write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95)])
     with_scorer(tmp_path, "bottle_2_affine_untrained.json", "neighbours")
     (tmp_path / "bottle_2_affine_untrained.json").unlink()
@@ -398,7 +399,7 @@ def test_only_another_scorer_beside_the_published_numbers(tmp_path):
     assert entry(found, "bottle", "untrained, neighbours").mean == pytest.approx(98)
 
 
-def test_another_method_beside_the_project_s_own_records(tmp_path):
+def test_another_method_and_the_project_s_own_records(tmp_path):
     """Its settings are its own: no STN mode, another size."""
     write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95), (0.95, 0.93)])
     with_scorer(tmp_path, "bottle_2_affine_untrained.json", "mine", stn_mode="none", img_size=320)
@@ -413,3 +414,22 @@ def test_scorers_are_compared_on_the_same_weights_only(tmp_path):
     with_scorer(tmp_path, name, "neighbours")
     (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "b"}}))
     assert not [table for table in make_tables(read_results(tmp_path)) if table.title.endswith("paired")]
+
+
+def test_a_record_of_version_0_1(tmp_path):
+    """With "arguments" and "decisive": its numbers are in the tables, as those of the committed results."""
+    record = json.loads((PROJECT_ROOT / "tests/data/369ac53/record.json").read_text())
+    assert "arguments" in record and "config" not in record
+    shutil.copy(PROJECT_ROOT / "tests/data/369ac53/record.json", tmp_path / "a.json")
+    category, shot, data_type = (record["arguments"][name] for name in ("obj", "shot", "data_type"))
+    results = read_results(tmp_path)
+    assert (results.categories, results.shots, results.data_type) == ([category], [shot], data_type)
+    (table, *_) = make_tables(results)
+    expected = 100 * np.mean([numbers["image_auroc"] for numbers in record["rounds"]])
+    assert table.rows[category][table.columns.index(record["weights"])].mean == pytest.approx(expected)
+
+
+def test_the_committed_tables_are_those_of_the_committed_records():
+    folder = PROJECT_ROOT / "results/published/registration"
+    results = read_results(folder)
+    assert to_markdown(results, make_tables(results)) == (folder / "tables.md").read_text()
