@@ -89,13 +89,14 @@ def run(config: ScoringConfig) -> None:
     device = command_device(config.device)
     seed_everything(config.seed)
     plan = make_plan(config, list_test_items_with_notes(_folder(config), config.strict, need_both=False))
+    networks = {weights: _load_network(plan, weights) for weights in dict.fromkeys(job.weights for job in plan.jobs)}
     with locked([job.files.record for job in plan.jobs]):
         replaced = {job.files.record for job in plan.jobs if _replaces(job)}
         bits, img_size = plan.resolved
         dataset = LabelledDataset(plan.items, img_size, config.keep_aspect, bits)
-        for weights in dict.fromkeys(job.weights for job in plan.jobs):
+        for weights, network in networks.items():
             of_weights = [job for job in plan.jobs if job.weights == weights]
-            _score_weights(plan, of_weights, dataset, device, replaced)
+            _score_weights(plan, of_weights, network.to(device), dataset, StageClock(device), replaced)
         print_notes(dataset.notes())
 
 
@@ -225,30 +226,29 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
     return dict(found.values())
 
 
+def _load_network(plan: Plan, weights: Weights) -> FeatureNetwork:
+    config, img_size = plan.config, plan.resolved.img_size
+    return scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
+
+
 def _score_weights(
-    plan: Plan, jobs: Sequence[Job], dataset: LabelledDataset, device: torch.device, replaced: set[Path]
+    plan: Plan,
+    jobs: Sequence[Job],
+    network: FeatureNetwork,
+    dataset: LabelledDataset,
+    clock: StageClock,
+    replaced: set[Path],
 ) -> None:
     """Scores all K with the same weights; the features of the test images are computed once.
 
     replaced: existing records of other settings.
     """
-    config, weights, img_size = plan.config, jobs[0].weights, plan.resolved.img_size
-    print(
-        f"scoring {config.obj}: {len(plan.items)} test images, {weights.file or f'untrained, weights {config.weights}'}"
-    )
-    network = scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
-    network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
+    config, weights, network = plan.config, jobs[0].weights, fuse_conv_bn(network)
+    what = weights.file or f"untrained, weights {config.weights}"
+    print(f"scoring {config.obj}: {len(plan.items)} test images, {what}")
     labels, defect_types = [item.label for item in plan.items], [item.defect for item in plan.items]
-    test = compute_test_features(
-        network,
-        make_scorers(config.scorer),
-        dataset,
-        labels,
-        clock,
-        config.batch_size,
-        config.num_workers,
-        defect_types,
-    )
+    scorers, how = make_scorers(config.scorer), (config.batch_size, config.num_workers)
+    test = compute_test_features(network, scorers, dataset, labels, clock, *how, defect_types)
     shared_seconds = dict(clock.seconds)
     for shot in dict.fromkeys(job.shot for job in jobs):
         clock.seconds.clear()

@@ -155,15 +155,16 @@ def run(config: TrainingConfig) -> None:
         require_writable(file, "--save_dir")
     if config.cache_dir != "none":
         require_writable(Path(config.cache_dir), "--cache_dir", folder=True)
-    with locked([files.state]):
-        _run(config, files)
-
-
-def _run(config: TrainingConfig, files: CheckpointFiles) -> None:
     limit_pixels(config.max_pixels)
-    device = command_device(config.device)
-    digests = FileDigests()
+    device, digests = command_device(config.device), FileDigests()
     inputs = read_inputs(config, check=True, digests=digests)
+    with locked([files.state]):
+        _run(config, files, device, inputs, digests)
+
+
+def _run(
+    config: TrainingConfig, files: CheckpointFiles, device: torch.device, inputs: Inputs, digests: FileDigests
+) -> None:
     earlier = earlier_run(files, config.resume, config.overwrite, inputs.fingerprint)
     if earlier and earlier.finished:
         history, selected = (earlier.content[key] for key in ("epochs", "selected_epoch"))

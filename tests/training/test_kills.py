@@ -1,4 +1,4 @@
-"""train.py killed at any point: the files beside the state follow it, the end has the bits of an undisturbed run."""
+"""train.py killed at any point: the files next to the state follow it, the end has the bits of an undisturbed run."""
 
 from __future__ import annotations
 
