@@ -1,7 +1,7 @@
 """Reproduces the tables of the paper: trains and scores every category and K, resumes interrupted runs.
 
 python reproduce.py --objs all --shots 2 4 8 --data_path ./MVTec/ --output results/mvtec      the full table
-python reproduce.py ... --dry_run                       show finished runs, pending runs and estimated time
+python reproduce.py ... --dry_run                       show finished and pending runs
 python reproduce.py ... --eval_only ./save_checkpoints  score existing checkpoints without training
 python reproduce.py --report results/mvtec              print the tables of a results folder
 python reproduce.py --compare results/a results/b       paired comparison of two folders

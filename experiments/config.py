@@ -80,7 +80,7 @@ class TableConfig(Config):
         convert=slurm_option,
         metavar="KEY=VALUE",
     )
-    dry_run: bool = flag("print the plan and an estimate without running it", default=False)
+    dry_run: bool = flag("print the plan without executing it", default=False)
     report: Path | None = flag(
         "print the tables of DIR and rewrite their files", default=None, group=TABLE, metavar="DIR"
     )

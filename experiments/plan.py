@@ -1,14 +1,13 @@
-"""The plan of a table: its runs, which of them are finished, and a time estimate."""
+"""The plan of a table: its runs, and which of them are finished."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datasets.mvtec import CATEGORIES, category_folder, category_names, list_source_images, list_test_items
+from datasets.mvtec import CATEGORIES, category_folder, category_names, list_test_items
 from evaluation.config import ScoringConfig
 from experiments.config import ExperimentConfig
-from experiments.engines import cores_per_job, job_environment, visible_gpus
-from experiments.estimate import format_duration, measure_in_process, scoring_seconds, training_seconds
+from experiments.engines import visible_gpus
 from experiments.results import WEIGHTS, kind_name
 from experiments.runs import Run, Scoring, is_begun, is_finished
 from models.networks import network_name
@@ -31,8 +30,8 @@ class Plan:
     def __init__(self, config: ExperimentConfig) -> None:
         self.config, self.digests = config, FileDigests()
         self.categories = _categories(config)
-        folders = {name: category_folder(config.data_path, config.data_type, name) for name in self.categories}
-        self.test_images = {name: len(list_test_items(folder, need_both=False)) for name, folder in folders.items()}
+        for name in self.categories:
+            list_test_items(category_folder(config.data_path, config.data_type, name), need_both=False)
         self.scorers = [scorer.name for scorer in make_scorers(config.scorer)]
         self.network = network_name(config.backbone, config.stn_mode)
 
@@ -69,17 +68,11 @@ class Plan:
         return {"objs": self.categories, "shots": list(self.config.shots), "kinds": kinds}
 
     def print_plan(self, runs: Sequence[Run]) -> list[Run]:
-        """Prints one line per run and a time estimate. Returns the runs that are not finished."""
-        config = self.config
+        """Prints one line per run. Returns the runs that are not finished."""
         to_do = [run for run in runs if not is_finished(run, self.digests)]
-        seconds = self._seconds(to_do) if to_do and config.engine == "local" else {}
         for run in runs:
-            state = "finished" if run not in to_do else "resume" if is_begun(run) else "new"
-            about = f": about {format_duration(seconds[run.name])}" if run.name in seconds else ""
-            print(f"  {state:9} {run.name}{about}")
-        print(f"{len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to do", end="")
-        jobs = min(count_jobs(config), max(1, len(to_do)))
-        print(f": about {format_duration(sum(seconds.values()) / jobs)} with --jobs {jobs}" if seconds else "")
+            print(f"  {'finished' if run not in to_do else 'resume' if is_begun(run) else 'new':9} {run.name}")
+        print(f"{len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to do")
         return to_do
 
     def _scoring(self, weights: str, category: str, shots: Sequence[int], **settings: object) -> Scoring:
@@ -150,25 +143,6 @@ class Plan:
             name = f"{category}_{'-'.join(map(str, shots))}_{self.network}_{rule}{'_last' if last else ''}_eval"
             runs.append(Run(name, None, (self._scoring(rule, category, shots, save_dir=folder, last=last),)))
         return runs
-
-    def _seconds(self, runs: Sequence[Run]) -> dict[str, float]:
-        """Estimated seconds by run, from a measurement with the CPU cores and GPU of one job; empty if it fails."""
-        config = self.config
-        gpus, cores = visible_gpus(config.device), cores_per_job(count_jobs(config))
-        speed = measure_in_process(config, job_environment(cores, gpus[0] if gpus else None))
-        if speed is None:
-            return {}
-        seconds = {}
-        for run in runs:
-            scored = run.scorings[0].config
-            scoring = scoring_seconds(speed, self.test_images[scored.obj], scored.shot, config.inferences)
-            seconds[run.name] = len(run.scorings) * scoring
-            if trained := run.training:
-                where = trained.data_path, trained.data_type, trained.obj, trained.sources, trained.source_path
-                images = sum(map(len, list_source_images(*where).values()))
-                every = scoring / config.eval_every if config.eval_every else 0
-                seconds[run.name] += training_seconds(speed, images, trained.shot, config.epochs, every)
-        return seconds
 
 
 def _categories(config: ExperimentConfig) -> list[str]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from experiments.comparison import FORMATS, compare
 from experiments.config import ExperimentConfig
 from experiments.engines import Cluster, run_local, run_on_cluster, visible_gpus
-from experiments.estimate import format_duration
 from experiments.external_results import import_record
 from experiments.plan import Plan, count_jobs
 from experiments.results import GRID_FILE, read_results
 from experiments.runs import Run, require_locks
 from experiments.tables_page import write_tables
+from utils.errors import format_elapsed
 from utils.files import require_writable, write_json
 
 SLURM_CLUSTER = "slurm"  # name of the submitit executor; tests use "local"
@@ -68,13 +68,14 @@ def _execute(plan: Plan, runs: Sequence[Run]) -> dict[str, str]:
     begin, done = time.monotonic(), 0
 
     def report(run: Run, reason: str | None) -> None:
-        """Counts and prints a completed run, with the elapsed time and the reason if it failed."""
+        """Counts and prints a completed run, with the elapsed and the expected time and the reason if it failed."""
         nonlocal done
         done += 1
         if reason:
             failed[run.name] = reason
-        took = format_duration(time.monotonic() - begin)
-        print(f"[{done}/{len(runs)}, {took}] {run.name}: {reason or 'finished'}", flush=True)
+        took = time.monotonic() - begin
+        left = f", about {format_elapsed(took / done * (len(runs) - done))} left" if done < len(runs) else ""
+        print(f"[{done}/{len(runs)}, {format_elapsed(took)}{left}] {run.name}: {reason or 'finished'}", flush=True)
 
     require_locks(config.output)
     if config.engine == "local":

@@ -19,8 +19,6 @@ from datasets.episodes import draw_episodes
 from datasets.mvtec import LabelledDataset, list_source_images, list_test_items
 from datasets.support import read_support_images
 from evaluation.scoring import compute_test_features, score_rounds
-from experiments.config import ExperimentConfig
-from experiments.estimate import measure
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.out_of_distribution import OutOfDistributionCheck
@@ -159,12 +157,6 @@ def test_test_command(pretend, demo_data, tmp_path):
 def test_train_command(pretend, demo_data, tmp_path):
     train.main([*command(demo_data, tmp_path, "--epochs 1 --batch_size 3"), "--cache_dir", str(tmp_path / "cache")])
     assert list((tmp_path / "save").rglob("*_model.pt"))
-
-
-def test_estimate_of_a_table(pretend, monkeypatch):
-    monkeypatch.setattr("experiments.estimate.CUDA_PASSES", 1)
-    config = ExperimentConfig(device="cuda", batch_size=2, img_size=SIZE, stn_mode="affine", amp="bf16")
-    assert measure(config).training > 0
 
 
 def test_a_network_of_timm(pretend, normal):
