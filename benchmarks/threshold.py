@@ -250,7 +250,7 @@ def _rate_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
 
 
 def _badness(rates: np.ndarray, rounds: Sequence[dict]) -> float:
-    """How far rates are from what a user wants: 4 % on average, no category above 12 %, no draw above 25 %.
+    """The distance of the rates from these aims: 4 % on average, no category above 12 %, no draw above 25 %.
 
     rates: of each round. What is asked for is a rate of 5 %; a little below it costs few defects.
     """

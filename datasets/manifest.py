@@ -146,7 +146,7 @@ def load_manifest(path: Path) -> Manifest:
         raise UserError(f"manifest {path} does not list plain file names per round, and SHA-256 of files by name")
     for number, names in enumerate(manifest.rounds):
         if len(names) != manifest.shot:
-            raise UserError(f"manifest {path} is of {manifest.shot} shots, but its round {number} has {len(names)}")
+            raise UserError(f"manifest {path} has {manifest.shot} shots, but its round {number} has {len(names)}")
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"manifest {path} has {twice} twice in round {number}")

@@ -21,7 +21,7 @@ from datasets.images import FULL_BITS, eight_bit, full_scale, read_pixels, resiz
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
 MOST_CLASSES = 8  # different values other than 0; masks with antialiased edges have more, thin ones a dozen
-NEARLY_ALL = 0.9  # share of the masks that must look inverted before a hint says so
+NEARLY_ALL = 0.9  # share of the masks that must look inverted before a hint is printed
 ALPHA = "have an alpha channel that marks other pixels than the colours do; it is not read"
 MIXED = "have a few small values next to 255; those up to 127 count as normal, as in the release"
 
@@ -81,7 +81,7 @@ def _raw_values(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # I;16, I;16B, I
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0:
-            raise ValueError(f"its values {values.min()}..{values.max()} are no mask: some are negative")
+            raise ValueError(f"its values {values.min()}..{values.max()} are not those of a mask: some are negative")
         return values
     colours = np.asarray(eight_bit(image))
     values = colours if colours.ndim == 2 else colours.max(axis=2)

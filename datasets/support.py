@@ -106,16 +106,16 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
         return SupportRounds(images, None, f"{file} (names unknown; make_support.py can find them)", file)
     if manifest.keep_aspect != keep_aspect:
         kept = "padded" if manifest.keep_aspect else "squeezed"
-        raise UserError(f"the images of the support set {file} are {kept}; make it again", ("keep_aspect",))
+        raise UserError(f"the images of the support set {file} are {kept}; create it again", ("keep_aspect",))
     if manifest.bits != bits:
-        raise UserError(f"support set {file} was made for {manifest.bits} bits, not {bits}; make it again", ("bits",))
+        raise UserError(f"support set {file} was made for {manifest.bits} bits, not {bits}; create it again", ("bits",))
     return SupportRounds(images, manifest.rounds, f"{file}, names in {named.name}", file)
 
 
 def _missing(path: Path, shot: int, rounds: int, size: int | None) -> UserError:
     """The error for a tensor file that does not exist; it names the command that makes the file."""
     return UserError(
-        f"no support set {path}; make it with: python make_support.py --obj {path.parent.name} --shots {shot} "
+        f"no support set {path}; create it with: python make_support.py --obj {path.parent.name} --shots {shot} "
         f"--rounds {rounds} --img_size {size} --support_path {path.parent.parent} --data_path <data folder>"
     )
 
@@ -142,7 +142,7 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
                 ("shot", "img_size"),
             )
         if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
-            raise UserError(f"support set {path}: round {number} is not made of floats between 0 and 1")
+            raise UserError(f"support set {path}: round {number} does not consist of floats between 0 and 1")
     return [images.detach().float().contiguous() for images in content]
 
 

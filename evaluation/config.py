@@ -62,7 +62,7 @@ class ImageConfig(MaxPixelsConfig):
     """How images are decoded."""
 
     keep_aspect: bool = flag(
-        "pad by reflection instead of squeezing to a square", default=False, group="images", affects_results=True
+        "pad by reflection instead of stretching to a square", default=False, group="images", affects_results=True
     )
     bits: int | str = flag(
         "bit depth of 16-bit grey files; auto: the smallest that holds the values of the training images",
@@ -132,7 +132,7 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
     )
     scorer: tuple[str, ...] = flag(SCORER_HELP, default=(RELEASE_SCORER,), metavar="NAME")
     metrics: str = flag("all: also AP, F1-max and PRO", default="all", choices=("all", "auroc"), affects_results=True)
-    output: Path = flag("folder of all that is written", default=Path("./results"))
+    output: Path = flag("output folder", default=Path("./results"))
     overwrite: bool = flag("replace a record that was made with other settings", default=False)
     save_images: int = flag(
         "draw this many images of round 0, and write a report; -1: all", default=0, metavar="N", least=-1
@@ -146,4 +146,4 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
         if self.untrained + self.last + bool(self.checkpoint) > 1:
             raise UserError("--untrained, --last and --checkpoint exclude each other")
         if len(set(self.shot)) < len(self.shot):
-            raise UserError(f"--shot names a number twice: {' '.join(map(str, self.shot))}")
+            raise UserError(f"--shot contains a number twice: {' '.join(map(str, self.shot))}")

@@ -68,7 +68,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise UserError(f"cannot read the scores {path}: {error}") from error
     if not rows or FILE not in rows[0] or not {LABEL, DEFECT} & set(rows[0]):
         raise UserError(
-            f"{path} is no CSV file of scores with the columns {FILE}, {LABEL} or {DEFECT}, and {ROUND}0 ..."
+            f"{path} is not a CSV file of scores with the columns {FILE}, {LABEL} or {DEFECT}, and {ROUND}0 ..."
         )
     return rows
 
@@ -78,7 +78,7 @@ def _by_name(path: Path, rows: Sequence[dict[str, str]], items: Sequence[Labelle
     labels = {image_name(item): item.label for item in items}
     names = [_short(row[FILE]) for row in rows]
     if unknown := [name for name in names if name not in labels]:
-        raise UserError(f"{path} names {unknown[0]}, which is no test image ({len(unknown)} such row(s))")
+        raise UserError(f"{path} names {unknown[0]}, which is not a test image ({len(unknown)} such row(s))")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UserError(f"{path} has {times} rows of {name}")
@@ -109,5 +109,7 @@ def _numbers(path: Path, row: dict[str, str], columns: Sequence[str]) -> list[fl
         except (TypeError, ValueError):
             valid = False
         if not valid:
-            raise UserError(f"{path}: {row[FILE]} has the score {row[column]!r} in {column}, which is no finite number")
+            raise UserError(
+                f"{path}: {row[FILE]} has the score {row[column]!r} in {column}, which is not a finite number"
+            )
     return [float(row[column]) for column in columns]

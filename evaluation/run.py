@@ -215,7 +215,7 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
         file = config.checkpoint or (files.last if config.last else files.selected)
         if not file.is_file():
             raise UserError(
-                f"no checkpoint {file}; make it with: python train.py --obj {config.obj} --shot {shot} "
+                f"no checkpoint {file}; create it with: python train.py --obj {config.obj} --shot {shot} "
                 f"--stn_mode {config.stn_mode} --data_path <data folder>. Or put the release's file there, give "
                 "another with --checkpoint FILE, or score the network before training with --untrained"
             )

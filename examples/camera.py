@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with Interrupts(), suppress(KeyboardInterrupt):
                 watch(judge, frames, counts, lines, args.show == "window")
                 if rate is None:
-                    raise UserError(f"--source {args.source} gives no more frames")
+                    raise UserError(f"--source {args.source} delivers no more frames")
         finally:
             frames.stop()
             print(f"{counts} in {time.monotonic() - begin:.1f} s", flush=True)
@@ -198,7 +198,9 @@ def _show(image: Image.Image) -> None:
         cv2.imshow(WINDOW, np.asarray(image)[..., ::-1])
         cv2.waitKey(1)  # draws the window
     except cv2.error as error:  # opencv-python-headless has no windows
-        raise UserError("this OpenCV shows no windows: leave out --show, or install opencv-python") from error
+        raise UserError(
+            "this build of OpenCV cannot show windows: leave out --show, or install opencv-python"
+        ) from error
 
 
 if __name__ == "__main__":

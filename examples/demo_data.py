@@ -1,4 +1,4 @@
-"""Command: draw a small data set in MVTec AD's layout: four objects with three kinds of defects each.
+"""Command: draw a small data set in MVTec AD's layout: four objects with three defect types each.
 
 python -m examples.demo_data --output demo/data
 
@@ -357,7 +357,7 @@ def write_dataset(
     size: int = 256,
     seed: int = 0,
 ) -> None:
-    """Writes each category to `output`/<category> in MVTec AD's layout, with `defective` images per kind of defect.
+    """Writes each category to `output`/<category> in MVTec AD's layout, with `defective` images per defect type.
 
     Raises:
         UserError: a number is too small, or a category's folder holds images that are not part of this data set.
@@ -397,7 +397,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the categories into")
     parser.add_argument("--train", type=int, default=12, help="normal training images per category")
     parser.add_argument("--good", type=int, default=6, help="normal test images per category")
-    parser.add_argument("--defective", type=int, default=4, help="test images per kind of defect")
+    parser.add_argument("--defective", type=int, default=4, help="test images per defect type")
     parser.add_argument("--size", type=int, default=256, help="side of the images, pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
     return parser

@@ -110,7 +110,7 @@ def require_locks(output: Path) -> None:
     try:
         with _locked([file], wait=False):
             pass
-    except (OSError, NotImplementedError) as error:  # also Timeout: nobody else knows the name
+    except (OSError, NotImplementedError) as error:  # also Timeout: the name is unique
         raise UserError(
             f"files in {output} cannot be locked ({error}), which keeps two commands from executing one run; "
             "give a folder of another file system"

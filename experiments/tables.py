@@ -55,7 +55,7 @@ class ResultsTable(NamedTuple):
     """One metric at one shot, the metrics "other" or "defects" of one kind of weights, or SECONDS.
 
     rows: the categories, then "mean", each with one entry per column; None where nothing was scored. Those of "defects"
-    are categories with a kind of defect, without a mean.
+    are categories with a defect type, without a mean.
     """
 
     title: str
@@ -173,7 +173,7 @@ def _same_weights(one: dict, other: dict) -> bool:
 
 
 def _other_tables(results: Results, shot: int) -> list[ResultsTable]:
-    """AP, F1-max and PRO, and the metrics by kind of defect, of each scorer's first kind of weights that has them."""
+    """AP, F1-max and PRO, and the metrics by defect type, of each scorer's first kind of weights that has them."""
     tables = []
     for scorer in results.scorers:
         kinds = [kind_name(weights, scorer) for weights in OTHER_WEIGHTS]
@@ -191,7 +191,7 @@ def _other_table(results: Results, shot: int, kind: str) -> ResultsTable | None:
 
 
 def _defects_table(results: Results, shot: int, kind: str) -> ResultsTable | None:
-    """A row for each category and kind of defect, whose images are compared with all normal ones."""
+    """A row for each category and defect type, whose images are compared with all normal ones."""
     rows: dict[str, list[Entry | None]] = {}
     for category in results.categories:
         defects = results.records.get((category, shot, kind), {}).get("defects", {})
@@ -202,7 +202,7 @@ def _defects_table(results: Results, shot: int, kind: str) -> ResultsTable | Non
             ]
     columns = [METRIC_NAMES[metric] for metric in DEFECT_METRICS]
     return (
-        ResultsTable(f"By kind of defect, {kind} weights, K = {shot}", "defects", shot, columns, rows, [])
+        ResultsTable(f"By defect type, {kind} weights, K = {shot}", "defects", shot, columns, rows, [])
         if rows
         else None
     )

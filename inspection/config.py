@@ -135,7 +135,7 @@ class ExportConfig(DetectorConfig):
         spelling="--check",
     )
     set_threshold: tuple[str, ...] | None = flag(
-        "change the threshold in an exported file, no more", default=None, nargs=2, metavar=("VALUE", "FILE")
+        "change only the threshold of an exported file", default=None, nargs=2, metavar=("VALUE", "FILE")
     )
 
     def check(self) -> None:

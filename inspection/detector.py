@@ -227,7 +227,7 @@ class FewShotDetector(ImageScoring):
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be known of the normal images and the threshold, as sentences."""
+        """Warnings about the normal images and the threshold, as sentences."""
         return [*self.duplicates, *(self.threshold.warnings if self.threshold else ())]
 
     @property
@@ -261,7 +261,7 @@ class FewShotDetector(ImageScoring):
         else:
             raise UserError(
                 "a threshold needs the scores of two normal images that differ: give two support images or more, "
-                "further normal images, or the threshold itself",
+                "further normal images, or set the threshold",
                 options=("calibrate", "threshold"),
             )
         self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.typical_score, source)
@@ -319,7 +319,7 @@ class FewShotDetector(ImageScoring):
             As `score`.
         """
         if not self.fitted:
-            raise UserError("the detector must be fitted on support images, or loaded, before it can score images")
+            raise UserError("the detector must be fitted to support images, or loaded, before it can score images")
         scores, maps, unusual = [], [], []
         for result in self.results(image_list(images), self.fitted):
             scores.append(result.score)
@@ -343,7 +343,9 @@ class FewShotDetector(ImageScoring):
         if not self.fitted:
             raise UserError("only a fitted detector can be saved")
         if not hasattr(self.network, "backbone"):
-            raise UserError("a detector with a network of your own cannot be saved: no file could say how to build it")
+            raise UserError(
+                "a detector with a custom network cannot be saved: its file does not contain the network's code"
+            )
         calibration = self.calibration  # its maps would be most of the file, and only `calibrate` needs them
         return self._scoring_state() | {
             "threshold": None if self.threshold is None else tuple(self.threshold),

@@ -66,7 +66,7 @@ def set_threshold(path: Path, value: float) -> str:
         raise UserError(f"no exported file {path}; export.py writes one")
     writers = {".onnx": _set_in_onnx, ".pt2": _set_in_pt2}
     if path.suffix not in writers:
-        raise UserError(f"{path} is no .onnx or .pt2 file; predict.py changes the threshold of a .regad file")
+        raise UserError(f"{path} is not an .onnx or .pt2 file; predict.py changes the threshold of a .regad file")
     return writers[path.suffix](path, {"threshold": repr(value), "threshold_rule": GIVEN, "false_alarm": ""})
 
 

@@ -114,7 +114,7 @@ def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
     support = [ImageFile(path) for path in list_inputs(config.support, output)]
     size = resolve_img_size(config.backbone, config.img_size)
     network = scoring_network(config.backbone, config.stn_mode, size, config.checkpoint, config.weights)
-    print(f"fitting on {len(support)} normal image(s)")
+    print(f"fitting to {len(support)} normal image(s)")
     bits = _bit_depth(config, support)
     region = None
     if config.region is not None or config.ignore is not None:
@@ -166,7 +166,7 @@ def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Pa
     if detector.calibration is not None and rate is not None and not normal:
         raise UserError(
             f"the threshold of {config.detector} comes from {len(detector.calibration.scores)} calibration images: "
-            "give them again with --calibrate for another rate, or the threshold itself with --threshold"
+            "give them again with --calibrate, or set --threshold"
         )
     if normal or rate is not None or is_fresh:
         try:

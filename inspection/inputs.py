@@ -23,7 +23,7 @@ GIVE_UP_SECONDS = 30.0  # an unreadable image in a watched folder has failed onc
 
 
 class Identity(NamedTuple):
-    """What tells one image from another: a camera may write the next image under the same name.
+    """The identity of an image: a camera may write the next image under the same name.
 
     path: from `full_name`. bytes: size of the file. modified: time of its last change, in UTC, to the nanosecond.
     """

@@ -47,7 +47,7 @@ def read_region(region: str | None, ignore: Path | None, sizes: Sequence[tuple[i
     if ignore is not None:
         inside &= ~_mask(ignore, sizes[0], shape)
     if not inside.any():
-        raise UserError(f"nothing of the {width}x{height} pixels of an image is left to score", ("region", "ignore"))
+        raise UserError(f"the region excludes all {width}x{height} pixels of an image", ("region", "ignore"))
     return inside
 
 
@@ -60,7 +60,7 @@ def _rectangle(text: str, sizes: Sequence[tuple[int, int]]) -> tuple[float, ...]
     except ValueError as error:
         raise UserError(f"a region is x,y,width,height or a mask file, not {text}") from error
     if min(left, top) < 0 or min(width, height) <= 0:
-        raise UserError(f"{text} is no rectangle: x,y,width,height must not be negative, nor the last two 0")
+        raise UserError(f"{text} is not a rectangle: x,y,width,height must not be negative, nor the last two 0")
     if max(left, top, width, height) <= 1:
         return left, top, left + width, top + height
     if len(set(sizes)) > 1:

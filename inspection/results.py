@@ -128,7 +128,7 @@ class ResultFiles:
         self.folder, self._open = folder, ExitStack()
         if not overwrite and _is_of_earlier_version(folder):
             raise UserError(
-                f"{folder} holds results without {RECORD}, as earlier versions wrote them; give another folder",
+                f"{folder} holds results without {RECORD}, in the format of version 0.1; give another folder",
                 options=("output", "overwrite"),
             )
         try:

@@ -172,7 +172,7 @@ class Run:
         others = sum(not is_made_with(row, *own) for row in self.results.rows)
         if others:
             what = "1 result is" if others == 1 else f"{others} results are"
-            print(f"{what} of another detector or threshold and not on the page; --overwrite scores all images again")
+            print(f"{what} of another detector or threshold, not on the page; --overwrite scores all images again")
 
     def _score(self, paths: Iterable[Path], watcher: Watcher | None = None) -> None:
         """Scores images and adds their rows. With a watcher, images that may become readable are left out."""

@@ -134,17 +134,17 @@ class Threshold(NamedTuple):
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be known before the threshold is relied on, as sentences."""
+        """Limits of the threshold, as sentences."""
         found = []
         if self.rate is not None and self.rate * (self.count + 1) < 1:
             found.append(
-                f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images can show no rate below "
-                f"1/{self.count + 1}; give further normal images"
+                f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images cannot estimate a rate "
+                f"below 1/{self.count + 1}; give further normal images"
             )
         if self.decided_by:
             found.append(
-                f"one normal image decides the threshold: {self.decided_by}; without it, the threshold would be "
-                f"{self.without:.3f} instead of {self.value:.3f}. Look at it: if it has a defect, take it out"
+                f"one normal image determines the threshold: {self.decided_by}; without it, the threshold would be "
+                f"{self.without:.3f} instead of {self.value:.3f}. Remove it if it has a defect"
             )
         return found
 
@@ -168,13 +168,13 @@ def normal_threshold(normal: NormalScores, rate: float, typical_score: float | N
         UserError: fewer than two images that differ, or a rate outside (0, 1).
     """
     check_calibration(len(normal.scores), rate)
-    known = normal.scores[:, 0] <= 0  # duplicates of support images: they say nothing about how much images differ
+    known = normal.scores[:, 0] <= 0  # duplicates of support images do not show how much images differ
     source += f", {known.sum()} identical to others ignored" if known.any() else ""
     normal = normal.keep(~known)
     count = len(normal.scores)
     if count < 2:
         raise UserError(
-            "identical normal images give no threshold; give other images, or the threshold itself",
+            "identical normal images give no threshold; give other images, or set the threshold",
             options=("calibrate", "threshold"),
         )
     value, rule = _value(normal.scores, normal.is_loo, rate, typical_score)

@@ -14,7 +14,7 @@ METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """Writes `path`, a PNG, and beside it the same plot as PDF and as SVG, which can be enlarged."""
+    """Writes `path`, a PNG, and the same plot as PDF and SVG."""
     for suffix, metadata in METADATA.items():
         with whole_file(path.with_suffix(f".{suffix}")) as aside, matplotlib.rc_context({"svg.hashsalt": "RegAD"}):
             figure.savefig(aside, format=suffix, dpi=100, metadata=metadata)

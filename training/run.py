@@ -125,7 +125,7 @@ def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> str:
         raise UserError(f"--select source needs two source categories, one is held out; found {', '.join(sources)}")
     held_out = config.held_out or held_out_category(sources, config.obj)
     if held_out not in sources:
-        raise UserError(f"--held_out {held_out} is no source category; they are {', '.join(sources)}")
+        raise UserError(f"--held_out {held_out} is not a source category; choose from {', '.join(sources)}")
     return held_out
 
 

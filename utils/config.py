@@ -199,7 +199,7 @@ def _read(file: Path) -> Mapping:
         try:
             found = json.loads(content.decode("utf-8-sig"))
         except ValueError as error:
-            raise UserError(f"{file} is no JSON file, checkpoint or detector file: {error}") from error
+            raise UserError(f"{file} is not a JSON, checkpoint or detector file: {error}") from error
     if not isinstance(found, Mapping):
         raise UserError(f"{file} holds no configuration but {type(found).__name__}")
     return found

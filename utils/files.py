@@ -45,7 +45,7 @@ def _try_to_write(path: Path, folder: bool) -> None:
     while not _is_there(place):
         place = place.parent
     if not place.is_dir():
-        raise OSError(f"{place} is no folder")
+        raise OSError(f"{place} is not a folder")
     trial = place / temporary_name(path)  # as root, access rights say nothing: /proc, read-only file systems
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     trial.unlink()

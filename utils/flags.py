@@ -59,7 +59,7 @@ def add_image_flags(group: Group, strict: bool = True) -> None:
 
 def add_keep_aspect_flag(group: Group) -> None:
     """Adds --keep_aspect."""
-    group.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of squeezing to a square")
+    group.add_argument("--keep_aspect", action="store_true", help="pad by reflection instead of stretching to a square")
 
 
 def add_bits_flag(group: Group, measured: str) -> None:

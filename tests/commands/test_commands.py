@@ -228,7 +228,7 @@ MISTAKES = {
         r"mvtec has no category 'ring', only bottle, .*data type folder",
     ),
     "no data": ({"--data_path": "/nowhere"}, r"no data folder /nowhere; give the folder"),
-    "no support set": ({"--inferences": "7"}, r"no support set .*2_7\.pt; make it with: python make_support\.py .*"),
+    "no support set": ({"--inferences": "7"}, r"no support set .*2_7\.pt; create it with: python make_support\.py .*"),
     "no checkpoint": ({"--checkpoint": "/nowhere/x.pt"}, r"no checkpoint /nowhere/x\.pt.*--untrained"),
     "another mode": ({"--stn_mode": "scale"}, r"checkpoint .* is named after the STN mode affine, not scale"),
     "not a checkpoint": ({"--checkpoint": __file__}, r"checkpoint .*test_commands\.py cannot be read"),

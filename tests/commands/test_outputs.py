@@ -193,5 +193,5 @@ def test_a_second_process_does_not_write_the_same_record(run, tmp_path):
 
 
 def test_equal_shots_are_refused():
-    with pytest.raises(UserError, match="--shot names a number twice: 2 2"):
+    with pytest.raises(UserError, match="--shot contains a number twice: 2 2"):
         test_command.main(["--obj", "ring", "--shot", "2", "2"])

@@ -182,7 +182,7 @@ def test_a_support_set_of_another_depth_is_refused(demo_data, tmp_path):
     )
     command = ["--obj", "ring", "--data_path", str(data), *RUN, "--untrained", "--output", str(tmp_path / "out")]
     command += ["--support_path", str(tmp_path), "--inferences", "1"]
-    with pytest.raises(UserError, match="was made for 16 bits, not 12; make it again"):
+    with pytest.raises(UserError, match="was made for 16 bits, not 12; create it again"):
         test_command.main(command)
     test_command.main([*command, "--bits", "16"])
 

@@ -219,7 +219,7 @@ def test_tensors_of_make_support_have_names_and_an_aspect(category, tmp_path):
     make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2", "--keep_aspect")
     found = find_support_rounds(tmp_path, category, 2, 2, SIZE, keep_aspect=True)
     assert found.names == draw_from_folder(category, 2, 2, 0).rounds and "names in 2_2.json" in found.source
-    with pytest.raises(UserError, match=r"2_2\.pt are padded; make it again"):
+    with pytest.raises(UserError, match=r"2_2\.pt are padded; create it again"):
         find(tmp_path, category)
 
 

@@ -170,9 +170,11 @@ def test_missing_file_names_the_command_that_makes_it(demo_data, tmp_path, capsy
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "screw").symlink_to(demo_data / "ring")
     path = support_file(tmp_path / "support_set", "screw", SHOT, ROUNDS)
-    with pytest.raises(UserError, match=re.escape(f"no support set {path}; make it with: ")) as caught:
+    with pytest.raises(UserError, match=re.escape(f"no support set {path}; create it with: ")) as caught:
         load(path)
-    python, command, *arguments = str(caught.value).split("make it with: ")[1].replace("<data folder>", "data").split()
+    python, command, *arguments = (
+        str(caught.value).split("create it with: ")[1].replace("<data folder>", "data").split()
+    )
     assert (python, command, arguments[-2:]) == ("python", "make_support.py", ["--data_path", "data"])
     make_support.main([*arguments[:-1], str(tmp_path / "data")])
     assert len(load(path)) == ROUNDS

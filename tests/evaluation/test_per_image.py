@@ -43,18 +43,18 @@ def test_other_spellings(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda rows: [], "is no CSV file of scores"),
-        (lambda rows: ["a,b", "1,2"], "is no CSV file of scores"),
+        (lambda rows: [], "is not a CSV file of scores"),
+        (lambda rows: ["a,b", "1,2"], "is not a CSV file of scores"),
         (lambda rows: ["file,label", "good/0.png,0"], "needs the columns round_0"),
         (lambda rows: [rows[0].replace("round_1", "round_2"), *rows[1:]], "in order; it has round_0, round_2"),
-        (lambda rows: [*rows, "good/9.png,0,good,1,2"], r"names good/9\.png, which is no test image \(1 such"),
+        (lambda rows: [*rows, "good/9.png,0,good,1,2"], r"names good/9\.png, which is not a test image \(1 such"),
         (lambda rows: [*rows, rows[2]], r"has 2 rows of good/1\.png"),
         (lambda rows: rows[:-1], r"lacks 1 of 4 test images, the first is cut/1\.png"),
         (lambda rows: [*rows[:-1], "cut/1.png,0,cut,7,8"], r"cut/1\.png has the label 0, by its folder it is 1"),
         (lambda rows: [*rows[:-1], "cut/1.png,7,cut,7,8"], r"cut/1\.png has the label '7'"),
         (lambda rows: [*rows[:-1], "cut/1.png,1,cut,nan,8"], r"cut/1\.png has the score 'nan' in round_0"),
         (lambda rows: [*rows[:-1], "cut/1.png,1,cut,7"], r"cut/1\.png has the score None in round_1"),
-        (lambda rows: [*rows[:-1], "cut/1.png,1,cut,7,much"], "which is no finite number"),
+        (lambda rows: [*rows[:-1], "cut/1.png,1,cut,7,much"], "which is not a finite number"),
     ],
 )
 def test_a_mistake_costs_one_sentence(tmp_path, change, sentence):
@@ -68,5 +68,5 @@ def test_other_files(tmp_path):
     with pytest.raises(UserError, match="cannot read the scores"):
         read_scores(tmp_path / "nothing.csv", ITEMS, 2)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is no CSV file of scores"):
+    with pytest.raises(UserError, match="is not a CSV file of scores"):
         read_scores(tmp_path / "b.csv", ITEMS, 2)

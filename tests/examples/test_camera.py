@@ -187,7 +187,7 @@ def test_a_camera_that_stops_is_an_error_and_a_video_that_ends_is_none(part, mon
     monkeypatch.setattr(camera, "open_source", lambda source: (Short(), 500.0))
     camera.main(call)
     monkeypatch.setattr(camera, "open_source", lambda source: (Short(), None))
-    with pytest.raises(UserError, match="--source 0 gives no more frames"):
+    with pytest.raises(UserError, match="--source 0 delivers no more frames"):
         camera.main(call)
     assert " frames scored, " in capsys.readouterr().out.splitlines()[-1]
 
@@ -208,5 +208,5 @@ def test_without_windows_there_is_a_sentence(part, video, monkeypatch):
         raise cv2.error("not implemented")
 
     monkeypatch.setattr(cv2, "imshow", refuse)
-    with pytest.raises(UserError, match="shows no windows: leave out --show"):
+    with pytest.raises(UserError, match="cannot show windows: leave out --show"):
         camera.main(["--detector", str(part), "--device", "cpu", "--source", str(video), "--show", "window"])

@@ -187,7 +187,7 @@ def test_paired_with_records_of_this_project(command, tmp_path, capsys):
         (["--name", "gaussian"], "--import needs --name"),
         (["--inferences", "3"], r"has 2 round\(s\), not 3; give --inferences 2"),
         (["--shot", "90"], "image"),
-        (["--obj", "weave"], "which is no test image"),
+        (["--obj", "weave"], "which is not a test image"),
         (["--import", "nowhere.csv"], "cannot read the scores nowhere.csv"),
         (["--maps", "nowhere"], r"cannot read the maps nowhere/round_0\.npz .* each with the arrays names"),
     ],

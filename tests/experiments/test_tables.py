@@ -154,7 +154,7 @@ def test_kinds_of_defects(tmp_path):
     scratch = {"images": 3, "image_auroc": {"mean": 0.6, "rounds": [0.5, 0.7]}, "pixel_auroc": None, "pro": None}
     (tmp_path / "ring_2_affine_last.json").write_text(json.dumps(record | {"defects": {"scratch": scratch}}))
     write_record(tmp_path, "weave", 2, "last", [(0.9, 0.9)], data_type="folder")
-    made = table(tmp_path, "By kind of defect, last weights, K = 2")
+    made = table(tmp_path, "By defect type, last weights, K = 2")
     assert list(made.rows) == ["ring, scratch"] and entry(made, "ring, scratch", "PRO") is NO_TRUTH
     assert "| ring, scratch | 60.0 ± 14.1 | n/a | n/a |" in to_markdown(read_results(tmp_path), [made])
 

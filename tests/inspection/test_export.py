@@ -191,7 +191,7 @@ def test_a_threshold_that_cannot_be_set(exported, normal, tmp_path, monkeypatch)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     mistakes = {
         (str(tmp_path / "missing.onnx"), "30"): r"no exported file .*missing\.onnx; export\.py writes one",
-        (str(tmp_path / "part.regad"), "30"): r"is no \.onnx or \.pt2 file.*predict\.py",
+        (str(tmp_path / "part.regad"), "30"): r"is not an \.onnx or \.pt2 file.*predict\.py",
         (str(tmp_path / "part.pt2"), "nan"): "needs a number and a file, got 'nan'",
         (str(tmp_path / "part.pt2"), "high"): "needs a number and a file, got 'high'",
     }

@@ -347,12 +347,12 @@ def full_page() -> Page:
         [("Date", "today"), ("Detector", "a.regad")],
         PageTable("Metrics", ["metric", "mean"], [["AP", "98.1"]]),
     )
-    return Page("a", 16.0, rows, facts, ["c.png decides the threshold."], (), known, [table], 12.5, (6.0, 18.0))
+    return Page("a", 16.0, rows, facts, ["c.png determines the threshold."], (), known, [table], 12.5, (6.0, 18.0))
 
 
 def test_what_is_known_is_shown(full_page, browser, tmp_path):
     show_page(browser, tmp_path, full_page)
-    assert "c.png decides the threshold." in find(browser, ".warnings").text
+    assert "c.png determines the threshold." in find(browser, ".warnings").text
     assert find(browser, ".facts").text.split() == ["Date", "today", "Detector", "a.regad"]
     assert cells(browser, ".given") == [["AP", "98.1"]]
     assert [tick.text for tick in browser.find_elements("css selector", ".ticks span")] == [

@@ -89,7 +89,7 @@ def test_the_epoch_is_the_best_of_the_held_out_category(arguments):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"--held_out": "ring"}, r"--held_out ring is no source category; they are board, weave"),
+        ({"--held_out": "ring"}, r"--held_out ring is not a source category; choose from board, weave"),
         ({"--select": "best", "--held_out": "weave"}, "--held_out is for --select source"),
         ({"--eval_every": "0"}, "--select source needs scores; give --select last"),
     ],
