@@ -80,7 +80,7 @@ WRONG = {
     "no rounds": (RIGHT | {"rounds": []}, "does not list plain file names"),
     "a path": (RIGHT | {"rounds": [["../a.png", "b.png"]]}, "does not list plain file names"),
     "an absolute path": (RIGHT | {"rounds": [["/etc/passwd", "b.png"]]}, "does not list plain file names"),
-    "uneven": (RIGHT | {"rounds": [["a.png", "b.png"], ["a.png"]]}, "is of 2 shots, but its round 1 has 1"),
+    "uneven": (RIGHT | {"rounds": [["a.png", "b.png"], ["a.png"]]}, "has 2 shots, but its round 1 has 1"),
     "twice": (RIGHT | {"rounds": [["a.png", "a.png"], ["a.png", "b.png"]]}, r"has a\.png twice in round 0"),
 }
 

@@ -102,14 +102,14 @@ WRONG = {
     "grey": (lambda: [r[:, :1] for r in right_rounds()], r"round 0 has shape \(2, 1, 16, 16\)"),
     "channels last": (lambda: [r.permute(0, 2, 3, 1) for r in right_rounds()], r"shape \(2, 16, 16, 3\)"),
     "last round differs": (lambda: [*right_rounds()[:2], right_rounds()[2][:1]], r"round 2 has shape \(1, 3, 16, 16\)"),
-    "above 1": (lambda: with_value(1.001), "round 1 is not made of floats between 0 and 1"),
-    "below 0": (lambda: with_value(-0.001), "round 1 is not made of floats between 0 and 1"),
-    "NaN": (lambda: with_value(torch.nan), "round 1 is not made of floats between 0 and 1"),
-    "infinite": (lambda: with_value(torch.inf), "round 1 is not made of floats between 0 and 1"),
-    "0 to 255": (lambda: [255 * r for r in right_rounds()], "round 0 is not made of floats between 0 and 1"),
-    "bytes": (lambda: [(255 * r).byte() for r in right_rounds()], "round 0 is not made of floats"),
-    "zeros and ones": (lambda: [r > 0.5 for r in right_rounds()], "round 0 is not made of floats"),
-    "integers": (lambda: [r.round().long() for r in right_rounds()], "round 0 is not made of floats"),
+    "above 1": (lambda: with_value(1.001), "round 1 does not consist of floats between 0 and 1"),
+    "below 0": (lambda: with_value(-0.001), "round 1 does not consist of floats between 0 and 1"),
+    "NaN": (lambda: with_value(torch.nan), "round 1 does not consist of floats between 0 and 1"),
+    "infinite": (lambda: with_value(torch.inf), "round 1 does not consist of floats between 0 and 1"),
+    "0 to 255": (lambda: [255 * r for r in right_rounds()], "round 0 does not consist of floats between 0 and 1"),
+    "bytes": (lambda: [(255 * r).byte() for r in right_rounds()], "round 0 does not consist of floats"),
+    "zeros and ones": (lambda: [r > 0.5 for r in right_rounds()], "round 0 does not consist of floats"),
+    "integers": (lambda: [r.round().long() for r in right_rounds()], "round 0 does not consist of floats"),
 }
 
 

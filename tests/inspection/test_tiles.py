@@ -253,7 +253,7 @@ def test_rectangles_and_masks(tmp_path):
     assert (read_region(None, mask, sizes) == ~read_region(str(mask), None, sizes)).all()
     both = read_region("0,0,60,112", mask, sizes)
     assert both[:, :14].all() and not both[:, 60:].any() and not both[30:60, 20:].any()
-    with pytest.raises(UserError, match="nothing of the 160x112 pixels"):
+    with pytest.raises(UserError, match="excludes all 160x112 pixels"):
         read_region(str(mask), mask, sizes)
     with pytest.raises(UserError, match="nothing of the"):
         read_region("500,500,10,10", None, sizes)
