@@ -255,7 +255,7 @@ def test_rectangles_and_masks(tmp_path):
     assert both[:, :14].all() and not both[:, 60:].any() and not both[30:60, 20:].any()
     with pytest.raises(UserError, match="excludes all 160x112 pixels"):
         read_region(str(mask), mask, sizes)
-    with pytest.raises(UserError, match="nothing of the"):
+    with pytest.raises(UserError, match="the region excludes all"):
         read_region("500,500,10,10", None, sizes)
     for text in ("0,0,0,10", "-1,0,5,5"):
         with pytest.raises(UserError, match="no rectangle"):
