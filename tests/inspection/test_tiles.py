@@ -258,7 +258,7 @@ def test_rectangles_and_masks(tmp_path):
     with pytest.raises(UserError, match="the region excludes all"):
         read_region("500,500,10,10", None, sizes)
     for text in ("0,0,0,10", "-1,0,5,5"):
-        with pytest.raises(UserError, match="no rectangle"):
+        with pytest.raises(UserError, match="not a rectangle"):
             read_region(text, None, sizes)
     with pytest.raises(UserError, match=r"no mask file nowhere\.png"):
         read_region("nowhere.png", None, sizes)
