@@ -207,7 +207,7 @@ def test_what_is_in_the_place_of_images(flag, name, arguments):
     output = Path(arguments["--output"])
     output.mkdir()
     (output / name).write_text("in the way")
-    with pytest.raises(UserError, match=rf"{name} \(--output\): .*{name} is no folder"):
+    with pytest.raises(UserError, match=rf"{name} \(--output\): .*{name} is not a folder"):
         call(arguments, flag)
     assert not list(output.glob("*.json"))
 
