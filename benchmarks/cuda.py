@@ -5,7 +5,7 @@ bash benchmarks/cuda.sh --parts equality steps     some parts; the file keeps th
 bash benchmarks/cuda.sh --device cpu --small       a trial on drawn data: shows that every part runs, measures nothing
 
 Parts: equality (features, distance maps, AUROCs, scores of predict.py and float64 losses against the CPU), network
-(images per second, by memory format), scoring (ten rounds at each K, by stage, beside the plain definition), steps
+(images per second, by memory format), scoring (ten rounds at each K, by stage, and of the plain definition), steps
 (training steps by K and precision), profile (torch.profiler of training steps), predict (images per second with images
 drawn) and cell (epochs of train.py, and from them the hours of MVTec AD's 45 cells).
 
@@ -256,7 +256,7 @@ def _training_data(
 
 
 def measure_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
-    """Training steps by K and variant; and beside the plain definition, by benchmarks.training."""
+    """Training steps by K and variant, and those of the plain definition, by benchmarks.training."""
     found = {}
     for shot in args.shots:
         images, episodes = _training_data(args, device, scratch, shot)
@@ -268,8 +268,8 @@ def measure_steps(args: argparse.Namespace, device: torch.device, scratch: Path)
             print(f"K = {shot}, {variant:26}", json.dumps(row), flush=True)
     plain = argparse.Namespace(**vars(args), shot=min(args.shots))
     (scratch / "plain").mkdir(exist_ok=True)
-    beside = training_benchmark.time_steps(plain, device, scratch / "plain")
-    return {"steps": found, "beside_the_plain_definition": beside}
+    compared = training_benchmark.time_steps(plain, device, scratch / "plain")
+    return {"steps": found, "with_the_plain_definition": compared}
 
 
 def _time_steps(
