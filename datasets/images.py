@@ -128,7 +128,7 @@ def read_pixels(
 def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
     """An image from `decode_image` as the network's RGB input, (size, size, 3) uint8.
 
-    Pillow's LANCZOS with antialiasing resizes it (release behaviour). An image that is not square is squeezed. With
+    Pillow's LANCZOS with antialiasing resizes it (release behaviour). An image that is not square is stretched. With
     `keep_aspect` its longer side becomes `size` and reflection pads the other one; see `content_box`.
     """
     square = resize(image, size, keep_aspect, Image.Resampling.LANCZOS)

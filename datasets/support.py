@@ -105,7 +105,7 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
     if manifest is None or manifest.tensors != sha256(file):
         return SupportRounds(images, None, f"{file} (names unknown; make_support.py can find them)", file)
     if manifest.keep_aspect != keep_aspect:
-        kept = "padded" if manifest.keep_aspect else "squeezed"
+        kept = "padded" if manifest.keep_aspect else "not padded"
         raise UserError(f"the images of the support set {file} are {kept}; create it again", ("keep_aspect",))
     if manifest.bits != bits:
         raise UserError(f"support set {file} was made for {manifest.bits} bits, not {bits}; create it again", ("bits",))

@@ -78,7 +78,7 @@ class FewShotDetector(ImageScoring):
     [0, 1]. Scores are distances: at least 0, without a unit. The score of an image does not depend on the other images
     of the call.
 
-    scorer: a name in `scorers.registry`, or a Scorer. keep_aspect: pad images by reflection instead of squeezing them
+    scorer: a name in `scorers.registry`, or a Scorer. keep_aspect: pad images by reflection instead of stretching them
     to a square. bits: the bit depth of 16-bit grey files and PIL images, 8 to 16; "auto": `fit` sets it to the smallest
     that holds the values of the support images. A later image that exceeds it is clipped, with a ClippedWarning.
     tile: how large images are cut: "auto", "off", or the side of a tile in pixels; see inspection/tiles.py. region:

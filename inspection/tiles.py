@@ -1,6 +1,6 @@
 """Cuts large images into overlapping tiles and puts the score maps of the tiles together.
 
-An image that is squeezed to the network's input loses its small defects. A tile is cut from the image and resized to
+An image that is reduced to the network's input loses its small defects. A tile is cut from the image and resized to
 the network's input on its own, so its details keep their size. The map of the image has the scale of the network's
 input: S pixels of the map are one tile.
 
