@@ -67,7 +67,7 @@ VARIANTS = {  # of a training step: arguments of Trainer
 CHANNELS_FIRST = "float32, channels first"
 TOLERANCES = {"features": 1e-4, "distances": 1e-4, "aurocs": 1e-3, "predict": 1e-4, "losses": 1e-8}
 PROFILED_STEPS = 3
-SMALL = {"shots": [2], "rounds": 2, "img_size": 64, "batch_size": 2, "steps": 1, "pictures": 51}
+SMALL = {"shots": [2], "rounds": 2, "img_size": 64, "batch_size": 2, "steps": 1, "images": 51}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=32, help="queries of a training step")
     parser.add_argument("--steps", type=int, default=30, help="measured training steps of each kind")
-    parser.add_argument("--pictures", type=int, default=2000, help="images for predict.py")
+    parser.add_argument("--images", type=int, default=2000, help="images for predict.py")
     parser.add_argument("--num_workers", type=int, default=8)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the files")
     return parser
@@ -330,11 +330,11 @@ def measure_profile(args: argparse.Namespace, device: torch.device, scratch: Pat
 
 def measure_predict(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
     """benchmarks.predict: predict.py with images drawn."""
-    given = ["--pictures", str(args.pictures), "--support", f"{args.obj}/train/good", "--weights", args.weights]
+    given = ["--images", str(args.images), "--support", f"{args.obj}/train/good", "--weights", args.weights]
     given += ["--data_path", str(args.data_path), "--device", args.device, "--img_size", str(args.img_size)]
     predict_benchmark.main([*given, "--output", str(scratch)])
     found = json.loads((scratch / f"predict_{device.type}.json").read_text())
-    speed = args.pictures / found["total_seconds"]
+    speed = args.images / found["total_seconds"]
     print(f"predict.py: {speed:.1f} images per second with images drawn")
     return {"images_per_second": speed, **found}
 

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks import plain
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
 from utils.devices import command_device
-from utils.errors import require_positive, run_command
+from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
 from utils.records import provenance
 from utils.stages import StageClock
@@ -31,7 +31,7 @@ METRICS: dict[str, Callable[[Ranking], float]] = {"auroc": auroc, "ap": average_
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=160, help="number of score maps")
+    parser.add_argument("--images", type=int, default=160, help="number of score maps")
     parser.add_argument("--size", type=int, default=224, help="side of the score maps in pixels")
     parser.add_argument(
         "--repeats", type=int, default=5, help="timings of the project's metrics; the median is reported"
@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Times both on one core, prints times and differences, and writes a JSON file."""
     args = get_args_parser().parse_args(argv)
     require_writable(args.output, "--output", folder=True)
-    require_positive(args, "pictures", "size", "repeats")
+    if min(args.images, args.size, args.repeats) < 1:
+        raise UserError("--images, --size and --repeats must be at least 1")
     device = command_device(args.device)
     one_core()
-    maps, masks = draw_maps(args.pictures, args.size)
+    maps, masks = draw_maps(args.images, args.size)
     ours = [_time_ours(maps, masks, device) for _ in range(args.repeats)]
     seconds = {name: float(np.median([run[0][name] for run in ours])) for name in ours[0][0]}
     values = ours[0][1]
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:22}{seconds[name]:9.3f}")
     print(f"{'all':22}{sum(seconds.values()):9.3f}{sum(plain_seconds.values()):9.2f}")
     print(f"plain: scikit-learn; PRO: a loop over regions with {PRO_THRESHOLDS} thresholds, so an approximation")
-    content = {**provenance(device), "pictures": args.pictures, "size": args.size, "seconds": seconds}
+    content = {**provenance(device), "images": args.images, "size": args.size, "seconds": seconds}
     content |= {"plain_seconds": plain_seconds, "values": values, "plain_values": plain_values}
     target = args.output / f"metrics_{device.type}.json"
     write_json(target, content)

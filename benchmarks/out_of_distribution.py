@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.reference import DATA, TRUNK, draw_support_images
-from benchmarks.scoring import RESULTS
+from benchmarks.scoring import RESULTS, command_line
 from benchmarks.threshold import CATEGORIES
 from datasets.mvtec import category_folder, list_test_items
 from datasets.support import read_support_images
@@ -30,7 +30,7 @@ from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
-from utils.records import plain_arguments, provenance
+from utils.records import provenance
 
 FRAMES = 10  # normal test images of a category from which frames are made
 BATCH = 8  # images per network pass
@@ -67,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = fuse_conv_bn(untrained(args.weights, img_size=args.img_size).stn.to(device))
     images = {name: _test_images(name, network, device, args) for name in args.obj}
     rounds = [row for name in args.obj for row in _measure(name, images, network, device, args)]
-    content = {"arguments": plain_arguments(args), **provenance(device), "categories": summarise(rounds)}
+    content = {
+        "command": command_line("benchmarks.out_of_distribution", args),
+        **provenance(device),
+        "categories": summarise(rounds),
+    }
     content["total_seconds"] = time.perf_counter() - begin
     write_json(target, content)
     print(report(content))

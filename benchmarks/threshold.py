@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.reference import DATA, TRUNK, draw_support_images
-from benchmarks.scoring import RESULTS
+from benchmarks.scoring import RESULTS, command_line
 from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.metrics import auroc, rank
@@ -42,7 +42,7 @@ from scorers.views import VIEWS_PER_IMAGE
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
-from utils.records import plain_arguments, provenance
+from utils.records import provenance
 from utils.stages import StageClock
 
 COLUMNS = {
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report(json.loads(target.read_text())))
         return
     require_writable(args.output, "--output", folder=True)
-    begin, arguments = time.perf_counter(), plain_arguments(args)
+    begin, command = time.perf_counter(), command_line("benchmarks.threshold", args)
     args.scorer = make_scorer(args.scorer)
     if args.checkpoint:
         network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = untrained(args.weights, img_size=args.img_size).stn
     network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
     rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
-    content = {"arguments": arguments, **provenance(device), "draws": args.draws, "summary": summarise(rounds)}
+    content = {"command": command, **provenance(device), "draws": args.draws, "summary": summarise(rounds)}
     content["seconds"] = clock.seconds
     content["total_seconds"] = time.perf_counter() - begin
     write_json(target, content)

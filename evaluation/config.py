@@ -13,7 +13,7 @@ from scorers.registry import RELEASE_SCORER, SCORERS
 from utils.config import Config, flag
 from utils.devices import DEFAULT_SEED
 from utils.errors import UserError
-from utils.flags import DEFAULT_SAVE_DIR
+from utils.naming import DEFAULT_SAVE_DIR
 
 SCORER_HELP = f"{', '.join(SCORERS)}, or a custom class as FILE.py:CLASS"
 

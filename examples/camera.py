@@ -6,7 +6,6 @@ python -m examples.camera --detector part.regad --source recording.mp4 --jsonl
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -15,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
@@ -22,10 +22,11 @@ from typing import NamedTuple, Protocol, TextIO
 import numpy as np
 from PIL import Image
 
-from examples.judge import Judge, Judgement, add_judge_flags, load_judge
+from examples.judge import Judge, JudgeConfig, Judgement, load_judge
 from examples.service import REQUIREMENTS
 from inspection.exported import require_packages
 from inspection.results import DEFECTIVE, UNUSUAL
+from utils.config import Parser, flag
 from utils.errors import UserError, run_command
 from utils.interrupts import Interrupts
 
@@ -128,30 +129,34 @@ class Counts:
         return f"{scored} frames scored, {self.last + 1 - scored} dropped, {flagged}"
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class CameraConfig(JudgeConfig):
+    """The flags of the command."""
+
+    source: str = flag("number of a camera, video file, or address such as rtsp://...", default="0")
+    jsonl: bool = flag("results as lines of JSON on stdout, the rest on stderr", default=False)
+    show: str = flag("window: heat maps over the frames", default="none", choices=("none", "window"))
+
+
+def get_args_parser() -> Parser[CameraConfig]:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_judge_flags(parser)
-    parser.add_argument("--source", default="0", help="number of a camera, video file, or address such as rtsp://...")
-    parser.add_argument("--jsonl", action="store_true", help="results as lines of JSON on stdout, the rest on stderr")
-    parser.add_argument("--show", choices=("none", "window"), default="none", help="window: heat maps over the frames")
-    return parser
+    return Parser(CameraConfig, __doc__.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores frames until the source ends or Ctrl-C, and prints a summary."""
-    args = get_args_parser().parse_args(argv)
+    config = get_args_parser().parse_config(argv)
     require_packages("cv2", requirements=REQUIREMENTS)
-    lines = sys.stdout if args.jsonl else None
-    with redirect_stdout(sys.stderr if args.jsonl else sys.stdout):
-        judge = load_judge(args)
-        capture, rate = open_source(args.source)
+    lines = sys.stdout if config.jsonl else None
+    with redirect_stdout(sys.stderr if config.jsonl else sys.stdout):
+        judge = load_judge(config)
+        capture, rate = open_source(config.source)
         frames, counts, begin = NewestFrame(capture, rate), Counts(), time.monotonic()
         try:
             with Interrupts(), suppress(KeyboardInterrupt):
-                watch(judge, frames, counts, lines, args.show == "window")
+                watch(judge, frames, counts, lines, config.show == "window")
                 if rate is None:
-                    raise UserError(f"--source {args.source} delivers no more frames")
+                    raise UserError(f"--source {config.source} delivers no more frames")
         finally:
             frames.stop()
             print(f"{counts} in {time.monotonic() - begin:.1f} s", flush=True)
@@ -204,4 +209,4 @@ def _show(image: Image.Image) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, get_args_parser)

@@ -6,9 +6,9 @@ python -m examples.demo_figure --obj ring --data_type folder --data_path demo/da
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,18 +19,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from datasets.check import list_test_items_with_notes
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder
+from datasets.mvtec import LabelledDataset, category_folder, category_name
 from datasets.support import find_support_rounds
+from evaluation.config import DataConfig, NetworkConfig, SupportConfig
 from evaluation.scoring import score_category
 from models.networks import network_name, resolve_img_size
 from models.regad import load_checkpoint
-from models.stn import BACKBONES, STN_MODES
 from reports.drawing import colour_limits, overlay
 from scorers.registry import RELEASE_SCORER, make_scorer
-from utils.errors import UserError, require_positive, run_command
+from utils.config import Parser, flag
+from utils.errors import UserError, run_command
 from utils.files import require_writable, whole_file
-from utils.flags import DEFAULT_SAVE_DIR, add_data_flags, add_network_flags, add_support_flags, category_name
-from utils.naming import CheckpointFiles
+from utils.naming import DEFAULT_SAVE_DIR, CheckpointFiles
 from utils.stages import StageClock
 
 MAX_COLUMNS = 4  # test images: a normal one and up to three defects
@@ -39,50 +39,51 @@ TITLES = ("test image", "ground truth", "heat map")
 
 
 class Example(NamedTuple):
-    """A test image (S, S, 3) uint8, its mask (S, S) bool and score map (S, S), its score and the name of its kind."""
+    """A test image (S, S, 3) uint8, its mask (S, S) bool and score map (S, S), its score and its defect type."""
 
     image: np.ndarray
     mask: np.ndarray
     scores: np.ndarray
     score: float
-    kind: str
+    defect_type: str
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of examples.demo_figure; the flags mean what they mean in test.py."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo_figure", description=__doc__.splitlines()[0])
-    parser.add_argument("--obj", type=category_name, required=True, metavar="CATEGORY", help="the category to show")
-    parser.add_argument("--shot", type=int, default=2, metavar="K", help="support images")
-    add_data_flags(parser, CATEGORIES)
-    add_support_flags(parser)
-    add_network_flags(parser, STN_MODES, list(BACKBONES), timm=False)
-    parser.add_argument("--save_dir", type=Path, default=DEFAULT_SAVE_DIR, help="train.py's checkpoints")
-    parser.add_argument("--output", type=Path, default=Path("figure.png"), help="a .png or .jpg file")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class FigureConfig(NetworkConfig, SupportConfig, DataConfig):
+    """The flags of the command; they mean what they mean in test.py."""
+
+    obj: str = flag("the category to show", group="data", convert=category_name, metavar="CATEGORY")
+    shot: int = flag("support images", default=2, group="data", least=1, metavar="K")
+    save_dir: Path = flag("checkpoints of train.py", default=DEFAULT_SAVE_DIR, group="network")
+    output: Path = flag("a .png or .jpg file", default=Path("figure.png"))
+
+
+def get_args_parser() -> Parser[FigureConfig]:
+    """The command line of examples.demo_figure."""
+    return Parser(FigureConfig, __doc__.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the category by the first support set and draws one test image of each kind."""
-    args = get_args_parser().parse_args(argv)
-    require_positive(args, "shot", "inferences", "img_size")
-    require_writable(args.output, "--output")
-    args.img_size = resolve_img_size(args.backbone, args.img_size)
-    folder = category_folder(args.data_path, args.data_type, args.obj)
+    config = get_args_parser().parse_config(argv)
+    require_writable(config.output, "--output")
+    size = resolve_img_size(config.backbone, config.img_size)
+    folder = category_folder(config.data_path, config.data_type, config.obj)
     items = list_test_items_with_notes(folder, strict=False)
-    support = find_support_rounds(args.support_path, folder, args.shot, args.inferences, args.img_size)
-    network = network_name(args.backbone, args.stn_mode)
-    checkpoint = CheckpointFiles.of(args.save_dir, network, args.shot, args.obj).selected
+    support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, size)
+    network = network_name(config.backbone, config.stn_mode)
+    checkpoint = CheckpointFiles.of(config.save_dir, network, config.shot, config.obj).selected
     if not checkpoint.is_file():
-        raise UserError(f"no checkpoint {checkpoint}; train.py --save_dir {args.save_dir} writes it")
-    network = load_checkpoint(checkpoint, args.stn_mode, args.img_size, args.backbone).stn
-    dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
+        raise UserError(f"no checkpoint {checkpoint}; train.py --save_dir {config.save_dir} writes it")
+    network = load_checkpoint(checkpoint, config.stn_mode, size, config.backbone).stn
+    dataset, labels = LabelledDataset(items, size), [item.label for item in items]
     clock = StageClock(torch.device("cpu"))
     results = score_category(network, [make_scorer(RELEASE_SCORER)], dataset, labels, support.images[:1], clock)
     maps = next(results)[RELEASE_SCORER].maps.numpy()
-    save_figure(args.output, support.images[0], choose_examples(dataset, maps), _limits(maps, labels))
+    save_figure(config.output, support.images[0], choose_examples(dataset, maps), _limits(maps, labels))
     print(
-        f"figure: {args.output}. Left: the {args.shot} normal images that the detector knows; right: test images, the "
-        "defect as labelled, and the heat map, bright where an image is unlike the normal ones"
+        f"figure: {config.output}. Left: the {config.shot} support images; right: test images, the defect as labelled, "
+        "and the heat map, bright where an image differs from the support images"
     )
 
 
@@ -118,7 +119,7 @@ def _draw_column(axes: Sequence[Axes], example: Example, limits: tuple[float, fl
     for axis, image in zip(axes, (example.image, truth, np.asarray(heat)), strict=True):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255)
         axis.set(xticks=[], yticks=[])
-    axes[0].set_title(example.kind, fontsize=9)
+    axes[0].set_title(example.defect_type, fontsize=9)
     axes[-1].set_xlabel(f"score {example.score:.1f}", fontsize=9)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import CLIPPED_FROM, clipping_note
+from evaluation.config import SCORER_HELP
 from inspection.boxes import Box, find_boxes
 from inspection.detector import FewShotDetector
 from inspection.predictions import HEAT_PANEL, draw_panels
 from inspection.results import decide, relative_score
 from inspection.tiles import shrink_warning
-from scorers.registry import add_scorer_flag
+from utils.config import Config, flag
 from utils.devices import command_device
-from utils.flags import add_device_flag
 
 
 class Judgement(NamedTuple):
@@ -79,18 +79,20 @@ class Judge:
         return draw_panels(image, judgement.map, self.detector.threshold)[HEAT_PANEL]
 
 
-def add_judge_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `load_judge`."""
-    parser.add_argument("--detector", type=Path, required=True, metavar="FILE", help="from predict.py --save")
-    add_scorer_flag(parser, default=None)
-    add_device_flag(parser)
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig(Config):
+    """Which detector judges, and where."""
+
+    detector: Path = flag("from predict.py --save", group="detector", metavar="FILE")
+    scorer: str | None = flag(f"of a custom scorer: {SCORER_HELP}", default=None, group="detector", metavar="NAME")
+    device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
 
 
-def load_judge(args: argparse.Namespace) -> Judge:
-    """The saved detector of the flags of `add_judge_flags`.
+def load_judge(config: JudgeConfig) -> Judge:
+    """The saved detector of a configuration.
 
     Raises:
         UserError: the file is missing or unsuitable, or the device cannot be used.
     """
-    command_device(args.device)
-    return Judge(FewShotDetector.load(args.detector, args.device, args.scorer))
+    command_device(config.device)
+    return Judge(FewShotDetector.load(config.detector, config.device, config.scorer))

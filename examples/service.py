@@ -8,53 +8,59 @@ It has no access control and no encryption: leave it on the loopback, or put a w
 
 from __future__ import annotations
 
-import argparse
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from datasets.images import limit_pixels
-from examples.judge import add_judge_flags, load_judge
+from evaluation.config import MaxPixelsConfig
+from examples.judge import JudgeConfig, load_judge
 from inspection.exported import require_packages
-from utils.errors import UserError, require_positive, run_command
-from utils.flags import add_max_pixels_flag
+from utils.config import Parser, flag
+from utils.errors import UserError, run_command
 from utils.interrupts import Interrupts
 
 REQUIREMENTS = "requirements-examples.txt"
 LAST_PORT = 65535
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig(MaxPixelsConfig, JudgeConfig):
+    """The flags of the service."""
+
+    host: str = flag("address to listen at; the default is this machine only", default="127.0.0.1")
+    port: int = flag("0: any free port, which is printed", default=8000, least=0)
+    max_mb: float = flag("larger requests are refused (413), in MB of 2**20", default=20.0, least=0)
+    max_waiting: int = flag("further requests are refused (503)", default=32, least=1)
+    max_seconds: float = flag("for a request to arrive, else 408", default=30.0, least=0)
+
+    def check(self) -> None:
+        """Raises UserError where a limit allows nothing or the port does not exist."""
+        if not (self.max_mb > 0 and self.max_seconds > 0):
+            raise UserError("--max_mb and --max_seconds must be above 0")
+        if self.port > LAST_PORT:
+            raise UserError(f"--port must be between 0 and {LAST_PORT}, got {self.port}")
+
+
+def get_args_parser() -> Parser[ServiceConfig]:
     """The command line of the service."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_judge_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free port, which is printed")
-    parser.add_argument("--max_mb", type=float, default=20, help="larger requests are refused (413), in MB of 2**20")
-    add_max_pixels_flag(parser)
-    parser.add_argument("--max_waiting", type=int, default=32, help="further requests are refused (503)")
-    parser.add_argument("--max_seconds", type=float, default=30, help="for a request to arrive, else 408")
-    return parser
+    return Parser(ServiceConfig, __doc__.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the detector and answers requests until Ctrl-C or SIGTERM."""
-    args = get_args_parser().parse_args(argv)
-    require_positive(args, "max_pixels", "max_waiting")
-    if not (args.max_mb > 0 and args.max_seconds > 0):
-        raise UserError("--max_mb and --max_seconds must be above 0")
-    if not 0 <= args.port <= LAST_PORT:
-        raise UserError(f"--port must be between 0 and {LAST_PORT}, got {args.port}")
+    config = get_args_parser().parse_config(argv)
     require_packages("fastapi", "uvicorn", "python_multipart", requirements=REQUIREMENTS)
     import uvicorn
 
     from examples.app import MB, Limits, make_app
 
-    limit_pixels(args.max_pixels)
-    app = make_app(load_judge(args), Limits(int(args.max_mb * MB), args.max_waiting, args.max_seconds))
-    with Interrupts(), suppress(KeyboardInterrupt), _listen(args.host, args.port) as listener:
+    limit_pixels(config.max_pixels)
+    app = make_app(load_judge(config), Limits(int(config.max_mb * MB), config.max_waiting, config.max_seconds))
+    with Interrupts(), suppress(KeyboardInterrupt), _listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"{args.detector} answers at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        print(f"{config.detector} answers at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
     print("ended")
 
@@ -73,4 +79,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, get_args_parser)

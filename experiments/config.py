@@ -17,7 +17,7 @@ from models.timm_features import PREFIX
 from training.config import TrainingConfig
 from utils.config import AnyConfig, Config, flag, flags_of
 from utils.errors import UserError
-from utils.flags import DEFAULT_SAVE_DIR
+from utils.naming import DEFAULT_SAVE_DIR
 
 SLURM_TEXTS = ("partition", "account", "qos", "constraint", "mem", "setup")  # setup: may be given several times
 SLURM_NUMBERS = {"minutes": 1440, "gpus": 1, "cpus": 4, "requeue": 3}  # with their defaults

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -36,11 +35,6 @@ def make_scorer(name: str) -> Scorer:
     return SCORERS[name]()
 
 
-def record_ending(scorer: str) -> str:
-    """The part of a record's file name that stands for the scorer; the release's is not named."""
-    return "" if scorer == RELEASE_SCORER else f"_{scorer}"
-
-
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
     """The scorers called `names`, see `make_scorer`.
 
@@ -52,15 +46,6 @@ def make_scorers(names: Sequence[str]) -> list[Scorer]:
     if len(set(found)) < len(found):
         raise UserError(f"--scorer needs different names, got {', '.join(found)}")
     return scorers
-
-
-def add_scorer_flag(
-    group: argparse._ArgumentGroup, several: bool = False, default: str | None = RELEASE_SCORER
-) -> None:
-    """Adds --scorer, which takes one name, or with `several` a list of names."""
-    options = {"nargs": "+", "default": [default]} if several else {"default": default}
-    known = ", ".join(SCORERS)
-    group.add_argument("--scorer", metavar="NAME", help=f"{known}, or a custom class as FILE.py:CLASS", **options)
 
 
 def _from_file(file: str, name: str) -> Scorer:

@@ -19,7 +19,7 @@ from models.stn import BACKBONES
 from scorers.registry import RELEASE_SCORER
 from utils.config import flag
 from utils.errors import UserError
-from utils.flags import DEFAULT_SAVE_DIR
+from utils.naming import DEFAULT_SAVE_DIR
 
 SELECTION = "scoring and selection of the epoch"
 

@@ -90,12 +90,3 @@ def _advice(error: UserError, get_parser: Callable[[], argparse.ArgumentParser] 
 def _complain(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-def require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises UserError where an argument, or a number in a list, is below 1. None (a default) is accepted."""
-    for name in names:
-        values = getattr(arguments, name)
-        smallest = min(values) if isinstance(values, list | tuple) else values
-        if smallest is not None and smallest < 1:
-            raise UserError(f"--{name} must be at least 1, got {smallest}")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.files import sha256
 
 # Raised by hand whenever a change of the code changes results. tests/test_fixture.py fails when it was forgotten.
@@ -64,13 +65,20 @@ class FileDigests:
         self._known: dict[Path, str] = {}
 
     def of(self, files: Iterable[Path]) -> list[str]:
-        """The SHA-256 of each file, in hexadecimal."""
+        """The SHA-256 of each file, in hexadecimal; UserError if one cannot be read."""
         files = list(files)
         unknown = sorted(set(files) - set(self._known))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
-            self._known.update(zip(unknown, pool.map(sha256, unknown), strict=True))
+            self._known.update(zip(unknown, pool.map(_sha256, unknown), strict=True))
         return [self._known[file] for file in files]
 
     def together(self, files: Sequence[Path]) -> str:
         """One digest of files with their names, independent of their folder and order."""
         return digest(sorted(zip((file.name for file in files), self.of(files), strict=True)))
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError as error:  # a folder, a dangling link, no permission
+        raise UserError(f"cannot read the file {file}: {error.strerror}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 RELEASE_PARTS = ("best", "gaussian")  # selection of the epoch and scorer that names omit
 ROUND = "round_"  # followed by the number of the round: columns of scores, files of maps
 STATE = "state.pt"  # how the name of a training state ends

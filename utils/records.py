@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -21,17 +19,6 @@ from utils.files import PROJECT_ROOT
 
 VERSION = "0.1.0"  # as in pyproject.toml
 RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow")
-
-
-def plain_arguments(arguments: argparse.Namespace) -> dict:
-    """A command's arguments for a JSON record, with paths as text."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in vars(arguments).items()}
 
 
 def peak_memory_mb() -> float | None:

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from datasets.images import read_image
-from datasets.masks import read_mask
 from datasets.mvtec import list_images, list_test_items
 from examples.demo_data import CATEGORIES, NOISE, main, render, write_dataset
+from tests.datasets.test_images import read_mask
 from utils.errors import UserError
 
 SIZE = 64

@@ -201,6 +201,8 @@ def test_invalid_arguments(part, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="--max_waiting must be at least 1"):
         service.main([*call, "--max_waiting", "0"])
     with pytest.raises(UserError, match="--max_mb and --max_seconds must be above 0"):
+        service.main([*call, "--max_mb", "0"])
+    with pytest.raises(UserError, match="--max_mb must be a finite number"):
         service.main([*call, "--max_mb", "nan"])
     with pytest.raises(UserError, match="no detector file"):
         service.main(["--detector", str(tmp_path / "missing.regad")])
