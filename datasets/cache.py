@@ -12,22 +12,23 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from datasets.episodes import Episode
-from datasets.images import FULL_BITS, ImageError, read_image
+from datasets.images import FULL_BITS, read_image
 from utils.devices import upload
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.fingerprint import FileDigests, digest
+from utils.locks import locked
+from utils.naming import lock_file
 from utils.stages import in_threads
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
@@ -75,21 +76,19 @@ def decoded_images(
         return decode(np.empty(shape, np.uint8))
     file = _cache_file(paths, (size, keep_aspect, bits, RESIZE_RULE), cache_dir, digests or FileDigests())
     while True:
-        with suppress(
-            FileNotFoundError, NotADirectoryError
-        ):  # a run with other settings may remove the file as outdated at any time
+        with suppress(FileNotFoundError, NotADirectoryError):  # other runs may remove it as outdated at any time
             return np.load(file, mmap_mode="r")
         try:
-            with _locked(file, f"waiting for another process, which decodes {paths[0].parent}"):
+            with locked([file], f"waiting for another process, which decodes {paths[0].parent}"):
                 if not file.is_file():
                     with whole_file(file) as temporary:
                         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
                         _reserve(temporary)
                         decode(array)
-        except (OSError, NotImplementedError) as error:  # filelock raises the latter on file systems without locks
+        except OSError as error:
             raise UserError(
-                f"cannot write the cache of decoded images {file}: {getattr(error, 'strerror', None) or error}; give "
-                "another folder, or none to decode into memory",
+                f"cannot write the cache of decoded images {file}: {error.strerror or error}; give another folder, or "
+                "none to decode into memory",
                 options=("cache_dir",),
             ) from error
         _remove_outdated(file)
@@ -102,34 +101,10 @@ def _reserve(file: Path) -> None:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
 
 
-@contextmanager
-def _locked(file: Path, waiting: str) -> Iterator[None]:
-    """Holds the lock of a cache file. Prints `waiting` if another process has it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(_lock_file(file), mode=0o666)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(waiting, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock_file(file: Path) -> Path:
-    return file.with_name(f".{file.name}.lock")
-
-
 def _cache_file(paths: Sequence[Path], settings: tuple, cache_dir: Path, digests: FileDigests) -> Path:
     folder = paths[0].parent.resolve()
-    try:
-        content = digests.together(paths)
-    except OSError as error:  # a dangling link
-        raise ImageError(f"cannot read the image {error.filename}: {error.strerror}") from error
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = digest([*settings, [path.name for path in paths], content])[:DIGEST_LETTERS]
+    what = digest([*settings, [path.name for path in paths], digests.together(paths)])[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{settings[0]}_{where}_{what}.npy"
 
 
@@ -138,7 +113,7 @@ def _remove_outdated(file: Path) -> None:
     same_folder = file.name.rsplit("_", 1)[0] + "_"
     for other in file.parent.iterdir():
         if other.name.startswith(same_folder) and other.suffix == ".npy" and other != file:
-            for outdated in (other, _lock_file(other)):
+            for outdated in (other, lock_file(other)):
                 with suppress(OSError):
                     outdated.unlink()
 

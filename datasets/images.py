@@ -6,8 +6,6 @@ Image size and resampling follow the release's data loader.
 from __future__ import annotations
 
 import itertools
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -39,37 +37,6 @@ class ImageError(UserError):
 
 class ClippedWarning(UserWarning):
     """A 16-bit image has values beyond its bit depth."""
-
-
-class _PillowWarningsIgnored:
-    """A context, shared by all threads, in which the warnings of Pillow's modules are ignored.
-
-    `warnings.catch_warnings` saves and restores the filters of the whole process, so contexts that overlap in several
-    threads leave their filters behind. Here the first thread to enter installs the filter and the last one to leave
-    restores the filters.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._saved: warnings.catch_warnings | None = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._saved.__exit__(*error)
-
-
-_pillow_warnings_ignored = _PillowWarningsIgnored()
 
 
 def is_ignored(name: str) -> bool:
@@ -117,12 +84,14 @@ def read_pixels(
         ImageError: the file is missing, damaged, no image or too large, or `convert` raises an error.
     """
     try:
-        with _pillow_warnings_ignored, Image.open(path, formats=formats) as image:  # Pillow warns about odd files
+        with Image.open(path, formats=formats) as image:
             image.load()
             return convert(_upright(image))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
-        raise ImageError(f"cannot read the image {name or path}: {_reason(error)}", options) from error
+        is_unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image or damaged" if is_unknown else " ".join(str(error).split()) or repr(error)
+        raise ImageError(f"cannot read the image {name or path}: {reason}", options) from error
 
 
 def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
@@ -198,14 +167,6 @@ def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) ->
     return f"the mask {mask_path} is {mask[0]}x{mask[1]} pixels instead of the {image[0]}x{image[1]} of its image"
 
 
-def _reason(error: Exception) -> str:
-    """The reason why an image was rejected: one line, never empty."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image or damaged"
-    reason = " ".join(str(error).split()) or repr(error)
-    return reason
-
-
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -234,7 +195,8 @@ def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
         if largest > full_scale(bits):
             grey.info[CLIPPED_FROM] = largest
         return grey
-    _reject_floats(image)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no fixed value range; save it with 8 or 16 bits")
     return image if image.mode == "L" else image.convert("L" if image.mode in ("1", "LA") else "RGB")
 
 
@@ -249,8 +211,7 @@ def full_scale(bits: int) -> int:
 
 def clipping_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
     """A sentence where `eight_bit` clipped values of the image called `name`, else None."""
-    largest = image.info.get(CLIPPED_FROM)
-    return None if largest is None else clipping_summary([(str(name), largest)], bits)[0]
+    return next(iter(clipping_summary([(str(name), image.info.get(CLIPPED_FROM, 0))], bits)), None)
 
 
 def clipping_summary(values: Sequence[tuple[str, int]], bits: int) -> list[str]:
@@ -280,16 +241,16 @@ def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
     try:
         if isinstance(image, Image.Image):
             return ("an image", int(np.asarray(image).max())) if _is_16bit(image.mode) else None
-        with _pillow_warnings_ignored, Image.open(image) as opened:
+        with Image.open(image) as opened:
             return (str(image), int(np.asarray(opened).max())) if _is_16bit(opened.mode) else None
     except Exception:  # as in read_pixels
         return None
 
 
-def smallest_depth(values: Sequence[tuple[str, int]]) -> int:
-    """The smallest of BIT_DEPTHS that holds all `largest_values`; FULL_BITS where there are none."""
-    largest = max((value for _, value in values), default=full_scale(FULL_BITS))
-    return next((bits for bits in BIT_DEPTHS if largest <= full_scale(bits)), FULL_BITS)
+def smallest_depth(values: Iterable[int]) -> int:
+    """The smallest of BIT_DEPTHS that holds all values; FULL_BITS where there are none."""
+    largest = max(values, default=full_scale(FULL_BITS))
+    return next(bits for bits in BIT_DEPTHS if largest <= full_scale(bits))
 
 
 def resolve_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
@@ -297,21 +258,11 @@ def resolve_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
 
     Where `paths` has 16-bit grey images, prints the depth, and a warning if some exceed it. of: what they are.
     """
-    values = [] if asked == FULL_BITS else largest_values(paths)
+    named = [] if asked == FULL_BITS else largest_values(paths)
+    values = [value for _, value in named]
     bits = smallest_depth(values) if asked == AUTO_BITS else asked
     if values:
-        largest = max(value for _, value in values)
-        print(f"bits: {bits} ({len(values)} 16-bit image(s) of {of}, largest value {largest})")
-    warn_clipped(values, bits)
-    return bits
-
-
-def warn_clipped(values: Sequence[tuple[str, int]], bits: int) -> None:
-    """Prints `clipping_summary` as a warning."""
-    for sentence in clipping_summary(values, bits):
+        print(f"bits: {bits} ({len(values)} 16-bit image(s) of {of}, largest value {max(values)})")
+    for sentence in clipping_summary(named, bits):
         print(f"warning: {sentence}")
-
-
-def _reject_floats(image: Image.Image) -> None:
-    if image.mode == "F":
-        raise ValueError("floating-point images have no fixed value range; save it with 8 or 16 bits")
+    return bits

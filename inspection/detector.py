@@ -132,7 +132,7 @@ class FewShotDetector(ImageScoring):
         self._calibration_notes = []
         with self.clock("decode"):
             if self.measures_bits:
-                self.bits = smallest_depth([("", value) for value in largest_grey_values(images)])
+                self.bits = smallest_depth(largest_grey_values(images))
             support = self._support(images)
         self.tiling = resolve_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
         layouts = [self.layout_of(*size) for size in support.sizes]

@@ -128,7 +128,7 @@ def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
 def _bit_depth(config: DetectorConfig, support: Sequence[ImageFile]) -> int:
     """The bit depth asked for, or the smallest that holds the 16-bit support images; printed if there are any."""
     values = [] if config.bits == FULL_BITS else largest_grey_values(support)
-    bits = smallest_depth([("", value) for value in values]) if config.bits == AUTO_BITS else config.bits
+    bits = smallest_depth(values) if config.bits == AUTO_BITS else config.bits
     if values:
         print(f"bits: {bits} ({len(values)} 16-bit image(s) of the support, largest value {max(values)})")
     return bits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -13,8 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.folders import Listing
-from datasets.images import FULL_BITS, IMAGE_SUFFIXES, ImageError, clipping_note, decode_image, to_square
+from datasets.images import (
+    FULL_BITS,
+    IMAGE_SUFFIXES,
+    ImageError,
+    clipping_note,
+    decode_image,
+    is_ignored,
+    is_image_file,
+    to_square,
+)
 from utils.errors import UserError
 from utils.stages import StageClock, in_threads
 
@@ -47,10 +56,52 @@ class InputImage(NamedTuple):
     warning: str | None = None  # why its scores may mislead
 
 
+class Listing:
+    """Collects the images below folders.
+
+    Entries that `is_ignored` names are left out, with all that is below them. A folder that several links lead to is
+    entered once in the life of the object; a link to a folder that it lies in is not entered. A folder that cannot be
+    listed, or vanishes meanwhile, counts as empty.
+
+    output: a folder that is not entered either, unless the images are asked for from within it.
+    left_out: how many files were left out, by suffix in lower case; a file without suffix counts as "".
+    """
+
+    def __init__(self, output: Path | None = None) -> None:
+        self.output = None if output is None else os.path.realpath(output)
+        self.left_out: Counter[str] = Counter()
+        self._entered: set[str] = set()
+
+    def images_below(self, folder: Path) -> list[Path]:
+        """The images in `folder` and its sub-folders, sorted, that no earlier call has listed."""
+        found: list[Path] = []
+        skips_output = self.output and not _is_below(os.path.realpath(folder), self.output)
+        for place, folders, names in os.walk(folder, followlinks=True):
+            real = os.path.realpath(place)
+            is_loop = os.path.islink(place) and _is_below(os.path.realpath(os.path.dirname(place)), real)
+            if real in self._entered or is_loop or (skips_output and _is_below(real, self.output)):
+                folders.clear()
+                continue
+            self._entered.add(real)
+            folders[:] = [name for name in folders if not is_ignored(name)]
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+            for path in (Path(place, name) for name in names if not is_ignored(name)):
+                if not is_image_file(path):
+                    self.left_out[path.suffix.lower()] += 1
+                elif path.is_file() or path.is_symlink():  # no pipe, which may block its reader
+                    found.append(path)
+        return sorted(found)
+
+
+def _is_below(place: str, folder: str) -> bool:
+    """Whether a real path is `folder` or lies in it."""
+    return os.path.commonpath([place, folder]) == folder
+
+
 def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Path]:
     """Lists the images in files and folders, in order and without duplicates.
 
-    Folders are searched recursively, see `datasets.folders.Listing`; files in `output` are skipped. Files given by name
+    Folders are searched recursively, see `Listing`; files in `output` are skipped. Files given by name
     are always included, with any name and suffix. Prints how many files of folders are left out, by suffix.
 
     Raises:
@@ -64,7 +115,8 @@ def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Pat
         for path in listing.images_below(source) if source.is_dir() else [source]:
             found.setdefault(absolute(path), path)
     if listing.left_out:
-        print(f"left out: {listing.what_was_left_out()}")
+        common = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
+        print("left out:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in common))
     if not found:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
     return list(found.values())

@@ -7,6 +7,7 @@ import errno
 import io
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 DID_WORK = (1, 3)  # exit codes: some items failed; predict.py --fail_on_defect found a defect
@@ -43,6 +44,7 @@ def run_command(
     A command that did its work, in whole or in part (DID_WORK), ends with the time it took. The line goes to
     stderr, so that redirected output holds the results only. The start of Python is not included.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd files that Pillow reads all the same
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()

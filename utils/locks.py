@@ -13,8 +13,10 @@ from utils.naming import lock_file
 
 
 @contextmanager
-def locked(files: Sequence[Path]) -> Iterator[None]:
+def locked(files: Sequence[Path], waiting: str | None = None) -> Iterator[None]:
     """Holds the locks of `files`, in one order for all processes. The lock files remain; a killed process holds none.
+
+    waiting: printed if another process holds one of them, which is then waited for; None: that is an error.
 
     Raises:
         UserError: another process holds one of them, or the file system has no locks.
@@ -22,11 +24,15 @@ def locked(files: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for file in sorted(files):
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(lock_file(file), timeout=0, mode=0o666)
+            lock = FileLock(lock_file(file), mode=0o666)
             try:
-                stack.enter_context(lock)
+                lock.acquire(timeout=0)
             except Timeout as error:
-                raise UserError(f"another process writes {file}") from error
+                if waiting is None:
+                    raise UserError(f"another process writes {file}") from error
+                print(waiting, flush=True)
+                lock.acquire()
             except (OSError, NotImplementedError) as error:
                 raise UserError(f"files in {file.parent} cannot be locked ({error}); give another folder") from error
+            stack.callback(lock.release)
         yield

@@ -90,7 +90,8 @@ def test_values_beyond_the_depth_become_white_and_are_named(bits, values):
 
 @given(st.lists(st.integers(0, 65535), max_size=5))
 def test_the_smallest_depth_that_holds_all_images(values):
-    bits = smallest_depth(largest_values([Image.fromarray(np.array([[0, value]], np.uint16)) for value in values]))
+    images = [Image.fromarray(np.array([[0, value]], np.uint16)) for value in values]
+    bits = smallest_depth(value for _, value in largest_values(images))
     assert bits == 16 if not values else max(values) <= full_scale(bits)
     smaller = [depth for depth in BIT_DEPTHS if depth < bits]
     assert not values or not smaller or max(values) > full_scale(smaller[-1])

@@ -6,9 +6,7 @@ import io
 import random
 import struct
 import tracemalloc
-import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -479,28 +477,6 @@ def test_damaged_files_give_an_image_or_an_image_error(name, tmp_path, pixel_lim
             assert str(path) in str(error)
             rejected += 1
     assert rejected > 5 and (rejected < MUTATIONS or name == "float.tif")
-
-
-WARNED_ABOUT = {  # readable files on which Pillow warns
-    "opacities.png": lambda: encoded(palette(), "PNG", transparency=bytes([0, 9, 200, 255])),
-    "large.png": lambda: encoded(grey(), "PNG"),
-    "exif.jpg": lambda: encoded(coloured(), "JPEG", exif=GARBAGE["value outside"]),
-}
-
-
-def test_threads_leave_the_warning_filters_as_they_were(tmp_path, pixel_limit):
-    """Overlapping reads of files that Pillow warns about: no warning, no error, and no filter left behind."""
-    for name, content in WARNED_ABOUT.items():
-        (tmp_path / name).write_bytes(content())
-    pixel_limit(SIDE * SIDE)  # above half of it Pillow warns
-    files = [tmp_path / name for name in WARNED_ABOUT] * 200
-    before = list(warnings.filters)
-    with ThreadPoolExecutor(8) as pool:
-        shapes = list(pool.map(lambda path: read_image(path, 8).shape, files))
-    assert set(shapes) == {(8, 8, 3)}
-    assert warnings.filters == before
-    with pytest.warns(UserWarning, match="own warning"):
-        warnings.warn("own warning", stacklevel=1)
 
 
 @needs_reference
