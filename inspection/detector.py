@@ -12,7 +12,7 @@ from PIL import Image
 
 from datasets.images import AUTO_BITS, BIT_DEPTHS, FULL_BITS, smallest_depth
 from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
-from inspection.duplicates import duplicate_notes, equal_images
+from inspection.duplicates import digest, duplicate_notes, equal_images
 from inspection.images import ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
 from inspection.out_of_distribution import contrast
 from inspection.scoring import CHECK, NETWORK_GROUP, ImageScoring
@@ -27,7 +27,7 @@ from inspection.threshold import (
 from inspection.tiles import AUTO, OFF, Layout, Tile, Tiling, fitting_corners, resolve_tiling
 from models.stn import STNResNet
 from scorers.base import Fitted, Prepared, Scorer
-from scorers.features import FeatureStore, take_images, without_images, write_support_images
+from scorers.features import FeatureStore, without_images, write_support_images
 from scorers.gaussian import Gaussian, convert_fitted_369ac53
 from scorers.neighbours import Neighbours
 from scorers.registry import make_scorer
@@ -112,6 +112,7 @@ class FewShotDetector(ImageScoring):
         self.loo_scores: NormalScores | None = None
         self.calibration: NormalScores | None = None
         self.fitted: Fitted = {}
+        self.support_digests: list[str] = []
         self._support_notes: list[str] = []
         self._calibration_notes: list[str] = []
 
@@ -139,7 +140,7 @@ class FewShotDetector(ImageScoring):
         if any(layouts):
             prepared, contrasts, ends = self._tile_features(support, layouts)
         else:
-            support, prepared = self._view_features(support)
+            prepared = self._view_features(support)
             contrasts, ends = contrast(torch.stack(support.squares)), None
         features = prepared[self.scorer.name]
         with self.clock(self.scorer.name):
@@ -162,7 +163,9 @@ class FewShotDetector(ImageScoring):
             sizes.append(decoded.size if isinstance(decoded, Image.Image) else (self.size, self.size))
         support, found = _Support(images, image_names(images), squares, sizes), equal_images(squares)
         self._support_notes = duplicate_notes(support.names, found)
-        return support.without(found)
+        support = support.without(found)
+        self.support_digests = [digest(square) for square in support.squares]
+        return support
 
     def _tile_features(
         self, support: _Support, layouts: list[Layout | None]
@@ -193,8 +196,8 @@ class FewShotDetector(ImageScoring):
                 tiles = torch.stack([layout.cut(decoded, *corner) for corner in corners[start : start + size]])
             yield tiles
 
-    def _view_features(self, support: _Support) -> tuple[_Support, dict[str, Prepared]]:
-        """The support images without near duplicates, and the features of all their views."""
+    def _view_features(self, support: _Support) -> dict[str, Prepared]:
+        """The features of all views of the support images."""
         store = FeatureStore([self.scorer, CHECK], len(support.names), with_views=True)
         group = SUPPORT_GROUP[self.clock.device.type]
         for start in range(0, len(support.names), group):
@@ -202,15 +205,7 @@ class FewShotDetector(ImageScoring):
             with self.clock("network"):
                 inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))
                 write_support_images(store, numbers, self.fast_network, inputs, VIEWS_PER_IMAGE * group)
-        prepared, found = store.prepared, CHECK.duplicates(store.prepared[CHECK.name])
-        if not found:
-            return support, prepared
-        self._support_notes += duplicate_notes(support.names, found, "near duplicate of")
-        kept = [number for number in range(len(support.names)) if number not in found]
-        for name, views in store.per_image.items():
-            rows = torch.tensor([number * views + view for number in kept for view in range(views)])
-            prepared[name] = take_images(prepared[name], rows)
-        return support.without(found), prepared
+        return store.prepared
 
     def _leave_one_out(self, images: Sequence[ImageInput], support: Prepared, ends: np.ndarray) -> NormalScores:
         """Leave-one-out scores of support images that are cut: each is left out with all its tiles.
@@ -270,7 +265,7 @@ class FewShotDetector(ImageScoring):
     def set_threshold(self, value: float) -> Threshold:
         """Sets the threshold to a value. What is known of normal scores stays, for the colours of the heat maps."""
         known = self.threshold or Threshold(0.0, "", value, value)
-        self.threshold = known._replace(value=value, how="given", rate=None, decided_by="")
+        self.threshold = known._replace(value=value, how="given", rate=None)
         return self.threshold
 
     def _normal_scores(self, images: Sequence[ImageInput], rate: float) -> NormalScores:
@@ -280,16 +275,10 @@ class FewShotDetector(ImageScoring):
         """
         results = list(self.results(images, self.fitted, only_pixels=True))
         _check_finite([one.score for one in results])
-        are_cut, names = any(one.kept is None for one in results), image_names(images)
-        found = equal_images([one.square for one in results])
+        are_cut, names = any(one.is_cut for one in results), image_names(images)
+        found = equal_images([one.square for one in results], self.support_digests)
         self._calibration_notes = duplicate_notes(names, found)
-        ignored = set(found)
-        if self.check and not are_cut:
-            kept = [torch.cat(part) for part in zip(*(one.kept for one in results), strict=True)]
-            near = [n for n, is_near in enumerate(CHECK.of_support(self.check, kept)) if is_near and n not in ignored]
-            self._calibration_notes += [f"{names[number]}: duplicate of a support image, ignored" for number in near]
-            ignored |= set(near)
-        chosen = [number for number in range(len(results)) if number not in ignored]
+        chosen = [number for number in range(len(results)) if number not in found]
         results = [results[number] for number in chosen]
         if are_cut or not needs_views(len(chosen), rate, self.scorer):
             scores = [[one.score] for one in results]
@@ -350,6 +339,7 @@ class FewShotDetector(ImageScoring):
         return self._scoring_state() | {
             "threshold": None if self.threshold is None else tuple(self.threshold),
             "origin": self.origin,
+            "support_digests": self.support_digests,
             "left_out": self.loo_scores and self.loo_scores.state(),
             "calibration": calibration and calibration._replace(maps=calibration.maps[:, :0, :0]).state(),
         }
@@ -387,10 +377,11 @@ class FewShotDetector(ImageScoring):
         )
         tiling, threshold = state.get("tiling"), state["threshold"]
         detector.tiling = None if tiling is None else Tiling(*tiling)
-        detector.threshold = None if threshold is None else Threshold(*threshold)
+        detector.threshold = None if threshold is None else Threshold.from_state(threshold)
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
+        detector.support_digests = list(state.get("support_digests", ()))
         on = detector.clock.device
         detector.fitted = {key: value.to(on) for key, value in state["fitted"].items()}
         if detector.scorer.name == Gaussian.name:

@@ -7,18 +7,25 @@ from collections.abc import Sequence
 
 import torch
 
-
-def equal_images(squares: Sequence[torch.Tensor]) -> dict[int, int]:
-    """For each network input that equals an earlier one, the number of the first such."""
-    first: dict[str, int] = {}
-    found = {}
-    for number, square in enumerate(squares):
-        earlier = first.setdefault(hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest(), number)
-        if earlier != number:
-            found[number] = earlier
-    return found
+SUPPORT = -1  # in place of the number of the original, where that is a support image
 
 
-def duplicate_notes(names: Sequence[str], found: dict[int, int], what: str = "duplicate of") -> list[str]:
+def digest(square: torch.Tensor) -> str:
+    """SHA-256 of the values of a network input, in hexadecimal."""
+    return hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest()
+
+
+def equal_images(squares: Sequence[torch.Tensor], support: Sequence[str] = ()) -> dict[int, int]:
+    """For each network input that equals an earlier one, the number of the first such, or SUPPORT.
+
+    support: digests of the support images.
+    """
+    first = dict.fromkeys(support, SUPPORT)
+    originals = [first.setdefault(digest(square), number) for number, square in enumerate(squares)]
+    return {number: original for number, original in enumerate(originals) if number != original}
+
+
+def duplicate_notes(names: Sequence[str], found: dict[int, int]) -> list[str]:
     """A sentence for each image that is ignored, by the numbers of the image and of its original."""
-    return [f"{names[number]}: {what} {names[original]}, ignored" for number, original in found.items()]
+    originals = {number: "a support image" if one == SUPPORT else names[one] for number, one in found.items()}
+    return [f"{names[number]}: duplicate of {original}, ignored" for number, original in originals.items()]

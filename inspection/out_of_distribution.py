@@ -24,16 +24,14 @@ import torch
 import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared
-from scorers.views import GREY_VIEW, ROTATION_ANGLES, TRANSLATED_VIEWS, TURNED_VIEWS, VIEWS_PER_IMAGE
+from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, TURNED_VIEWS, VIEWS_PER_IMAGE
 
 LAYERS = 2  # compared, counted from the coarsest
-GRID = 4  # cells per side, for the direction and for duplicates
+GRID = 4  # cells per side, for the direction
 LEAST_CONTRAST = 0.25  # times the least contrast of a support image
 LEAST_LIMIT = 0.3  # relative distance of features
 LOO_FACTOR = 1.4  # times the median leave-one-out distance
 CLEARLY = 0.9  # ratio of two distances, for the direction
-NEAR_DUPLICATE = 0.035  # relative distance of the grids
-NEAR_VIEW = 0.3  # times the distance to the image's own rotated views, whichever is smaller
 MOST_TILES = 256  # of large support images, whose statistics are kept
 TINY = 1e-12
 
@@ -57,27 +55,26 @@ class OutOfDistributionCheck:
     def fit(self, support: Prepared, contrasts: torch.Tensor) -> Fitted:
         """What `measure` needs, from the prepared features of all views of K images and their contrasts (K,).
 
-        Of many images without views, as tiles are, MOST_TILES are kept; they show no direction and no duplicates.
+        Of many images without views, as tiles are, MOST_TILES are kept; they show no direction.
 
-        limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0. near: distance
-        below which an image is a near duplicate.
+        limit: of the distance of features. direction: 1 if the parts lie in a fixed direction, else 0. Files of
+        earlier versions also hold "near", which is ignored.
         """
         has_views = len(support[0]) > len(contrasts)
         statistics, grids = self._by_image(support, len(self.views) if has_views else 1)
         if not has_views:
             step = -(-len(contrasts) // MOST_TILES)
             statistics, grids = [part[::step] for part in statistics], [part[:1] for part in grids]
-        upright, turned, direction, near = [part[:, 0] for part in grids], grids, False, contrasts.new_zeros(1)
+        upright, turned, direction = [part[:, 0] for part in grids], grids, False
         if has_views:
             turned = [part[:, [self.views.index(view) for view in TURNED_VIEWS]] for part in grids]
-            direction, near = self._has_direction(upright, turned), self._near(grids)
+            direction = self._has_direction(upright, turned)
         distances = _loo_distances([part[:, 0] for part in statistics], statistics)
         limit = max(LEAST_LIMIT, LOO_FACTOR * float(distances.median())) if len(distances) > 1 else LEAST_LIMIT
         fitted = {
             "limit": contrasts.new_tensor(limit),
             "direction": contrasts.new_tensor(float(direction)),
             "contrast": LEAST_CONTRAST * contrasts.min(),
-            "near": near.clamp(min=TINY),
         }
         fitted |= {f"statistic{n}": part.flatten(0, 1).contiguous() for n, part in enumerate(statistics)}
         fitted |= {f"upright{n}": part.contiguous() for n, part in enumerate(upright)}
@@ -99,39 +96,10 @@ class OutOfDistributionCheck:
         """Why each of B images is unusual, as a phrase; "" for an image that is not. measured: from `measure`."""
         return [_phrase(*row) for row in measured]
 
-    def duplicates(self, support: Prepared) -> dict[int, int]:
-        """For each support image that is nearly equal to an earlier one, the number of that image.
-
-        support: prepared features of all views.
-        """
-        grids = self._by_image(support, len(self.views))[1]
-        upright = [grid[:, 0] for grid in grids]
-        near = (_relative(upright, upright) < self._near(grids)).tolist()
-        found: dict[int, int] = {}
-        for number, row in enumerate(near):
-            earlier = [n for n in range(number) if row[n] and n not in found]
-            if earlier:
-                found[number] = earlier[0]
-        return found
-
-    def of_support(self, fitted: Fitted, test: Prepared) -> list[bool]:
-        """Whether each of B images is a duplicate or a near duplicate of a support image."""
-        distances = _relative(test[_statistics(test) :], _named(fitted, "upright")) / fitted["near"]
-        return (distances.amin(dim=1) < 1).tolist()
-
     def _by_image(self, prepared: Prepared, views: int) -> tuple[Prepared, Prepared]:
         """Statistics and grids as (K, views, ...)."""
         parts = [part.unflatten(0, (-1, views)) for part in prepared]
         return parts[: _statistics(prepared)], parts[_statistics(prepared) :]
-
-    def _near(self, grids: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The distance (K,) below which an image is a near duplicate of a support image; grids: (K, V, D) per layer."""
-        rotated = slice(1, 1 + len(ROTATION_ANGLES))
-        own = [
-            _relative([grid[n, :1] for grid in grids], [grid[n, rotated] for grid in grids])
-            for n in range(len(grids[0]))
-        ]
-        return (NEAR_VIEW * torch.cat(own).amin(dim=1)).clamp(max=NEAR_DUPLICATE)
 
     def _has_direction(self, upright: list[torch.Tensor], turned: list[torch.Tensor]) -> bool:
         """Whether every support image is clearly more similar to the others than to these turned."""

@@ -28,13 +28,13 @@ CHECK = OutOfDistributionCheck()
 
 
 class ImageResult(NamedTuple):
-    """One image: score, map, why it is unusual, its square, and what CHECK keeps of it, None of an image cut."""
+    """One image: score, map, why it is unusual, its square, and whether it was cut into tiles."""
 
     score: np.float32
     map: np.ndarray
     unusual: str
     square: torch.Tensor
-    kept: Prepared | None
+    is_cut: bool
 
 
 class ImageScoring:
@@ -93,13 +93,12 @@ class ImageScoring:
         """The results of at most SCORE_GROUP images that are not cut."""
         if not squares:
             return
-        scores, maps, unusual, kept = self.score_squares(self.on_device(squares), fitted, self.inside)
+        scores, maps, unusual = self.score_squares(self.on_device(squares), fitted, self.inside)
         if only_pixels and self.region is not None:
             inside = inside_square(self.region, self.size, self.keep_aspect)
             maps = [pixels(one, inside, self.size) for one in maps]
-        for number, square in enumerate(squares):
-            own = [part[number : number + 1] for part in kept]
-            yield ImageResult(scores[number], maps[number], unusual[number], square, own)
+        for result in zip(scores, maps, unusual, squares, strict=True):
+            yield ImageResult(*result, is_cut=False)
 
     def _cut_result(
         self, image: Image.Image, square: torch.Tensor, layout: Layout, fitted: Fitted, only_pixels: bool
@@ -108,7 +107,7 @@ class ImageScoring:
         reasons: list[str] = []
 
         def maps_of(tiles: torch.Tensor) -> np.ndarray:
-            _, maps, unusual, _ = self.score_squares(upload(tiles, self.clock.device), fitted, None)
+            _, maps, unusual = self.score_squares(upload(tiles, self.clock.device), fitted, None)
             reasons.extend(unusual)
             return maps
 
@@ -118,28 +117,27 @@ class ImageScoring:
         unusual = [reason for reason in reasons if reason]
         reason = f"most tiles: {unusual[0]}" if 2 * len(unusual) > len(reasons) else ""
         kept_map = pixels(scores, inside, self.size) if only_pixels else scores
-        return ImageResult(scores.max(), kept_map, reason, square, None)
+        return ImageResult(scores.max(), kept_map, reason, square, is_cut=True)
 
     def score_squares(
         self, inputs: torch.Tensor, fitted: Fitted, inside: torch.Tensor | None
-    ) -> tuple[np.ndarray, np.ndarray, list[str], Prepared]:
-        """Scores, maps, reasons and what CHECK keeps of network inputs (B, 3, S, S).
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Scores, maps and reasons of network inputs (B, 3, S, S).
 
         Maps are 0 where `inside`, (S, S) or (B, S, S), is False.
         """
         with self.clock("network"):
             prepared = self.features(inputs)
-        kept = prepared[CHECK.name]
         with self.clock("distance"):
             distances = self.scorer.distance_maps(fitted, prepared[self.scorer.name])
-            measured = [CHECK.measure(self.check, kept, contrast(inputs))] if self.check else []
+            measured = [CHECK.measure(self.check, prepared[CHECK.name], contrast(inputs))] if self.check else []
         with self.clock("smoothing"):
             scores, maps = score_maps_at(distances, self.size, inside)
             columns = [scores[:, None], maps.flatten(1), *measured]
             values = torch.cat(columns, dim=1).cpu().numpy()  # one copy: each copy from a device waits for it
         scores, maps = values[:, 0], values[:, 1 : maps[0].numel() + 1].reshape(maps.shape)
         unusual = CHECK.reasons(values[:, -measured[0].shape[1] :].tolist()) if measured else [""] * len(inputs)
-        return scores, maps, unusual, kept
+        return scores, maps, unusual
 
     @property
     def inside(self) -> torch.Tensor | None:

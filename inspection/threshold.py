@@ -31,6 +31,7 @@ rate holds on average over parts, but not for every part. benchmarks/threshold.p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,9 +50,6 @@ PRIOR_SPREAD = 0.1  # standard deviation of the logarithms of a part's scores, b
 PRIOR_IMAGES = 0.5  # how many images the prior spread counts for
 LOO_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
 FEW_LOO = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
-EXCEPTIONAL = 3.0  # standard deviations of the other logarithms above their mean: such an image is named
-NOTICEABLE = 0.01  # share of the threshold by which it falls without that image
-FEWEST_TO_COMPARE = 5  # among fewer images, none is an exception
 
 
 class NormalScores(NamedTuple):
@@ -119,8 +117,7 @@ class Threshold(NamedTuple):
     All values are distances. how: the origin of `value`, as text. typical: the median score of the normal images; sets
     the colour scale of the heat maps. region: regions above it are outlined. `typical` and `region` equal `value` if no
     normal scores are known. rate: the false-positive rate asked for; None for a given value. count: the number of
-    normal images. decided_by: the image without which the threshold would be much lower, or "". without: the threshold
-    without it.
+    normal images. Files of earlier versions hold two more values, which `from_state` ignores.
     """
 
     value: float
@@ -129,24 +126,21 @@ class Threshold(NamedTuple):
     region: float
     rate: float | None = None
     count: int = 0
-    decided_by: str = ""
-    without: float | None = None
+
+    @staticmethod
+    def from_state(values: Sequence) -> Threshold:
+        """The threshold in a detector file."""
+        return Threshold(*values[: len(Threshold._fields)])
 
     @property
     def warnings(self) -> list[str]:
         """Limits of the threshold, as sentences."""
-        found = []
-        if self.rate is not None and self.rate * (self.count + 1) < 1:
-            found.append(
-                f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images cannot estimate a rate "
-                f"below 1/{self.count + 1}; give further normal images"
-            )
-        if self.decided_by:
-            found.append(
-                f"one normal image determines the threshold: {self.decided_by}; without it, the threshold would be "
-                f"{self.without:.3f} instead of {self.value:.3f}. Remove it if it has a defect"
-            )
-        return found
+        if self.rate is None or self.rate * (self.count + 1) >= 1:
+            return []
+        return [
+            f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images cannot estimate a rate "
+            f"below 1/{self.count + 1}; give further normal images"
+        ]
 
 
 def is_order_statistic(count: int, rate: float) -> bool:
@@ -181,8 +175,7 @@ def normal_threshold(normal: NormalScores, rate: float, typical_score: float | N
     region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
     how = f"{rule} for a false-positive rate of {rate:g}, {source}"
     typical = float(np.median(normal.scores[:, 0]))
-    threshold = Threshold(value, how, typical, float(region), rate, count)
-    return _with_deciding_image(threshold, normal, typical_score)
+    return Threshold(value, how, typical, float(region), rate, count)
 
 
 def _value(scores: np.ndarray, is_loo: bool, rate: float, typical_score: float | None) -> tuple[float, str]:
@@ -212,21 +205,6 @@ def _bound(images: np.ndarray, is_loo: bool, rate: float, typical_score: float) 
     spread = math.sqrt(squares / (PRIOR_IMAGES + count - 1) * (1 + 1 / count))
     share = LOO_SHARE if is_loo and count <= FEW_LOO else CALIBRATION_SHARE
     return math.exp(mean + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
-
-
-def _with_deciding_image(threshold: Threshold, normal: NormalScores, typical_score: float | None) -> Threshold:
-    """The threshold with the image that it depends on most, if it depends on it too much."""
-    logs, count = np.log(normal.scores[:, 0]), len(normal.scores)
-    highest = int(logs.argmax())
-    if count < FEWEST_TO_COMPARE:
-        return threshold
-    others = np.delete(logs, highest)
-    without, _ = _value(np.delete(normal.scores, highest, axis=0), normal.is_loo, threshold.rate, typical_score)
-    is_exceptional = logs[highest] - others.mean() > EXCEPTIONAL * others.std(ddof=1)
-    if not is_exceptional or threshold.value - without < NOTICEABLE * threshold.value:
-        return threshold
-    name = normal.names[highest] if normal.names else f"image {highest + 1}"
-    return threshold._replace(decided_by=name, without=without)
 
 
 def check_calibration(count: int, rate: float) -> None:

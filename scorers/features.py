@@ -68,14 +68,6 @@ def room_for(like: torch.Tensor, count: int) -> torch.Tensor:
     return like.new_empty(shape).permute([order.index(axis) for axis in range(like.dim())])
 
 
-def take_images(prepared: Prepared, order: torch.Tensor) -> Prepared:
-    """A copy of the prepared features with the images in the given order."""
-    copies = [room_for(tensor, len(order)) for tensor in prepared]
-    for copy, tensor in zip(copies, prepared, strict=True):
-        copy[:] = tensor[order]
-    return copies
-
-
 def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
     """A copy of the prepared features without the images `start` to `end` (exclusive)."""
     copies = []

@@ -91,23 +91,6 @@ def test_a_rate_that_the_images_cannot_show_is_flagged_an_extrapolation(count, r
     assert said == (rate < 1 / (count + 1)) and threshold.count == count and threshold.rate == rate
 
 
-@given(st.integers(5, 30), st.floats(2, 10), kinds)
-def test_an_image_that_decides_alone_is_named(count, factor, kind):
-    """A ring mark on one of the calibration images sets the threshold: it is named, and the threshold without it."""
-    prior, left_out = kind
-    scores = np.linspace(0.5, 0.6, count)
-    scores[2] = 0.6 * factor
-    threshold = threshold_of(scores, 0.05, prior, left_out)
-    without = threshold_of(np.delete(scores, 2), 0.05, prior, left_out)
-    assert threshold.decided_by == "2.png" and threshold.without == pytest.approx(without.value)
-    assert "2.png" in threshold.warnings[-1] and f"{without.value:.3f}" in threshold.warnings[-1]
-
-
-@given(st.integers(2, 40), kinds)
-def test_no_image_is_named_among_like_ones(count, kind):
-    assert threshold_of(np.linspace(0.5, 0.6, count), 0.05, *kind).decided_by == ""
-
-
 def test_images_without_a_score_are_ignored():
     with_copy = threshold_of([0.0, 0.5, 0.6], 0.05, PRIOR)
     assert with_copy.value == threshold_of([0.5, 0.6], 0.05, PRIOR).value and "1 identical" in with_copy.how

@@ -39,14 +39,3 @@ def test_eight_good_tiles_and_the_default_rate(detector, scores):
     threshold = detector.calibrate(0.01)
     assert (normal > threshold.value).mean() <= 0.05 and (defective > threshold.value).mean() >= 0.3
     assert "extrapolation" in threshold.warnings[0] and "1/9" in threshold.warnings[0]
-
-
-def test_one_odd_image_among_thirty_is_named(detector, scores):
-    """One tile with a visible mark used to set the threshold above every image of the folder, without a word."""
-    fray = tiles("test/fray", 40)
-    odd = fray[int(detector.score(fray)[0].argmax())]
-    threshold = detector.calibrate(0.05, [*tiles("train/good", 19, 100), odd])
-    assert threshold.decided_by == str(odd) and str(odd) in threshold.warnings[-1]
-    found = [(scores[1] > value).sum() for value in (threshold.value, threshold.without)]
-    assert found[0] == 0 < found[1]
-    assert detector.calibration.by_score()[0][0] == str(odd)
