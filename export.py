@@ -1,24 +1,20 @@
 """Exports a fitted detector to an ONNX or torch.export file, for use without this project.
 
 python export.py --detector part.regad --output part.onnx --check photos/
-python export.py --set_threshold 30 part.onnx
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from datasets.images import limit_pixels
 from inspection.config import ExportConfig
 from inspection.export import WRITERS
 from inspection.export_check import compare_files
-from inspection.exported import require_packages, set_threshold
 from inspection.fitting import known_defects, make_detector
 from inspection.inputs import list_inputs
 from utils.config import Parser
-from utils.errors import UserError, run_command
+from utils.errors import require_packages, run_command
 from utils.files import require_writable
 
 
@@ -28,11 +24,8 @@ def get_args_parser() -> Parser[ExportConfig]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fits or loads the detector, writes the files, and compares them with PyTorch; or changes a file's threshold."""
+    """Fits or loads the detector, writes the files, and compares them with PyTorch."""
     config = get_args_parser().parse_config(argv)
-    if config.set_threshold:
-        _change_threshold(*config.set_threshold)
-        return
     output = config.output.with_suffix("") if config.output.suffix[1:] in WRITERS else config.output
     files = {kind: output.with_name(f"{output.name}.{kind}") for kind in config.format}
     for file in files.values():
@@ -48,20 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{kind}: {path} ({path.stat().st_size / 2**20:.0f} MB)")
     if images:
         compare_files(detector, files, images, are_support=not config.compare)
-
-
-def _change_threshold(text: str, file: str) -> None:
-    """Changes the threshold in the metadata of an exported file; UserError where it is no number, or as there."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"--set_threshold needs a number and a file, got {text!r}")
-    path = Path(file)
-    require_writable(path, "--set_threshold")
-    before = set_threshold(path, value)
-    print(f"threshold of {path}: {value:g}, before: {before or 'none'}")
 
 
 if __name__ == "__main__":

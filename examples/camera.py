@@ -24,10 +24,9 @@ from PIL import Image
 
 from examples.judge import Judge, JudgeConfig, Judgement, load_judge
 from examples.service import REQUIREMENTS
-from inspection.exported import require_packages
 from inspection.results import DEFECTIVE, UNUSUAL
 from utils.config import Parser, flag
-from utils.errors import UserError, run_command
+from utils.errors import UserError, require_packages, run_command
 from utils.interrupts import Interrupts
 
 FALLBACK_RATE = 25.0  # frames per second of a video file that does not say

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from datasets.images import limit_pixels
 from evaluation.config import MaxPixelsConfig
 from examples.judge import JudgeConfig, load_judge
-from inspection.exported import require_packages
 from utils.config import Parser, flag
-from utils.errors import UserError, run_command
+from utils.errors import UserError, require_packages, run_command
 from utils.interrupts import Interrupts
 
 REQUIREMENTS = "requirements-examples.txt"

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
 from inspection.tiles import AUTO, tile_side
-from utils.config import flag
+from utils.config import flag, flags_of
 from utils.devices import DEFAULT_SEED
 from utils.errors import UserError
 
 PANELS = ("joined", "separate")  # in one file, side by side, or a file for each
 MAPS = ("none", "png", "npy")
 FORMATS = ("onnx", "pt2")
-# settings that a saved detector keeps
-FITTING = (
-    "checkpoint",
-    "weights",
-    "stn_mode",
-    "backbone",
-    "img_size",
-    "keep_aspect",
-    "tile",
-    "region",
-    "ignore",
-    "seed",
-)
+FITTING_GROUPS = ("detector", "network", "images")  # a saved detector keeps all settings of these groups
+OF_SAVED = {"support", "detector", "scorer", "bits", "max_pixels"}  # except these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +67,22 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         """Raises UserError where flags exclude each other."""
         if bool(self.support) == bool(self.detector):
             raise UserError("give either normal images with --support, or a saved detector with --detector")
-        if self.detector and (given := [f"--{name}" for name in FITTING if name in self.given]):
+        if self.detector and (given := [f"--{name}" for name in self.given & fitting_flags()]):
             raise UserError(
-                f"{', '.join(given)}: a saved detector keeps what it was fitted with; fit one with --support"
+                f"{', '.join(sorted(given))}: a saved detector keeps what it was fitted with; fit one with --support"
             )
 
     def plain(self) -> dict[str, object]:
         """All values that are in use, for JSON: without those of fitting if the detector is a saved one."""
-        unused = FITTING if self.detector else ()
+        unused = fitting_flags() if self.detector else ()
         return {name: value for name, value in super().plain().items() if name not in unused}
+
+
+@functools.cache
+def fitting_flags() -> frozenset[str]:
+    """The settings that a saved detector keeps."""
+    fields = flags_of(DetectorConfig)
+    return frozenset(field.name for field in fields if field.metadata["group"] in FITTING_GROUPS) - OF_SAVED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +131,9 @@ class ExportConfig(DetectorConfig):
         metavar="PATH",
         spelling="--check",
     )
-    set_threshold: tuple[str, ...] | None = flag(
-        "change only the threshold of an exported file", default=None, nargs=2, metavar=("VALUE", "FILE")
-    )
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""
-        if self.set_threshold:
-            if self.support or self.detector:
-                raise UserError("--set_threshold changes a file that exists: leave out --support and --detector")
-            return
         super().check()
         if self.compare == () and not self.support:
             raise UserError("--check needs images, and a saved detector contains none; give files or folders after it")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from inspection.detector import FewShotDetector
-from inspection.exported import METADATA_FILE, export_metadata
 from inspection.region import inside_square
+from inspection.tiles import OVERLAP
 from models.stn import without_batch_norm
 from scorers.maps import masked, score_map_matrix, score_maps
 from utils.errors import UserError
 from utils.files import whole_file
+from utils.records import VERSION, git_commit
 
 ONNX_OPSET = 20  # the first opset with AffineGrid; GridSample was added earlier
 ONNX_LIMIT = 2**31 - 1  # bytes, size limit of an ONNX file (protocol buffer)
+METADATA_FILE = "metadata.json"  # extra file inside a .pt2 file
 EXAMPLE_BATCH = 2  # with a batch of 1, the exporter would treat the batch size as constant
 
 
@@ -59,6 +62,41 @@ class ExportedDetector(nn.Module):
     def _distances(self, x: torch.Tensor) -> torch.Tensor:
         fitted = {name: getattr(self, f"fitted_{number}") for number, name in enumerate(self.names)}
         return self.scorer.distance_maps(fitted, self.scorer.prepare(self.network.features(x)))
+
+
+def export_metadata(detector: FewShotDetector) -> dict[str, str]:
+    """Metadata stored in an exported file: how to prepare the input, how to decide, and where the file comes from.
+
+    `tile`: "off", or "width,height,above": images with a longer side above the last are to be cut into tiles of this
+    size, in pixels; `overlap`: the least overlap of the tiles. `region`: whether the maps are 0 outside a region.
+    `threshold` and `threshold_rule` are empty if the detector has no threshold; `false_alarm`, the rate asked for, is
+    empty if the threshold was given; `normal_images`: the number that it was computed from. `detector`: see
+    `FewShotDetector.identity`. `support_sha256`: of the support images, joined by commas; empty if they were no files.
+    """
+    threshold, tiling = detector.threshold, detector.tiling
+    rate = None if threshold is None else threshold.rate
+    return {
+        "input": "uint8 RGB (batch, size, size, 3)",
+        "size": str(detector.size),
+        "keep_aspect": str(detector.keep_aspect).lower(),
+        "bits": str(detector.bits),
+        "resize": "Pillow LANCZOS; keep_aspect: longer side to size, centred, the rest filled by symmetric reflection",
+        "tile": "off" if tiling is None else f"{tiling.width},{tiling.height},{tiling.above}",
+        "overlap": str(OVERLAP),
+        "region": str(detector.region is not None).lower(),
+        "scorer": detector.scorer.name,
+        "backbone": getattr(detector.network, "backbone", "of your own"),
+        "network": detector.origin.get("network", ""),
+        "threshold": "" if threshold is None else repr(float(threshold.value)),
+        "threshold_rule": "" if threshold is None else threshold.how,
+        "false_alarm": "" if rate is None else repr(float(rate)),
+        "normal_images": str(0 if threshold is None else threshold.count),
+        "detector": detector.identity(),
+        "support_sha256": ",".join(image["sha256"] for image in detector.origin.get("support", ())),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "regad": f"{VERSION} {git_commit() or ''}".strip(),
+        "torch": torch.__version__,
+    }
 
 
 def write_onnx(detector: FewShotDetector, path: Path) -> None:

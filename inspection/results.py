@@ -20,17 +20,15 @@ from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TextIO
 
-from filelock import FileLock, Timeout
-
 from inspection.boxes import Box
 from inspection.inputs import Identity
 from inspection.threshold import Threshold
 from utils.errors import UserError
 from utils.files import whole_file
+from utils.locks import locked
 
 NORMAL, DEFECTIVE, UNUSUAL = DECISIONS = ("normal", "defective", "unusual")
 RECORD, SCORES, BOXES, SUMMARY, PAGE = "results.jsonl", "scores.csv", "boxes.csv", "scores.json", "report.html"
-LOCK = ".lock"  # held by the process that writes to the folder
 
 
 class Prediction(NamedTuple):
@@ -133,15 +131,13 @@ class ResultFiles:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._open.enter_context(FileLock(folder / LOCK, timeout=0))
+            self._open.enter_context(locked([folder / RECORD]))
             self._record = self._open.enter_context((folder / RECORD).open("ab", buffering=0))  # one write per row
             if overwrite:
                 _remove_results(folder)
                 self._record.truncate(0)
             self.rows = self._read_record()
             self._tables = [self._open_table(*table) for table in TABLES.items()]
-        except Timeout as error:
-            raise UserError(f"another predict.py writes to {folder}; give another folder", ("output",)) from error
         except OSError as error:
             self.close()
             raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 DID_WORK = (1, 3)  # exit codes: some items failed; predict.py --fail_on_defect found a defect
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # met while writing, wherever that is
@@ -92,3 +93,14 @@ def _advice(error: UserError, get_parser: Callable[[], argparse.ArgumentParser] 
 def _complain(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def require_packages(*names: str, requirements: str = "requirements-export.txt") -> None:
+    """Checks that the optional packages `names` are installed; `requirements`: the file that lists them.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UserError(f"no package {' and '.join(missing)}: run pip install -r {requirements}")

@@ -198,7 +198,7 @@ def test_invalid_arguments(part, tmp_path, monkeypatch):
     (tmp_path / "text.avi").write_text("no video")
     with pytest.raises(UserError, match="OpenCV cannot open"):
         open_source(str(tmp_path / "text.avi"))
-    monkeypatch.setattr("inspection.exported.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no package cv2: .*requirements-examples\.txt"):
         camera.main(["--detector", str(part)])
 

@@ -206,6 +206,6 @@ def test_invalid_arguments(part, monkeypatch, tmp_path):
         service.main([*call, "--max_mb", "nan"])
     with pytest.raises(UserError, match="no detector file"):
         service.main(["--detector", str(tmp_path / "missing.regad")])
-    monkeypatch.setattr("inspection.exported.find_spec", lambda name: None)
+    monkeypatch.setattr("utils.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no package fastapi and .*requirements-examples\.txt"):
         service.main(call)

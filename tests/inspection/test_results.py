@@ -94,7 +94,7 @@ def test_only_listed_files_inside_the_folder_are_removed(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     pytest.importorskip("fcntl")
     first = ResultFiles(tmp_path)
-    with pytest.raises(UserError, match=r"another predict\.py writes to"):
+    with pytest.raises(UserError, match=r"another process writes .*results\.jsonl"):
         ResultFiles(tmp_path)
     first.close()
     ResultFiles(tmp_path).close()
