@@ -265,7 +265,7 @@ def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for _ in range(2):
         run([tmp_path], [tmp_path], tmp_path / "out", "--overwrite")
-        assert "fitting on 3 normal image(s)" in capsys.readouterr().out
+        assert "fitting to 3 normal image(s)" in capsys.readouterr().out
 
 
 def test_thresholds_of_further_images_and_of_another_rate(support, demo_data, tmp_path):
