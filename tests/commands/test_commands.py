@@ -278,6 +278,7 @@ def test_exit_code_2_and_no_traceback(command, tmp_path):
 
 
 @needs_reference
+@pytest.mark.slow
 def test_published_command_line_on_real_screws(tmp_path):
     """The release's command reproduces the release's metrics."""
     done = run(

@@ -167,6 +167,7 @@ class OnNode(engines._OnNode):
         return super().__call__()
 
 
+@pytest.mark.slow
 def test_on_a_cluster(output, monkeypatch):
     """Through submitit on this machine: the job array, a failure, and what is already finished."""
     pytest.importorskip("submitit")

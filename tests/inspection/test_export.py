@@ -207,6 +207,7 @@ def test_readme_example_runs_without_torch(exported, detector, images, tmp_path)
 
 @needs_onnx
 @needs_reference
+@pytest.mark.slow
 def test_twenty_real_images(tmp_path):
     """Screws and tiles at 224 pixels, with trained warps; the support set contains screws only."""
     network = load_checkpoint(GOLDEN_CHECKPOINT, "rotation_scale", 224).stn

@@ -153,6 +153,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.suffix != ".tmp"}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(data, undisturbed, other, tmp_path):
     """A new run over a finished one, killed before and after its first commit; each call that resumes is killed too."""
     folder = tmp_path / "run"
