@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets.check import check_category, check_support, format_reports
 from datasets.images import limit_pixels
-from datasets.mvtec import category_name, category_names
+from datasets.mvtec import category_name, category_names, require_data_folder
 from datasets.support import DEFAULT_SUPPORT_PATH
 from evaluation.config import DataConfig, MaxPixelsConfig
 from utils.config import Parser, flag
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and the problems; exits with PROBLEMS if there are any."""
     config = get_args_parser().parse_config(argv)
     limit_pixels(config.max_pixels)
-    if not config.data_path.is_dir():
-        raise UserError(f"no data folder {config.data_path}; give the folder that holds the categories", ("data_path",))
+    require_data_folder(config.data_path)
     names = config.obj or category_names(config.data_path, config.data_type)
     if not names:
         raise UserError(f"{config.data_path} holds no category: no sub-folder has train/good")
@@ -50,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(format_reports(reports))
     problems = [problem for report in reports for problem in report.problems]
     if config.support:
-        problems += [
-            problem for name in names for problem in check_support(config.support_path, config.data_path, name)
-        ]
+        for name in names:
+            problems += check_support(config.support_path, config.data_path, name)
     print(f"{len(problems)} problem(s)" if problems else "no problems")
     for problem in problems:
         print(f"  {problem}")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from datasets.images import ImageError, eight_bit, is_ignored, is_image_file, read_pixels, size_mismatch
 from datasets.manifest import category_manifest, load_manifest, verify
-from datasets.masks import MaskFacts, decode_mask, mask_notes
+from datasets.masks import decode_mask, mask_notes
 from datasets.mvtec import (
     GOOD,
     LabelledImage,
@@ -31,6 +31,7 @@ from datasets.mvtec import (
 from datasets.support import load_support_rounds
 from utils.errors import UserError
 
+Facts = TypeVar("Facts")
 GROUND_TRUTH = "ground_truth"
 READ_FOLDERS = ("train", "test", GROUND_TRUTH, "validation")  # of a category; LOCO's validation images are not used
 EXPECTED_MASKS = (
@@ -39,14 +40,33 @@ EXPECTED_MASKS = (
 
 
 def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = True) -> list[LabelledImage]:
-    """`list_test_items`; prints the notes on what is not read. Opens no image.
+    """`list_test_items`; prints the `findings`, and whether there are pixel metrics at all. Opens no image.
 
     Raises:
         UserError: as `list_test_items`.
     """
     items = list_test_items(category, strict, need_both)
-    print_notes([*unread_images(category), *images_like_masks(items), *missing_masks(category, items)])
+    missing = without_mask(items)
+    if missing and not any(item.masks for item in items):
+        print_notes([f"no defective image has a mask, e.g. {missing[0].image}: there are no pixel metrics"])
+    print_notes(findings(category, items))
     return items
+
+
+def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
+    """Sentences on images that are not read or named like masks, and on masks that are missing or used by no image."""
+    notes = unread_images(category)
+    names = {item.image.with_name(f"{item.image.stem}_mask") for item in items}
+    if like := sorted(item.image for item in items if item.image.with_suffix("") in names):
+        notes.append(
+            f"{len(like)} test image(s) are named like masks but scored as images, e.g. {like[0]}; {EXPECTED_MASKS}"
+        )
+    missing = without_mask(items)
+    if missing and any(item.masks for item in items):
+        notes.append(
+            f"{len(missing)} defective image(s) have no mask, e.g. {missing[0].image}; the pixel metrics omit them"
+        )
+    return notes + _unused_masks(category, items)
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -71,35 +91,19 @@ def unread_images(category: Path) -> list[str]:
     ]
 
 
-def images_like_masks(items: Sequence[LabelledImage]) -> list[str]:
-    """A sentence on the test images that are named like the mask of another one; [] if there are none."""
-    names = {item.image.with_name(f"{item.image.stem}_mask") for item in items}
-    like = sorted(item.image for item in items if item.image.with_suffix("") in names)
-    if not like:
+def _unused_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
+    """A sentence on files that are the mask of no test image.
+
+    They are in the folder of masks or else, where a mask is missing, in a folder of another name.
+    """
+    if is_visa(category) or not any(item.label for item in items):
         return []
-    return [f"{len(like)} test image(s) are named like masks but scored as images, e.g. {like[0]}; {EXPECTED_MASKS}"]
-
-
-def missing_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
-    """A sentence on the defective images without a mask, and on files that could be their masks; [] if all have one."""
-    unknown = without_mask(items)
-    if not unknown:
-        return []
-    if any(item.masks for item in items):
-        note = f"{len(unknown)} defective image(s) have no mask, e.g. {unknown[0].image}; the pixel metrics omit them"
-    else:
-        note = f"no defective image has a mask, e.g. {unknown[0].image}: there are no pixel metrics"
-    return [note, *unused_masks(category, items)]
-
-
-def unused_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
-    """A sentence on files that are the mask of no test image, in the folder of masks or else in an unread folder."""
-    if is_visa(category):
-        return []
+    folders = [category / GROUND_TRUTH]
+    if without_mask(items):
+        others = (entry for entry in category.iterdir() if entry.is_dir() and not is_ignored(entry.name))
+        folders += sorted(entry for entry in others if entry.name not in READ_FOLDERS)
     masks = {mask for item in items for mask in item.masks}
-    others = (entry for entry in category.iterdir() if entry.is_dir() and not is_ignored(entry.name))
-    others = sorted(entry for entry in others if entry.name not in READ_FOLDERS)
-    for folder in [category / GROUND_TRUTH, *others]:
+    for folder in folders:
         if found := sorted(path for path in _files(folder) if path not in masks):
             return [f"{len(found)} file(s) in {folder} are the mask of no image, e.g. {found[0]}; {EXPECTED_MASKS}"]
     return []
@@ -112,13 +116,12 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names if not is_ignored(name))
 
 
-class Decoded(NamedTuple):
-    """An image or mask that was read."""
+class ImageFacts(NamedTuple):
+    """An image that was read."""
 
     size: tuple[int, int]  # width and height in pixels, upright
     mode: str  # Pillow's name of the stored format
-    pixels: bytes  # digest of an image's pixels, equal for equal images in any format; empty for a mask
-    mask: MaskFacts | None = None
+    pixels: bytes  # digest, equal for equal images in any format
 
 
 class CategoryReport(NamedTuple):
@@ -138,20 +141,25 @@ def check_category(data_path: Path, data_type: str, name: str) -> CategoryReport
     """Reads every image and mask of a category, on all cores. Problems are listed in the report, never raised."""
     problems: list[str] = []
     train, test = _list_files(data_path, data_type, name, problems)
-    masks = [mask for item in test for mask in item.masks]
-    images = [*train, *(item.image for item in test)]
-    decoded = _decode_all(name, images, masks, problems)
+    paths = [*train, *(item.image for item in test)]
+    mask_paths = [mask for item in test for mask in item.masks]
+    images = _read_all(paths, lambda path: read_pixels(path, _image_facts), name, problems)
+    masks = _read_all(mask_paths, lambda path: decode_mask(path).facts, name, problems)
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one image; training needs at least two")
-    problems += _same_names(images)
-    problems += _equal_images(train, test, decoded)
-    problems += [*unread_images(data_path / name), *images_like_masks(test)]
-    problems += _mask_problems(data_path / name, test, decoded)
-    found = [decoded[path] for path in images if path in decoded]
+    problems += [*_same_names(paths), *_equal_images(train, test, images)]
+    problems += [f"the mask {path} marks no pixel" for path, facts in masks.items() if facts.share == 0]
+    for item in test:
+        for path in item.masks:
+            if path in masks and item.image in images:
+                problems += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
+    problems += mask_notes(list(masks.items()))
+    problems += findings(data_path / name, test)
     defects = Counter(item.defect for item in test)
-    good, sizes, modes = defects.pop(GOOD, 0), {one.size for one in found}, {one.mode for one in found}
+    good = defects.pop(GOOD, 0)
+    sizes, modes = (sorted({facts[entry] for facts in images.values()}) for entry in (0, 1))
     return CategoryReport(
-        name, len(train), good, dict(sorted(defects.items())), len(masks), sorted(sizes), sorted(modes), problems
+        name, len(train), good, dict(sorted(defects.items())), len(mask_paths), sizes, modes, problems
     )
 
 
@@ -164,18 +172,16 @@ def _list_files(
     folder `test` may be missing. If it exists, it must hold normal and defective images.
     """
 
-    def listed(list_files: Callable[[Path], list], folder: Path) -> list:
+    def listed(list_files: Callable[..., list], *arguments: object) -> list:
         try:
-            return list_files(folder)
+            return list_files(*arguments)
         except UserError as error:
             problems.append(str(error))
             return []
 
-    try:
-        folder = category_folder(data_path, data_type, name)
-    except UserError as error:
-        problems.append(str(error))
+    if not listed(lambda: [category_folder(data_path, data_type, name)]):
         return [], []
+    folder = data_path / name
     train = listed(list_train_images, folder)
     if is_visa(folder):
         return train, listed(list_test_items, folder)
@@ -189,46 +195,42 @@ def _list_files(
     return train, test
 
 
-def _decode_all(name: str, images: Sequence[Path], masks: Sequence[Path], problems: list[str]) -> dict[Path, Decoded]:
-    """Reads files, several at a time. What cannot be read is added to `problems`."""
-    of_masks = set(masks)
+def _read_all(
+    paths: Sequence[Path], read: Callable[[Path], Facts], name: str, problems: list[str]
+) -> dict[Path, Facts]:
+    """What `read` returns of each file. Files that cannot be read are added to `problems`."""
 
-    def decode(path: Path) -> Decoded | str:
+    def attempt(path: Path) -> Facts | ImageError:
         try:
-            return read_mask(path) if path in of_masks else read_pixels(path, _decoded)
+            return read(path)
         except ImageError as error:
-            return str(error)
+            return error
 
-    def read_mask(path: Path) -> Decoded:
-        facts = decode_mask(path).facts
-        return Decoded(facts.size, "", b"", facts)
-
-    paths = list(dict.fromkeys([*images, *masks]))
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
-        read = tqdm(pool.map(decode, paths), name, len(paths), unit=" files", leave=False, disable=None)
-        found = dict(zip(paths, read, strict=True))
-    problems += [one for one in found.values() if isinstance(one, str)]
-    return {path: one for path, one in found.items() if isinstance(one, Decoded)}
+        found = tqdm(pool.map(attempt, paths), name, len(paths), unit=" files", leave=False, disable=None)
+        found = dict(zip(paths, found, strict=True))
+    problems += [str(one) for one in found.values() if isinstance(one, ImageError)]
+    return {path: one for path, one in found.items() if not isinstance(one, ImageError)}
 
 
-def _decoded(image: Image.Image) -> Decoded:
+def _image_facts(image: Image.Image) -> ImageFacts:
     """The digest is that of the stored values if they have 16 bits, else of the RGB values."""
     shown = eight_bit(image).convert("RGB")  # also rejects what the reader rejects
     pixels = np.asarray(image).astype(np.int64) if image.mode.startswith("I") else np.asarray(shown)
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype)).encode())
     digest.update(np.ascontiguousarray(pixels))
-    return Decoded(image.size, image.mode, digest.digest())
+    return ImageFacts(image.size, image.mode, digest.digest())
 
 
-def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], decoded: dict[Path, Decoded]) -> list[str]:
+def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], images: dict[Path, ImageFacts]) -> list[str]:
     """Training images that are equal, test images that are also training images, and images both normal and defective.
 
     A training image in the test set is scored against itself, an image of both classes cannot be scored right.
     """
 
     def equal(paths: Iterable[Path], others: Iterable[Path], which: str) -> list[str]:
-        first = {decoded[path].pixels: path for path in reversed(list(others)) if path in decoded}
-        found = [(path, first.get(decoded[path].pixels)) for path in paths if path in decoded]
+        first = {images[path].pixels: path for path in reversed(list(others)) if path in images}
+        found = [(path, first.get(images[path].pixels)) for path in paths if path in images]
         return [
             f"{path} has the same pixels as the {which} {other}" for path, other in found if other not in (None, path)
         ]
@@ -249,22 +251,6 @@ def _same_names(images: Iterable[Path]) -> list[str]:
         for (folder, stem), times in count.items()
         if times > 1
     ]
-
-
-def _mask_problems(category: Path, test: Sequence[LabelledImage], decoded: dict[Path, Decoded]) -> list[str]:
-    """Masks that differ in size from their image, mark no pixel, look odd, are missing or belong to no image.
-
-    Missing masks are no problem where no image of the category has one and no unused file may be one.
-    """
-    masks = [(path, decoded[path].mask) for item in test for path in item.masks if path in decoded]
-    problems = [f"the mask {path} marks no pixel" for path, facts in masks if facts.share == 0]
-    for item in test:
-        sizes = [(path, decoded[path].size) for path in item.masks if path in decoded]
-        if item.image in decoded:
-            problems += filter(None, (size_mismatch(path, size, decoded[item.image].size) for path, size in sizes))
-    unused = unused_masks(category, test) if masks or without_mask(test) else []
-    missing = missing_masks(category, test)[:1] if masks or unused else []
-    return [*problems, *mask_notes(masks), *missing, *unused]
 
 
 def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:

@@ -54,7 +54,6 @@ CATEGORIES = {
     "loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
     "folder": None,  # any sub-folder of the data folder
 }
-ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".xz", ".tgz"})
 GOOD = "good"  # the folder of normal images
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_DEFECT = "anomaly"  # VisA's split file names no types of defects
@@ -97,7 +96,7 @@ def category_names(data_path: Path, data_type: str) -> list[str]:
         UserError: the folder cannot be listed.
     """
     names = CATEGORIES[data_type]
-    return list(names) if names else [entry.name for entry in _entries(data_path) if _is_category(entry)]
+    return list(names or (entry.name for entry in _entries(data_path) if (entry / "train" / GOOD).is_dir()))
 
 
 def category_folder(data_path: Path, data_type: str, category: str) -> Path:
@@ -113,12 +112,17 @@ def category_folder(data_path: Path, data_type: str, category: str) -> Path:
             "for a category of your own in the same layout use the data type folder",
             ("data_type",),
         )
-    if not data_path.is_dir():
-        raise UserError(f"no data folder {data_path}; give the folder that holds the categories", ("data_path",))
+    require_data_folder(data_path)
     folder = data_path / category
     if not folder.is_dir():
         raise UserError(f"no category folder {folder}; {_what_there_is(data_path, category)}", ("obj", "data_path"))
     return folder
+
+
+def require_data_folder(folder: Path, option: str = "data_path") -> None:
+    """Raises UserError if there is no such folder. option: the setting that gives it."""
+    if not folder.is_dir():
+        raise UserError(f"no data folder {folder}; give the folder that holds the categories", (option,))
 
 
 def _what_there_is(data_path: Path, category: str) -> str:
@@ -126,15 +130,8 @@ def _what_there_is(data_path: Path, category: str) -> str:
     deeper = [entry for entry in _entries(data_path) if entry.is_dir() and (entry / category).is_dir()]
     if deeper:
         return f"but there is {deeper[0] / category}: give {deeper[0]} as the data folder"
-    archives = [entry.name for entry in _entries(data_path) if entry.suffix in ARCHIVE_SUFFIXES and entry.is_file()]
-    if archives:
-        return f"the folder holds the archive {archives[0]}: unpack it first"
-    found = [entry.name for entry in _entries(data_path) if _is_category(entry)]
+    found = category_names(data_path, "folder")
     return f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
-
-
-def _is_category(folder: Path) -> bool:
-    return (folder / "train" / GOOD).is_dir()
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -284,10 +281,8 @@ def list_source_images(
             of it, among the sources.
     """
     root = source_path or data_path
-    for folder in (data_path, root):
-        if not folder.is_dir():
-            option = "data_path" if folder == data_path else "source_path"
-            raise UserError(f"no data folder {folder}; give the folder that holds the categories", (option,))
+    require_data_folder(data_path)
+    require_data_folder(root, "source_path")
     same = root.resolve() == data_path.resolve()
     if not same:
         data_type = "visa" if (root / VISA_SPLIT).is_file() else "folder"
@@ -297,9 +292,15 @@ def list_source_images(
     if only and any(is_target.values()):
         raise UserError(f"the sources include the target {target}, which must not be trained on", ("sources",))
     names = [name for name in names if not is_target[name]]
-    _require_folders(root, names)
-    if not same and target in names:
-        _refuse_copy(root / target, target_folder)
+    if missing := [name for name in names if not (root / name).is_dir()]:
+        raise UserError(
+            f"{root} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
+            f"{_what_there_is(root, missing[0])}"
+        )
+    if not same and target in names and _names_and_sizes(root / target) == _names_and_sizes(target_folder):
+        raise UserError(
+            f"{root / target} is a copy of the target {target}: name the categories to train on", ("sources",)
+        )
     sources = {name: list_train_images(root / name) for name in names}
     if not sources:
         raise UserError(f"no category to train on in {root}: it needs sub-folders with train/good other than {target}")
@@ -311,21 +312,8 @@ def list_source_images(
     return sources
 
 
-def _require_folders(root: Path, names: Sequence[str]) -> None:
-    if missing := [name for name in names if not (root / name).is_dir()]:
-        raise UserError(
-            f"{root} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
-            f"{_what_there_is(root, missing[0])}"
-        )
-
-
-def _refuse_copy(source: Path, target: Path) -> None:
-    """Raises UserError where a source has as many training images as the target, of the same names and file sizes."""
-    if not target.is_dir():
-        return
-    files = [[(path.name, path.stat().st_size) for path in list_train_images(folder)] for folder in (source, target)]
-    if files[0] == files[1]:
-        raise UserError(f"{source} is a copy of the target {target}: name the categories to train on", ("sources",))
+def _names_and_sizes(category: Path) -> list[tuple[str, int]]:
+    return [(path.name, path.stat().st_size) for path in normal_images(category)]
 
 
 def held_out_category(sources: Iterable[str], target: str) -> str:
