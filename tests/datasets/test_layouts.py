@@ -107,14 +107,10 @@ def test_wrong_splits_are_rejected(case, visa):
     assert "\n" not in str(caught.value)
 
 
-def test_errors_name_a_nested_folder_or_an_archive(tmp_path):
+def test_errors_name_a_nested_folder(tmp_path):
     image(tmp_path / "MVTec/bottle/train/good/000.png")
     with pytest.raises(UserError, match=r"but there is .*MVTec/bottle: give .*MVTec as the data folder"):
         category_folder(tmp_path, "mvtec", "bottle")
-    (tmp_path / "packed").mkdir()
-    (tmp_path / "packed/bottle.tar.xz").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"archive bottle\.tar\.xz: unpack it first"):
-        category_folder(tmp_path / "packed", "mvtec", "bottle")
 
 
 @pytest.fixture
