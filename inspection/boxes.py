@@ -27,8 +27,8 @@ class Box(NamedTuple):
     peak: float
 
 
-def find_boxes(scores: np.ndarray, limit: float, most: int = MOST_BOXES) -> list[Box]:
-    """The boxes of the regions of a score map (H, W) above `limit`, highest peak first, at most `most`.
+def find_boxes(scores: np.ndarray, limit: float) -> list[Box]:
+    """The boxes of the regions of a score map (H, W) above `limit`, highest peak first, at most MOST_BOXES.
 
     A region is a set of pixels with scores above `limit` that touch each other at a side or a corner.
     """
@@ -36,4 +36,4 @@ def find_boxes(scores: np.ndarray, limit: float, most: int = MOST_BOXES) -> list
     for region in regionprops(label(scores > limit, connectivity=2), intensity_image=scores):
         top, left, bottom, right = region.bbox
         boxes.append(Box(left, top, right - left, bottom - top, int(region.area), float(region.intensity_max)))
-    return sorted(boxes, key=lambda box: -box.peak)[:most]  # equal peaks: from top to bottom
+    return sorted(boxes, key=lambda box: -box.peak)[:MOST_BOXES]  # equal peaks: from top to bottom

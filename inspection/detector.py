@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,15 +56,9 @@ class _Support(NamedTuple):
     """Support images of a fit: as given, by name, as network inputs, and their sizes (width, height)."""
 
     images: list[ImageInput]
-    names: tuple[str, ...]
+    names: list[str]
     squares: list[torch.Tensor]
     sizes: list[tuple[int, int]]
-
-    def without(self, numbers: Iterable[int]) -> _Support:
-        """All images but those with these numbers."""
-        kept = [number for number in range(len(self.names)) if number not in numbers]
-        images, names, squares, sizes = ([part[n] for n in kept] for part in self)
-        return _Support(images, tuple(names), squares, sizes)
 
 
 class FewShotDetector(ImageScoring):
@@ -140,7 +134,7 @@ class FewShotDetector(ImageScoring):
         if any(layouts):
             prepared, contrasts, ends = self._tile_features(support, layouts)
         else:
-            prepared = self._view_features(support)
+            prepared = self._view_features(support.squares)
             contrasts, ends = contrast(torch.stack(support.squares)), None
         features = prepared[self.scorer.name]
         with self.clock(self.scorer.name):
@@ -151,7 +145,7 @@ class FewShotDetector(ImageScoring):
                 scores = leave_one_out(self.scorer, features, self.size, self.clock, self.inside_views)
             else:
                 scores = self._leave_one_out(support.images, features, ends)
-            self.loo_scores = scores._replace(names=support.names)
+            self.loo_scores = scores._replace(names=tuple(support.names))
         return self
 
     def _support(self, images: list[ImageInput]) -> _Support:
@@ -161,9 +155,10 @@ class FewShotDetector(ImageScoring):
             decoded = as_pixels(image, self.size, self.bits)
             squares.append(self.square(decoded))
             sizes.append(decoded.size if isinstance(decoded, Image.Image) else (self.size, self.size))
-        support, found = _Support(images, image_names(images), squares, sizes), equal_images(squares)
-        self._support_notes = duplicate_notes(support.names, found)
-        support = support.without(found)
+        names, found = image_names(images), equal_images(squares)
+        self._support_notes = duplicate_notes(names, found)
+        kept = [number for number in range(len(images)) if number not in found]
+        support = _Support(*([part[number] for number in kept] for part in (images, names, squares, sizes)))
         self.support_digests = [digest(square) for square in support.squares]
         return support
 
@@ -196,12 +191,12 @@ class FewShotDetector(ImageScoring):
                 tiles = torch.stack([layout.cut(decoded, *corner) for corner in corners[start : start + size]])
             yield tiles
 
-    def _view_features(self, support: _Support) -> dict[str, Prepared]:
+    def _view_features(self, squares: list[torch.Tensor]) -> dict[str, Prepared]:
         """The features of all views of the support images."""
-        store = FeatureStore([self.scorer, CHECK], len(support.names), with_views=True)
+        store = FeatureStore([self.scorer, CHECK], len(squares), with_views=True)
         group = SUPPORT_GROUP[self.clock.device.type]
-        for start in range(0, len(support.names), group):
-            some = support.squares[start : start + group]
+        for start in range(0, len(squares), group):
+            some = squares[start : start + group]
             with self.clock("network"):
                 inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))
                 write_support_images(store, numbers, self.fast_network, inputs, VIEWS_PER_IMAGE * group)
@@ -390,7 +385,7 @@ class FewShotDetector(ImageScoring):
         return detector
 
     def save(self, path: Path | str) -> None:
-        """Writes `state` to one file; UserError as `state`, or if the file cannot be written."""
+        """Writes `state` to one file; UserError as `state`, WriteError if the file cannot be written."""
         write_state(Path(path), self.state())
 
     @classmethod

@@ -22,11 +22,8 @@ ID_LENGTH = 12  # hexadecimal digits of a detector's identity
 
 
 def write_state(path: Path, state: dict) -> None:
-    """Writes a detector's state; UserError if the file cannot be written."""
-    try:
-        save_tensors(path, {"format": FILE_FORMAT, "version": FILE_VERSION, **state})
-    except OSError as error:
-        raise UserError(f"cannot write the detector {path}: {error.strerror}") from error
+    """Writes a detector's state; WriteError if the file cannot be written."""
+    save_tensors(path, {"format": FILE_FORMAT, "version": FILE_VERSION, **state})
 
 
 def read_state(path: Path) -> dict:

@@ -47,7 +47,11 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
     """
     seed_everything(config.seed)
     with _printed_warnings():
-        detector = _load(config, device) if config.detector else _fit(config, device, output)
+        if config.detector:
+            bits = None if config.bits == AUTO_BITS else config.bits
+            detector = FewShotDetector.load(config.detector, device, config.scorer, bits)
+        else:
+            detector = _fit(config, device, output)
         print(f"scorer: {detector.scorer.name}")
         print(f"tiles: {describe_tiling(detector.tiling)}")
         _set_threshold(detector, config, output)
@@ -100,13 +104,6 @@ def _printed_warnings() -> Iterator[None]:
         more = f" (and {len(sentences) - 1} more images)" if len(sentences) > 1 else ""
         if sentences:
             print(f"warning: {sentences[0]}{more}")
-
-
-def _load(config: DetectorConfig, device: str) -> FewShotDetector:
-    """Loads the saved detector. --bits overrides its bit depth."""
-    return FewShotDetector.load(
-        config.detector, device, config.scorer, None if config.bits == AUTO_BITS else config.bits
-    )
 
 
 def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:

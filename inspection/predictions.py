@@ -7,12 +7,10 @@ import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from inspection.boxes import Box, find_boxes
@@ -89,7 +87,7 @@ def predict(
     groups = _scored_groups(detector, paths, workers)
     finish = partial(_finish, detector, outputs, previews)
     if detector.clock.device.type != "cpu":  # drawing overlaps with the network pass of the next group
-        return in_threads(finish, chain.from_iterable(groups), workers, ahead=SCORE_GROUP)
+        return in_threads(finish, itertools.chain.from_iterable(groups), workers, ahead=SCORE_GROUP)
     # CPU: no overlap. The threads of the network wait for each other, so drawing would slow down all of them
     return (row for group in groups for row in in_threads(finish, group, workers))
 
@@ -101,7 +99,8 @@ def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: in
     inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits, ahead))
     for group in _groups(detector, inputs):
         readable = [item for _, item in group if item.error is None]
-        results = zip(*detector.inspect([_to_score(detector, item) for item in readable]), strict=True)
+        images = [item.image if detector.layout_of(*item.image.size) else as_tensor(item.square) for item in readable]
+        results = zip(*detector.inspect(images), strict=True)
         yield [(number, item, next(results) if item.error is None else None) for number, item in group]
 
 
@@ -125,10 +124,6 @@ def _groups(detector: FewShotDetector, inputs: Iterable[tuple[int, InputImage]])
             group = []
     if group:
         yield group
-
-
-def _to_score(detector: FewShotDetector, item: InputImage) -> Image.Image | torch.Tensor:
-    return item.image if detector.layout_of(*item.image.size) else as_tensor(item.square)
 
 
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> tuple[Prediction, Preview]:

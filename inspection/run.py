@@ -127,8 +127,6 @@ class Run:
             self._summarise(is_whole)
             if self.rows:
                 print(f"{seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
-                stages, total = self.detector.clock.seconds, sum(self.detector.clock.seconds.values())
-                print("work:", ", ".join(f"{stage} {took / total:.0%}" for stage, took in stages.items()))
         return is_whole
 
     def watch(self) -> bool:

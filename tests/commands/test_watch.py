@@ -295,7 +295,7 @@ def test_results_of_an_earlier_version(part, images, folder, tmp_path):
     flags = ("--input", folder, "--output", out)
     with pytest.raises(UserError, match="give --append"):
         call(part, *flags)
-    with pytest.raises(UserError, match=r"without results\.jsonl, as earlier versions"):
+    with pytest.raises(UserError, match=r"without results\.jsonl, in the format of version 0\.1"):
         call(part, *flags, "--append")
     assert (out / "scores.csv").read_text().startswith("path,score")
     assert call(part, *flags, "--overwrite") == 0 and len(rows_of(out)) == 1
