@@ -12,11 +12,11 @@ from pathlib import Path
 from datasets.images import limit_pixels, resolve_bits
 from datasets.manifest import DRAW_SEED, Manifest, draw_from_folder, load_manifest, save_manifest, verify, with_hashes
 from datasets.mvtec import category_folder, category_name, list_train_images
-from datasets.support import DEFAULT_SUPPORT_PATH, find_names, read_rounds, save_support_rounds, support_file
+from datasets.support import DEFAULT_SUPPORT_PATH, find_names, read_rounds, support_file
 from evaluation.config import DataConfig, ImageConfig
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
-from utils.files import require_writable, sha256
+from utils.files import require_writable, save_tensors, sha256
 
 TASK = "task: draw, or one of --from_pt and --verify"
 
@@ -81,7 +81,7 @@ def _draw(config: SupportSetConfig, category: str) -> None:
             raise UserError(f"{target} was not written by this command; remove it or give another --support_path")
         part = drawn.part(shot, config.rounds)
         if images:
-            save_support_rounds(target, [of_round[:shot].clone() for of_round in images])
+            save_tensors(target, [of_round[:shot].clone() for of_round in images])
             part = part._replace(tensors=sha256(target), keep_aspect=config.keep_aspect, bits=bits)
         save_manifest(manifest, part)
         print(f"wrote {target if images else manifest}")

@@ -263,7 +263,7 @@ def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
         shot, _, rounds = file.stem.partition("_")
         if not (shot.isdecimal() and rounds.isdecimal()):
             return [f"{file} is not named <shot>_<rounds>.pt"]
-        load_support_rounds(file, int(shot), int(rounds), None)
+        load_support_rounds(file, int(shot), int(rounds))
         return []
 
     folder = support_path / name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from utils.files import sha256, write_json
 from utils.records import VERSION
 
 DRAW_SEED = 0  # default seed of support sets
+TOOL = f"regad {VERSION}"
 
 
 class Manifest(NamedTuple):
@@ -58,24 +60,20 @@ def category_manifest(support_path: Path, category: str) -> Path:
     return support_path / "manifests" / f"{category}.json"
 
 
-def draw_support_names(names: Sequence[str], shot: int, round_number: int, seed: int, category: str) -> list[str]:
-    """The `shot` distinct names of one round: the first ones in the order of the SHA-256 of "seed/category/round/name".
+def draw_manifest(category: str, names: Sequence[str], shot: int, rounds: int, seed: int) -> Manifest:
+    """A manifest of rounds drawn from `names`, without hashes.
 
-    Draws are nested (the 2-shot set of a round is the first 2 names of its 8-shot set) and the same on every machine.
+    A round has the first `shot` names in the order of the SHA-256 of "seed/category/round/name". Draws are nested (the
+    2-shot set of a round is the first 2 names of its 8-shot set) and the same on every machine.
     """
 
-    def key(name: str) -> bytes:
-        text = f"{seed}/{category}/{round_number}/{name}"
+    def key(number: int, name: str) -> bytes:
+        text = f"{seed}/{category}/{number}/{name}"
         return hashlib.sha256(text.encode(errors="surrogatepass")).digest()  # a file name may not be valid UTF-8
 
-    return sorted(names, key=key)[:shot]
-
-
-def draw_manifest(category: str, names: Sequence[str], shot: int, rounds: int, seed: int) -> Manifest:
-    """A manifest of rounds drawn from `names`, without hashes."""
-    drawn = [draw_support_names(names, shot, number, seed, category) for number in range(rounds)]
+    drawn = [sorted(names, key=partial(key, number))[:shot] for number in range(rounds)]
     origin = f"drawn from {len(names)} images in the order of the SHA-256 of seed/category/round/name"
-    return Manifest(category, shot, drawn, seed, origin, f"regad {VERSION}")
+    return Manifest(category, shot, drawn, seed, origin, TOOL)
 
 
 def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manifest:

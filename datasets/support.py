@@ -16,6 +16,7 @@ import torch
 from datasets.images import FULL_BITS, read_image
 from datasets.manifest import (
     DRAW_SEED,
+    TOOL,
     Manifest,
     category_manifest,
     draw_from_folder,
@@ -26,8 +27,7 @@ from datasets.manifest import (
 )
 from datasets.mvtec import list_train_images
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors, sha256
-from utils.records import VERSION
+from utils.files import load_tensors, sha256
 
 DEFAULT_SUPPORT_PATH = Path("./support_set")
 NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above
@@ -120,8 +120,10 @@ def _missing(path: Path, shot: int, rounds: int, size: int | None) -> UserError:
     )
 
 
-def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) -> list[torch.Tensor]:
-    """The rounds of a tensor file, each (K, 3, S, S) float32 in [0, 1]; S = `size`, any size with None.
+def load_support_rounds(
+    path: Path, shot: int | None = None, rounds: int | None = None, size: int | None = None
+) -> list[torch.Tensor]:
+    """The rounds of a tensor file, each (K, 3, S, S) float32 in [0, 1]. None: any shot, number of rounds or size.
 
     Raises:
         UserError: the file is missing or damaged, or differs in shot, number of rounds, size or value range.
@@ -131,14 +133,16 @@ def load_support_rounds(path: Path, shot: int, rounds: int, size: int | None) ->
     content = load_tensors(path, "support set")
     if not isinstance(content, list | tuple) or not all(map(_is_dense, content)):
         raise UserError(f"support set {path} is not a list of tensors, one per round")
+    rounds = rounds or max(1, len(content))
     if len(content) != rounds:
         raise UserError(f"support set {path} has {len(content)} rounds, not {rounds}", ("inferences",))
-    size = size or next((images.shape[-1] for images in content if images.ndim), 0)
+    first = content[0].shape if content[0].ndim == 4 else (0, 0, 0, 0)
+    expected = (shot or first[0], 3, size or first[2], size or first[2])
     for number, images in enumerate(content):
-        if images.shape != (shot, 3, size, size):
+        if images.shape != expected:
             raise UserError(
-                f"support set {path} is for another shot or size: round {number} has shape {tuple(images.shape)}, "
-                f"{shot} shot(s) at {size} pixels need {(shot, 3, size, size)}",
+                f"support set {path} is for another shot or size: round {number} has shape {tuple(images.shape)} "
+                f"instead of {expected}",
                 ("shot", "img_size"),
             )
         if not images.is_floating_point() or not (images.min() >= 0 and images.max() <= 1):
@@ -174,11 +178,6 @@ def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool, bits: int) ->
         return np.stack(list(pool.map(lambda path: read_image(path, size, keep_aspect, bits), paths)))
 
 
-def save_support_rounds(path: Path, rounds: list[torch.Tensor]) -> None:
-    """Writes rounds (K, 3, S, S) in [0, 1] as a support set in the release's format."""
-    save_tensors(path, rounds)
-
-
 def find_names(
     file: Path, folder: Path, keep_aspect: bool = False, bits: int = FULL_BITS
 ) -> tuple[Manifest, dict[str, float]]:
@@ -190,13 +189,10 @@ def find_names(
     Raises:
         UserError: the file is no support set, or one of its images is not among the training images.
     """
-    content = load_tensors(file, "support set")
-    first = content[0] if isinstance(content, list | tuple) and content else None
-    if not isinstance(first, torch.Tensor) or first.ndim != 4:
-        raise UserError(f"support set {file} is not a list of tensors (K, 3, S, S), one per round")
-    rounds = load_support_rounds(file, len(first), len(content), first.shape[-1])
+    rounds = load_support_rounds(file)
+    shot, size = rounds[0].shape[0], rounds[0].shape[-1]
     paths = list_train_images(folder)
-    images = _read_all(paths, first.shape[-1], keep_aspect, bits)
+    images = _read_all(paths, size, keep_aspect, bits)
     by_content = {image.tobytes(): index for index, image in reversed(list(enumerate(images)))}
     names, differences = [], {}
     for number, of_round in enumerate(rounds):
@@ -204,14 +200,13 @@ def find_names(
         worst = max(difference for _, difference in found)
         if worst > NEAREST_TOLERANCE:
             raise UserError(
-                f"round {number} of {file} holds an image that is not in {paths[0].parent}: the nearest one differs by "
-                f"{worst:.1f} of 255 on average, and {NEAREST_TOLERANCE:.0f} is the limit"
+                f"round {number} of {file} holds an image that is not in {paths[0].parent}: the mean difference from "
+                f"the nearest one is {worst:.1f} of 255, above {NEAREST_TOLERANCE:.0f}"
             )
         names.append([paths[index].name for index, _ in found])
         differences |= {paths[index].name: difference for index, difference in found if difference}
     origin = f"found in {file.name}: {len(differences)} image(s) as the nearest, all others bit for bit"
-    shot, tool = len(first), f"regad {VERSION}"
-    manifest = Manifest(folder.name, shot, names, None, origin, tool, sha256(file), keep_aspect, bits)
+    manifest = Manifest(folder.name, shot, names, None, origin, TOOL, sha256(file), keep_aspect, bits)
     return with_hashes(manifest, folder), differences
 
 

@@ -21,10 +21,10 @@ from datasets.manifest import (
     verify,
     with_hashes,
 )
-from datasets.support import find_names, find_support_rounds, read_support_images, save_support_rounds, support_file
+from datasets.support import find_names, find_support_rounds, read_support_images, support_file
 from tests.reference import needs_reference
 from utils.errors import UserError
-from utils.files import PROJECT_ROOT, sha256
+from utils.files import PROJECT_ROOT, save_tensors, sha256
 
 SIZE = 64
 NAMES = st.lists(st.text(min_size=1, max_size=9).map(lambda text: f"{text}.png"), min_size=1, max_size=40, unique=True)
@@ -166,7 +166,7 @@ def test_order_of_the_sources_of_support_rounds(category, tmp_path, monkeypatch)
     beside = with_hashes(draw_from_folder(category, 2, 2, 8), category)
     save_manifest(support_file(root, "ring", 2, 2).with_suffix(".json"), beside)
     assert find(None, category).names == beside.rounds
-    save_support_rounds(support_file(root, "ring", 2, 2), drawn.images)
+    save_tensors(support_file(root, "ring", 2, 2), drawn.images)
     stored = find(None, category)
     assert stored.names is None and "make_support.py can find them" in stored.source
     for a, b in zip(stored.images, drawn.images, strict=True):
@@ -248,11 +248,11 @@ def test_nearest_images_within_a_tolerance(category, tmp_path):
     names = ["000.png", "003.png"]
     images = read_support_images([category / "train/good" / name for name in names], SIZE)
     file = tmp_path / "ring/2_1.pt"
-    save_support_rounds(file, [(images + 2 / 255).clamp(max=1)])
+    save_tensors(file, [(images + 2 / 255).clamp(max=1)])
     manifest, differences = find_names(file, category)
     assert manifest.rounds == [names] and set(differences) == set(names)
     assert all(0.5 < difference < 3 for difference in differences.values())
-    save_support_rounds(file, [1 - images])
+    save_tensors(file, [1 - images])
     with pytest.raises(UserError, match="holds an image that is not in"):
         find_names(file, category)
 

@@ -26,7 +26,6 @@ from PIL import Image
 from datasets.cache import decoded_images
 from datasets.manifest import Manifest, save_manifest
 from datasets.mvtec import LabelledDataset, LabelledImage, list_test_items
-from datasets.support import save_support_rounds
 from evaluation.gallery import Scored, save_gallery
 from evaluation.per_image import write_scores
 from evaluation.run import save_maps
@@ -110,7 +109,7 @@ WRITERS = {  # name of a file -> what writes it
     "curve.png": lambda path: save_curve(path, HISTORY, "ring"),
     "epochs.jsonl": lambda path: save_history(CheckpointFiles(*[path] * 6), HISTORY),
     "manifest.json": manifest,
-    "support.pt": lambda path: save_support_rounds(path, [torch.ones(2, 3, 8, 8)] * 3),
+    "support.pt": lambda path: save_tensors(path, [torch.ones(2, 3, 8, 8)] * 3),
     "state.pt": lambda path: save_tensors(path, {"weights": torch.rand(10_000), "epoch": 3}),
     "model.pt": lambda path: save_checkpoint(path, RegAD("affine", 64), {"epoch": 3}),
     "part.regad": lambda path: small_detector().save(path),
