@@ -104,3 +104,8 @@ def test_impossible_shares(share):
         threshold_of(np.ones(3), share)
     with pytest.raises(UserError, match="at least 2 normal images, got 1"):
         threshold_of(np.ones(1), 0.05)
+
+
+def test_thresholds_of_earlier_files_have_two_more_values():
+    threshold = threshold_of([0.5, 0.6, 0.7], 0.05)
+    assert Threshold.from_state((*threshold, "2.png", 0.6)) == Threshold.from_state(threshold) == threshold
