@@ -1,10 +1,11 @@
 """Training episodes: the queries of each training step and their support images (RegAD section 3.2).
 
-In an epoch, every normal image of the source categories is a query once. An episode holds up to `batch_size` queries of
-one category and, for each query, K support images of the same category, never the query itself (release behaviour).
+In an epoch, every normal image of the source categories is used as a query exactly once. An episode holds up to
+`batch_size` queries of one category and, for each query, K support images of the same category, never the query itself
+(release behaviour).
 
-Draws are ranks of SHA-256 digests of seed, epoch and names, without a random generator. The episodes of an epoch are
-therefore the same on every machine, with any number of workers, and after a resume.
+Sampling is deterministic: candidates are ordered by the SHA-256 digest of seed, epoch and file name. The episodes of an
+epoch are therefore the same on every machine, with any number of workers, and after a resume.
 
 python -m datasets.episodes --obj screw --data_type folder --data_path DATA --epoch 1      prints them as JSON
 """
@@ -86,8 +87,9 @@ def read_episodes(path: Path, names: Mapping[str, Sequence[str]]) -> list[Episod
         unknown = {*episode.query, *(name for k in episode.support for name in k)} - {*names.get(episode.category, ())}
         shots = {len(k) for k in episode.support}
         if unknown or len(shots) != 1 or 0 in shots or len(episode.support) != len(episode.query):
-            reason = f"unknown image {min(unknown)} of {episode.category}" if unknown else "uneven support lists"
-            raise UserError(f"episode {number} of {path} does not fit: {reason}")
+            uneven = "it needs one support list per query, all of one length"
+            reason = f"unknown image {min(unknown)} of {episode.category}" if unknown else uneven
+            raise UserError(f"episode {number} of {path} is invalid: {reason}")
     return episodes
 
 

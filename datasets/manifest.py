@@ -141,7 +141,7 @@ def load_manifest(path: Path) -> Manifest:
             f"{', '.join(Manifest._field_defaults)}"
         ) from error
     if not _is_sound(manifest):
-        raise UserError(f"manifest {path} does not list plain file names per round, and SHA-256 of files by name")
+        raise UserError(f"manifest {path} needs a list of file names per round, and a `sha256` of names to digests")
     for number, names in enumerate(manifest.rounds):
         if len(names) != manifest.shot:
             raise UserError(f"manifest {path} has {manifest.shot} shots, but its round {number} has {len(names)}")

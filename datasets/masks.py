@@ -1,11 +1,11 @@
-"""Ground-truth masks: mask files to (S, S) bool, True on the defect, and hints at masks that may mean something else.
+"""Ground-truth masks: mask files to (S, S) bool, True on the defect, and warnings about ambiguous masks.
 
-A pixel is decided by its raw value: that of its brightest channel as stored, without the alpha channel.
+A pixel is classified by its raw value: the maximum over the stored channels, without alpha.
 
-grey levels       the mask holds the full scale (255; 65535 where a value exceeds 255), or else a value above half of
-                  it and more than MOST_CLASSES different values: defective above half of the full scale, which for
-                  8 bits is the release's rule, above 127
-class numbers     every other mask, as VisA's: defective where not 0
+grey levels       the mask holds the full-scale value (255; 65535 if any value exceeds 255), or a value above half of
+                  it and more than MOST_CLASSES different non-zero values: defective above half of the full scale,
+                  which for 8 bits is the release's rule, above 127
+class indices     all other masks, such as VisA's: defective where not 0
 """
 
 from __future__ import annotations

@@ -299,7 +299,7 @@ def list_source_images(
         )
     if not same and target in names and _names_and_sizes(root / target) == _names_and_sizes(target_folder):
         raise UserError(
-            f"{root / target} is a copy of the target {target}: name the categories to train on", ("sources",)
+            f"{root / target} is a copy of the target {target}; list the categories to train on", ("sources",)
         )
     sources = {name: list_train_images(root / name) for name in names}
     if not sources:
@@ -307,7 +307,7 @@ def list_source_images(
     for images in sources.values():
         if len(images) < 2:
             raise UserError(
-                f"{images[0].parent} has one image; training needs at least two, to register them to each other"
+                f"{images[0].parent} has one image; training needs at least two (a query and a support image)"
             )
     return sources
 

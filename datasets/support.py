@@ -80,7 +80,9 @@ def find_support_rounds(
             unverified = f" ({phrase})" if (phrase := manifest.unverified()) else ""
             return SupportRounds(images, manifest.rounds, f"images named in {file}{unverified}", file)
         if support_path or manifest.sha256:
-            raise UserError(f"{file} does not fit the data, {len(problems)} problem(s), the first: {problems[0]}")
+            raise UserError(
+                f"{file} does not match the images in {folder}: {len(problems)} problem(s), first: {problems[0]}"
+            )
         reason = f"{file} belongs to other data: {problems[0]}"
     drawn = draw_from_folder(folder, shot, rounds, DRAW_SEED)
     source = f"drawn from {folder} with seed {DRAW_SEED} ({reason})"
@@ -105,8 +107,8 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
     if manifest is None or manifest.tensors != sha256(file):
         return SupportRounds(images, None, f"{file} (names unknown; make_support.py can find them)", file)
     if manifest.keep_aspect != keep_aspect:
-        kept = "padded" if manifest.keep_aspect else "not padded"
-        raise UserError(f"the images of the support set {file} are {kept}; create it again", ("keep_aspect",))
+        made, asked = ("padded" if padded else "stretched" for padded in (manifest.keep_aspect, keep_aspect))
+        raise UserError(f"support set {file} holds {made} images, not {asked} ones; create it again", ("keep_aspect",))
     if manifest.bits != bits:
         raise UserError(f"support set {file} was made for {manifest.bits} bits, not {bits}; create it again", ("bits",))
     return SupportRounds(images, manifest.rounds, f"{file}, names in {named.name}", file)

@@ -1,4 +1,4 @@
-"""The run of test.py: reads a category and its support sets, scores every round, and writes the records."""
+"""Implements test.py: reads a category and its support sets, scores every round, and writes the records."""
 
 from __future__ import annotations
 

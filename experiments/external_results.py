@@ -144,11 +144,11 @@ def _read_maps(path: Path, items: Sequence[LabelledImage]) -> np.ndarray:
             f"{ROUND}1.npz, ... each with the arrays names (B,) and maps (B, S, S)"
         ) from error
     if maps.ndim != 3 or maps.shape[0] != len(names) or maps.shape[1] != maps.shape[2] or maps.dtype.kind not in "fiu":
-        raise UserError(f"{path} has maps of shape {maps.shape} for {len(names)} names; they must be numbers (B, S, S)")
+        raise UserError(f"{path}: maps {maps.shape} {maps.dtype} of {len(names)} names; they must be numbers (B, S, S)")
     place = {name: number for number, name in enumerate(names)}
     lacking = [image_name(item) for item in items if image_name(item) not in place]
     if lacking or len(names) != len(items):
-        first = lacking[0] if lacking else "one twice, or one that is no test image"
+        first = lacking[0] if lacking else "a name is repeated or is no test image"
         raise UserError(
             f"{path} has {len(names)} maps for {len(items)} test images; {'missing: ' if lacking else ''}{first}"
         )

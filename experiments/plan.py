@@ -47,7 +47,8 @@ class Plan:
             runs = [run for name in self.categories for run in self._found_runs(name)]
             if not runs:
                 raise UserError(
-                    f"no checkpoint of the table in {self.config.eval_only}, see save_checkpoints/README.md"
+                    f"{self.config.eval_only} has no checkpoint of these categories and shots; "
+                    "save_checkpoints/README.md shows the layout"
                 )
             return runs
         untrained = [self._untrained_run(name) for name in self.categories]

@@ -146,7 +146,7 @@ def _refuse_mixture(folder: Path, records: list[dict]) -> None:
     for name, configs in (("data_type", everything), *((name, own) for name in ("stn_mode", "img_size", "backbone"))):
         found = {config.get(name, RELEASE_BACKBONE) for config in configs}
         if len(found) > 1:
-            raise UserError(f"{folder} mixes records of {name} {' and '.join(map(str, sorted(found)))}")
+            raise UserError(f"{folder} has records with different {name}: {' and '.join(map(str, sorted(found)))}")
 
 
 def _training_seconds(folder: Path, record: dict) -> float | None:

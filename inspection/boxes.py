@@ -1,4 +1,4 @@
-"""The regions of a score map above a threshold, as boxes in the image's own pixels."""
+"""Bounding boxes of the regions of a score map above a threshold, in pixels of the image after EXIF orientation."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ class ExportedDetector(nn.Module):
             grid = self._distances(torch.zeros(1, 3, detector.size, detector.size)).shape[-1]
         self.register_buffer("matrix", score_map_matrix(grid, detector.size))
         if detector.region is not None and detector.cuts_support:
-            raise UserError("an exported file scores single tiles and has no region", options=("region", "ignore"))
+            raise UserError(
+                "an exported file scores single tiles: fit the detector without a region", ("region", "ignore")
+            )
         self.has_region = detector.region is not None
         if self.has_region:
             square = inside_square(detector.region, detector.size, detector.keep_aspect)

@@ -1,4 +1,4 @@
-"""The run of predict.py: scores images, adds their rows to the result files, and writes scores.json and report.html."""
+"""Implements predict.py: scores images, adds their rows to the result files, and writes scores.json and report.html."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     nearest = min(offsets, key=offsets.get)
     if offsets[nearest] < offsets[stn_mode] and offsets[stn_mode] > 0.5:  # identities differ by 1 in some parameter
         raise UserError(
-            f"checkpoint {path} was trained with the STN mode {nearest}, not {stn_mode}, by its warps", ("stn_mode",)
+            f"the warp parameters of checkpoint {path} indicate STN mode {nearest}, not {stn_mode}", ("stn_mode",)
         )
 
 

@@ -77,4 +77,4 @@ def _check_views(scorer: Scorer, where: str) -> None:
     """Raises UserError unless `views` are numbers of support views in ascending order, the image itself first."""
     views = list(scorer.views)
     if not views or views[0] != 0 or views != sorted(set(views)) or views[-1] >= VIEWS_PER_IMAGE:
-        raise UserError(f"{where} needs `views` from 0 up, in ascending order, below {VIEWS_PER_IMAGE}; got {views}")
+        raise UserError(f"{where}: `views` must be ascending indices from 0 on, below {VIEWS_PER_IMAGE}; got {views}")

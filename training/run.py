@@ -1,4 +1,4 @@
-"""The run of train.py: trains, scores and saves epoch by epoch, and can be killed and resumed at any point."""
+"""Implements train.py: trains, scores and saves epoch by epoch, and can be killed and resumed at any point."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def earlier_run(files: CheckpointFiles, resume: bool, overwrite: bool, known: di
 def _require_same(file: Path, content: dict, known: dict) -> None:
     if found := changes(content.get("fingerprint"), known):
         raise UserError(
-            f"the run of {file} has other settings: {', '.join(found)}; give the same settings and data, or {REPLACE}",
+            f"cannot resume {file}, settings or inputs have changed: {', '.join(found)}; restore them, or {REPLACE}",
             REPLACING,
         )
 

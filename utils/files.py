@@ -34,7 +34,7 @@ def require_writable(path: Path, flag: str, folder: bool = False) -> None:
     try:
         _try_to_write(path, folder)
     except OSError as error:
-        what = "no folder for output can be at" if folder else "no file can be written at"
+        what = "cannot write to the folder" if folder else "cannot write the file"
         raise UserError(f"{what} {path} ({flag}): {error.strerror or error}") from error
 
 

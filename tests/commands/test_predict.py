@@ -320,14 +320,14 @@ INVALID = {
     "--support in --input in --num_workers 0": "--num_workers must be at least 1",
     "--support in --input in --threshold nan": "--threshold must be a finite number",
     "--support in --input in --output in": "--output in is also where the images come from",
-    "--support in --input in --output in/a.png": "no folder for output can be at in/a.png (--output): ",
+    "--support in --input in --output in/a.png": "cannot write to the folder in/a.png (--output): ",
     "--support in --input in --false_alarm 0.01": "a threshold needs the scores of two normal images",
     "--support in in2 --input in --false_alarm 5": "must be between 0 and 1, got 5",
     "--support broken.png --input in": "cannot read the image broken.png",
     "--detector nowhere --input in": "no detector file nowhere",
     "--detector x --input in --keep_aspect --img_size 512 --checkpoint x": "--checkpoint, --img_size, --keep_aspect: a",
     "--support in --save out.regad --checkpoint x": "x",
-    "--support in --save in": "no file can be written at in (--save): something else than a file is there",
+    "--support in --save in": "cannot write the file in (--save): something else than a file is there",
     "--support in --input in --device tpu9": "device 'tpu9' cannot be used",
 }
 

@@ -76,14 +76,17 @@ WRONG = {
     "unknown category": ('[{"category": "b", "query": ["1"], "support": [["2"]]}]', "unknown image 1 of b"),
     "unknown image": (
         '[{"category": "ring", "query": ["000.png"], "support": [["q.png"]]}]',
-        r"episode 0 of .* does not fit: unknown image q\.png of ring",
+        r"episode 0 of .* is invalid: unknown image q\.png of ring",
     ),
     "uneven": (
         '[{"category": "ring", "query": ["000.png", "001.png"], "support": [["002.png"], ["003.png", "004.png"]]}]',
-        "uneven support lists",
+        "one support list per query",
     ),
-    "no support": ('[{"category": "ring", "query": ["000.png"], "support": [[]]}]', "uneven support lists"),
-    "no queries": ('[{"category": "ring", "query": [], "support": []}]', "uneven support lists"),
+    "no support": (
+        '[{"category": "ring", "query": ["000.png"], "support": [[]]}]',
+        "one support list per query",
+    ),
+    "no queries": ('[{"category": "ring", "query": [], "support": []}]', "one support list per query"),
 }
 
 

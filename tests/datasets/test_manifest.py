@@ -76,10 +76,10 @@ WRONG = {
         "needs the entries category",
     ),
     "a further entry": (RIGHT | {"more": 1}, "cannot read the manifest"),
-    "rounds of numbers": (RIGHT | {"rounds": [[1, 2], [3, 4]]}, "does not list plain file names"),
-    "no rounds": (RIGHT | {"rounds": []}, "does not list plain file names"),
-    "a path": (RIGHT | {"rounds": [["../a.png", "b.png"]]}, "does not list plain file names"),
-    "an absolute path": (RIGHT | {"rounds": [["/etc/passwd", "b.png"]]}, "does not list plain file names"),
+    "rounds of numbers": (RIGHT | {"rounds": [[1, 2], [3, 4]]}, "needs a list of file names per round"),
+    "no rounds": (RIGHT | {"rounds": []}, "needs a list of file names per round"),
+    "a path": (RIGHT | {"rounds": [["../a.png", "b.png"]]}, "needs a list of file names per round"),
+    "an absolute path": (RIGHT | {"rounds": [["/etc/passwd", "b.png"]]}, "needs a list of file names per round"),
     "uneven": (RIGHT | {"rounds": [["a.png", "b.png"], ["a.png"]]}, "has 2 shots, but its round 1 has 1"),
     "twice": (RIGHT | {"rounds": [["a.png", "a.png"], ["a.png", "b.png"]]}, r"has a\.png twice in round 0"),
 }
@@ -197,7 +197,9 @@ def test_a_manifest_with_names_only(category, tmp_path, capsys):
 def test_a_manifest_that_does_not_fit_the_data(category, tmp_path):
     file = category_manifest(tmp_path, "ring")
     save_manifest(file, draw_manifest("ring", ["000.png", "9.png", "8.png"], 3, 2, 0))
-    with pytest.raises(UserError, match=r"ring\.json does not fit the data, 2 problem\(s\), the first: 8\.png is not"):
+    with pytest.raises(
+        UserError, match=r"ring\.json does not match the images in .*: 2 problem\(s\), first: 8\.png is not"
+    ):
         find(tmp_path, category, shot=3)
 
 
@@ -211,7 +213,7 @@ def test_default_manifests_without_hashes_are_optional(category, tmp_path, monke
     assert found.file is None and f"{file} belongs to other data: 8.png is not" in found.source
     assert found.names == draw_from_folder(category, 2, 2, 0).rounds
     save_manifest(file, other._replace(sha256={"8.png": "00"}))
-    with pytest.raises(UserError, match="does not fit the data"):
+    with pytest.raises(UserError, match="does not match the images"):
         find(None, category)
 
 
@@ -219,7 +221,7 @@ def test_tensors_of_make_support_have_names_and_an_aspect(category, tmp_path):
     make(category, tmp_path, "--obj", "ring", "--shots", "2", "--rounds", "2", "--keep_aspect")
     found = find_support_rounds(tmp_path, category, 2, 2, SIZE, keep_aspect=True)
     assert found.names == draw_from_folder(category, 2, 2, 0).rounds and "names in 2_2.json" in found.source
-    with pytest.raises(UserError, match=r"2_2\.pt are padded; create it again"):
+    with pytest.raises(UserError, match=r"2_2\.pt holds padded images, not stretched ones; create it again"):
         find(tmp_path, category)
 
 

@@ -206,7 +206,10 @@ def _without_the_last(names, maps):
     ("damage", "sentence"),
     [
         (_without_the_last, "maps for .* test images; missing: "),
-        (lambda names, maps: {"names": np.append(names, "x/y.png"), "maps": np.append(maps, maps[:1], 0)}, "one twice"),
+        (
+            lambda names, maps: {"names": np.append(names, "x/y.png"), "maps": np.append(maps, maps[:1], 0)},
+            "a name is repeated",
+        ),
         (lambda names, maps: {"names": names, "maps": maps[:, :-1]}, r"they must be numbers \(B, S, S\)"),
         (lambda names, maps: {"names": names, "maps": maps * np.nan}, "not finite"),
         (lambda names, maps: {"names": names, "maps": maps[:, :8, :8]}, "maps of 32 and of 8 pixels a side"),

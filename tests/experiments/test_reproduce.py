@@ -330,7 +330,7 @@ def test_weights_that_are_there(settings, in_process, tmp_path, monkeypatch, cap
     assert len(passes) == 2 and {command[0] for command in in_process} == {"test.py"}
     reproduced(settings)
     assert len(passes) == 2
-    with pytest.raises(UserError, match="no checkpoint of the table"):
+    with pytest.raises(UserError, match="has no checkpoint of these categories"):
         reproduced(settings | {"eval_only": str(tmp_path / "nowhere")})
 
 

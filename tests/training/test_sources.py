@@ -73,7 +73,7 @@ def test_the_same_folder_by_another_path_is_the_same_data_set(roots):
 
 def test_a_copy_of_the_target_is_refused(roots, tmp_path):
     shutil.copytree(roots[0], tmp_path / "copy")
-    with pytest.raises(UserError, match=r"copy/ring is a copy of the target .*: name the categories"):
+    with pytest.raises(UserError, match=r"copy/ring is a copy of the target .*; list the categories"):
         list_source_images(roots[0], "folder", "ring", source_path=tmp_path / "copy")
     named = list_source_images(roots[0], "folder", "ring", only=["weave", "board"], source_path=tmp_path / "copy")
     assert list(named) == ["board", "weave"]

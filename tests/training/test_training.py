@@ -323,7 +323,7 @@ def test_an_unfinished_run_is_not_overwritten(demo_data, tmp_path, monkeypatch):
         train.main(arguments(demo_data, tmp_path))
     with pytest.raises(UserError, match=r"unfinished run; resume it, or start a new run in its place"):
         train.main(arguments(demo_data, tmp_path))
-    with pytest.raises(UserError, match=r"lr 0\.01, now 0\.5; give the same settings"):
+    with pytest.raises(UserError, match=r"lr 0\.01, now 0\.5; restore them"):
         train.main([*arguments(demo_data, tmp_path, lr=0.5), "--resume"])
     monkeypatch.undo()
     train.main([*arguments(demo_data, tmp_path, epochs=1, lr=0.5), "--overwrite"])
