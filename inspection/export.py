@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from datasets.masks import to_square_mask
 from inspection.detector import FewShotDetector
-from inspection.region import inside_square
 from inspection.tiles import OVERLAP
 from models.stn import without_batch_norm
 from scorers.maps import masked, score_map_matrix, score_maps
@@ -50,7 +50,7 @@ class ExportedDetector(nn.Module):
             )
         self.has_region = detector.region is not None
         if self.has_region:
-            square = inside_square(detector.region, detector.size, detector.keep_aspect)
+            square = to_square_mask(detector.region, detector.size, detector.keep_aspect)
             self.register_buffer("inside", torch.from_numpy(square))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

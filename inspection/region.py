@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.masks import decode_mask, to_square_mask
+from datasets.masks import decode_mask
 from scorers.views import support_views
 from utils.errors import UserError
 
@@ -95,11 +95,6 @@ def inside_map(inside: np.ndarray | None, across: int, down: int) -> np.ndarray 
     if inside is None:
         return None
     return np.asarray(Image.fromarray(inside).resize((across, down), Image.Resampling.NEAREST))
-
-
-def inside_square(inside: np.ndarray | None, size: int, keep_aspect: bool) -> np.ndarray | None:
-    """The region in the square network input, (S, S) bool; padded as images are."""
-    return None if inside is None else to_square_mask(inside, size, keep_aspect)
 
 
 def inside_views(square: torch.Tensor, views: Sequence[int]) -> torch.Tensor:

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from datasets.images import restore_map, to_square
+from datasets.masks import to_square_mask
 from inspection.images import ImageInput, as_pixels, as_tensor
 from inspection.out_of_distribution import OutOfDistributionCheck, contrast
-from inspection.region import inside_map, inside_square, pixels
+from inspection.region import inside_map, pixels
 from inspection.region import inside_views as views_of_region
 from inspection.tiles import Layout, Tiling, joined_map
 from models.stn import STNResNet, fuse_conv_bn
@@ -95,7 +96,7 @@ class ImageScoring:
             return
         scores, maps, unusual = self.score_squares(self.on_device(squares), fitted, self.inside)
         if only_pixels and self.region is not None:
-            inside = inside_square(self.region, self.size, self.keep_aspect)
+            inside = to_square_mask(self.region, self.size, self.keep_aspect)
             maps = [pixels(one, inside, self.size) for one in maps]
         for result in zip(scores, maps, unusual, squares, strict=True):
             yield ImageResult(*result, is_cut=False)
@@ -144,7 +145,7 @@ class ImageScoring:
         """The region in the network's input, (S, S) bool."""
         if self.region is None:
             return None
-        return upload(torch.from_numpy(inside_square(self.region, self.size, self.keep_aspect)), self.clock.device)
+        return upload(torch.from_numpy(to_square_mask(self.region, self.size, self.keep_aspect)), self.clock.device)
 
     @property
     def inside_views(self) -> torch.Tensor | None:
