@@ -252,7 +252,7 @@ def test_support_set_of_another_shot(arguments):
     wrong = Path(arguments["--output"]).parent / "support" / "ring"
     wrong.mkdir(parents=True)
     (wrong / "1_2.pt").write_bytes((folder / "2_2.pt").read_bytes())
-    with pytest.raises(UserError, match=r"round 0 has shape \(2, 3, 64, 64\), 1 shot\(s\) at 64 pixels need \(1, 3"):
+    with pytest.raises(UserError, match=r"round 0 has shape \(2, 3, 64, 64\) instead of \(1, 3"):
         call(arguments | {"--shot": "1", "--support_path": str(wrong.parent)})
 
 

@@ -1,4 +1,4 @@
-"""16-bit grey files of cameras with fewer bits: the same numbers as from their 8-bit twins, in every command."""
+"""16-bit grey files of cameras with fewer bits: the same numbers as from 8-bit files, in every command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from PIL import Image, ImageFile
 import make_support
 import predict
 import train
-from benchmarks.reference import DATA
 from datasets.cache import decoded_images
 from datasets.images import (
     BIT_DEPTHS,
@@ -35,7 +34,6 @@ from inspection.detector import FewShotDetector
 from inspection.export import export_metadata
 from models.regad import untrained
 from tests.commands.test_commands import test_command
-from tests.reference import needs_reference
 from utils.devices import seed_everything
 from utils.errors import UserError
 
@@ -48,7 +46,7 @@ def stored(values: np.ndarray, bits: int) -> Image.Image:
     return Image.fromarray(np.rint(values * (full_scale(bits) / 255)).astype(np.uint16))
 
 
-def twin(source: Path, target: Path, bits: int | None) -> Path:
+def grey_file(source: Path, target: Path, bits: int | None) -> Path:
     """A grey copy of the image `source`: as 16-bit PNG with `bits` bits, or with None as 8-bit PNG."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(source) as image:
@@ -65,7 +63,7 @@ def grey_copy(data: Path, target: Path, bits: int | None) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, place)
         else:
-            twin(file, place, bits)
+            grey_file(file, place, bits)
     return target
 
 
@@ -137,7 +135,7 @@ def test_the_cache_distinguishes_depths(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [10, 12])
-def test_commands_give_the_numbers_of_the_8_bit_twins(bits, demo_data, tmp_path, capsys):
+def test_commands_give_the_numbers_of_8_bit_files(bits, demo_data, tmp_path, capsys):
     """Training, support set and scoring; the depth is in the records."""
     records, losses = {}, {}
     for depth in (None, bits):
@@ -167,7 +165,7 @@ def test_commands_give_the_numbers_of_the_8_bit_twins(bits, demo_data, tmp_path,
 
 def test_a_test_image_beyond_the_depth_is_named_and_does_not_decide(demo_data, tmp_path, capsys):
     data = grey_copy(demo_data, tmp_path / "data", 10)
-    bright = twin(demo_data / "ring/test/good/000.png", data / "ring/test/good/000.png", 12)
+    bright = grey_file(demo_data / "ring/test/good/000.png", data / "ring/test/good/000.png", 12)
     test_command.main(["--obj", "ring", "--data_path", str(data), *RUN, "--untrained", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "bits: 10 (" in printed
@@ -218,7 +216,7 @@ def greys(demo_data, tmp_path_factory) -> dict[int | None, tuple[list[Path], lis
 
 @pytest.mark.parametrize("kind", ["files", "PIL images"])
 @pytest.mark.parametrize("bits", BIT_DEPTHS)
-def test_the_detector_s_scores_are_those_of_the_8_bit_twins(bits, kind, network, greys):
+def test_the_detector_s_scores_are_those_of_8_bit_files(bits, kind, network, greys):
     expected, _ = FewShotDetector(network, "cpu").fit(greys[None][0], False).score(greys[None][1])
     support, images = greys[bits]
     if kind == "PIL images":
@@ -275,18 +273,3 @@ def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, caps
     printed = capsys.readouterr()
     beyond = [line for line in printed.out.splitlines() if "has values up to" in line]
     assert len(beyond) == 1 and beyond[0].startswith("warning: ") and "(and 2 more images)" in beyond[0]
-
-
-@needs_reference
-def test_real_images_of_a_12_bit_camera(tmp_path, network):
-    """Magnetic tiles of any size: their scores are those of the JPEG files; the full range of 16 bits gives others."""
-    source = DATA / "magnetic_tile"
-    support, images = sorted((source / "train/good").iterdir())[:2], sorted((source / "test").rglob("*.jpg"))[::40]
-    twins = [
-        [twin(path, tmp_path / path.parent.name / f"{path.stem}.png", 12) for path in p] for p in (support, images)
-    ]
-    expected, _ = FewShotDetector(network, "cpu", tile="off").fit(support, False).score(images)
-    found, _ = FewShotDetector(network, "cpu", tile="off").fit(twins[0], False).score(twins[1])
-    assert len(images) > 2 and (found == expected).all()
-    as_before, _ = FewShotDetector(network, "cpu", bits=16, tile="off").fit(twins[0], False).score(twins[1])
-    assert (as_before != expected).all()

@@ -158,8 +158,8 @@ def test_a_mask_of_another_size_is_rejected_before_any_score(workers, category, 
     ) as caught:
         score(category, tmp_path, workers)
     assert "\n" not in str(caught.value) and "round 0" not in capsys.readouterr().out
-    with Image.open(category / "ground_truth/dent/e_mask.png") as lying:
-        lying.save(category / "ground_truth/dent/e_mask.png", exif=SIDEWAYS)
+    with Image.open(category / "ground_truth/dent/e_mask.png") as stored:
+        stored.save(category / "ground_truth/dent/e_mask.png", exif=SIDEWAYS)
     assert score(category, tmp_path, workers)["pixel_auroc"]
 
 
@@ -235,16 +235,13 @@ def test_loco_through_the_commands(loco, tmp_path, monkeypatch, capsys):
 
 LOST_MASKS = {  # where the masks of the fixture's three defective images lie; each fits no image
     "another ending": ["ground_truth/dent/e_gt.png", "ground_truth/dent/f_gt.png", "ground_truth/hole/g_gt.png"],
-    "no image": ["ground_truth/dent/e_mask.npy", "ground_truth/hole/g_mask.gif"],
     "without the kind": ["ground_truth/e_mask.png", "ground_truth/f_mask.png", "ground_truth/g_mask.png"],
     "another name of the folder": ["masks/dent/e_mask.png", "masks/hole/g_mask.png"],
-    "a folder too many": ["ground_truth/dent/png/e_mask.png", "ground_truth/dent/png/f_mask.png"],
-    "the kind in capitals": ["Ground_Truth/Dent/e_mask.png"],
 }
 
 
 @pytest.mark.parametrize("case", LOST_MASKS)
-def test_masks_that_fit_no_image_are_told(case, category, capsys):
+def test_masks_that_fit_no_image_are_reported(case, category, capsys):
     files = LOST_MASKS[case]
     for name in files:
         mask(category / "mask.png")
@@ -262,7 +259,7 @@ def test_masks_that_fit_no_image_are_told(case, category, capsys):
     assert str(category / files[0]) in printed and "of no" in printed
 
 
-def test_masks_beside_their_images_are_told(category, capsys):
+def test_masks_next_to_their_images_are_reported(category, capsys):
     mask(category / "test/hole/g_mask.png")
     list_test_items_with_notes(category, strict=False)
     sentence = "1 test image(s) are named like masks but scored as images, e.g."
@@ -273,7 +270,7 @@ PARTS = st.sampled_from(["good", "dent", "sub", "x"])
 
 
 @given(st.sets(st.tuples(st.sampled_from(["train", "test"]), st.lists(PARTS, max_size=3).map(tuple)), max_size=6))
-def test_every_image_is_read_or_told(places):
+def test_every_image_is_read_or_reported(places):
     """Images at any depth below train and test: those that no command reads are counted."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "part"
@@ -291,7 +288,7 @@ def test_every_image_is_read_or_told(places):
             assert note.endswith(f"are not read, e.g. {min(files)}")
 
 
-def test_unread_images_and_odd_masks_are_told_by_the_commands(category, tmp_path, capsys):
+def test_unread_images_and_odd_masks_are_reported_by_the_commands(category, tmp_path, capsys):
     for number in range(2):
         image(tmp_path / f"other/train/good/{number}.png", number)
     image(tmp_path / "other/train/good/camera 2/0.png", 5)
@@ -304,18 +301,8 @@ def test_unread_images_and_odd_masks_are_told_by_the_commands(category, tmp_path
     score(category, tmp_path)
     scored = capsys.readouterr().out
     flags = "--obj part --shot 1 --inferences 1 --img_size 64 --data_type folder --device cpu --num_workers 0"
-    flags = [
-        *flags.split(),
-        "--epochs",
-        "1",
-        "--weights",
-        "none",
-        "--data_path",
-        str(tmp_path),
-        "--save_dir",
-        str(tmp_path / "out"),
-    ]
-    train.main([*flags, "--cache_dir", "none"])
+    flags = [*flags.split(), "--weights", "none", "--data_path", str(tmp_path), "--save_dir", str(tmp_path / "out")]
+    train.main([*flags, "--epochs", "1", "--cache_dir", "none"])
     trained = capsys.readouterr().out
     sentences = [
         f"note: 1 image(s) outside train/good/<name> are not read, e.g. {category / 'train/good/camera 2/0.png'}",

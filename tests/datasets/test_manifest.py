@@ -69,8 +69,6 @@ RIGHT = draw_manifest("bolt", ["a.png", "b.png", "c.png"], 2, 2, 0)._asdict()
 WRONG = {
     "no JSON": ("{", "cannot read the manifest"),
     "nested without end": ("[" * 100_000, "cannot read the manifest"),
-    "a list": ("[]", "cannot read the manifest"),
-    "lacks the rounds": ({key: value for key, value in RIGHT.items() if key != "rounds"}, "cannot read the manifest"),
     "lacks the shot": (
         {key: value for key, value in RIGHT.items() if key != "shot"},
         "needs the entries category",
@@ -79,7 +77,6 @@ WRONG = {
     "rounds of numbers": (RIGHT | {"rounds": [[1, 2], [3, 4]]}, "needs a list of file names per round"),
     "no rounds": (RIGHT | {"rounds": []}, "needs a list of file names per round"),
     "a path": (RIGHT | {"rounds": [["../a.png", "b.png"]]}, "needs a list of file names per round"),
-    "an absolute path": (RIGHT | {"rounds": [["/etc/passwd", "b.png"]]}, "needs a list of file names per round"),
     "uneven": (RIGHT | {"rounds": [["a.png", "b.png"], ["a.png"]]}, "has 2 shots, but its round 1 has 1"),
     "twice": (RIGHT | {"rounds": [["a.png", "a.png"], ["a.png", "b.png"]]}, r"has a\.png twice in round 0"),
 }
@@ -154,7 +151,7 @@ def find(support_path: Path | None, category: Path, shot: int = 2, rounds: int =
 
 
 def test_order_of_the_sources_of_support_rounds(category, tmp_path, monkeypatch):
-    """The order: tensor file, manifest beside it, manifest of the category, draw. `source` names which it was."""
+    """The order: tensor file, manifest next to it, manifest of the category, draw. `source` names which it was."""
     monkeypatch.chdir(tmp_path)
     root = Path("support_set")
     drawn = find(None, category)
@@ -163,9 +160,9 @@ def test_order_of_the_sources_of_support_rounds(category, tmp_path, monkeypatch)
     save_manifest(category_manifest(root, "ring"), large)
     from_category = find(None, category)
     assert from_category.names == large.part(2, 2).rounds and from_category.file == category_manifest(root, "ring")
-    beside = with_hashes(draw_from_folder(category, 2, 2, 8), category)
-    save_manifest(support_file(root, "ring", 2, 2).with_suffix(".json"), beside)
-    assert find(None, category).names == beside.rounds
+    own = with_hashes(draw_from_folder(category, 2, 2, 8), category)
+    save_manifest(support_file(root, "ring", 2, 2).with_suffix(".json"), own)
+    assert find(None, category).names == own.rounds
     save_tensors(support_file(root, "ring", 2, 2), drawn.images)
     stored = find(None, category)
     assert stored.names is None and "make_support.py can find them" in stored.source

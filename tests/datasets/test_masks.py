@@ -55,7 +55,7 @@ def nearest(marks: np.ndarray, size: int) -> np.ndarray:
 
 @given(arrays(np.uint8, SHAPES), st.sampled_from(["L", "LA", "RGB", "RGBA"]), SIZES, st.data())
 def test_grey_levels_have_the_release_s_rule(values, mode, size, data):
-    """Any values beside 255, so any antialiased edge: NEAREST on the values, then > 127."""
+    """Any values next to 255, so any antialiased edge: NEAREST on the values, then > 127."""
     values[data.draw(st.integers(0, values.shape[0] - 1)), data.draw(st.integers(0, values.shape[1] - 1))] = 255
     release = Image.fromarray(values).resize((size, size), Image.Resampling.NEAREST)
     np.testing.assert_array_equal(read_mask(stored(as_image(values, mode)), size), np.asarray(release) > 127)
@@ -70,7 +70,7 @@ def test_deep_grey_levels_are_those_of_eight_bits(values, mode, scale, size):
 
 @st.composite
 def class_numbers(draw) -> tuple[str, np.ndarray]:
-    """A mode and an array of up to MOST_CLASSES numbers of any size besides 0, none the full scale."""
+    """A mode and an array of up to MOST_CLASSES numbers of any size other than 0, none the full scale."""
     mode = draw(st.sampled_from(sorted(MOST)))
     number = st.integers(1, MOST[mode]).filter(lambda value: value != 255)
     numbers = draw(st.lists(st.one_of(st.integers(1, 5), number), max_size=MOST_CLASSES))
@@ -93,7 +93,7 @@ def test_many_values_are_grey_levels_without_the_full_scale_too(most, others):
 
 
 def test_the_masks_that_were_lost():
-    """Class numbers in 16 bits, 1 beside 200, and instance numbers above 65535."""
+    """Class numbers in 16 bits, 1 next to 200, and instance numbers above 65535."""
     for values, mode in (([0, 1, 2, 5], "I;16"), ([0, 1, 200, 1], "L"), ([0, 1, 70000, 3], "I"), ([0, 1, 1, 1], "1")):
         image = Image.fromarray(np.array([values]) > 0) if mode == "1" else as_image(np.array([values]), mode)
         assert decode_mask(stored(image)).pixels.tolist() == [[False, True, True, True]]
@@ -148,7 +148,7 @@ DOUBTFUL = {
     "grey, marks in alpha": (with_alpha(SQUARE * 0 + 255, SQUARE, "LA"), ALPHA),
     "alpha says the same": (with_alpha(SQUARE, SQUARE), None),
     "alpha says nothing": (with_alpha(SQUARE, SQUARE * 0 + 255), None),
-    "1 beside 255": (Image.fromarray(np.where(np.eye(9, dtype=bool), np.uint8(1), SQUARE)), MIXED),
+    "1 next to 255": (Image.fromarray(np.where(np.eye(9, dtype=bool), np.uint8(1), SQUARE)), MIXED),
     "antialiased": (Image.fromarray(SQUARE).resize((13, 13), Image.Resampling.BILINEAR), None),
     "class numbers": (Image.fromarray(SQUARE // 100), None),
     "grey": (Image.fromarray(SQUARE), None),
@@ -157,7 +157,7 @@ DOUBTFUL = {
 
 
 @pytest.mark.parametrize("case", DOUBTFUL)
-def test_doubtful_masks_are_told(case, tmp_path):
+def test_doubtful_masks_are_reported(case, tmp_path):
     image, doubt = DOUBTFUL[case]
     image.save(tmp_path / "x.png")
     found = mask_notes([(tmp_path / "x.png", decode_mask(tmp_path / "x.png").facts)])
@@ -165,9 +165,11 @@ def test_doubtful_masks_are_told(case, tmp_path):
     assert notes == ([f"1 of 1 masks {doubt}, e.g. {tmp_path / 'x.png'}"] if doubt else [])
 
 
-@pytest.mark.parametrize(("inverted", "others", "told"), [(10, 0, True), (18, 2, True), (8, 2, False), (0, 3, False)])
-def test_inverted_masks_are_told_if_nearly_all_are(inverted, others, told):
+@pytest.mark.parametrize(
+    ("inverted", "others", "reported"), [(10, 0, True), (18, 2, True), (8, 2, False), (0, 3, False)]
+)
+def test_inverted_masks_are_reported_if_nearly_all_are(inverted, others, reported):
     shares = [0.9] * inverted + [0.1] * others
     notes = mask_notes([(Path(f"{number}.png"), MaskFacts((9, 9), share, None)) for number, share in enumerate(shares)])
     sentence = f"{inverted} of {len(shares)} masks mark more than half of their image, e.g. 0.png: are they inverted?"
-    assert [note.startswith(sentence) for note in notes] == [True] * told
+    assert [note.startswith(sentence) for note in notes] == [True] * reported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+import train
 from benchmarks.reference import DATA, GOLDEN
 from datasets.images import ImageError, read_image
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, list_images, list_test_items
+from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, category_name, list_images, list_test_items
 from tests.datasets.test_images import read_mask
 from tests.reference import needs_reference
 from utils.errors import UserError
@@ -162,3 +166,34 @@ def test_broken_file_is_named_when_it_is_read(file, category):
 def test_order_equals_the_release():
     recorded = json.loads((GOLDEN / "screw.json").read_text())["test_order"]
     assert relative([item.image for item in list_test_items(DATA / "screw")], DATA / "screw") == recorded
+
+
+NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1).filter(
+    lambda name: name not in (".", "..")
+)
+
+
+@given(NAMES, st.sampled_from(["", "./", ".//", "././"]), st.sampled_from(["", "/", "//", "/."]))
+def test_what_tab_completion_adds_is_taken_away(name, before, after):
+    assert category_name(before + name + after) == name
+
+
+@given(st.lists(NAMES, min_size=2, max_size=4))
+def test_a_path_is_no_category(parts):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not the name of a category"):
+        category_name("/".join(parts))
+
+
+@pytest.mark.parametrize("text", ["", ".", "..", "/", "./", "../ring", "ring/..", "/ring"])
+def test_what_names_no_folder_in_the_data_folder(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        category_name(text)
+
+
+def test_the_target_is_not_trained_on_however_it_is_written(demo_data, tmp_path):
+    parser = train.get_args_parser()
+    for spelling in ("ring", "ring/", "./ring"):
+        assert parser.parse_args(["--obj", spelling]).obj == "ring"
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--obj", str(Path(demo_data) / "ring")])
+    assert ended.value.code == 2

@@ -119,10 +119,10 @@ def test_pipes_and_folders_named_like_images_are_no_images(tmp_path):
 
 def test_the_output_is_not_entered_unless_asked_for(tmp_path):
     image(tmp_path / "in/a.png")
-    image(tmp_path / "in/out/pictures/a.jpg")
-    (tmp_path / "in/z").symlink_to(tmp_path / "in/out/pictures")
+    image(tmp_path / "in/out/images/a.jpg")
+    (tmp_path / "in/z").symlink_to(tmp_path / "in/out/images")
     assert below(tmp_path / "in", output=tmp_path / "in/out") == ["a.png"]
-    assert below(tmp_path / "in/out/pictures", output=tmp_path / "in/out") == ["a.jpg"]
+    assert below(tmp_path / "in/out/images", output=tmp_path / "in/out") == ["a.jpg"]
 
 
 def arrivals(folder: Path) -> list[Path]:

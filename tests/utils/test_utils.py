@@ -25,8 +25,8 @@ from utils.records import git_commit, provenance
 
 def test_whole_file_leaves_no_file_after_an_error(tmp_path):
     target = tmp_path / "deep" / "record.json"
-    with pytest.raises(RuntimeError), whole_file(target) as aside:
-        aside.write_text("half")
+    with pytest.raises(RuntimeError), whole_file(target) as temporary:
+        temporary.write_text("half")
         raise RuntimeError
     assert list(target.parent.iterdir()) == []
 
@@ -44,7 +44,7 @@ KILLED_WRITER = """
 import os, sys; from pathlib import Path; from utils.files import whole_file
 first, second, third = map(whole_file, map(Path, sys.argv[1:]))
 with first as one, second as two, third as three:
-    for aside in (one, two, three): aside.touch()
+    for temporary in (one, two, three): temporary.touch()
     os._exit(1)
 """
 
@@ -78,7 +78,7 @@ import sys; sys.path.insert(0, {root!r})
 from pathlib import Path; import torch; from utils.files import whole_file
 torch.save(torch.ones(200_000), {path!r}); print("ready", flush=True)
 while True:
-    with whole_file(Path({path!r})) as aside: torch.save(torch.ones(200_000), aside)
+    with whole_file(Path({path!r})) as temporary: torch.save(torch.ones(200_000), temporary)
 """
 
 

@@ -162,7 +162,7 @@ def test_a_full_disk(name, tmp_path, capsys):
             ends_with_one_sentence(write, path, capsys)
         assert path.read_bytes() == b"old"
         left = [file for file in tmp_path.rglob("*") if file.is_file()]
-        assert sorted(left) == sorted(before)  # no file aside
+        assert sorted(left) == sorted(before)  # no temporary file
 
 
 @pytest.mark.parametrize("name", WRITERS)
