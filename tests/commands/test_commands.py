@@ -308,8 +308,10 @@ def test_demo_figure_shows_a_normal_image_and_each_kind_of_defect(demo_data):
     dataset = LabelledDataset(items, SIZE)
     maps = np.arange(len(items), dtype=np.float32)[:, None, None].repeat(SIZE, 1).repeat(SIZE, 2)
     examples = demo_figure.choose_examples(dataset, maps)
-    assert [example.kind for example in examples] == ["normal", "chip", "rust", "scratch"]
+    assert [example.defect_type for example in examples] == ["normal", "chip", "rust", "scratch"]
     assert [example.mask.any() for example in examples] == [False, True, True, True]
     for example in examples:
-        of_kind = [number for number, item in enumerate(items) if item.defect.replace("good", "normal") == example.kind]
+        of_kind = [
+            number for number, item in enumerate(items) if item.defect.replace("good", "normal") == example.defect_type
+        ]
         assert example.score == of_kind[0] and (example.scores == of_kind[0]).all()
