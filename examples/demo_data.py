@@ -11,9 +11,9 @@ Convention: coordinates (u, v) are in half sides of the image, v points down. Be
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
+from utils.config import Config, Parser, flag
 from utils.errors import UserError, run_command
 from utils.files import require_writable, whole_file
 
@@ -391,26 +392,32 @@ def _write_image(output: Path, category: str, folder: str, index: int, size: int
             Image.fromarray(values).save(aside, format="PNG", compress_level=FAST_PNG)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Config):
+    """The flags of the command."""
+
+    output: Path = flag("folder to write the categories into", group="data")
+    train: int = flag("normal training images per category", default=12, group="data")
+    good: int = flag("normal test images per category", default=6, group="data")
+    defective: int = flag("test images per defect type", default=4, group="data")
+    size: int = flag("side of the images, pixels", default=256, group="data")
+    seed: int = flag("seed of the images", default=0, group="data")
+
+
+def get_args_parser() -> Parser[DemoConfig]:
     """The command line of examples.demo_data."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo_data", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the categories into")
-    parser.add_argument("--train", type=int, default=12, help="normal training images per category")
-    parser.add_argument("--good", type=int, default=6, help="normal test images per category")
-    parser.add_argument("--defective", type=int, default=4, help="test images per defect type")
-    parser.add_argument("--size", type=int, default=256, help="side of the images, pixels")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images")
-    return parser
+    return Parser(DemoConfig, __doc__.splitlines()[0])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the data set and prints the folder of each category."""
-    options = vars(get_args_parser().parse_args(argv))
-    require_writable(options["output"], "--output", folder=True)
+    config = get_args_parser().parse_config(argv)
+    require_writable(config.output, "--output", folder=True)
     for category, scene in CATEGORIES.items():
-        write_dataset(categories=[category], **options)
-        print(f"wrote {options['output'] / category} (defects: {', '.join(scene.defects)})")
+        counts = config.train, config.good, config.defective
+        write_dataset(config.output, [category], *counts, config.size, config.seed)
+        print(f"wrote {config.output / category} (defects: {', '.join(scene.defects)})")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, get_args_parser)
