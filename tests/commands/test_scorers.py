@@ -12,7 +12,6 @@ import pytest
 import predict
 import reproduce
 import train
-from inspection.detector import FewShotDetector
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
@@ -111,16 +110,6 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
         predict.main([*saved, "--scorer", "gaussian"])
     predict.main([*saved, "--scorer", mine])
     assert "scorer: nearest" in capsys.readouterr().out
-
-
-def test_a_detector_of_the_release_s_scorer_still_loads(demo_data, tmp_path):
-    """--scorer gaussian gives the scores of earlier versions, and a saved detector keeps them."""
-    support = [str(path) for path in sorted((demo_data / "ring/train/good").iterdir())[:2]]
-    file = tmp_path / "part.regad"
-    predict.main(
-        ["--support", *support, "--scorer", "gaussian", "--weights", "none", "--img_size", SIZE, "--save", str(file)]
-    )
-    assert FewShotDetector.load(file, "cpu").scorer.name == "gaussian"
 
 
 def test_epochs_are_scored_by_every_scorer_and_chosen_by_the_first(demo_data, tmp_path):

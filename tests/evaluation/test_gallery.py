@@ -110,17 +110,6 @@ def test_one_round_has_no_spread():
     assert types.title == "Each defect type against all normal images"
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_verdict_counts_in_plain_english(number, scored):
-    """One defect, several defects; one false positive, several."""
-    labels = np.repeat([True, False], 3)
-    scores = np.where(labels, 9.0, 1.0)
-    scores[:number], scores[3 : 3 + number] = 0.0, 10.0
-    text = gallery._verdict(Scored(scored.dataset, scored.maps, scores, labels, 5.0))
-    ending = "" if number == 1 else "s"
-    assert f": {number} missed defect{ending}, {number} false positive{ending} (" in text
-
-
 @pytest.mark.parametrize("label", [False, True])
 def test_one_class_has_no_threshold(label, scored):
     """Images are called nothing; the most unusual normal one, or the least unusual defective one, comes first."""

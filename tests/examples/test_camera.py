@@ -17,25 +17,12 @@ from examples import camera
 from examples.camera import NewestFrame, open_source
 from examples.judge import Judge
 from inspection.detector import FewShotDetector
-from models.regad import untrained
-from utils.devices import seed_everything
 from utils.errors import UserError
 
 cv2 = pytest.importorskip("cv2", reason="needs the packages of requirements-examples.txt")
 
 SIZE, FRAMES, RATE, SLOW = 64, 30, 60.0, 0.1
 STEP = 8  # grey values between one frame and the next
-
-
-@pytest.fixture(scope="module")
-def part(demo_data, tmp_path_factory) -> Path:
-    seed_everything(0)
-    support = sorted((demo_data / "ring/train/good").iterdir())[:3]
-    detector = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
-    detector.calibrate(0.2)
-    path = tmp_path_factory.mktemp("camera") / "part.regad"
-    detector.save(path)
-    return path
 
 
 @pytest.fixture(scope="module")

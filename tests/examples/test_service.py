@@ -17,9 +17,6 @@ from PIL import Image
 
 from benchmarks.service import Server, killed_in_the_middle
 from examples import service
-from inspection.detector import FewShotDetector
-from models.regad import untrained
-from utils.devices import seed_everything
 from utils.errors import UserError
 
 for package in ("fastapi", "uvicorn", "python_multipart"):
@@ -34,22 +31,6 @@ FORM = f"multipart/form-data; boundary={BOUNDARY}"
 @pytest.fixture(scope="module")
 def images(demo_data) -> list[Path]:
     return sorted((demo_data / "ring/test").rglob("*.png"))
-
-
-@pytest.fixture(scope="module")
-def detector(demo_data) -> FewShotDetector:
-    seed_everything(0)
-    support = sorted((demo_data / "ring/train/good").iterdir())[:3]
-    fitted = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
-    fitted.calibrate(0.2)
-    return fitted
-
-
-@pytest.fixture(scope="module")
-def part(detector, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("service") / "part.regad"
-    detector.save(path)
-    return path
 
 
 @pytest.fixture(scope="module")

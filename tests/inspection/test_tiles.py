@@ -206,7 +206,7 @@ def test_saved_tiles_and_region(detector, network, tmp_path):
     torch.save({k: v for k, v in content.items() if k not in ("tile", "tiling", "region")}, tmp_path / "old.regad")
     old = FewShotDetector.load(tmp_path / "old.regad", "cpu")
     assert old.tile == "off" and old.layout_of(4000, 3000) is None and old.region is None
-    with pytest.raises(UserError, match="single tiles and has no region"):
+    with pytest.raises(UserError, match="scores single tiles: fit the detector without a region"):
         ExportedDetector(fitted)
 
 

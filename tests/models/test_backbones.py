@@ -53,10 +53,16 @@ def test_a_checkpoint_of_another_backbone_is_rejected_in_a_sentence(tmp_path):
 
 
 def test_weights_of_another_backbone_are_rejected_in_a_sentence(tmp_path):
-    torch.save(BACKBONES["resnet50"].build(weights=None).state_dict(), tmp_path / "weights.pth")
-    assert untrained(str(tmp_path / "weights.pth"), "affine", SIZE, "resnet50").stn.backbone == "resnet50"
+    whole = BACKBONES["resnet50"].build(weights=None).state_dict()
+    torch.save(whole, tmp_path / "weights.pth")
+    network = untrained(str(tmp_path / "weights.pth"), "affine", SIZE, "resnet50").stn
+    assert network.backbone == "resnet50" and torch.equal(
+        network.layer3[1].conv2.weight, whole["layer3.1.conv2.weight"]
+    )
     with pytest.raises(UserError, match=r"are not those of a resnet18: \d+ differ, e\.g\. layer1"):
         untrained(str(tmp_path / "weights.pth"), "affine", SIZE)
+    with pytest.raises(UserError, match="no weights file"):
+        untrained(str(tmp_path / "missing.pth"), "affine", SIZE)
 
 
 def test_names_and_sizes():

@@ -209,24 +209,6 @@ def test_file_weights_are_loaded_into_the_backbone():
     assert all(torch.equal(state[name], value) for name, value in stored.items())
 
 
-def test_complete_resnet_weights_are_accepted(tmp_path):
-    from torchvision.models import resnet18
-
-    torch.manual_seed(5)
-    whole = resnet18(weights=None).state_dict()
-    torch.save(whole, tmp_path / "resnet18.pth")
-    state = untrained(str(tmp_path / "resnet18.pth"), "affine", SIDE).stn.state_dict()
-    assert torch.equal(state["layer3.1.conv2.weight"], whole["layer3.1.conv2.weight"])
-
-
-def test_weights_of_another_network_are_rejected(tmp_path):
-    torch.save({"conv1.weight": torch.rand(64, 3, 7, 7)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="not those of a resnet18"):
-        untrained(str(tmp_path / "other.pth"), "affine", SIDE)
-    with pytest.raises(UserError, match="no weights file"):
-        untrained(str(tmp_path / "missing.pth"), "affine", SIDE)
-
-
 def test_without_a_connection_the_error_says_what_to_do(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("Network is unreachable")

@@ -70,7 +70,7 @@ def test_views_of_several_images_stay_apart():
 
 
 @pytest.mark.parametrize("batch_size", [4, 22, 66])
-@pytest.mark.parametrize("names", [["gaussian"], ["neighbours"], ["gaussian", "neighbours"]])
+@pytest.mark.parametrize("names", [["neighbours"], ["gaussian", "neighbours"]])
 def test_images_whose_views_share_network_passes(names, batch_size):
     """As on CUDA: the same features as one image after the other, whichever scorers need them."""
     torch.manual_seed(0)
@@ -110,12 +110,6 @@ def test_channels_last_route_equals_grid_sample(offsets, sides):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_warps_can_be_trained_through():
-    theta = torch.eye(2, 3)[None].requires_grad_()
-    warp(random_image().contiguous(memory_format=torch.channels_last), theta).sum().backward()
-    assert theta.grad is not None
-
-
 def test_inverse_affine():
     theta = torch.eye(2, 3, dtype=torch.float64) + 0.3 * torch.randn(
         50, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -130,8 +124,3 @@ def test_score_map_is_bilinear_then_gaussian_filter(grid, size):
     matrix = score_map_matrix(grid, size)
     expected = plain.score_maps(distance.double(), size)
     np.testing.assert_allclose((matrix @ distance @ matrix.T).numpy(), expected, rtol=3e-6)
-
-
-def test_score_map_keeps_a_constant():
-    matrix = score_map_matrix(56, 224)
-    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(224))
