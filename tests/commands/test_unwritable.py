@@ -92,7 +92,7 @@ def test_before_the_work_starts(command, place, tmp_path):
     with pytest.raises(UserError) as caught:
         main([*arguments, flag, str(path)])
     sentence = str(caught.value)
-    assert flag in sentence and "can be" in sentence
+    assert flag in sentence and "cannot write" in sentence
     assert ("/proc" if place is below_proc else str(tmp_path)) in sentence
     assert "\n" not in sentence and sorted(tmp_path.rglob("*")) == before
 

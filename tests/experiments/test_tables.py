@@ -284,7 +284,7 @@ def test_folders_without_records(tmp_path):
 def test_a_mixed_folder_is_refused(tmp_path):
     write_record(tmp_path, "bottle", 2, "best", [(0.9, 0.9)])
     write_record(tmp_path, "cable", 2, "best", [(0.9, 0.9)], stn_mode="scale")
-    with pytest.raises(UserError, match="stn_mode affine and scale"):
+    with pytest.raises(UserError, match="different stn_mode: affine and scale"):
         read_results(tmp_path)
 
 
