@@ -160,6 +160,10 @@ class ImageScoring:
             store.write(start, self.fast_network.features(inputs[start : start + size]))
         return store.prepared
 
+    def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
+        """Images as network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
+        return self.on_device([self.square(as_pixels(image, self.size, self.bits)) for image in images])
+
     def on_device(self, squares: Sequence[torch.Tensor]) -> torch.Tensor:
         return upload(torch.stack(squares), self.clock.device)
 
