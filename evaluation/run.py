@@ -51,6 +51,10 @@ class Weights(NamedTuple):
     kind: str
     epoch: int | None
 
+    def record(self) -> dict | None:
+        """What a record says of the checkpoint; None for an untrained network."""
+        return None if self.file is None else {"path": str(self.file), "sha256": self.sha256}
+
 
 class Job(NamedTuple):
     """One K and one scorer: the numbers of one record. config: the settings of these numbers alone."""
@@ -330,7 +334,7 @@ def _write(
         "resolved": plan.resolved._asdict(),
         "fingerprint": job.fingerprint,
         **provenance(clock.device),
-        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": file_record(job.weights.file)},
+        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": job.weights.record()},
         "scorer": job.scorer,
         "support_set": support_record(job.support),
         "test_images": len(plan.items),
@@ -350,14 +354,10 @@ def _write(
         _save_images(plan, job, dataset, collected.first_maps[0], shown)
 
 
-def file_record(path: Path | None) -> dict | None:
-    """What a record says of a file; None for None."""
-    return None if path is None else {"path": str(path), "sha256": sha256(path)}
-
-
 def support_record(support: SupportRounds) -> dict:
     """What a record says of its support set."""
-    return {"source": support.source, "names": support.names} | (file_record(support.file) or {})
+    file = {} if support.file is None else {"path": str(support.file), "sha256": sha256(support.file)}
+    return {"source": support.source, "names": support.names, **file}
 
 
 def _save_images(plan: Plan, job: Job, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple) -> None:

@@ -39,7 +39,7 @@ class FeatureStore:
     def write_rows(self, name: str, start: int, prepared: Prepared) -> None:
         """Stores prepared features of one scorer, the first at row `start`."""
         if name not in self.prepared:
-            self.prepared[name] = [room_for(tensor, self.images * self.per_image[name]) for tensor in prepared]
+            self.prepared[name] = [allocate(tensor, self.images * self.per_image[name]) for tensor in prepared]
         for tensor, rows in zip(self.prepared[name], prepared, strict=True):
             tensor[start : start + len(rows)] = rows
 
@@ -61,7 +61,7 @@ class FeatureStore:
         return sum(tensor.nbytes for prepared in self.prepared.values() for tensor in prepared)
 
 
-def room_for(like: torch.Tensor, count: int) -> torch.Tensor:
+def allocate(like: torch.Tensor, count: int) -> torch.Tensor:
     """An uninitialised tensor for `count` images, with the memory layout of `like`."""
     order = sorted(range(like.dim()), key=lambda axis: -like.stride(axis))
     shape = [count if axis == 0 else like.shape[axis] for axis in order]
@@ -72,7 +72,7 @@ def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
     """A copy of the prepared features without the images `start` to `end` (exclusive)."""
     copies = []
     for tensor in prepared:
-        copy = room_for(tensor, len(tensor) - (end - start))
+        copy = allocate(tensor, len(tensor) - (end - start))
         copy[:start], copy[start:] = tensor[:start], tensor[end:]
         copies.append(copy)
     return copies
