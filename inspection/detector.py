@@ -25,7 +25,7 @@ from inspection.threshold import (
     normal_threshold,
 )
 from inspection.tiles import AUTO, OFF, Layout, Tile, Tiling, fitting_corners, resolve_tiling
-from models.stn import STNResNet
+from models.stn import STNResNet, without_identity_heads
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, without_images, write_support_images
 from scorers.gaussian import Gaussian, convert_fitted_369ac53
@@ -123,6 +123,7 @@ class FewShotDetector(ImageScoring):
         images = [ImageFile(image) if isinstance(image, str | Path) else image for image in image_list(images)]
         if not images:
             raise UserError("no support images: at least one normal image is needed")
+        self.network = without_identity_heads(self.network)  # here and not before: loaded files keep their identity
         self.threshold = self.loo_scores = self.calibration = None
         self._calibration_notes = []
         with self.clock("decode"):

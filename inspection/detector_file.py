@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.stn import RELEASE_BACKBONE, STNResNet
+from models.stn import RELEASE_BACKBONE, STNResNet, drop_heads
 from models.timm_features import PREFIX, TimmFeatures
 from scorers.base import Scorer
 from scorers.registry import SCORERS, make_scorer
@@ -76,6 +76,7 @@ def stored_network(state: dict) -> nn.Module:
         network = TimmFeatures(backbone.removeprefix(PREFIX), "none", size)
     else:
         network = STNResNet(state["stn_mode"], size, backbone)
+        drop_heads(network, state["network"])
     network.load_state_dict(state["network"])
     return network.eval()
 

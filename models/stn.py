@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from models.warp import full_precision, inverse_affine, warp
 from utils.errors import UserError
 
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position, of layer1, layer2, layer3
+HEADS = ("stn1", "stn2", "stn3")  # the spatial transformers
 SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids are joined, so each must divide the finer one
 
 
@@ -89,6 +90,12 @@ class SpatialTransformer(nn.Module):
         with torch.no_grad():
             self.fc[2].bias.copy_(torch.tensor(self.mode.identity, dtype=self.fc[2].bias.dtype))
 
+    def is_identity(self) -> bool:
+        """Whether the warp is the identity for every input: that of an untrained network is."""
+        last = self.fc[2]
+        start = torch.tensor(self.mode.identity, dtype=last.bias.dtype)
+        return not bool(last.weight.any()) and torch.equal(last.bias.cpu(), start)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Warp matrices (B, 2, 3) of feature maps `x` (B, C, H, W)."""
         hidden = self.conv(x).flatten(1)
@@ -122,10 +129,13 @@ BACKBONES = {
 
 
 class Registered(NamedTuple):
-    """The outputs of the backbone for layer1, layer2, layer3: warped maps (B, C, H, W) and warps (B, 2, 3)."""
+    """The outputs of the backbone for layer1, layer2, layer3: warped maps (B, C, H, W) and warps (B, 2, 3).
+
+    A warp is None where the network has no spatial transformer; see `without_identity_heads`.
+    """
 
     maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    warps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    warps: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class STNResNet(nn.Module):
@@ -154,8 +164,8 @@ class STNResNet(nn.Module):
         maps, warps = [], []
         for layer, stn in ((self.layer1, self.stn1), (self.layer2, self.stn2), (self.layer3, self.stn3)):
             x = layer(x)
-            warps.append(stn(x))
-            x = warp(x, warps[-1])
+            warps.append(None if stn is None else stn(x))
+            x = x if stn is None else warp(x, warps[-1])
             maps.append(x)
         return Registered(tuple(maps), tuple(warps))
 
@@ -167,11 +177,11 @@ class STNResNet(nn.Module):
         """
         with torch.no_grad():
             registered = self(x)
-            inverses = [inverse_affine(theta) for theta in registered.warps]
+            inverses = [None if theta is None else inverse_affine(theta) for theta in registered.warps]
             unwarped = []
             for depth, feature in enumerate(registered.maps):
                 for theta in inverses[depth::-1]:
-                    feature = warp(feature, theta)
+                    feature = feature if theta is None else warp(feature, theta)
                 unwarped.append(feature)
         return tuple(unwarped)
 
@@ -193,15 +203,37 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def fuse_conv_bn(network: nn.Module) -> nn.Module:
     """A copy of `network` for inference with the same features up to rounding, in less time.
 
-    Batch-norm is fused into the convolutions, and memory is channels-last, for which `warp` is faster too. A network
-    that is not a STNResNet is only put into eval mode.
+    See `without_batch_norm`; memory is channels-last, for which `warp` is faster too. A network that is not a STNResNet
+    is only put into eval mode.
     """
     return without_batch_norm(network).to(memory_format=torch.channels_last)
 
 
+def without_identity_heads(network: nn.Module) -> nn.Module:
+    """`network` without the spatial transformers that warp nothing. It shares its other modules with `network`.
+
+    Sampling at the identity gives the map itself up to rounding. Untrained networks thus skip 3 warps and 6 un-warps
+    and their files lack the heads' weights. A network that is not a STNResNet, or is trained, is returned as it is.
+    """
+    heads = HEADS if isinstance(network, STNResNet) else ()
+    found = [name for name in heads if getattr(network, name) is not None and getattr(network, name).is_identity()]
+    if not found:
+        return network
+    shared = copy.copy(network)
+    shared._modules = {name: None if name in found else module for name, module in network._modules.items()}
+    return shared
+
+
+def drop_heads(network: STNResNet, state: Mapping[str, torch.Tensor]) -> None:
+    """Removes the spatial transformers that the state dict of a network `without_identity_heads` lacks."""
+    for name in HEADS:
+        if not any(key.startswith(f"{name}.") for key in state):
+            setattr(network, name, None)
+
+
 def without_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy of `network` in eval mode; in a STNResNet batch-norm is fused into the convolutions."""
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    """A copy of `network` in eval mode; STNResNet: `without_identity_heads`, batch-norm fused."""
+    network = copy.deepcopy(without_identity_heads(network)).eval().requires_grad_(False)
     if not isinstance(network, STNResNet):  # the order of its layers is unknown
         return network
     for parent in list(network.modules()):

@@ -14,6 +14,7 @@ from datasets.images import decode_image, read_image
 from datasets.support import read_support_images
 from evaluation import scoring
 from inspection.detector import FewShotDetector
+from inspection.export import ExportedDetector
 from inspection.threshold import NormalScores, normal_threshold
 from models.regad import RegAD, save_checkpoint
 from models.stn import fuse_conv_bn
@@ -47,6 +48,25 @@ def files(demo_data):
 @pytest.fixture(scope="module")
 def detector(network, files):
     return FewShotDetector(network, "cpu").fit(files[0])
+
+
+def test_an_untrained_detector_keeps_no_heads(files, tmp_path):
+    """Its file lacks them, is read again, and scores as with them; the network given stays as it is."""
+    untrained = RegAD("affine", SIZE).stn.eval()
+    detector = FewShotDetector(untrained, "cpu").fit(files[0])
+    detector.save(tmp_path / "part.regad")
+    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert untrained.stn1 is not None and loaded.network.stn1 is None and loaded.identity() == detector.identity()
+    own, whole = (sum(value.nbytes for value in one.state_dict().values()) for one in (loaded.network, untrained))
+    assert own < 0.9 * whole
+    quick, _ = loaded.score(files[1])
+    detector.fast_network = untrained  # warps and un-warps at the identity
+    slow, _ = detector.score(files[1])
+    np.testing.assert_allclose(quick, slow, atol=1e-5 * slow.max())
+    squares = torch.from_numpy(np.stack([read_image(file, SIZE) for file in files[1]]))
+    with torch.no_grad():  # exported files have no warps either
+        _, exported = ExportedDetector(loaded)(squares)
+    np.testing.assert_allclose(exported, slow, atol=1e-5 * slow.max())
 
 
 def test_same_maps_as_the_evaluation(detector, network, files):

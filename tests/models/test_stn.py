@@ -9,7 +9,15 @@ import torch
 
 from benchmarks.reference import GOLDEN_CHECKPOINT, TRUNK
 from models.regad import CHECKPOINT_PARTS, RegAD, _reject_other_mode, load_checkpoint, untrained
-from models.stn import STN_MODES, STNResNet, _first_convolution, fuse_conv_bn
+from models.stn import (
+    HEADS,
+    STN_MODES,
+    SpatialTransformer,
+    STNResNet,
+    _first_convolution,
+    fuse_conv_bn,
+    without_identity_heads,
+)
 from models.warp import warp
 from tests.evaluation.test_release import recipe_model
 from tests.reference import needs_reference
@@ -68,6 +76,28 @@ def test_untrained_warps_are_the_identity(stn_mode):
         assert torch.equal(theta, torch.eye(2, 3).expand(2, 2, 3))
     for moved, back in zip(registered.maps, features, strict=True):
         torch.testing.assert_close(moved, back, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stn_mode", STN_MODES)
+def test_an_untrained_network_does_not_warp(stn_mode):
+    """The maps are those of the warps at the identity, and the original keeps its heads for training."""
+    network = STNResNet(stn_mode, SIDE).eval()
+    quick = without_identity_heads(network)
+    assert all(getattr(quick, name) is None for name in HEADS) and not any("stn" in key for key in quick.state_dict())
+    assert all(isinstance(getattr(network, name), SpatialTransformer) for name in HEADS)
+    for with_heads, without in zip(network.features(images(2)), quick.features(images(2)), strict=True):
+        assert (with_heads - without).abs().max() < 1e-5 * with_heads.abs().max()
+
+
+def test_a_trained_head_stays():
+    network = STNResNet("rotation_scale", SIDE).eval()
+    with torch.no_grad():
+        network.stn2.fc[2].bias[0] = 0.1
+    quick = without_identity_heads(network)
+    assert quick.stn1 is None and quick.stn2 is network.stn2 and quick.stn3 is None
+    assert without_identity_heads(shaken()).stn1 is not None
+    for with_heads, without in zip(network.features(images(2)), quick.features(images(2)), strict=True):
+        assert (with_heads - without).abs().max() < 1e-5 * with_heads.abs().max()
 
 
 def test_features_are_unwarped_by_every_inverse():
