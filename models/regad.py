@@ -32,17 +32,22 @@ class RegAD(nn.Module):
         self.encoder = Encoder(channels)
         self.predictor = Predictor(channels)
 
-    def forward(self, query: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, support: torch.Tensor, each: bool = False) -> torch.Tensor:
         """The registration loss, a scalar in [-1, 1] (RegAD section 3.2).
 
         `query` (B, 3, S, S) and `support` (B, K, 3, S, S) are images with values in [0, 1]. Queries and support images
         pass through the backbone separately, with batch-norm statistics of their own. The registered maps of the K
-        support images of a query are averaged (release behaviour).
+        support images of a query are averaged (release behaviour), or with `each` every one is compared with the query.
         """
         query_map = self.stn(query).maps[-1]
-        support_map = self.stn(support.flatten(0, 1)).maps[-1].unflatten(0, support.shape[:2]).mean(dim=1)
+        support_map = self.stn(support.flatten(0, 1)).maps[-1]  # (B K, C, H, W)
+        if not each:
+            support_map = support_map.unflatten(0, support.shape[:2]).mean(dim=1)
         z_query, z_support = self.encoder(query_map), self.encoder(support_map)
-        return registration_loss(self.predictor(z_query), z_query, self.predictor(z_support), z_support)
+        p_query, p_support = self.predictor(z_query), self.predictor(z_support)
+        if each:
+            p_query, z_query = (one.repeat_interleave(support.shape[1], dim=0) for one in (p_query, z_query))
+        return registration_loss(p_query, z_query, p_support, z_support)
 
 
 def checkpoint(model: RegAD, recipe: dict) -> dict:

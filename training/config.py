@@ -17,7 +17,8 @@ from evaluation.config import (
 )
 from models.stn import BACKBONES
 from scorers.registry import RELEASE_SCORER
-from utils.config import flag
+from training.recipe import BATCH_NORM, SUPPORT_TARGET, TRAIN
+from utils.config import UNLESS_DEFAULT, flag
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR
 
@@ -52,10 +53,38 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
     strict: bool = flag("reject defective test images without a mask", default=False, group="images")
     epochs: int = flag("number of epochs", default=50, group="training", least=1, affects_results=True)
     batch_size: int = flag("queries per step", default=32, group="training", least=1, affects_results=True)
+    steps: int | None = flag(
+        "steps per epoch, at most (default: every source image is a query once)",
+        default=None,
+        group="training",
+        least=1,
+        affects_results=UNLESS_DEFAULT,
+    )
     lr: float = flag(
         "learning rate, decays to 0 with a half cosine", default=0.0001, group="training", least=0, affects_results=True
     )
     momentum: float = flag("momentum of SGD", default=0.9, group="training", least=0, affects_results=True)
+    train: str = flag(
+        "what learns. all: as released; heads: all but the ResNet; stn: the spatial transformers alone",
+        default=TRAIN[0],
+        group="training",
+        choices=TRAIN,
+        affects_results=UNLESS_DEFAULT,
+    )
+    batch_norm: str = flag(
+        "of the ResNet. train: as released; frozen: statistics, scales and offsets stay those of --weights",
+        default=BATCH_NORM[0],
+        group="training",
+        choices=BATCH_NORM,
+        affects_results=UNLESS_DEFAULT,
+    )
+    support_target: str = flag(
+        "what a query is compared with. mean: of the registered support images, as released; each: every one of them",
+        default=SUPPORT_TARGET[0],
+        group="training",
+        choices=SUPPORT_TARGET,
+        affects_results=UNLESS_DEFAULT,
+    )
     scorer: tuple[str, ...] = flag(SCORER_HELP, default=(RELEASE_SCORER,), group=SELECTION, metavar="NAME")
     eval_every: int = flag(
         "epochs between scorings; 0: never (needs --select last)",

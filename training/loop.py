@@ -15,6 +15,7 @@ from tqdm import tqdm
 from datasets.cache import SourceImages
 from datasets.episodes import Episode
 from models.regad import RegAD, checkpoint
+from training.recipe import freeze, frozen_layers
 from utils.errors import UserError
 from utils.files import save_tensors
 from utils.stages import StageClock
@@ -60,15 +61,29 @@ class Progress:
 class Trainer:
     """A model with its optimizer and progress. `bf16`: autocast to bfloat16; `compiled`: torch.compile.
 
+    train, batch_norm, support_target: the recipe, see the flags of train.py.
     selected: the checkpoint of the selected epoch, see `models.regad.checkpoint`; None until an epoch is selected.
     """
 
     def __init__(
-        self, model: RegAD, lr: float, momentum: float, bf16: bool = False, tf32: bool = False, compiled: bool = False
+        self,
+        model: RegAD,
+        lr: float,
+        momentum: float,
+        bf16: bool = False,
+        tf32: bool = False,
+        compiled: bool = False,
+        train: str = "all",
+        batch_norm: str = "train",
+        support_target: str = "mean",
     ) -> None:
         self.model = model.to(memory_format=torch.channels_last)
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
+        self.frozen = frozen_layers(model, train, batch_norm)
+        self.each = support_target == "each"
+        freeze(self.frozen)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(learning, lr=lr, momentum=momentum, fused=True)
         self.lr, self.bf16, self.tf32 = lr, bf16, tf32
         self.loss = torch.compile(model) if compiled else model
         self.progress = Progress()
@@ -82,7 +97,7 @@ class Trainer:
         """
         with _tf32(self.tf32):
             with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = self.loss(query, support)
+                loss = self.loss(query, support, self.each)
             if self.device.type == "cpu" and not loss.isfinite():
                 return loss.detach()
             with clock("backward"):
@@ -108,6 +123,7 @@ class Trainer:
         """
         progress, pending = self.progress, []
         self.model.train()
+        freeze(self.frozen)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.lr, progress.epoch, epochs)
         reported = saved = time.monotonic()

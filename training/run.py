@@ -207,6 +207,7 @@ def _train(
         entry = {"epoch": epoch, "loss": None, "lr": None, "steps": 0, "seconds": {}}
         if epoch:
             episodes = replayed or draw_episodes(inputs.names, config.shot, config.batch_size, config.seed, epoch)
+            episodes = episodes[: config.steps]
             trainer.train_epoch(episodes, images, config.epochs, clock, save, config.save_every)
             loss = sum(progress.losses) / len(progress.losses)
             lr = learning_rate(config.lr, epoch, config.epochs)
@@ -289,9 +290,9 @@ def _make_trainer(config: TrainingConfig, inputs: Inputs, device: torch.device, 
     """The networks before training. Unless the run is `new`, their weights are going to be replaced."""
     weights = config.weights if new else "none"
     model = untrained(weights, config.stn_mode, inputs.resolved["img_size"], config.backbone).to(device)
-    return Trainer(
-        model, config.lr, config.momentum, bf16=config.amp == "bf16", tf32=config.tf32, compiled=config.compile
-    )
+    how = {"bf16": config.amp == "bf16", "tf32": config.tf32, "compiled": config.compile}
+    recipe = {"train": config.train, "batch_norm": config.batch_norm, "support_target": config.support_target}
+    return Trainer(model, config.lr, config.momentum, **how, **recipe)
 
 
 class Scoring:

@@ -29,6 +29,8 @@ from utils.errors import UserError
 CONFIG_KEYS = ("config", "arguments")  # where records hold the configuration; "arguments": until version 0.1
 CHECKPOINT_KEYS = ("recipe", "origin")  # where checkpoints and detector files hold their record
 
+UNLESS_DEFAULT = "unless default"  # affects_results of a flag that earlier versions lacked: their fingerprints stay
+
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
@@ -37,7 +39,7 @@ def flag(
     *,
     default: object = MISSING,
     group: str = "run",
-    affects_results: bool = False,
+    affects_results: bool | str = False,
     least: float | None = None,
     choices: Sequence[object] | None = None,
     convert: Callable[[str], object] | None = None,
@@ -46,10 +48,10 @@ def flag(
     """A field of a `Config`, and with it the flag of the same name.
 
     text: the help. default: without one, the flag is required. group: of the help page. affects_results: the value is
-    part of the fingerprint of a run. least: smallest value of a number, or of each number of a tuple. convert: makes
-    the value of a text; by default the type of the field. options: further arguments of `add_argument` (metavar, nargs,
-    const), `spelling`, the flag where it is not the name of the field, and `aliases`, other flags and names in files of
-    --config, which the help does not show.
+    part of the fingerprint of a run; UNLESS_DEFAULT: where it is not the default. least: smallest value of a number, or
+    of each number of a tuple. convert: makes the value of a text; by default the type of the field. options: further
+    arguments of `add_argument` (metavar, nargs, const), `spelling`, the flag where it is not the name of the field, and
+    `aliases`, other flags and names in files of --config, which the help does not show.
     """
     metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least}
     metadata |= {"choices": choices, "convert": convert, "options": options}
@@ -84,8 +86,12 @@ class Config:
 
     def results_part(self) -> dict[str, object]:
         """The plain values that affect results, for the fingerprint of a run."""
-        plain = self.plain()
-        return {field.name: plain[field.name] for field in flags_of(type(self)) if field.metadata["affects_results"]}
+        plain, found = self.plain(), {}
+        for field in flags_of(type(self)):
+            affects = field.metadata["affects_results"]
+            if affects and (affects != UNLESS_DEFAULT or plain[field.name] != _plain(field.default)):
+                found[field.name] = plain[field.name]
+        return found
 
     @classmethod
     def from_plain(cls: type[AnyConfig], values: Mapping[str, object]) -> AnyConfig:

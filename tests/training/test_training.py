@@ -132,6 +132,18 @@ def test_step_equals_the_plain_step(demo_data):
         torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
+def test_loss_against_each_support_image():
+    """The mean over the support images of the losses against one of them, as all have the same statistics in eval."""
+    torch.manual_seed(0)
+    model = RegAD("rotation_scale", SIZE).eval()
+    query, support = torch.rand(3, 3, SIZE, SIZE), torch.rand(3, 2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        single = [model(query, support[:, k : k + 1]).item() for k in range(2)]
+        assert model(query, support, each=True).item() == pytest.approx(sum(single) / 2, abs=1e-6)
+        assert model(query, support[:, :1], each=True).item() == single[0]
+        assert model(query, support).item() != pytest.approx(sum(single) / 2, abs=1e-4)
+
+
 def test_loss_by_hand():
     """Two images of one position and two channels; cosines 1 and 0 on one side, -1 and 0.6 on the other."""
     z_support = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).view(2, 2, 1, 1)

@@ -1,0 +1,33 @@
+"""Recipes: which parts of the networks registration training changes. The first of each choice is the release's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from models.regad import TRUNK_LAYERS, RegAD
+
+TRAIN = ("all", "heads", "stn")
+BATCH_NORM = ("train", "frozen")
+SUPPORT_TARGET = ("mean", "each")
+
+
+def frozen_layers(model: RegAD, train: str, batch_norm: str) -> list[nn.Module]:
+    """The layers that training leaves as they are: weights, and the statistics of batch norm.
+
+    train: `all`, none; `heads`, the trunk, the layers of the ResNet; `stn`, also encoder and predictor. batch_norm:
+    `frozen`, the batch norm of the trunk.
+    """
+    trunk = [getattr(model.stn, name) for name in TRUNK_LAYERS]
+    if train != "all":
+        return trunk if train == "heads" else [*trunk, model.encoder, model.predictor]
+    if batch_norm == "train":
+        return []
+    return [layer for part in trunk for layer in part.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def freeze(layers: Sequence[nn.Module]) -> None:
+    """Keeps layers as they are. To be called after each `train()` of a model that holds them, which undoes it."""
+    for layer in layers:
+        layer.eval().requires_grad_(False)
