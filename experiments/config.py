@@ -56,7 +56,7 @@ class TableConfig(Config):
         "support images per round", default=(2, 4, 8), group="data", least=1, metavar="K", nargs="+"
     )
     select: tuple[str, ...] = flag(
-        "source: a second training per run, whose epoch is selected without the target",
+        "source: an epoch selected without the target, by a second training per run; with --held_out by the same one",
         default=("best",),
         group="training",
         choices=("best", "source"),

@@ -58,7 +58,7 @@ class Plan:
             self._trained_run(name, shot, select)
             for shot in self.config.shots
             for name in self.categories
-            for select in self.config.select
+            for select in (("best",) if self._one_training() else self.config.select)
         ]
         return [*untrained, *trained]
 
@@ -103,7 +103,7 @@ class Plan:
             shot=shot,
             select=select,
             sources=self._sources(category),
-            held_out=config.held_out if select == "source" else None,
+            held_out=self._held_out(category, select),
             scorer=config.scorer[:1],
             save_dir=save_dir,
             resume=True,
@@ -111,7 +111,23 @@ class Plan:
         scorings = [self._scoring(select, category, [shot], save_dir=save_dir)]
         if select == "best":
             scorings.append(self._scoring("last", category, [shot], save_dir=save_dir, last=True))
+        if self._one_training():
+            file = CheckpointFiles.of(save_dir, self.network, shot, category).source
+            scorings.append(self._scoring("source", category, [shot], checkpoint=file))
         return Run(f"{category}_{shot}_{self.network}{ending}", training, tuple(scorings))
+
+    def _one_training(self) -> bool:
+        """Whether one training selects by test labels and by held-out categories, which are not trained on."""
+        return bool(self.config.held_out) and {"best", "source"} <= set(self.config.select)
+
+    def _held_out(self, category: str, select: str) -> tuple[str, ...] | None:
+        """--held_out of train.py, without the target."""
+        if not self.config.held_out or not (select == "source" or self._one_training()):
+            return None
+        names = tuple(name for name in self.config.held_out if name != category)
+        if not names and self._one_training():
+            raise UserError(f"--held_out names {category} alone, which is a target: its images must not select")
+        return names or None  # None: the next category by name
 
     def _sources(self, category: str) -> tuple[str, ...] | None:
         """--sources of train.py where it was given, without the target."""

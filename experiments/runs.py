@@ -163,7 +163,8 @@ def _read(file: Path) -> dict:
 def _is_trained(config: TrainingConfig, current: dict) -> bool:
     """Whether the training with the fingerprint `current` is finished, with all its files."""
     files = checkpoint_files(config)
-    whole = files.selected.is_file() and files.last.is_file() and not files.state.is_file()
+    needed = [files.selected, files.last, *([files.source] if config.held_out and config.select == "best" else [])]
+    whole = all(file.is_file() for file in needed) and not files.state.is_file()
     return whole and _read(files.record).get("fingerprint") == current
 
 

@@ -78,7 +78,8 @@ def selection(path: Path) -> tuple[str, int | None]:
     content = load_tensors(path, "checkpoint")
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
     recipe = recipe if isinstance(recipe, dict) else {}
-    rule = "last" if path.stem.endswith("_last") else recorded(recipe).get("select", "best")
+    endings = {"last", "source"} & {path.stem.rpartition("_")[2]}
+    rule = endings.pop() if endings else recorded(recipe).get("select", "best")
     return rule, recipe.get("epoch")
 
 

@@ -101,8 +101,9 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
         choices=("best", "last", "source"),
         affects_results=True,
     )
-    held_out: str | None = flag(
-        "for --select source (default: the next category after the target by name)",
+    held_out: tuple[str, ...] | None = flag(
+        "source categories that are not trained on and select an epoch: for --select source (default: the next "
+        "category after the target by name), or with --select best, for further weights, selected by their mean",
         default=None,
         group=SELECTION,
         convert=category_name,
@@ -128,7 +129,7 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
             raise UserError(f"--backbone {self.backbone} cannot be trained; choose from {', '.join(BACKBONES)}")
         if self.select != "last" and not self.eval_every:
             raise UserError(f"--select {self.select} needs scores; give --select last with --eval_every 0")
-        if self.held_out and self.select != "source":
-            raise UserError("--held_out is for --select source")
+        if self.held_out and self.select == "last":
+            raise UserError("--held_out is for --select source and --select best")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other")

@@ -56,6 +56,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # of the finished steps of the current epoch
     history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see train.py
     selected: int = 0  # the epoch of the selected weights
+    source: int = 0  # the epoch of the weights that held-out categories selected beside them
 
 
 class Trainer:
@@ -63,6 +64,7 @@ class Trainer:
 
     train, batch_norm, support_target: the recipe, see the flags of train.py.
     selected: the checkpoint of the selected epoch, see `models.regad.checkpoint`; None until an epoch is selected.
+    source: the same for the epoch that held-out categories select beside it.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Trainer:
         self.loss = torch.compile(model) if compiled else model
         self.progress = Progress()
         self.selected: dict | None = None
+        self.source: dict | None = None
 
     def step(self, query: torch.Tensor, support: torch.Tensor, clock: StageClock) -> torch.Tensor:
         """One update from `query` (B, 3, S, S) and `support` (B, K, 3, S, S), values in [0, 1].
@@ -176,12 +179,14 @@ class Trainer:
             ("lr", "overwrite"),
         )
 
-    def finish_epoch(self, entry: dict, is_selected: bool, recipe: dict) -> None:
+    def finish_epoch(self, entry: dict, is_selected: bool, is_source: bool, recipe: dict) -> None:
         """Appends the epoch's entry to the history and moves on to the next epoch. `recipe`: for the checkpoint."""
         progress = self.progress
         progress.history.append(entry)
         if is_selected:
             progress.selected, self.selected = progress.epoch, checkpoint(self.model, recipe)
+        if is_source:
+            progress.source, self.source = progress.epoch, checkpoint(self.model, recipe)
         progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
 
     def save(self, path: Path, fingerprint: dict) -> None:
@@ -195,6 +200,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": vars(self.progress),
             "selected": self.selected,
+            "source": self.source,
         }
         save_tensors(path, content)
 
@@ -203,4 +209,4 @@ class Trainer:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.progress = Progress(**content["progress"])
-        self.selected = content["selected"]
+        self.selected, self.source = content["selected"], content.get("source")

@@ -33,7 +33,7 @@ from scorers.base import Scorer
 from scorers.registry import make_scorers
 from training.config import TrainingConfig
 from training.curve import save_curve
-from training.loop import Trainer, learning_rate
+from training.loop import Progress, Trainer, learning_rate
 from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError
@@ -49,7 +49,7 @@ CURVE_SECONDS = 60.0  # the curve is drawn at most this often, and at the end
 
 
 class Target(NamedTuple):
-    """The category to score: the target, or with --select source the held-out category. bits: of its 16-bit images."""
+    """A category to score: the target, or one that is held out. bits: of its 16-bit images."""
 
     category: str
     folder: Path
@@ -61,19 +61,21 @@ class Target(NamedTuple):
 class Inputs(NamedTuple):
     """All that a run reads, and what it finds out about it.
 
-    sources: training images by category. target: None with --eval_every 0. resolved: for records. fingerprint: see
-    utils/fingerprint.py.
+    sources: training images by category. scored: what the AUROCs are of, the target or with --select source the
+    held-out categories; empty with --eval_every 0. beside: held-out categories that select further weights. resolved:
+    for records. fingerprint: see utils/fingerprint.py.
     """
 
     sources: dict[str, list[Path]]
-    target: Target | None
+    scored: list[Target]
+    beside: list[Target]
     resolved: dict
     fingerprint: dict
 
     @property
-    def scored(self) -> str:
-        """The category of the AUROCs."""
-        return self.target.category if self.target else "no category"
+    def scored_names(self) -> str:
+        """The categories of the AUROCs."""
+        return ", ".join(target.category for target in self.scored) or "no category"
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -97,44 +99,58 @@ def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigest
     """
     digests = digests or FileDigests()
     sources = list_source_images(config.data_path, config.data_type, config.obj, config.sources, config.source_path)
-    held_out = _held_out(config, sources) if config.select == "source" else None
-    sources = {name: paths for name, paths in sources.items() if name != held_out}
+    held_out = _held_out(config, sources)
+    sources = {name: paths for name, paths in sources.items() if name not in held_out}
     every = [path for paths in sources.values() for path in paths]
     resolved = {
         "bits": resolve_bits(config.bits, every, "the categories to train on"),
         "img_size": resolve_img_size(config.backbone, config.img_size, MIN_IMG_SIZE),
-        "held_out": held_out,
+        "held_out": (held_out[0] if len(held_out) == 1 else held_out) if held_out else None,
     }
-    target = _target(config, held_out, resolved["img_size"], check) if config.eval_every else None
+    how = resolved["img_size"], check
+    held = [_target(config, name, *_place(config), *how) for name in held_out]
+    of_source = config.select == "source" or not config.eval_every
+    scored = held if of_source else [_target(config, config.obj, config.data_path, config.data_type, *how)]
+    beside = [] if of_source else held
     inputs = {
         "sources": {name: digests.together(paths) for name, paths in sources.items()},
         "weights": digest_weights(config.weights, config.seed, digests),
         "episodes": digests.of([config.episodes])[0] if config.episodes else None,
-        "scorers": [digest_scorer(given, digests) for given in config.scorer] if target else [],
+        "scorers": [digest_scorer(given, digests) for given in config.scorer] if scored else [],
     }
-    if target:
-        resolved["scored_bits"] = target.bits
-        inputs |= {"test_images": digest_items(target.items, digests), "support_images": digest_support(target.support)}
+    every = [*scored, *beside]
+    for first in every[:1]:
+        resolved["scored_bits"] = first.bits
+        inputs |= {"test_images": digest_items(first.items, digests), "support_images": digest_support(first.support)}
+    if more := {
+        of.category: [of.bits, digest_items(of.items, digests), digest_support(of.support)] for of in every[1:]
+    }:
+        inputs["further_scored"] = more
     settings = config.results_part() | resolved | {"seed": config.seed}
-    return Inputs(sources, target, resolved, fingerprint(settings, inputs))
+    return Inputs(sources, scored, beside, resolved, fingerprint(settings, inputs))
 
 
-def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> str:
-    """The category that selects the epoch, which is excluded from training."""
+def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> list[str]:
+    """The categories that select an epoch, which are excluded from training; none where none does."""
+    if config.select != "source" and not config.held_out:
+        return []
     if len(sources) < 2:
         raise UserError(f"--select source needs two source categories, one is held out; found {', '.join(sources)}")
-    held_out = config.held_out or held_out_category(sources, config.obj)
-    if held_out not in sources:
-        raise UserError(f"--held_out {held_out} is not a source category; choose from {', '.join(sources)}")
+    held_out = sorted(set(config.held_out or [held_out_category(sources, config.obj)]))
+    if unknown := [name for name in held_out if name not in sources]:
+        raise UserError(f"--held_out {unknown[0]} is not a source category; choose from {', '.join(sources)}")
+    if len(held_out) == len(sources):
+        raise UserError("--held_out leaves no source category to train on", ("held_out",))
     return held_out
 
 
-def _target(config: TrainingConfig, held_out: str | None, img_size: int, check: bool) -> Target:
-    """The category to score as test.py reads it, with a bit depth of its own where --bits is auto."""
-    category = held_out or config.obj
-    root, data_type = config.data_path, config.data_type
-    if held_out and config.source_path:
-        root, data_type = config.source_path, "folder"
+def _place(config: TrainingConfig) -> tuple[Path, str]:
+    """The folder and the layout of the sources."""
+    return (config.source_path, "folder") if config.source_path else (config.data_path, config.data_type)
+
+
+def _target(config: TrainingConfig, category: str, root: Path, data_type: str, img_size: int, check: bool) -> Target:
+    """A category to score as test.py reads it, with a bit depth of its own where --bits is auto."""
     folder = category_folder(root, data_type, category)
     items = (list_test_items_with_notes if check else list_test_items)(folder, config.strict)
     bits = resolve_bits(config.bits, normal_images(folder), f"{category}/train")
@@ -171,7 +187,7 @@ def _run(
         print(f"already finished: {files.record}\n{_format_outcomes(history, selected)}")
         return
     replayed = _read_episodes(config, inputs.names) if config.episodes else None
-    scoring = Scoring(config, inputs.target) if inputs.target else None
+    scorings = [Scoring(config, targets) for targets in (inputs.scored, inputs.beside) if targets]
     seed_everything(config.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _make_trainer(config, inputs, device, new=earlier is None)
     images = _read_sources(config, inputs, device, digests)
@@ -184,7 +200,7 @@ def _run(
     _announce(config, inputs)
     described = {"command": "train.py", "config": config.plain(), "resolved": inputs.resolved}
     described |= {"fingerprint": inputs.fingerprint, **provenance(device)}
-    _train(config, files, trainer, inputs, images, replayed, scoring, described)
+    _train(config, files, trainer, inputs, images, replayed, scorings, described)
     _finish(files, trainer, described, inputs)
 
 
@@ -195,7 +211,7 @@ def _train(
     inputs: Inputs,
     images: SourceImages,
     replayed: list[Episode] | None,
-    scoring: Scoring | None,
+    scorings: Sequence[Scoring],
     described: dict,
 ) -> None:
     """The remaining epochs: train, score, select, save. Epoch 0 is the untrained network."""
@@ -212,18 +228,27 @@ def _train(
             loss = sum(progress.losses) / len(progress.losses)
             lr = learning_rate(config.lr, epoch, config.epochs)
             entry |= {"loss": loss, "lr": lr, "steps": len(episodes), "seconds": clock.seconds}
-        if scoring and (epoch % config.eval_every == 0 or epoch == config.epochs):
-            entry |= scoring.score(trainer)
+        if scorings and (epoch % config.eval_every == 0 or epoch == config.epochs):
+            entry |= scorings[0].score(trainer)
+            if inputs.beside:
+                entry["held_out"] = scorings[1].score(trainer)
         entry["elapsed_seconds"] = time.perf_counter() - started  # includes saving the previous epoch
         started = time.perf_counter()
         selected = is_selected(entry, progress.history, progress.selected, config.select)
-        trainer.finish_epoch(entry, selected, {**described, **entry})
+        source = bool(inputs.beside) and _selected_beside(entry, progress)
+        trainer.finish_epoch(entry, selected, source, {**described, **entry})
         save()  # from here on the epoch counts; the other files follow
-        _publish(files, trainer, selected)
+        _publish(files, trainer, selected or source)
         if started - drawn > CURVE_SECONDS:
-            save_curve(files.curve, progress.history, inputs.scored)
+            save_curve(files.curve, progress.history, inputs.scored_names)
             drawn = started
         print(_format_entry(entry, config.epochs, selected), flush=True)
+
+
+def _selected_beside(entry: dict, progress: Progress) -> bool:
+    """Whether the held-out categories beside the target select the weights of an epoch."""
+    histories = [one.get("held_out", {}) for one in progress.history]
+    return is_selected(entry.get("held_out", {}), histories, progress.source, "source")
 
 
 def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> None:
@@ -235,6 +260,9 @@ def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> Non
         file.unlink(missing_ok=True)
     if new_weights:
         save_tensors(files.selected, trainer.selected)
+        files.source.unlink(missing_ok=True)
+        if trainer.source:
+            save_tensors(files.source, trainer.source)
     save_history(files, trainer.progress.history)
 
 
@@ -242,7 +270,8 @@ def _finish(files: CheckpointFiles, trainer: Trainer, described: dict, inputs: I
     """Writes the last weights, the curve and the record, removes the state, and prints the results."""
     history, selected = trainer.progress.history, trainer.progress.selected
     save_checkpoint(files.last, trainer.model, {**described, **history[-1]})
-    save_curve(files.curve, history, inputs.scored)
+    save_curve(files.curve, history, inputs.scored_names)
+    described = described | ({"source_epoch": trainer.progress.source} if inputs.beside else {})
     record = {**described, "selected_epoch": selected, "outcomes": outcomes(history, selected), "epochs": history}
     write_json(files.record, record)
     remove_leftovers(files)
@@ -256,8 +285,12 @@ def _announce(config: TrainingConfig, inputs: Inputs) -> None:
     print(f"training on {len(inputs.sources)} categories{where}, {images} images; target {config.obj}")
     if config.select == "best":
         print("note: --select best selects the epoch by the target's test labels, as in the published protocol")
-    if held_out := inputs.resolved["held_out"]:
-        print(f"the epoch is selected by {held_out}, which is excluded from training; score {config.obj} with test.py")
+    held_out = inputs.resolved["held_out"]
+    names = ", ".join([held_out] if isinstance(held_out, str) else held_out or [])
+    if held_out and config.select == "source":
+        print(f"the epoch is selected by {names}, not trained on; score {config.obj} with test.py")
+    elif held_out:
+        print(f"further weights, in the file {checkpoint_files(config).source.name}, are selected by {names}")
 
 
 def _read_episodes(config: TrainingConfig, names: dict[str, list[str]]) -> list[Episode]:
@@ -296,41 +329,63 @@ def _make_trainer(config: TrainingConfig, inputs: Inputs, device: torch.device, 
 
 
 class Scoring:
-    """Scores the target after an epoch, with images that are decoded once.
+    """Scores categories after an epoch, with images that are decoded once.
 
     Raises:
         UserError: an image or mask cannot be read.
     """
 
-    def __init__(self, config: TrainingConfig, target: Target) -> None:
-        print(f"support: {target.support.source}")
-        size = target.support.images[0].shape[-1]
-        self.dataset = LabelledDataset(target.items, size, config.keep_aspect, target.bits)
-        self.dataset.load(config.num_workers)
-        print_notes(self.dataset.notes())
-        self.labels = [item.label for item in target.items]
-        self.rounds = target.support.images
+    def __init__(self, config: TrainingConfig, targets: Sequence[Target]) -> None:
+        self.data: dict[str, tuple] = {}  # category -> dataset, labels, rounds
+        for target in targets:
+            print(f"support: {target.support.source}")
+            size = target.support.images[0].shape[-1]
+            dataset = LabelledDataset(target.items, size, config.keep_aspect, target.bits)
+            dataset.load(config.num_workers)
+            print_notes(dataset.notes())
+            self.data[target.category] = dataset, [item.label for item in target.items], target.support.images
         self.scorers: list[Scorer] = make_scorers(config.scorer)
 
     def score(self, trainer: Trainer) -> dict:
         """The metrics of the current weights: of the first scorer, and of every scorer if several.
 
+        Of several categories, they are means over the categories, round by round, and each has its own beside them.
+
         Raises:
             UserError: a score is not finite; after training, the message names the loss.
         """
-        clock, network = StageClock(trainer.device), trainer.model.stn
+        clock, by_category = StageClock(trainer.device), {}
+        for category, data in self.data.items():
+            scored = self._score_category(trainer, data, clock)
+            by_category[category] = {
+                scorer.name: [results[scorer.name].numbers for results in scored] for scorer in self.scorers
+            }
+        by_scorer = {}
+        for scorer in self.scorers:
+            of_scorer = {category: numbers[scorer.name] for category, numbers in by_category.items()}
+            rounds = mean_rounds(list(of_scorer.values()))
+            by_scorer[scorer.name] = {**summaries(rounds), "rounds": rounds}
+            if len(of_scorer) > 1:
+                by_scorer[scorer.name]["categories"] = {name: summaries(own) for name, own in of_scorer.items()}
+        entry = {**next(iter(by_scorer.values())), "scoring_seconds": clock.seconds}
+        return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
+
+    def _score_category(self, trainer: Trainer, data: tuple, clock: StageClock) -> list[dict]:
         try:
-            scored = list(score_category(network, self.scorers, self.dataset, self.labels, self.rounds, clock))
+            return list(score_category(trainer.model.stn, self.scorers, *data, clock))
         except NotFinite as error:
             if not trainer.progress.epoch:  # the weights that were given
                 raise
             raise trainer.diverged(f"scores are not finite; {trainer.last_loss()}") from error
-        by_scorer = {}
-        for scorer in self.scorers:
-            rounds = [results[scorer.name].numbers for results in scored]
-            by_scorer[scorer.name] = {**summaries(rounds), "rounds": rounds}
-        entry = {**next(iter(by_scorer.values())), "scoring_seconds": clock.seconds}
-        return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
+
+
+def mean_rounds(categories: Sequence[Sequence[dict[str, float | None]]]) -> list[dict[str, float | None]]:
+    """The mean over categories of each round's metrics, of the categories that have the metric; one dict per round."""
+    found = []
+    for of_round in zip(*categories, strict=True):
+        values = {name: [own[name] for own in of_round if own[name] is not None] for name in of_round[0]}
+        found.append({name: sum(known) / len(known) if known else None for name, known in values.items()})
+    return found
 
 
 def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:

@@ -75,7 +75,7 @@ def refuse_to_overwrite(files: CheckpointFiles, overwrite: bool) -> None:
         return
     if files.state.is_file():
         raise UserError(f"{files.state} belongs to an unfinished run; resume it, or {REPLACE}", ("resume", *REPLACING))
-    if found := [file for file in (files.record, files.selected, files.last) if file.is_file()]:
+    if found := [file for file in (files.record, files.selected, files.source, files.last) if file.is_file()]:
         raise UserError(
             f"{found[0]} belongs to an earlier run; {REPLACE}, or give another folder to keep it",
             (*REPLACING, "save_dir"),
@@ -102,7 +102,10 @@ def selection_metric(entry: dict) -> float:
 
 
 def is_selected(entry: dict, history: Sequence[dict], selected: int, rule: str) -> bool:
-    """Whether an epoch's weights replace those of epoch `selected` as the selected ones. rule: best, last, source."""
+    """Whether an epoch's weights replace those of epoch `selected` as the selected ones. rule: best, last, source.
+
+    The entries hold the metrics of what selects: the target's, or with `source` the means of the held-out categories.
+    """
     if rule == "last":
         return True
     return bool(entry.get("image_auroc")) and (

@@ -18,6 +18,7 @@ class CheckpointFiles(NamedTuple):
     """The files of one training, in one folder. The run is unfinished while `state` exists; then `record` follows."""
 
     selected: Path
+    source: Path  # with --held_out beside --select best
     last: Path
     state: Path
     epochs: Path
@@ -28,7 +29,7 @@ class CheckpointFiles(NamedTuple):
     def of(cls, save_dir: Path, network: str, shot: int, category: str) -> CheckpointFiles:
         """The paths below `save_dir`, as in the release. network: from models.networks.network_name."""
         folder, stem = save_dir / network / str(shot) / category, f"{category}_{shot}_{network}"
-        endings = ("model.pt", "last.pt", STATE, "epochs.jsonl", "curve.png", "record.json")
+        endings = ("model.pt", "source.pt", "last.pt", STATE, "epochs.jsonl", "curve.png", "record.json")
         return cls(*(folder / f"{stem}_{ending}" for ending in endings))
 
 

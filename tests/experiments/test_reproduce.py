@@ -125,7 +125,10 @@ def test_every_setting_of_the_commands_reaches_them(settings):
         "scorer": ["gaussian", "neighbours"],
         "seed": 5,
         "select": ["source"],
-        "held_out": "weave",
+        "held_out": ("weave",),
+        "train": "heads",
+        "batch_norm": "frozen",
+        "steps": 3,
         "eval_every": 2,
     }
     run = run_called(settings | given, "ring_1_rotation_scale_source")
@@ -246,6 +249,20 @@ def test_sources(settings, four_categories):
         plan(settings | {"sources": ["ring"]}).runs()
     with pytest.raises(UserError, match="needs two source categories, one is held out"):
         reproduced(settings | {"sources": ["ring", "nut"], "objs": ["ring"]}, "--dry_run")
+
+
+def test_one_training_for_both_selections(settings, four_categories):
+    """--held_out beside --select best source: best, last and source are scored after one training."""
+    settings |= {"data_path": str(four_categories), "select": ["best", "source"], "held_out": ["weave", "nut"]}
+    run = run_called(settings, "ring_1_rotation_scale")
+    assert run.training.held_out == ("weave", "nut") and run.training.select == "best"
+    assert [scoring.weights for scoring in run.scorings] == ["best", "last", "source"]
+    assert run.scorings[2].config.checkpoint.name == "ring_1_rotation_scale_source.pt"
+    names = [run.name for run in plan(settings | {"objs": ["ring", "weave"]}).runs()]
+    assert not [name for name in names if name.endswith("_source")]
+    assert run_called(settings | {"objs": ["weave"]}, "weave_1_rotation_scale").training.held_out == ("nut",)
+    with pytest.raises(UserError, match="--held_out names weave alone, which is a target"):
+        plan(settings | {"objs": ["weave"], "held_out": ["weave"]}).runs()
 
 
 def test_sources_of_another_data_set(settings, four_categories, demo_data, tmp_path):

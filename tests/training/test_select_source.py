@@ -19,6 +19,16 @@ from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("four")
+    write_dataset(root, categories=("board", "ring", "weave"), train=5, good=3, defective=1, size=64)
+    write_dataset(root / "other", categories=("ring",), train=5, good=3, defective=1, size=64, seed=1)
+    (root / "other/ring").rename(root / "nut")
+    (root / "other").rmdir()
+    return root
+
+
+@pytest.fixture(scope="module")
 def three(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("three")
     write_dataset(root, categories=("board", "ring", "weave"), train=5, good=3, defective=1, size=64)
@@ -35,7 +45,7 @@ def arguments(three, tmp_path):
 
 
 def call(arguments):
-    train.main([part for pair in arguments.items() for part in pair])
+    train.main([word for name, value in arguments.items() for word in (name, *value.split(" "))])
     (record,) = Path(arguments["--save_dir"]).rglob("*_record.json")
     return json.loads(record.read_text())
 
@@ -86,11 +96,48 @@ def test_the_epoch_is_the_best_of_the_held_out_category(arguments):
     assert all(torch.isfinite(torch.tensor(metric)) for metric in selected_by)
 
 
+def auroc(entry: dict) -> float:
+    return entry["image_auroc"]["mean"] + entry["pixel_auroc"]["mean"]
+
+
+def test_several_held_out_categories(arguments, four):
+    """The epochs hold the means over both, round by round, and the numbers of each; neither is trained on."""
+    record = call(arguments | {"--data_path": str(four), "--held_out": "weave nut"})
+    assert record["resolved"]["held_out"] == ["nut", "weave"]
+    for epoch in record["epochs"]:
+        own = [epoch["categories"][name] for name in ("nut", "weave")]
+        assert auroc(epoch) == pytest.approx(sum(map(auroc, own)) / 2)
+    sums = [auroc(epoch) for epoch in record["epochs"]]
+    assert record["selected_epoch"] == sums.index(max(sums)) and record["epochs"][1]["steps"] == 3
+    arguments["--save_dir"] += "/one"
+    single = call(arguments | {"--data_path": str(four), "--held_out": "nut", "--sources": "board nut"})
+    assert single["epochs"][0]["rounds"] != record["epochs"][0]["rounds"]
+    assert single["epochs"][0]["image_auroc"] == record["epochs"][0]["categories"]["nut"]["image_auroc"]
+
+
+def test_one_training_selects_twice(arguments, four):
+    """With --select best, the held-out categories select further weights; all else is as if they selected alone."""
+    given = arguments | {"--data_path": str(four), "--held_out": "weave nut"}
+    both = call(given | {"--select": "best"})
+    folder = Path(arguments["--save_dir"])
+    (source,), (last,) = folder.rglob("*_source.pt"), folder.rglob("*_last.pt")
+    alone = call(given | {"--save_dir": f"{folder}/alone"})
+    assert both["source_epoch"] == alone["selected_epoch"]
+    assert [epoch["held_out"]["rounds"] for epoch in both["epochs"]] == [epoch["rounds"] for epoch in alone["epochs"]]
+    sums = [auroc(epoch) for epoch in both["epochs"]]
+    assert both["selected_epoch"] == sums.index(max(sums)) and both["resolved"]["held_out"] == ["nut", "weave"]
+    assert selection(source) == ("source", both["source_epoch"]) and selection(last)[0] == "last"
+    (expected,) = (folder / "alone").rglob("*_model.pt")
+    first, second = (torch.load(file, weights_only=True)["STN"] for file in (source, expected))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"--held_out": "ring"}, r"--held_out ring is not a source category; choose from board, weave"),
-        ({"--select": "best", "--held_out": "weave"}, "--held_out is for --select source"),
+        ({"--select": "last", "--held_out": "weave"}, "--held_out is for --select source and --select best"),
+        ({"--held_out": "weave board"}, "--held_out leaves no source category to train on"),
         ({"--eval_every": "0"}, "--select source needs scores; give --select last"),
     ],
 )
