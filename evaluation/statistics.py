@@ -29,6 +29,30 @@ def summary(values: Sequence[float | None], limits: tuple[float, float] | None =
     return {"mean": mean, "sd": spread, "interval95": interval}
 
 
+def crossed_summary(values: Sequence[Sequence[float]], limits: tuple[float, float] | None = None) -> dict:
+    """The `summary` of several trainings (rows) that were scored on the same support sets (columns), at least 2 x 2.
+
+    sd: of the means of support sets. sd_trainings: of the means of trainings. The interval counts both: the variance of
+    the mean is that of a two-way layout with random effects, and not below that of either effect alone; the degrees of
+    freedom are Satterthwaite's.
+    """
+    table = np.asarray(values, dtype=float)
+    trainings, supports = table.shape
+    of_training, of_support, mean = table.mean(axis=1), table.mean(axis=0), float(table.mean())
+    squares = [supports * of_training.var(ddof=1), trainings * of_support.var(ddof=1)]
+    freedom = [trainings - 1, supports - 1, (trainings - 1) * (supports - 1)]
+    rest = table - of_training[:, None] - of_support + mean
+    squares.append((rest**2).sum() / freedom[2])
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    of_squares = sum(square**2 / free for square, free in zip(squares, freedom, strict=True))
+    reach = float(stdtrit(total**2 / of_squares, 0.975)) * (total / table.size) ** 0.5 if total else 0.0
+    interval = [mean - reach, mean + reach]
+    if limits:
+        interval = [min(max(end, limits[0]), limits[1]) for end in interval]
+    spreads = {"sd": float(of_support.std(ddof=1)), "sd_trainings": float(of_training.std(ddof=1))}
+    return {"mean": mean, **spreads, "interval95": interval}
+
+
 def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | None]:
     """The `summary` of every metric, a share; rounds: one dict per round, metric -> value."""
     return {name: summary([numbers[name] for numbers in rounds], SHARE) for name in rounds[0]}

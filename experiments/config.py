@@ -61,6 +61,9 @@ class TableConfig(Config):
         group="training",
         choices=("best", "source"),
     )
+    seeds: int = flag(
+        "trainings per run, with --seed and the numbers after it; the tables give their spread", default=1, least=1
+    )
     eval_only: Path | None = flag(
         f"score the checkpoints in DIR without training (without DIR: {DEFAULT_SAVE_DIR})",
         default=None,

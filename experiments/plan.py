@@ -8,7 +8,7 @@ from datasets.mvtec import CATEGORIES, category_folder, category_names, list_tes
 from evaluation.config import ScoringConfig
 from experiments.config import ExperimentConfig
 from experiments.engines import visible_gpus
-from experiments.results import WEIGHTS, kind_name
+from experiments.results import SEED_FOLDER, WEIGHTS, kind_name
 from experiments.runs import Run, Scoring, is_begun, is_finished
 from models.networks import network_name
 from models.regad import selection
@@ -55,7 +55,8 @@ class Plan:
         if self.config.backbone.startswith(PREFIX):  # timm backbones are not trained in this project
             return untrained
         trained = [
-            self._trained_run(name, shot, select)
+            self._trained_run(name, shot, select, number)
+            for number in range(self.config.seeds)
             for shot in self.config.shots
             for name in self.categories
             for select in (("best",) if self._one_training() else self.config.select)
@@ -83,20 +84,22 @@ class Plan:
             obj=category,
             shot=tuple(shots),
             overwrite=True,
-            output=self.config.output,
             batch_size=self.config.scoring_batch_size,
-            **settings,
+            **{"output": self.config.output, **settings},
         )
         names = [record_name(category, shot, self.network, weights, name) for shot in shots for name in self.scorers]
-        return Scoring(weights, config, tuple(self.config.output / f"{name}.json" for name in names))
+        return Scoring(weights, config, tuple(config.output / f"{name}.json" for name in names))
 
     def _untrained_run(self, category: str) -> Run:
         name = f"{category}_{'-'.join(map(str, self.config.shots))}_{self.network}_untrained"
         return Run(name, None, (self._scoring("untrained", category, self.config.shots, untrained=True),))
 
-    def _trained_run(self, category: str, shot: int, select: str) -> Run:
+    def _trained_run(self, category: str, shot: int, select: str, number: int = 0) -> Run:
+        """number: of the training, counted from 0; those after the first have a folder of their own."""
         config, ending = self.config, "" if select == "best" else "_source"
-        save_dir = config.output / f"save_checkpoints{ending}"
+        seed = config.seed + number
+        output = config.output / f"{SEED_FOLDER}{seed}" if number else config.output
+        save_dir, own = output / f"save_checkpoints{ending}", {"seed": seed, "output": output}
         training = config.part(
             TrainingConfig,
             obj=category,
@@ -106,14 +109,16 @@ class Plan:
             held_out=self._held_out(category, select),
             scorer=config.scorer[:1],
             save_dir=save_dir,
+            seed=seed,
             resume=True,
         )
-        scorings = [self._scoring(select, category, [shot], save_dir=save_dir)]
+        scorings = [self._scoring(select, category, [shot], save_dir=save_dir, **own)]
         if select == "best":
-            scorings.append(self._scoring("last", category, [shot], save_dir=save_dir, last=True))
+            scorings.append(self._scoring("last", category, [shot], save_dir=save_dir, last=True, **own))
         if self._one_training():
             file = CheckpointFiles.of(save_dir, self.network, shot, category).source
-            scorings.append(self._scoring("source", category, [shot], checkpoint=file))
+            scorings.append(self._scoring("source", category, [shot], checkpoint=file, **own))
+        ending += f"_{SEED_FOLDER}{seed}" if number else ""
         return Run(f"{category}_{shot}_{self.network}{ending}", training, tuple(scorings))
 
     def _one_training(self) -> bool:

@@ -24,6 +24,7 @@ WEIGHTS = {  # the weights of a record, in the order of the columns: how they we
     "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
 }
 GRID_FILE = "grid.json"  # what was asked for, so that missing records can be shown: categories, shots, kinds
+SEED_FOLDER = "seed_"  # how the folders of --seeds begin: the records of further trainings, in a results folder
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 SHOWN_PROBLEMS, SHOWN_LETTERS = 3, 100  # of what is wrong with a record
 DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
@@ -34,7 +35,7 @@ class Results(NamedTuple):
 
     A kind is a key of WEIGHTS, followed by the scorer where it is not the release's, see `kind_name`. planned: the
     kinds that were asked for, so that they are shown also where they are missing. training: the seconds of the training
-    behind a record, where they are known.
+    behind a record, where they are known. repeats: further records of the same kind, of trainings with other seeds.
     """
 
     records: dict[tuple[str, int, str], dict]
@@ -44,6 +45,7 @@ class Results(NamedTuple):
     scorers: list[str]
     planned: list[str]
     training: dict[tuple[str, int, str], float]
+    repeats: dict[tuple[str, int, str], list[dict]]
 
 
 def kind_name(weights: str, scorer: str) -> str:
@@ -57,22 +59,23 @@ def weights_of(kind: str) -> str:
 
 
 def read_results(folder: Path) -> Results:
-    """Reads all records in `folder`. Its sub-folders are not searched.
+    """Reads all records in `folder`, and the further trainings in its folders of --seeds.
 
     Raises:
-        UserError: no folder, no record, a damaged record, or records of several data types, STN modes or image sizes.
+        UserError: no folder, no record, a damaged record, or records of several data types, STN modes or image sizes,
+            or of two trainings on different support sets.
     """
     if not folder.is_dir():
         raise UserError(f"no results folder {folder}; create it with python reproduce.py --output {folder}")
-    records = {}
-    for path in sorted(folder.glob("*.json")):
-        if path.name != GRID_FILE:
-            record = _read_record(path)
-            kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
-            records[record["config"]["obj"], record["config"]["shot"], kind] = record
+    records, repeats = _read_records(folder), {}
     if not records:
         raise UserError(f"no records of test.py in {folder}")
-    _refuse_mixture(folder, list(records.values()))
+    for further in sorted(folder.glob(f"{SEED_FOLDER}*")):
+        for key, record in _read_records(further).items():
+            if key in records and _rounds_of(record) != _rounds_of(records[key]):
+                raise UserError(f"{further} and {folder} have {key[0]}, K = {key[1]} with different support sets")
+            repeats.setdefault(key, []).append(record)
+    _refuse_mixture(folder, [*records.values(), *(record for some in repeats.values() for record in some)])
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"kinds": []}
     data_type = next(iter(records.values()))["config"]["data_type"]
     found = {category for category, _, _ in records} | set(asked.get("objs", []))
@@ -86,7 +89,23 @@ def read_results(folder: Path) -> Results:
         [RELEASE_SCORER, *sorted(others)],
         asked.get("kinds", ["untrained", "last", "best"]),  # folders of earlier versions do not name them
         {key: seconds for key, record in records.items() if (seconds := _training_seconds(folder, record))},
+        repeats,
     )
+
+
+def _read_records(folder: Path) -> dict[tuple[str, int, str], dict]:
+    """The records in `folder` by (category, shot, kind). Its sub-folders are not searched."""
+    records = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name != GRID_FILE:
+            record = _read_record(path)
+            kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
+            records[record["config"]["obj"], record["config"]["shot"], kind] = record
+    return records
+
+
+def _rounds_of(record: dict) -> tuple[str, int]:
+    return support_name(record), len(record["rounds"])
 
 
 def _read_record(path: Path) -> dict:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
-from evaluation.statistics import summary
+from evaluation.statistics import crossed_summary, summary
 from experiments.results import DIGEST_LETTERS, WEIGHTS, Results, kind_name, support_name, weights_of
 from models.stn import RELEASE_BACKBONE
 from scorers.registry import RELEASE_SCORER
@@ -39,13 +39,16 @@ class Entry(NamedTuple):
     """One table cell, in percent or seconds.
 
     sd: sample standard deviation over `rounds`, None for a single round. rounds: empty for a published number. of:
-    "3 of 15" where a mean covers only some of the categories.
+    "3 of 15" where a mean covers only some of the categories. trainings: the rounds of each training, where there are
+    several; `rounds` are then their means. sd_trainings: standard deviation over the trainings' means.
     """
 
     mean: float
     sd: float | None = None
     rounds: tuple[float, ...] = ()
     of: str = ""
+    trainings: tuple[tuple[float, ...], ...] = ()
+    sd_trainings: float | None = None
 
 
 NO_TRUTH = Entry(math.nan)  # scored, but the metric is not in the record or undefined: images without ground truth
@@ -159,7 +162,9 @@ def _paired(results: Results, metric: str, shot: int, kinds: tuple[str, str]) ->
     for category in first:
         records = [results.records.get((category, shot, kind)) for kind in kinds]
         if category in second and support_name(records[0]) == support_name(records[1]) and _same_weights(*records):
-            pairs[category] = _entry(np.subtract(second[category].rounds, first[category].rounds).tolist())
+            one, other = (_trainings(of[category]) for of in (first, second))
+            both = min(len(one), len(other)) if 1 not in (len(one), len(other)) else None
+            pairs[category] = _entry(np.subtract(other[:both], one[:both]).tolist())
     return pairs
 
 
@@ -198,7 +203,7 @@ def _defects_table(results: Results, shot: int, kind: str) -> ResultsTable | Non
         for defect, numbers in defects.items():
             found = [numbers.get(metric) for metric in DEFECT_METRICS]
             rows[f"{category}, {defect}"] = [
-                _entry([100 * value for value in one["rounds"]]) if one else NO_TRUTH for one in found
+                _entry([[100 * value for value in one["rounds"]]]) if one else NO_TRUTH for one in found
             ]
     columns = [METRIC_NAMES[metric] for metric in DEFECT_METRICS]
     return (
@@ -232,8 +237,10 @@ def column_of(results: Results, metric: str, shot: int, weights: str) -> dict[st
     for category in results.categories:
         record = results.records.get((category, shot, weights))
         if record is not None:
-            values = [numbers.get(metric) for numbers in record["rounds"]]
-            column[category] = NO_TRUTH if None in values else _entry([100 * value for value in values])
+            every = [record, *results.repeats.get((category, shot, weights), [])]
+            values = [[numbers.get(metric) for numbers in one["rounds"]] for one in every]
+            lacks = any(None in rounds for rounds in values)
+            column[category] = NO_TRUTH if lacks else _entry((100 * np.array(values)).tolist())
     return column
 
 
@@ -242,9 +249,20 @@ def known(column: dict[str, Entry]) -> dict[str, Entry]:
     return {category: entry for category, entry in column.items() if entry is not NO_TRUTH}
 
 
-def _entry(rounds: Sequence[float], of: str = "") -> Entry:
+def _entry(trainings: Sequence[Sequence[float]], of: str = "") -> Entry:
+    """trainings: the rounds of each training; of one, where there are no others."""
+    if len(trainings) > 1 and len(trainings[0]) > 1:
+        numbers, each = crossed_summary(trainings), tuple(map(tuple, trainings))
+        rounds = tuple(np.mean(trainings, axis=0).tolist())
+        return Entry(numbers["mean"], numbers["sd"], rounds, of, each, numbers["sd_trainings"])
+    rounds = np.mean(trainings, axis=0).tolist() if len(trainings) > 1 else trainings[0]
     numbers = summary(rounds)
     return Entry(numbers["mean"], numbers["sd"], tuple(rounds), of)
+
+
+def _trainings(entry: Entry) -> np.ndarray:
+    """The rounds of each training (trainings, rounds); where there is one, in one row."""
+    return np.array(entry.trainings or [entry.rounds])
 
 
 def _minus(ours: dict[str, Entry], published: dict[str, Entry]) -> dict[str, Entry]:
@@ -270,9 +288,9 @@ def _mean(column: dict[str, Entry], categories: int) -> Entry | None:
     if not entries:
         return NO_TRUTH if column else None
     of = "" if len(entries) == categories else f"{len(entries)} of {categories}"
-    counts = {len(entry.rounds) for entry in entries}
-    if len(counts) == 1 and counts != {0}:
-        return _entry(np.mean([entry.rounds for entry in entries], axis=0).tolist(), of)
+    shapes = {_trainings(entry).shape for entry in entries}
+    if len(shapes) == 1 and entries[0].rounds:
+        return _entry(np.mean([_trainings(entry) for entry in entries], axis=0).tolist(), of)
     return Entry(float(np.mean([entry.mean for entry in entries])), of=of)
 
 
@@ -299,7 +317,10 @@ def header(results: Results) -> list[tuple[str, str]]:
     lines.append(("scorers", _distinct(record.get("scorer", RELEASE_SCORER) for record in records)))
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
     lines.append(("support sets", _support_sets(results)))
-    lines.append(("spread", "mean ± sample standard deviation over rounds (one support set each), in percent"))
+    spread = "mean ± sample standard deviation over rounds (one support set each), in percent"
+    if results.repeats:
+        spread += f"; then ± that over up to {1 + max(map(len, results.repeats.values()))} trainings"
+    lines.append(("spread", spread))
     shown = [name for name in WEIGHTS if any(weights_of(key[2]) == name for key in results.records)]
     lines += [(name, f"{_epochs(results, name)}{WEIGHTS[name]}.") for name in shown]
     return lines
@@ -343,7 +364,7 @@ def format_entry(entry: Entry | None, column: str) -> str:
     if entry is NO_TRUTH:
         return "n/a"
     text = f"{entry.mean:+.1f}" if DIFFERENCE in column else f"{entry.mean:.1f}"
-    text += "" if entry.sd is None else f" ± {entry.sd:.1f}"
+    text += "".join(f" ± {sd:.1f}" for sd in (entry.sd, entry.sd_trainings) if sd is not None)
     return text + (f" ({entry.of})" if entry.of else "")
 
 
@@ -365,20 +386,38 @@ def write_csv(path: Path, tables: Sequence[ResultsTable]) -> None:
     """
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["shot", "metric", "category", "column", "percent", "sd", "low95", "high95", "rounds", SECONDS])
+        writer.writerow(
+            [
+                "shot",
+                "metric",
+                "category",
+                "column",
+                "percent",
+                "sd",
+                "low95",
+                "high95",
+                "rounds",
+                SECONDS,
+                "sd_trainings",
+            ]
+        )
         for table in tables:
             for category, entries in table.rows.items():
                 for column, entry in zip(table.columns, entries, strict=True):
                     is_time = table.metric == SECONDS
                     numbers = [*[""] * 5, entry and entry.mean] if is_time else [*_csv_numbers(entry, column), ""]
-                    writer.writerow([table.shot, table.metric, category, column, *numbers])
+                    of_trainings = "" if entry is None or entry.sd_trainings is None else entry.sd_trainings
+                    writer.writerow([table.shot, table.metric, category, column, *numbers, of_trainings])
 
 
 def _csv_numbers(entry: Entry | None, column: str) -> list[object]:
     if entry is None or entry is NO_TRUTH:
         return ["" if entry is None else "n/a", *[""] * 4]
     limits = None if DIFFERENCE in column else PERCENT
-    interval = summary(entry.rounds, limits)["interval95"] if entry.rounds else None
+    interval = None
+    if entry.rounds:
+        found = crossed_summary(entry.trainings, limits) if entry.trainings else summary(entry.rounds, limits)
+        interval = found["interval95"]
     return [entry.mean, entry.sd, *(interval or ("", "")), " ".join(map(str, entry.rounds))]
 
 

@@ -251,6 +251,26 @@ def test_sources(settings, four_categories):
         reproduced(settings | {"sources": ["ring", "nut"], "objs": ["ring"]}, "--dry_run")
 
 
+def test_seeds_are_further_trainings(settings, in_process):
+    """Each has records and weights of its own; the untrained network is scored once."""
+    output = Path(settings["output"])
+    made = plan(settings | {"seeds": 2, "seed": 5})
+    (first,) = [run for run in made.runs() if run.name == "ring_1_rotation_scale"]
+    (second,) = [run for run in made.runs() if run.name == "ring_1_rotation_scale_seed_6"]
+    assert (first.training.seed, second.training.seed) == (5, 6)
+    assert first.training.save_dir == output / "save_checkpoints"
+    assert second.training.save_dir == output / "seed_6/save_checkpoints"
+    assert [file.parent for file in second.records] == [output / "seed_6"] * 2
+    assert len([run for run in made.runs() if run.name.endswith("_untrained")]) == len(made.categories)
+    reproduced(settings | {"seeds": 2, "objs": ["ring"]})
+    results = read_results(output)
+    (repeat,) = results.repeats["ring", 1, "last"]
+    assert repeat["config"]["seed"] == 669 and results.records["ring", 1, "last"]["config"]["seed"] == 668
+    assert ("ring", 1, "untrained") not in results.repeats
+    again = plan(settings | {"seeds": 2, "objs": ["ring"]})
+    assert not again.print_plan(again.runs())
+
+
 def test_one_training_for_both_selections(settings, four_categories):
     """--held_out beside --select best source: best, last and source are scored after one training."""
     settings |= {"data_path": str(four_categories), "select": ["best", "source"], "held_out": ["weave", "nut"]}

@@ -118,6 +118,26 @@ def test_rows_by_hand(folder):
     assert entry(made, "mean", "best - paper").mean == pytest.approx(((98 - 99.8) + (53 - 63.4)) / 2)
 
 
+def test_two_trainings_by_hand(folder):
+    """Means of support sets (99, 97; 95, 91), (95, 94): the spread of each, in cells, differences and the mean."""
+    write_record(folder / "seed_669", "bottle", 8, "last", [(0.92, 0.95), (0.92, 0.93)])
+    made = table(folder, "image AUROC, K = 8")
+    last = entry(made, "bottle", "last")  # trainings 98, 96 and 92, 92
+    assert (last.mean, last.rounds) == (pytest.approx(94.5), pytest.approx((95, 94)))
+    assert (last.sd, last.sd_trainings) == pytest.approx((np.sqrt(0.5), np.sqrt(12.5)))
+    assert format_entry(last, "last") == "94.5 ± 0.7 ± 3.5" and last.trainings[1] == pytest.approx((92, 92))
+    assert entry(made, "mean", "last").sd_trainings == last.sd_trainings
+    assert entry(made, "bottle", "best").sd_trainings is None
+    assert "then ± that over up to 2 trainings" in to_markdown(read_results(folder), [made])
+    write_csv(folder / "t.csv", [made])
+    rows = csv.DictReader((folder / "t.csv").read_text().splitlines())
+    (line,) = [row for row in rows if (row["category"], row["column"]) == ("bottle", "last")]
+    assert float(line["sd_trainings"]) == pytest.approx(np.sqrt(12.5)) and float(line["low95"]) < 94.5 - 2 * 2.5
+    write_record(folder / "seed_669", "bottle", 8, "best", [(0.92, 0.95), (0.92, 0.93)], support="1" * 64)
+    with pytest.raises(UserError, match="bottle, K = 8 with different support sets"):
+        read_results(folder)
+
+
 def test_other_data_have_no_published_columns(tmp_path):
     write_record(tmp_path, "screw", 2, "best", [(0.9, None)], data_type="folder")
     made = table(tmp_path, "image AUROC, K = 2")

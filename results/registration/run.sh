@@ -1,0 +1,22 @@
+#!/bin/bash
+# The experiment of docs/results.md, "Does registration training help?". Run it in the project's folder; stopped at any
+# point, it goes on where it was. The two main recipes come first, target by target.
+set -e
+here=results/registration
+
+run() { # recipe, target, flags of the recipe
+    mkdir -p "$here/$1"
+    if [ "$1" != released ]; then # the untrained network is the same in all recipes
+        cp "$here/released/$2"_2_rotation_scale_untrained* "$here/$1/"
+    fi
+    python reproduce.py --config $here/experiment.json --objs "$2" --output "$here/$1" "${@:3}"
+}
+
+for target in transistor bottle screw pill; do
+    run released $target
+    run heads $target --train heads
+done
+for target in transistor bottle screw pill; do
+    run frozen_batch_norm $target --batch_norm frozen
+    run low_rate $target --lr 1e-5
+done
