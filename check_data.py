@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.check import check_category, check_support, format_reports
-from datasets.images import limit_pixels
-from datasets.mvtec import category_name, category_names, require_data_folder
-from datasets.support import DEFAULT_SUPPORT_PATH
 from evaluation.config import DataConfig, MaxPixelsConfig
+from utils.choices import DEFAULT_SUPPORT_PATH, category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
 
@@ -40,6 +37,10 @@ def get_args_parser() -> Parser[CheckConfig]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and the problems; exits with PROBLEMS if there are any."""
     config = get_args_parser().parse_config(argv)
+    from datasets.check import check_category, check_support, format_reports  # slow: imports torch
+    from datasets.images import limit_pixels
+    from datasets.mvtec import category_names, require_data_folder
+
     limit_pixels(config.max_pixels)
     require_data_folder(config.data_path)
     names = config.obj or category_names(config.data_path, config.data_type)

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datasets.images import limit_pixels
 from inspection.config import ExportConfig
-from inspection.export import WRITERS
-from inspection.export_check import compare_files
-from inspection.fitting import known_defects, make_detector
-from inspection.inputs import list_inputs
 from utils.config import Parser
 from utils.errors import require_packages, run_command
-from utils.files import require_writable
 
 
 def get_args_parser() -> Parser[ExportConfig]:
@@ -26,6 +20,13 @@ def get_args_parser() -> Parser[ExportConfig]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, writes the files, and compares them with PyTorch."""
     config = get_args_parser().parse_config(argv)
+    from datasets.images import limit_pixels  # all of these are slow: they import torch
+    from inspection.export import WRITERS
+    from inspection.export_check import compare_files
+    from inspection.fitting import known_defects, make_detector
+    from inspection.inputs import list_inputs
+    from utils.files import require_writable
+
     output = config.output.with_suffix("") if config.output.suffix[1:] in WRITERS else config.output
     files = {kind: output.with_name(f"{output.name}.{kind}") for kind in config.format}
     for file in files.values():

@@ -9,11 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-from datasets.images import limit_pixels
 from inspection.config import PredictConfig
-from inspection.fitting import known_defects, make_detector
-from inspection.inputs import list_inputs
-from inspection.run import check_paths, run
 from utils.config import Parser
 from utils.errors import run_command
 
@@ -26,17 +22,11 @@ def get_args_parser() -> Parser[PredictConfig]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, scores all images, and writes the tables, the record and the report."""
     config = get_args_parser().parse_config(argv)
+    from inspection.run import command  # slow: imports torch
+
     lines = sys.stdout if config.jsonl else None
     with redirect_stdout(sys.stderr if config.jsonl else sys.stdout):
-        check_paths(config)
-        limit_pixels(config.max_pixels)
-        paths = list_inputs(config.input, config.output) if config.input else []
-        detector = make_detector(config, config.device, config.output)
-        defects = known_defects(detector, config, config.output)
-        if config.save:
-            detector.save(config.save)
-            print(f"detector: {config.save}")
-        code = run(config, detector, defects, paths, lines) if config.watch or paths else 0
+        code = command(config, lines)
     if code:
         sys.exit(code)
 

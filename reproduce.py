@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.config import ExperimentConfig
-from experiments.run import run
 from utils.config import Parser
 from utils.errors import run_command
 
@@ -29,7 +28,10 @@ def get_args_parser() -> Parser[ExperimentConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Plans the runs, executes those that are not finished, and prints the tables."""
-    run(get_args_parser().parse_config(argv))
+    config = get_args_parser().parse_config(argv)
+    from experiments.run import run  # slow: imports torch
+
+    run(config)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluation.config import ScoringConfig
-from evaluation.run import run
 from utils.config import Parser
 from utils.errors import run_command
 
@@ -21,7 +20,10 @@ def get_args_parser() -> Parser[ScoringConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Scores the category, prints the metrics and writes the records."""
-    run(get_args_parser().parse_config(argv))
+    config = get_args_parser().parse_config(argv)
+    from evaluation.run import run  # slow: imports torch
+
+    run(config)
 
 
 if __name__ == "__main__":

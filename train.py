@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training.config import TrainingConfig
-from training.run import run
 from utils.config import Parser
 from utils.errors import run_command
 
@@ -21,7 +20,10 @@ def get_args_parser() -> Parser[TrainingConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains the network, scores it epoch by epoch, and writes checkpoints and a record."""
-    run(get_args_parser().parse_config(argv))
+    config = get_args_parser().parse_config(argv)
+    from training.run import run  # slow: imports torch
+
+    run(config)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from evaluation.scoring import SCORING_BATCH, compute_test_features, score_round
 from inspection.detector import FewShotDetector
 from models.regad import load_checkpoint
 from models.stn import STNResNet, fuse_conv_bn
-from scorers.registry import RELEASE_SCORER, SCORERS, make_scorer
+from scorers.registry import SCORERS, make_scorer
 from scorers.views import support_views
+from utils.choices import RELEASE_SCORER
 from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json

@@ -34,8 +34,8 @@ from datasets.masks import decode_mask
 from evaluation.metrics import auroc, rank
 from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
-from inspection.tiles import AUTO, tile_side
 from models.regad import untrained
+from utils.choices import AUTO, tile_side
 from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
 from utils.records import peak_memory_mb, provenance

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -34,14 +33,6 @@ from utils.stages import in_threads
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
 RESIDENT_BYTES = 4 * 2**30  # source images up to this total are kept on the CUDA device
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/regad, by default ~/.cache/regad; without a home folder, a folder for temporary files."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regad"
-    except RuntimeError:  # no HOME and an unknown user id, as in containers
-        return Path(tempfile.gettempdir()) / "regad"
 
 
 def decoded_images(

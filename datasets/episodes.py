@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.mvtec import CATEGORIES, category_name, list_source_images
+from datasets.mvtec import list_source_images
+from utils.choices import CATEGORIES, DEFAULT_SEED, category_name
 from utils.config import Config, Parser, flag
-from utils.devices import DEFAULT_SEED
 from utils.errors import UserError, run_command
 
 

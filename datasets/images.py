@@ -16,13 +16,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, default_collate
 
+from utils.choices import AUTO_BITS, BIT_DEPTHS
 from utils.errors import UserError
 from utils.stages import in_threads
 
-MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
 FULL_BITS = BIT_DEPTHS[-1]
-AUTO_BITS = "auto"  # the smallest of BIT_DEPTHS that holds the values of the images
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})  # written by NAS, macOS and Windows
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth

@@ -20,7 +20,6 @@ from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.records import VERSION
 
-DRAW_SEED = 0  # default seed of support sets
 TOOL = f"regad {VERSION}"
 
 

@@ -13,9 +13,7 @@ A category without a train folder has VisA's layout if that file exists.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,36 +37,12 @@ from datasets.images import (
     to_square,
 )
 from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
+from utils.choices import CATEGORIES
 from utils.errors import UserError
 
-CATEGORIES = {
-    "mvtec": (
-        *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile"),
-        *("toothbrush", "transistor", "wood", "zipper"),
-    ),
-    "mpdd": ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
-    "visa": (
-        *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3"),
-        *("pcb4", "pipe_fryum"),
-    ),
-    "loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
-    "folder": None,  # any sub-folder of the data folder
-}
 GOOD = "good"  # the folder of normal images
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_DEFECT = "anomaly"  # VisA's split file names no types of defects
-
-
-def category_name(text: str) -> str:
-    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
-
-    Raises:
-        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
-    """
-    name = os.path.normpath(text) if text else ""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
-    return name
 
 
 class LabelledImage(NamedTuple):

@@ -15,7 +15,6 @@ import torch
 
 from datasets.images import FULL_BITS, read_image
 from datasets.manifest import (
-    DRAW_SEED,
     TOOL,
     Manifest,
     category_manifest,
@@ -26,10 +25,10 @@ from datasets.manifest import (
     with_hashes,
 )
 from datasets.mvtec import list_train_images
+from utils.choices import DEFAULT_SUPPORT_PATH, DRAW_SEED
 from utils.errors import UserError
 from utils.files import load_tensors, sha256
 
-DEFAULT_SUPPORT_PATH = Path("./support_set")
 NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above
 
 

@@ -5,17 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.images import AUTO_BITS, BIT_DEPTHS, MAX_PIXELS
-from datasets.mvtec import CATEGORIES, category_name
-from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES
-from models.timm_features import PREFIX
-from scorers.registry import RELEASE_SCORER, SCORERS
+from utils.choices import (
+    AUTO_BITS,
+    BACKBONE_NAMES,
+    BIT_DEPTHS,
+    CATEGORIES,
+    DEFAULT_SEED,
+    DEFAULT_SUPPORT_PATH,
+    DRAW_SEED,
+    MAX_PIXELS,
+    PREFIX,
+    RELEASE_BACKBONE,
+    RELEASE_SCORER,
+    SCORER_NAMES,
+    STN_MODE_NAMES,
+    category_name,
+)
 from utils.config import Config, flag
-from utils.devices import DEFAULT_SEED
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR
 
-SCORER_HELP = f"{', '.join(SCORERS)}, or a custom class as FILE.py:CLASS"
+TASK = "task: draw, or one of --from_pt and --verify"
+SCORER_HELP = f"{', '.join(SCORER_NAMES)}, or a custom class as FILE.py:CLASS"
 
 
 def bit_depth(text: str) -> int | str:
@@ -82,11 +93,11 @@ class NetworkConfig(Config):
         "transformations that the spatial transformers may use",
         default="rotation_scale",
         group="network",
-        choices=tuple(STN_MODES),
+        choices=STN_MODE_NAMES,
         affects_results=True,
     )
     backbone: str = flag(
-        f"{', '.join(BACKBONES)}, or timm:NAME for any model of the timm library, without registration training",
+        f"{', '.join(BACKBONE_NAMES)}, or timm:NAME for any model of the timm library, without registration training",
         default=RELEASE_BACKBONE,
         group="network",
         affects_results=True,
@@ -147,3 +158,28 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
             raise UserError("--untrained, --last and --checkpoint exclude each other")
         if len(set(self.shot)) < len(self.shot):
             raise UserError(f"--shot contains a number twice: {' '.join(map(str, self.shot))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupportSetConfig(ImageConfig, DataConfig):
+    """The flags of make_support.py."""
+
+    obj: tuple[str, ...] = flag(
+        "categories to draw from; not for --verify", default=(), group=TASK, convert=category_name, metavar="CATEGORY"
+    )
+    shots: tuple[int, ...] = flag("images per round", default=(2,), group=TASK, least=1, metavar="K")
+    rounds: int = flag("rounds per support set (--inferences of test.py)", default=10, group=TASK, least=1)
+    seed: int = flag("seed of the draw", default=DRAW_SEED, group=TASK)
+    names_only: bool = flag("write manifests only; test.py reads both", default=False, group=TASK)
+    from_pt: Path | None = flag(
+        "find the training images that a .pt file was made of", default=None, group=TASK, metavar="FILE"
+    )
+    verify: tuple[Path, ...] = flag("check manifests against the data", default=(), group=TASK, metavar="MANIFEST")
+    write_hashes: bool = flag("with --verify: write the SHA-256 into manifests that fit", default=False, group=TASK)
+    support_path: Path = flag("folder to write to", default=DEFAULT_SUPPORT_PATH, group="data")
+    img_size: int = flag("side of the stored images in pixels", default=224, group="data", least=1)
+
+    def check(self) -> None:
+        """Raises UserError unless the flags give one task."""
+        if sum(map(bool, (self.obj and not self.from_pt, self.from_pt, self.verify))) != 1:
+            raise UserError("give one task: --obj CATEGORY ..., --from_pt FILE or --verify MANIFEST ...")

@@ -25,7 +25,8 @@ from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import selection
 from models.stn import fuse_conv_bn
 from scorers.features import FeatureNetwork
-from scorers.registry import RELEASE_SCORER, make_scorers
+from scorers.registry import make_scorers
+from utils.choices import RELEASE_SCORER
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError
 from utils.files import require_writable, sha256, whole_file, write_json

@@ -19,14 +19,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from datasets.check import list_test_items_with_notes
-from datasets.mvtec import LabelledDataset, category_folder, category_name
+from datasets.mvtec import LabelledDataset, category_folder
 from datasets.support import find_support_rounds
 from evaluation.config import DataConfig, NetworkConfig, SupportConfig
 from evaluation.scoring import score_category
 from models.networks import network_name, resolve_img_size
 from models.regad import load_checkpoint
 from reports.drawing import colour_limits, overlay
-from scorers.registry import RELEASE_SCORER, make_scorer
+from scorers.registry import make_scorer
+from utils.choices import RELEASE_SCORER, category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
 from utils.files import require_writable, whole_file

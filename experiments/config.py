@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets.mvtec import category_name
 from evaluation.config import ScoringConfig
-from experiments.results import WEIGHTS
-from models.timm_features import PREFIX
 from training.config import TrainingConfig
+from utils.choices import PREFIX, WEIGHTS, category_name
 from utils.config import AnyConfig, Config, flag, flags_of
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datasets.mvtec import CATEGORIES, category_folder, category_names, list_test_items
+from datasets.mvtec import category_folder, category_names, list_test_items
 from evaluation.config import ScoringConfig
 from experiments.config import ExperimentConfig
 from experiments.engines import visible_gpus
-from experiments.results import SEED_FOLDER, WEIGHTS, kind_name
+from experiments.results import SEED_FOLDER, kind_name
 from experiments.runs import Run, Scoring, is_begun, is_finished
 from models.networks import network_name
 from models.regad import selection
-from models.timm_features import PREFIX
 from scorers.registry import make_scorers
 from training.config import TrainingConfig
+from utils.choices import CATEGORIES, PREFIX, WEIGHTS
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
 from utils.naming import CheckpointFiles, record_name

@@ -10,19 +10,11 @@ from typing import NamedTuple
 
 from jsonschema import Draft202012Validator
 
-from datasets.mvtec import CATEGORIES
-from models.stn import RELEASE_BACKBONE
-from scorers.registry import RELEASE_SCORER, SCORERS
+from scorers.registry import SCORERS
+from utils.choices import CATEGORIES, RELEASE_BACKBONE, RELEASE_SCORER
 from utils.config import recorded
 from utils.errors import UserError
 
-WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
-    "untrained": "before registration training",
-    "last": "the last epoch, without selection",
-    "source": "selected on held-out source categories; no image of the target category is read",
-    "best": "selected by image + pixel AUROC on the target's own test labels, as in the published protocol. Test "
-    "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
-}
 GRID_FILE = "grid.json"  # what was asked for, so that missing records can be shown: categories, shots, kinds
 SEED_FOLDER = "seed_"  # how the folders of --seeds begin: the records of further trainings, in a results folder
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")

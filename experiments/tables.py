@@ -17,9 +17,8 @@ import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import crossed_summary, summary
-from experiments.results import DIGEST_LETTERS, WEIGHTS, Results, kind_name, support_name, weights_of
-from models.stn import RELEASE_BACKBONE
-from scorers.registry import RELEASE_SCORER
+from experiments.results import DIGEST_LETTERS, Results, kind_name, support_name, weights_of
+from utils.choices import RELEASE_BACKBONE, RELEASE_SCORER, WEIGHTS
 
 HEADER_SETTINGS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}
 PUBLISHED_FILES = "published_{}.csv"  # in this folder, by data type; there is none for MPDD

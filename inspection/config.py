@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
-from inspection.tiles import AUTO, tile_side
+from utils.choices import AUTO, DEFAULT_SEED, tile_side
 from utils.config import flag, flags_of
-from utils.devices import DEFAULT_SEED
 from utils.errors import UserError
 
 PANELS = ("joined", "separate")  # in one file, side by side, or a file for each

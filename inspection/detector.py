@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import AUTO_BITS, BIT_DEPTHS, FULL_BITS, smallest_depth
+from datasets.images import FULL_BITS, smallest_depth
 from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
 from inspection.duplicates import digest, duplicate_notes, equal_images
 from inspection.images import ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
@@ -24,7 +24,7 @@ from inspection.threshold import (
     needs_views,
     normal_threshold,
 )
-from inspection.tiles import AUTO, OFF, Layout, Tile, Tiling, fitting_corners, resolve_tiling
+from inspection.tiles import Layout, Tiling, fitting_corners, resolve_tiling
 from models.stn import STNResNet, without_identity_heads
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, without_images, write_support_images
@@ -32,6 +32,7 @@ from scorers.gaussian import Gaussian, convert_fitted_369ac53
 from scorers.neighbours import Neighbours
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
+from utils.choices import AUTO, AUTO_BITS, BIT_DEPTHS, OFF, Tile
 from utils.devices import resolve_device, upload
 from utils.errors import UserError
 from utils.stages import StageClock

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.stn import RELEASE_BACKBONE, STNResNet, drop_heads
-from models.timm_features import PREFIX, TimmFeatures
+from models.stn import STNResNet, drop_heads
+from models.timm_features import TimmFeatures
 from scorers.base import Scorer
 from scorers.registry import SCORERS, make_scorer
+from utils.choices import PREFIX, RELEASE_BACKBONE
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets.images import AUTO_BITS, FULL_BITS, ClippedWarning, smallest_depth
+from datasets.images import FULL_BITS, ClippedWarning, smallest_depth
 from inspection.config import DetectorConfig
 from inspection.detector import DEFAULT_SCORER, FewShotDetector
 from inspection.images import ImageFile, largest_grey_values
@@ -17,8 +17,9 @@ from inspection.inputs import list_inputs
 from inspection.region import RegionWarning, read_region
 from inspection.results import DEFECTIVE, UNUSUAL, decide
 from inspection.threshold import Threshold
-from inspection.tiles import AUTO, describe_tiling
+from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
+from utils.choices import AUTO, AUTO_BITS
 from utils.devices import seed_everything
 from utils.errors import UserError
 from utils.files import sha256

@@ -13,10 +13,11 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from datasets.images import limit_pixels
 from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
-from inspection.fitting import KnownDefect
-from inspection.inputs import POLL_SECONDS, Watcher, absolute, identify
+from inspection.fitting import KnownDefect, known_defects, make_detector
+from inspection.inputs import POLL_SECONDS, Watcher, absolute, identify, list_inputs
 from inspection.predictions import Outputs, map_scale, predict
 from inspection.report import choose_previews, is_made_with, known_images, report_page
 from inspection.results import (
@@ -58,6 +59,23 @@ def check_paths(config: PredictConfig) -> None:
         raise UserError(
             f"{config.output} holds results of an earlier run: give --append, --overwrite or another --output"
         )
+
+
+def command(config: PredictConfig, lines: TextIO | None) -> int:
+    """Fits or loads the detector, scores all images; returns the exit code. lines: see `run`.
+
+    Raises:
+        UserError: the data, the detector or the output cannot be used.
+    """
+    check_paths(config)
+    limit_pixels(config.max_pixels)
+    paths = list_inputs(config.input, config.output) if config.input else []
+    detector = make_detector(config, config.device, config.output)
+    defects = known_defects(detector, config, config.output)
+    if config.save:
+        detector.save(config.save)
+        print(f"detector: {config.save}")
+    return run(config, detector, defects, paths, lines) if config.watch or paths else 0
 
 
 def run(

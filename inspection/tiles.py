@@ -20,15 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from utils.choices import AUTO, OFF, Tile
+
 OVERLAP = 0.25  # of a tile's side: the least overlap of neighbouring tiles
 MAX_SHRINK = 4  # longer side of an image divided by S, up to which `auto` does not cut it
 AUTO_SHRINK = 1  # the shrink of a tile where `auto` cuts support images: none, small defects are to be found
 FIT_TILES = 2048  # tiles that a detector is fitted to, over all support images; bounds time and memory
-MIN_TILE = 16  # pixels; smaller tiles are enlarged beyond any use
 SUBSET_SEED = 0  # for the tiles of each support image, where there are more
-AUTO, OFF = "auto", "off"
-
-Tile = int | str  # AUTO, OFF, or the side of a tile in pixels of the image
 
 
 class Tiling(NamedTuple):
@@ -89,19 +87,6 @@ def shrink_warning(width: int, height: int, size: int) -> str | None:
         f"warning: images of {width} x {height} pixels shrink {shrink:.1f} times to {size} x {size}, and small defects "
         "with them; tiles keep them"
     )
-
-
-def tile_side(text: str) -> Tile:
-    """The size of a tile from text.
-
-    Raises:
-        ValueError: neither AUTO, nor OFF, nor a positive number of pixels.
-    """
-    if text in (AUTO, OFF):
-        return text
-    if int(text) < MIN_TILE:
-        raise ValueError(text)
-    return int(text)
 
 
 class Layout(NamedTuple):

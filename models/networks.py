@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from models.regad import load_checkpoint, untrained
-from models.stn import BACKBONES, RELEASE_BACKBONE, STNResNet, check_img_size
-from models.timm_features import PREFIX, TimmFeatures, own_img_size
+from models.stn import BACKBONES, STNResNet, check_img_size
+from models.timm_features import TimmFeatures, own_img_size
+from utils.choices import PREFIX, RELEASE_BACKBONE
 from utils.errors import UserError
 
 RELEASE_IMG_SIZE = 224

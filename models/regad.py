@@ -8,16 +8,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.hub import load_state_dict_from_url
 
 from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
-from models.stn import BACKBONES, RELEASE_BACKBONE, STN_MODES, STNResNet
+from models.stn import BACKBONES, STN_MODES, STNResNet
+from utils.choices import RELEASE_BACKBONE
 from utils.config import recorded
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
+WEIGHTS_URL = "https://download.pytorch.org/models/"  # of torchvision
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of a ResNet in the backbone
 
 
@@ -124,7 +127,7 @@ def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
 def _layer_shapes(backbone: str) -> dict[str, torch.Size]:
     """Names and shapes of the layers of a backbone, without the STNs. On the meta device nothing is allocated."""
     with torch.device("meta"):
-        state = BACKBONES[backbone].build(weights=None).state_dict()
+        state = BACKBONES[backbone].build().state_dict()
     return {name: shape for name, shape in _shapes(state).items() if name.split(".")[0] in TRUNK_LAYERS}
 
 
@@ -191,13 +194,13 @@ def untrained(
 
 
 def _imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
-    weights = BACKBONES[backbone].weights
+    url = WEIGHTS_URL + BACKBONES[backbone].weights
     try:
-        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, no disk space, or another hash
         raise UserError(
             f"torchvision's ImageNet {backbone} cannot be downloaded ({error}); download "
-            f"{weights.url} on another machine and give the file, or start from random "
+            f"{url} on another machine and give the file, or start from random "
             "weights (none)",
             ("weights",),
         ) from error

@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import models as zoo
 
+from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.warp import full_precision, inverse_affine, warp
+from utils.choices import RELEASE_BACKBONE
 from utils.errors import UserError
 
 FEATURE_STRIDES = (4, 8, 16)  # input pixels per feature position, of layer1, layer2, layer3
@@ -112,19 +114,20 @@ def _pooled(side: int) -> int:
 
 
 class Backbone(NamedTuple):
-    """A ResNet of torchvision, its ImageNet weights, and the channels of its layer1, layer2 and layer3."""
+    """A ResNet, torchvision's file of its ImageNet weights, and the channels of its layer1, layer2 and layer3."""
 
-    build: Callable[..., zoo.ResNet]
-    weights: zoo.WeightsEnum
+    build: Callable[[], ResNet]
+    weights: str
     channels: tuple[int, int, int]
 
 
-RELEASE_BACKBONE = "resnet18"
 BACKBONES = {
-    RELEASE_BACKBONE: Backbone(zoo.resnet18, zoo.ResNet18_Weights.IMAGENET1K_V1, (64, 128, 256)),
-    "resnet34": Backbone(zoo.resnet34, zoo.ResNet34_Weights.IMAGENET1K_V1, (64, 128, 256)),
-    "resnet50": Backbone(zoo.resnet50, zoo.ResNet50_Weights.IMAGENET1K_V1, (256, 512, 1024)),
-    "wide_resnet50_2": Backbone(zoo.wide_resnet50_2, zoo.Wide_ResNet50_2_Weights.IMAGENET1K_V1, (256, 512, 1024)),
+    RELEASE_BACKBONE: Backbone(partial(ResNet, BasicBlock, (2, 2, 2, 2)), "resnet18-f37072fd.pth", (64, 128, 256)),
+    "resnet34": Backbone(partial(ResNet, BasicBlock, (3, 4, 6, 3)), "resnet34-b627a593.pth", (64, 128, 256)),
+    "resnet50": Backbone(partial(ResNet, Bottleneck, (3, 4, 6, 3)), "resnet50-0676ba61.pth", (256, 512, 1024)),
+    "wide_resnet50_2": Backbone(
+        partial(ResNet, Bottleneck, (3, 4, 6, 3), 2), "wide_resnet50_2-95faca4d.pth", (256, 512, 1024)
+    ),
 }
 
 
@@ -148,7 +151,7 @@ class STNResNet(nn.Module):
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE) -> None:
         super().__init__()
         self.stn_mode, self.img_size, self.backbone = stn_mode, img_size, backbone
-        trunk = BACKBONES[backbone].build(weights=None)
+        trunk = BACKBONES[backbone].build()
         self.conv1, self.bn1, self.relu, self.maxpool = trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool
         self.layer1, self.layer2, self.layer3 = trunk.layer1, trunk.layer2, trunk.layer3
         heads = zip(BACKBONES[backbone].channels, FEATURE_STRIDES, strict=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils.choices import PREFIX
 from utils.errors import UserError
 from utils.files import load_tensors
 
-PREFIX = "timm:"  # of the names of backbones
 STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
 
 

@@ -7,16 +7,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.stn import BACKBONES
 from scorers.base import Scorer
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
 from scorers.views import VIEWS_PER_IMAGE
+from utils.choices import BACKBONE_NAMES
 from utils.errors import UserError
 
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours)}
-RELEASE_SCORER = Gaussian.name  # the scorer of the release; default of train.py and test.py
-TAKEN_NAMES = {*SCORERS, *BACKBONES, "untrained", "last", "source", "best"}  # other parts of the names of records
+TAKEN_NAMES = {*SCORERS, *BACKBONE_NAMES, "untrained", "last", "source", "best"}  # other parts of the names of records
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a scorer's name becomes part of file names
 
 

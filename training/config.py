@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.cache import default_cache_dir
-from datasets.mvtec import category_name
 from evaluation.config import (
     SCORER_HELP,
     DataConfig,
@@ -15,9 +13,15 @@ from evaluation.config import (
     RunConfig,
     SupportConfig,
 )
-from models.stn import BACKBONES
-from scorers.registry import RELEASE_SCORER
-from training.recipe import BATCH_NORM, SUPPORT_TARGET, TRAIN
+from utils.choices import (
+    BACKBONE_NAMES,
+    BATCH_NORM,
+    RELEASE_SCORER,
+    SUPPORT_TARGET,
+    TRAIN,
+    category_name,
+    default_cache_dir,
+)
 from utils.config import UNLESS_DEFAULT, flag
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR
@@ -125,8 +129,8 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
 
     def check(self) -> None:
         """Raises UserError where flags contradict each other."""
-        if self.backbone not in BACKBONES:
-            raise UserError(f"--backbone {self.backbone} cannot be trained; choose from {', '.join(BACKBONES)}")
+        if self.backbone not in BACKBONE_NAMES:
+            raise UserError(f"--backbone {self.backbone} cannot be trained; choose from {', '.join(BACKBONE_NAMES)}")
         if self.select != "last" and not self.eval_every:
             raise UserError(f"--select {self.select} needs scores; give --select last with --eval_every 0")
         if self.held_out and self.select == "last":

@@ -1,4 +1,4 @@
-"""Recipes: which parts of the networks registration training changes. The first of each choice is the release's."""
+"""Recipes: which parts of the networks registration training changes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from models.regad import TRUNK_LAYERS, RegAD
-
-TRAIN = ("all", "heads", "stn")
-BATCH_NORM = ("train", "frozen")
-SUPPORT_TARGET = ("mean", "each")
 
 
 def frozen_layers(model: RegAD, train: str, batch_norm: str) -> list[nn.Module]:

@@ -12,7 +12,6 @@ import torch
 
 from utils.errors import UserError
 
-DEFAULT_SEED = 668  # as in the release
 SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, have never been tried
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 

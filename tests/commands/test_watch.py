@@ -268,7 +268,7 @@ def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_
     first = rows_of(out)
     (out / "images/mine.jpg").write_bytes(b"mine")
     with monkeypatch.context() as patched:
-        patched.setattr("predict.make_detector", lambda *_: pytest.fail("work was done"))
+        patched.setattr("inspection.run.make_detector", lambda *_: pytest.fail("work was done"))
         with pytest.raises(UserError, match=r"holds results of an earlier run: give --append, --overwrite or another"):
             call(part, *flags)
     assert rows_of(out) == first

@@ -19,7 +19,6 @@ import predict
 import train
 from datasets.cache import decoded_images
 from datasets.images import (
-    BIT_DEPTHS,
     ClippedWarning,
     clipping_note,
     eight_bit,
@@ -34,6 +33,7 @@ from inspection.detector import FewShotDetector
 from inspection.export import export_metadata
 from models.regad import untrained
 from tests.commands.test_commands import test_command
+from utils.choices import BIT_DEPTHS
 from utils.devices import seed_everything
 from utils.errors import UserError
 

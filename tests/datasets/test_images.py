@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 
 from benchmarks.reference import DATA
 from datasets.images import (
-    MAX_PIXELS,
     ImageError,
     content_box,
     decode_image,
@@ -30,6 +29,7 @@ from datasets.images import (
 from datasets.masks import decode_mask, to_square_mask
 from datasets.mvtec import LabelledDataset, LabelledImage
 from tests.reference import needs_reference
+from utils.choices import MAX_PIXELS
 
 BLOCK = 16  # pixels; a test image is 2 x 2 blocks of one colour each
 SIDE = 2 * BLOCK

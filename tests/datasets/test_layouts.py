@@ -16,7 +16,6 @@ import check_data
 import train
 from datasets.check import list_test_items_with_notes, unread_images
 from datasets.mvtec import (
-    CATEGORIES,
     VISA_SPLIT,
     LabelledDataset,
     category_folder,
@@ -26,6 +25,7 @@ from datasets.mvtec import (
 )
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import SIDEWAYS
+from utils.choices import CATEGORIES
 from utils.errors import UserError
 
 WIDTH, HEIGHT = 30, 20

@@ -18,9 +18,10 @@ from PIL import Image
 import train
 from benchmarks.reference import DATA, GOLDEN
 from datasets.images import ImageError, read_image
-from datasets.mvtec import CATEGORIES, LabelledDataset, category_folder, category_name, list_images, list_test_items
+from datasets.mvtec import LabelledDataset, category_folder, list_images, list_test_items
 from tests.datasets.test_images import read_mask
 from tests.reference import needs_reference
+from utils.choices import CATEGORIES, category_name
 from utils.errors import UserError
 
 SIDE = 12

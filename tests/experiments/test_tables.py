@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from benchmarks.reference import REFERENCE
-from datasets.mvtec import CATEGORIES
 from evaluation.metrics import METRIC_NAMES
 from experiments.comparison import FORMATS, compare
 from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
@@ -28,6 +27,7 @@ from experiments.tables import (
     write_csv,
 )
 from experiments.tables_page import to_html
+from utils.choices import CATEGORIES
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 

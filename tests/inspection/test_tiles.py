@@ -17,18 +17,10 @@ from inspection import tiles
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.region import RegionWarning, inside_map, pixels, read_region
-from inspection.tiles import (
-    OVERLAP,
-    Layout,
-    Tiling,
-    fitting_corners,
-    joined_map,
-    resolve_tiling,
-    shrink_warning,
-    tile_side,
-)
+from inspection.tiles import OVERLAP, Layout, Tiling, fitting_corners, joined_map, resolve_tiling, shrink_warning
 from models.regad import untrained
 from tests.reference import needs_reference
+from utils.choices import tile_side
 from utils.errors import UserError
 
 SIZE = 64

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 
 from models.networks import network_name, resolve_img_size, scoring_network
-from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
+from models.regad import TRUNK_LAYERS, WEIGHTS_URL, RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import BACKBONES, fuse_conv_bn
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
@@ -41,6 +42,24 @@ def test_every_resnet_is_trained_and_scored(backbone):
         assert scorer.measure(prepared, prepared, StageClock()).shape == (2, side, side)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_resnets_are_those_of_torchvision(backbone):
+    """Names, random weights of a seed, file of the ImageNet weights, and values."""
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, backbone)()
+    torch.manual_seed(0)
+    ours = BACKBONES[backbone].build()
+    mine, reference = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(reference) and all(torch.equal(mine[name], reference[name]) for name in mine)
+    url = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+    assert WEIGHTS_URL + BACKBONES[backbone].weights == url
+    for network in (ours.eval(), theirs.eval()):
+        network.maps = torch.nn.Sequential(*(getattr(network, name) for name in (*TRUNK_LAYERS, "layer4")))
+    image = torch.rand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        assert torch.equal(ours.maps(image), theirs.maps(image))
+
+
 def test_a_checkpoint_of_another_backbone_is_rejected_in_a_sentence(tmp_path):
     file = CheckpointFiles.of(tmp_path, "affine_resnet34", 2, "ring").selected
     assert file.name == "ring_2_affine_resnet34_model.pt"
@@ -53,7 +72,7 @@ def test_a_checkpoint_of_another_backbone_is_rejected_in_a_sentence(tmp_path):
 
 
 def test_weights_of_another_backbone_are_rejected_in_a_sentence(tmp_path):
-    whole = BACKBONES["resnet50"].build(weights=None).state_dict()
+    whole = BACKBONES["resnet50"].build().state_dict()
     torch.save(whole, tmp_path / "weights.pth")
     network = untrained(str(tmp_path / "weights.pth"), "affine", SIZE, "resnet50").stn
     assert network.backbone == "resnet50" and torch.equal(

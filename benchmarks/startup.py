@@ -1,0 +1,59 @@
+"""Measures the start of the commands: CPU seconds of `--help`, of importing a command, and of importing its work.
+
+python -m benchmarks.startup    prints a table; --output FILE also writes JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.errors import run_command
+from utils.files import PROJECT_ROOT, write_json
+
+COMMANDS = ("train", "test", "predict", "export", "make_support", "check_data", "reproduce")
+WORK = ("training.run", "evaluation.run", "inspection.run", "experiments.run")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts")
+    parser.add_argument("--tree", type=Path, default=PROJECT_ROOT, help="the working tree to measure")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures everything and prints a table."""
+    args = get_args_parser().parse_args(argv)
+    calls = {f"{name}.py --help": [f"{name}.py", "--help"] for name in COMMANDS}
+    calls |= {f"import {name}": ["-c", f"import {name}"] for name in ("torch", "test", *WORK)}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(args.repeats):  # in turn, so that other load affects all
+        for name, call in calls.items():
+            found[name].append(cpu_seconds([sys.executable, *call], args.tree))
+    seconds = {name: statistics.median(values) for name, values in found.items()}
+    for name, value in seconds.items():
+        print(f"{name:24}{value:7.2f} s CPU")
+    if args.output:
+        known = json.loads(args.output.read_text()) if args.output.is_file() else {}
+        write_json(args.output, known | {args.tree.resolve().name: seconds})
+
+
+def cpu_seconds(call: Sequence[str], folder: Path) -> float:
+    """User and system seconds of a process that succeeds."""
+    before = os.times()
+    subprocess.run(call, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,36 @@
+"""The names that command lines offer are those that exist, and showing them does not import torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from models.stn import BACKBONES, STN_MODES
+from scorers.registry import SCORERS
+from tests.test_imports import COMMANDS
+from utils.choices import BACKBONE_NAMES, SCORER_NAMES, STN_MODE_NAMES
+from utils.files import PROJECT_ROOT
+
+HELP = """
+import importlib, sys
+try:
+    importlib.import_module(sys.argv[1]).main(["--help"])
+except SystemExit as end:
+    assert not end.code
+print("heavy:", *(name for name in ("torch", "numpy", "scipy", "PIL", "matplotlib") if name in sys.modules))
+"""
+
+
+def test_every_name_is_offered():
+    """A new backbone, mode or scorer belongs into utils/choices.py too."""
+    assert (*BACKBONES,) == BACKBONE_NAMES and (*STN_MODES,) == STN_MODE_NAMES and (*SCORERS,) == SCORER_NAMES
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command):
+    found = subprocess.run(
+        [sys.executable, "-c", HELP, command], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("usage: ") and found.stdout.splitlines()[-1].strip() == "heavy:"

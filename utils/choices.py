@@ -1,0 +1,86 @@
+"""Names and defaults that command lines offer. Nothing heavy is imported here: `--help` must not wait for torch.
+
+The modules that implement the choices import them from here, or are compared with them by tests/utils/test_choices.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
+AUTO_BITS = "auto"  # the smallest of BIT_DEPTHS that holds the values of the images
+CATEGORIES = {
+    "mvtec": (
+        *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile"),
+        *("toothbrush", "transistor", "wood", "zipper"),
+    ),
+    "mpdd": ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
+    "visa": (
+        *("candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3"),
+        *("pcb4", "pipe_fryum"),
+    ),
+    "loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
+    "folder": None,  # any sub-folder of the data folder
+}
+STN_MODE_NAMES = (
+    *("affine", "translation", "rotation", "scale", "shear", "rotation_scale", "translation_scale"),
+    *("rotation_translation", "rotation_translation_scale"),
+)
+RELEASE_BACKBONE = "resnet18"
+BACKBONE_NAMES = (RELEASE_BACKBONE, "resnet34", "resnet50", "wide_resnet50_2")
+PREFIX = "timm:"  # of the names of the backbones of timm
+RELEASE_SCORER = "gaussian"  # the scorer of the release; default of train.py and test.py
+SCORER_NAMES = (RELEASE_SCORER, "neighbours")
+TRAIN = ("all", "heads", "stn")  # recipes of training; the first of each choice is the release's
+BATCH_NORM = ("train", "frozen")
+SUPPORT_TARGET = ("mean", "each")
+DEFAULT_SEED = 668  # as in the release
+DRAW_SEED = 0  # of support sets that are not given
+DEFAULT_SUPPORT_PATH = Path("./support_set")
+MIN_TILE = 16  # pixels; smaller tiles are enlarged beyond any use
+AUTO, OFF = "auto", "off"
+Tile = int | str  # AUTO, OFF, or the side of a tile in pixels of the image
+WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
+    "untrained": "before registration training",
+    "last": "the last epoch, without selection",
+    "source": "selected on held-out source categories; no image of the target category is read",
+    "best": "selected by image + pixel AUROC on the target's own test labels, as in the published protocol. Test "
+    "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
+}
+
+
+def category_name(text: str) -> str:
+    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
+
+    Raises:
+        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
+    """
+    name = os.path.normpath(text) if text else ""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
+    return name
+
+
+def default_cache_dir() -> Path:
+    """$XDG_CACHE_HOME/regad, by default ~/.cache/regad; without a home folder, a folder for temporary files."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regad"
+    except RuntimeError:  # no HOME and an unknown user id, as in containers
+        return Path(tempfile.gettempdir()) / "regad"
+
+
+def tile_side(text: str) -> Tile:
+    """The size of a tile from text.
+
+    Raises:
+        ValueError: neither AUTO, nor OFF, nor a positive number of pixels.
+    """
+    if text in (AUTO, OFF):
+        return text
+    if int(text) < MIN_TILE:
+        raise ValueError(text)
+    return int(text)
