@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.images import ImageError, eight_bit, is_ignored, is_image_file, read_pixels, size_mismatch
+from datasets.images import ImageError, eight_bit, read_pixels, size_mismatch
+from datasets.listing import Listing, counted, entries, is_folder, label_files
 from datasets.manifest import category_manifest, load_manifest, verify
 from datasets.masks import decode_mask, mask_notes
 from datasets.mvtec import (
     GOOD,
+    GROUND_TRUTH,
     LabelledImage,
     category_folder,
     defect_folders,
@@ -26,14 +28,16 @@ from datasets.mvtec import (
     list_folder_items,
     list_test_items,
     list_train_images,
+    normal_images,
+    test_folder,
+    truth_folder,
     without_mask,
 )
 from datasets.support import load_support_rounds
 from utils.errors import UserError
 
 Facts = TypeVar("Facts")
-GROUND_TRUTH = "ground_truth"
-READ_FOLDERS = ("train", "test", GROUND_TRUTH, "validation")  # of a category; LOCO's validation images are not used
+READ_FOLDERS = ("train", "test", GROUND_TRUTH, "test_public", "validation")  # LOCO's validation images are not used
 EXPECTED_MASKS = (
     f"expected: {GROUND_TRUTH}/<defect>/ with <name>_mask.png, <name>.png or <name>/*.png, or another image suffix"
 )
@@ -56,11 +60,14 @@ def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = T
 def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
     """Sentences on images that are not read or named like masks, and on masks that are missing or used by no image."""
     notes = unread_images(category)
-    names = {item.image.with_name(f"{item.image.stem}_mask") for item in items}
-    if like := sorted(item.image for item in items if item.image.with_suffix("") in names):
+    train = normal_images(category)
+    if like := sorted(label_files(item.image for item in items)):
         notes.append(
             f"{len(like)} test image(s) are named like masks but scored as images, e.g. {like[0]}; {EXPECTED_MASKS}"
         )
+    if like := label_files(train):
+        notes.append(f"{len(like)} training image(s) are named like masks but used as normal images, e.g. {like[0]}")
+    notes += _same_names([*train, *(item.image for item in items)])
     missing = without_mask(items)
     if missing and any(item.masks for item in items):
         notes.append(
@@ -79,16 +86,24 @@ def unread_images(category: Path) -> list[str]:
     """Sentences on the images below `train` and below `test` that are not read because of their place."""
     if is_visa(category):
         return []
-    train, test = (sorted(filter(is_image_file, _files(category / part))) for part in ("train", "test"))
+    tests, listing = test_folder(category), Listing()
+    train, test = (listing.images_below(place) for place in (category / "train", tests))
+    truth = truth_folder(category)
     unread = {
         f"train/{GOOD}/<name>": [file for file in train if file.parent != category / "train" / GOOD],
-        f"test/{GOOD}/<name>, test/<defect>/<name>": [file for file in test if file.parent.parent != category / "test"],
+        f"{tests.name}/{GOOD}/<name>, {tests.name}/<defect>/<name>": [
+            file for file in test if file.parent.parent != tests and truth not in file.parents
+        ],
     }
+    others = [
+        place for place in entries(category) if place.name not in (*READ_FOLDERS, tests.name) and is_folder(place)
+    ]
+    unread["the folders train and test"] = [file for place in others for file in listing.images_below(place)]
     return [
         f"{len(found)} image(s) outside {expected} are not read, e.g. {found[0]}"
         for expected, found in unread.items()
         if found
-    ]
+    ] + [note for note in [counted(listing.unreadable, "folder")] if note]
 
 
 def _unused_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
@@ -98,22 +113,14 @@ def _unused_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
     """
     if is_visa(category) or not any(item.label for item in items):
         return []
-    folders = [category / GROUND_TRUTH]
+    folders = [truth_folder(category)]
     if without_mask(items):
-        others = (entry for entry in category.iterdir() if entry.is_dir() and not is_ignored(entry.name))
-        folders += sorted(entry for entry in others if entry.name not in READ_FOLDERS)
+        folders += [entry for entry in entries(category) if entry.name not in READ_FOLDERS and is_folder(entry)]
     masks = {mask for item in items for mask in item.masks}
     for folder in folders:
-        if found := sorted(path for path in _files(folder) if path not in masks):
+        if found := [path for path in Listing(all_files=True).images_below(folder) if path not in masks]:
             return [f"{len(found)} file(s) in {folder} are the mask of no image, e.g. {found[0]}; {EXPECTED_MASKS}"]
     return []
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, without ignored ones; none if it is missing or cannot be listed."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_ignored(name)]
-        yield from (Path(root, name) for name in names if not is_ignored(name))
 
 
 class ImageFacts(NamedTuple):
@@ -147,14 +154,19 @@ def check_category(data_path: Path, data_type: str, name: str) -> CategoryReport
     masks = _read_all(mask_paths, lambda path: decode_mask(path).facts, name, problems)
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one image; training needs at least two")
-    problems += [*_same_names(paths), *_equal_images(train, test, images)]
+    problems += _equal_images(train, test, images)
     problems += [f"the mask {path} marks no pixel" for path, facts in masks.items() if facts.share == 0]
     for item in test:
         for path in item.masks:
             if path in masks and item.image in images:
                 problems += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
     problems += mask_notes(list(masks.items()))
-    problems += findings(data_path / name, test)
+    if os.path.isdir(data_path / name):
+        try:
+            problems += findings(data_path / name, test)
+        except UserError as error:
+            problems.append(str(error))
+    problems = list(dict.fromkeys(problems))
     defects = Counter(item.defect for item in test)
     good = defects.pop(GOOD, 0)
     sizes, modes = (sorted({facts[entry] for facts in images.values()}) for entry in (0, 1))
@@ -185,13 +197,13 @@ def _list_files(
     train = listed(list_train_images, folder)
     if is_visa(folder):
         return train, listed(list_test_items, folder)
-    if not (folder / "test").exists():
+    if not test_folder(folder).exists():
         return train, []
     before = len(problems)
     test = [item for entry in listed(defect_folders, folder) for item in listed(list_folder_items, entry)]
     labels = {item.label for item in test}
     if labels != {0, 1} and len(problems) == before:
-        problems.append(f"{folder / 'test'} has no {'defective' if labels == {0} else 'normal'} images to score")
+        problems.append(f"{test_folder(folder)} has no {'defective' if labels == {0} else 'normal'} images to score")
     return train, test
 
 

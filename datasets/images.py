@@ -22,7 +22,7 @@ from utils.stages import in_threads
 
 FULL_BITS = BIT_DEPTHS[-1]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
-IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})  # written by NAS, macOS and Windows
+IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found"})  # of systems
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 

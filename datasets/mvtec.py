@@ -4,6 +4,8 @@ MVTec AD's layout, also of MPDD and of `--data_type folder`:
     <data_path>/<category>/train/good/*.png
     <data_path>/<category>/test/good/*.png, test/<defect>/*.png
     <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any image suffix
+MVTec AD 2's layout has these folders below test_public/ in place of test/ and ground_truth/:
+    <data_path>/<category>/test_public/good/*.png, test_public/bad/*.png, test_public/ground_truth/bad/<name>_mask.png
 MVTec LOCO's layout has several masks per image, which count together; its validation images are not used:
     <data_path>/<category>/ground_truth/<defect>/<name>/*.png
 VisA's layout, as distributed:
@@ -30,17 +32,18 @@ from datasets.images import (
     clipping_summary,
     content_box,
     decode_image,
-    is_ignored,
     is_image_file,
     read_batches,
     size_mismatch,
     to_square,
 )
+from datasets.listing import GALLERY, PREDICTIONS, entries, is_folder
 from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
 from utils.choices import CATEGORIES
 from utils.errors import UserError
 
 GOOD = "good"  # the folder of normal images
+GROUND_TRUTH = "ground_truth"
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_DEFECT = "anomaly"  # VisA's split file names no types of defects
 
@@ -70,7 +73,15 @@ def category_names(data_path: Path, data_type: str) -> list[str]:
         UserError: the folder cannot be listed.
     """
     names = CATEGORIES[data_type]
-    return list(names or (entry.name for entry in _entries(data_path) if (entry / "train" / GOOD).is_dir()))
+    return list(names or (entry.name for entry in entries(data_path) if _may_be_category(entry)))
+
+
+def _may_be_category(folder: Path) -> bool:
+    """Whether a folder holds train/good; a folder that cannot be entered counts, as its reader says why."""
+    try:
+        return is_folder(folder / "train" / GOOD)
+    except UserError:
+        return True
 
 
 def category_folder(data_path: Path, data_type: str, category: str) -> Path:
@@ -88,39 +99,31 @@ def category_folder(data_path: Path, data_type: str, category: str) -> Path:
         )
     require_data_folder(data_path)
     folder = data_path / category
-    if not folder.is_dir():
+    if folder.name not in {entry.name for entry in entries(data_path)} or not is_folder(folder):  # not by other case
         raise UserError(f"no category folder {folder}; {_what_there_is(data_path, category)}", ("obj", "data_path"))
     return folder
 
 
 def require_data_folder(folder: Path, option: str = "data_path") -> None:
     """Raises UserError if there is no such folder. option: the setting that gives it."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"no data folder {folder}; give the folder that holds the categories", (option,))
 
 
 def _what_there_is(data_path: Path, category: str) -> str:
     """A hint for the user: what the data folder holds in place of the category, and what to do."""
-    deeper = [entry for entry in _entries(data_path) if entry.is_dir() and (entry / category).is_dir()]
+    deeper = [entry for entry in entries(data_path) if os.path.isdir(entry / category)]
     if deeper:
         return f"but there is {deeper[0] / category}: give {deeper[0]} as the data folder"
     found = category_names(data_path, "folder")
     return f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
 
 
-def _entries(folder: Path) -> list[Path]:
-    """The entries of a folder, sorted by name, without ignored ones; UserError if it cannot be listed."""
-    try:
-        return sorted(entry for entry in folder.iterdir() if not is_ignored(entry.name))
-    except OSError as error:
-        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
-
-
 def list_images(folder: Path) -> list[Path]:
     """The images directly in `folder`, sorted by name; UserError if there are none."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"no folder {folder} (expected layout: <category>/train/good, <category>/test/<defect>)")
-    images = list(filter(is_image_file, _entries(folder)))
+    images = list(filter(is_image_file, entries(folder)))
     if not images:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
     return images
@@ -164,7 +167,7 @@ def list_test_items(category: Path, strict: bool = False, need_both: bool = True
     labels = {item.label for item in items}
     if not items or (need_both and labels != {0, 1}):
         lacking = f"normal images (test/{GOOD})" if 0 not in labels else "defective images (test/<defect>)"
-        raise UserError(f"{category / 'test'} has no {lacking}; an AUROC needs both")
+        raise UserError(f"{test_folder(category)} has no {lacking}; an AUROC needs both")
     lacking_mask = without_mask(items)
     if strict and lacking_mask:
         raise UserError(
@@ -182,15 +185,32 @@ def without_mask(items: Iterable[LabelledImage]) -> list[LabelledImage]:
 
 def defect_folders(category: Path) -> list[Path]:
     """The folders test/good and test/<defect>, sorted by name; UserError if there is no folder test."""
-    test = category / "test"
-    if not test.is_dir():
+    test = test_folder(category)
+    if not is_folder(test):
         raise UserError(f"no folder {test}: scoring needs test/{GOOD} and test/<defect> under the category")
-    return [entry for entry in _entries(test) if entry.is_dir()]
+    return [entry for entry in entries(test) if is_folder(entry) and entry.name != GROUND_TRUTH and not _is_own(entry)]
+
+
+def test_folder(category: Path) -> Path:
+    """The folder of the test images: test, or test_public in MVTec AD 2."""
+    public = category / "test_public"
+    return public if is_folder(public) and not is_folder(category / "test") else category / "test"
+
+
+def truth_folder(category: Path) -> Path:
+    """The folder of the masks: ground_truth, which MVTec AD 2 has below the test images."""
+    test = test_folder(category)
+    return (category if test.name == "test" else test) / GROUND_TRUTH
+
+
+def _is_own(folder: Path) -> bool:
+    names = {entry.name for entry in entries(folder)}
+    return PREDICTIONS in names or names >= GALLERY
 
 
 def list_folder_items(folder: Path) -> list[LabelledImage]:
     """The test images in <category>/test/<defect>; UserError if there are none."""
-    masks = _masks(folder.parent.parent / "ground_truth" / folder.name) if folder.name != GOOD else {}
+    masks = _masks(truth_folder(folder.parent.parent) / folder.name) if folder.name != GOOD else {}
     images = list_images(folder)
     return [
         LabelledImage(image, masks.get(f"{image.stem}_mask") or masks.get(image.stem) or (), folder.name)
@@ -203,18 +223,18 @@ def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
 
     A PNG wins over other files of the same name, and a file over a folder.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         return {}
-    entries = _entries(folder)
-    files = sorted(filter(is_image_file, entries), key=lambda file: file.suffix.lower() == ".png")
-    folders = [entry for entry in entries if entry.is_dir() and entry not in files]
-    several = {entry.name: tuple(filter(is_image_file, _entries(entry))) for entry in folders}
+    found = entries(folder)
+    files = sorted(filter(is_image_file, found), key=lambda file: file.suffix.lower() == ".png")
+    folders = [entry for entry in found if is_folder(entry) and entry not in files]
+    several = {entry.name: tuple(filter(is_image_file, entries(entry))) for entry in folders}
     return several | {file.stem: (file,) for file in files}
 
 
 def is_visa(category: Path) -> bool:
     """Whether the category has VisA's layout: no train folder, and a split file next to it."""
-    return not (category / "train").is_dir() and (category.parent / VISA_SPLIT).is_file()
+    return not is_folder(category / "train") and (category.parent / VISA_SPLIT).is_file()
 
 
 def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
@@ -245,7 +265,7 @@ def list_source_images(
 ) -> dict[str, list[Path]]:
     """The normal training images of every category but `target`, by category: the data of meta-training.
 
-    `target` need not be a category of the data. only: these categories instead of all. source_path: the data set with
+    `target` is a folder of `data_path`. only: these categories instead of all. source_path: the data set with
     the sources, where it is not `data_path`. There, a category with the target's name is a source like the others,
     unless it is the target's folder. `data_type` is that of `data_path`; another data set has VisA's or MVTec AD's
     layout.
@@ -257,6 +277,7 @@ def list_source_images(
     root = source_path or data_path
     require_data_folder(data_path)
     require_data_folder(root, "source_path")
+    category_folder(data_path, "folder", target)  # a target in another spelling would be a source
     same = root.resolve() == data_path.resolve()
     if not same:
         data_type = "visa" if (root / VISA_SPLIT).is_file() else "folder"
@@ -266,7 +287,7 @@ def list_source_images(
     if only and any(is_target.values()):
         raise UserError(f"the sources include the target {target}, which must not be trained on", ("sources",))
     names = [name for name in names if not is_target[name]]
-    if missing := [name for name in names if not (root / name).is_dir()]:
+    if missing := [name for name in names if not is_folder(root / name)]:
         raise UserError(
             f"{root} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
             f"{_what_there_is(root, missing[0])}"

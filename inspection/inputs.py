@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -20,10 +19,9 @@ from datasets.images import (
     ImageError,
     clipping_note,
     decode_image,
-    is_ignored,
-    is_image_file,
     to_square,
 )
+from datasets.listing import Listing, counted, is_folder, label_files
 from utils.errors import UserError
 from utils.stages import StageClock, in_threads
 
@@ -56,69 +54,36 @@ class InputImage(NamedTuple):
     warning: str | None = None  # why its scores may mislead
 
 
-class Listing:
-    """Collects the images below folders.
-
-    Entries that `is_ignored` names are left out, with all that is below them. A folder that several links lead to is
-    entered once in the life of the object; a link to a folder that it lies in is not entered. A folder that cannot be
-    listed, or vanishes meanwhile, counts as empty.
-
-    output: a folder that is not entered either, unless the images are asked for from within it.
-    left_out: how many files were left out, by suffix in lower case; a file without suffix counts as "".
-    """
-
-    def __init__(self, output: Path | None = None) -> None:
-        self.output = None if output is None else os.path.realpath(output)
-        self.left_out: Counter[str] = Counter()
-        self._entered: set[str] = set()
-
-    def images_below(self, folder: Path) -> list[Path]:
-        """The images in `folder` and its sub-folders, sorted, that no earlier call has listed."""
-        found: list[Path] = []
-        skips_output = self.output and not _is_below(os.path.realpath(folder), self.output)
-        for place, folders, names in os.walk(folder, followlinks=True):
-            real = os.path.realpath(place)
-            is_loop = os.path.islink(place) and _is_below(os.path.realpath(os.path.dirname(place)), real)
-            if real in self._entered or is_loop or (skips_output and _is_below(real, self.output)):
-                folders.clear()
-                continue
-            self._entered.add(real)
-            folders[:] = [name for name in folders if not is_ignored(name)]
-            folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
-            for path in (Path(place, name) for name in names if not is_ignored(name)):
-                if not is_image_file(path):
-                    self.left_out[path.suffix.lower()] += 1
-                elif path.is_file() or path.is_symlink():  # no pipe, which may block its reader
-                    found.append(path)
-        return sorted(found)
-
-
-def _is_below(place: str, folder: str) -> bool:
-    """Whether a real path is `folder` or lies in it."""
-    return os.path.commonpath([place, folder]) == folder
-
-
-def list_inputs(sources: Sequence[Path], output: Path | None = None) -> list[Path]:
+def list_inputs(sources: Sequence[Path], output: Path | None = None, listing: Listing | None = None) -> list[Path]:
     """Lists the images in files and folders, in order and without duplicates.
 
     Folders are searched recursively, see `Listing`; files in `output` are skipped. Files given by name
-    are always included, with any name and suffix. Prints how many files of folders are left out, by suffix.
+    are always included, with any name and suffix. Prints how many files of folders are left out, and why.
+
+    listing: the caller's, for images to score: what cannot be listed, and label files, are only said. Other images
+    decide what is normal, so that nothing may be missing among them, and no label file may be one.
 
     Raises:
-        UserError: a source is missing, or no image is found.
+        UserError: a source is missing, no image is found, or, without `listing`, a folder cannot be listed or label
+            files lie beside the images.
     """
     found: dict[Path, Path] = {}
-    listing = Listing(output)
+    is_strict, listing = listing is None, listing or Listing(output)
     for source in sources:
-        if not source.exists():
+        if not is_folder(source) and not source.exists():
             raise UserError(f"no such file or folder: {source}")
-        for path in listing.images_below(source) if source.is_dir() else [source]:
+        for path in listing.images_below(source) if is_folder(source) else [source]:
             found.setdefault(absolute(path), path)
-    if listing.left_out:
-        common = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
-        print("left out:", ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in common))
+    if listing.unreadable and (is_strict or not found):
+        raise UserError(counted(listing.unreadable, "folder"))
+    print(*(f"{note}\n" for note in listing.notes()), sep="", end="")
     if not found:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
+    if labels := counted(label_files(found), "image"):
+        labels += ": named like label files of the images beside them"
+        if is_strict:
+            raise UserError(f"{labels}; give the images alone")
+        print(f"note: {labels}, but scored as images")
     return list(found.values())
 
 
@@ -187,15 +152,33 @@ class Watcher:
     def __init__(self, folder: Path, output: Path, done: Container[Identity]) -> None:
         self.folder, self.output, self.done = folder, output, done
         self._since: dict[Identity, float] = {}  # when a file was first seen as it is
+        self._entered: dict[str, tuple[int, int] | None] = {}  # folders in the scan before
+        self._unreadable: list[str] = []  # of the scan before
+        self._was_there = False
+        self.notes: list[str] = []  # sentences on folders that are new since the scan before
 
     def scan(self) -> list[Path]:
-        """The images that have arrived, sorted."""
+        """The images that have arrived, sorted; says in `notes` which folders are gone or cannot be entered."""
         now = time.monotonic()
-        seen = {identify(path): path for path in Listing(self.output).images_below(self.folder)}
+        listing = Listing(self.output)
+        seen = {identify(path): path for path in listing.images_below(self.folder)}
+        self._note_folders(listing)
         new = {identity: path for identity, path in seen.items() if identity and identity not in self.done}
         arrived = sorted(path for identity, path in new.items() if identity in self._since)
         self._since = {identity: self._since.get(identity, now) for identity in new}
         return arrived
+
+    def _note_folders(self, listing: Listing) -> None:
+        """A folder that vanishes, or is unmounted or replaced, would else look like one without new images."""
+        before, self._entered = self._entered, listing.entered
+        gone = {place for place, of_place in before.items() if listing.entered.get(place) != of_place}
+        found = [f"the folder {place} is gone or was replaced" for place in sorted(gone)]
+        found = [note for note, place in zip(found, sorted(gone), strict=True) if os.path.dirname(place) not in gone]
+        is_back = bool(listing.entered) and not before and self._was_there
+        self._was_there |= bool(listing.entered)
+        new = [note for note in listing.unreadable if note not in self._unreadable]
+        self._unreadable = listing.unreadable
+        self.notes = [*found, *([f"the folder {self.folder} is there again"] if is_back else []), *new]
 
     def gives_up(self, identity: Identity) -> bool:
         """Whether an unreadable image has not changed for GIVE_UP_SECONDS."""

@@ -14,6 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from datasets.images import limit_pixels
+from datasets.listing import Listing, is_folder
 from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
 from inspection.fitting import KnownDefect, known_defects, make_detector
@@ -47,13 +48,14 @@ REFRESH_SECONDS, REFRESH_SHARE = 5.0, 0.05  # --watch writes scores.json and the
 
 def check_paths(config: PredictConfig) -> None:
     """Raises UserError where the folders and files of `config` cannot be used together."""
-    require_writable(config.output, "--output", folder=True)
+    if config.input or config.watch:
+        require_writable(config.output, "--output", folder=True)
     if config.save:
         require_writable(config.save, "--save")
     sources = [*config.input, *([config.watch] if config.watch else [])]
     if absolute(config.output) in map(absolute, sources):
         raise UserError(f"--output {config.output} is also where the images come from; give another folder")
-    if config.watch and not config.watch.is_dir():
+    if config.watch and not is_folder(config.watch):
         raise UserError(f"no folder {config.watch} to watch")
     if config.input and has_results(config.output) and not (config.append or config.overwrite):
         raise UserError(
@@ -69,13 +71,16 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
     """
     check_paths(config)
     limit_pixels(config.max_pixels)
-    paths = list_inputs(config.input, config.output) if config.input else []
+    listing = Listing(config.output)
+    paths = list_inputs(config.input, listing=listing) if config.input else []
     detector = make_detector(config, config.device, config.output)
     defects = known_defects(detector, config, config.output)
     if config.save:
         detector.save(config.save)
         print(f"detector: {config.save}")
-    return run(config, detector, defects, paths, lines) if config.watch or paths else 0
+    code = run(config, detector, defects, paths, lines) if config.watch or paths else 0
+    may_lack = listing.unreadable or (config.fail_on_defect and listing.is_partial)
+    return code or (SOME_FAILED if may_lack else 0)
 
 
 def run(
@@ -168,7 +173,10 @@ class Run:
         with suppress(KeyboardInterrupt):
             while True:
                 count = len(self.results.rows)
-                self._score(watcher.scan(), watcher)
+                arrived = watcher.scan()
+                for note in watcher.notes:
+                    print(f"warning: {note}", file=sys.stderr, flush=True)
+                self._score(arrived, watcher)
                 self._refresh_if_due()
                 if len(self.results.rows) == count:
                     time.sleep(POLL_SECONDS)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from datasets.check import check_category
 from datasets.images import IGNORED_NAMES, IMAGE_SUFFIXES, is_ignored, read_image
-from datasets.mvtec import category_names, list_images
-from inspection.inputs import Listing, Watcher, list_inputs
+from datasets.listing import Listing
+from datasets.mvtec import category_names, list_images, list_source_images, list_test_items
+from inspection.inputs import Watcher, list_inputs
 from utils.errors import UserError
 
 SYSTEM = (".ipynb_checkpoints", ".Trash-1000", ".uploading", "@eaDir", "@EADIR", "__MACOSX", "Thumbs.db", "desktop.ini")
@@ -154,3 +155,120 @@ def test_the_check_of_a_data_set_ignores_them(tmp_path, demo_data):
         for place in ("train/good", "test", "test/scratch", "ground_truth", "ground_truth/scratch"):
             image(data / "ring" / place / name / "000-checkpoint.png")
     assert check_category(data, "folder", "ring").problems == []
+
+
+@pytest.fixture
+def shut(monkeypatch):
+    """Makes a folder that cannot be entered. Access rights do not bind root."""
+    places: set[str] = set()
+
+    def guarded(function):
+        def refuse(place=".", *arguments, **options):
+            if any(str(place).startswith(one) for one in places):
+                raise PermissionError(13, "Permission denied", str(place))
+            return function(place, *arguments, **options)
+
+        return refuse
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, guarded(getattr(os, name)))
+    return lambda folder: places.add(str(folder))
+
+
+@pytest.mark.parametrize("depth", range(3))
+def test_a_folder_that_cannot_be_entered_is_named(depth, tmp_path, shut, capsys):
+    kept = image(tmp_path / "a.png")
+    inner = tmp_path.joinpath(*"bcd"[: depth + 1])
+    image(inner / "x.png")
+    shut(inner)
+    with pytest.raises(UserError, match=f"1 folder.* cannot list the folder {inner}: Permission denied"):
+        list_inputs([tmp_path])
+    listing = Listing()
+    assert list_inputs([tmp_path], listing=listing) == [kept] and listing.is_partial
+    assert f"left out: 1 folder(s), e.g. cannot list the folder {inner}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Permission denied"):
+        list_inputs([inner], listing=Listing())
+
+
+def test_a_category_that_cannot_be_entered_is_a_problem_and_no_traceback(tmp_path, demo_data, shut):
+    data = shutil.copytree(demo_data, tmp_path / "data")
+    shut(data / "weave/train/good")
+    assert "Permission denied" in " ".join(check_category(data, "folder", "weave").problems)
+    with pytest.raises(UserError, match=r"cannot list the folder .*weave/train/good: Permission denied"):
+        list_source_images(data, "folder", "ring")
+
+
+@pytest.mark.parametrize(("left_out", "is_partial"), [("a.heic", True), ("a", True), ("a.json", False)])
+def test_what_may_be_an_image_makes_a_listing_partial(left_out, is_partial, tmp_path):
+    image(tmp_path / left_out)
+    listing = Listing()
+    listing.images_below(tmp_path)
+    assert listing.is_partial == is_partial
+
+
+def test_a_watched_folder_that_vanishes_is_said(tmp_path):
+    image(tmp_path / "in/sub/a.png")
+    watcher = Watcher(tmp_path / "in", tmp_path / "out", set())
+    said = []
+    for change in (None, None, "vanish", None, "return", None):
+        if change == "vanish":
+            (tmp_path / "in").rename(tmp_path / "away")
+        elif change == "return":
+            (tmp_path / "away").rename(tmp_path / "in")
+        watcher.scan()
+        said += watcher.notes
+    assert said == [
+        f"the folder {tmp_path / 'in'} is gone or was replaced",
+        f"the folder {tmp_path / 'in'} is there again",
+    ]
+
+
+@pytest.mark.parametrize("place", ["run1", "deep/run1", "."])
+@pytest.mark.parametrize("asked", [None, "elsewhere"])
+def test_output_of_this_tool_is_no_input_wherever_it_lies(place, asked, tmp_path, capsys):
+    kept, run = image(tmp_path / "a.png"), tmp_path / place
+    image(run / "images/a.png.jpg")
+    image(run / "maps/a.png.png")
+    (run / "results.jsonl").write_text("")
+    assert list_inputs([tmp_path], asked and tmp_path / asked) == [kept]
+    assert "left out: 2 image(s) that this tool wrote, in an output folder\n" in capsys.readouterr().out
+    assert list_inputs([run / "images"]) == [run / "images/a.png.jpg"]
+
+
+def test_galleries_and_curves_are_no_images(tmp_path):
+    kept = image(tmp_path / "a_curve.png")
+    for name in ("gallery/contact_sheet.jpg", "gallery/scratch_000.jpg", "saved/x_curve.png"):
+        image(tmp_path / name)
+    (tmp_path / "gallery/report.html").touch()
+    (tmp_path / "saved/x_epochs.jsonl").touch()
+    assert list_inputs([tmp_path]) == [kept]
+
+
+@pytest.mark.parametrize("name", ["10_GT.png", "10_label.bmp", "10-mask.png", "10_Mask.JPG", "10.seg.png"])
+def test_label_files_beside_images_are_never_normal_images(name, tmp_path, demo_data, capsys):
+    images = [image(tmp_path / "10.png"), image(tmp_path / name)]
+    with pytest.raises(UserError, match=f"1 image.*{name}: named like label files"):
+        list_inputs([tmp_path])
+    assert list_inputs([tmp_path], listing=Listing()) == sorted(images)
+    assert "note: 1 image" in capsys.readouterr().out
+    data = shutil.copytree(demo_data, tmp_path / "data")
+    image(data / "ring/train/good" / f"000{name[2:]}")
+    assert "1 training image(s) are named like masks" in " ".join(check_category(data, "folder", "ring").problems)
+
+
+def test_mvtec_ad_2_is_read(tmp_path, demo_data):
+    category = Path(shutil.copytree(demo_data / "ring", tmp_path / "ring"))
+    (category / "test").rename(category / "test_public")
+    (category / "ground_truth").rename(category / "test_public/ground_truth")
+    image(category / "test_private/000.png")
+    items = list_test_items(category, strict=True)
+    assert {item.defect for item in items} > {"good"} and all(item.has_ground_truth for item in items)
+    (problem,) = check_category(tmp_path, "folder", "ring").problems
+    assert problem.startswith("1 image(s) outside the folders train and test are not read")
+
+
+@pytest.mark.parametrize("target", ["Ring", "RING", "rings"])
+def test_a_target_in_another_spelling_is_refused(target, demo_data):
+    for data_type in ("folder", "mvtec"):
+        with pytest.raises(UserError, match="no category folder"):
+            list_source_images(demo_data, data_type, target)
