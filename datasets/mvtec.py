@@ -112,7 +112,7 @@ def require_data_folder(folder: Path, option: str = "data_path") -> None:
 
 def _what_there_is(data_path: Path, category: str) -> str:
     """A hint for the user: what the data folder holds in place of the category, and what to do."""
-    deeper = [entry for entry in entries(data_path) if os.path.isdir(entry / category)]
+    deeper = [entry for entry in entries(data_path) if is_folder(entry / category)]
     if deeper:
         return f"but there is {deeper[0] / category}: give {deeper[0]} as the data folder"
     found = category_names(data_path, "folder")
