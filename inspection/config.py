@@ -102,7 +102,9 @@ class PredictConfig(DetectorConfig):
         default=PANELS[0],
         choices=PANELS,
     )
-    no_images: bool = flag("write only scores and the report", default=False, aliases=("--no_pictures",))
+    no_images: bool = flag(
+        "draw nothing: scores, maps and a report without images", default=False, aliases=("--no_pictures",)
+    )
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
     num_workers: int = flag("threads that decode and draw", default=2, least=1)
 

@@ -93,21 +93,23 @@ def choose_previews(
     return {number: previews.get(number) or read_preview(folder, rows[number]) for number in chosen}
 
 
-def known_images(detector: FewShotDetector, defects: Sequence[KnownDefect] = ()) -> list[Reference]:
+def known_images(
+    detector: FewShotDetector, defects: Sequence[KnownDefect] = (), with_panels: bool = True
+) -> list[Reference]:
     """Support images, calibration images and known defects, with their scores, where these are known.
 
-    The KNOWN_PANELS with the highest scores have panels, where their files are still there, unchanged.
+    The KNOWN_PANELS with the highest scores have panels if `with_panels`, where their files are still there, unchanged.
     """
     digests = {entry["path"]: entry["sha256"] for entry in detector.origin.get("support", [])}
     found = [] if detector.loo_scores else [Reference(Path(path).name, "support", None) for path in digests]
     for role, normal in (("support", detector.loo_scores), ("calibration", detector.calibration)):
-        with_panels = {name for name, _ in normal.by_score()[:KNOWN_PANELS]} if normal else set()
+        shown = {name for name, _ in normal.by_score()[:KNOWN_PANELS]} if normal and with_panels else set()
         for number, name in enumerate(normal.names if normal else ()):
-            image = _unchanged(name, digests.get(name), detector.bits) if name in with_panels else None
+            image = _unchanged(name, digests.get(name), detector.bits) if name in shown else None
             preview = _preview(detector, image, normal.maps[number]) if image else NO_PREVIEW
             found.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
     for defect in defects:
-        preview = _input(decode_image(Path(defect.name), detector.bits))
+        preview = _input(decode_image(Path(defect.name), detector.bits)) if with_panels else NO_PREVIEW
         decision = UNUSUAL if defect.unusual else None
         name = Path(defect.name).name
         found.append(Reference(name, "known defect", defect.score, preview, decision, defect.unusual))

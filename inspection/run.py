@@ -125,7 +125,7 @@ class Run:
         self.previews: dict[int, Preview] = {}  # by the number of the row
         panels = None if config.no_images else config.panels
         self.outputs = Outputs(config.output, root, panels, config.maps, detector.identity(), results.taken)
-        self.known_images = known_images(detector, defects)
+        self.known_images = known_images(detector, defects, with_panels=not config.no_images)
         detector.clock.seconds.clear()  # discard the times of fitting
 
     @property
@@ -200,7 +200,7 @@ class Run:
 
     def _score(self, paths: Iterable[Path], watcher: Watcher | None = None) -> None:
         """Scores images and adds their rows. With a watcher, images that may become readable are left out."""
-        previews = PAGE_IMAGES - len(self.previews)
+        previews = 0 if self.config.no_images else PAGE_IMAGES - len(self.previews)
         with closing(predict(self.detector, paths, self.outputs, self.config.num_workers, previews)) as scored:
             for row, preview in scored:
                 if watcher and row.score is None and not watcher.gives_up(row.identity):
@@ -238,7 +238,8 @@ class Run:
         rows, identity, threshold = self.results.rows, self.outputs.detector, self.detector.threshold
         try:
             write_json(self.config.output / SUMMARY, self._summary(total_seconds))
-            self.previews = choose_previews(rows, self.previews, self.config.output, identity, threshold)
+            if not self.config.no_images:
+                self.previews = choose_previews(rows, self.previews, self.config.output, identity, threshold)
             file = self.config.save or self.config.detector
             page = report_page(self.detector, identity, file, rows, self.previews, self.root, self.known_images)
             write_page(self.config.output / PAGE, page)

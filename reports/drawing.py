@@ -153,7 +153,7 @@ def save_image(path: Path, image: Image.Image) -> None:
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"compress_level": 1}
     encoded = io.BytesIO()  # Pillow's JPEG writer overlooks that a full disk took only a part
     image.save(encoded, format="JPEG" if path.suffix == ".jpg" else "PNG", **options)
-    with whole_file(path) as aside:
+    with whole_file(path, durable=False) as aside:  # a drawing can be repeated: waiting for the disk took half its time
         aside.write_bytes(encoded.getbuffer())
 
 

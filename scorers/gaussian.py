@@ -34,7 +34,8 @@ COVARIANCE_EPS = 0.01  # added to the covariance's diagonal, as in the release a
 # allocator reuses them. CUDA: a few large kernels are fastest.
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
 # The images of a batch are padded to a multiple of this. The result for an image then does not depend on its batch:
-# matrix products treat the columns beyond the last full vector register differently.
+# matrix products treat the columns beyond the last full vector register differently. An image alone is not padded,
+# which takes a third of the time: its distances differ by rounding, 1e-7 of the largest.
 IMAGE_GROUP = 32
 
 Layers = Sequence[torch.Tensor]
@@ -71,7 +72,7 @@ class Gaussian(Scorer):
         if torch.compiler.is_compiling():  # the number of images is unknown here
             return _squared_distances(fitted, layers).sqrt().permute(2, 0, 1)
         count = layers[0].shape[2]
-        padding = (0, 0, 0, -count % IMAGE_GROUP)
+        padding = (0, 0, 0, 0 if count == 1 else -count % IMAGE_GROUP)
         of_fitted = _in_rows(fitted.values(), layers[-1])
         squared = [
             _squared_distances(dict(zip(fitted, statistics, strict=True)), [F.pad(layer, padding) for layer in part])

@@ -66,11 +66,12 @@ def temporary_name(path: Path) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path next to `path`. The file is renamed to `path` once it is complete and on the disk.
 
     After a fault, `path` is what it was before, and there is no temporary file. A killed process leaves one, which the
-    next process removes that writes into the folder, a day later or more.
+    next process removes that writes into the folder, a day later or more. durable: wait until the disk has the content;
+    without it, a file that was just written can be empty after a power failure.
 
     Raises:
         WriteError: the disk is full, a permission is missing, or the like.
@@ -80,7 +81,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as written:  # Windows flushes only files that are open for writing
-            os.fsync(written.fileno())
+            if durable:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
         _remove_leftovers(path)
     except (OSError, RuntimeError) as error:

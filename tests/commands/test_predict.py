@@ -164,6 +164,16 @@ def test_maps_hold_the_scores(support, demo_data, tmp_path, scorer, scale):
     assert not (tmp_path / "a/images").exists() and not (tmp_path / "b/images").exists()
 
 
+def test_no_images_draws_nothing(support, demo_data, tmp_path, monkeypatch):
+    """Neither files nor previews of the report, those of support images and known defects included."""
+    for name in ("inspection.predictions.draw_panels", "inspection.report.draw_panels", "reports.page.as_data_uri"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("drawn"))
+    defect = demo_data / "ring/test/good/001.png"
+    record = run(support, [demo_data / "ring/test"], tmp_path, "--no_images", "--defects", str(defect))
+    assert len(record["images"]) == 9 and not (tmp_path / "images").exists()
+    assert "data:image/jpeg" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_heat_maps_are_seen(support, demo_data, tmp_path):
     """The heat map of an image as normal as the support is coloured at its maximum, for any threshold."""
     record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")

@@ -78,6 +78,17 @@ def test_zero_at_the_mean_and_only_there(views):
     assert fast_distances(support, away).min() > 0.1
 
 
+def test_an_image_alone_is_not_padded(monkeypatch):
+    """Its distances are those of a padded batch up to rounding."""
+    scorer, generator = Gaussian(), torch.Generator().manual_seed(0)
+    maps = [torch.rand(25, c, s, s, generator=generator) for c, s in ((64, 8), (128, 4), (256, 2))]
+    fitted = scorer.fit(scorer.prepare([layer[:22] for layer in maps]))
+    together = scorer.distance_maps(fitted, scorer.prepare([layer[22:] for layer in maps]))
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda tensor, padding: tensor if not any(padding) else 1 / 0)
+    alone = scorer.distance_maps(fitted, scorer.prepare([layer[22:23] for layer in maps]))
+    torch.testing.assert_close(alone, together[:1], rtol=1e-5, atol=1e-5 * float(together.max()))
+
+
 def test_order_of_views_and_constant_shift_change_nothing():
     support, test = feature_maps(22, 2), feature_maps(3, 3)
     reference = fast_distances(support, test)
