@@ -21,7 +21,7 @@ from utils.choices import (
     STN_MODE_NAMES,
     category_name,
 )
-from utils.config import Config, flag
+from utils.config import UNLESS_DEFAULT, Config, flag
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR
 
@@ -130,6 +130,14 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
     obj: str = flag("the category to score", group="data", convert=category_name, metavar="CATEGORY")
     shot: tuple[int, ...] = flag("support images per round", default=(2,), group="data", least=1, metavar="K")
     strict: bool = flag("reject defective test images without a mask", default=False, group="images")
+    frame: str = flag(
+        "compare features in this frame. image: as released; registered: without the inverse warp, where score maps "
+        "and pixel metrics are off by the warp",
+        default="image",
+        group="network",
+        choices=("image", "registered"),
+        affects_results=UNLESS_DEFAULT,
+    )
     save_dir: Path = flag("folder of the checkpoints", default=DEFAULT_SAVE_DIR, group="network")
     checkpoint: Path | None = flag(
         "the weights to score (default: the file of train.py or the release in --save_dir)",
@@ -154,6 +162,8 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
         """Raises UserError where flags exclude each other."""
         if self.backbone.startswith(PREFIX) and not self.untrained:
             raise UserError(f"{self.backbone} is not trained here: give --untrained")
+        if self.backbone.startswith(PREFIX) and self.frame != "image":
+            raise UserError(f"{self.backbone} has no warps: --frame {self.frame} is for {', '.join(BACKBONE_NAMES)}")
         if self.untrained + self.last + bool(self.checkpoint) > 1:
             raise UserError("--untrained, --last and --checkpoint exclude each other")
         if len(set(self.shot)) < len(self.shot):

@@ -233,7 +233,9 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
 
 def _load_network(plan: Plan, weights: Weights) -> FeatureNetwork:
     config, img_size = plan.config, plan.resolved.img_size
-    return scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
+    network = scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
+    network.registered_frame = config.frame == "registered"
+    return network
 
 
 def _score_weights(

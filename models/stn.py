@@ -148,6 +148,8 @@ class STNResNet(nn.Module):
     behaviour). `backbone` is a key of BACKBONES.
     """
 
+    registered_frame = False  # of `features`; True in the network of test.py --frame registered
+
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE) -> None:
         super().__init__()
         self.stn_mode, self.img_size, self.backbone = stn_mode, img_size, backbone
@@ -176,10 +178,13 @@ class STNResNet(nn.Module):
         """Registered maps of images `x` (B, 3, S, S) in [0, 1], warped back to the frame of the image; no gradient.
 
         Map i passed through the warps of layers 1..i. Their inverses are applied to it in reverse order, each with a
-        resampling of its own (release behaviour). Shapes are those of `forward`.
+        resampling of its own (release behaviour). Shapes are those of `forward`. With `registered_frame` the maps are
+        not warped back.
         """
         with torch.no_grad():
             registered = self(x)
+            if self.registered_frame:
+                return registered.maps
             inverses = [None if theta is None else inverse_affine(theta) for theta in registered.warps]
             unwarped = []
             for depth, feature in enumerate(registered.maps):

@@ -297,3 +297,15 @@ def test_bf16_keeps_the_identity_exact():
         expected = warp(x, matrix)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(warp(x, matrix), expected)
+
+
+def test_registered_frame():
+    """Features without the inverse warps are the registered maps, also in the copy for scoring; the default is not."""
+    network, x = shaken(), images(2)
+    with torch.no_grad():
+        maps = network(x).maps
+    assert not torch.equal(network.features(x)[2], maps[2])
+    network.registered_frame = True
+    assert all(torch.equal(one, other) for one, other in zip(network.features(x), maps, strict=True))
+    fused = fuse_conv_bn(network)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(fused.features(x), maps, strict=True))
