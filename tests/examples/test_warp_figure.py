@@ -25,8 +25,15 @@ def test_the_command(demo_data, tmp_path, capsys):
     with torch.no_grad():
         model.stn.stn1.fc[2].bias.copy_(torch.tensor([math.radians(-20), 1.1, 0.9]))
     save_checkpoint(tmp_path / "a.pt", model, {})
-    words = "--obj ring --data_type folder --weights none --images 2 --data_path".split() + [str(demo_data)]
-    words += ["--checkpoints", str(tmp_path / "a.pt"), "--output", str(tmp_path / "w.png")]
+    words = ["--obj", "ring", "--data_type", "folder", "--weights", "none", "--images", "2"]
+    words += [
+        "--data_path",
+        str(demo_data),
+        "--checkpoints",
+        str(tmp_path / "a.pt"),
+        "--output",
+        str(tmp_path / "w.png"),
+    ]
     with pytest.raises(UserError, match="--names has 0 titles for 1 checkpoints"):
         warp_figure.main(words)
     warp_figure.main([*words, "--names", "turned"])
