@@ -10,6 +10,7 @@ more with an interval above 0, and it helps when it does so in three of four cat
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import crossed_summary, summary
-from experiments.results import WEIGHTS, Results, kind_name, read_results
+from experiments.results import Results, kind_name, read_results
 from experiments.tables import column_of, known
+from utils.choices import WEIGHTS
 from utils.errors import UserError, run_command
 
 METRICS = ("image_auroc", "pixel_auroc", "pro")
@@ -93,14 +95,15 @@ def table(recipes: dict[str, Results], metric: str, categories: Sequence[str]) -
     return lines
 
 
-def provenance(recipe: str, results: Results) -> str:
-    """A line on how a recipe was run."""
-    trained = [record for (_, _, kind), record in results.records.items() if not kind.startswith("untrained")]
-    commits = sorted({(record["commit"] or "")[:7] for record in trained})
-    seconds = [values for (_, _, kind), values in results.training.items() if kind == "last"]
-    took = f", {min(seconds):.0f} to {max(seconds):.0f} s per training" if seconds else ""
-    trainings = 1 + max((len(some) for some in results.repeats.values()), default=0)
-    return f"- {recipe}: commit {', '.join(commits)}, up to {trainings} training(s) per category{took}"
+def provenance(recipe: str, results: Results, folder: Path) -> str:
+    """A line on how a recipe was run. The records of train.py are in `folder`/training."""
+    commits = sorted(
+        {(record["commit"] or "none")[:7] for key, record in results.records.items() if key[2] != "untrained"}
+    )
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("training/*.json"))]
+    seconds = [sum(entry["elapsed_seconds"] for entry in record["epochs"]) for record in records]
+    took = f"; {len(seconds)} trainings of {min(seconds):.0f} to {max(seconds):.0f} s" if seconds else ""
+    return f"- {recipe}: commit {', '.join(commits)}{took}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for recipe, results in recipes.items():
         for scorer in results.scorers:
             print(f"- {recipe}, {scorer}, last epoch: {verdict(differences(results, METRICS[0], 'last', scorer))}")
-    print("\n" + "\n".join(provenance(recipe, results) for recipe, results in recipes.items()))
+    print("\n" + "\n".join(provenance(name, results, args.folder / name) for name, results in recipes.items()))
 
 
 if __name__ == "__main__":

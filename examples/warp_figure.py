@@ -18,11 +18,12 @@ import torch
 from matplotlib.figure import Figure
 
 from datasets.images import read_image
-from datasets.mvtec import category_folder, category_name, list_test_items
+from datasets.mvtec import category_folder, list_test_items
 from evaluation.config import DataConfig
 from models.networks import RELEASE_IMG_SIZE, scoring_network
 from models.stn import RELEASE_BACKBONE
 from models.warp import warp
+from utils.choices import category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
 from utils.files import require_writable, whole_file
