@@ -1,6 +1,6 @@
 #!/bin/bash
 # The experiment of docs/results.md, "Does registration training help?". Run it in the project's folder; stopped at any
-# point, it goes on where it was. The two main recipes come first, target by target.
+# point, it goes on where it was. What answers most comes first.
 set -e
 here=results/registration
 
@@ -15,6 +15,13 @@ run() { # recipe, target, flags of the recipe
 for target in transistor bottle screw pill; do
     run released $target
     run heads $target --train heads
+done
+for target in transistor bottle; do
+    run heads_held_out $target --train heads --select best source --held_out grid toothbrush
+done
+for target in transistor bottle screw pill; do # a second training
+    run released $target --seeds 2
+    run heads $target --train heads --seeds 2
 done
 for target in transistor bottle screw pill; do
     run frozen_batch_norm $target --batch_norm frozen
