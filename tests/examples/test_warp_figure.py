@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import fixed_warp
+from datasets.images import read_image
+from datasets.mvtec import list_test_items
 from examples import warp_figure
-from models.regad import RegAD, save_checkpoint
+from models.regad import RegAD, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 
@@ -42,3 +46,28 @@ def test_the_command(demo_data, tmp_path, capsys):
     assert "turned, STN 1: rotation -20.000 +- 0.000 degrees, scales 1.100 +- 0.000 and 0.900" in printed
     with Image.open(tmp_path / "w.png") as figure:
         assert figure.size[0] > 200
+
+
+def test_a_fixed_warp(demo_data, tmp_path, capsys):
+    """The warps of the written checkpoint are the means of the trained ones, whatever the image."""
+    torch.manual_seed(0)
+    model = RegAD()
+    with torch.no_grad():
+        for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
+            stn.fc[2].weight.normal_(std=0.01)
+    save_checkpoint(tmp_path / "trained.pt", model, {})
+    files = [str(tmp_path / name) for name in ("trained.pt", "fixed.pt")]
+    fixed_warp.main([*files, "--obj", "ring", "--data_path", str(demo_data)])
+    items = list_test_items(demo_data / "ring")[:: fixed_warp.EVERY]
+    images = np.stack([read_image(item.image, 224) for item in items])
+    expected = fixed_warp.mean_warps(model, images)
+    fixed = load_checkpoint(tmp_path / "fixed.pt", "rotation_scale", 224).stn.eval()
+    noise = torch.rand(2, 3, 224, 224)
+    for theta, (angle, *scales) in zip(fixed(noise).warps, expected, strict=True):
+        angles, both = warp_figure.rotations_and_scales(theta.detach())
+        assert angles == pytest.approx([angle] * 2, abs=1e-3) and both[1] == pytest.approx(scales, abs=1e-4)
+    assert abs(expected[0][0]) > 0.1
+    fixed_warp.main(["none", files[1], "--warp", "5", "1", "1.1", "--weights", "none"])
+    assert "STN 3: 5.00 degrees, scales 1.000 and 1.100" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        fixed_warp.main(files)
