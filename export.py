@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from inspection.export_check import compare_files
     from inspection.fitting import known_defects, make_detector
     from inspection.inputs import list_inputs
+    from utils.devices import command_device
     from utils.files import require_writable
 
     output = config.output.with_suffix("") if config.output.suffix[1:] in WRITERS else config.output
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(file, "--output")
     if "onnx" in files:
         require_packages("onnx", "onnxscript", *([] if config.compare is None else ["onnxruntime"]))
+    command_device("cpu")
     limit_pixels(config.max_pixels)
     images = None if config.compare is None else list_inputs(config.compare or config.support)
     detector = make_detector(config, "cpu", config.output)

@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.files import whole_file
 from utils.records import VERSION, git_commit
 
-ONNX_OPSET = 20  # the first opset with AffineGrid; GridSample was added earlier
+ONNX_OPSET = 20
 ONNX_LIMIT = 2**31 - 1  # bytes, size limit of an ONNX file (protocol buffer)
 METADATA_FILE = "metadata.json"  # extra file inside a .pt2 file
 EXAMPLE_BATCH = 2  # with a batch of 1, the exporter would treat the batch size as constant

@@ -34,6 +34,7 @@ from inspection.results import (
 )
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, Preview, write_page
+from utils.devices import command_device
 from utils.errors import UserError
 from utils.files import require_writable, write_json
 from utils.fingerprint import fingerprint
@@ -70,6 +71,7 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
         UserError: the data, the detector or the output cannot be used.
     """
     check_paths(config)
+    command_device(config.device)
     limit_pixels(config.max_pixels)
     listing = Listing(config.output)
     paths = list_inputs(config.input, listing=listing) if config.input else []

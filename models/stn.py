@@ -34,6 +34,11 @@ def check_img_size(size: int, smallest: int = SIZE_DIVISOR) -> None:
         raise UserError(f"the image size must be a multiple of {SIZE_DIVISOR}{least}, got {size}", ("img_size",))
 
 
+# Memory formats that are not channels-last, for which the CPU's `warp` is faster, too. CUDA's grid_sample returns
+# channels-first, and float32 convolutions should gain nothing from channels-last. benchmarks/cuda.sh measures both.
+LAYOUTS = {("cuda", torch.float32): torch.contiguous_format}
+
+
 class WarpMode(NamedTuple):
     """One of the affine warps: its free parameters and the matrix they define."""
 
@@ -211,10 +216,16 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def fuse_conv_bn(network: nn.Module) -> nn.Module:
     """A copy of `network` for inference with the same features up to rounding, in less time.
 
-    See `without_batch_norm`; memory is channels-last, for which `warp` is faster too. A network that is not a STNResNet
-    is only put into eval mode.
+    See `without_batch_norm`; memory is laid out as `layout` says. A network that is not a STNResNet is only put into
+    eval mode.
     """
-    return without_batch_norm(network).to(memory_format=torch.channels_last)
+    weight = next(network.parameters(), torch.empty(0))
+    return without_batch_norm(network).to(memory_format=layout(weight.device, weight.dtype))
+
+
+def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The faster memory format of a network on `device`, whose convolutions have the type `dtype`."""
+    return LAYOUTS.get((device.type, dtype), torch.channels_last)
 
 
 def without_identity_heads(network: nn.Module) -> nn.Module:

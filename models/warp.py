@@ -15,12 +15,27 @@ def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     False. Outside the map, its reflection is sampled.
     """
     with full_precision(x.device):
-        grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, H, W, 2)
+        grid = sampling_grid(theta, *x.shape[2:])
         x = x.to(theta.dtype)
     if x.device.type == "cpu" and not torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
         return _sample_rows(x, grid)
     with full_precision(x.device):
         return sample(x, grid)
+
+
+def sampling_grid(theta: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The positions (B, H, W, 2) that `warp` samples, as F.affine_grid up to rounding.
+
+    By sums, not by a batched matrix product: CUDA may compute that in TF32, with 10 bits of the coordinates.
+    """
+    x, y = (_centres(side, theta) for side in (width, height))
+    a, b, c = theta[:, None, None].unbind(-1)  # (B, 1, 1, 2): of both coordinates
+    return x[:, None] * a + y[:, None, None] * b + c
+
+
+def _centres(side: int, like: torch.Tensor) -> torch.Tensor:
+    """The centres of `side` cells from -1 to 1."""
+    return (2 * torch.arange(side, device=like.device, dtype=like.dtype) + 1) / side - 1
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

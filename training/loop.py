@@ -15,6 +15,7 @@ from tqdm import tqdm
 from datasets.cache import SourceImages
 from datasets.episodes import Episode
 from models.regad import RegAD, checkpoint
+from models.stn import layout
 from training.recipe import freeze, frozen_layers
 from utils.errors import UserError
 from utils.files import save_tensors
@@ -35,16 +36,16 @@ def count_images(episode: Episode) -> int:
 
 @contextmanager
 def _tf32(enabled: bool) -> Iterator[None]:
-    """CUDA's convolutions and matrix products in TF32, for training steps only: epochs are scored as test.py scores."""
-    settings = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [of_library.allow_tf32 for of_library in settings]
+    """CUDA's convolutions in TF32, for training steps only: epochs are scored as test.py scores.
+
+    Matrix products stay in float32: they are the heads', whose warps would lose 13 bits of their coordinates.
+    """
+    before = torch.backends.cudnn.allow_tf32
     try:
-        for of_library in settings:
-            of_library.allow_tf32 = enabled
+        torch.backends.cudnn.allow_tf32 = enabled
         yield
     finally:
-        for of_library, value in zip(settings, before, strict=True):
-            of_library.allow_tf32 = value
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass
@@ -79,8 +80,10 @@ class Trainer:
         batch_norm: str = "train",
         support_target: str = "mean",
     ) -> None:
-        self.model = model.to(memory_format=torch.channels_last)
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device = weight.device
+        of_library = torch.bfloat16 if bf16 or tf32 else weight.dtype  # TF32 uses the same units
+        self.model = model.to(memory_format=layout(self.device, of_library))
         self.frozen = frozen_layers(model, train, batch_norm)
         self.each = support_target == "each"
         freeze(self.frozen)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import glob
 import random
+import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -13,6 +17,7 @@ import torch
 from utils.errors import UserError
 
 SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, have never been tried
+GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of the NVIDIA driver; of Windows' GPUs in WSL
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -48,18 +53,46 @@ def resolve_device(name: str) -> torch.device:
 def command_device(name: str) -> torch.device:
     """`resolve_device` for a command, with the settings of its process.
 
-    On CUDA, convolutions use full float32 and deterministic algorithms (cuDNN's default is TF32, with 10 bits of
-    mantissa). On the CPU, freed memory is kept; see `_keep_freed_memory`.
+    On CUDA, convolutions and matrix products use full float32 and deterministic algorithms (cuDNN's default is TF32,
+    with 10 bits of mantissa; common containers switch it on for matrix products). On the CPU, freed memory is kept; see
+    `_keep_freed_memory`. The device is printed, and a warning where `auto` passes over a GPU.
 
     Raises:
         UserError: as `resolve_device`.
     """
     device = resolve_device(name)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     if device.type == "cpu":
         _keep_freed_memory()
+    print(f"device: {describe_device(device)}")
+    if name == "auto" and device.type == "cpu" and (reason := _why_no_cuda()):
+        print(f"warning: there is an NVIDIA GPU, but PyTorch cannot use it: {reason}", file=sys.stderr)
     return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device as text, with its name or number of threads."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+@functools.cache
+def _why_no_cuda() -> str:
+    """Why a GPU that has a device file is not used; empty if there is none, or if this PyTorch is not built for CUDA.
+
+    Cached, so that a process asks once.
+    """
+    if torch.version.cuda is None or not any(map(glob.glob, GPU_FILES)) or torch.cuda.is_available():
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "it reports no device; CUDA_VISIBLE_DEVICES may hide it"
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -51,14 +51,11 @@ def run_command(
     started = time.perf_counter()
     try:
         main(None)
-    except UserError as error:
-        sys.exit(_complain(f"{error}{_advice(error, get_parser)}", 2))
-    except WriteError as error:
-        sys.exit(_complain(error, 2))
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
+    except Exception as error:
+        message = _sentence(error, get_parser)
+        if message is None:
             raise
-        sys.exit(_complain(f"cannot write {error.filename or 'a file'}: {error.strerror}", 2))
+        sys.exit(_complain(message, 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
     except SystemExit as end:
@@ -66,6 +63,27 @@ def run_command(
             _print_elapsed(started)
         raise
     _print_elapsed(started)
+
+
+def _sentence(error: Exception, get_parser: Callable[[], argparse.ArgumentParser] | None) -> str | None:
+    """What went wrong, for people; None for an error of the program."""
+    if isinstance(error, UserError):
+        return f"{error}{_advice(error, get_parser)}"
+    if isinstance(error, WriteError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    if is_out_of_memory(error):
+        reason = (str(error).splitlines() or ["no more can be allocated"])[0]
+        options = UserError("", ("batch_size", "img_size", "num_workers", "device"))
+        return f"the memory does not suffice: {reason}; take smaller batches or images{_advice(options, get_parser)}"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking, on a device of PyTorch or on the host. PyTorch is not imported for it."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
 def _print_elapsed(started: float) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import plain
 from models.regad import RegAD
 from models.stn import fuse_conv_bn
-from models.warp import inverse_affine, warp
+from models.warp import inverse_affine, sampling_grid, warp
 from scorers.features import FeatureStore, _write_together, write_support_images
 from scorers.maps import score_map_matrix
 from scorers.registry import make_scorers
@@ -101,8 +101,9 @@ def test_reflection_outside():
 def test_channels_last_route_equals_grid_sample(offsets, sides):
     x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     theta = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64) + torch.tensor(offsets, dtype=torch.float64)
-    theta = theta.view(1, 2, 3).repeat(2, 1, 1)
+    theta = theta.view(1, 2, 3) * torch.tensor([1.0, 0.5]).view(2, 1, 1).double()
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    torch.testing.assert_close(sampling_grid(theta, *sides), grid, rtol=1e-12, atol=1e-12)
     expected = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     with torch.no_grad():
         found = warp(x.contiguous(memory_format=torch.channels_last), theta)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import test as test_command
 from utils import files
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, format_elapsed, run_command
@@ -115,6 +116,25 @@ def test_run_command_does_not_catch_other_errors(error):
 
     with pytest.raises(type(error)):
         run_command(main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_lack_of_memory_is_one_sentence(error, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, test_command.get_args_parser)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.startswith("error: the memory does not suffice: ")
+    assert printed.count("\n") == 1 and "(see --batch_size, --img_size, --num_workers, --device)" in printed
 
 
 @pytest.mark.parametrize("name", [None, "x/scores.csv"])
