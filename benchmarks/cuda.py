@@ -1,15 +1,18 @@
 """Measures on CUDA what cannot be known without it: agreement with the CPU, times, memory, a profile.
 
-bash benchmarks/cuda.sh                            all parts
-bash benchmarks/cuda.sh --parts equality steps     some parts; the file keeps those of earlier calls
-bash benchmarks/cuda.sh --device cpu --small       a trial on drawn data: shows that every part runs, measures nothing
+bash benchmarks/cuda.sh --packed packed            the main parts within 10 minutes; see benchmarks.pack
+bash benchmarks/cuda.sh --parts equality steps     some parts, in one process and without a limit
+bash benchmarks/cuda.sh --device cpu --small       a trial: shows that the parts run, measures nothing
 
-Parts: equality (features, distance maps, AUROCs, scores of predict.py and float64 losses against the CPU), network
-(images per second, by memory format), scoring (ten rounds at each K, by stage, and of the plain definition), steps
-(training steps by K and precision), profile (torch.profiler of training steps), predict (images per second with images
-drawn) and cell (epochs of train.py, and from them the hours of MVTec AD's 45 cells).
+Main parts: device (versions, memory, rate of matrix products), equality (features, distance maps, AUROCs, scores of
+predict.py and float64 losses against the CPU), network (images per second, by memory format), distances (images per
+second of each scorer), steps (training steps by K, memory format and precision) and cell (epochs of train.py at the
+smallest K, and from them the hours of MVTec AD's 45 cells). On request: compiled (training steps by torch.compile),
+scoring (ten rounds at each K, by stage, and of the plain definition), plain (training steps of the plain definition),
+profile (torch.profiler of training steps) and predict (images per second with images drawn).
 
-Each part is written to benchmarks/results/cuda_<device>.json when it ends; one that fails does not stop the others.
+Each part is printed and written to <output>/cuda_<device>_<part>.json when it ends; one that fails does not stop the
+others.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import train
 from benchmarks import predict as predict_benchmark
 from benchmarks import scoring as scoring_benchmark
 from benchmarks import training as training_benchmark
+from benchmarks.pack import CHECKPOINT_FILE, DATA_FOLDER, WEIGHTS_FILE
 from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, TRUNK, draw_support_images
 from benchmarks.scoring import RESULTS, command_line
 from benchmarks.training import LR, MOMENTUM, STN_MODE
@@ -46,6 +50,7 @@ from inspection.detector import FewShotDetector
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
+from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer, count_images
 from utils.devices import command_device, seed_everything
 from utils.errors import run_command
@@ -55,16 +60,18 @@ from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock
 
 MVTEC_SOURCES = 3629 * 14 / 15  # normal training images of MVTec AD without one of its categories, on average
-MVTEC_CATEGORIES, PAPER_EPOCHS = 15, 50
+MVTEC_CATEGORIES, PAPER_EPOCHS, PAPER_SHOTS = 15, 50, (2, 4, 8)
 VARIANTS = {  # of a training step: arguments of Trainer
-    "float32": {},
     "float32, channels first": {},
+    "float32, channels last": {},
     "tf32": {"tf32": True},
     "bf16": {"bf16": True},
-    "compiled": {"compiled": True},
-    "bf16, compiled": {"bf16": True, "compiled": True},
 }
-CHANNELS_FIRST = "float32, channels first"
+COMPILED = {"compiled": {"compiled": True}, "bf16, compiled": {"bf16": True, "compiled": True}}
+LAYOUTS = {  # variants whose memory format is given; the others have that of models.stn.layout
+    "float32, channels first": torch.contiguous_format,
+    "float32, channels last": torch.channels_last,
+}
 TOLERANCES = {"features": 1e-4, "distances": 1e-4, "aurocs": 1e-3, "predict": 1e-4, "losses": 1e-8}
 PROFILED_STEPS = 3
 SMALL = {"shots": [2], "rounds": 2, "img_size": 64, "batch_size": 2, "steps": 1, "images": 51}
@@ -73,9 +80,10 @@ SMALL = {"shots": [2], "rounds": 2, "img_size": 64, "batch_size": 2, "steps": 1,
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(MAIN_PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="drawn data and few steps, to try the parts")
+    parser.add_argument("--packed", type=Path, help="folder of benchmarks.pack: replaces --data_path and what follows")
     parser.add_argument("--obj", default="screw", help="the target category")
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="with stn_mode rotation_scale")
@@ -97,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_writable(args.output, "--output", folder=True)
     device, begin, failed = command_device(args.device), time.perf_counter(), []
     name = re.sub(r"[^A-Za-z0-9]+", "-", provenance(device)["device"]).strip("-").lower()
-    target = args.output / f"cuda_{name}.json"
-    content = json.loads(target.read_text()) if target.is_file() else {}
+    if args.packed:
+        vars(args).update(data_path=args.packed / DATA_FOLDER, weights=str(args.packed / WEIGHTS_FILE))
+        args.checkpoint = args.packed / CHECKPOINT_FILE
     with tempfile.TemporaryDirectory() as scratch:
         if args.small:
             _draw_small(args, Path(scratch))
@@ -114,17 +123,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 failed.append(part)
                 continue
             about = {"command": command_line("benchmarks.cuda", args), **provenance(device)}
-            content[part] = {**about, "part_seconds": time.perf_counter() - started, **found}
-            write_json(target, content)
-    print(f"\n{time.perf_counter() - begin:.0f} s; written: {target}")
+            target = args.output / f"cuda_{name}_{part}.json"
+            write_json(target, {**about, "part_seconds": time.perf_counter() - started, **found})
+            print(f"{part}: {time.perf_counter() - begin:.0f} s; written: {target}", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
 def _draw_small(args: argparse.Namespace, scratch: Path) -> None:
-    """Changes the arguments to a trial on drawn data with random weights."""
-    vars(args).update(SMALL, obj="ring", data_path=scratch / "data", weights="none", num_workers=0)
-    write_dataset(args.data_path, categories=("ring", "weave"), train=6, good=4, defective=1, size=SMALL["img_size"])
+    """Changes the arguments to a trial with random heads, without --packed on drawn data with random weights."""
+    vars(args).update(SMALL, num_workers=0)
+    if not args.packed:
+        vars(args).update(obj="ring", data_path=scratch / "data", weights="none")
+        write_dataset(args.data_path, categories=("ring", "weave"), train=6, good=4, defective=1, size=args.img_size)
     args.checkpoint = scratch / "small.pt"
     save_checkpoint(args.checkpoint, RegAD(STN_MODE, args.img_size), {})
 
@@ -136,6 +147,34 @@ def _network(args: argparse.Namespace) -> STNResNet:
 def _relative(one: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over norm of the reference."""
     return float((one.cpu() - reference).norm() / reference.norm())
+
+
+def measure_device(_args: argparse.Namespace, device: torch.device, _scratch: Path) -> dict:
+    """Versions, memory, and the rate of matrix products by type: what the other figures are to be compared with."""
+    side, found = (4096 if device.type == "cuda" else 512), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        one = torch.rand(side, side, device=device, dtype=dtype)
+        found[str(dtype)] = 2e-12 * side**3 / _seconds(lambda one=one: one @ one, 10, device)
+    memory = [value / 2**30 for value in torch.cuda.mem_get_info(device)] if device.type == "cuda" else None
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    print(f"free and total GB: {memory}; TFLOP/s of matrix products: {found}")
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "gb": memory, "tflops": found}
+
+
+def measure_distances(args: argparse.Namespace, device: torch.device, _scratch: Path) -> dict:
+    """Images per second of each scorer's distances, for the largest K."""
+    network, found = fuse_conv_bn(_network(args).to(device)), {}
+    views, batch = VIEWS_PER_IMAGE * max(args.shots), SCORING_BATCH[device.type]
+    inputs = [torch.rand(count, 3, args.img_size, args.img_size, device=device) for count in (views, batch)]
+    for name in SCORERS:
+        scorer = make_scorer(name)
+        support, test = (scorer.prepare(network.features(images)) for images in inputs)
+        fit = _seconds(lambda scorer=scorer, support=support: scorer.fit(support), 3, device)
+        fitted = scorer.fit(support)
+        seconds = _seconds(lambda scorer=scorer, test=test: scorer.distance_maps(fitted, test), args.steps, device)  # noqa: B023
+        found[name] = {"fit_seconds": fit, "images_per_second": batch / seconds}
+        print(f"{name:12}{fit:8.3f} s to fit{found[name]['images_per_second']:10.0f} images per second")
+    return {"views": views, "distances": found}
 
 
 def measure_equality(args: argparse.Namespace, device: torch.device, _scratch: Path) -> dict:
@@ -256,20 +295,31 @@ def _training_data(
 
 
 def measure_steps(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
-    """Training steps by K and variant, and those of the plain definition, by benchmarks.training."""
+    """Training steps by K and variant."""
+    return {"steps": _steps(args, device, scratch, VARIANTS)}
+
+
+def measure_compiled(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
+    """Training steps by torch.compile; compiling takes minutes."""
+    return {"steps": _steps(args, device, scratch, COMPILED)}
+
+
+def _steps(args: argparse.Namespace, device: torch.device, scratch: Path, variants: dict[str, dict]) -> dict:
     found = {}
     for shot in args.shots:
         images, episodes = _training_data(args, device, scratch, shot)
-        for variant, options in VARIANTS.items():
-            if args.small and options.get("compiled"):  # takes a minute on the CPU
-                continue
+        for variant, options in variants.items():
             row = _time_steps(args, device, images, episodes, variant, options)
             found[f"K = {shot}, {variant}"] = row
             print(f"K = {shot}, {variant:26}", json.dumps(row), flush=True)
+    return found
+
+
+def measure_plain(args: argparse.Namespace, device: torch.device, scratch: Path) -> dict:
+    """Training steps of the plain definition, by benchmarks.training."""
     plain = argparse.Namespace(**vars(args), shot=min(args.shots))
     (scratch / "plain").mkdir(exist_ok=True)
-    compared = training_benchmark.time_steps(plain, device, scratch / "plain")
-    return {"steps": found, "with_the_plain_definition": compared}
+    return {"with_the_plain_definition": training_benchmark.time_steps(plain, device, scratch / "plain")}
 
 
 def _time_steps(
@@ -284,15 +334,13 @@ def _time_steps(
     _reset_memory(device)
     trainer = Trainer(untrained(args.weights, STN_MODE, args.img_size).to(device), LR, MOMENTUM, **options)
     trainer.model.train()
-    if variant == CHANNELS_FIRST:
-        trainer.model.to(memory_format=torch.contiguous_format)
+    if variant in LAYOUTS:
+        trainer.model.to(memory_format=LAYOUTS[variant])
     clock, turn = StageClock(device), itertools.cycle(episodes)
 
     def step(stages: StageClock) -> None:
         with stages("batch"):
             query, support = images.episode(next(turn))
-            if variant == CHANNELS_FIRST:
-                query, support = query.contiguous(), support.contiguous()
         trainer.step(query, support, stages)
 
     seconds = _seconds(lambda: step(StageClock()), args.steps, device)
@@ -340,10 +388,13 @@ def measure_predict(args: argparse.Namespace, device: torch.device, scratch: Pat
 
 
 def measure_cell(args: argparse.Namespace, _device: torch.device, scratch: Path) -> dict:
-    """Two epochs of train.py at each K, scored with all rounds; from the second, the hours of MVTec AD's 45 cells."""
+    """Two epochs of train.py at the smallest K, scored with all rounds; from the second, the hours of 45 cells.
+
+    The other K are taken to last as many times as long as they have images.
+    """
     sources = sum(map(len, list_source_images(args.data_path, "folder", args.obj).values()))
     found = {}
-    for shot in args.shots:
+    for shot in [min(args.shots)]:
         given = f"--obj {args.obj} --shot {shot} --data_type folder --epochs 2 --inferences {args.rounds}".split()
         given += f"--img_size {args.img_size} --batch_size {args.batch_size} --device {args.device}".split()
         given += ["--data_path", str(args.data_path), "--weights", args.weights, "--save_dir", str(scratch / "save")]
@@ -356,19 +407,26 @@ def measure_cell(args: argparse.Namespace, _device: torch.device, scratch: Path)
         training = entry["elapsed_seconds"] - scoring  # on CUDA, the times of its stages are those of the host
         cell = PAPER_EPOCHS * (training * MVTEC_SOURCES / sources + scoring)
         found[str(shot)] = {"training_and_files": training, "scoring": scoring, "mvtec_cell": cell}
-    hours = MVTEC_CATEGORIES * sum(one["mvtec_cell"] for one in found.values()) / 3600
-    print(f"MVTec AD, {MVTEC_CATEGORIES * len(found)} cells: {hours:.1f} hours, estimated from one category")
+    more = sum(1 + shot for shot in PAPER_SHOTS) / (1 + min(args.shots))
+    hours = MVTEC_CATEGORIES * more * found[str(min(args.shots))]["mvtec_cell"] / 3600
+    print(f"MVTec AD, {MVTEC_CATEGORIES * len(PAPER_SHOTS)} cells: {hours:.1f} hours, estimated from one cell")
     return {"source_images": sources, "seconds": found, "hours": hours, "peak_memory_mb": peak_memory_mb()}
 
 
-PARTS = {
+MAIN_PARTS = {
+    "device": measure_device,
     "equality": measure_equality,
     "network": measure_network,
-    "scoring": measure_scoring,
+    "distances": measure_distances,
     "steps": measure_steps,
+    "cell": measure_cell,
+}
+PARTS = MAIN_PARTS | {
+    "compiled": measure_compiled,
+    "scoring": measure_scoring,
+    "plain": measure_plain,
     "profile": measure_profile,
     "predict": measure_predict,
-    "cell": measure_cell,
 }
 
 if __name__ == "__main__":

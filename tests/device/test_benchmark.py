@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,15 +19,27 @@ from utils.files import PROJECT_ROOT
 TRIAL = ["--device", "cpu", "--small"]
 
 
+def results(folder: Path) -> dict[str, dict]:
+    """The files of the parts, by part."""
+    return {file.stem.rpartition("_")[2]: json.loads(file.read_text()) for file in folder.glob("cuda_cpu*.json")}
+
+
 @pytest.mark.slow  # 45 s
 def test_all_parts_in_one_go(tmp_path):
     command = ["bash", "benchmarks/cuda.sh", *TRIAL, "--output", str(tmp_path)]
     environment = os.environ | {"PYTHON": sys.executable}
     subprocess.run(command, cwd=PROJECT_ROOT, env=environment, check=True)
-    content = json.loads(next(tmp_path.glob("cuda_cpu*.json")).read_text())
-    assert set(content) == set(cuda.PARTS)
+    content = results(tmp_path)
+    assert set(content) == set(cuda.MAIN_PARTS)
     assert not any(content["equality"]["largest_difference"].values())
-    assert "convolution" in (tmp_path / "cuda_profile_cpu.txt").read_text()
+
+
+def test_a_total_limit(tmp_path):
+    """Parts that have no time left are named; the others are unaffected."""
+    environment = os.environ | {"PYTHON": "true", "TOTAL_SECONDS": "0"}
+    command = ["bash", "benchmarks/cuda.sh", *TRIAL]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and all(f"{part} (no time left)" in done.stdout for part in cuda.MAIN_PARTS)
 
 
 def test_a_part_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
@@ -39,7 +52,7 @@ def test_a_part_that_fails_does_not_cost_the_others(tmp_path, monkeypatch):
     monkeypatch.setitem(cuda.PARTS, "equality", lambda *_: {"beyond_tolerance": ["features"]})
     with pytest.raises(SystemExit, match="failed: equality"):
         cuda.main([*TRIAL, "--output", str(tmp_path), "--parts", "equality"])
-    content = json.loads(next(tmp_path.glob("cuda_cpu*.json")).read_text())
+    content = results(tmp_path)
     assert content["network"]["images_per_second"] and content["equality"]["beyond_tolerance"] == ["features"]
 
 
@@ -53,7 +66,7 @@ def test_parts_are_rehearsed_on_a_device(part, tmp_path):
                 cuda.main(arguments)
         else:
             cuda.main(arguments)
-    assert part in json.loads((tmp_path / "cuda_pretended.json").read_text())
+    assert (tmp_path / f"cuda_pretended_{part}.json").is_file()
 
 
 def test_the_plain_definition_runs_on_the_device_of_its_input():
