@@ -9,6 +9,8 @@ import torch
 
 from scorers.base import FeatureMaps, Prepared, Scorer
 from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
+from utils.devices import free_memory
+from utils.errors import UserError
 
 
 class FeatureNetwork(Protocol):
@@ -39,7 +41,9 @@ class FeatureStore:
     def write_rows(self, name: str, start: int, prepared: Prepared) -> None:
         """Stores prepared features of one scorer, the first at row `start`."""
         if name not in self.prepared:
-            self.prepared[name] = [allocate(tensor, self.images * self.per_image[name]) for tensor in prepared]
+            count = self.images * self.per_image[name]
+            require_memory(sum(tensor[0].nbytes for tensor in prepared) * count, prepared[0].device, count)
+            self.prepared[name] = [allocate(tensor, count) for tensor in prepared]
         for tensor, rows in zip(self.prepared[name], prepared, strict=True):
             tensor[start : start + len(rows)] = rows
 
@@ -59,6 +63,17 @@ class FeatureStore:
     def nbytes(self) -> int:
         """Size of the stored features in bytes."""
         return sum(tensor.nbytes for prepared in self.prepared.values() for tensor in prepared)
+
+
+def require_memory(needed: int, device: torch.device, images: int) -> None:
+    """Raises UserError unless `needed` bytes are free on the host: the system would kill the process without a word."""
+    free = free_memory() if device.type == "cpu" else None
+    if free is not None and needed > free:
+        raise UserError(
+            f"the features of {images} images need {needed / 2**30:.1f} GB of memory, {free / 2**30:.1f} GB are free: "
+            "score fewer images at a time, or one scorer",
+            ("img_size", "scorer"),
+        )
 
 
 def allocate(like: torch.Tensor, count: int) -> torch.Tensor:

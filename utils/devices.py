@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch
 from utils.errors import UserError
 
 SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, have never been tried
+MEMORY_FILE = Path("/proc/meminfo")  # of Linux
 GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of the NVIDIA driver; of Windows' GPUs in WSL
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -100,6 +102,15 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that new processes can use without swapping; None where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in MEMORY_FILE.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

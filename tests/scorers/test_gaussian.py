@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import plain
 from scorers import gaussian
+from scorers.features import FeatureStore
 from scorers.gaussian import Gaussian, convert_fitted_369ac53, inverse_cholesky
+from utils.errors import UserError
 from utils.stages import StageClock
 
 SIDES, CHANNELS = (8, 4, 2), (6, 12, 20)  # 38 channels
@@ -76,6 +78,17 @@ def test_zero_at_the_mean_and_only_there(views):
     assert fast_distances(support, mean).max() < 1e-6
     away = [layer + 0.1 for layer in mean]
     assert fast_distances(support, away).min() > 0.1
+
+
+def test_features_that_exceed_the_memory_are_refused_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.devices.MEMORY_FILE", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2097152 kB\n")
+    maps = [torch.rand(1, c, s, s) for c, s in ((64, 56), (128, 28), (256, 14))]
+    FeatureStore([Gaussian()], 10).write(0, maps)
+    with pytest.raises(UserError, match=r"features of 10000 images need 13\.1 GB of memory, 2\.0 GB are free"):
+        FeatureStore([Gaussian()], 10_000).write(0, maps)
+    (tmp_path / "meminfo").unlink()
+    FeatureStore([Gaussian()], 10).write(0, maps)
 
 
 def test_an_image_alone_is_not_padded(monkeypatch):
