@@ -22,7 +22,7 @@ from examples.warp_figure import STN_MODE, rotations_and_scales
 from models.networks import RELEASE_IMG_SIZE
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from utils.devices import seed_everything
-from utils.errors import run_command
+from utils.errors import UserError, run_command
 
 EVERY = 5  # one test image of so many
 
@@ -43,8 +43,8 @@ def fix_warps(model: RegAD, warps: Sequence[Sequence[float]]) -> None:
             stn.fc[2].bias.copy_(torch.tensor([np.deg2rad(angle), *scales]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the checkpoint and prints its warps."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].removeprefix("Command: "))
     parser.add_argument("checkpoint", help="of train.py, in the mode rotation_scale; none: untrained")
     parser.add_argument("output", type=Path)
@@ -52,9 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_path", type=Path, default=Path("data"), help="MVTec AD's layout")
     parser.add_argument("--warp", type=float, nargs=3, metavar=("DEGREES", "SCALE", "SCALE"), help="in place of --obj")
     parser.add_argument("--weights", default="imagenet", help="of the untrained network")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the checkpoint and prints its warps."""
+    args = get_args_parser().parse_args(argv)
     if (args.warp is None) == (args.obj is None):
-        parser.error("give --obj or --warp")
+        raise UserError("give --obj or --warp")
     seed_everything(0)
     if args.checkpoint == "none":
         model = untrained(args.weights, STN_MODE)

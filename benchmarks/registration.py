@@ -106,11 +106,16 @@ def provenance(recipe: str, results: Results, folder: Path) -> str:
     return f"- {recipe}: commit {', '.join(commits)}{took}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the tables, the verdicts, and how each recipe was run."""
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].removeprefix("Command: "))
     parser.add_argument("folder", type=Path, help="a results folder of reproduce.py for each recipe")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the tables, the verdicts, and how each recipe was run."""
+    args = get_args_parser().parse_args(argv)
     folders = [path for path in sorted(args.folder.glob("*/")) if any(path.glob("*_last.json"))]
     if not folders:
         raise UserError(f"{args.folder} has no folder with the records of a recipe")

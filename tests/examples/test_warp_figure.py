@@ -69,5 +69,5 @@ def test_a_fixed_warp(demo_data, tmp_path, capsys):
     assert abs(expected[0][0]) > 0.1
     fixed_warp.main(["none", files[1], "--warp", "5", "1", "1.1", "--weights", "none"])
     assert "STN 3: 5.00 degrees, scales 1.000 and 1.100" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="give --obj or --warp"):
         fixed_warp.main(files)
