@@ -30,7 +30,7 @@ from utils.locks import locked
 from utils.naming import lock_file
 from utils.stages import in_threads
 
-RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 1"  # change it whenever `read_image` gives other values
+RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 2"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
 RESIDENT_BYTES = 4 * 2**30  # source images up to this total are kept on the CUDA device
 
@@ -67,8 +67,16 @@ def decoded_images(
         return decode(np.empty(shape, np.uint8))
     file = _cache_file(paths, (size, keep_aspect, bits, RESIZE_RULE), cache_dir, digests or FileDigests())
     while True:
-        with suppress(FileNotFoundError, NotADirectoryError):  # other runs may remove it as outdated at any time
-            return np.load(file, mmap_mode="r")
+        try:
+            array = np.load(file, mmap_mode="r")
+            if array.shape == shape and array.dtype == np.uint8:
+                return array
+            raise ValueError("another content")
+        except (FileNotFoundError, NotADirectoryError):  # other runs may remove it as outdated at any time
+            pass
+        except (ValueError, EOFError):
+            print(f"warning: the cache file {file} is damaged; it is made again")
+            file.unlink(missing_ok=True)
         try:
             with locked([file], f"waiting for another process, which decodes {paths[0].parent}"):
                 if not file.is_file():

@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.images import ImageError, eight_bit, read_pixels, size_mismatch
+from datasets.images import (
+    TRANSPARENT,
+    TURNED,
+    ImageError,
+    deep_values,
+    eight_bit,
+    read_pixels,
+    size_mismatch,
+    transparency_note,
+)
 from datasets.listing import Listing, counted, entries, is_folder, label_files
 from datasets.manifest import category_manifest, load_manifest, verify
 from datasets.masks import decode_mask, mask_notes
@@ -53,7 +62,10 @@ def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = T
     missing = without_mask(items)
     if missing and not any(item.masks for item in items):
         print_notes([f"no defective image has a mask, e.g. {missing[0].image}: there are no pixel metrics"])
-    print_notes(findings(category, items))
+    found = findings(category, items)
+    if strict and found:
+        raise UserError(found[0], ("strict",))
+    print_notes(found)
     return items
 
 
@@ -129,6 +141,8 @@ class ImageFacts(NamedTuple):
     size: tuple[int, int]  # width and height in pixels, upright
     mode: str  # Pillow's name of the stored format
     pixels: bytes  # digest, equal for equal images in any format
+    is_turned: bool  # by its EXIF orientation
+    is_transparent: bool  # in parts
 
 
 class CategoryReport(NamedTuple):
@@ -155,12 +169,15 @@ def check_category(data_path: Path, data_type: str, name: str) -> CategoryReport
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one image; training needs at least two")
     problems += _equal_images(train, test, images)
-    problems += [f"the mask {path} marks no pixel" for path, facts in masks.items() if facts.share == 0]
     for item in test:
         for path in item.masks:
             if path in masks and item.image in images:
                 problems += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
-    problems += mask_notes(list(masks.items()))
+    of_images = {path: item.image in images and images[item.image].is_turned for item in test for path in item.masks}
+    problems += mask_notes([(path, facts.of_image(of_images[path])) for path, facts in masks.items()])
+    for what, some in (("training images", train), ("test images", [item.image for item in test])):
+        transparent = [str(path) for path in some if path in images and images[path].is_transparent]
+        problems += transparency_note(transparent, len(some), what)
     if os.path.isdir(data_path / name):
         try:
             problems += findings(data_path / name, test)
@@ -227,11 +244,12 @@ def _read_all(
 
 def _image_facts(image: Image.Image) -> ImageFacts:
     """The digest is that of the stored values if they have 16 bits, else of the RGB values."""
-    shown = eight_bit(image).convert("RGB")  # also rejects what the reader rejects
-    pixels = np.asarray(image).astype(np.int64) if image.mode.startswith("I") else np.asarray(shown)
+    read, deep = eight_bit(image), deep_values(image)  # also rejects what the reader rejects
+    pixels = np.asarray(read.convert("RGB")) if deep is None else deep
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype)).encode())
     digest.update(np.ascontiguousarray(pixels))
-    return ImageFacts(image.size, image.mode, digest.digest())
+    mode = image.mode if deep is None or deep.ndim == 2 else f"{image.mode};16"
+    return ImageFacts(image.size, mode, digest.digest(), TURNED in image.info, TRANSPARENT in read.info)
 
 
 def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], images: dict[Path, ImageFacts]) -> list[str]:

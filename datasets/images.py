@@ -6,6 +6,7 @@ Image size and resampling follow the release's data loader.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, default_collate
 
 from utils.choices import AUTO_BITS, BIT_DEPTHS
@@ -23,6 +24,9 @@ from utils.stages import in_threads
 FULL_BITS = BIT_DEPTHS[-1]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found"})  # of systems
+LOW_BYTES = "low bytes of 16-bit colours"  # keys of Image.info
+TRANSPARENT = "has transparent parts"
+TURNED = "was turned by its EXIF orientation"
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
@@ -59,8 +63,9 @@ def read_image(path: Path, size: int, keep_aspect: bool = False, bits: int = FUL
 def decode_image(path: Path, bits: int = FULL_BITS) -> Image.Image:
     """The decoded image in mode L or RGB, turned upright by its EXIF orientation. Safe to call from several threads.
 
-    Grey and 1-bit images become L; palette, RGBA and CMYK images become RGB, without the alpha channel. 16-bit grey is
-    scaled to 8 bits by the full range of `bits`, see `eight_bit`. Only the first of several frames or pages is read.
+    Grey and 1-bit images become L; palette, RGBA and CMYK images become RGB. Transparent parts are laid on black. 16
+    bits are scaled to 8 by the full range of `bits`, see `eight_bit`. Only the first of several frames or pages
+    is read.
 
     Raises:
         ImageError: the file is missing, damaged, no image or too large, or its values have no fixed range (float TIFF).
@@ -83,13 +88,48 @@ def read_pixels(
     """
     try:
         with Image.open(path, formats=formats) as image:
+            low = _low_bytes(path, image)
             image.load()
-            return convert(_upright(image))
+            turned = upright(image)
+            return convert(_with_info(turned, **{LOW_BYTES: low}) if low else turned)
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
         is_unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "not an image or damaged" if is_unknown else " ".join(str(error).split()) or repr(error)
         raise ImageError(f"cannot read the image {name or path}: {reason}", options) from error
+
+
+def _low_bytes(path: Path | BinaryIO, image: Image.Image) -> Image.Image | None:
+    """The low bytes of an image whose colours have 16 bits, of which Pillow decodes the high bytes; None of others.
+
+    Pillow is told that the bytes have the opposite order. Grey with alpha is read as four bytes per pixel.
+    """
+    raw = deep_mode(image)
+    if raw is None:
+        return None
+    if not isinstance(path, Path):
+        path.seek(0)
+    is_little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
+    other = "RGBA" if raw.startswith("LA") else f"{raw[:-1]}{'B' if is_little else 'L'}"
+    with Image.open(path, formats=[image.format]) as low:
+        low.tile = [
+            tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:])) for tile in low.tile
+        ]
+        low.load()
+        turned = upright(low)
+        return turned.getchannel("G").convert("RGB") if raw.startswith("LA") else turned.convert("RGB")
+
+
+def deep_mode(image: Image.Image) -> str | None:
+    """How 16-bit colours, or 16-bit with alpha, lie in a file that was not decoded yet; None of other images."""
+    args = image.tile[0].args if image.tile else ""
+    raw = args if isinstance(args, str) else str((args or [""])[0])
+    return raw if raw[:-1] in ("RGB;16", "RGBA;16", "RGBX;16", "LA;16") else None
+
+
+def _with_info(image: Image.Image, **info: object) -> Image.Image:
+    image.info.update(info)
+    return image
 
 
 def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.ndarray:
@@ -165,9 +205,11 @@ def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) ->
     return f"the mask {mask_path} is {mask[0]}x{mask[1]} pixels instead of the {image[0]}x{image[1]} of its image"
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation, which its `info` says."""
     try:
-        return ImageOps.exif_transpose(image)
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return _with_info(ImageOps.exif_transpose(image), **({TURNED: True} if is_turned else {}))
     except Exception:  # damaged EXIF data raises errors of any type; the pixels are intact
         return image
 
@@ -177,29 +219,50 @@ def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
 
     Grey images stay in one channel: to resize one channel and copy it costs half as much as to resize three.
 
-    bits: one of BIT_DEPTHS, of 16-bit grey images. Their values 0..2**bits - 1 become 0..255, whatever the brightest
+    Transparent parts are laid on black, whatever colours lie under them, and the result's `info` says so.
+
+    bits: one of BIT_DEPTHS, of 16-bit images. Their values 0..2**bits - 1 become 0..255, whatever the brightest
     pixel is. Larger values become 255; the largest is kept in the result's `info` for `clipping_note`.
 
     Raises:
         ValueError: its values have no fixed range or do not fit 16 bits.
     """
-    if _is_16bit(image.mode):
-        values = np.asarray(image).astype(np.int64)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no fixed value range; save it with 8 or 16 bits")
+    values, alpha = deep_values(image), _alpha(image)
+    if values is None:
+        shown = image if image.mode == "L" else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    else:
         largest = int(values.max())
         if values.min() < 0 or largest > full_scale(FULL_BITS):
             raise ValueError(f"its values {values.min()}..{largest} do not fit 16 bits")
-        scaled = np.rint(values * (255 / full_scale(bits)))
-        grey = Image.fromarray(np.minimum(scaled, 255).astype(np.uint8))
+        shown = Image.fromarray(np.minimum(np.rint(values * (255 / full_scale(bits))), 255).astype(np.uint8))
         if largest > full_scale(bits):
-            grey.info[CLIPPED_FROM] = largest
-        return grey
-    if image.mode == "F":
-        raise ValueError("floating-point images have no fixed value range; save it with 8 or 16 bits")
-    return image if image.mode == "L" else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+            shown.info[CLIPPED_FROM] = largest
+        shown.info |= {TURNED: True} if TURNED in image.info else {}
+    if alpha is None:
+        return shown
+    laid = Image.composite(shown, Image.new(shown.mode, shown.size), alpha)
+    kept = {key: value for key, value in shown.info.items() if key in (CLIPPED_FROM, TURNED)}
+    return _with_info(laid, **kept, **{TRANSPARENT: True})
 
 
-def _is_16bit(mode: str) -> bool:
-    return mode.startswith("I")  # I;16, I;16B, and I for 16-bit PNG in some versions of Pillow
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel where it is not opaque everywhere, from any kind of transparency that files know."""
+    if not image.has_transparency_data:
+        return None
+    alpha = (image if image.mode.endswith("A") else image.convert("RGBA")).getchannel("A")
+    return alpha if alpha.getextrema()[0] < 255 else None
+
+
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """The values of a 16-bit image, (H, W) or (H, W, 3) int64; None of other images."""
+    if image.mode.startswith("I"):  # I;16, I;16B, and I for 16-bit PNG in some versions of Pillow
+        return np.asarray(image).astype(np.int64)
+    low = image.info.get(LOW_BYTES)
+    if low is None:
+        return None
+    return 256 * np.asarray(image.convert("RGB")).astype(np.int64) + np.asarray(low)
 
 
 def full_scale(bits: int) -> int:
@@ -210,6 +273,20 @@ def full_scale(bits: int) -> int:
 def clipping_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
     """A sentence where `eight_bit` clipped values of the image called `name`, else None."""
     return next(iter(clipping_summary([(str(name), image.info.get(CLIPPED_FROM, 0))], bits)), None)
+
+
+def reading_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
+    """Sentences where `eight_bit` clipped values of an image, or laid transparent parts on black; None otherwise."""
+    laid = f"{name} has transparent parts, which are laid on black" if TRANSPARENT in image.info else None
+    return "; ".join(filter(None, (clipping_note(image, name, bits), laid))) or None
+
+
+def transparency_note(transparent: Sequence[str], total: int, what: str) -> list[str]:
+    """A sentence where some of `total` images, called `what`, have transparent parts; [] if none has."""
+    if not transparent:
+        return []
+    some = f"{len(transparent)} of {total} {what} have transparent parts, e.g. {transparent[0]}; they are laid on black"
+    return [some if len(transparent) == total else f"{some}, and the others are not comparable"]
 
 
 def clipping_summary(values: Sequence[tuple[str, int]], bits: int) -> list[str]:
@@ -226,7 +303,7 @@ def clipping_summary(values: Sequence[tuple[str, int]], bits: int) -> list[str]:
 
 
 def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]]:
-    """The name and the largest value of every 16-bit grey image among files and decoded images.
+    """The name and the largest value of every 16-bit image among files and decoded images.
 
     Only the headers of other files are read. Files that cannot be read are omitted: their reader reports them.
     """
@@ -238,9 +315,13 @@ def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]
 def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
     try:
         if isinstance(image, Image.Image):
-            return ("an image", int(np.asarray(image).max())) if _is_16bit(image.mode) else None
+            values = deep_values(image)
+            return None if values is None else ("an image", int(values.max()))
         with Image.open(image) as opened:
-            return (str(image), int(np.asarray(opened).max())) if _is_16bit(opened.mode) else None
+            is_deep = opened.mode.startswith("I") or deep_mode(opened)
+        if not isinstance(image, Path):
+            image.seek(0)
+        return (str(image), int(read_pixels(image, deep_values).max())) if is_deep else None
     except Exception:  # as in read_pixels
         return None
 
@@ -252,9 +333,9 @@ def smallest_depth(values: Iterable[int]) -> int:
 
 
 def resolve_bits(asked: int | str, paths: Sequence[Path], of: str) -> int:
-    """The bit depth `asked`; for AUTO_BITS, the smallest that holds the 16-bit grey images of `paths`.
+    """The bit depth `asked`; for AUTO_BITS, the smallest that holds the 16-bit images of `paths`.
 
-    Where `paths` has 16-bit grey images, prints the depth, and a warning if some exceed it. of: what they are.
+    Where `paths` has 16-bit images, prints the depth, and a warning if some exceed it. of: what they are.
     """
     named = [] if asked == FULL_BITS else largest_values(paths)
     values = [value for _, value in named]

@@ -17,12 +17,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import FULL_BITS, eight_bit, full_scale, read_pixels, resize
+from datasets.images import FULL_BITS, TURNED, deep_values, eight_bit, full_scale, read_pixels, resize
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
 MOST_CLASSES = 8  # different values other than 0; masks with antialiased edges have more, thin ones a dozen
 NEARLY_ALL = 0.9  # share of the masks that must look inverted before a hint is printed
 ALPHA = "have an alpha channel that marks other pixels than the colours do; it is not read"
+AMBIGUOUS = (
+    "are of images with an EXIF orientation and have none: they are read as drawn on the upright image; if they were "
+    "drawn on the stored pixels, save the images upright"
+)
 MIXED = "have a few small values next to 255; those up to 127 count as normal, as in the release"
 
 
@@ -31,7 +35,12 @@ class MaskFacts(NamedTuple):
 
     size: tuple[int, int]  # width and height in pixels, upright
     share: float  # of the pixels that are defective
-    doubt: str | None  # ALPHA or MIXED where it may mean something else
+    doubt: str | None  # ALPHA, MIXED or AMBIGUOUS where it may mean something else
+    is_turned: bool = False  # by its own EXIF orientation
+
+    def of_image(self, is_turned: bool) -> MaskFacts:
+        """These facts for the mask of an image that was turned by its EXIF orientation, or was not."""
+        return self._replace(doubt=AMBIGUOUS) if is_turned and not self.is_turned else self
 
 
 class Mask(NamedTuple):
@@ -69,7 +78,7 @@ def _mask(image: Image.Image) -> Mask:
     different = _different_values(values)
     pixels = values > _threshold(different)
     doubt = ALPHA if _alpha_differs(image, pixels) else MIXED if _is_mixed(different) else None
-    return Mask(pixels, MaskFacts(image.size, float(pixels.mean()), doubt))
+    return Mask(pixels, MaskFacts(image.size, float(pixels.mean()), doubt, TURNED in image.info))
 
 
 def _raw_values(image: Image.Image) -> np.ndarray:
@@ -78,12 +87,14 @@ def _raw_values(image: Image.Image) -> np.ndarray:
     Raises:
         ValueError: negative or floating-point values.
     """
-    if image.mode.startswith("I"):  # I;16, I;16B, I
-        values = np.asarray(image).astype(np.int64)
+    values = deep_values(image)
+    if values is not None:
+        values = values if values.ndim == 2 else values.max(axis=2)
         if values.min() < 0:
             raise ValueError(f"its values {values.min()}..{values.max()} are not those of a mask: some are negative")
         return values
-    colours = np.asarray(eight_bit(image))
+    shown = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")  # without alpha
+    colours = np.asarray(shown if image.mode != "F" else eight_bit(image))
     values = colours if colours.ndim == 2 else colours.max(axis=2)
     return np.asarray(image) if image.mode == "P" and values.min() == values.max() else values
 
@@ -125,9 +136,10 @@ def _alpha_differs(image: Image.Image, pixels: np.ndarray) -> bool:
 def mask_notes(masks: Sequence[tuple[Path, MaskFacts]]) -> list[str]:
     """A sentence for each way in which masks of a category may mean something else than they are read as."""
     notes = []
-    for doubt in (ALPHA, MIXED):
+    for doubt in (ALPHA, AMBIGUOUS, MIXED):
         if doubted := [path for path, facts in masks if facts.doubt == doubt]:
             notes.append(f"{len(doubted)} of {len(masks)} masks {doubt}, e.g. {doubted[0]}")
+    notes += [f"the mask {path} marks no pixel" for path, facts in masks if facts.share == 0]
     mostly = [path for path, facts in masks if facts.share > 0.5]
     if mostly and len(mostly) >= NEARLY_ALL * len(masks):
         notes.append(

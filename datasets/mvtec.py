@@ -28,6 +28,8 @@ from datasets.images import (
     CLIPPED_FROM,
     FULL_BITS,
     IMAGE_SUFFIXES,
+    TRANSPARENT,
+    TURNED,
     ImageError,
     clipping_summary,
     content_box,
@@ -36,6 +38,7 @@ from datasets.images import (
     read_batches,
     size_mismatch,
     to_square,
+    transparency_note,
 )
 from datasets.listing import GALLERY, PREDICTIONS, entries, is_folder
 from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
@@ -340,6 +343,7 @@ class LabelledDataset(Dataset):
         self._read: dict[int, dict[str, torch.Tensor]] = {}
         self._clipped: list[tuple[str, int]] = []
         self._masks: dict[Path, MaskFacts] = {}
+        self._transparent: list[str] = []
 
     def __len__(self) -> int:
         return len(self.items)
@@ -356,10 +360,17 @@ class LabelledDataset(Dataset):
 
     def notes(self) -> list[str]:
         """Sentences on images that were clipped to `bits`, and on masks that may mean something else."""
-        return [*clipping_summary(sorted(self._clipped), self.bits), *mask_notes(sorted(self._masks.items()))]
+        transparent = transparency_note(sorted(self._transparent), len(self.items), "test images")
+        return [
+            *transparent,
+            *clipping_summary(sorted(self._clipped), self.bits),
+            *mask_notes(sorted(self._masks.items())),
+        ]
 
     def _load(self, item: LabelledImage) -> dict[str, torch.Tensor]:
         image = decode_image(item.image, self.bits)
+        if TRANSPARENT in image.info:
+            self._transparent.append(str(item.image))
         if CLIPPED_FROM in image.info:
             self._clipped.append((str(item.image), image.info[CLIPPED_FROM]))
         masks = {path: decode_mask(path) for path in item.masks}
@@ -368,7 +379,7 @@ class LabelledDataset(Dataset):
             if problem := size_mismatch(path, mask.size, image.size):
                 raise ImageError(problem)
             pixels |= mask.pixels
-            self._masks[path] = mask.facts
+            self._masks[path] = mask.facts.of_image(TURNED in image.info)
         valid_mask = np.zeros((self.size, self.size), dtype=bool)
         if item.has_ground_truth:
             left, top, right, bottom = content_box(*image.size, self.size, self.keep_aspect)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from examples.judge import Judge, JudgeConfig, Judgement, load_judge
 from examples.service import REQUIREMENTS
+from inspection.images import array_image
 from inspection.results import DEFECTIVE, UNUSUAL
 from utils.config import Parser, flag
 from utils.errors import UserError, require_packages, run_command
@@ -45,7 +46,7 @@ class Capture(Protocol):
 
 
 class Frame(NamedTuple):
-    """number: from 0, of all frames that came. image: (H, W, 3) uint8 BGR, as OpenCV gives it."""
+    """number: from 0, of all frames that came. image: as OpenCV gives it, BGR or grey, 8 or 16 bits."""
 
     number: int
     image: np.ndarray
@@ -183,7 +184,7 @@ def watch(judge: Judge, frames: NewestFrame, counts: Counts, lines: TextIO | Non
     """Scores the newest frame until there is none, with a line for each. lines: where lines of JSON go, or None."""
     while frame := frames.take():
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        image = Image.fromarray(np.ascontiguousarray(frame.image[..., ::-1]))
+        image = array_image(frame.image, bits=judge.detector.bits, bgr=True)
         judgement = judge.judge(image)
         dropped = counts.add(frame, judgement)
         if lines is not None:

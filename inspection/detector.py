@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import FULL_BITS, smallest_depth
+from datasets.images import FULL_BITS, TRANSPARENT, smallest_depth, transparency_note
 from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
 from inspection.duplicates import digest, duplicate_notes, equal_images
 from inspection.images import ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
@@ -38,6 +38,7 @@ from utils.errors import UserError
 from utils.stages import StageClock
 
 SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
+MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
 DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
 
 
@@ -69,9 +70,8 @@ class FewShotDetector(ImageScoring):
     detector.fit(["normal_1.png", "normal_2.png"])
     scores, maps = detector.score(["new.png"])
 
-    Images of any size are paths, PIL images, arrays (H, W) or (H, W, 3) uint8, or tensors (3, H, W) uint8 or float in
-    [0, 1]. Scores are distances: at least 0, without a unit. The score of an image does not depend on the other images
-    of the call.
+    Images of any size are paths, PIL images, or arrays and tensors, see `inspection.images.array_image`. Scores are
+    distances: at least 0, without a unit. The score of an image does not depend on the other images of the call.
 
     scorer: a name in `scorers.registry`, or a Scorer. keep_aspect: pad images by reflection instead of stretching them
     to a square. bits: the bit depth of 16-bit grey files and PIL images, 8 to 16; "auto": `fit` sets it to the smallest
@@ -152,13 +152,24 @@ class FewShotDetector(ImageScoring):
 
     def _support(self, images: list[ImageInput]) -> _Support:
         """The decoded support images, without duplicates."""
-        squares, sizes = [], []
-        for image in images:
+        squares, sizes, levels, transparent, names = [], [], [], [], image_names(images)
+        for name, image in zip(names, images, strict=True):
             decoded = as_pixels(image, self.size, self.bits)
+            if isinstance(decoded, Image.Image):
+                levels.append((sum(map(bool, decoded.convert("L").histogram())), name))
+                transparent += [name] if TRANSPARENT in decoded.info else []
             squares.append(self.square(decoded))
             sizes.append(decoded.size if isinstance(decoded, Image.Image) else (self.size, self.size))
-        names, found = image_names(images), equal_images(squares)
-        self._support_notes = duplicate_notes(names, found)
+        flat = [name for count, name in levels if count <= MOST_LABELS]
+        if flat and max(levels)[0] >= PHOTO_LEVELS:
+            raise UserError(
+                f"{len(flat)} of {len(images)} support images have at most {MOST_LABELS} grey values, as label files "
+                f"and black images have, e.g. {flat[0]}: give normal images alone"
+            )
+        found = equal_images(squares)
+        self._support_notes = duplicate_notes(names, found) + transparency_note(
+            transparent, len(images), "support images"
+        )
         kept = [number for number in range(len(images)) if number not in found]
         support = _Support(*([part[number] for number in kept] for part in (images, names, squares, sizes)))
         self.support_digests = [digest(square) for square in support.squares]
@@ -236,6 +247,7 @@ class FewShotDetector(ImageScoring):
         Raises:
             UserError: fewer than two normal scores, without duplicates, or a rate outside (0, 1).
         """
+        normal = None if normal is None else image_list(normal)
         check_calibration(2 if normal is None else len(normal), false_positive_rate)
         self.calibration, self._calibration_notes = None, []
         if normal is not None:

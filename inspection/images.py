@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,15 +14,20 @@ import torch
 from PIL import Image
 
 from datasets.images import (
+    CLIPPED_FROM,
     FULL_BITS,
     ClippedWarning,
     ImageError,
     clipping_note,
     decode_image,
     eight_bit,
+    full_scale,
     largest_values,
     read_pixels,
+    upright,
 )
+
+FLOAT_TOLERANCE = 1e-3  # resizing overshoots a little
 
 
 class ImageFile:
@@ -57,11 +62,16 @@ class ImageFile:
 ImageInput = ImageFile | Path | str | Image.Image | np.ndarray | torch.Tensor
 
 
-def image_list(images: Sequence[ImageInput]) -> Sequence[ImageInput]:
-    """The images themselves; TypeError if they are a single image instead of a list."""
-    if isinstance(images, str | Path | Image.Image | ImageFile):
+def image_list(images: Iterable[ImageInput]) -> list[ImageInput]:
+    """The images as a list; TypeError if they are a single image, or none at all."""
+    is_single = isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4
+    if (
+        is_single
+        or isinstance(images, str | bytes | Path | Image.Image | ImageFile)
+        or not isinstance(images, Iterable)
+    ):
         raise TypeError("give a list of images, not a single one")
-    return images
+    return list(images)
 
 
 def image_names(images: Sequence[ImageInput]) -> tuple[str, ...]:
@@ -77,36 +87,85 @@ def image_names(images: Sequence[ImageInput]) -> tuple[str, ...]:
 def largest_grey_values(images: Sequence[ImageInput]) -> list[int]:
     """The largest value of each 16-bit grey image among files and PIL images."""
     opened = (io.BytesIO(image.content) if isinstance(image, ImageFile) else image for image in images)
-    return [value for _, value in largest_values(i for i in opened if isinstance(i, io.BytesIO | Image.Image))]
+    arrays = (image for image in images if isinstance(image, np.ndarray | torch.Tensor))
+    deep = [int(np.asarray(array).max()) for array in arrays if str(array.dtype).endswith("uint16")]
+    return [value for _, value in largest_values(i for i in opened if isinstance(i, io.BytesIO | Image.Image))] + deep
 
 
 def as_pixels(image: ImageInput, size: int, bits: int = FULL_BITS) -> Image.Image | torch.Tensor:
     """An image of any form in mode L or RGB. Float tensors (3, size, size) are network inputs and stay as they are.
 
-    bits: the bit depth of 16-bit grey images; a ClippedWarning names an image that exceeds it.
+    bits: the bit depth of 16-bit images; a ClippedWarning names an image that exceeds it.
 
     Raises:
         ImageError: a file cannot be read.
-        TypeError: an array of another type or shape.
+        TypeError: an array of another type, shape or range of values.
     """
-    if isinstance(image, torch.Tensor):
-        if image.shape == (3, size, size) and image.is_floating_point():
+    if isinstance(image, np.ndarray | torch.Tensor):
+        is_tensor = isinstance(image, torch.Tensor)
+        values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy() if is_tensor else image
+        pixels = array_image(values, channels_first=is_tensor, bits=bits)
+        if is_tensor and image.shape == (3, size, size) and image.is_floating_point():
             return image.float()
-        values = image if image.dtype == torch.uint8 else (image * 255).round().clamp(0, 255).to(torch.uint8)
-        image = values.permute(1, 2, 0).cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise TypeError(f"arrays must be (H, W) or (H, W, 3) uint8, got {image.shape} {image.dtype}")
-        image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        name, pixels = "an image", eight_bit(image, bits)
+        name = "an image"
+    elif isinstance(image, Image.Image):
+        name, pixels = "an image", eight_bit(upright(image), bits)
     elif isinstance(image, ImageFile):
         name, pixels = image.path, image.decode(bits)
-    else:
+    elif isinstance(image, str | Path):
         name, pixels = Path(image), decode_image(Path(image), bits)
+    else:
+        raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")
     if warning := clipping_note(pixels, name, bits):
         warnings.warn(warning, ClippedWarning, stacklevel=2)
     return pixels
+
+
+def array_image(
+    values: np.ndarray, channels_first: bool = False, bits: int = FULL_BITS, bgr: bool = False
+) -> Image.Image:
+    """An array as an image in mode L or RGB: the one conversion of arrays, tensors and camera frames.
+
+    values: (H, W), or with 1, 3 or 4 (alpha) channels last or first; uint8, bool, uint16, scaled by `bits`, or float in
+    [0, 1]. channels_first: where both are possible. bgr: the order of OpenCV.
+
+    Raises:
+        TypeError: another shape, type or range of values.
+    """
+    places = [axis for axis in (0, -1) if values.ndim == 3 and values.shape[axis] in (1, 3, 4)]
+    if (values.ndim != 2 and not places) or not values.size:
+        raise TypeError(f"an image is (H, W), (H, W, channels) or (channels, H, W) of 1, 3 or 4, not {values.shape}")
+    if places:
+        axis = places[0 if channels_first else -1]
+        values = np.moveaxis(values, axis, -1)
+        values = values[..., 0] if values.shape[-1] == 1 else values
+    if bgr and values.ndim == 3:
+        values = values[..., [2, 1, 0, 3][: values.shape[-1]]]
+    if values.dtype == np.uint16:
+        largest = int(values.max())
+        values = np.minimum(np.rint(values * (255 / full_scale(bits))), 255).astype(np.uint8)
+        note = {CLIPPED_FROM: largest} if largest > full_scale(bits) else {}
+    else:
+        values, note = _eight_bit_values(values), {}
+    image = eight_bit(Image.fromarray(np.ascontiguousarray(values)))
+    image.info |= note
+    return image
+
+
+def _eight_bit_values(values: np.ndarray) -> np.ndarray:
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint8:
+        return values
+    if not np.issubdtype(values.dtype, np.floating):
+        raise TypeError(f"values of an image are uint8, uint16, or float from 0 to 1, not {values.dtype}")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= -FLOAT_TOLERANCE and high <= 1 + FLOAT_TOLERANCE):
+        raise TypeError(
+            f"float values of an image go from 0 to 1, not {low:.3g} to {high:.3g}: give 0..255 as uint8, and undo a "
+            "normalisation by mean and standard deviation"
+        )
+    return (values * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def as_tensor(square: np.ndarray) -> torch.Tensor:

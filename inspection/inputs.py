@@ -17,8 +17,8 @@ from datasets.images import (
     FULL_BITS,
     IMAGE_SUFFIXES,
     ImageError,
-    clipping_note,
     decode_image,
+    reading_note,
     to_square,
 )
 from datasets.listing import Listing, counted, is_folder, label_files
@@ -138,7 +138,7 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock, bits: int
         return InputImage(path, before, None, None, str(error))
     if identify(path) not in (before, None):  # a whole image that was removed meanwhile is one, too
         return InputImage(path, None, None, None, f"cannot read the image {path}: it changed while it was read")
-    return InputImage(path, before, image, square, None, clipping_note(image, path, bits))
+    return InputImage(path, before, image, square, None, reading_note(image, path, bits))
 
 
 class Watcher:

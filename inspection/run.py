@@ -299,7 +299,7 @@ class Run:
         plural = "" if count["scored"] == 1 else "s"
         parts = [f"{count['scored']} image{plural} scored", decided, f"{count['failed']} failed"]
         parts += [f"{count[UNUSUAL]} unusual"] if count[UNUSUAL] else []
-        parts += [f"{doubtful} beyond the bit depth"] if doubtful else []
+        parts += [f"{doubtful} with a warning"] if doubtful else []
         in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
         print(f"{'' if is_whole else 'stopped: '}{', '.join(parts)}: {self.config.output}{in_all}")
 

@@ -1,0 +1,161 @@
+"""Kinds of image files that were misread: 16-bit colours, transparency, EXIF orientation, shared masks, caches."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets.cache import decoded_images
+from datasets.check import check_category, list_test_items_with_notes
+from datasets.images import BIT_DEPTHS, TRANSPARENT, decode_image, largest_values, read_pixels, resolve_bits
+from datasets.mvtec import LabelledDataset, list_test_items
+from tests.datasets.test_images import exif
+from utils.errors import UserError
+
+
+def png(values: np.ndarray, orientation: int = 1) -> bytes:
+    """A 16-bit PNG of (H, W, channels); Pillow writes none with colours."""
+    height, width, channels = values.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    parts += [(b"eXIf", exif(orientation).tobytes()[6:])] if orientation > 1 else []
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff(values: np.ndarray, order: str) -> bytes:
+    """An uncompressed 16-bit TIFF of (H, W, 3)."""
+    height, width, channels = values.shape
+    data = values.astype(f"{order}u2").tobytes()
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
+    tags += [(277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, len(data))]
+    tags[5] = (273, 4, 1, 14)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14 + len(data))
+    bits = struct.pack(f"{order}3H", 16, 16, 16)
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, count)
+        + (struct.pack(f"{order}HH", value, 0) if kind == 3 and count == 1 else struct.pack(f"{order}I", value))
+        for tag, kind, count, value in tags
+    )
+    return head + bits + data + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0)
+
+
+@given(st.sampled_from(BIT_DEPTHS), st.sampled_from([1, 2, 3, 4, "<", ">"]), st.sampled_from([1, 3, 6, 8]), st.data())
+def test_sixteen_bits_are_read_whole(bits, kind, orientation, data):
+    """Bit depths x channels x file types x orientations: each value is scaled by the depth, and turned."""
+    channels = kind if isinstance(kind, int) else 3
+    seed = data.draw(st.integers(0, 99))
+    values = np.random.default_rng(seed).integers(0, 2**bits, (5, 4, channels))
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.png" if isinstance(kind, int) else "x.tif")
+        path.write_bytes(png(values, orientation) if isinstance(kind, int) else tiff(values, kind))
+        colours = values[..., : 1 if channels < 3 else 3]
+        turns = {1: 0, 3: 2, 6: 3, 8: 1}[orientation] if isinstance(kind, int) else 0
+        expected = np.rot90(np.rint(colours * 255 / (2**bits - 1)), turns)
+        found = np.asarray(decode_image(path, bits).convert("RGB"))
+        assert (found == np.broadcast_to(expected, found.shape)).all()
+        assert largest_values([path]) == [(str(path), colours.max())]
+        assert (np.asarray(read_pixels(io.BytesIO(path.read_bytes()), lambda image: image.copy(), "x")) >= 0).all()
+
+
+def test_the_depth_of_colours_is_found_and_said(tmp_path, capsys):
+    (tmp_path / "x.png").write_bytes(png(np.full((4, 4, 3), 1000)))
+    assert resolve_bits("auto", [tmp_path / "x.png"], "test") == 10
+    assert "bits: 10 (1 16-bit image(s) of test, largest value 1000)" in capsys.readouterr().out
+
+
+@given(st.sampled_from(["LA", "RGBA", "PA"]), st.sampled_from(["png", "tif", "webp"]), st.integers(0, 255))
+def test_what_lies_under_transparent_parts_does_not_matter(mode, suffix, under):
+    hidden = np.zeros((8, 8), bool)
+    hidden[:4] = True
+    with tempfile.TemporaryDirectory() as folder:
+        shown = []
+        for value in (0, under):
+            image = Image.fromarray(np.where(hidden, value, 90).astype(np.uint8)).convert(mode.replace("PA", "RGBA"))
+            image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+            path = Path(folder, f"x.{suffix}")
+            image.save(path, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+            shown.append(decode_image(path))
+        assert TRANSPARENT in shown[0].info and np.array_equal(*map(np.asarray, shown))
+        assert not np.asarray(shown[1])[hidden].any()
+
+
+@pytest.fixture
+def ring(tmp_path, demo_data) -> Path:
+    return Path(shutil.copytree(demo_data / "ring", tmp_path / "ring"))
+
+
+def notes_of_both(category: Path) -> tuple[str, str]:
+    """What check_data.py and test.py say."""
+    dataset = LabelledDataset(list_test_items(category), 32)
+    dataset.load(0)
+    return " ".join(check_category(category.parent, "folder", category.name).problems), " ".join(dataset.notes())
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_mask_of_a_turned_image_is_said(orientation, ring):
+    path = next((ring / "test").glob("[!g]*/000.png"))
+    with Image.open(path) as image:
+        image.save(path, exif=exif(orientation))
+    for said in notes_of_both(ring):
+        assert "1 of 6 masks are of images with an EXIF orientation and have none" in said
+
+
+def test_transparency_and_empty_masks_are_said(ring):
+    path = next((ring / "test").glob("[!g]*/000.png"))
+    with Image.open(path) as image:
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(path)
+    mask = ring / "ground_truth" / path.parent.name / "000_mask.png"
+    Image.new("L", image.size).save(mask)
+    for said in notes_of_both(ring):
+        assert "test images have transparent parts" in said and f"the mask {mask} marks no pixel" in said
+
+
+def test_a_shared_mask_is_said_and_strict_refuses(ring, capsys):
+    path = next((ring / "test").glob("[!g]*/000.png"))
+    with Image.open(path) as image:
+        image.convert("RGB").save(path.with_suffix(".jpg"))
+    assert "2 images named 000" in notes_of_both(ring)[0]
+    list_test_items_with_notes(ring, strict=False)
+    assert "2 images named 000" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 images named 000"):
+        list_test_items_with_notes(ring, strict=True)
+
+
+def test_a_replaced_image_of_equal_size_and_time_is_decoded_again(tmp_path):
+    path = tmp_path / "c/train/good/a.bmp"
+    path.parent.mkdir(parents=True)
+    found = []
+    for value in (10, 200):
+        Image.new("L", (16, 16), value).save(path)
+        os.utime(path, (1e9, 1e9))
+        found.append(int(decoded_images([path], 16, tmp_path / "cache", 1)[0, 0, 0, 0]))
+    assert found == [10, 200]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 500, None])
+def test_a_damaged_cache_is_made_again(damage, tmp_path, capsys):
+    path = tmp_path / "c/train/good/a.bmp"
+    path.parent.mkdir(parents=True)
+    Image.new("L", (16, 16), 7).save(path)
+    decoded_images([path], 16, tmp_path / "cache", 1)
+    (cache,) = (tmp_path / "cache").glob("*.npy")
+    cache.write_bytes(cache.read_bytes()[:300] if damage is None else damage)
+    assert (decoded_images([path], 16, tmp_path / "cache", 1) == 7).all()
+    assert "is damaged; it is made again" in capsys.readouterr().out
