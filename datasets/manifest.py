@@ -19,6 +19,7 @@ from datasets.mvtec import list_train_images
 from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.records import VERSION
+from utils.text import read_text
 
 TOOL = f"regad {VERSION}"
 
@@ -128,7 +129,7 @@ def load_manifest(path: Path) -> Manifest:
             path or occurs twice in a round.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the manifest {path}: {' '.join(str(error).split())}") from error
     try:

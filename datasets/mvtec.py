@@ -15,7 +15,6 @@ A category without a train folder has VisA's layout if that file exists.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,11 +43,12 @@ from datasets.listing import GALLERY, PREDICTIONS, entries, is_folder
 from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
 from utils.choices import CATEGORIES
 from utils.errors import UserError
+from utils.text import read_table
 
 GOOD = "good"  # the folder of normal images
 GROUND_TRUTH = "ground_truth"
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
-VISA_DEFECT = "anomaly"  # VisA's split file names no types of defects
+VISA_LABELS = {"normal": GOOD, "anomaly": "anomaly"}  # VisA's split file names no types of defects
 
 
 class LabelledImage(NamedTuple):
@@ -248,12 +248,15 @@ def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
     """
     file, root = category.parent / VISA_SPLIT, category.parent
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            rows = [row for row in csv.DictReader(stream) if (row["object"], row["split"]) == (category.name, split)]
+        table = read_table(file)
+        rows = [row for row in table if (row["object"], row["split"].lower()) == (category.name, split)]
         named = [Path(row[column]) for row in rows for column in ("image", "mask")]
-        defects = [GOOD if row["label"] == "normal" else VISA_DEFECT for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"cannot read VisA's splits {file}: {' '.join(repr(error).split())}") from error
+        defects = [VISA_LABELS[row["label"].lower()] for row in rows]
+    except KeyError as error:
+        needed = "the columns object, split, label, image, mask, and the labels normal and anomaly"
+        raise UserError(f"cannot read VisA's splits {file}: it needs {needed}; there is no {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read VisA's splits {file}: {getattr(error, 'strerror', None) or error}") from error
     if outside := [path for path in named if path.is_absolute() or ".." in path.parts]:
         raise UserError(f"{file} names {outside[0]}, which is not below {root}")
     items = [

@@ -13,6 +13,7 @@ from utils.choices import (
     DEFAULT_SEED,
     DEFAULT_SUPPORT_PATH,
     DRAW_SEED,
+    LARGEST_SEED,
     MAX_PIXELS,
     PREFIX,
     RELEASE_BACKBONE,
@@ -120,7 +121,9 @@ class RunConfig(Config):
 
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
     num_workers: int = flag("threads that decode images", default=2, least=0)
-    seed: int = flag("of all random numbers; the same seed gives the same results", default=DEFAULT_SEED, least=0)
+    seed: int = flag(
+        "of all random numbers; the same seed gives the same results", default=DEFAULT_SEED, least=0, most=LARGEST_SEED
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import numpy as np
 from datasets.mvtec import GOOD, LabelledImage
 from utils.errors import UserError
 from utils.files import whole_file
+from utils.text import read_table
 
 FILE, LABEL, DEFECT, ROUND = "file", "label", "defect", "round_"  # columns; ROUND is followed by the round's number
 LABELS = {"0": 0, "1": 1, "good": 0, "normal": 0, "defective": 1, "anomaly": 1}  # what column LABEL may hold
@@ -62,9 +63,8 @@ def read_scores(path: Path, items: Sequence[LabelledImage], rounds: int) -> np.n
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
-        with open(path, encoding="utf-8-sig", newline="", errors="surrogateescape") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = read_table(path, errors="surrogateescape")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the scores {path}: {error}") from error
     if not rows or FILE not in rows[0] or not {LABEL, DEFECT} & set(rows[0]):
         raise UserError(

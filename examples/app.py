@@ -20,6 +20,7 @@ from PIL import Image
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from datasets.images import ImageError, eight_bit, read_pixels
 from examples.judge import Judge, Judgement
@@ -85,8 +86,10 @@ class Service:
 
     async def _image(self, request: Request) -> bytes:
         """The image file in a request: the body, or the one file of a form."""
+        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise HTTPException(415, f"Content-Encoding {encoding} is not supported: send the file as it is")
         body = await self._body(request)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             body = await _only_file(request, body)
         if not body:
             raise HTTPException(400, "no image: send the file as the body, or as one file of multipart/form-data")
@@ -119,12 +122,44 @@ async def _only_file(request: Request, body: bytes) -> bytes:
         raise HTTPException(400, f"the form is damaged: {error}") from error
 
 
+def timed_protocol(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection whose request line and headers do not end within `seconds`."""
+
+    class Timed(H11Protocol):
+        deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.deadline = self.loop.call_later(seconds, self.give_up)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            is_asked = self.cycle is not None and not self.cycle.response_complete
+            if is_asked and self.deadline:
+                self.deadline.cancel()
+                self.deadline = None
+            elif not is_asked and self.deadline is None:
+                self.deadline = self.loop.call_later(seconds, self.give_up)
+
+        def connection_lost(self, error: Exception | None) -> None:
+            if self.deadline:
+                self.deadline.cancel()
+            super().connection_lost(error)
+
+        def give_up(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+                self.transport.close()
+
+    return Timed
+
+
 def make_app(judge: Judge, limits: Limits) -> FastAPI:
     """The application; see the module's docstring."""
     service, detector = Service(judge, limits), judge.detector
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # pages that load scripts from the network
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict:
         threshold = detector.threshold and detector.threshold.value
         counts = {"scored": service.scored, "waiting": service.waiting}

@@ -170,11 +170,11 @@ def open_source(source: str) -> tuple[Capture, float | None]:
     """
     import cv2
 
-    is_file = not source.isdigit() and "://" not in source
-    if is_file and not Path(source).is_file():
-        raise UserError(f"no video file {source}; --source takes the number of a camera, a file, or an address")
+    is_file = Path(source).is_file() or "%" in source  # numbered images; others are devices, their links, addresses
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     if not capture.isOpened():
+        if not (source.isdigit() or "://" in source or Path(source).exists()):
+            raise UserError(f"no video file {source}; --source takes the number of a camera, a file, or an address")
         raise UserError(f"OpenCV cannot open --source {source}")
     rate = capture.get(cv2.CAP_PROP_FPS)
     return capture, (rate if math.isfinite(rate) and rate > 0 else FALLBACK_RATE) if is_file else None

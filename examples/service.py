@@ -53,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_packages("fastapi", "uvicorn", "python_multipart", requirements=REQUIREMENTS)
     import uvicorn
 
-    from examples.app import MB, Limits, make_app
+    from examples.app import MB, Limits, make_app, timed_protocol
 
     limit_pixels(config.max_pixels)
     app = make_app(load_judge(config), Limits(int(config.max_mb * MB), config.max_waiting, config.max_seconds))
     with Interrupts(), suppress(KeyboardInterrupt), _listen(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         print(f"{config.detector} answers at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+        http = timed_protocol(config.max_seconds)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", http=http)).run([listener])
     print("ended")
 
 

@@ -12,8 +12,9 @@ from jsonschema import Draft202012Validator
 
 from scorers.registry import SCORERS
 from utils.choices import CATEGORIES, RELEASE_BACKBONE, RELEASE_SCORER
-from utils.config import recorded
+from utils.config import CONFIG_KEYS, recorded
 from utils.errors import UserError
+from utils.text import read_text
 
 GRID_FILE = "grid.json"  # what was asked for, so that missing records can be shown: categories, shots, kinds
 SEED_FOLDER = "seed_"  # how the folders of --seeds begin: the records of further trainings, in a results folder
@@ -87,17 +88,30 @@ def read_results(folder: Path) -> Results:
 
 def _read_records(folder: Path) -> dict[tuple[str, int, str], dict]:
     """The records in `folder` by (category, shot, kind). Its sub-folders are not searched."""
-    records = {}
+    records, foreign = {}, []
     for path in sorted(folder.glob("*.json")):
-        if path.name != GRID_FILE:
+        if path.name != GRID_FILE and not _may_be_record(path):
+            foreign.append(path)
+        elif path.name != GRID_FILE:
             record = _read_record(path)
             kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
             records[record["config"]["obj"], record["config"]["shot"], kind] = record
+    if foreign:
+        print(f"note: {len(foreign)} JSON file(s) are no records and left out, e.g. {foreign[0]}")
     return records
 
 
 def _rounds_of(record: dict) -> tuple[str, int]:
     return support_name(record), len(record["rounds"])
+
+
+def _may_be_record(path: Path) -> bool:
+    """Whether a file is a record, also a damaged one; JSON of other programs has no entry in common with it."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError):
+        return True
+    return isinstance(content, dict) and bool({*CONFIG_KEYS, "rounds", "fingerprint"} & set(content))
 
 
 def _read_record(path: Path) -> dict:
@@ -127,7 +141,7 @@ def _phrase(place: str, message: str) -> str:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the record {path}: {error}") from error
     if not isinstance(content, dict):

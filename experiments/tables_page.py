@@ -29,6 +29,7 @@ from experiments.tables import (
 from reports.render import get_template
 from utils.errors import UserError
 from utils.files import whole_file
+from utils.text import read_text
 
 README_MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
 
@@ -130,7 +131,10 @@ def write_tables(folder: Path, readme: Path | None = None) -> None:
 
 def _put_into(readme: Path, markdown: str) -> None:
     """Replaces the text between the two marks."""
-    text = readme.read_text(encoding="utf-8")
+    try:
+        text = read_text(readme)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {readme} (--readme): {getattr(error, 'strerror', None) or error}") from error
     begin, end = README_MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise UserError(f"{readme} needs a line {begin} and a line {end} to put the tables between")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
-from utils.choices import AUTO, DEFAULT_SEED, tile_side
+from utils.choices import AUTO, DEFAULT_SEED, LARGEST_SEED, tile_side
 from utils.config import flag, flags_of
 from utils.errors import UserError
 
@@ -46,7 +46,13 @@ class DetectorConfig(NetworkConfig, ImageConfig):
     checkpoint: Path | None = flag(
         "from train.py or the release (default: weights without registration training)", default=None, group="network"
     )
-    seed: int = flag("for --weights none; everything else is deterministic", default=DEFAULT_SEED, group="network")
+    seed: int = flag(
+        "for --weights none; everything else is deterministic",
+        default=DEFAULT_SEED,
+        group="network",
+        least=0,
+        most=LARGEST_SEED,
+    )
     false_positive_rate: float | None = flag(
         "accepted share of normal images above the threshold (default: 0.01)",
         default=None,
@@ -106,7 +112,7 @@ class PredictConfig(DetectorConfig):
         "draw nothing: scores, maps and a report without images", default=False, aliases=("--no_pictures",)
     )
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
-    num_workers: int = flag("threads that decode and draw", default=2, least=1)
+    num_workers: int = flag("threads that decode and draw", default=2, least=0)
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""

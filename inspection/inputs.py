@@ -94,7 +94,7 @@ def absolute(path: Path) -> Path:
 
 def full_name(path: Path) -> str:
     """The absolute path as text for tables, independent of the working directory; undecodable bytes are escaped."""
-    return str(absolute(path)).encode(errors="backslashreplace").decode()
+    return os.fsencode(absolute(path)).decode("utf-8", "backslashreplace")  # the same in every locale
 
 
 def identify(path: Path) -> Identity | None:

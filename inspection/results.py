@@ -144,7 +144,8 @@ class ResultFiles:
         except UserError:
             self.close()
             raise
-        self.done = {row.identity for row in self.rows}
+        # where the files of a row could not be written, --append tries again
+        self.done = {row.identity for row in self.rows if row.score is None or not row.error}
         self.taken = {name for row in self.rows for name in row.files}
 
     def _read_record(self) -> list[Prediction]:
@@ -178,7 +179,7 @@ class ResultFiles:
                 csv.writer(stream).writerows(table.lines(row))
                 stream.flush()
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+            raise UserError(f"cannot write {self.folder / RECORD} and its tables: {error.strerror}") from error
         self.rows.append(row)
         self.done.add(row.identity)
         self.taken.update(row.files)

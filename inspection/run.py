@@ -101,6 +101,8 @@ def run(
     """
     folder = config.watch or Path(os.path.commonpath([absolute(path).parent for path in paths]))
     with closing(ResultFiles(config.output, config.overwrite)) as results:
+        if config.input and results.rows and not config.append:  # another run has ended since `check_paths`
+            raise UserError(f"another run has written results into {config.output} meanwhile: give another --output")
         current = Run(config, detector, defects, results, absolute(folder), lines)
         with current.interrupts:
             is_whole = current.watch() if config.watch else current.score_all(paths)
@@ -221,12 +223,7 @@ class Run:
     def _print_line(self, row: Prediction) -> None:
         if self.lines is None:
             return
-        try:
-            print(json.dumps(row.plain()), file=self.lines, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.lines.fileno())  # else Python complains once more at its end
-            self.lines = None
-            print("warning: the reader of --jsonl has closed the stream; the run continues", file=sys.stderr)
+        print(json.dumps(row.plain()), file=self.lines, flush=True)
 
     def _refresh_if_due(self) -> None:
         begin = time.monotonic()
@@ -246,7 +243,7 @@ class Run:
             page = report_page(self.detector, identity, file, rows, self.previews, self.root, self.known_images)
             write_page(self.config.output / PAGE, page)
         except OSError as error:
-            raise UserError(f"cannot write to {self.config.output}: {error.strerror}") from error
+            raise UserError(f"cannot write {error.filename or self.config.output}: {error.strerror}") from error
         self.refreshed = len(rows)
 
     def _summary(self, total_seconds: float | None) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from utils.files import load_tensors, save_tensors
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
 WEIGHTS_URL = "https://download.pytorch.org/models/"  # of torchvision
+REASON_LETTERS = 200  # of why a checkpoint does not fit
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of a ResNet in the backbone
 
 
@@ -96,10 +98,11 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
     recipe = content.get(RECIPE)
-    trained = {**recorded(content), **(recipe.get("resolved", {}) if isinstance(recipe, dict) else {})}
+    trained = {**recorded(content), **_resolved(recipe)}
     for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
         if trained.get(name) not in (asked, None):
             raise UserError(f"checkpoint {path} was trained with {name} {trained[name]}, not {asked}", (name,))
+    content |= {part: _without_wrapper(content[part]) for part in CHECKPOINT_PARTS}
     _reject_other_backbone(path, content["STN"], backbone)
     _reject_other_mode(path, content["STN"], stn_mode)
     model = RegAD(stn_mode, img_size, backbone)
@@ -107,12 +110,25 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
         try:
             getattr(model, attribute).load_state_dict(content[part], strict=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = textwrap.shorten(str(error).splitlines()[1], REASON_LETTERS)
             raise UserError(
                 f"checkpoint {path} does not fit the STN mode {stn_mode} at {img_size} pixels: {part}, {reason}",
                 ("stn_mode", "img_size"),
             ) from error
     return model
+
+
+def _resolved(recipe: object) -> dict:
+    found = recipe.get("resolved") if isinstance(recipe, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _without_wrapper(state: dict) -> dict:
+    """A state dict without the prefix that torch's DataParallel puts before all names."""
+    prefix = "module."
+    if not all(isinstance(name, str) and name.startswith(prefix) for name in state):
+        return state
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:

@@ -38,6 +38,7 @@ SCORER_NAMES = (RELEASE_SCORER, "neighbours")
 TRAIN = ("all", "heads", "stn")  # recipes of training; the first of each choice is the release's
 BATCH_NORM = ("train", "frozen")
 SUPPORT_TARGET = ("mean", "each")
+LARGEST_SEED = 2**32 - 1  # of NumPy
 DEFAULT_SEED = 668  # as in the release
 DRAW_SEED = 0  # of support sets that are not given
 DEFAULT_SUPPORT_PATH = Path("./support_set")

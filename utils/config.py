@@ -27,6 +27,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from utils.errors import UserError
 
 CONFIG_KEYS = ("config", "arguments")  # where records hold the configuration; "arguments": until version 0.1
+LARGEST_INTEGER = 2**63 - 1  # of torch and NumPy
 CHECKPOINT_KEYS = ("recipe", "origin")  # where checkpoints and detector files hold their record
 
 UNLESS_DEFAULT = "unless default"  # affects_results of a flag that earlier versions lacked: their fingerprints stay
@@ -41,6 +42,7 @@ def flag(
     group: str = "run",
     affects_results: bool | str = False,
     least: float | None = None,
+    most: float | None = None,
     choices: Sequence[object] | None = None,
     convert: Callable[[str], object] | None = None,
     **options: object,
@@ -53,7 +55,7 @@ def flag(
     arguments of `add_argument` (metavar, nargs, const), `spelling`, the flag where it is not the name of the field, and
     `aliases`, other flags and names in files of --config, which the help does not show.
     """
-    metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least}
+    metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least, "most": most}
     metadata |= {"choices": choices, "convert": convert, "options": options}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -279,3 +281,6 @@ def _check_value(field: dataclasses.Field, value: object) -> None:
         raise UserError(f"--{name} must be a finite number, got {value}")
     if least is not None and value < least:
         raise UserError(f"--{name} must be at least {least}, got {value}")
+    most = field.metadata["most"] or LARGEST_INTEGER
+    if isinstance(value, int) and value > most:
+        raise UserError(f"--{name} must be at most {most}, got {value}")

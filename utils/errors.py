@@ -9,7 +9,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+
+from utils.text import Stream
 
 DID_WORK = (1, 3)  # exit codes: some items failed; predict.py --fail_on_defect found a defect
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # met while writing, wherever that is
@@ -48,6 +51,15 @@ def run_command(
     warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd files that Pillow reads all the same
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    output = Stream(sys.stdout)
+    with redirect_stderr(Stream(sys.stderr)), redirect_stdout(output):
+        _run(main, get_parser)
+        output.flush()
+        if output.fault and not isinstance(output.fault, BrokenPipeError):
+            sys.exit(_complain(f"cannot write the standard output: {output.fault.strerror}", 2))
+
+
+def _run(main: Callable[[Sequence[str] | None], None], get_parser: Callable | None) -> None:
     started = time.perf_counter()
     try:
         main(None)
@@ -71,6 +83,8 @@ def _sentence(error: Exception, get_parser: Callable[[], argparse.ArgumentParser
         return f"{error}{_advice(error, get_parser)}"
     if isinstance(error, WriteError):
         return str(error)
+    if isinstance(error, PermissionError):
+        return f"cannot use {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if is_out_of_memory(error):

@@ -147,9 +147,11 @@ def load_tensors(path: Path, what: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        objects = f": {named[1]}" if named else ""
         raise UserError(
             f"{what} {path} cannot be read as a torch file of tensors: it is damaged, not a torch file (a saved web "
-            f"page?), or holds objects that could run code ({type(error).__name__})"
+            f"page?), or holds objects that could run code{objects} ({type(error).__name__})"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -48,9 +49,12 @@ def git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (PROJECT_ROOT / ".git").exists():  # unpacked inside another repository, whose commit says nothing
+        return None
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         command = ["git", "-C", str(PROJECT_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -77,6 +77,7 @@ def in_threads(
 
     At most `ahead` items (default: two per worker) are submitted ahead of the one that is yielded.
     """
+    workers = max(1, workers)
     ahead = ahead or 2 * workers
     with ThreadPoolExecutor(workers) as pool:
         under_way: deque[Future[Out]] = deque()

@@ -1,0 +1,158 @@
+"""Text files in encodings and with separators of spreadsheets, and closed, full and broken standard streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datasets.manifest import draw_manifest, load_manifest
+from datasets.mvtec import VISA_SPLIT, list_test_items
+from evaluation.config import RunConfig
+from experiments.results import read_results
+from experiments.tables_page import write_tables
+from inspection.config import ExportConfig, PredictConfig
+from models.regad import load_checkpoint, save_checkpoint, untrained
+from utils.errors import UserError
+from utils.files import PROJECT_ROOT, load_tensors, save_tensors
+from utils.records import git_commit
+from utils.text import read_table, read_text
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
+WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
+
+
+@given(
+    st.sampled_from(ENCODINGS),
+    st.sampled_from([",", ", ", ";", "; ", "\t", "|"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.lists(st.tuples(WORDS, WORDS), max_size=4),
+)
+def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows):
+    lines = [separator.join(row) for row in [("object", "label"), *rows]]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.csv")
+        path.write_bytes(end.join(lines).encode(encoding))
+        assert read_table(path) == [{"object": one, "label": other} for one, other in rows]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_manifests_in_every_encoding(encoding, tmp_path):
+    manifest = draw_manifest("ring", ["gr\u00fcn.png", "b.png"], 1, 2, 0)
+    (tmp_path / "x.json").write_text(json.dumps(manifest._asdict(), ensure_ascii=False), encoding=encoding)
+    assert load_manifest(tmp_path / "x.json") == manifest
+
+
+def test_other_encodings_are_one_sentence(tmp_path):
+    (tmp_path / "x.json").write_bytes("gr\u00fcn".encode("cp1252"))
+    with pytest.raises(ValueError, match="not text in UTF-8; save it as UTF-8"):
+        read_text(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("separator", [",", ", ", ";", "\t"])
+def test_visa_s_splits(encoding, separator, tmp_path):
+    rows = [
+        ("object", "split", "label", "image", "mask"),
+        ("c", "test", "Normal", "c/a.png", ""),
+        ("c", "Test", "ANOMALY", "c/b.png", "c/m.png"),
+    ]
+    file = tmp_path / VISA_SPLIT
+    file.parent.mkdir()
+    (tmp_path / "c").mkdir()
+    file.write_bytes("\n".join(map(separator.join, rows)).encode(encoding))
+    assert [item.defect for item in list_test_items(tmp_path / "c")] == ["anomaly", "good"]
+    file.write_text(file.read_text(encoding).replace("Normal", "fine"))
+    with pytest.raises(UserError, match="labels normal and anomaly; there is no 'fine'") as caught:
+        list_test_items(tmp_path / "c")
+    assert len(str(caught.value)) < 400
+
+
+COMMAND = (
+    "import sys; from utils.errors import run_command; run_command(lambda _: ([print('x' * 99) for _ in range(999)], "
+    "print('e', file=sys.stderr), open(sys.argv[1], 'w').close()))"
+)
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("| head -1", 0), ("> /dev/full", 2)]
+)
+def test_streams_never_end_the_work(redirected, code, tmp_path):
+    line = f'"{sys.executable}" -c "{COMMAND}" "{tmp_path}/done" {redirected}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.returncode == code and (tmp_path / "done").exists(), done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert ("cannot write the standard output: No space left" in done.stderr) == (code == 2)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
+@pytest.mark.parametrize("kind", [RunConfig, PredictConfig, ExportConfig])
+def test_seeds_out_of_range_are_one_sentence(seed, kind):
+    others = {} if kind is RunConfig else {"support": ["x"]} | ({"save": "y"} if kind is PredictConfig else {})
+    with pytest.raises(UserError, match="--seed must be at"):
+        kind.from_plain({"seed": seed} | others)
+
+
+def test_no_threads_are_accepted():
+    assert PredictConfig.from_plain({"support": ["x"], "input": ["x"], "num_workers": 0}).num_workers == 0
+
+
+@pytest.mark.parametrize("recipe", [3, "x", None, {"resolved": 3}, {"config": 3}, {"resolved": None, "config": []}])
+def test_checkpoints_whose_recipe_has_another_type(recipe, tmp_path):
+    save_checkpoint(tmp_path / "x.pt", untrained("none", img_size=64), recipe)
+    load_checkpoint(tmp_path / "x.pt", "rotation_scale", 64)
+
+
+def test_checkpoints_of_dataparallel_and_foreign_ones(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", untrained("none", img_size=64), {})
+    content = load_tensors(tmp_path / "x.pt", "checkpoint")
+    wrapped = {
+        part: {f"module.{name}": value for name, value in content[part].items()} for part in ("STN", "ENC", "PRED")
+    }
+    save_tensors(tmp_path / "x.pt", wrapped)
+    load_checkpoint(tmp_path / "x.pt", "rotation_scale", 64)
+    save_tensors(
+        tmp_path / "x.pt",
+        wrapped | {"PRED": {f"other.{'x' * 90}{n}": value for n, value in enumerate(content["PRED"].values())}},
+    )
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(tmp_path / "x.pt", "rotation_scale", 64)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_a_checkpoint_holds_besides_weights_is_named(tmp_path):
+    from argparse import Namespace
+
+    save_tensors(tmp_path / "x.pt", {"arguments": Namespace(lr=1)})
+    with pytest.raises(UserError, match=r"argparse\.Namespace"):
+        load_tensors(tmp_path / "x.pt", "checkpoint")
+
+
+def test_foreign_json_in_a_results_folder_is_left_out(capsys):
+    published = PROJECT_ROOT / "results/published/registration"
+    with tempfile.TemporaryDirectory() as folder:
+        for file in published.glob("*.json"):
+            os.symlink(file, Path(folder, file.name))
+        Path(folder, "package.json").write_text('{"name": "x"}')
+        Path(folder, "list.json").write_text("[]")
+        assert read_results(Path(folder)).records
+    assert "note: 2 JSON file(s) are no records" in capsys.readouterr().out
+
+
+def test_a_missing_readme_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="--readme"):
+        write_tables(PROJECT_ROOT / "results/published/registration", tmp_path / "missing.md")
+
+
+def test_the_commit_of_another_repository_is_not_recorded(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert (git_commit() is not None) == (PROJECT_ROOT / ".git").exists()
+    monkeypatch.setattr("utils.records.PROJECT_ROOT", PROJECT_ROOT / "utils")
+    assert git_commit() is None

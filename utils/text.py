@@ -1,0 +1,89 @@
+"""Text files that people and spreadsheets wrote, and the standard streams of a command."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import os
+import sys
+from pathlib import Path
+
+MARKS = {  # how a file of another encoding than UTF-8 begins; that of UTF-32 contains that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+SEPARATORS = ",;\t|"
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file in UTF-8 or, with a byte-order mark, UTF-16 or UTF-32.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has another encoding.
+    """
+    content = path.read_bytes()
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8-sig")
+    try:
+        return content.decode(encoding, errors if encoding == "utf-8-sig" else "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in {encoding.removesuffix('-sig').upper()}; save it as UTF-8") from error
+
+
+def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
+    """The rows of a CSV file by column, without spaces around values. The separator is the commonest of the head.
+
+    Raises:
+        OSError, ValueError: as `read_text`; ValueError also for a row with more or fewer values than columns.
+    """
+    text = read_text(path, errors)
+    head = text.partition("\n")[0]
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=head.count), skipinitialspace=True)
+    try:
+        columns, *rows = [[value.strip() for value in line] for line in lines if line] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"it is not a CSV file: {error}") from error
+    if wrong := next((number for number, row in enumerate(rows, start=2) if len(row) != len(columns)), None):
+        raise ValueError(f"row {wrong} has {len(rows[wrong - 2])} values for {len(columns)} columns")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+class Stream:
+    """A standard stream that never ends the work: where it is closed, broken or full, the text is lost.
+
+    fault: what went wrong first, or None.
+    """
+
+    def __init__(self, stream: io.TextIOBase | None) -> None:
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for the rest of the process
+        self.fault: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        """Later text goes nowhere, also what Python flushes at its end."""
+        self.fault = self.fault or (error if isinstance(error, OSError) else OSError(None, str(error)))
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for the rest of the process
+        try:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        except (OSError, ValueError):
+            self._stream = nowhere
+        if isinstance(error, BrokenPipeError):
+            print("warning: the reader of the output has closed the stream; the run continues", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
