@@ -91,6 +91,32 @@ def test_the_map_is_a_png_in_the_size_of_the_image(server, images):
     assert result == {k: v for k, v in server.send(encoded(photo, "JPEG")).result.items() if k != "boxes"}
 
 
+@pytest.mark.parametrize(
+    "head", [b"", b"POST /score HTTP/1.1\r\nHost: local", b"POST /score HTTP/1.1\r\nX: " + b"y" * 999]
+)
+def test_headers_that_never_end_are_timed_out(head, server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as slow:
+        slow.sendall(head)
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("kind", [FORM, FORM.replace("multipart/form-data", "Multipart/Form-Data")])
+def test_the_case_of_a_content_type_does_not_matter(kind, server, images):
+    assert server.send(form(images[0].read_bytes()), kind=kind).status == 200
+
+
+def test_a_compressed_body_is_refused_by_name(server):
+    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Encoding: GZIP\r\nContent-Length: 2\r\n\r\nab"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(head)
+        reply = client.recv(4096)
+    assert reply.startswith(b"HTTP/1.1 415") and b"Content-Encoding gzip is not supported" in reply + b""
+
+
+def test_head_of_health(server):
+    assert server.send(method="HEAD", path="/health").status == 200
+
+
 def test_health(server, detector):
     before = server.send(method="GET", path="/health").result
     assert (before["status"], before["detector"]) == ("ok", detector.identity())
