@@ -59,7 +59,7 @@ class Server:
     def __enter__(self) -> Server:
         command = [*self.command, "--port", str(self.port)]
         self.process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
+        line = next((line for line in self.process.stdout if " answers at http://" in line), "")  # after the device
         if " answers at http://" not in line:
             self.kill()
             raise UserError(f"the service did not start: {line.strip() or 'no output'}")

@@ -109,8 +109,8 @@ def test_a_compressed_body_is_refused_by_name(server):
     head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Encoding: GZIP\r\nContent-Length: 2\r\n\r\nab"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
         client.sendall(head)
-        reply = client.recv(4096)
-    assert reply.startswith(b"HTTP/1.1 415") and b"Content-Encoding gzip is not supported" in reply + b""
+        reply = client.recv(4096) + client.recv(4096)
+    assert reply.startswith(b"HTTP/1.1 415") and b"Content-Encoding gzip is not supported" in reply
 
 
 def test_head_of_health(server):
