@@ -132,7 +132,9 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
 
     obj: str = flag("the category to score", group="data", convert=category_name, metavar="CATEGORY")
     shot: tuple[int, ...] = flag("support images per round", default=(2,), group="data", least=1, metavar="K")
-    strict: bool = flag("reject defective test images without a mask", default=False, group="images")
+    strict: bool = flag(
+        "reject a test set with missing masks or other findings of check_data.py", default=False, group="images"
+    )
     frame: str = flag(
         "compare features in this frame. image: as released; registered: without the inverse warp, where score maps "
         "and pixel metrics are off by the warp",

@@ -54,7 +54,9 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
     episodes: Path | None = flag(
         "use these episodes in every epoch (datasets/episodes.py)", default=None, group="data", metavar="FILE"
     )
-    strict: bool = flag("reject defective test images without a mask", default=False, group="images")
+    strict: bool = flag(
+        "reject a test set with missing masks or other findings of check_data.py", default=False, group="images"
+    )
     epochs: int = flag("number of epochs", default=50, group="training", least=1, affects_results=True)
     batch_size: int = flag("queries per step", default=32, group="training", least=1, affects_results=True)
     steps: int | None = flag(

@@ -102,14 +102,14 @@ def test_kinds_of_images_agree(detector, files):
     path = files[1][0]
     array = read_image(path, SIZE)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    kinds = [path, str(path), decode_image(path), array, tensor, tensor.float() / 255]
+    kinds = [path, str(path), decode_image(path), array, array / 255.0, tensor, tensor.float() / 255]
     scores, _ = detector.score(kinds)
     np.testing.assert_allclose(scores, scores[0], rtol=1e-5)
     np.testing.assert_allclose(detector.score(torch.stack([tensor, tensor]))[0], scores[:2], rtol=1e-5)
     with pytest.raises(TypeError, match="a list of images"):
         detector.score(path)
     with pytest.raises(TypeError, match="uint8"):
-        detector.score([array / 255.0])
+        detector.score([array.astype(np.int64)])
     assert detector.score([])[1].shape == (0, SIZE, SIZE)
 
 
