@@ -22,11 +22,12 @@ from benchmarks.threshold import CATEGORIES
 from datasets.mvtec import category_folder, list_test_items
 from datasets.support import read_support_images
 from inspection.out_of_distribution import OutOfDistributionCheck, contrast
-from models.regad import untrained
+from models.networks import resolve_img_size, scoring_network
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared
 from scorers.features import FeatureStore, write_support_images
 from scorers.views import VIEWS_PER_IMAGE
+from utils.choices import LITE_BACKBONE, RELEASE_BACKBONE
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -47,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, default=6, help="draws of support images, seed 0")
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--backbone", default=LITE_BACKBONE)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--report", action="store_true", help="print the tables of the JSON file without measuring")
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_writable(args.output, "--output", folder=True)
     begin = time.perf_counter()
-    network = fuse_conv_bn(untrained(args.weights, img_size=args.img_size).stn.to(device))
+    args.img_size = resolve_img_size(args.backbone, None)
+    weights = args.weights if args.backbone == RELEASE_BACKBONE else "imagenet"
+    network = fuse_conv_bn(scoring_network(args.backbone, "rotation_scale", args.img_size, None, weights).to(device))
     images = {name: _test_images(name, network, device, args) for name in args.obj}
     rounds = [row for name in args.obj for row in _measure(name, images, network, device, args)]
     content = {

@@ -6,7 +6,7 @@ scores, as in predict.py, and once more from the scores of the calibration image
 
 python -m benchmarks.threshold             print the table, write benchmarks/results/threshold_<scorer>_<device>.json
 python -m benchmarks.threshold --report    print the table of that file
-python -m benchmarks.threshold --choose    measure, then choose the rule's constants without each category in turn
+python -m benchmarks.threshold --choose    measure, then choose the prior without each category in turn
 
 The JSON file has one entry per category and K: means over the draws, and the highest value of all draws.
 """
@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
@@ -29,16 +28,16 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
-from inspection import threshold
-from inspection.detector import DEFAULT_SCORER
 from inspection.threshold import NormalScores, leave_one_out, normal_threshold
-from models.regad import load_checkpoint, untrained
+from models.networks import RELEASE_IMG_SIZE, resolve_img_size, scoring_network
+from models.regad import load_checkpoint
 from models.stn import STNResNet, fuse_conv_bn
-from scorers.base import Prepared
+from scorers.base import Prepared, ScorePrior
 from scorers.features import FeatureStore, write_support_images
 from scorers.maps import score_maps_at
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
+from utils.choices import DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -56,10 +55,15 @@ COLUMNS = {
     "auroc": "AUROC",
 }
 WORST = ("worst", "calibrated_worst")
-CATEGORIES = ["screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid"]
-# What --choose tries: PULL, typical score, PRIOR_SPREAD, PRIOR_IMAGES, LOO_SHARE of inspection/threshold.py
+CATEGORIES = [
+    *("screw", "magnetic_tile", "solar_mono", "solar_poly", "bottle", "transistor", "grid", "pill", "toothbrush"),
+]
+# The priors that --choose tries
 CHOICES = tuple(
-    itertools.product((0.5, 1, 1.5, 2), (0.7, 0.74, 0.78, 0.82, 0.86), (0.1, 0.15, 0.2), (0.5, 1), (0.4, 0.5, 0.6, 0.8))
+    ScorePrior(*values)
+    for values in itertools.product(
+        (1.2, 1.3, 1.4), (0, 0.25, 0.5, 1, 1.5), (0.05, 0.1, 0.15), (0.5, 1), (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+    )
 )
 
 
@@ -76,12 +80,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--checkpoint", type=Path, help="with stn_mode rotation_scale, instead of --weights")
-    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--backbone", default=LITE_BACKBONE)
+    parser.add_argument("--img_size", type=int)
     parser.add_argument("--num_workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
-    parser.add_argument("--choose", action="store_true", help="choose the constants without each category")
+    parser.add_argument("--choose", action="store_true", help="choose the prior without each category")
     return parser
 
 
@@ -97,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin, command = time.perf_counter(), command_line("benchmarks.threshold", args)
     args.scorer = make_scorer(args.scorer)
     if args.checkpoint:
+        args.img_size = args.img_size or RELEASE_IMG_SIZE
         network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
     else:
-        network = untrained(args.weights, img_size=args.img_size).stn
+        args.img_size = resolve_img_size(args.backbone, args.img_size)
+        weights = args.weights if args.backbone == RELEASE_BACKBONE else "imagenet"
+        network = scoring_network(args.backbone, "rotation_scale", args.img_size, None, weights)
     network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
     rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
     content = {"command": command, **provenance(device), "draws": args.draws, "summary": summarise(rounds)}
@@ -191,11 +199,13 @@ def _judge(
     fitted = args.scorer.fit(support)
 
     def score(features: Prepared) -> NormalScores:
-        scores, maps = score_maps_at(args.scorer.distance_maps(fitted, features), args.img_size)
+        scores, maps = score_maps_at(
+            args.scorer.distance_maps(fitted, features), args.img_size, border_weight=args.scorer.border_weight
+        )
         return NormalScores(scores.cpu().numpy()[:, None], maps.cpu().numpy(), is_loo=False)
 
     scores = score(test.features.prepared[args.scorer.name]).scores[:, 0]
-    loo = leave_one_out(args.scorer, support, args.img_size, clock)
+    loo = leave_one_out(args.scorer, fitted, support, args.img_size, clock)
     normal, defective = scores[~test.labels], scores[test.labels]
     row = {
         "defects_at_rate": float((defective > np.quantile(normal, 1 - args.false_positive_rate)).mean()),
@@ -217,15 +227,15 @@ def _judge(
 
 
 def _threshold(seen: NormalScores, args: argparse.Namespace) -> float:
-    return normal_threshold(seen, args.false_positive_rate, args.scorer.typical_score, "").value
+    return normal_threshold(seen, args.false_positive_rate, args.scorer.prior, "").value
 
 
 def choose(rounds: Sequence[dict], rate: float) -> str:
-    """Chooses the rule's constants on all categories but one, for each category, and applies them to that one."""
+    """Chooses the prior on all categories but one, for each category, and applies them to that one."""
     names = list(dict.fromkeys(row["category"] for row in rounds))
     tried = [(choice, np.array([_rate_with(choice, row, rate) for row in rounds])) for choice in CHOICES]
     lines = [
-        "| category | constants chosen without it | false-positive rate | of the worst draw |",
+        "| category | prior chosen without it | false-positive rate | of the worst draw |",
         "|---|---|---|---|",
     ]
     blind = []
@@ -233,19 +243,16 @@ def choose(rounds: Sequence[dict], rate: float) -> str:
         own = np.array([row["category"] == name for row in rounds])
         choice, rates = min(tried, key=lambda one: _badness(one[1][~own], [r for r in rounds if r["category"] != name]))
         blind.append(rates[own])
-        lines.append(f"| {name} | {choice} | {rates[own].mean():.1%} | {rates[own].max():.0%} |")
+        lines.append(f"| {name} | {tuple(choice)} | {rates[own].mean():.1%} | {rates[own].max():.0%} |")
     together = np.concatenate(blind)
     lines.append(f"| mean | | {together.mean():.1%} | {together.max():.0%} |")
     return "\n".join([*lines, f"on all categories: {min(tried, key=lambda one: _badness(one[1], rounds))[0]}"])
 
 
-def _rate_with(choice: tuple[float, ...], row: dict, rate: float) -> float:
-    """The false-positive rate of one round with other constants of the rule for leave-one-out scores."""
-    pull, typical, spread, images, share = choice
-    constants = {"PULL": pull, "PRIOR_SPREAD": spread, "PRIOR_IMAGES": images, "LOO_SHARE": share}
-    with mock.patch.multiple(threshold, **constants):
-        scores = np.array(row["loo_scores"])[:, None]
-        value = normal_threshold(NormalScores(scores, scores[..., None], True), rate, typical, "").value
+def _rate_with(prior: ScorePrior, row: dict, rate: float) -> float:
+    """The false-positive rate of one round with another prior, from leave-one-out scores."""
+    scores = np.array(row["loo_scores"])[:, None]
+    value = normal_threshold(NormalScores(scores, scores[..., None], True), rate, prior, "").value
     return float((np.array(row["normal"]) > value).mean())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.choices import (
     AUTO_BITS,
+    BACKBONE_HELP,
     BACKBONE_NAMES,
     BIT_DEPTHS,
     CATEGORIES,
@@ -15,12 +16,12 @@ from utils.choices import (
     DRAW_SEED,
     LARGEST_SEED,
     MAX_PIXELS,
-    PREFIX,
     RELEASE_BACKBONE,
     RELEASE_SCORER,
     SCORER_NAMES,
     STN_MODE_NAMES,
     category_name,
+    is_trainable,
 )
 from utils.config import UNLESS_DEFAULT, Config, flag
 from utils.errors import UserError
@@ -98,13 +99,13 @@ class NetworkConfig(Config):
         affects_results=True,
     )
     backbone: str = flag(
-        f"{', '.join(BACKBONE_NAMES)}, or timm:NAME for any model of the timm library, without registration training",
+        BACKBONE_HELP,
         default=RELEASE_BACKBONE,
         group="network",
         affects_results=True,
     )
     img_size: int | None = flag(
-        "side of the network's input in pixels, a multiple of 16 (default: 224, or that of the timm model)",
+        "side of the network's input in pixels, a multiple of 16 (default: that of the backbone, 224 for a ResNet)",
         default=None,
         group="network",
         least=1,
@@ -165,9 +166,9 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""
-        if self.backbone.startswith(PREFIX) and not self.untrained:
+        if not is_trainable(self.backbone) and not self.untrained:
             raise UserError(f"{self.backbone} is not trained here: give --untrained")
-        if self.backbone.startswith(PREFIX) and self.frame != "image":
+        if not is_trainable(self.backbone) and self.frame != "image":
             raise UserError(f"{self.backbone} has no warps: --frame {self.frame} is for {', '.join(BACKBONE_NAMES)}")
         if self.untrained + self.last + bool(self.checkpoint) > 1:
             raise UserError("--untrained, --last and --checkpoint exclude each other")

@@ -168,7 +168,7 @@ def _score_round(
 ) -> RoundResult:
     distances = scorer.measure(support[scorer.name], test.features.prepared[scorer.name], clock)
     with clock("smoothing"):
-        image_scores, maps = score_maps_at(distances, size)
+        image_scores, maps = score_maps_at(distances, size, border_weight=scorer.border_weight)
         image_scores = image_scores.cpu().numpy()
     if not np.isfinite(image_scores).all():
         raise NotFinite("scores are not finite: the checkpoint or the support set contains NaN or infinite values")

@@ -12,7 +12,7 @@ from typing import Any
 
 from evaluation.config import ScoringConfig
 from training.config import TrainingConfig
-from utils.choices import PREFIX, WEIGHTS, category_name
+from utils.choices import WEIGHTS, category_name, is_trainable
 from utils.config import AnyConfig, Config, flag, flags_of
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR
@@ -108,7 +108,7 @@ class TableConfig(Config):
 
     def check(self) -> None:
         """Raises UserError where flags contradict each other."""
-        if self.eval_only and self.backbone.startswith(PREFIX):
+        if self.eval_only and not is_trainable(self.backbone):
             raise UserError(f"{self.backbone} is not trained here, so there is nothing for --eval_only to score")
         if self.readme and not self.report:
             raise UserError("--readme goes with --report DIR")

@@ -10,11 +10,11 @@ from experiments.config import ExperimentConfig
 from experiments.engines import visible_gpus
 from experiments.results import SEED_FOLDER, kind_name
 from experiments.runs import Run, Scoring, is_begun, is_finished
-from models.networks import network_name
+from models.networks import is_trainable, network_name
 from models.regad import selection
 from scorers.registry import make_scorers
 from training.config import TrainingConfig
-from utils.choices import CATEGORIES, PREFIX, WEIGHTS
+from utils.choices import CATEGORIES, WEIGHTS
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
 from utils.naming import CheckpointFiles, record_name
@@ -52,7 +52,7 @@ class Plan:
                 )
             return runs
         untrained = [self._untrained_run(name) for name in self.categories]
-        if self.config.backbone.startswith(PREFIX):  # timm backbones are not trained in this project
+        if not is_trainable(self.config.backbone):
             return untrained
         trained = [
             self._trained_run(name, shot, select, number)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
-from utils.choices import AUTO, DEFAULT_SEED, LARGEST_SEED, tile_side
+from utils.choices import (
+    AUTO,
+    BACKBONE_HELP,
+    DEFAULT_SCORER,
+    DEFAULT_SEED,
+    LARGEST_SEED,
+    LITE_BACKBONE,
+    RELEASE_BACKBONE,
+    tile_side,
+)
 from utils.config import flag, flags_of
 from utils.errors import UserError
 
@@ -30,7 +39,11 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         metavar="FILE",
     )
     scorer: str | None = flag(
-        f"{SCORER_HELP} (default: neighbours)", default=None, group="detector", metavar="NAME", affects_results=True
+        f"{SCORER_HELP} (default: {DEFAULT_SCORER})",
+        default=None,
+        group="detector",
+        metavar="NAME",
+        affects_results=True,
     )
     tile: int | str = flag(
         "auto: cut images that would shrink more than 4 times; off; or the side of a tile in pixels",
@@ -45,6 +58,12 @@ class DetectorConfig(NetworkConfig, ImageConfig):
     ignore: Path | None = flag("mask file: do not score here", default=None, group="detector", metavar="MASK")
     checkpoint: Path | None = flag(
         "from train.py or the release (default: weights without registration training)", default=None, group="network"
+    )
+    backbone: str | None = flag(
+        f"{BACKBONE_HELP} (default: {LITE_BACKBONE}, with --checkpoint {RELEASE_BACKBONE})",
+        default=None,
+        group="network",
+        affects_results=True,
     )
     seed: int = flag(
         "for --weights none; everything else is deterministic",

@@ -29,17 +29,15 @@ from models.stn import STNResNet, without_identity_heads
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, without_images, write_support_images
 from scorers.gaussian import Gaussian, convert_fitted_369ac53
-from scorers.neighbours import Neighbours
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
-from utils.choices import AUTO, AUTO_BITS, BIT_DEPTHS, OFF, Tile
+from utils.choices import AUTO, AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
 from utils.devices import resolve_device, upload
 from utils.errors import UserError
 from utils.stages import StageClock
 
 SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
 MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
-DEFAULT_SCORER = Neighbours.name  # benchmarks/scorers.py compares it with the Gaussian
 
 
 class Inspection(NamedTuple):
@@ -144,7 +142,7 @@ class FewShotDetector(ImageScoring):
             self.check = CHECK.fit(prepared[CHECK.name], contrasts.to(self.clock.device))
         if for_threshold and len(support.names) > 1:
             if ends is None:
-                scores = leave_one_out(self.scorer, features, self.size, self.clock, self.inside_views)
+                scores = leave_one_out(self.scorer, self.fitted, features, self.size, self.clock, self.inside_views)
             else:
                 scores = self._leave_one_out(support.images, features, ends)
             self.loo_scores = scores._replace(names=tuple(support.names))
@@ -224,7 +222,7 @@ class FewShotDetector(ImageScoring):
         found = []
         for image, start, end in zip(images, [0, *ends], ends, strict=False):
             with self.clock(self.scorer.name):
-                fitted = self.scorer.fit(without_images(support, int(start), int(end)))
+                fitted = self.scorer.refit(self.fitted, without_images(support, int(start), int(end)))
             found += self.results([image], fitted, only_pixels=True)
         return NormalScores(np.array([[one.score] for one in found]), np.stack([one.map for one in found]), True)
 
@@ -268,7 +266,7 @@ class FewShotDetector(ImageScoring):
                 "further normal images, or set the threshold",
                 options=("calibrate", "threshold"),
             )
-        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.typical_score, source)
+        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source)
         return self.threshold
 
     def set_threshold(self, value: float) -> Threshold:

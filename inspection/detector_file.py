@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.networks import scoring_network
 from models.stn import STNResNet, drop_heads
-from models.timm_features import TimmFeatures
 from scorers.base import Scorer
 from scorers.registry import SCORERS, make_scorer
-from utils.choices import PREFIX, RELEASE_BACKBONE
+from utils.choices import RELEASE_BACKBONE
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 
@@ -73,10 +73,8 @@ def identity(scoring_state: dict) -> str:
 def stored_network(state: dict) -> nn.Module:
     """The network of a state, with its weights, in eval mode."""
     backbone, size = state.get("backbone", RELEASE_BACKBONE), state["img_size"]
-    if backbone.startswith(PREFIX):
-        network = TimmFeatures(backbone.removeprefix(PREFIX), "none", size)
-    else:
-        network = STNResNet(state["stn_mode"], size, backbone)
+    network = scoring_network(backbone, state["stn_mode"], size, None, "none")
+    if isinstance(network, STNResNet):
         drop_heads(network, state["network"])
     network.load_state_dict(state["network"])
     return network.eval()

@@ -14,7 +14,7 @@ from datasets.masks import to_square_mask
 from inspection.detector import FewShotDetector
 from inspection.tiles import OVERLAP
 from models.stn import without_batch_norm
-from scorers.maps import masked, score_map_matrix, score_maps
+from scorers.maps import border_weights, score_map_matrix, score_maps
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.records import VERSION, git_commit
@@ -48,17 +48,16 @@ class ExportedDetector(nn.Module):
             raise UserError(
                 "an exported file scores single tiles: fit the detector without a region", ("region", "ignore")
             )
-        self.has_region = detector.region is not None
-        if self.has_region:
-            square = to_square_mask(detector.region, detector.size, detector.keep_aspect)
-            self.register_buffer("inside", torch.from_numpy(square))
+        inside = None
+        if detector.region is not None:
+            inside = torch.from_numpy(to_square_mask(detector.region, detector.size, detector.keep_aspect))
+        self.register_buffer("inside", inside)
+        self.register_buffer("weights", border_weights(detector.size, self.scorer.border_weight))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Score maps (B, S, S) and image scores (B,), float32, of images (B, S, S, 3) uint8 RGB."""
         x = image.permute(0, 3, 1, 2).contiguous().float() / 255
-        scores, maps = score_maps(self._distances(x), self.matrix)
-        if self.has_region:
-            scores, maps = masked(maps, self.inside)
+        scores, maps = score_maps(self._distances(x), self.matrix, self.inside, self.weights)
         return maps, scores
 
     def _distances(self, x: torch.Tensor) -> torch.Tensor:

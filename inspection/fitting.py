@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from datasets.images import FULL_BITS, ClippedWarning, smallest_depth
 from inspection.config import DetectorConfig
-from inspection.detector import DEFAULT_SCORER, FewShotDetector
+from inspection.detector import FewShotDetector
 from inspection.images import ImageFile, largest_grey_values
 from inspection.inputs import list_inputs
 from inspection.region import RegionWarning, read_region
@@ -19,7 +19,7 @@ from inspection.results import DEFECTIVE, UNUSUAL, decide
 from inspection.threshold import Threshold
 from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
-from utils.choices import AUTO, AUTO_BITS
+from utils.choices import AUTO, AUTO_BITS, DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
 from utils.devices import seed_everything
 from utils.errors import UserError
 from utils.files import sha256
@@ -110,14 +110,16 @@ def _printed_warnings() -> Iterator[None]:
 def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
     """Fits a detector to the support images, each of which is opened once."""
     support = [ImageFile(path) for path in list_inputs(config.support, output)]
-    size = resolve_img_size(config.backbone, config.img_size)
-    network = scoring_network(config.backbone, config.stn_mode, size, config.checkpoint, config.weights)
+    backbone = config.backbone or (RELEASE_BACKBONE if config.checkpoint else LITE_BACKBONE)
+    size = resolve_img_size(backbone, config.img_size)
+    network = scoring_network(backbone, config.stn_mode, size, config.checkpoint, config.weights)
+    print(f"backbone: {backbone}, {_describe_weights(config)}, {size} x {size} pixels")
     print(f"fitting to {len(support)} normal image(s)")
     bits = _bit_depth(config, support)
     region = None
     if config.region is not None or config.ignore is not None:
         region = read_region(config.region, config.ignore, [image.size for image in support])
-    origin = _describe_fit(config, support, {"bits": bits, "img_size": size})
+    origin = _describe_fit(config, support, {"bits": bits, "img_size": size, "backbone": backbone})
     scorer = config.scorer or DEFAULT_SCORER
     detector = FewShotDetector(network, device, config.keep_aspect, scorer, bits, config.tile or AUTO, region, origin)
     return detector.fit(support)
@@ -132,10 +134,13 @@ def _bit_depth(config: DetectorConfig, support: Sequence[ImageFile]) -> int:
     return bits
 
 
+def _describe_weights(config: DetectorConfig) -> str:
+    return str(config.checkpoint) if config.checkpoint else f"not trained, weights {config.weights}"
+
+
 def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved: dict) -> dict:
     """What a detector file says of the fit: images, weights, configuration, resolved values and fingerprint."""
     plain, own = config.plain(), DetectorConfig.__dataclass_fields__
-    weights = f"not trained, weights {config.weights}"
     if config.weights == "none" and not config.checkpoint:
         weights_from = f"seed {config.seed}"
     else:
@@ -149,7 +154,7 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
     }
     return {
         "support": [{"path": str(image.path), "sha256": image.sha256} for image in support],
-        "network": f"{config.checkpoint} {weights_from}" if config.checkpoint else weights,
+        "network": f"{config.checkpoint} {weights_from}" if config.checkpoint else _describe_weights(config),
         "config": {name: value for name, value in plain.items() if name in own},
         "resolved": resolved,
         "fingerprint": fingerprint(config.results_part() | resolved, inputs),

@@ -133,7 +133,7 @@ class ImageScoring:
             distances = self.scorer.distance_maps(fitted, prepared[self.scorer.name])
             measured = [CHECK.measure(self.check, prepared[CHECK.name], contrast(inputs))] if self.check else []
         with self.clock("smoothing"):
-            scores, maps = score_maps_at(distances, self.size, inside)
+            scores, maps = score_maps_at(distances, self.size, inside, self.scorer.border_weight)
             columns = [scores[:, None], maps.flatten(1), *measured]
             values = torch.cat(columns, dim=1).cpu().numpy()  # one copy: each copy from a device waits for it
         scores, maps = values[:, 0], values[:, 1 : maps[0].numel() + 1].reshape(maps.shape)

@@ -7,18 +7,18 @@ The threshold for a false-positive rate a (the share of normal images that score
   for the rate 1/(n + 1).
 - Otherwise n images are too few for the rate a, and any threshold is an extrapolation. The logarithms of the scores are
   taken as normally distributed.
-  - If the scorer has a `typical_score`, n images are combined with what is known of other parts: the mean
-    logarithm is pulled towards that of `typical_score` by PULL / n, and the variance towards PRIOR_SPREAD^2, which
-    counts as PRIOR_IMAGES images. The threshold lies a share of the normal quantile above the mean: LOO_SHARE
-    for leave-one-out scores of at most FEW_LOO images, otherwise CALIBRATION_SHARE. It is at least the largest
-    score of further images.
+  - If the scorer has a prior (`scorers.base.ScorePrior`), n images are combined with it: the mean logarithm is pulled
+    towards that of `typical` by `pull` / n, and the variance towards `spread`^2, which counts as `images` images. The
+    threshold lies a share of the normal quantile above the mean: `loo_share` for leave-one-out scores of at most
+    FEW_LOO images, otherwise CALIBRATION_SHARE. It is at least the largest score of further images.
   - If it has none, each image is scored in all views that the scorer uses. The threshold is the quantile 1 - a of a
     normal distribution with mean and standard deviation of all these logarithms, or the largest score of an image if
     that is higher.
 
-The constants were chosen on the normal test images of seven categories. `python -m benchmarks.threshold --choose`
-chooses them on six and judges them on the seventh, each in turn. The first share is lower because leave-one-out scores
-are higher than those of new images: each is computed from one image less.
+The priors were chosen on the normal test images of several categories. `python -m benchmarks.threshold --choose`
+chooses them on all but one and judges them on that one, each in turn. `loo_share` can be lower because leave-one-out
+scores are higher than those of new images: each is computed from one image less. The scores of `combined` are relative
+to the leave-one-out distances of the part itself, so nothing is pulled towards other parts.
 
 The region threshold is usually lower. It is the quantile 1 - a of the pixels of a normal score map, as the median over
 the normal images. Regions above it are outlined. Normal images contain such regions too, so the region threshold shows
@@ -39,16 +39,13 @@ import torch
 from scipy.special import ndtri
 
 from inspection.region import pixels
-from scorers.base import Prepared, Scorer
+from scorers.base import Fitted, Prepared, ScorePrior, Scorer
 from scorers.features import without_images
 from scorers.maps import score_maps_at
 from utils.errors import UserError
 from utils.stages import StageClock
 
-PULL = 1.5  # images: weight of the typical score against n scores is PULL / n, at most 1
-PRIOR_SPREAD = 0.1  # standard deviation of the logarithms of a part's scores, before any image is seen
-PRIOR_IMAGES = 0.5  # how many images the prior spread counts for
-LOO_SHARE, CALIBRATION_SHARE = 0.5, 0.75  # of the normal quantile
+CALIBRATION_SHARE = 0.75  # of the normal quantile
 FEW_LOO = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
 
 
@@ -88,23 +85,29 @@ class NormalScores(NamedTuple):
 
 
 def leave_one_out(
-    scorer: Scorer, support: Prepared, size: int, clock: StageClock, inside: torch.Tensor | None = None
+    scorer: Scorer,
+    fitted: Fitted,
+    support: Prepared,
+    size: int,
+    clock: StageClock,
+    inside: torch.Tensor | None = None,
 ) -> NormalScores:
     """Leave-one-out scores of the support images: each image is scored by a fit to the views of the K - 1 others.
 
     Images are scored in all views if the threshold rule needs them, otherwise as they are.
 
-    support: prepared features of all views. size: side of the score maps in pixels. inside: the region in each view,
-    (views, S, S) bool; None: everywhere.
+    fitted: the fit to all of them. support: prepared features of all views. size: side of the score maps in pixels.
+    inside: the region in each view, (views, S, S) bool; None: everywhere.
     """
     scores, maps = [], []
     views = len(scorer.views)
-    scored = views if scorer.typical_score is None else 1
+    scored = views if scorer.prior is None else 1
     for start in range(0, len(support[0]), views):
         own = [layer[start : start + scored] for layer in support]
         others = without_images(support, start, start + views)
-        distances = scorer.measure(others, own, clock)
-        of_views, maps_of_views = score_maps_at(distances, size, None if inside is None else inside[:scored])
+        distances = scorer.measure(others, own, clock, fitted)
+        inside_scored = None if inside is None else inside[:scored]
+        of_views, maps_of_views = score_maps_at(distances, size, inside_scored, scorer.border_weight)
         scores.append(of_views.cpu().numpy())
         of_image = maps_of_views[0].cpu().numpy()
         maps.append(of_image if inside is None else pixels(of_image, inside[0].cpu().numpy(), size))
@@ -150,13 +153,13 @@ def is_order_statistic(count: int, rate: float) -> bool:
 
 def needs_views(count: int, rate: float, scorer: Scorer) -> bool:
     """Whether the rule needs the scores of all views of each normal image."""
-    return scorer.typical_score is None and not is_order_statistic(count, rate)
+    return scorer.prior is None and not is_order_statistic(count, rate)
 
 
-def normal_threshold(normal: NormalScores, rate: float, typical_score: float | None, source: str) -> Threshold:
+def normal_threshold(normal: NormalScores, rate: float, prior: ScorePrior | None, source: str) -> Threshold:
     """The threshold for a false-positive rate of `rate`, by the rule in the module's docstring.
 
-    typical_score: the scorer's. source: where the scores come from, as text for `Threshold.how`.
+    prior: the scorer's. source: where the scores come from, as text for `Threshold.how`.
 
     Raises:
         UserError: fewer than two images that differ, or a rate outside (0, 1).
@@ -171,39 +174,39 @@ def normal_threshold(normal: NormalScores, rate: float, typical_score: float | N
             "identical normal images give no threshold; give other images, or set the threshold",
             options=("calibrate", "threshold"),
         )
-    value, rule = _value(normal.scores, normal.is_loo, rate, typical_score)
+    value, rule = _value(normal.scores, normal.is_loo, rate, prior)
     region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
     how = f"{rule} for a false-positive rate of {rate:g}, {source}"
     typical = float(np.median(normal.scores[:, 0]))
     return Threshold(value, how, typical, float(region), rate, count)
 
 
-def _value(scores: np.ndarray, is_loo: bool, rate: float, typical_score: float | None) -> tuple[float, str]:
+def _value(scores: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior | None) -> tuple[float, str]:
     """The threshold from scores (n, views) above 0, and the name of the rule. It falls as the rate rises."""
     images, count = np.sort(scores[:, 0]), len(scores)
     largest = float(images[-1]), f"the largest of {count} scores"
     if is_order_statistic(count, rate):
         order = _order(count, rate)
         found = float(images[order - 1]), f"the {order}-th smallest of {count} scores"
-        if typical_score is None or not is_loo:
+        if prior is None or not is_loo:
             return found
-        return min(found, _bound(images, is_loo, 1 / (count + 1), typical_score))
-    if typical_score is not None:
-        bound = _bound(images, is_loo, rate, typical_score)
+        return min(found, _bound(images, is_loo, 1 / (count + 1), prior))
+    if prior is not None:
+        bound = _bound(images, is_loo, rate, prior)
         return bound if is_loo else max(bound, largest)
     logs = np.log(scores[scores > 0].astype(np.float64))
     value = float(np.exp(logs.mean() + ndtri(1 - rate) * logs.std()))
     return max((value, f"log-normal bound of {scores.size} views"), largest)
 
 
-def _bound(images: np.ndarray, is_loo: bool, rate: float, typical_score: float) -> tuple[float, str]:
+def _bound(images: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior) -> tuple[float, str]:
     """The threshold from scores (n,) of images and from what is known of other parts, and the name of the rule."""
     logs, count = np.log(images.astype(np.float64)), len(images)
-    pull = min(1.0, PULL / count)
-    mean = (1 - pull) * logs.mean() + pull * math.log(typical_score)
-    squares = PRIOR_IMAGES * PRIOR_SPREAD**2 + ((logs - logs.mean()) ** 2).sum()
-    spread = math.sqrt(squares / (PRIOR_IMAGES + count - 1) * (1 + 1 / count))
-    share = LOO_SHARE if is_loo and count <= FEW_LOO else CALIBRATION_SHARE
+    pull = min(1.0, prior.pull / count)
+    mean = (1 - pull) * logs.mean() + pull * math.log(prior.typical)
+    squares = prior.images * prior.spread**2 + ((logs - logs.mean()) ** 2).sum()
+    spread = math.sqrt(squares / (prior.images + count - 1) * (1 + 1 / count))
+    share = prior.loo_share if is_loo and count <= FEW_LOO else CALIBRATION_SHARE
     return math.exp(mean + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
 
 

@@ -1,14 +1,15 @@
-"""Selects the network for scoring: from a checkpoint, untrained, or a timm model."""
+"""Selects the network for scoring: from a checkpoint, untrained, or one that is not trained in this project."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from models.efficientnet_lite import LITE_IMG_SIZE, EfficientNetLite
 from models.regad import load_checkpoint, untrained
 from models.stn import BACKBONES, STNResNet, check_img_size
 from models.timm_features import TimmFeatures, own_img_size
-from utils.choices import PREFIX, RELEASE_BACKBONE
+from utils.choices import LITE_BACKBONE, PREFIX, RELEASE_BACKBONE, is_trainable
 from utils.errors import UserError
 
 RELEASE_IMG_SIZE = 224
@@ -22,27 +23,32 @@ def resolve_img_size(backbone: str, img_size: int | None, smallest: int | None =
     Raises:
         UserError: the backbone does not exist, or does not accept the size.
     """
+    if backbone == LITE_BACKBONE:
+        return img_size or LITE_IMG_SIZE
     if backbone.startswith(PREFIX):
         return img_size or own_img_size(backbone.removeprefix(PREFIX))
     if backbone not in BACKBONES:
-        raise UserError(f"no backbone {backbone!r}; give {', '.join(BACKBONES)} or timm:NAME")
+        raise UserError(f"no backbone {backbone!r}; give {', '.join(BACKBONES)}, {LITE_BACKBONE} or timm:NAME")
     check_img_size(img_size or RELEASE_IMG_SIZE, *([smallest] if smallest else []))
     return img_size or RELEASE_IMG_SIZE
 
 
 def scoring_network(
     backbone: str, stn_mode: str, img_size: int, checkpoint: Path | None, weights: str
-) -> STNResNet | TimmFeatures:
+) -> STNResNet | EfficientNetLite | TimmFeatures:
     """The network of `checkpoint`, or without one the backbone with `weights` and no registration training.
 
     weights: imagenet, none, or a file.
 
     Raises:
-        UserError: a file is missing or does not match the network, or a checkpoint is given for a timm backbone.
+        UserError: a file is missing or does not match the network, or a checkpoint is given for a backbone that is not
+            trained here.
     """
+    if checkpoint and not is_trainable(backbone):
+        raise UserError(f"{backbone} is not trained here and has no checkpoint: leave out {checkpoint}")
+    if backbone == LITE_BACKBONE:
+        return EfficientNetLite(weights, img_size)
     if backbone.startswith(PREFIX):
-        if checkpoint:
-            raise UserError(f"{backbone} is not trained here and has no checkpoint: leave out {checkpoint}")
         return TimmFeatures(backbone.removeprefix(PREFIX), weights, img_size)
     if checkpoint:
         return load_checkpoint(checkpoint, stn_mode, img_size, backbone).stn
@@ -53,4 +59,4 @@ def network_name(backbone: str, stn_mode: str) -> str:
     """The network's part of a record's file name. It omits the backbone of the release."""
     if backbone == RELEASE_BACKBONE:
         return stn_mode
-    return re.sub(r"[^\w.-]", "-", backbone) if backbone.startswith(PREFIX) else f"{stn_mode}_{backbone}"
+    return f"{stn_mode}_{backbone}" if is_trainable(backbone) else re.sub(r"[^\w.-]", "-", backbone)

@@ -17,7 +17,7 @@ from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE
 from utils.config import recorded
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import load_state_dict, load_tensors, save_tensors
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
@@ -199,7 +199,7 @@ def untrained(
     """
     model = RegAD(stn_mode, img_size, backbone)
     if weights != "none":
-        state = _imagenet_state(backbone) if weights == "imagenet" else _trunk_state(Path(weights))
+        state = _imagenet_state(backbone) if weights == "imagenet" else load_state_dict(Path(weights))
         needed = _layer_shapes(backbone)
         other = [name for name, shape in needed.items() if _shapes(state).get(name) != shape]
         if other:
@@ -220,14 +220,3 @@ def _imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
             "weights (none)",
             ("weights",),
         ) from error
-
-
-def _trunk_state(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise UserError(
-            f"no weights file {path}; weights are imagenet, none, or the path of a state dict", ("weights",)
-        )
-    state = load_tensors(path, "weights file")
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"weights file {path} is not a state dict (names -> tensors)")
-    return state

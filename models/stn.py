@@ -154,6 +154,7 @@ class STNResNet(nn.Module):
     """
 
     registered_frame = False  # of `features`; True in the network of test.py --frame registered
+    bn_follows_conv = True  # among the children of each module: batch-norm can be fused
 
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE) -> None:
         super().__init__()
@@ -251,14 +252,14 @@ def drop_heads(network: STNResNet, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def without_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy of `network` in eval mode; STNResNet: `without_identity_heads`, batch-norm fused."""
+    """A copy of `network` in eval mode, `without_identity_heads`; batch-norm is fused where `bn_follows_conv`."""
     network = copy.deepcopy(without_identity_heads(network)).eval().requires_grad_(False)
-    if not isinstance(network, STNResNet):  # the order of its layers is unknown
+    if not getattr(network, "bn_follows_conv", False):
         return network
     for parent in list(network.modules()):
         children = list(parent.named_children())
         for (name, layer), (next_name, following) in itertools.pairwise(children):
             if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
                 parent.register_module(name, fuse_conv_bn_eval(layer, following))
-                parent.register_module(next_name, nn.Identity())
+                parent.register_module(next_name, getattr(following, "act", nn.Identity()))  # timm's has one
     return network

@@ -16,7 +16,7 @@ from torch import nn
 
 from utils.choices import PREFIX
 from utils.errors import UserError
-from utils.files import load_tensors
+from utils.files import load_state_dict
 
 STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
 
@@ -87,11 +87,7 @@ class TimmFeatures(nn.Module):
 
 def _load(net: nn.Module, path: Path) -> None:
     """Loads a state dict with timm's names. It may hold the classifier, which is not used."""
-    if not path.is_file():
-        raise UserError(
-            f"no weights file {path}; weights are imagenet, none, or the path of a state dict", ("weights",)
-        )
-    state = load_tensors(path, "weights file")
+    state = load_state_dict(path)
     own = net.state_dict()
     names = {name: _timm_name(name, state) for name in own}
     found = {name: state[given] for name, given in names.items() if given in state}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,21 @@ from utils.stages import StageClock
 FeatureMaps = Sequence[torch.Tensor]  # per layer (N, C_l, H_l, W_l), finest layer first
 Prepared = list[torch.Tensor]  # tensors whose first dimension is the image
 Fitted = dict[str, torch.Tensor]
+
+
+class ScorePrior(NamedTuple):
+    """What is known of the image scores of normal images before any is seen, for inspection/threshold.py.
+
+    typical: a high score of normal images of any part. pull: the weight of its logarithm against n scores is pull / n,
+    at most 1. spread: the standard deviation of the logarithms of a part's scores. images: how many images `spread`
+    counts for. loo_share: of the normal quantile, for leave-one-out scores of few images.
+    """
+
+    typical: float
+    pull: float
+    spread: float
+    images: float
+    loo_share: float
 
 
 class Scorer(ABC):
@@ -31,7 +47,8 @@ class Scorer(ABC):
 
     name: str
     largest: float | None = None  # no distance is larger; None: there is no bound
-    typical_score: float | None = None  # a high score of normal images of any part, for thresholds; None: not known
+    prior: ScorePrior | None = None  # of the image scores of normal images; None: not known
+    border_weight: float = 1.0  # of the border of a score map where the image score is taken
     views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # indices of `support_views`, ascending; 0: the image
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
@@ -45,16 +62,21 @@ class Scorer(ABC):
         Returns tensors by name.
         """
 
+    def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
+        """A fit to other views whose distances are comparable with those of `fitted`."""
+        del fitted  # without a scale of their own, distances are comparable
+        return self.fit(support)
+
     @abstractmethod
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Distance maps (B, H, H) of B test images. Values are at least 0 and grow with the distance to the support."""
 
-    def measure(self, support: Prepared, test: Prepared, clock: StageClock) -> torch.Tensor:
-        """Fits on `support` and returns `distance_maps` of `test`; the fit is not kept.
+    def measure(self, support: Prepared, test: Prepared, clock: StageClock, like: Fitted | None = None) -> torch.Tensor:
+        """Fits on `support` and returns `distance_maps` of `test`; the fit is not kept. like: of `refit`.
 
         The clock records the stages `self.name` (fitting) and `distance`.
         """
         with clock(self.name):
-            fitted = self.fit(support)
+            fitted = self.fit(support) if like is None else self.refit(like, support)
         with clock("distance"):
             return self.distance_maps(fitted, test)

@@ -80,8 +80,9 @@ class Gaussian(Scorer):
         ]
         return torch.cat(squared)[..., :count].sqrt().permute(2, 0, 1)
 
-    def measure(self, support: Prepared, test: Prepared, clock: StageClock) -> torch.Tensor:
+    def measure(self, support: Prepared, test: Prepared, clock: StageClock, like: Fitted | None = None) -> torch.Tensor:
         """Fits and scores some rows of the grid at a time. The statistics of all positions are never in memory."""
+        del like  # the distances have no scale of their own
         squared, views, images = [], _positions_first(support), _positions_first(test)
         for of_support, of_test in zip(_in_rows(views, views[-1]), _in_rows(images, images[-1]), strict=True):
             with clock(self.name):

@@ -8,33 +8,48 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
+BORDER_GRID = 16  # the border of a map is one of so many parts of its side
 SMOOTHING_SIGMA = 4.0  # pixels of the score map; as in the release, with scipy's truncate 4, mode "reflect"
 
 
-def score_maps(distances: torch.Tensor, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def score_maps(
+    distances: torch.Tensor,
+    matrix: torch.Tensor,
+    inside: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, H).
 
-    An image's score is the maximum of its score map (release behaviour). matrix: from `score_map_matrix`.
+    An image's score is the maximum of its score map (release behaviour), multiplied by `weights` (S, S) if given.
+    matrix: from `score_map_matrix`. inside: (S, S) or (B, S, S) bool; the maps are 0 where it is False.
     """
     maps = matrix @ distances @ matrix.T
-    return maps.flatten(1).amax(dim=1), maps
+    if inside is not None:
+        maps = maps * inside
+    weighted = maps if weights is None else maps * weights
+    return weighted.flatten(1).amax(dim=1), maps
 
 
 def score_maps_at(
-    distances: torch.Tensor, size: int, inside: torch.Tensor | None = None
+    distances: torch.Tensor, size: int, inside: torch.Tensor | None = None, border_weight: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`score_maps` of distance maps (B, H, H) for images of side `size`.
+    """`score_maps` of distance maps (B, H, H) for images of side `size`, with the weights of `border_weights`."""
+    matrix = score_map_matrix(distances.shape[-1], size, distances.device)
+    return score_maps(distances, matrix, inside, border_weights(size, border_weight, distances.device))
 
-    inside: (S, S) or (B, S, S) bool; the maps are 0 where it is False, before the image scores are taken.
+
+@functools.cache
+def border_weights(size: int, border_weight: float, device: torch.device | str = "cpu") -> torch.Tensor | None:
+    """Weights (size, size) of a score map for the image score: 1 inside, about `border_weight` at the border.
+
+    The outermost BORDER_GRID-th of each side has the weight, enlarged and smoothed as the maps are. None: all are 1.
     """
-    scores, maps = score_maps(distances, score_map_matrix(distances.shape[-1], size, distances.device))
-    return (scores, maps) if inside is None else masked(maps, inside)
-
-
-def masked(maps: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image scores (B,) and score maps (B, S, S) that are 0 where `inside`, (S, S) or (B, S, S) bool, is False."""
-    maps = maps * inside
-    return maps.flatten(1).amax(dim=1), maps
+    if border_weight == 1:
+        return None
+    line = torch.ones(BORDER_GRID, device=device)
+    line[0] = line[-1] = border_weight
+    line = score_map_matrix(BORDER_GRID, size, device) @ line
+    return line[:, None] * line
 
 
 @functools.cache

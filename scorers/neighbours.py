@@ -26,14 +26,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
+from scorers.base import FeatureMaps, Fitted, Prepared, ScorePrior, Scorer
+from scorers.coordinates import damp, principal_directions, resample
 from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 from utils.devices import upload
 
 CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test patch embeddings and the memory bank
-SHRINKAGE = 0.01  # times the mean variance, added to every variance before whitening: limits noise in weak directions
-RIDGE = 1e-5  # times the mean variance, added to the diagonal: eigh can take seconds without it
-EPS = 1e-12  # avoids division by 0 where a layer has no variance or all embeddings are equal
 ROUNDING = 1e-5  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
 SUBSET_SEED = 0  # for the random subset of patch embeddings, if there are more than `bank_size`
 
@@ -44,7 +42,8 @@ class NeighboursConfig(NamedTuple):
     layers: number of layers, counted from the coarsest. window: side of the averaging window in positions. finer: grid
     positions per position of the coarsest layer, along one side. components: number of principal directions, None for
     the features without step 2. whitening: exponent of the standard deviation that each direction is divided by; 0 is
-    none, 1 is full whitening. damped: whether step 3 is applied. bank_size: largest number of patch
+    none, 1 is full whitening. damped: whether step 3 is applied. zero_padding: whether the averages count zeros beyond
+    the border, which damps the border, where the features of all views are alike. bank_size: largest number of patch
     embeddings in the memory bank; a random subset is kept if there are more.
     """
 
@@ -54,6 +53,7 @@ class NeighboursConfig(NamedTuple):
     components: int | None = 128
     whitening: float = 0.5
     damped: bool = True
+    zero_padding: bool = True
     bank_size: int = 12288
 
 
@@ -68,29 +68,20 @@ class Neighbours(Scorer):
 
     name = "neighbours"
     largest = 2.0  # between damped embeddings, which are shorter than 1
-    typical_score = 0.78  # of seven categories at K = 2 to 8, see inspection/threshold.py
+    prior = ScorePrior(typical=0.78, pull=1.5, spread=0.1, images=0.5, loo_share=0.5)  # see inspection/threshold.py
     views = tuple(view for view in range(VIEWS_PER_IMAGE) if view not in TRANSLATED_VIEWS and view != GREY_VIEW)
 
     def __init__(self, config: NeighboursConfig = DEFAULT) -> None:
         self.config = config
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
-        """Averages each layer over `window` x `window` positions and resamples it to one grid: (N, P, C_l) per layer.
-
-        The averages count zeros beyond the border. This damps the border, where the features of all views are alike.
-
-        Convention: bilinear resampling with align_corners=False.
-        """
-        side, window = maps[-1].shape[-1] * self.config.finer, self.config.window
-        layers = []
-        for layer in maps[-self.config.layers :]:
-            layer = F.avg_pool2d(layer, window, stride=1, padding=window // 2)
-            if layer.shape[-1] > side:
-                layer = F.adaptive_avg_pool2d(layer, side)
-            elif layer.shape[-1] < side:
-                layer = F.interpolate(layer, size=(side, side), mode="bilinear", align_corners=False)
-            layers.append(layer.flatten(2).transpose(1, 2))
-        return layers
+        """Averages each layer over `window` x `window` positions, resampled to one grid: (N, P, C_l) per layer."""
+        side, window, padded = maps[-1].shape[-1] * self.config.finer, self.config.window, self.config.zero_padding
+        layers = [
+            F.avg_pool2d(layer, window, stride=1, padding=window // 2, count_include_pad=padded)
+            for layer in maps[-self.config.layers :]
+        ]
+        return [resample(layer, side) for layer in layers]
 
     def fit(self, support: Prepared) -> Fitted:
         """Computes `directions` (C, D) and `offset` (D,) of step 2, `damping` of step 3 and `memory` (D + 1, M).
@@ -99,14 +90,20 @@ class Neighbours(Scorer):
         gives |m|^2 - 2 q m.
         """
         embeddings = torch.cat(support, dim=2).flatten(0, 1)  # (N P, C)
-        directions, offset = self._coordinates(embeddings, [layer.shape[2] for layer in support])
+        components, whitening = self.config.components, self.config.whitening
+        if components is None:
+            like = embeddings[0]
+            directions, offset = torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
+        else:
+            channels = [layer.shape[2] for layer in support]
+            directions, offset = principal_directions(embeddings, channels, components, whitening)
         if len(embeddings) > self.config.bank_size:
             order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(SUBSET_SEED))
             embeddings = embeddings[upload(order[: self.config.bank_size], embeddings.device)]
         embeddings = torch.addmm(offset, embeddings, directions)
         damping = embeddings.square().sum(dim=1).mean()
         if self.config.damped:
-            embeddings = _damp(embeddings, damping)
+            embeddings = damp(embeddings, damping)
         memory = torch.cat([-2 * embeddings.T, embeddings.square().sum(dim=1)[None]])
         return {"directions": directions, "offset": offset, "damping": damping, "memory": memory}
 
@@ -126,7 +123,7 @@ class Neighbours(Scorer):
         """Squared distances (B, P) of patch embeddings (B, P, C) to the memory bank; can be negative by rounding."""
         embeddings = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
         if self.config.damped:
-            embeddings = _damp(embeddings, fitted["damping"])
+            embeddings = damp(embeddings, fitted["damping"])
         nearest = (F.pad(embeddings, (0, 1), value=1.0) @ fitted["memory"]).amin(dim=1)
         return embeddings.square().sum(dim=1) + nearest
 
@@ -139,26 +136,3 @@ class Neighbours(Scorer):
         if memory.device.type == "cpu":
             return 1
         return max(1, CUDA_TABLE_BYTES // (positions * memory.shape[1] * memory.element_size()))
-
-    def _coordinates(self, embeddings: torch.Tensor, channels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Directions (C, D) and offset (D,); the coordinates of a row x are x @ directions + offset."""
-        config, mean = self.config, embeddings.mean(dim=0)
-        if config.components is None:
-            return torch.eye(len(mean), dtype=mean.dtype, device=mean.device), torch.zeros_like(mean)
-        centred = embeddings - mean
-        covariance = centred.T @ centred / (len(embeddings) - 1)
-        variances = covariance.diagonal().split(channels)
-        scale = torch.cat([v.sum().clamp(min=EPS).rsqrt().expand(len(v)) for v in variances])
-        covariance = covariance * scale * scale[:, None]
-        typical = len(channels) / len(mean)  # the mean variance, as each layer now has a total variance of 1
-        covariance.diagonal().add_(RIDGE * typical)
-        values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(0)[: config.components].clamp(min=0), vectors.flip(1)[:, : config.components]
-        floor = SHRINKAGE * typical
-        directions = scale[:, None] * vectors * (values + floor).pow(-config.whitening / 2)
-        return directions, -(mean @ directions)
-
-
-def _damp(embeddings: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """Scales embeddings x (N, D) to x / sqrt(|x|^2 + damping), so that their length is below 1."""
-    return embeddings * (embeddings.square().sum(dim=1, keepdim=True) + damping).clamp(min=EPS).rsqrt()

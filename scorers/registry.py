@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scorers.base import Scorer
+from scorers.combined import Combined
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
+from scorers.positions import Positions
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import BACKBONE_NAMES
 from utils.errors import UserError
 
-SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours)}
+SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours, Positions, Combined)}
 TAKEN_NAMES = {*SCORERS, *BACKBONE_NAMES, "untrained", "last", "source", "best"}  # other parts of the names of records
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a scorer's name becomes part of file names
 

@@ -32,9 +32,15 @@ STN_MODE_NAMES = (
 )
 RELEASE_BACKBONE = "resnet18"
 BACKBONE_NAMES = (RELEASE_BACKBONE, "resnet34", "resnet50", "wide_resnet50_2")
+LITE_BACKBONE = "efficientnet_lite2"  # the default of predict.py and export.py
 PREFIX = "timm:"  # of the names of the backbones of timm
+BACKBONE_HELP = (
+    f"{', '.join(BACKBONE_NAMES)}; without registration training: {LITE_BACKBONE} (its ImageNet weights are installed "
+    f"with this project), or {PREFIX}NAME for any model of the timm library"
+)
 RELEASE_SCORER = "gaussian"  # the scorer of the release; default of train.py and test.py
-SCORER_NAMES = (RELEASE_SCORER, "neighbours")
+SCORER_NAMES = (RELEASE_SCORER, "neighbours", "positions", "combined")
+DEFAULT_SCORER = "combined"  # of predict.py and export.py
 TRAIN = ("all", "heads", "stn")  # recipes of training; the first of each choice is the release's
 BATCH_NORM = ("train", "frozen")
 SUPPORT_TARGET = ("mean", "each")
@@ -52,6 +58,11 @@ WEIGHTS = {  # the weights of a record, in the order of the columns: how they we
     "best": "selected by image + pixel AUROC on the target's own test labels, as in the published protocol. Test "
     "labels are not available in use, so these numbers are optimistic; they are comparable with the published ones",
 }
+
+
+def is_trainable(backbone: str) -> bool:
+    """Whether train.py can train the backbone: it has spatial transformers, and checkpoints."""
+    return backbone != LITE_BACKBONE and not backbone.startswith(PREFIX)
 
 
 def category_name(text: str) -> str:

