@@ -100,7 +100,7 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
     common = ["--weights", "none", "--img_size", SIZE, "--device", "cpu", "--no_pictures"]
     inputs = ["--input", str(demo_data / "ring/test/good")]
     predict.main(["--support", *support, *inputs, *common, "--output", str(tmp_path / "default")])
-    assert "scorer: neighbours" in capsys.readouterr().out
+    assert "scorer: combined" in capsys.readouterr().out
     file = tmp_path / "part.regad"
     predict.main(["--support", *support, *common, "--scorer", mine, "--save", str(file)])
     saved = ["--detector", str(file), *inputs, "--device", "cpu", "--no_pictures", "--output", str(tmp_path / "saved")]

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from inspection.threshold import NormalScores, Threshold, normal_threshold
+from scorers.base import ScorePrior
+from scorers.combined import Combined
 from scorers.neighbours import Neighbours
 from utils.errors import UserError
 
 PRIOR = Neighbours.prior
 scores_of_images = st.lists(st.floats(0.1, 1.5), min_size=2, max_size=30)
-kinds = st.sampled_from([(None, True), (None, False), (PRIOR, True), (PRIOR, False)])
+kinds = st.sampled_from([(prior, is_loo) for prior in (None, PRIOR, Combined.prior) for is_loo in (True, False)])
 
 
-def threshold_of(scores, share: float, prior: float | None = None, is_loo: bool = True) -> Threshold:
+def threshold_of(scores, share: float, prior: ScorePrior | None = None, is_loo: bool = True) -> Threshold:
     """The threshold for scores (n,) or (n, views); the maps do not matter."""
     scores = np.array(scores, float).reshape(len(scores), -1)
     names = tuple(f"{n}.png" for n in range(len(scores)))
@@ -70,7 +72,8 @@ def test_region_is_the_hottest_share_of_the_area_of_a_typical_image():
 def test_threshold_scales_with_the_scores_and_rises_as_the_rate_falls(scores, share, factor, kind):
     prior, left_out = kind
     value = threshold_of(scores, share, prior, left_out).value
-    scaled = threshold_of(factor * np.array(scores), share, prior and factor * prior, left_out).value
+    scaled_prior = prior and prior._replace(typical=factor * prior.typical)
+    scaled = threshold_of(factor * np.array(scores), share, scaled_prior, left_out).value
     assert scaled == pytest.approx(factor * value)
     assert threshold_of(scores, share / 2, prior, left_out).value >= value * (1 - 1e-9)
 
