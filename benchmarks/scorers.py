@@ -72,7 +72,7 @@ VARIANTS: dict[str, dict[str, Callable[[], Scorer]]] = {
         "neighbours, 2,000 embeddings": partial(_neighbours, bank_size=2000),
     },
     LITE_BACKBONE: {
-        **{f"combined, weight {weight}": partial(Combined, weight) for weight in (0.2, 0.3, 0.5, 0.6, 0.8)},
+        **{f"combined, weight {weight}": partial(Combined, weight) for weight in (0.3, 0.4, 0.6, 0.7, 0.8)},
         **{f"combined, border {weight}": partial(Combined, border_weight=weight) for weight in (0.8, 0.85, 0.95, 1.0)},
     },
 }

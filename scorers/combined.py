@@ -22,7 +22,7 @@ from scorers.features import without_images
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
 
-NEIGHBOURS_WEIGHT = 0.4  # of the neighbours' map; the rest is that of the positions
+NEIGHBOURS_WEIGHT = 0.5  # of the map of `neighbours`; less finds fewer moved and rare parts, more blurs the maps
 BORDER_WEIGHT = 0.9
 MOST_LEFT_OUT = 8  # support images that set the scale
 EPS = 1e-12  # the least scale: images can be equal
@@ -37,7 +37,7 @@ class Combined(Scorer):
     name = "combined"
     views = Neighbours.views
     border_weight = BORDER_WEIGHT
-    prior = ScorePrior(typical=1.3, pull=0.0, spread=0.05, images=1.0, loo_share=0.8)  # see inspection/threshold.py
+    prior = ScorePrior(typical=1.2, pull=0.0, spread=0.1, images=0.5, loo_share=0.8)  # see inspection/threshold.py
 
     def __init__(self, neighbours_weight: float = NEIGHBOURS_WEIGHT, border_weight: float = BORDER_WEIGHT) -> None:
         self.parts: tuple[Scorer, Scorer] = (Neighbours(NeighboursConfig(zero_padding=False)), Positions())

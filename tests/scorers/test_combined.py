@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scorers import positions
-from scorers.combined import Combined
+from scorers.combined import NEIGHBOURS_WEIGHT, Combined
 from scorers.maps import border_weights, score_maps_at
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
@@ -76,7 +76,7 @@ def test_positions_see_where_a_region_lies():
 
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_combined_is_the_mean_of_both_by_their_left_out_distances(images):
-    scorer, weight = Combined(), 0.4
+    scorer, weight = Combined(), NEIGHBOURS_WEIGHT
     support, test = feature_maps(VIEWS * images, 2), feature_maps(3, 3)
     found = scorer.measure(scorer.prepare(support), scorer.prepare(test), StageClock())
     group = VIEWS if images > 1 else 1  # a single image: its views are left out
