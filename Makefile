@@ -1,32 +1,19 @@
-# make demo    from nothing to heat maps: environment, data, support set, training, scoring, demo/figure.png
+# make demo    from nothing to heat maps: environment, data, scoring, demo/figure.png
 # make test    from nothing to a tested tree: environment, lint, test suite; make test-slow: the tests that take minutes,
 #              make test-random: a longer search by random examples, another one at each call
 PYTHON ?= python3
 BIN := .venv/bin
-WEIGHTS ?= imagenet
 DEMO := demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --dist worksteal --durations 10
-TRY_IMAGENET := import socket; socket.setdefaulttimeout(10); from models.regad import untrained; untrained('imagenet')
+SCORED := --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
+	--backbone efficientnet_lite2 --scorer combined
 
 .PHONY: demo test test-slow test-random lint clean
 
 demo: .venv/runtime
 	$(BIN)/python -m examples.demo_data --output $(DEMO)/data
-	$(BIN)/python make_support.py --obj ring --shots 2 --rounds 2 --data_type folder --data_path $(DEMO)/data \
-		--support_path $(DEMO)/support_set
-	rm -rf $(DEMO)/save_checkpoints
-	@echo $(WEIGHTS) > $(DEMO)/weights.txt
-	@if [ $(WEIGHTS) = imagenet ]; then printf "ImageNet weights: "; \
-		if timeout 300 $(BIN)/python -c "$(TRY_IMAGENET)" >/dev/null 2>&1; then echo "found"; \
-		else echo "cannot be downloaded here, the demo goes on with random ones"; echo none > $(DEMO)/weights.txt; fi; fi
-	$(BIN)/python train.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
-		--support_path $(DEMO)/support_set --epochs 2 --select last --weights $$(cat $(DEMO)/weights.txt) \
-		--save_dir $(DEMO)/save_checkpoints --cache_dir $(DEMO)/cache
-	$(BIN)/python test.py --obj ring --shot 2 --inferences 2 --data_type folder --data_path $(DEMO)/data \
-		--support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints --output $(DEMO)/results --save_images -1
-	@$(BIN)/python -m examples.demo_figure --obj ring --shot 2 --inferences 2 --data_type folder \
-		--data_path $(DEMO)/data --support_path $(DEMO)/support_set --save_dir $(DEMO)/save_checkpoints \
-		--output $(DEMO)/figure.png
+	$(BIN)/python test.py $(SCORED) --untrained --output $(DEMO)/results --save_images -1
+	@$(BIN)/python -m examples.demo_figure $(SCORED) --output $(DEMO)/figure.png
 
 test: .venv/development lint
 	$(PYTEST)

@@ -1,7 +1,7 @@
 """Command: what few-shot detection does, in one figure: support images, test images, ground truth, heat maps.
 
-python -m examples.demo_figure --obj ring --data_type folder --data_path demo/data --support_path demo/support_set
-    --inferences 2 --save_dir demo/save_checkpoints --output demo/figure.png
+python -m examples.demo_figure --obj ring --data_type folder --data_path demo/data --inferences 2
+    --backbone efficientnet_lite2 --scorer combined --output demo/figure.png
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from PIL import Image
 from datasets.check import list_test_items_with_notes
 from datasets.mvtec import LabelledDataset, category_folder
 from datasets.support import find_support_rounds
-from evaluation.config import DataConfig, NetworkConfig, SupportConfig
+from evaluation.config import SCORER_HELP, DataConfig, NetworkConfig, SupportConfig
 from evaluation.scoring import score_category
-from models.networks import network_name, resolve_img_size
-from models.regad import load_checkpoint
+from models.networks import resolve_img_size, scoring_network
 from reports.drawing import colour_limits, overlay
 from scorers.registry import make_scorer
 from utils.choices import RELEASE_SCORER, category_name
 from utils.config import Parser, flag
-from utils.errors import UserError, run_command
+from utils.errors import run_command
 from utils.files import require_writable, whole_file
-from utils.naming import DEFAULT_SAVE_DIR, CheckpointFiles
 from utils.stages import StageClock
 
 MAX_COLUMNS = 4  # test images: a normal one and up to three defects
@@ -55,7 +53,8 @@ class FigureConfig(NetworkConfig, SupportConfig, DataConfig):
 
     obj: str = flag("the category to show", group="data", convert=category_name, metavar="CATEGORY")
     shot: int = flag("support images", default=2, group="data", least=1, metavar="K")
-    save_dir: Path = flag("checkpoints of train.py", default=DEFAULT_SAVE_DIR, group="network")
+    checkpoint: Path | None = flag("from train.py (default: no registration training)", default=None, group="network")
+    scorer: str = flag(SCORER_HELP, default=RELEASE_SCORER, metavar="NAME")
     output: Path = flag("a .png or .jpg file", default=Path("figure.png"))
 
 
@@ -72,15 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = category_folder(config.data_path, config.data_type, config.obj)
     items = list_test_items_with_notes(folder, strict=False)
     support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, size)
-    network = network_name(config.backbone, config.stn_mode)
-    checkpoint = CheckpointFiles.of(config.save_dir, network, config.shot, config.obj).selected
-    if not checkpoint.is_file():
-        raise UserError(f"no checkpoint {checkpoint}; train.py --save_dir {config.save_dir} writes it")
-    network = load_checkpoint(checkpoint, config.stn_mode, size, config.backbone).stn
+    network = scoring_network(config.backbone, config.stn_mode, size, config.checkpoint, config.weights)
     dataset, labels = LabelledDataset(items, size), [item.label for item in items]
     clock = StageClock(torch.device("cpu"))
-    results = score_category(network, [make_scorer(RELEASE_SCORER)], dataset, labels, support.images[:1], clock)
-    maps = next(results)[RELEASE_SCORER].maps.numpy()
+    scorer = make_scorer(config.scorer)
+    results = score_category(network, [scorer], dataset, labels, support.images[:1], clock)
+    maps = next(results)[scorer.name].maps.numpy()
     save_figure(config.output, support.images[0], choose_examples(dataset, maps), _limits(maps, labels))
     print(
         f"figure: {config.output}. Left: the {config.shot} support images; right: test images, the defect as labelled, "

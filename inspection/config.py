@@ -8,12 +8,12 @@ from pathlib import Path
 
 from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
 from utils.choices import (
-    AUTO,
     BACKBONE_HELP,
     DEFAULT_SCORER,
     DEFAULT_SEED,
     LARGEST_SEED,
     LITE_BACKBONE,
+    OFF,
     RELEASE_BACKBONE,
     tile_side,
 )
@@ -46,8 +46,8 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         affects_results=True,
     )
     tile: int | str = flag(
-        "auto: cut images that would shrink more than 4 times; off; or the side of a tile in pixels",
-        default=AUTO,
+        "off: score whole images; auto: cut those that would shrink more than 4 times; or the side of a tile in pixels",
+        default=OFF,
         group="detector",
         convert=tile_side,
         affects_results=True,

@@ -31,7 +31,7 @@ from scorers.features import FeatureStore, without_images, write_support_images
 from scorers.gaussian import Gaussian, convert_fitted_369ac53
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
-from utils.choices import AUTO, AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
+from utils.choices import AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
 from utils.devices import resolve_device, upload
 from utils.errors import UserError
 from utils.stages import StageClock
@@ -91,7 +91,7 @@ class FewShotDetector(ImageScoring):
         keep_aspect: bool = False,
         scorer: str | Scorer = DEFAULT_SCORER,
         bits: int | str = AUTO_BITS,
-        tile: Tile = AUTO,
+        tile: Tile = OFF,
         region: np.ndarray | None = None,
         origin: Mapping | None = None,
     ) -> None:

@@ -19,7 +19,7 @@ from inspection.results import DEFECTIVE, UNUSUAL, decide
 from inspection.threshold import Threshold
 from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
-from utils.choices import AUTO, AUTO_BITS, DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
+from utils.choices import AUTO_BITS, DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
 from utils.devices import seed_everything
 from utils.errors import UserError
 from utils.files import sha256
@@ -121,7 +121,7 @@ def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
         region = read_region(config.region, config.ignore, [image.size for image in support])
     origin = _describe_fit(config, support, {"bits": bits, "img_size": size, "backbone": backbone})
     scorer = config.scorer or DEFAULT_SCORER
-    detector = FewShotDetector(network, device, config.keep_aspect, scorer, bits, config.tile or AUTO, region, origin)
+    detector = FewShotDetector(network, device, config.keep_aspect, scorer, bits, config.tile, region, origin)
     return detector.fit(support)
 
 

@@ -29,7 +29,7 @@ from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, TURNED_VIEWS, VIEWS_PER_I
 LAYERS = 2  # compared, counted from the coarsest
 GRID = 4  # cells per side, for the direction
 LEAST_CONTRAST = 0.25  # times the least contrast of a support image
-LEAST_LIMIT = 0.3  # relative distance of features
+LEAST_LIMIT = 0.4  # relative distance of features
 LOO_FACTOR = 1.4  # times the median leave-one-out distance
 CLEARLY = 0.9  # ratio of two distances, for the direction
 MOST_TILES = 256  # of large support images, whose statistics are kept

@@ -120,7 +120,7 @@ def _config(timm: object, name: str) -> dict:
 
 def _timm() -> object:
     if find_spec("timm") is None:
-        raise UserError("the models of timm need the package timm: pip install -r requirements-timm.txt")
+        raise UserError("the models of timm need the package timm: pip install -r requirements.txt")
     import timm
     import timm.data
 

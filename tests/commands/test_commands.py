@@ -290,17 +290,17 @@ def test_published_command_line_on_real_screws(tmp_path):
 
 
 def test_demo_figure(arguments, tmp_path, capsys):
-    """The figure is drawn in both formats; a missing checkpoint gives one error message."""
+    """The figure is drawn in both formats, of a checkpoint and of an untrained network."""
     flags = ("--obj", "--shot", "--inferences", "--stn_mode", "--img_size", "--data_type", "--data_path")
     call = flat({flag: arguments[flag] for flag in (*flags, "--support_path")})
-    save_dir = Path(arguments["--checkpoint"]).parents[3]
-    for figure in (tmp_path / "figure.png", tmp_path / "figure.jpg"):
-        demo_figure.main([*call, "--save_dir", str(save_dir), "--output", str(figure)])
+    networks = ("--checkpoint", arguments["--checkpoint"]), ("--weights", "none", "--scorer", "combined")
+    for figure, network in zip((tmp_path / "figure.png", tmp_path / "figure.jpg"), networks, strict=True):
+        demo_figure.main([*call, *network, "--output", str(figure)])
         assert f"figure: {figure}" in capsys.readouterr().out
         drawn = read_image(figure, 224)
         assert (drawn.reshape(-1, 3).max(axis=1) > 200).any() and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500
-    with pytest.raises(UserError, match=r"no checkpoint .*nowhere.*train\.py --save_dir /nowhere"):
-        demo_figure.main([*call, "--save_dir", "/nowhere"])
+    with pytest.raises(UserError, match=r"/nowhere"):
+        demo_figure.main([*call, "--checkpoint", "/nowhere"])
 
 
 def test_demo_figure_shows_a_normal_image_and_each_kind_of_defect(demo_data):

@@ -138,7 +138,7 @@ def test_what_timm_cannot_give_is_a_sentence(backbone, weights, sentence, tmp_pa
 
 def test_without_timm_the_command_to_install_it(monkeypatch):
     monkeypatch.setattr("models.timm_features.find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"pip install -r requirements-timm\.txt"):
+    with pytest.raises(UserError, match=r"pip install -r requirements\.txt"):
         resolve_img_size("timm:test_vit", None)
     assert resolve_img_size("resnet18", None) == 224
 
