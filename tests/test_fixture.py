@@ -121,7 +121,7 @@ def test_changed_numbers_need_another_method_version(scorer, fixture):
     ("scorer", "constant", "value"),
     [
         ("gaussian", "scorers.gaussian.COVARIANCE_EPS", 0.01001),
-        ("neighbours", "scorers.neighbours.SHRINKAGE", 0.01001),
+        ("neighbours", "scorers.coordinates.SHRINKAGE", 0.01001),
         ("gaussian", "tests.test_fixture.METHOD_VERSION", 0),
     ],
 )

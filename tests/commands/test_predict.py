@@ -17,11 +17,11 @@ from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
 from skimage.filters import threshold_otsu
 
 import predict
-from benchmarks.reference import DATA, TRUNK
+from benchmarks.reference import DATA
 from inspection.detector import FewShotDetector
 from inspection.predictions import draw_panels
 from inspection.threshold import Threshold
-from models.regad import untrained
+from models.efficientnet_lite import EfficientNetLite
 from reports.drawing import CAPTION_HEIGHT, ELEVATED, FLAGGED
 from tests.reference import needs_reference
 from utils.devices import seed_everything
@@ -46,7 +46,7 @@ def run(support: list[Path], inputs: list[Path], output: Path, *flags: str) -> d
 def test_scores_are_the_detector_s(support, demo_data, tmp_path):
     record = run(support, [demo_data / "ring/test"], tmp_path)
     seed_everything(668)
-    detector = FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu").fit(support)
+    detector = FewShotDetector(EfficientNetLite("none", SIZE), "cpu").fit(support)
     paths = [row["path"] for row in record["images"]]
     assert len(paths) == 9
     scores, maps = detector.score(paths)
@@ -176,7 +176,7 @@ def test_no_images_draws_nothing(support, demo_data, tmp_path, monkeypatch):
 
 def test_heat_maps_are_seen(support, demo_data, tmp_path):
     """The heat map of an image as normal as the support is coloured at its maximum, for any threshold."""
-    record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "0.001")
+    record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "1e-9")
     assert all(row["decision"] == "normal" for row in record["images"])
     for row in record["images"]:
         with Image.open(
@@ -227,7 +227,7 @@ def test_marked_places_lie_on_the_real_part(tmp_path):
     screws = sorted((DATA / "screw/test").glob("*_[fnt]*/00*.png"))  # manipulated_front, scratch_neck, thread_top
     predict.main(
         ["--support", *(str(DATA / f"screw/train/good/00{number}.png") for number in range(4)), "--device", "cpu"]
-        + ["--input", *map(str, screws), "--weights", str(TRUNK), "--output", str(tmp_path), "--maps", "npy"]
+        + ["--input", *map(str, screws), "--output", str(tmp_path), "--maps", "npy"]
     )
     limit = json.loads((tmp_path / "scores.json").read_text())["threshold"]["region"]
     on_screw, marked, images = 0, 0, 0
@@ -326,8 +326,8 @@ INVALID = {
     "--support nowhere --input in": "no such file or folder: nowhere",
     "--support in --input empty": "no images",
     "--support empty --input in": "no images",
-    "--support in --input in --img_size 50": "multiple of 16",
-    "--support in --input in --num_workers 0": "--num_workers must be at least 1",
+    "--support in --input in --img_size 50": "multiple of 32",
+    "--support in --input in --num_workers -1": "--num_workers must be at least 0",
     "--support in --input in --threshold nan": "--threshold must be a finite number",
     "--support in --input in --output in": "--output in is also where the images come from",
     "--support in --input in --output in/a.png": "cannot write to the folder in/a.png (--output): ",

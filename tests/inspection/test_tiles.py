@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -39,6 +40,9 @@ def with_spot(image: Image.Image, x: int, y: int, side: int = 10) -> Image.Image
     return Image.fromarray(values)
 
 
+neighbours_detector = functools.partial(FewShotDetector, device="cpu", scorer="neighbours")  # the one for tiles
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_tiles():
     """Detectors are fitted to 60 tiles, which takes less time."""
@@ -56,7 +60,7 @@ def network():
 @pytest.fixture(scope="module")
 def detector(network):
     """Fitted to large images, which are cut into tiles of 48 pixels."""
-    detector = FewShotDetector(network, "cpu", tile=48).fit([surface(seed) for seed in range(3)])
+    detector = neighbours_detector(network, tile=48).fit([surface(seed) for seed in range(3)])
     detector.calibrate(0.05)
     return detector
 
@@ -153,7 +157,7 @@ def test_images_that_are_not_cut_are_scored_as_without_tiles(network):
     images = [surface(seed, 90, 70) for seed in range(4)]
     pairs = []
     for tile in ("auto", "off"):
-        detector = FewShotDetector(network, "cpu", tile=tile).fit(images[:3])
+        detector = neighbours_detector(network, tile=tile).fit(images[:3])
         detector.calibrate(0.05)
         pairs.append((*detector.score(images), *detector.loo_scores, detector.threshold))
     assert all(np.array_equal(one, other) for one, other in zip(*pairs, strict=True))
@@ -162,9 +166,9 @@ def test_images_that_are_not_cut_are_scored_as_without_tiles(network):
 def test_a_whole_image_is_left_out_with_all_its_tiles(detector, network, monkeypatch):
     monkeypatch.setattr(tiles, "FIT_TILES", 2048)
     images = [surface(seed, 110, 90) for seed in range(2)]  # so few tiles that the detector is fitted to all
-    loo_scores = FewShotDetector(network, "cpu", tile=48).fit(images).loo_scores
+    loo_scores = neighbours_detector(network, tile=48).fit(images).loo_scores
     for number, other in ((0, 1), (1, 0)):
-        score, maps = FewShotDetector(network, "cpu", tile=48).fit([images[other]]).score([images[number]])
+        score, maps = neighbours_detector(network, tile=48).fit([images[other]]).score([images[number]])
         np.testing.assert_allclose(loo_scores.scores[number], score, rtol=1e-4)
         np.testing.assert_allclose(loo_scores.maps[number], pixels(maps[0], None, SIZE), rtol=1e-3)
     assert loo_scores.scores.shape == (2, 1) and detector.loo_scores.scores.shape == (3, 1)
@@ -174,7 +178,7 @@ def test_small_support_and_large_images(network):
     """The tiles have the size of the support images: an image that is one of them repeated has its scores."""
     part = surface(0, 60, 45)
     tiled = Image.fromarray(np.tile(np.array(part), (7, 5)))
-    detector = FewShotDetector(network, "cpu").fit([part, surface(1, 60, 45)])
+    detector = neighbours_detector(network, tile="auto").fit([part, surface(1, 60, 45)])
     assert detector.tiling == Tiling(60, 45, 4 * SIZE, True) and not detector.cuts_support
     layout = detector.layout_of(*tiled.size)
     assert layout.across == 5 * SIZE and layout.down == 7 * SIZE
@@ -188,7 +192,7 @@ def test_small_support_and_large_images(network):
 def test_saved_tiles_and_region(detector, network, tmp_path):
     inside = np.zeros((14, 20), bool)
     inside[3:9, 4:12] = True
-    fitted = FewShotDetector(network, "cpu", tile=48, region=inside).fit([surface(seed) for seed in range(2)])
+    fitted = neighbours_detector(network, tile=48, region=inside).fit([surface(seed) for seed in range(2)])
     fitted.save(tmp_path / "part.regad")
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
     assert loaded.tile == 48 and loaded.tiling == fitted.tiling and (loaded.region == inside).all()
@@ -207,8 +211,8 @@ def test_only_the_region_is_scored(network, tile):
     left, right = with_spot(surface(8), 30, 50), with_spot(surface(8), 120, 50)
     images = [surface(seed) for seed in range(3)]
     region = read_region("0,0,0.5,1", None, [(160, 112)])
-    whole = FewShotDetector(network, "cpu", tile=tile).fit(images)
-    half = FewShotDetector(network, "cpu", tile=tile, region=region).fit(images)
+    whole = neighbours_detector(network, tile=tile).fit(images)
+    half = neighbours_detector(network, tile=tile, region=region).fit(images)
     for image in (left, right, surface(8)):
         (scores, maps), (everywhere, all_maps) = half.score([image]), whole.score([image])
         inside = inside_map(region, *maps[0].shape[::-1])
@@ -219,7 +223,7 @@ def test_only_the_region_is_scored(network, tile):
     assert (half.loo_scores.scores[:, 0] <= whole.loo_scores.scores[:, 0]).all() and half.loo_scores.maps.min() > 0
     assert half.calibrate(0.05, [surface(seed) for seed in (4, 5)]).region > 0
     if tile == "off":
-        others = FewShotDetector(network, "cpu", tile=tile, region=region).fit(images[1:], for_threshold=False)
+        others = neighbours_detector(network, tile=tile, region=region).fit(images[1:], for_threshold=False)
         np.testing.assert_allclose(half.loo_scores.scores[0, 0], others.score(images[:1])[0][0], rtol=1e-4)
         squares = np.stack([np.asarray(image.convert("RGB").resize((SIZE, SIZE))) for image in (left, right)])
         with torch.inference_mode():
@@ -270,8 +274,9 @@ def test_predict_says_how_images_are_cut(tmp_path, capsys):
     with_spot(surface(2, 300, 200), 240, 140, 16).save(tmp_path / "in" / "spot.png")
     surface(3, 300, 200).save(tmp_path / "in" / "clean.png")
     flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--maps", "npy"]
+    flags += ["--backbone", "resnet18", "--scorer", "neighbours"]
     flags += ["--support", *map(str, support), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    predict.main([*flags, "--save", str(tmp_path / "part.regad")])
+    predict.main([*flags, "--tile", "auto", "--save", str(tmp_path / "part.regad")])
     printed = capsys.readouterr()
     assert "above 256 pixels are cut into tiles of 64 x 64" in printed.out
     assert printed.err.count("tiles: 300 x 200 pixels in 6 x 4 = 24 tiles") == 1
@@ -281,7 +286,7 @@ def test_predict_says_how_images_are_cut(tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert "tiles of 64 x 64" in record["tiles"] and record["has_region"] is False
     flags[flags.index(str(tmp_path / "out"))] = str(tmp_path / "off")
-    predict.main([*flags, "--tile", "off"])
+    predict.main(flags)
     assert "warning: images of 300 x 200 pixels shrink 4.7 times to 64 x 64" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^--tile: a saved detector keeps what it was fitted with"):
         saved = ["--detector", str(tmp_path / "part.regad"), "--input", str(tmp_path / "in"), "--tile", "64"]

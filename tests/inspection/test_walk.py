@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.reference import DATA, TRUNK
+from benchmarks.reference import DATA
 from inspection.detector import FewShotDetector
-from models.regad import untrained
+from models.efficientnet_lite import EfficientNetLite
 from tests.reference import needs_reference
 
 pytestmark = needs_reference
@@ -22,7 +22,7 @@ def tiles(folder: str, count: int, start: int = 0):
 
 @pytest.fixture(scope="module")
 def detector():
-    return FewShotDetector(untrained(str(TRUNK)).stn, "cpu").fit(tiles("train/good", 8))
+    return FewShotDetector(EfficientNetLite(), "cpu").fit(tiles("train/good", 8))
 
 
 @pytest.fixture(scope="module")
