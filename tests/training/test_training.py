@@ -37,7 +37,7 @@ def trace(tmp_path_factory):
     recorded = json.loads((GOLDEN / "train_trace.json").read_text())
     file = tmp_path_factory.mktemp("trace") / "episodes.json"
     file.write_text(json.dumps(recorded["episodes"]))
-    sources = list_source_images(DATA, "folder", target="")
+    sources = list_source_images(DATA, "folder", target="bottle")  # no episode is of it
     names = {category: [path.name for path in paths] for category, paths in sources.items()}
     episodes = read_episodes(file, names)
     wanted = defaultdict(set)
