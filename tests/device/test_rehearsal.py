@@ -185,7 +185,9 @@ def test_a_wait_in_a_training_step_is_noticed(pretend, demo_data):
     trainer, images, episodes = trainer_and_images(demo_data)
     step = lambda: trainer.step(*images.episode(episodes[0]), StageClock()).item()  # noqa: E731
     assert sum(waits_of(pretend, step).values()) == 1
-    trainer.loss = lambda query, support: trainer.model(query, support[support.isfinite().flatten(1).all(dim=1)])
+    trainer.loss = lambda query, support, each: trainer.model(
+        query, support[support.isfinite().flatten(1).all(dim=1)], each
+    )
     step = lambda: trainer.step(*images.episode(episodes[0]), StageClock())  # noqa: E731
     assert list(waits_of(pretend, step).values()) == [1]
 

@@ -72,7 +72,8 @@ def test_a_slow_detector_drops_frames_and_scores_the_newest(part, video, monkeyp
 
 def test_lines_for_people(part, video, capsys):
     camera.main(["--detector", str(part), "--device", "cpu", "--source", str(video)])
-    *lines, summary = capsys.readouterr().out.splitlines()
+    device, *lines, summary = capsys.readouterr().out.splitlines()
+    assert device.startswith("device: cpu (")
     detector = FewShotDetector.load(part, "cpu")
     black = detector.inspect([Image.new("RGB", (SIZE, SIZE))])
     assert black.unusual[0] and f"unusual {black.unusual[0]}  dropped 0" in lines[0] and "  frame 0  " in lines[0]

@@ -107,7 +107,7 @@ WRITERS = {  # name of a file -> what writes it
     "image.png": lambda path: save_image(path, noise_image(90, 90)),
     "figure.jpg": figure,
     "curve.png": lambda path: save_curve(path, HISTORY, "ring"),
-    "epochs.jsonl": lambda path: save_history(CheckpointFiles(*[path] * 6), HISTORY),
+    "epochs.jsonl": lambda path: save_history(CheckpointFiles(*[path] * len(CheckpointFiles._fields)), HISTORY),
     "manifest.json": manifest,
     "support.pt": lambda path: save_tensors(path, [torch.ones(2, 3, 8, 8)] * 3),
     "state.pt": lambda path: save_tensors(path, {"weights": torch.rand(10_000), "epoch": 3}),
