@@ -60,9 +60,7 @@ def read_results(folder: Path) -> Results:
     """
     if not folder.is_dir():
         raise UserError(f"no results folder {folder}; create it with python reproduce.py --output {folder}")
-    records, repeats = _read_records(folder), {}
-    if not records:
-        raise UserError(f"no records of test.py in {folder}")
+    records, repeats = _read_records(folder, needed=True), {}
     for further in sorted(folder.glob(f"{SEED_FOLDER}*")):
         for key, record in _read_records(further).items():
             if key in records and _rounds_of(record) != _rounds_of(records[key]):
@@ -86,8 +84,8 @@ def read_results(folder: Path) -> Results:
     )
 
 
-def _read_records(folder: Path) -> dict[tuple[str, int, str], dict]:
-    """The records in `folder` by (category, shot, kind). Its sub-folders are not searched."""
+def _read_records(folder: Path, needed: bool = False) -> dict[tuple[str, int, str], dict]:
+    """The records in `folder` by (category, shot, kind). Its sub-folders are not searched. needed: at least one."""
     records, foreign = {}, []
     for path in sorted(folder.glob("*.json")):
         if path.name != GRID_FILE and not _may_be_record(path):
@@ -96,6 +94,9 @@ def _read_records(folder: Path) -> dict[tuple[str, int, str], dict]:
             record = _read_record(path)
             kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
             records[record["config"]["obj"], record["config"]["shot"], kind] = record
+    if needed and not records:
+        what = f"; {foreign[0]} is not a record" if foreign else ""
+        raise UserError(f"no records of test.py in {folder}{what}")
     if foreign:
         print(f"note: {len(foreign)} JSON file(s) are no records and left out, e.g. {foreign[0]}")
     return records
