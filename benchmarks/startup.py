@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import run_command
-from utils.files import PROJECT_ROOT, write_json
+from utils.errors import UserError, run_command
+from utils.files import PROJECT_ROOT, require_writable, write_json
+from utils.text import read_text
 
 COMMANDS = ("train", "test", "predict", "export", "make_support", "check_data", "reproduce")
 WORK = ("training.run", "evaluation.run", "inspection.run", "experiments.run")
@@ -33,6 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures everything and prints a table."""
     args = get_args_parser().parse_args(argv)
+    known = read_earlier(args.output) if args.output else {}
     calls = {f"{name}.py --help": [f"{name}.py", "--help"] for name in COMMANDS}
     calls |= {f"import {name}": ["-c", f"import {name}"] for name in ("torch", "test", *WORK)}
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -43,8 +45,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in seconds.items():
         print(f"{name:24}{value:7.2f} s CPU")
     if args.output:
-        known = json.loads(args.output.read_text()) if args.output.is_file() else {}
         write_json(args.output, known | {args.tree.resolve().name: seconds})
+
+
+def read_earlier(output: Path) -> dict:
+    """What the JSON file holds of other trees; {} where there is none. It can be written."""
+    require_writable(output, "--output")
+    try:
+        known = json.loads(read_text(output)) if output.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {output} (--output): {error}") from error
+    if not isinstance(known, dict):
+        raise UserError(f"{output} (--output) is not a file of this benchmark")
+    return known
 
 
 def cpu_seconds(call: Sequence[str], folder: Path) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import startup
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, require_writable
@@ -36,10 +37,11 @@ FOLDERS = {
     **{
         f"benchmarks.{name}": (f"benchmarks.{name}", NO_DATA if 'argument("--data_path"' in code else [], "--output")
         for name, code in BENCHMARKS.items()
-        if '"--output"' in code and name != "tiles"
+        if '"--output"' in code and name not in ("startup", "tiles")
     },
 }
 FILES = {
+    "benchmarks.startup": ("benchmarks.startup", [], "--output"),
     "benchmarks.tiles": ("benchmarks.tiles", NO_DATA, "--output"),
     "predict, detector": ("predict", SUPPORT, "--save"),
     "export": ("export", [*SUPPORT, "--format", "pt2"], "--output"),
@@ -95,6 +97,14 @@ def test_before_the_work_starts(command, place, tmp_path):
     assert flag in sentence and "cannot write" in sentence
     assert ("/proc" if place is below_proc else str(tmp_path)) in sentence
     assert "\n" not in sentence and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("in the way", "cannot read"), ("[]", "is not a file of this")])
+def test_another_file_in_place_of_the_start_times(content, sentence, tmp_path):
+    (tmp_path / "times.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        startup.main(["--output", str(tmp_path / "times.json")])
+    assert (tmp_path / "times.json").read_text() == content
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
