@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -95,6 +96,11 @@ def absolute(path: Path) -> Path:
 def full_name(path: Path) -> str:
     """The absolute path as text for tables, independent of the working directory; undecodable bytes are escaped."""
     return os.fsencode(absolute(path)).decode("utf-8", "backslashreplace")  # the same in every locale
+
+
+def current_name(name: str) -> str:
+    """A `full_name` of an earlier version, which wrote an undecodable byte as \\udce9, as it is now: \\xe9."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", name)
 
 
 def identify(path: Path) -> Identity | None:

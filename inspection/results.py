@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TextIO
 
 from inspection.boxes import Box
-from inspection.inputs import Identity
+from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
 from utils.errors import UserError
 from utils.files import whole_file
@@ -145,7 +145,8 @@ class ResultFiles:
             self.close()
             raise
         # where the files of a row could not be written, --append tries again
-        self.done = {row.identity for row in self.rows if row.score is None or not row.error}
+        done = {row.identity for row in self.rows if row.score is None or not row.error}
+        self.done = done | {identity._replace(path=current_name(identity.path)) for identity in done}
         self.taken = {name for row in self.rows for name in row.files}
 
     def _read_record(self) -> list[Prediction]:

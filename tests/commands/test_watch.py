@@ -234,9 +234,23 @@ def test_undecodable_names_and_other_working_directories(watch, images, folder, 
     watch(flags=("--watch", "."))
     watch(flags=("--watch", "../in"))
     (row,) = rows_of(tmp_path / "out")
-    assert row["path"] == f"{folder}/2\\udce9.png" and (tmp_path / "out" / row["files"][0]).is_file()
+    assert row["path"] == f"{folder}/2\\xe9.png" and (tmp_path / "out" / row["files"][0]).is_file()
     call_overwrite = watch(flags=("--overwrite",))
     assert call_overwrite == 0 and len(list((tmp_path / "out/images").iterdir())) == 1
+
+
+def test_undecodable_names_of_an_earlier_version(watch, images, folder, tmp_path):
+    """It wrote them in another form; such an image is not scored again, and its row is not changed."""
+    try:
+        (folder / os.fsdecode(b"2\xe9.png")).write_bytes(images[0])
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    watch()
+    record = tmp_path / "out/results.jsonl"
+    record.write_text(record.read_text().replace("\\\\xe9", "\\\\udce9"))
+    watch()
+    (row,) = rows_of(tmp_path / "out")
+    assert row["path"] == f"{folder}/2\\udce9.png"
 
 
 def test_own_output_is_not_watched_through_a_link(part, images, folder, tmp_path, watch):
