@@ -20,7 +20,7 @@ import math
 import torch
 
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
-from scorers.coordinates import damp, principal_directions, resample
+from scorers.coordinates import damp, eigenvalues, principal_directions, resample
 from scorers.neighbours import Neighbours
 
 LAYERS = 3  # of the network, counted from the coarsest
@@ -82,10 +82,10 @@ def _factors(centred: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
     Their eigenvectors come from the smaller of A A^T and A^T A.
     """
     if centred.shape[1] <= centred.shape[2]:
-        variances, vectors = torch.linalg.eigh(centred @ centred.mT)
+        variances, vectors = eigenvalues(centred @ centred.mT)
         variances, vectors = variances[:, -RANK:].clamp(min=0), vectors[:, :, -RANK:]
         return (centred.mT @ vectors) * (variances + ridge).rsqrt()[:, None]  # A^T u = v sqrt(l)
-    variances, vectors = torch.linalg.eigh(centred.mT @ centred)
+    variances, vectors = eigenvalues(centred.mT @ centred)
     variances, vectors = variances[:, -RANK:].clamp(min=0), vectors[:, :, -RANK:]
     return vectors * (variances / (variances + ridge)).sqrt()[:, None]
 
@@ -93,6 +93,6 @@ def _factors(centred: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
 def _squared_distances(fitted: Fitted, embeddings: torch.Tensor) -> torch.Tensor:
     """Squared distances (B, P) of joined features (B, P, C)."""
     coordinates = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
-    difference = damp(coordinates, fitted["damping"]).view(len(embeddings), *fitted["mean"].shape) - fitted["mean"]
+    difference = damp(coordinates, fitted["damping"]).view(-1, *fitted["mean"].shape) - fitted["mean"]
     projected = (difference.transpose(0, 1) @ fitted["factors"]).transpose(0, 1)
     return (difference.square().sum(dim=2) - projected.square().sum(dim=2)) / fitted["ridge"]
