@@ -190,7 +190,7 @@ def test_calibration_takes_views_where_the_rule_needs_them(name, network, files)
 
 
 def test_the_readme_s_python(files, tmp_path, monkeypatch):
-    """Runs the example from the docs on the images it names, without downloading weights."""
+    """Runs the example from the docs on the images it names."""
     block = re.search(
         r"```python\n(from inspection\.detector import FewShotDetector.*?)```",
         (PROJECT_ROOT / "docs/inspection.md").read_text(),
@@ -201,6 +201,6 @@ def test_the_readme_s_python(files, tmp_path, monkeypatch):
     shutil.copy(files[1][0], tmp_path / "new.png")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(block.replace('"imagenet"', '"none"'), names)
-    assert names["scores"].shape == (1,) and names["maps"].shape == (1, 224, 224)
+    exec(block, names)
+    assert names["scores"].shape == (1,) and names["maps"].shape == (1, 256, 256)
     assert names["detector"].threshold.value > 0

@@ -12,7 +12,7 @@ from benchmarks.out_of_distribution import make_frames
 from benchmarks.reference import DATA, TRUNK
 from datasets.images import decode_image
 from inspection.detector import FewShotDetector
-from inspection.out_of_distribution import OutOfDistributionCheck, _relative
+from inspection.out_of_distribution import LEAST_LIMIT, OutOfDistributionCheck, _relative
 from models.regad import untrained
 from tests.reference import needs_reference
 from utils.errors import UserError
@@ -110,7 +110,7 @@ def test_one_support_image_has_a_limit_and_no_direction():
     check, views = OutOfDistributionCheck(), len(OutOfDistributionCheck.views)
     maps = [torch.rand(views, channels, 8, 8) for channels in (4, 8)]
     fitted = check.fit(check.prepare(maps), torch.tensor([0.2]))
-    assert fitted["limit"] == pytest.approx(0.3) and not fitted["direction"]
+    assert fitted["limit"] == pytest.approx(LEAST_LIMIT) and not fitted["direction"]
     measured = check.measure(fitted, check.prepare([layer[:1] for layer in maps]), torch.tensor([0.2]))
     assert check.reasons(measured.tolist()) == [""]
 

@@ -65,6 +65,6 @@ def test_the_identity_of_a_detector(demo_data):
     first.set_threshold(1.0)
     assert first.identity() == own == fitted(support).identity()
     others = [fitted(support[:2]), fitted(support, seed=1), fitted(support, keep_aspect=True)]
-    others += [fitted(support, scorer="gaussian"), fitted(support, bits=12), fitted(support, tile="off")]
+    others += [fitted(support, scorer="gaussian"), fitted(support, bits=12), fitted(support, tile="auto")]
     others += [fitted(support, region=np.tri(64, dtype=bool))]
     assert len({own, *(other.identity() for other in others)}) == 8
