@@ -37,7 +37,7 @@ class Combined(Scorer):
     name = "combined"
     views = Neighbours.views
     border_weight = BORDER_WEIGHT
-    prior = ScorePrior(typical=1.2, pull=0.0, spread=0.07, images=1.0, loo_share=0.8)  # see inspection/threshold.py
+    prior = ScorePrior(typical=1.2, pull=0.0, spread=0.05, images=1.0, loo_share=1.0)  # see inspection/threshold.py
 
     def __init__(self, neighbours_weight: float = NEIGHBOURS_WEIGHT, border_weight: float = BORDER_WEIGHT) -> None:
         self.parts: tuple[Scorer, Scorer] = (Neighbours(NeighboursConfig(zero_padding=False)), Positions())
