@@ -67,7 +67,7 @@ def train_until(argv: list[str], operation: int | None) -> None:
 def start(argv: list[str], operation: int | None = None) -> BaseProcess:
     """`train_until` in a process that is forked from a server which has imported train.py."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "training.run"])
+    context.set_forkserver_preload(["train", "training.run", "torch._dynamo"])  # which the optimizer imports later
     process = context.Process(target=train_until, args=(argv, operation))
     process.start()
     return process
