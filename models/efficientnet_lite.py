@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.timm_features import timm_library
 from utils.choices import LITE_BACKBONE
 from utils.errors import UserError
 from utils.files import load_state_dict, sha256
@@ -49,10 +50,7 @@ class EfficientNetLite(nn.Module):
             raise UserError(
                 f"the image size of {LITE_BACKBONE} must be a multiple of 32, got {img_size}", ("img_size",)
             )
-        if find_spec("timm") is None:
-            raise UserError(f"{LITE_BACKBONE} needs the package timm: pip install -r requirements.txt")
-        import timm
-
+        timm = timm_library()
         self.net = timm.create_model(TIMM_NAME, features_only=True, out_indices=STAGES)
         if weights != "none":
             self._load(package_weights() if weights == "imagenet" else load_state_dict(Path(weights)), timm)

@@ -36,7 +36,7 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, name: str, weights: str = "imagenet", img_size: int | None = None) -> None:
         super().__init__()
-        timm = _timm()
+        timm = timm_library()
         self.backbone = PREFIX + name
         config = _config(timm, name)
         self.img_size = img_size or config["input_size"][-1]
@@ -107,7 +107,7 @@ def _timm_name(name: str, state: dict) -> str:
 
 def own_img_size(name: str) -> int:
     """The default input size of a model in pixels; UserError as TimmFeatures."""
-    return _config(_timm(), name)["input_size"][-1]
+    return _config(timm_library(), name)["input_size"][-1]
 
 
 def _config(timm: object, name: str) -> dict:
@@ -118,7 +118,8 @@ def _config(timm: object, name: str) -> dict:
     return timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
 
 
-def _timm() -> object:
+def timm_library() -> object:
+    """The package timm; UserError if it is not installed."""
     if find_spec("timm") is None:
         raise UserError("the models of timm need the package timm: pip install -r requirements.txt")
     import timm

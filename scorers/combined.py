@@ -47,25 +47,19 @@ class Combined(Scorer):
         """The prepared features of both scorers."""
         return [tensor for part in self.parts for tensor in part.prepare(maps)]
 
-    def fit(self, support: Prepared, scale_of: Fitted | None = None) -> Fitted:
-        """What both scorers learn, its names preceded by theirs, and `scale` (2,), the mean distance of each.
-
-        scale_of: another fit, whose scale is taken over; None: it is computed.
-        """
-        prepared = self._split(support)
-        fitted = {
-            f"{part.name}_{name}": tensor
-            for part, own in zip(self.parts, prepared, strict=True)
-            for name, tensor in part.fit(own).items()
-        }
-        if scale_of is not None:
-            return fitted | {"scale": scale_of["scale"]}
-        scales = [self._mean_left_out(part, own) for part, own in zip(self.parts, prepared, strict=True)]
-        return fitted | {"scale": torch.stack(scales).clamp(min=EPS)}
+    def fit(self, support: Prepared) -> Fitted:
+        """What both scorers learn, its names preceded by theirs, and `scale` (2,), the mean distance of each."""
+        scales = [self._mean_left_out(*part) for part in zip(self.parts, self._split(support), strict=True)]
+        return self.refit({"scale": torch.stack(scales).clamp(min=EPS)}, support)
 
     def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
         """A fit to other views, with the scale of `fitted`."""
-        return self.fit(support, fitted)
+        learned = {
+            f"{part.name}_{name}": tensor
+            for part, own in zip(self.parts, self._split(support), strict=True)
+            for name, tensor in part.fit(own).items()
+        }
+        return learned | {"scale": fitted["scale"]}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Weighted means (B, H, H) of both distances: at least 0, about 1 for normal regions."""

@@ -54,8 +54,8 @@ def principal_directions(
 def eigenvalues(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) of symmetric matrices (..., n, n).
 
-    On the CPU one thread computes them. Two take three times as long for many small matrices, and a hundred times as
-    long where other processes are busy: the threads wait for each other after every step.
+    On the CPU one thread computes them: several wait for each other after every step, which takes far longer for many
+    small matrices, most of all where other processes are busy.
     """
     if matrices.device.type != "cpu":
         return torch.linalg.eigh(matrices)

@@ -26,7 +26,7 @@ from scorers.neighbours import Neighbours
 LAYERS = 3  # of the network, counted from the coarsest
 FINER = 2  # grid positions per position of the coarsest layer, along one side
 COMPONENTS, WHITENING = 128, 0.5  # D, and the exponent, as in `neighbours`
-RANK = 16  # principal components per position; all of them (26 at K = 2) give the same accuracy
+RANK = 16  # principal components per position; bounds size and time
 CUDA_IMAGES = 32  # whose products with the factors are in memory together
 EPS = 1e-12  # avoids division by 0 where all views are equal
 
