@@ -236,15 +236,20 @@ def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
         largest = int(values.max())
         if values.min() < 0 or largest > full_scale(FULL_BITS):
             raise ValueError(f"its values {values.min()}..{largest} do not fit 16 bits")
-        shown = Image.fromarray(np.minimum(np.rint(values * (255 / full_scale(bits))), 255).astype(np.uint8))
-        if largest > full_scale(bits):
-            shown.info[CLIPPED_FROM] = largest
-        shown.info |= {TURNED: True} if TURNED in image.info else {}
+        scaled, info = scale_to_8_bits(values, bits)
+        shown = _with_info(Image.fromarray(scaled), **info, **({TURNED: True} if TURNED in image.info else {}))
     if alpha is None:
         return shown
     laid = Image.composite(shown, Image.new(shown.mode, shown.size), alpha)
     kept = {key: value for key, value in shown.info.items() if key in (CLIPPED_FROM, TURNED)}
     return _with_info(laid, **kept, **{TRANSPARENT: True})
+
+
+def scale_to_8_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, int]]:
+    """16-bit values as uint8, 2**bits - 1 and more as 255, and what `info` of the image says of larger values."""
+    largest = int(values.max())
+    scaled = np.minimum(np.rint(values * (255 / full_scale(bits))), 255).astype(np.uint8)
+    return scaled, {CLIPPED_FROM: largest} if largest > full_scale(bits) else {}
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:

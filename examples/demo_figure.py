@@ -6,7 +6,6 @@ python -m examples.demo_figure --obj ring --data_type folder --data_path demo/da
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,12 @@ from evaluation.config import SCORER_HELP, DataConfig, NetworkConfig, SupportCon
 from evaluation.scoring import score_category
 from models.networks import resolve_img_size, scoring_network
 from reports.drawing import colour_limits, overlay
+from reports.figures import save_raster
 from scorers.registry import make_scorer
 from utils.choices import RELEASE_SCORER, category_name
 from utils.config import Parser, flag
 from utils.errors import run_command
-from utils.files import require_writable, whole_file
+from utils.files import require_writable
 from utils.stages import StageClock
 
 MAX_COLUMNS = 4  # test images: a normal one and up to three defects
@@ -103,11 +103,7 @@ def save_figure(target: Path, support: torch.Tensor, examples: Sequence[Example]
         axis.set_ylabel(title, fontsize=9)
     for axes, example in zip(grid.T, examples, strict=True):
         _draw_column(axes, example, limits)
-    options = {"pil_kwargs": {"quality": 90}} if target.suffix == ".jpg" else {}
-    encoded = io.BytesIO()  # see reports.drawing.save_image
-    figure.savefig(encoded, format="jpeg" if target.suffix == ".jpg" else "png", dpi=DPI, **options)
-    with whole_file(target) as aside:
-        aside.write_bytes(encoded.getbuffer())
+    save_raster(target, figure, DPI)
 
 
 def _draw_column(axes: Sequence[Axes], example: Example, limits: tuple[float, float]) -> None:

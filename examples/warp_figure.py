@@ -8,7 +8,6 @@ Prints the rotations and scales of all three transformers. The mode is rotation_
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ from evaluation.config import DataConfig
 from models.networks import RELEASE_IMG_SIZE, scoring_network
 from models.stn import RELEASE_BACKBONE
 from models.warp import warp
+from reports.figures import save_raster
 from utils.choices import category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
-from utils.files import require_writable, whole_file
+from utils.files import require_writable
 
 STN_MODE = "rotation_scale"
 CELL_INCHES, DPI = 0.85, 110
@@ -105,10 +105,7 @@ def save_figure(target: Path, pixels: torch.Tensor, kinds: Sequence[str], rows: 
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
             axis.set(xticks=[], yticks=[])
             axis.set_title(title, fontsize=6)
-    encoded = io.BytesIO()  # see reports.drawing.save_image
-    figure.savefig(encoded, format="png", dpi=DPI)
-    with whole_file(target) as aside:
-        aside.write_bytes(encoded.getbuffer())
+    save_raster(target, figure, DPI)
 
 
 def _text(angle: float, scales: np.ndarray) -> str:

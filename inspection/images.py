@@ -14,16 +14,15 @@ import torch
 from PIL import Image
 
 from datasets.images import (
-    CLIPPED_FROM,
     FULL_BITS,
     ClippedWarning,
     ImageError,
     clipping_note,
     decode_image,
     eight_bit,
-    full_scale,
     largest_values,
     read_pixels,
+    scale_to_8_bits,
     upright,
 )
 
@@ -142,9 +141,7 @@ def array_image(
     if bgr and values.ndim == 3:
         values = values[..., [2, 1, 0, 3][: values.shape[-1]]]
     if values.dtype == np.uint16:
-        largest = int(values.max())
-        values = np.minimum(np.rint(values * (255 / full_scale(bits))), 255).astype(np.uint8)
-        note = {CLIPPED_FROM: largest} if largest > full_scale(bits) else {}
+        values, note = scale_to_8_bits(values, bits)
     else:
         values, note = _eight_bit_values(values), {}
     image = eight_bit(Image.fromarray(np.ascontiguousarray(values)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from utils.files import whole_file
 
+JPEG_QUALITY = 90
 # No date and no random identifiers: the same figure gives the same file.
 METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
@@ -18,3 +20,13 @@ def save_figure(path: Path, figure: Figure) -> None:
     for suffix, metadata in METADATA.items():
         with whole_file(path.with_suffix(f".{suffix}")) as aside, matplotlib.rc_context({"svg.hashsalt": "RegAD"}):
             figure.savefig(aside, format=suffix, dpi=100, metadata=metadata)
+
+
+def save_raster(path: Path, figure: Figure, dpi: int) -> None:
+    """Writes a figure as one file: JPEG if the suffix is .jpg, otherwise PNG."""
+    is_jpeg = path.suffix == ".jpg"
+    options = {"format": "jpeg", "pil_kwargs": {"quality": JPEG_QUALITY}} if is_jpeg else {"format": "png"}
+    encoded = io.BytesIO()  # see reports.drawing.save_image
+    figure.savefig(encoded, dpi=dpi, **options)
+    with whole_file(path) as aside:
+        aside.write_bytes(encoded.getbuffer())
