@@ -5,6 +5,7 @@ Image size and resampling follow the release's data loader.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -212,6 +213,14 @@ def upright(image: Image.Image) -> Image.Image:
         return _with_info(ImageOps.exif_transpose(image), **({TURNED: True} if is_turned else {}))
     except Exception:  # damaged EXIF data raises errors of any type; the pixels are intact
         return image
+
+
+@functools.cache
+def upright_size(path: Path) -> tuple[int, int]:
+    """The width and height of an image as `decode_image` gives it, from the header of its file."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+        return image.size[::-1] if turned else image.size
 
 
 def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:

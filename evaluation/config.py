@@ -18,10 +18,12 @@ from utils.choices import (
     MAX_PIXELS,
     RELEASE_BACKBONE,
     RELEASE_SCORER,
+    ROUND_RANKS,
     SCORER_NAMES,
     STN_MODE_NAMES,
     category_name,
     is_trainable,
+    round_choice,
 )
 from utils.config import UNLESS_DEFAULT, Config, flag
 from utils.errors import UserError
@@ -160,9 +162,16 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
     output: Path = flag("output folder", default=Path("./results"))
     overwrite: bool = flag("replace a record that was made with other settings", default=False)
     save_images: int = flag(
-        "draw this many images of round 0, and write a report; -1: all", default=0, metavar="N", least=-1
+        "draw this many images of a round, and write a report; -1: all", default=0, metavar="N", least=-1
+    )
+    images_round: int | str = flag(
+        f"the round of --save_images: its number, or {', '.join(ROUND_RANKS)} by image AUROC",
+        default=0,
+        convert=round_choice,
+        metavar="ROUND",
     )
     save_maps: bool = flag("write the score maps of every round as .npz, float32", default=False)
+    save_tiff: bool = flag("write them as 32-bit TIFF files, each at the size of its image", default=False)
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""
@@ -172,6 +181,8 @@ class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataCo
             raise UserError(f"{self.backbone} has no warps: --frame {self.frame} is for {', '.join(BACKBONE_NAMES)}")
         if self.untrained + self.last + bool(self.checkpoint) > 1:
             raise UserError("--untrained, --last and --checkpoint exclude each other")
+        if isinstance(self.images_round, int) and self.images_round >= self.inferences:
+            raise UserError(f"--images_round {self.images_round}: there are {self.inferences} rounds, counted from 0")
         if len(set(self.shot)) < len(self.shot):
             raise UserError(f"--shot contains a number twice: {' '.join(map(str, self.shot))}")
 

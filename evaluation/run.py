@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from datasets.check import list_test_items_with_notes, print_notes
-from datasets.images import limit_pixels, resolve_bits
+from datasets.images import limit_pixels, resolve_bits, restore_map, upright_size
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.config import ScoringConfig
@@ -26,7 +28,7 @@ from models.regad import selection
 from models.stn import fuse_conv_bn
 from scorers.features import FeatureNetwork
 from scorers.registry import make_scorers
-from utils.choices import RELEASE_SCORER
+from utils.choices import RELEASE_SCORER, ROUND_RANKS
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError
 from utils.files import require_writable, sha256, whole_file, write_json
@@ -188,7 +190,10 @@ def _replaces(job: Job) -> bool:
     """
     for file in (job.files.record, job.files.scores):
         require_writable(file, "--output")
-    for wanted, folder in ((job.config.save_maps, job.files.maps), (job.config.save_images, job.files.images)):
+    for wanted, folder in (
+        (job.config.save_maps or job.config.save_tiff, job.files.maps),
+        (job.config.save_images, job.files.images),
+    ):
         if wanted:
             require_writable(folder, "--output", folder=True)
     replaced = difference(job.files.record, job.fingerprint)
@@ -268,12 +273,11 @@ def _score_weights(
 
 
 class Collected(NamedTuple):
-    """All rounds of a job: metrics, metrics of each defect type, image scores (B,), and the maps of round 0."""
+    """All rounds of a job: metrics, metrics of each defect type, and image scores (B,)."""
 
     numbers: list[dict]
     by_defect_type: list[dict]
     image_scores: list[np.ndarray]
-    first_maps: list[np.ndarray]
 
 
 def _score_shot(
@@ -287,7 +291,7 @@ def _score_shot(
     """Scores all rounds of one K with every scorer; prints the metrics and writes the files of each job."""
     config, support = plan.config, jobs[0].support
     print(f"support: {support.source}")
-    collected = [Collected([], [], [], []) for _ in jobs]
+    collected = [Collected([], [], []) for _ in jobs]
     rounds = score_rounds(network, test, support.images, clock, config.batch_size, config.metrics == "all")
     for number, by_scorer in enumerate(rounds):
         for job, of_job in zip(jobs, collected, strict=True):
@@ -297,12 +301,47 @@ def _score_shot(
             of_job.numbers.append(result.numbers)
             of_job.by_defect_type.append(result.by_defect_type)
             of_job.image_scores.append(result.image_scores)
-            if config.save_maps:
-                save_maps(round_maps(job.files.maps, number), plan.items, result.maps.cpu().numpy())
-            if config.save_images and not number:
-                of_job.first_maps.append(result.maps.cpu().numpy())
-    for job, of_job in zip(jobs, collected, strict=True):
-        _write(plan, job, of_job, test, dataset, clock)
+            if config.save_maps or config.save_tiff:
+                _save_maps(plan, job, number, result.maps.cpu().numpy())
+    shown = [_write(plan, job, of_job, test, clock) for job, of_job in zip(jobs, collected, strict=True)]
+    if config.save_images:
+        chosen = [choose_round(config.images_round, of_job.numbers) for of_job in collected]
+        for number in dict.fromkeys(chosen):  # scored again: to keep the maps of all rounds would take the memory
+            by_scorer = next(score_rounds(network, test, [support.images[number]], clock, config.batch_size))
+            for job, metrics, of_job in zip(jobs, shown, chosen, strict=True):
+                if of_job == number:
+                    _save_images(plan, job, number, dataset, by_scorer[job.scorer].maps.cpu().numpy(), metrics)
+
+
+def choose_round(which: int | str, rounds: Sequence[dict]) -> int:
+    """The number of the round that `which` names: itself, or best, median or worst of `rounds` by image AUROC.
+
+    Of an even number of rounds, the median is the worse of the two in the middle. Where the image AUROC is not defined,
+    rounds count as equal.
+    """
+    if which not in ROUND_RANKS:
+        return int(which)
+    order = sorted(range(len(rounds)), key=lambda number: rounds[number]["image_auroc"] or 0)
+    return order[{"worst": 0, "median": (len(order) - 1) // 2, "best": -1}[which]]
+
+
+def _save_maps(plan: Plan, job: Job, number: int, maps: np.ndarray) -> None:
+    """Writes the score maps (B, S, S) of a round in the formats that were asked for."""
+    if plan.config.save_maps:
+        save_maps(round_maps(job.files.maps, number), plan.items, maps)
+    if plan.config.save_tiff:
+        folder = round_maps(job.files.maps, number).with_suffix("")
+        for item, scores in zip(plan.items, maps, strict=True):
+            restored = restore_map(scores, *upright_size(item.image), plan.config.keep_aspect)
+            save_tiff(folder / Path(image_name(item)).with_suffix(".tiff"), restored)
+
+
+def save_tiff(path: Path, scores: np.ndarray) -> None:
+    """Writes a score map (H, W) float32 as a TIFF file of one channel of 32-bit floats."""
+    encoded = io.BytesIO()  # Pillow may overlook that a full disk took only a part
+    Image.fromarray(scores).save(encoded, format="TIFF")
+    with whole_file(path, durable=False) as aside:
+        aside.write_bytes(encoded.getbuffer())
 
 
 def save_maps(path: Path, items: Sequence[LabelledImage], maps: np.ndarray) -> None:
@@ -320,10 +359,9 @@ def _write(
     job: Job,
     collected: Collected,
     test: TestFeatures,
-    dataset: LabelledDataset,
     clock: StageClock,
-) -> None:
-    """Prints the summaries of a job; writes its scores, its record and its images."""
+) -> tuple:
+    """Prints the summaries of a job; writes its scores and its record. Returns what `gallery.metric_tables` takes."""
     reasons, type_reasons = test.truth.reasons()
     images = {name: int(members.sum()) for name, members in test.truth.members().items()}
     all_summaries = summaries(collected.numbers)
@@ -350,11 +388,9 @@ def _write(
     }
     write_scores(job.files.scores, plan.items, collected.image_scores)
     write_json(job.files.record, content)
-    maps = f", maps: {job.files.maps}" if job.config.save_maps else ""
+    maps = f", maps: {job.files.maps}" if job.config.save_maps or job.config.save_tiff else ""
     print(f"record: {job.files.record}, scores: {job.files.scores}{maps}")
-    if collected.first_maps:
-        shown = (all_summaries, reasons, defect_types, len(collected.numbers))
-        _save_images(plan, job, dataset, collected.first_maps[0], shown)
+    return all_summaries, reasons, defect_types, len(collected.numbers)
 
 
 def support_record(support: SupportRounds) -> dict:
@@ -363,14 +399,16 @@ def support_record(support: SupportRounds) -> dict:
     return {"source": support.source, "names": support.names, **file}
 
 
-def _save_images(plan: Plan, job: Job, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple) -> None:
-    """Draws images and the report. metrics: the arguments of evaluation.gallery.metric_tables."""
+def _save_images(plan: Plan, job: Job, number: int, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple) -> None:
+    """Draws images of a round and the report. metrics: the arguments of evaluation.gallery.metric_tables."""
     from evaluation import gallery  # slow: imports matplotlib
 
     folder, config = job.files.images, plan.config
     try:
         scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(*metrics)
-        gallery.save_gallery(folder, f"{folder.name}, round 0", scored, config.save_images, config.num_workers, tables)
+        rank = f", the {config.images_round} by image AUROC" if config.images_round in ROUND_RANKS else ""
+        title = f"{folder.name}, round {number}{rank}"
+        gallery.save_gallery(folder, title, scored, config.save_images, config.num_workers, tables)
     except OSError as error:
         raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
     print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")

@@ -44,6 +44,7 @@ DEFAULT_SCORER = "combined"  # of predict.py and export.py
 TRAIN = ("all", "heads", "stn")  # recipes of training; the first of each choice is the release's
 BATCH_NORM = ("train", "frozen")
 SUPPORT_TARGET = ("mean", "each")
+ROUND_RANKS = ("best", "median", "worst")  # of the rounds by image AUROC
 LARGEST_SEED = 2**32 - 1  # of NumPy
 DEFAULT_SEED = 668  # as in the release
 DRAW_SEED = 0  # of support sets that are not given
@@ -75,6 +76,19 @@ def category_name(text: str) -> str:
     if name in ("", ".", "..") or Path(name).name != name:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a category: give the folder's name alone")
     return name
+
+
+def round_choice(text: str) -> int | str:
+    """The number of a round, or one of ROUND_RANKS, as flags name it.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text in ROUND_RANKS:
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"a number from 0, or {', '.join(ROUND_RANKS)}")
+    return int(text)
 
 
 def default_cache_dir() -> Path:

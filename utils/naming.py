@@ -49,7 +49,8 @@ class RecordFiles(NamedTuple):
     def remove_extras(self) -> None:
         """Removes the maps and the report of an earlier record, which would contradict the new numbers."""
         report = [self.images / name for name in ("report.html", "contact_sheet.jpg")]
-        for file in (*self.maps.glob(f"{ROUND}*.npz"), *report, *self.images.glob("curves.*")):
+        maps = (*self.maps.glob(f"{ROUND}*.npz"), *self.maps.glob(f"{ROUND}*/*/*.tiff"))
+        for file in (*maps, *report, *self.images.glob("curves.*")):
             file.unlink(missing_ok=True)
 
 

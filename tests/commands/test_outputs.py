@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from PIL import Image
 
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES, auroc, rank
@@ -81,6 +83,39 @@ def test_scores_and_maps_give_the_metrics_of_the_record(run, demo_data, tmp_path
     assert mean == pytest.approx(np.mean(chip["pro"]["rounds"]))
     assert f"  chip              2  {chip['image_auroc']['mean']:.4f}" in (text := capsys.readouterr().out)
     assert f"  {mean:.4f} +- {spread:.4f}\n" in text and re.search("defect type +images  image AUROC", text)
+
+
+def test_maps_at_the_size_of_the_images(run, demo_data, tmp_path):
+    """Each 32-bit TIFF is the map of the .npz, resized; a new record removes them."""
+    run(save_maps=True, save_tiff=True, img_size=32)
+    folder = tmp_path / "out/ring_1_affine_untrained_maps"
+    with np.load(folder / "round_1.npz") as saved:
+        maps = dict(zip(saved["names"].tolist(), saved["maps"], strict=True))
+    assert len(maps) == len(list((folder / "round_1").rglob("*.tiff")))
+    for name, scores in maps.items():
+        with Image.open(folder / "round_1" / Path(name).with_suffix(".tiff")) as image:
+            assert image.mode == "F" and image.size == (64, 64)
+            enlarged = torch.nn.functional.interpolate(torch.from_numpy(scores)[None, None], size=64, mode="bilinear")
+            np.testing.assert_allclose(np.asarray(image), enlarged[0, 0], rtol=1e-4)
+    run(overwrite=True)
+    assert not list(folder.rglob("*.tiff"))
+
+
+@pytest.mark.parametrize("which", ["worst", "median", "best", 1])
+def test_images_of_a_chosen_round(which, run, tmp_path, monkeypatch):
+    """The drawn maps are those of the round: their maxima are its scores."""
+    drawn = []
+    monkeypatch.setattr("evaluation.gallery.save_gallery", lambda folder, title, scored, *rest: drawn.append(scored))
+    record = run(images_round=which, save_images=1, inferences=3)
+    values = [numbers["image_auroc"] for numbers in record["rounds"]]
+    number = which if which == 1 else values.index({"worst": min, "median": np.median, "best": max}[which](values))
+    scores = np.loadtxt(tmp_path / "out/ring_1_affine_untrained.csv", delimiter=",", skiprows=1, usecols=3 + number)
+    np.testing.assert_allclose(drawn[0].scores, scores, rtol=1e-5)
+
+
+def test_a_round_that_is_not_there(run):
+    with pytest.raises(UserError, match=r"--images_round 2: there are 2 rounds"):
+        run(images_round=2)
 
 
 def test_only_aurocs_by_kind(run):

@@ -28,7 +28,7 @@ from datasets.manifest import Manifest, save_manifest
 from datasets.mvtec import LabelledDataset, LabelledImage, list_test_items
 from evaluation.gallery import Scored, save_gallery
 from evaluation.per_image import write_scores
-from evaluation.run import save_maps
+from evaluation.run import save_maps, save_tiff
 from examples.demo_data import write_dataset
 from examples.demo_figure import Example, save_figure
 from experiments.tables_page import write_tables
@@ -101,6 +101,7 @@ def figure(path: Path) -> None:
 WRITERS = {  # name of a file -> what writes it
     "record.json": lambda path: write_json(path, {"rounds": list(range(500))}),
     "scores.csv": lambda path: write_scores(path, ITEMS, noise().random((3, len(ITEMS)))),
+    "map.tiff": lambda path: save_tiff(path, noise().random((40, 40), np.float32)),
     "maps.npz": lambda path: save_maps(path, ITEMS, noise().random((len(ITEMS), 8, 8), np.float32)),
     "page.html": lambda path: write_page(path, Page("t", 0.5, [PageRow(str(n), n / 9, "good") for n in range(9)])),
     "image.jpg": lambda path: save_image(path, noise_image(90, 90, 3)),
