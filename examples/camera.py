@@ -25,7 +25,7 @@ from PIL import Image
 from examples.judge import Judge, JudgeConfig, Judgement, load_judge
 from examples.service import REQUIREMENTS
 from inspection.images import array_image
-from inspection.results import DEFECTIVE, UNUSUAL
+from inspection.results import DEFECTIVE, REVIEW
 from utils.config import Parser, flag
 from utils.errors import UserError, require_packages, run_command
 from utils.interrupts import Interrupts
@@ -125,7 +125,7 @@ class Counts:
 
     def __str__(self) -> str:
         scored = self.decisions.total()
-        flagged = f"{self.decisions[DEFECTIVE]} defective, {self.decisions[UNUSUAL]} unusual"
+        flagged = f"{self.decisions[DEFECTIVE]} defective, {self.decisions[REVIEW]} for review"
         return f"{scored} frames scored, {self.last + 1 - scored} dropped, {flagged}"
 
 

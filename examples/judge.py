@@ -22,9 +22,9 @@ from utils.devices import command_device
 
 
 class Judgement(NamedTuple):
-    """The result of one image; the fields are those of `inspection.results.Prediction`, but for two.
+    """The result of one image; the fields are those of `inspection.results.Prediction`, but for one.
 
-    reason: why the image is unusual, or None (`unusual` there). map: (H, W), the score map in the image's own size.
+    map: (H, W), the score map in the image's own size.
     """
 
     score: float
@@ -54,13 +54,12 @@ class Judge:
         """Scores an image in mode L or RGB, as `datasets.images.decode_image` returns them."""
         warning = self._warning(image)
         image.info.pop(CLIPPED_FROM, None)  # else each call would warn once more
-        (score,), maps, (unusual,) = self.detector.inspect([image])
+        (score,), maps, (stopped,) = self.detector.inspect([image])
         threshold, scores = self.detector.threshold, self.detector.restore(maps[0], *image.size)
         return Judgement(
             float(score),
             relative_score(float(score), threshold),
-            decide(score, threshold, unusual),
-            unusual or None,
+            *decide(float(score), threshold, stopped),
             None if threshold is None else threshold.value,
             self.name,
             warning,

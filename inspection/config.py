@@ -79,6 +79,12 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         aliases=("--false_alarm",),
         metavar="RATE",
     )
+    review_rate: float | None = flag(
+        "accepted share of normal images above the lower threshold; between both a person should look (default: 0.05)",
+        default=None,
+        group="threshold",
+        metavar="RATE",
+    )
     calibrate: tuple[Path, ...] = flag(
         "further normal images to set the threshold", default=(), group="threshold", metavar="PATH"
     )
@@ -91,6 +97,10 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         """Raises UserError where flags exclude each other."""
         if bool(self.support) == bool(self.detector):
             raise UserError("give either normal images with --support, or a saved detector with --detector")
+        for name in ("false_positive_rate", "review_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < 1:
+                raise UserError(f"--{name} must be between 0 and 1, got {rate:g}")
         if self.detector and (given := [f"--{name}" for name in self.given & fitting_flags()]):
             raise UserError(
                 f"{', '.join(sorted(given))}: a saved detector keeps what it was fitted with; fit one with --support"
@@ -121,7 +131,7 @@ class PredictConfig(DetectorConfig):
     save: Path | None = flag("save the detector to a file, e.g. part.regad", default=None, metavar="FILE")
     maps: str = flag("score maps; png: 16 bits, scaled by map_scale in scores.json", default="none", choices=MAPS)
     jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
-    fail_on_defect: bool = flag("exit code 3 if an image is defective or unusual", default=False)
+    fail_on_defect: bool = flag("exit code 3 if an image is defective or for review", default=False)
     panels: str = flag(
         "input, heat map and outlines in one file per image, or in a file each, without titles",
         default=PANELS[0],

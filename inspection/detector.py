@@ -20,6 +20,7 @@ from inspection.threshold import (
     NormalScores,
     Threshold,
     check_calibration,
+    given_threshold,
     leave_one_out,
     needs_views,
     normal_threshold,
@@ -43,13 +44,13 @@ MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at mo
 class Inspection(NamedTuple):
     """Results of B images: scores (B,) and maps as `FewShotDetector.score` returns them.
 
-    unusual: why an image is unlike the support as a whole, see inspection/out_of_distribution.py; "" for an image that
-    is not. Its score means nothing then.
+    reasons: why a person should look at an image whatever its score, see inspection/out_of_distribution.py; "" for an
+    image whose score decides.
     """
 
     scores: np.ndarray
     maps: np.ndarray | list[np.ndarray]
-    unusual: list[str]
+    reasons: list[str]
 
 
 class _Support(NamedTuple):
@@ -236,17 +237,23 @@ class FewShotDetector(ImageScoring):
         """Sentences on the images that `fit` and `calibrate` ignored, because they are duplicates of others."""
         return [*self._support_notes, *self._calibration_notes]
 
-    def calibrate(self, false_positive_rate: float, normal: Sequence[ImageInput] | None = None) -> Threshold:
-        """Sets the threshold for a false-positive rate, see inspection/threshold.py.
+    def calibrate(
+        self,
+        false_positive_rate: float,
+        normal: Sequence[ImageInput] | None = None,
+        review_rate: float | None = None,
+    ) -> Threshold:
+        """Sets the two thresholds, see inspection/threshold.py.
 
-        The rate is the share of normal images that should score above the threshold. The threshold is computed from
-        the scores of the images `normal`, or from `loo_scores` if none are given.
+        The rates are the shares of normal images that should score above the threshold, and above the lower threshold
+        of those that a person should look at (None: `inspection.threshold.REVIEW_RATE`). The thresholds are computed
+        from the scores of the images `normal`, or from `loo_scores` if none are given.
 
         Raises:
-            UserError: fewer than two normal scores, without duplicates, or a rate outside (0, 1).
+            UserError: fewer than two normal scores, without duplicates, or rates that are impossible.
         """
         normal = None if normal is None else image_list(normal)
-        check_calibration(2 if normal is None else len(normal), false_positive_rate)
+        check_calibration(2 if normal is None else len(normal), false_positive_rate, review_rate)
         self.calibration, self._calibration_notes = None, []
         if normal is not None:
             seen = self._normal_scores(normal, false_positive_rate)
@@ -266,13 +273,12 @@ class FewShotDetector(ImageScoring):
                 "further normal images, or set the threshold",
                 options=("calibrate", "threshold"),
             )
-        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source)
+        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source, review_rate)
         return self.threshold
 
     def set_threshold(self, value: float) -> Threshold:
-        """Sets the threshold to a value. What is known of normal scores stays, for the colours of the heat maps."""
-        known = self.threshold or Threshold(0.0, "", value, value)
-        self.threshold = known._replace(value=value, how="given", rate=None)
+        """Sets the threshold to a value. What is known of normal scores stays, with the lower threshold from them."""
+        self.threshold = self.threshold.moved_to(value) if self.threshold else given_threshold(value)
         return self.threshold
 
     def _normal_scores(self, images: Sequence[ImageInput], rate: float) -> NormalScores:
@@ -309,22 +315,22 @@ class FewShotDetector(ImageScoring):
         return self.inspect(images)[:2]
 
     def inspect(self, images: Sequence[ImageInput]) -> Inspection:
-        """Scores and maps as `score` returns them, and which images are unlike the support as a whole.
+        """Scores and maps as `score` returns them, and why a person should look at an image whatever its score.
 
         Raises:
             As `score`.
         """
         if not self.fitted:
             raise UserError("the detector must be fitted to support images, or loaded, before it can score images")
-        scores, maps, unusual = [], [], []
+        scores, maps, reasons = [], [], []
         for result in self.results(image_list(images), self.fitted):
             scores.append(result.score)
             maps.append(result.map)
-            unusual.append(result.unusual)
+            reasons.append(result.reason)
         _check_finite(scores)
         if all(one.shape == (self.size, self.size) for one in maps):
             maps = np.stack(maps) if maps else np.empty((0, self.size, self.size), np.float32)
-        return Inspection(np.array(scores, np.float32), maps, unusual)
+        return Inspection(np.array(scores, np.float32), maps, reasons)
 
     def identity(self) -> str:
         """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""
@@ -344,7 +350,7 @@ class FewShotDetector(ImageScoring):
             )
         calibration = self.calibration  # its maps would be most of the file, and only `calibrate` needs them
         return self._scoring_state() | {
-            "threshold": None if self.threshold is None else tuple(self.threshold),
+            "threshold": None if self.threshold is None else self.threshold._asdict(),
             "origin": self.origin,
             "support_digests": self.support_digests,
             "left_out": self.loo_scores and self.loo_scores.state(),
@@ -352,7 +358,7 @@ class FewShotDetector(ImageScoring):
         }
 
     def _scoring_state(self) -> dict:
-        """The part of the state on which scores, score maps and `unusual` depend."""
+        """The part of the state on which scores, score maps and reasons depend."""
         tensors = {"network": self.network.state_dict(), "fitted": self.fitted, "likeness": self.check}
         return {
             "backbone": getattr(self.network, "backbone", None),

@@ -18,7 +18,8 @@ from utils.choices import RELEASE_BACKBONE
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 
-FILE_FORMAT, FILE_VERSION = "RegAD detector", 3
+FILE_FORMAT, FILE_VERSION = "RegAD detector", 4
+READABLE = (3, FILE_VERSION)  # 3: one threshold
 ID_LENGTH = 12  # hexadecimal digits of a detector's identity
 
 
@@ -45,8 +46,8 @@ def read_state(path: Path) -> dict:
     state = load_tensors(path, "detector")
     if not isinstance(state, dict) or state.get("format") != FILE_FORMAT:
         raise UserError(f"{path} is not a detector (a checkpoint or support set?)")
-    if state.get("version") != FILE_VERSION:
-        raise UserError(f"detector {path} has version {state.get('version')}, this program supports {FILE_VERSION}")
+    if state.get("version") not in READABLE:
+        raise UserError(f"detector {path} has version {state.get('version')}, this program supports {READABLE}")
     return state
 
 

@@ -15,7 +15,7 @@ from inspection.detector import FewShotDetector
 from inspection.images import ImageFile, largest_grey_values
 from inspection.inputs import list_inputs
 from inspection.region import RegionWarning, read_region
-from inspection.results import DEFECTIVE, UNUSUAL, decide
+from inspection.results import NORMAL, decide
 from inspection.threshold import Threshold
 from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
@@ -30,11 +30,12 @@ MOST_NORMAL = 5  # normal images and known defects that are printed
 
 
 class KnownDefect(NamedTuple):
-    """A defective image that is known: its path, its score, and why it is unusual or ""."""
+    """A defective image that is known: its path, its score, and the decision on it with its reason."""
 
     name: str
     score: float
-    unusual: str
+    decision: str | None
+    reason: str | None
 
 
 def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
@@ -73,10 +74,13 @@ def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Pat
         return []
     paths = list_inputs(config.defects, output)
     with _printed_warnings():
-        scores, _, unusual = detector.inspect(paths)
-    known = [KnownDefect(*row) for row in zip(map(str, paths), scores.tolist(), unusual, strict=True)]
+        scores, _, reasons = detector.inspect(paths)
+    known = [
+        KnownDefect(str(path), score, *decide(score, detector.threshold, reason))
+        for path, score, reason in zip(paths, scores.tolist(), reasons, strict=True)
+    ]
     known.sort(key=lambda defect: defect.score)
-    found = [decide(one.score, detector.threshold, one.unusual) in (DEFECTIVE, UNUSUAL) for one in known]
+    found = [one.decision not in (NORMAL, None) for one in known]
     print(f"known defects: {sum(found)} of {len(known)} found, lowest scores first:")
     for one, is_found in list(zip(known, found, strict=True))[:MOST_NORMAL]:
         print(f"  {one.score:8.3f}  {'' if is_found else 'missed  '}{one.name}")
@@ -87,7 +91,8 @@ def describe_threshold(threshold: Threshold | None) -> str:
     """Value and origin of a threshold as text."""
     if threshold is None:
         return "none, images are not classified; give two support images or more, --calibrate, or --threshold"
-    return f"{threshold.value:.3f} ({threshold.how})"
+    review = f", review from {threshold.review:.3f} on" if threshold.review_value < threshold.value else ""
+    return f"{threshold.value:.3f} ({threshold.how}){review}"
 
 
 @contextmanager
@@ -163,17 +168,19 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
 
 def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
     """Sets the threshold: --threshold, else --calibrate, else leave-one-out. Without flags, a saved one is kept."""
-    rate = config.false_positive_rate
+    rate, review_rate = config.false_positive_rate, config.review_rate
     normal = list_inputs(config.calibrate, output) if config.calibrate else None
     is_fresh = detector.threshold is None and detector.loo_scores is not None
-    if detector.calibration is not None and rate is not None and not normal:
+    asks_rate = rate is not None or review_rate is not None
+    if detector.calibration is not None and asks_rate and not normal:
         raise UserError(
             f"the threshold of {config.detector} comes from {len(detector.calibration.scores)} calibration images: "
             "give them again with --calibrate, or set --threshold"
         )
-    if normal or rate is not None or is_fresh:
+    if normal or asks_rate or is_fresh:
+        kept = detector.threshold and detector.threshold.rate
         try:
-            detector.calibrate(DEFAULT_RATE if rate is None else rate, normal)
+            detector.calibrate(rate or kept or DEFAULT_RATE, normal, review_rate)
         except UserError:
             if config.threshold is None:  # otherwise calibration only provides the colour scale
                 raise

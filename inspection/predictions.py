@@ -93,7 +93,7 @@ def predict(
 
 
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
-    """Yields groups of (number, input, result), at most SCORE_GROUP images each; result: score, map, why unusual."""
+    """Yields groups of (number, input, result), at most SCORE_GROUP images each; result: as of `inspect`."""
     size, keep_aspect, bits = detector.size, detector.keep_aspect, detector.bits
     ahead = None if detector.clock.device.type == "cpu" else SCORE_GROUP  # the next group, while the device works
     inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits, ahead))
@@ -131,8 +131,8 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     number, item, result = scored
     if result is None:
         return _row(item, None, None, detector.threshold, outputs.detector), NO_PREVIEW
-    score, scores, unusual = result
-    row = _row(item, float(score), unusual, detector.threshold, outputs.detector)
+    score, scores, reason = result
+    row = _row(item, float(score), reason, detector.threshold, outputs.detector)
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
@@ -147,16 +147,16 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
 
 
 def _row(
-    item: InputImage, score: float | None, unusual: str | None, threshold: Threshold | None, detector: str
+    item: InputImage, score: float | None, stopped: str | None, threshold: Threshold | None, detector: str
 ) -> Prediction:
     """The row of an image before anything is written."""
     name, size, modified = item.identity or (full_name(item.path), None, None)
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    limit = None if threshold is None else threshold.value
-    if score is None:
-        return Prediction(now, name, size, modified, None, None, None, None, limit, detector, item.error)
-    decided = relative_score(score, threshold), decide(score, threshold, unusual), unusual or None
-    return Prediction(now, name, size, modified, score, *decided, limit, detector, None, item.warning)
+    limit, lower = (None, None) if threshold is None else (threshold.value, threshold.review_value)
+    decided = (None, None, None)
+    if score is not None:
+        decided = relative_score(score, threshold), *decide(score, threshold, stopped or "")
+    return Prediction(now, name, size, modified, score, *decided, limit, detector, item.error, item.warning, lower)
 
 
 def _write(

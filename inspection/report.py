@@ -16,7 +16,7 @@ from inspection.fitting import KnownDefect, describe_threshold
 from inspection.images import ImageFile
 from inspection.inputs import full_name
 from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
-from inspection.results import SUMMARY, UNUSUAL, Prediction
+from inspection.results import REVIEW, SUMMARY, Prediction
 from inspection.threshold import Threshold
 from reports.drawing import ELEVATED, FLAGGED, colour_limits, css_colour
 from reports.page import KNOWN_PANELS, NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
@@ -110,9 +110,8 @@ def known_images(
             found.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
     for defect in defects:
         preview = _input(decode_image(Path(defect.name), detector.bits)) if with_panels else NO_PREVIEW
-        decision = UNUSUAL if defect.unusual else None
         name = Path(defect.name).name
-        found.append(Reference(name, "known defect", defect.score, preview, decision, defect.unusual))
+        found.append(Reference(name, "known defect", defect.score, preview, _fixed(defect), defect.reason))
     return found
 
 
@@ -148,4 +147,9 @@ def _network(detector: FewShotDetector) -> str:
 def _page_row(row: Prediction, preview: Preview, root: Path) -> PageRow:
     """The row of the page; images outside `root`, which an earlier watch may have scored, keep their whole path."""
     name = row.path.removeprefix(f"{full_name(root).rstrip('/')}/")
-    return PageRow(name, row.score, None, preview, row.decision, row.unusual, row.error, row.boxes)
+    return PageRow(name, row.score, None, preview, _fixed(row), row.reason, row.error, row.boxes)
+
+
+def _fixed(row: Prediction | KnownDefect) -> str | None:
+    """The page's name for a decision that does not depend on its threshold."""
+    return "unusual" if row.decision == REVIEW else None

@@ -15,9 +15,10 @@ import errno
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import NamedTuple, TextIO
 
 from inspection.boxes import Box
@@ -27,7 +28,8 @@ from utils.errors import UserError
 from utils.files import whole_file
 from utils.locks import locked
 
-NORMAL, DEFECTIVE, UNUSUAL = DECISIONS = ("normal", "defective", "unusual")
+NORMAL, REVIEW, DEFECTIVE = DECISIONS = ("normal", "review", "defective")
+REVIEW_BEFORE = "unusual"  # the decision, and the name of `reason`, in files of earlier versions
 RECORD, SCORES, BOXES, SUMMARY, PAGE = "results.jsonl", "scores.csv", "boxes.csv", "scores.json", "report.html"
 
 
@@ -37,11 +39,11 @@ class Prediction(NamedTuple):
     time: when it was scored, ISO 8601 with the zone. path, bytes, modified: see `inspection.inputs.Identity`; the last
     two are None for a file that does not exist or changed while it was read. score: a distance, at least 0; None if the
     image cannot be read. relative: the score as a multiple of a typical normal score, None where none is known.
-    decision: one of DECISIONS, or None without a threshold or score. unusual: why the image is unlike the support as a
-    whole, for the decision `unusual`. threshold: the one that the decision was made
-    with. detector: see `FewShotDetector.identity`. error: why the image cannot be read, or its files cannot be written.
-    warning: why the score may mislead. boxes: regions above the threshold. files: what was written for the image,
-    relative to the output folder.
+    decision: one of DECISIONS, or None without a threshold or score. reason: why a person should look at the image, for
+    the decision `review`. threshold, review_threshold: those that the decision was made with. detector: see
+    `FewShotDetector.identity`. error: why the image cannot be read, or its files cannot be written. warning: why the
+    score may mislead. boxes: regions above the threshold. files: what was written for the image, relative to the output
+    folder. quality: measures of the image by name, see inspection/quality.py.
     """
 
     time: str
@@ -51,13 +53,15 @@ class Prediction(NamedTuple):
     score: float | None
     relative: float | None
     decision: str | None
-    unusual: str | None
+    reason: str | None
     threshold: float | None
     detector: str
     error: str | None = None
     warning: str | None = None
+    review_threshold: float | None = None
     boxes: Sequence[Box] = ()
     files: Sequence[str] = ()
+    quality: Mapping[str, float] = MappingProxyType({})
 
     @property
     def identity(self) -> Identity:
@@ -70,27 +74,36 @@ class Prediction(NamedTuple):
 
     def plain(self) -> dict:
         """The row as it stands in JSON files."""
-        return self._asdict() | {"boxes": [box._asdict() for box in self.boxes], "files": list(self.files)}
+        return self._asdict() | {
+            "boxes": [box._asdict() for box in self.boxes],
+            "files": list(self.files),
+            "quality": dict(self.quality),
+        }
 
 
 CSV_COLUMNS = Prediction._fields[: Prediction._fields.index("boxes")]
 BOX_COLUMNS = ("time", "path", *Box._fields)
 
 
-def decide(score: float, threshold: Threshold | None, unusual: str = "") -> str | None:
-    """The decision on a score; None without a threshold. unusual: why the score means nothing, or ""."""
-    if unusual:
-        return UNUSUAL
+def decide(score: float, threshold: Threshold | None, stopped: str = "") -> tuple[str | None, str | None]:
+    """The decision on a score and the reason for `review`; (None, None) without a threshold.
+
+    stopped: why the score means nothing, see `inspection.scoring.ImageResult`, or "".
+    """
+    if stopped:
+        return REVIEW, stopped
     if threshold is None:
-        return None
-    return DEFECTIVE if score > threshold.value else NORMAL
+        return None, None
+    if score > threshold.value:
+        return DEFECTIVE, None
+    if score > threshold.review_value:
+        return REVIEW, f"score between {threshold.review_value:.3f} and the threshold {threshold.value:.3f}"
+    return NORMAL, None
 
 
 def relative_score(score: float, threshold: Threshold | None) -> float | None:
     """The score as a multiple of the median score of the normal images; None where no normal scores are known."""
-    if threshold is None or threshold.typical <= 0:
-        return None
-    if threshold.typical == threshold.region == threshold.value:  # a threshold given without any normal image
+    if threshold is None or threshold.typical <= 0 or not threshold.knows_normal:
         return None
     return score / threshold.typical
 
@@ -203,9 +216,13 @@ TABLES = {
 
 
 def _row(values: dict) -> Prediction:
-    """A row from its JSON object. Unknown entries are ignored."""
-    known = {name: values[name] for name in CSV_COLUMNS}
-    return Prediction(**known, boxes=[Box(**box) for box in values["boxes"]], files=[str(f) for f in values["files"]])
+    """A row from its JSON object. Unknown entries are ignored, those of later versions may be missing."""
+    if REVIEW_BEFORE in values:
+        values = values | {"reason": values[REVIEW_BEFORE]}
+        values["decision"] = REVIEW if values["decision"] == REVIEW_BEFORE else values["decision"]
+    known = {name: values[name] for name in CSV_COLUMNS if name in values or name not in Prediction._field_defaults}
+    boxes, files = [Box(**box) for box in values["boxes"]], [str(file) for file in values["files"]]
+    return Prediction(**known, boxes=boxes, files=files, quality=values.get("quality", {}))
 
 
 def _remove_results(folder: Path) -> None:

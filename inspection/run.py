@@ -24,9 +24,9 @@ from inspection.report import choose_previews, is_made_with, known_images, repor
 from inspection.results import (
     DEFECTIVE,
     PAGE,
+    REVIEW,
     SCORES,
     SUMMARY,
-    UNUSUAL,
     Prediction,
     ResultFiles,
     count_decisions,
@@ -42,7 +42,7 @@ from utils.interrupts import Interrupts
 from utils.records import peak_memory_mb, provenance
 
 SOME_FAILED = 1  # exit code if some images failed; all others are processed
-SOME_FLAGGED = 3  # exit code with --fail_on_defect if an image is defective or unusual; comes before SOME_FAILED
+SOME_FLAGGED = 3  # exit code with --fail_on_defect if an image is defective or for review; comes before SOME_FAILED
 MOST_FLAGGED = 10  # images with another decision than normal that are printed at the end
 REFRESH_SECONDS, REFRESH_SHARE = 5.0, 0.05  # --watch writes scores.json and the report so seldom, in so little time
 
@@ -295,14 +295,14 @@ class Run:
         decided = f"{count[DEFECTIVE]} defective" if is_classified else "not classified"
         plural = "" if count["scored"] == 1 else "s"
         parts = [f"{count['scored']} image{plural} scored", decided, f"{count['failed']} failed"]
-        parts += [f"{count[UNUSUAL]} unusual"] if count[UNUSUAL] else []
+        parts += [f"{count[REVIEW]} for review"] if count[REVIEW] else []
         parts += [f"{doubtful} with a warning"] if doubtful else []
         in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
         print(f"{'' if is_whole else 'stopped: '}{', '.join(parts)}: {self.config.output}{in_all}")
 
 
 def _outcome(row: Prediction) -> str:
-    why = f": {row.unusual}" if row.unusual else ""
+    why = f": {row.reason}" if row.reason else ""
     return f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip()
 
 

@@ -29,11 +29,11 @@ CHECK = OutOfDistributionCheck()
 
 
 class ImageResult(NamedTuple):
-    """One image: score, map, why it is unusual, its square, and whether it was cut into tiles."""
+    """One image: score, map, why a person should look at it whatever its score, its square, whether it was cut."""
 
     score: np.float32
     map: np.ndarray
-    unusual: str
+    reason: str
     square: torch.Tensor
     is_cut: bool
 
@@ -42,7 +42,7 @@ class ImageScoring:
     """How images are read, cut and scored, given what a scorer has fitted.
 
     bits: the bit depth of 16-bit grey images. tiling: how large images are cut; None if they are not. region: (H, W)
-    bool, where images are scored; None: everywhere. check: what CHECK has fitted; empty: no image is unusual.
+    bool, where images are scored; None: everywhere. check: what CHECK has fitted; empty: every score decides.
     """
 
     def __init__(
@@ -94,29 +94,29 @@ class ImageScoring:
         """The results of at most SCORE_GROUP images that are not cut."""
         if not squares:
             return
-        scores, maps, unusual = self.score_squares(self.on_device(squares), fitted, self.inside)
+        scores, maps, reasons = self.score_squares(self.on_device(squares), fitted, self.inside)
         if only_pixels and self.region is not None:
             inside = to_square_mask(self.region, self.size, self.keep_aspect)
             maps = [pixels(one, inside, self.size) for one in maps]
-        for result in zip(scores, maps, unusual, squares, strict=True):
+        for result in zip(scores, maps, reasons, squares, strict=True):
             yield ImageResult(*result, is_cut=False)
 
     def _cut_result(
         self, image: Image.Image, square: torch.Tensor, layout: Layout, fitted: Fitted, only_pixels: bool
     ) -> ImageResult:
-        """The result of an image that is cut. It is unusual if most of its tiles are."""
+        """The result of an image that is cut. It has a reason if most of its tiles have one."""
         reasons: list[str] = []
 
         def maps_of(tiles: torch.Tensor) -> np.ndarray:
-            _, maps, unusual = self.score_squares(upload(tiles, self.clock.device), fitted, None)
-            reasons.extend(unusual)
+            _, maps, of_tiles = self.score_squares(upload(tiles, self.clock.device), fitted, None)
+            reasons.extend(of_tiles)
             return maps
 
         scores = joined_map(image, layout, maps_of, SCORE_GROUP)
         inside = inside_map(self.region, layout.across, layout.down)
         scores = scores if inside is None else scores * inside
-        unusual = [reason for reason in reasons if reason]
-        reason = f"most tiles: {unusual[0]}" if 2 * len(unusual) > len(reasons) else ""
+        found = [reason for reason in reasons if reason]
+        reason = f"most tiles: {found[0]}" if 2 * len(found) > len(reasons) else ""
         kept_map = pixels(scores, inside, self.size) if only_pixels else scores
         return ImageResult(scores.max(), kept_map, reason, square, is_cut=True)
 
@@ -137,8 +137,8 @@ class ImageScoring:
             columns = [scores[:, None], maps.flatten(1), *measured]
             values = torch.cat(columns, dim=1).cpu().numpy()  # one copy: each copy from a device waits for it
         scores, maps = values[:, 0], values[:, 1 : maps[0].numel() + 1].reshape(maps.shape)
-        unusual = CHECK.reasons(values[:, -measured[0].shape[1] :].tolist()) if measured else [""] * len(inputs)
-        return scores, maps, unusual
+        reasons = CHECK.reasons(values[:, -measured[0].shape[1] :].tolist()) if measured else [""] * len(inputs)
+        return scores, maps, reasons
 
     @property
     def inside(self) -> torch.Tensor | None:

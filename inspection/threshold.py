@@ -31,7 +31,7 @@ rate holds on average over parts, but not for every part. benchmarks/threshold.p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ from scorers.maps import score_maps_at
 from utils.errors import UserError
 from utils.stages import StageClock
 
+REVIEW_RATE = 0.05  # default share of normal images above the lower threshold
 CALIBRATION_SHARE = 0.75  # of the normal quantile
 FEW_LOO = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
 
@@ -115,12 +116,13 @@ def leave_one_out(
 
 
 class Threshold(NamedTuple):
-    """An image with a score above `value` is classified as defective.
+    """An image with a score above `value` is defective, one with a score above `review_value` for a person to judge.
 
     All values are distances. how: the origin of `value`, as text. typical: the median score of the normal images; sets
-    the colour scale of the heat maps. region: regions above it are outlined. `typical` and `region` equal `value` if no
+    the colour scale of the heat maps. region: regions above it are outlined. `typical` and `region` are equal if no
     normal scores are known. rate: the false-positive rate asked for; None for a given value. count: the number of
-    normal images. Files of earlier versions hold two more values, which `from_state` ignores.
+    normal images. review: at most `value`; None: equal to it. review_rate: the share of normal images above `review`
+    asked for.
     """
 
     value: float
@@ -129,11 +131,29 @@ class Threshold(NamedTuple):
     region: float
     rate: float | None = None
     count: int = 0
+    review: float | None = None
+    review_rate: float | None = None
 
     @staticmethod
-    def from_state(values: Sequence) -> Threshold:
-        """The threshold in a detector file."""
-        return Threshold(*values[: len(Threshold._fields)])
+    def from_state(state: Mapping | Sequence) -> Threshold:
+        """The threshold in a detector file; in version 3 the values up to `count`, then two that mean nothing now."""
+        return Threshold(**state) if isinstance(state, Mapping) else Threshold(*state[:6])
+
+    @property
+    def review_value(self) -> float:
+        """The lower of the two thresholds."""
+        return self.value if self.review is None else self.review
+
+    @property
+    def knows_normal(self) -> bool:
+        """Whether `typical` and `region` come from normal images."""
+        return self.typical != self.region
+
+    def moved_to(self, value: float) -> Threshold:
+        """The threshold with a given value; what normal images have shown stays."""
+        if not self.knows_normal:
+            return given_threshold(value)
+        return self._replace(value=value, how="given", rate=None, review=min(self.review_value, value))
 
     @property
     def warnings(self) -> list[str]:
@@ -146,6 +166,11 @@ class Threshold(NamedTuple):
         ]
 
 
+def given_threshold(value: float) -> Threshold:
+    """A threshold where no normal image is known."""
+    return Threshold(value, "given", value, value)
+
+
 def is_order_statistic(count: int, rate: float) -> bool:
     """Whether `count` normal images are enough for a threshold from their scores alone, without a distribution."""
     return _order(count, rate) <= count
@@ -156,15 +181,19 @@ def needs_views(count: int, rate: float, scorer: Scorer) -> bool:
     return scorer.prior is None and not is_order_statistic(count, rate)
 
 
-def normal_threshold(normal: NormalScores, rate: float, prior: ScorePrior | None, source: str) -> Threshold:
-    """The threshold for a false-positive rate of `rate`, by the rule in the module's docstring.
+def normal_threshold(
+    normal: NormalScores, rate: float, prior: ScorePrior | None, source: str, review_rate: float | None = None
+) -> Threshold:
+    """The thresholds for a false-positive rate of `rate`, by the rule in the module's docstring.
 
-    prior: the scorer's. source: where the scores come from, as text for `Threshold.how`.
+    prior: the scorer's. source: where the scores come from, as text for `Threshold.how`. review_rate: the share of
+    normal images above the lower threshold, at least `rate`; None: REVIEW_RATE.
 
     Raises:
-        UserError: fewer than two images that differ, or a rate outside (0, 1).
+        UserError: fewer than two images that differ, or rates that exclude each other or are outside (0, 1).
     """
-    check_calibration(len(normal.scores), rate)
+    review_rate = max(rate, REVIEW_RATE) if review_rate is None else review_rate
+    check_calibration(len(normal.scores), rate, review_rate)
     known = normal.scores[:, 0] <= 0  # duplicates of support images do not show how much images differ
     source += f", {known.sum()} identical to others ignored" if known.any() else ""
     normal = normal.keep(~known)
@@ -178,7 +207,8 @@ def normal_threshold(normal: NormalScores, rate: float, prior: ScorePrior | None
     region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
     how = f"{rule} for a false-positive rate of {rate:g}, {source}"
     typical = float(np.median(normal.scores[:, 0]))
-    return Threshold(value, how, typical, float(region), rate, count)
+    review, _ = _value(normal.scores, normal.is_loo, review_rate, prior)
+    return Threshold(value, how, typical, float(region), rate, count, min(review, value), review_rate)
 
 
 def _value(scores: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior | None) -> tuple[float, str]:
@@ -210,14 +240,17 @@ def _bound(images: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior) -> 
     return math.exp(mean + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
 
 
-def check_calibration(count: int, rate: float) -> None:
-    """Checks that a threshold can be computed from `count` normal images for the false-positive rate `rate`.
+def check_calibration(count: int, rate: float, review_rate: float | None = None) -> None:
+    """Checks that thresholds can be computed from `count` normal images for these rates.
 
     Raises:
-        UserError: fewer than two images, or a rate outside (0, 1).
+        UserError: fewer than two images, rates outside (0, 1), or `review_rate` below `rate`.
     """
     if not 0 < rate < 1:
         raise UserError(f"the false-positive rate must be between 0 and 1, got {rate}", ("false_positive_rate",))
+    if review_rate is not None and not rate <= review_rate < 1:
+        reason = f"the review rate must be below 1 and at least the false-positive rate {rate:g}, got {review_rate:g}"
+        raise UserError(reason, ("review_rate", "false_positive_rate"))
     if count < 2:
         raise UserError(f"a threshold needs the scores of at least 2 normal images, got {count}")
 

@@ -259,7 +259,7 @@ def test_predict_says_the_depth_and_names_images_beyond_it(greys, tmp_path, caps
     predict.main(["--support", *map(str, support), *fitting, *base])
     printed = capsys.readouterr()
     assert "bits: 10 (3 16-bit image(s) of the support" in printed.out
-    assert re.search(r", 0 failed(, \d unusual)?, 1 with a warning: ", printed.out)
+    assert re.search(r", 0 failed(, \d for review)?, 1 with a warning: ", printed.out)
     assert f"warning: {bright} has values up to" in printed.err
     record = json.loads((tmp_path / "out/scores.json").read_text())
     assert record["bits"] == 10 and [bool(row["warning"]) for row in record["images"]] == [True, False]

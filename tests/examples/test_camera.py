@@ -76,8 +76,8 @@ def test_lines_for_people(part, video, capsys):
     assert device.startswith("device: cpu (")
     detector = FewShotDetector.load(part, "cpu")
     black = detector.inspect([Image.new("RGB", (SIZE, SIZE))])
-    assert black.unusual[0] and f"unusual {black.unusual[0]}  dropped 0" in lines[0] and "  frame 0  " in lines[0]
-    assert f"{len(lines)} frames scored" in summary and f"{len(lines)} unusual" in summary
+    assert black.reasons[0] and f"review {black.reasons[0]}  dropped 0" in lines[0] and "  frame 0  " in lines[0]
+    assert f"{len(lines)} frames scored" in summary and f"{len(lines)} for review" in summary
 
 
 class Endless:

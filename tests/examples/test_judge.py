@@ -11,6 +11,7 @@ from PIL import Image
 from datasets.images import decode_image
 from examples.judge import Judge
 from inspection.detector import FewShotDetector
+from inspection.results import decide
 from models.regad import untrained
 from utils.devices import seed_everything
 
@@ -30,9 +31,9 @@ def detector(demo_data) -> FewShotDetector:
 def test_a_result_has_the_values_of_the_detector(detector, demo_data):
     path = next((demo_data / "ring/test/chip").iterdir())
     image = decode_image(path).resize((90, 70))
-    (score,), (scores,), (unusual,) = detector.inspect([image])
+    (score,), (scores,), (stopped,) = detector.inspect([image])
     result = Judge(detector).judge(image)
-    assert (result.score, result.reason, result.warning) == (score, unusual or None, None)
+    assert (result.score, result.decision, result.reason) == (score, *decide(float(score), detector.threshold, stopped))
     assert np.array_equal(result.map, detector.restore(scores, 90, 70)) and result.map.shape == (70, 90)
     plain = result.plain()
     assert set(plain) == set(result._fields) - {"map"} and plain["detector"] == detector.identity()

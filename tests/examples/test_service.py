@@ -17,6 +17,7 @@ from PIL import Image
 
 from benchmarks.service import Server, killed_in_the_middle
 from examples import service
+from inspection.results import decide
 from utils.errors import UserError
 
 for package in ("fastapi", "uvicorn", "python_multipart"):
@@ -62,23 +63,23 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def test_scores_are_those_of_the_detector(server, detector, images):
-    scores, maps, unusual = detector.inspect(images)
-    for path, score, scored, why in zip(images, scores, maps, unusual, strict=True):
+    scores, maps, reasons = detector.inspect(images)
+    for path, score, scored, stopped in zip(images, scores, maps, reasons, strict=True):
         for reply in (server.send(path.read_bytes()), server.send(form(path.read_bytes()), kind=FORM)):
             assert reply.status == 200, reply.content
             result = reply.result
             assert result["score"] == pytest.approx(float(score), rel=1e-4)
             assert result["relative"] == pytest.approx(float(score) / detector.threshold.typical, rel=1e-4)
-            expected = "defective" if score > detector.threshold.value else "normal"
-            assert result["decision"] == ("unusual" if why else expected) and result["reason"] == (why or None)
+            expected = decide(float(score), detector.threshold, stopped)
+            assert (result["decision"], result["reason"]) == expected
             assert (result["threshold"], result["detector"]) == (detector.threshold.value, detector.identity())
             assert bool(result["boxes"]) == bool(detector.restore(scored, SIZE, SIZE).max() > result["threshold"])
-    assert {reply["decision"] for reply in map(lambda p: server.send(p.read_bytes()).result, images)} != {"unusual"}
+    assert {reply["decision"] for reply in map(lambda p: server.send(p.read_bytes()).result, images)} != {"review"}
 
 
-def test_a_black_image_is_unusual_and_says_why(server):
+def test_a_black_image_is_for_review_and_says_why(server):
     result = server.send(encoded(Image.new("L", (80, 60)), "PNG")).result
-    assert result["decision"] == "unusual" and result["reason"]
+    assert result["decision"] == "review" and result["reason"]
 
 
 def test_the_map_is_a_png_in_the_size_of_the_image(server, images):

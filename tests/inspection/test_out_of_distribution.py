@@ -38,10 +38,10 @@ def transistors(network):
 def test_frames_and_other_parts_are_unusual_and_own_images_are_not(transistors):
     own = normal_images("transistor", 3, 3)
     others = [normal_images(category, 1)[0] for category in ("screw", "magnetic_tile", "solar_poly", "bottle", "grid")]
-    assert transistors.inspect(own).unusual == [""] * 3
-    assert all("unlike the support images" in reason for reason in transistors.inspect(others).unusual)
+    assert transistors.inspect(own).reasons == [""] * 3
+    assert all("unlike the support images" in reason for reason in transistors.inspect(others).reasons)
     frames = make_frames(transistors.on_device([transistors.square(decode_image(own[0]))]))
-    reasons = {kind: transistors.inspect(list(images)).unusual for kind, images in frames.items()}
+    reasons = {kind: transistors.inspect(list(images)).reasons for kind, images in frames.items()}
     assert all(all(found) for found in reasons.values()), reasons
     for kind in ("black", "white", "grey", "lens cap", "lamp off"):
         assert reasons[kind] == ["hardly any contrast"]
@@ -53,7 +53,7 @@ def test_parts_without_a_direction_may_be_turned(network):
     """Screws lie in any direction."""
     detector = FewShotDetector(network, "cpu").fit(normal_images("screw", 3))
     turned = [decode_image(path).rotate(180) for path in normal_images("screw", 3)]
-    assert not detector.check["direction"] and detector.inspect(turned).unusual == [""] * 3
+    assert not detector.check["direction"] and detector.inspect(turned).reasons == [""] * 3
 
 
 @needs_reference
@@ -61,11 +61,11 @@ def test_saved_detectors_know_what_is_unusual_and_older_ones_do_not(transistors,
     transistors.save(tmp_path / "part.regad")
     frame = torch.zeros(3, SIZE, SIZE)
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
-    assert loaded.inspect([frame]).unusual == transistors.inspect([frame]).unusual == ["hardly any contrast"]
+    assert loaded.inspect([frame]).reasons == transistors.inspect([frame]).reasons == ["hardly any contrast"]
     content = torch.load(tmp_path / "part.regad", weights_only=True)
     torch.save(content | {"likeness": {}}, tmp_path / "old.regad")
     loaded = FewShotDetector.load(tmp_path / "old.regad", "cpu")
-    assert loaded.inspect([frame]).unusual == [""]
+    assert loaded.inspect([frame]).reasons == [""]
     assert loaded.calibrate(0.05).value == pytest.approx(transistors.calibrate(0.05).value)
 
 

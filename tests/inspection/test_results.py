@@ -13,8 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inspection.boxes import Box
-from inspection.results import CSV_COLUMNS, Prediction, ResultFiles, count_decisions, relative_score
-from inspection.threshold import Threshold
+from inspection.results import (
+    CSV_COLUMNS,
+    DEFECTIVE,
+    NORMAL,
+    REVIEW,
+    Prediction,
+    ResultFiles,
+    count_decisions,
+    decide,
+    relative_score,
+)
+from inspection.threshold import Threshold, given_threshold
 from utils.errors import UserError
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(['a,"b"', "x\r\ny", "größe\n"])
@@ -29,14 +39,16 @@ ROWS = st.lists(
         st.none() | TEXTS,
         st.none() | SCORES,
         st.none() | SCORES,
-        st.sampled_from([None, "normal", "defective", "unusual"]),
+        st.sampled_from([None, "normal", "review", "defective"]),
         st.none() | TEXTS,
         st.none() | SCORES,
         TEXTS,
         st.none() | TEXTS,
         st.none() | TEXTS,
+        st.none() | SCORES,
         st.lists(BOX, max_size=2),
         st.lists(TEXTS, max_size=2),
+        st.dictionaries(TEXTS, SCORES, max_size=2),
     ),
     max_size=4,
 )
@@ -112,11 +124,29 @@ def test_a_foreign_record_is_not_touched(tmp_path):
 def test_relative_scores():
     assert relative_score(3.0, Threshold(5.0, "", 2.0, 1.0)) == 1.5
     assert relative_score(3.0, None) is None
-    assert relative_score(3.0, Threshold(5.0, "given", 5.0, 5.0)) is None  # no normal score is known
+    assert relative_score(3.0, given_threshold(5.0)) is None  # no normal score is known
+
+
+def test_decisions_by_two_thresholds():
+    threshold = Threshold(5.0, "", 2.0, 1.0, review=4.0)
+    assert [decide(score, threshold)[0] for score in (4.0, 4.5, 5.0, 5.5)] == [NORMAL, REVIEW, REVIEW, DEFECTIVE]
+    assert decide(4.5, threshold)[1] == "score between 4.000 and the threshold 5.000"
+    assert decide(9.0, threshold, "turned") == (REVIEW, "turned") and decide(9.0, None) == (None, None)
+    assert decide(4.5, threshold._replace(review=None)) == (NORMAL, None)  # of an earlier version
+
+
+def test_rows_of_earlier_versions_are_read(tmp_path):
+    """`unusual` was a decision, and the name of its reason."""
+    row = row_with()._replace(decision="unusual").plain()
+    for name in ("reason", "review_threshold", "quality"):
+        del row[name]
+    (tmp_path / "results.jsonl").write_text(json.dumps(row | {"unusual": "turned"}) + "\n")
+    with closing(ResultFiles(tmp_path)) as files:
+        assert files.rows == [row_with()._replace(decision=REVIEW, reason="turned", boxes=[])]
 
 
 def test_counts():
     row = row_with()
-    rows = [row, row._replace(decision="unusual"), row._replace(score=None, decision=None, error="broken")]
-    assert count_decisions(rows) == {"scored": 2, "normal": 1, "defective": 0, "unusual": 1, "failed": 1}
+    rows = [row, row._replace(decision="review"), row._replace(score=None, decision=None, error="broken")]
+    assert count_decisions(rows) == {"scored": 2, "normal": 1, "review": 1, "defective": 0, "failed": 1}
     assert [one.is_flagged for one in rows] == [False, True, False]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from inspection.threshold import NormalScores, Threshold, normal_threshold
+from inspection.threshold import REVIEW_RATE, NormalScores, Threshold, given_threshold, normal_threshold
 from scorers.base import ScorePrior
 from scorers.combined import Combined
 from scorers.neighbours import Neighbours
@@ -109,6 +109,29 @@ def test_impossible_shares(share):
         threshold_of(np.ones(1), 0.05)
 
 
-def test_thresholds_of_earlier_files_have_two_more_values():
+def test_thresholds_of_earlier_files_are_one():
     threshold = threshold_of([0.5, 0.6, 0.7], 0.05)
-    assert Threshold.from_state((*threshold, "2.png", 0.6)) == Threshold.from_state(threshold) == threshold
+    assert Threshold.from_state(threshold._asdict()) == threshold
+    earlier = Threshold.from_state((*threshold[:6], "2.png", 0.6))
+    assert earlier == threshold._replace(review=None, review_rate=None) and earlier.review_value == threshold.value
+
+
+@given(scores_of_images, st.floats(0.001, 0.5), kinds)
+def test_the_lower_threshold_is_that_of_the_higher_rate(scores, rate, kind):
+    threshold = threshold_of(scores, rate, *kind)
+    assert threshold.review <= threshold.value and threshold.review_rate == max(rate, REVIEW_RATE)
+    assert threshold.review == threshold_of(scores, threshold.review_rate, *kind).value
+
+
+def test_a_given_threshold_keeps_what_normal_images_have_shown():
+    known = threshold_of([0.5, 0.6, 0.7], 0.01, PRIOR)
+    assert known.moved_to(9.0) == known._replace(value=9.0, how="given", rate=None)
+    assert known.moved_to(0.1).review == 0.1
+    assert given_threshold(0.9).moved_to(0.5) == given_threshold(0.5)  # no normal score is known
+
+
+def test_rates_that_exclude_each_other():
+    normal = NormalScores(np.ones((3, 1)), np.zeros((3, 2, 2)), is_loo=True)
+    for rate, review_rate in ((0.05, 0.01), (0.05, 1.0)):
+        with pytest.raises(UserError, match="review rate must be below 1 and at least"):
+            normal_threshold(normal, rate, None, "", review_rate)
