@@ -177,7 +177,7 @@ def test_no_images_draws_nothing(support, demo_data, tmp_path, monkeypatch):
 def test_heat_maps_are_seen(support, demo_data, tmp_path):
     """The heat map of an image as normal as the support is coloured at its maximum, for any threshold."""
     record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "1e-9")
-    assert all(row["decision"] == "normal" for row in record["images"])
+    assert all(row["decision"] != "defective" for row in record["images"])
     for row in record["images"]:
         with Image.open(
             tmp_path
