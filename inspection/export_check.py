@@ -13,8 +13,10 @@ from inspection.detector import FewShotDetector
 from inspection.images import as_tensor
 from utils.errors import UserError
 
-FLOOR = 1e-3  # times the largest value: lower bound of the divisor, as distances can be 0
-TOLERANCE = 1e-3  # largest relative difference of a pixel or score; above it, a file is rejected
+# Largest difference of a pixel or score, relative to itself or to the threshold, whichever is larger: what lies far
+# below the threshold decides nothing. Measured with each scorer on bottles and transistors: ONNX Runtime, torch.export
+# and OpenVINO in float32 at most 9e-6, OpenVINO in bfloat16 at least 3e-2.
+TOLERANCE = 1e-3
 CHECK_BATCHES = (1, 4)  # images per call
 CHECK_IMAGES = 20  # at most, evenly spread over the file names of a folder
 
@@ -40,23 +42,25 @@ def compare_files(
         print(f"{kind}: largest relative difference {difference:.1e} on {len(images)} images")
         if difference > TOLERANCE:
             raise UserError(
-                f"the {kind} file must not be used: its maps differ from PyTorch's by {difference:.1e}; the limit is "
-                f"{TOLERANCE:g}"
+                f"the {kind} file must not be used: its scores differ from PyTorch's by {difference:.1e} of themselves or "
+                f"of the threshold; the limit is {TOLERANCE:g}"
             )
 
 
 def largest_difference(detector: FewShotDetector, runtime: Runtime, images: np.ndarray) -> float:
-    """The largest relative difference of a pixel or score of images (N, S, S, 3) uint8; NaN counts as infinite.
+    """The largest difference of a pixel or score of images (N, S, S, 3) uint8; NaN counts as infinite.
 
-    The runtime gets the images in batches of each size in CHECK_BATCHES.
+    It is relative to the value or to the threshold, whichever is larger; without a threshold above 0, to the value or
+    to the largest of all. The runtime gets the images in batches of each size in CHECK_BATCHES.
     """
     scores, maps = detector.score([as_tensor(square) for square in images])  # squares are never cut
+    limit = detector.threshold.value if detector.threshold else 0.0
+    least = limit if limit > 0 else float(scores.max()) or 1.0
     found = []
     for size in CHECK_BATCHES:
         batches = [runtime(images[start : start + size]) for start in range(0, len(images), size)]
         for parts, reference in zip(zip(*batches, strict=True), (maps, scores), strict=True):
-            divisor = np.maximum(reference, FLOOR * (reference.max() or 1))
-            found.append((np.abs(np.concatenate(parts) - reference) / divisor).max())
+            found.append((np.abs(np.concatenate(parts) - reference) / np.maximum(reference, least)).max())
     return float(np.nan_to_num(np.max(found), nan=np.inf))
 
 

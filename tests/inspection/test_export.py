@@ -24,9 +24,11 @@ from datasets.images import read_image
 from inspection.detector import FewShotDetector
 from inspection.export import METADATA_FILE, WRITERS, ExportedDetector, export_metadata
 from inspection.export_check import OPENERS, TOLERANCE, compare_files, largest_difference
+from inspection.images import as_tensor
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
 from models.regad import RegAD, load_checkpoint
+from scorers.registry import SCORERS
 from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
@@ -166,6 +168,48 @@ def test_comparison_finds_a_file_of_another_detector(detector, network, normal, 
     other = FewShotDetector(network, "cpu").fit(normal[:2])
     with pytest.raises(UserError, match="pt2 file must not be used"):
         compare_files(other, {"pt2": exported["pt2"]}, normal, are_support=False)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_difference_counts_relative_to_the_threshold(name, network, normal, images):
+    """Far below the threshold, rounding is large relative to a pixel and decides nothing."""
+    detector = FewShotDetector(network, "cpu", scorer=name).fit(normal[:3])
+    limit = detector.calibrate(0.05).value
+    scores, maps = detector.score([as_tensor(square) for square in images])
+    number = {image.tobytes(): n for n, image in enumerate(images)}
+    for share, place in {0.5 * TOLERANCE: maps.argmin(), 2 * TOLERANCE: maps.argmax()}.items():
+        changed = maps.copy()
+        changed.flat[place] += share * max(limit, changed.flat[place])
+
+        def runtime(batch: np.ndarray, maps: np.ndarray = changed) -> tuple[np.ndarray, np.ndarray]:
+            rows = [number[image.tobytes()] for image in batch]
+            return maps[rows], scores[rows]
+
+        assert largest_difference(detector, runtime, images) == pytest.approx(share, rel=1e-2)
+
+
+def open_openvino(path: Path):
+    """As the documents say: without the hint, OpenVINO computes in bfloat16 where the processor can."""
+    openvino = pytest.importorskip("openvino")
+    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda batch: (model([batch])["map"], model([batch])["score"])
+
+
+def open_opencv(path: Path):
+    cv2 = pytest.importorskip("cv2", minversion="5")  # OpenCV 4 refuses tensors of six axes
+    model = cv2.dnn.readNetFromONNX(str(path))
+
+    def run(batch: np.ndarray) -> tuple[np.ndarray, ...]:
+        model.setInput(batch, "image")
+        return tuple(model.forward(["map", "score"]))
+
+    return run
+
+
+@needs_onnx
+@pytest.mark.parametrize("opener", [open_openvino, open_opencv])
+def test_other_runtimes_read_the_onnx_file(opener, detector, exported, images):
+    assert largest_difference(detector, opener(exported["onnx"]), images) < TOLERANCE
 
 
 def test_invalid_arguments_are_one_sentence(detector, network, normal, tmp_path, monkeypatch):
