@@ -42,8 +42,8 @@ def compare_files(
         print(f"{kind}: largest relative difference {difference:.1e} on {len(images)} images")
         if difference > TOLERANCE:
             raise UserError(
-                f"the {kind} file must not be used: its scores differ from PyTorch's by {difference:.1e} of themselves or "
-                f"of the threshold; the limit is {TOLERANCE:g}"
+                f"the {kind} file must not be used: its scores differ from PyTorch's by {difference:.1e} of themselves "
+                f"or of the threshold; the limit is {TOLERANCE:g}"
             )
 
 
