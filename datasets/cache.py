@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from datasets.episodes import Episode
 from datasets.images import FULL_BITS, read_image
+from datasets.layouts import short_name
 from utils.devices import upload
 from utils.errors import UserError
 from utils.files import whole_file
@@ -103,7 +104,7 @@ def _reserve(file: Path) -> None:
 def _cache_file(paths: Sequence[Path], settings: tuple, cache_dir: Path, digests: FileDigests) -> Path:
     folder = paths[0].parent.resolve()
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = digest([*settings, [path.name for path in paths], digests.together(paths)])[:DIGEST_LETTERS]
+    what = digest([*settings, [short_name(path) for path in paths], digests.together(paths)])[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{settings[0]}_{where}_{what}.npy"
 
 
@@ -136,7 +137,9 @@ class SourceImages:
         digests: FileDigests | None = None,
     ) -> None:
         self.device = device
-        self.index = {name: {path.name: number for number, path in enumerate(paths)} for name, paths in sources.items()}
+        self.index = {
+            name: {short_name(path): number for number, path in enumerate(paths)} for name, paths in sources.items()
+        }
         self.images = {
             name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect, bits, digests)
             for name, paths in sources.items()

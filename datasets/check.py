@@ -24,32 +24,15 @@ from datasets.images import (
     size_mismatch,
     transparency_note,
 )
-from datasets.listing import Listing, counted, entries, is_folder, label_files
+from datasets.layouts import EXPECTED_MASKS, GOOD, LabelledImage, layout_of
+from datasets.listing import label_files
 from datasets.manifest import category_manifest, load_manifest, verify
 from datasets.masks import decode_mask, mask_notes
-from datasets.mvtec import (
-    GOOD,
-    GROUND_TRUTH,
-    LabelledImage,
-    category_folder,
-    defect_folders,
-    is_visa,
-    list_folder_items,
-    list_test_items,
-    list_train_images,
-    normal_images,
-    test_folder,
-    truth_folder,
-    without_mask,
-)
+from datasets.mvtec import category_folder, list_test_items, normal_images, without_mask
 from datasets.support import load_support_rounds
 from utils.errors import UserError
 
 Facts = TypeVar("Facts")
-READ_FOLDERS = ("train", "test", GROUND_TRUTH, "test_public", "validation")  # LOCO's validation images are not used
-EXPECTED_MASKS = (
-    f"expected: {GROUND_TRUTH}/<defect>/ with <name>_mask.png, <name>.png or <name>/*.png, or another image suffix"
-)
 
 
 def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = True) -> list[LabelledImage]:
@@ -71,7 +54,7 @@ def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = T
 
 def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
     """Sentences on images that are not read or named like masks, and on masks that are missing or used by no image."""
-    notes = unread_images(category)
+    notes = layout_of(category).stray(category, items)
     train = normal_images(category)
     if like := sorted(label_files(item.image for item in items)):
         notes.append(
@@ -85,54 +68,13 @@ def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
         notes.append(
             f"{len(missing)} defective image(s) have no mask, e.g. {missing[0].image}; the pixel metrics omit them"
         )
-    return notes + _unused_masks(category, items)
+    return notes
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Prints each note on a line."""
     for note in notes:
         print(f"note: {note}")
-
-
-def unread_images(category: Path) -> list[str]:
-    """Sentences on the images below `train` and below `test` that are not read because of their place."""
-    if is_visa(category):
-        return []
-    tests, listing = test_folder(category), Listing()
-    train, test = (listing.images_below(place) for place in (category / "train", tests))
-    truth = truth_folder(category)
-    unread = {
-        f"train/{GOOD}/<name>": [file for file in train if file.parent != category / "train" / GOOD],
-        f"{tests.name}/{GOOD}/<name>, {tests.name}/<defect>/<name>": [
-            file for file in test if file.parent.parent != tests and truth not in file.parents
-        ],
-    }
-    others = [
-        place for place in entries(category) if place.name not in (*READ_FOLDERS, tests.name) and is_folder(place)
-    ]
-    unread["the folders train and test"] = [file for place in others for file in listing.images_below(place)]
-    return [
-        f"{len(found)} image(s) outside {expected} are not read, e.g. {found[0]}"
-        for expected, found in unread.items()
-        if found
-    ] + [note for note in [counted(listing.unreadable, "folder")] if note]
-
-
-def _unused_masks(category: Path, items: Sequence[LabelledImage]) -> list[str]:
-    """A sentence on files that are the mask of no test image.
-
-    They are in the folder of masks or else, where a mask is missing, in a folder of another name.
-    """
-    if is_visa(category) or not any(item.label for item in items):
-        return []
-    folders = [truth_folder(category)]
-    if without_mask(items):
-        folders += [entry for entry in entries(category) if entry.name not in READ_FOLDERS and is_folder(entry)]
-    masks = {mask for item in items for mask in item.masks}
-    for folder in folders:
-        if found := [path for path in Listing(all_files=True).images_below(folder) if path not in masks]:
-            return [f"{len(found)} file(s) in {folder} are the mask of no image, e.g. {found[0]}; {EXPECTED_MASKS}"]
-    return []
 
 
 class ImageFacts(NamedTuple):
@@ -197,13 +139,12 @@ def _list_files(
 ) -> tuple[list[Path], list[LabelledImage]]:
     """Training and test images of a category; what cannot be listed is added to `problems`.
 
-    The test images are listed folder by folder, so that an empty folder does not hide the problems of others. The
-    folder `test` may be missing. If it exists, it must hold normal and defective images.
+    There may be no test images at all. If there are some, they must be normal and defective ones.
     """
 
-    def listed(list_files: Callable[..., list], *arguments: object) -> list:
+    def listed(list_files: Callable[[], list]) -> list:
         try:
-            return list_files(*arguments)
+            return list_files()
         except UserError as error:
             problems.append(str(error))
             return []
@@ -211,16 +152,16 @@ def _list_files(
     if not listed(lambda: [category_folder(data_path, data_type, name)]):
         return [], []
     folder = data_path / name
-    train = listed(list_train_images, folder)
-    if is_visa(folder):
-        return train, listed(list_test_items, folder)
-    if not test_folder(folder).exists():
+    layout = layout_of(folder)
+    train, tests = listed(lambda: layout.list_train(folder)), layout.tests(folder)
+    if not tests.exists():
         return train, []
     before = len(problems)
-    test = [item for entry in listed(defect_folders, folder) for item in listed(list_folder_items, entry)]
+    test, empty = listed(lambda: list(layout.list_test(folder))) or ([], [])
+    problems += empty
     labels = {item.label for item in test}
     if labels != {0, 1} and len(problems) == before:
-        problems.append(f"{test_folder(folder)} has no {'defective' if labels == {0} else 'normal'} images to score")
+        problems.append(f"{tests} has no {'defective' if labels == {0} else 'normal'} images to score")
     return train, test
 
 

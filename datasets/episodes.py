@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets.layouts import short_name
 from datasets.mvtec import list_source_images
 from utils.choices import CATEGORIES, DEFAULT_SEED, category_name
 from utils.config import Config, Parser, flag
@@ -98,7 +99,7 @@ class EpisodesConfig(Config):
     """The flags of this command; they have the meaning of those of train.py."""
 
     obj: str = flag("the target category, not drawn from", convert=category_name, metavar="CATEGORY")
-    data_type: str = flag("layout of the data", default="mvtec", choices=tuple(CATEGORIES))
+    data_type: str = flag("the data set", default="mvtec", choices=tuple(CATEGORIES))
     data_path: Path = flag("folder that holds the categories", default=Path("./MVTec/"))
     sources: tuple[str, ...] | None = flag("default: all but the target", default=None, convert=category_name)
     source_path: Path | None = flag("data set of the sources; default: that of the target", default=None)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the episodes of one epoch: those that train.py draws with the same arguments."""
     config = get_args_parser().parse_config(argv)
     sources = list_source_images(config.data_path, config.data_type, config.obj, config.sources, config.source_path)
-    names = {category: [path.name for path in paths] for category, paths in sources.items()}
+    names = {category: [short_name(path) for path in paths] for category, paths in sources.items()}
     print(write_episodes(draw_episodes(names, config.shot, config.batch_size, config.seed, config.epoch)))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.images import FULL_BITS
+from datasets.layouts import short_name
 from datasets.mvtec import list_train_images
 from utils.errors import UserError
 from utils.files import sha256, write_json
@@ -85,13 +86,13 @@ def draw_from_folder(category: Path, shot: int, rounds: int, seed: int) -> Manif
     images = list_train_images(category)
     if len(images) < shot:
         raise UserError(f"{images[0].parent} has {len(images)} image(s), {shot} are needed", ("shots", "shot"))
-    return draw_manifest(category.name, [path.name for path in images], shot, rounds, seed)
+    return draw_manifest(category.name, [short_name(path) for path in images], shot, rounds, seed)
 
 
 def training_files(category: Path, manifest: Manifest) -> dict[str, Path]:
     """The training images in the category folder `category` that the manifest names, by name."""
     named = set(manifest.names())
-    return {path.name: path for path in list_train_images(category) if path.name in named}
+    return {name: path for path in list_train_images(category) if (name := short_name(path)) in named}
 
 
 def with_hashes(manifest: Manifest, category: Path) -> Manifest:

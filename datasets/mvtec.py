@@ -1,23 +1,12 @@
 """Data sets: their categories, and each category's training and test images, masks and labels.
 
-MVTec AD's layout, also of MPDD and of `--data_type folder`:
-    <data_path>/<category>/train/good/*.png
-    <data_path>/<category>/test/good/*.png, test/<defect>/*.png
-    <data_path>/<category>/ground_truth/<defect>/<name>_mask.png, or <name>.png, with any image suffix
-MVTec AD 2's layout has these folders below test_public/ in place of test/ and ground_truth/:
-    <data_path>/<category>/test_public/good/*.png, test_public/bad/*.png, test_public/ground_truth/bad/<name>_mask.png
-MVTec LOCO's layout has several masks per image, which count together; its validation images are not used:
-    <data_path>/<category>/ground_truth/<defect>/<name>/*.png
-VisA's layout, as distributed:
-    <data_path>/split_csv/1cls.csv      columns object, split, label, image, mask; paths relative to <data_path>
-A category without a train folder has VisA's layout if that file exists.
+Where the files are is a matter of `datasets/layouts.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,51 +15,26 @@ from torch.utils.data import Dataset
 from datasets.images import (
     CLIPPED_FROM,
     FULL_BITS,
-    IMAGE_SUFFIXES,
     TRANSPARENT,
     TURNED,
     ImageError,
     clipping_summary,
     content_box,
     decode_image,
-    is_image_file,
     read_batches,
     size_mismatch,
     to_square,
     transparency_note,
 )
-from datasets.listing import GALLERY, PREDICTIONS, entries, is_folder
+from datasets.layouts import LabelledImage, layout_of, recognised
+from datasets.listing import entries, is_folder
 from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
 from utils.choices import CATEGORIES
 from utils.errors import UserError
-from utils.text import read_table
-
-GOOD = "good"  # the folder of normal images
-GROUND_TRUTH = "ground_truth"
-VISA_SPLIT = Path("split_csv") / "1cls.csv"
-VISA_LABELS = {"normal": GOOD, "anomaly": "anomaly"}  # VisA's split file names no types of defects
-
-
-class LabelledImage(NamedTuple):
-    """One test image. `masks` is empty for a normal image and for a defective image without ground truth."""
-
-    image: Path
-    masks: tuple[Path, ...]
-    defect: str  # "good" for a normal image
-
-    @property
-    def label(self) -> int:
-        """1 for a defective image, 0 for a normal one."""
-        return int(self.defect != GOOD)
-
-    @property
-    def has_ground_truth(self) -> bool:
-        """Whether the defective pixels are known. A normal image has none."""
-        return not self.label or bool(self.masks)
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:
-    """The categories of the data type; for `folder`, every sub-folder of `data_path` with train/good.
+    """The categories of the data type; for `folder`, every sub-folder of `data_path` that has a known layout.
 
     Raises:
         UserError: the folder cannot be listed.
@@ -80,9 +44,9 @@ def category_names(data_path: Path, data_type: str) -> list[str]:
 
 
 def _may_be_category(folder: Path) -> bool:
-    """Whether a folder holds train/good; a folder that cannot be entered counts, as its reader says why."""
+    """Whether a folder has a known layout; a folder that cannot be entered counts, as its reader says why."""
     try:
-        return is_folder(folder / "train" / GOOD)
+        return is_folder(folder) and recognised(folder) is not None
     except UserError:
         return True
 
@@ -97,7 +61,7 @@ def category_folder(data_path: Path, data_type: str, category: str) -> Path:
     if names is not None and category not in names:
         raise UserError(
             f"{data_type} has no category {category!r}, only {', '.join(names)}; "
-            "for a category of your own in the same layout use the data type folder",
+            "for other categories use the data type folder",
             ("data_type",),
         )
     require_data_folder(data_path)
@@ -122,28 +86,13 @@ def _what_there_is(data_path: Path, category: str) -> str:
     return f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The images directly in `folder`, sorted by name; UserError if there are none."""
-    if not is_folder(folder):
-        raise UserError(f"no folder {folder} (expected layout: <category>/train/good, <category>/test/<defect>)")
-    images = list(filter(is_image_file, entries(folder)))
-    if not images:
-        raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
-    return images
-
-
 def list_train_images(category: Path) -> list[Path]:
     """The normal training images of the category in the folder `category`, sorted by name.
 
     Raises:
-        UserError: no folder train/good, or no images in it.
+        UserError: there are none.
     """
-    if not is_visa(category):
-        return list_images(category / "train" / GOOD)
-    images = [row.image for row in _visa_rows(category, "train") if row.defect == GOOD]
-    if not images:
-        raise UserError(f"{category.parent / VISA_SPLIT} has no training images of {category.name}")
-    return sorted(images)
+    return layout_of(category).list_train(category)
 
 
 def normal_images(category: Path) -> list[Path]:
@@ -157,20 +106,18 @@ def normal_images(category: Path) -> list[Path]:
 def list_test_items(category: Path, strict: bool = False, need_both: bool = True) -> list[LabelledImage]:
     """Every test image of the category in the folder `category`, sorted by defect and name.
 
-    Labels come from the names of the test folders, or from VisA's split file.
-
     Raises:
-        UserError: no test images; with `need_both`, no normal or no defective images; with `strict`, a defective image
-            without a mask.
+        UserError: no test images, a type of defect without images; with `need_both`, no normal or no defective images;
+            with `strict`, a defective image without a mask.
     """
-    if is_visa(category):
-        items = _visa_rows(category, "test")
-    else:
-        items = [item for folder in defect_folders(category) for item in list_folder_items(folder)]
+    layout = layout_of(category)
+    items, problems = layout.list_test(category)
     labels = {item.label for item in items}
+    if problems:
+        raise UserError(problems[0])
     if not items or (need_both and labels != {0, 1}):
-        lacking = f"normal images (test/{GOOD})" if 0 not in labels else "defective images (test/<defect>)"
-        raise UserError(f"{test_folder(category)} has no {lacking}; an AUROC needs both")
+        lacking = "normal" if 0 not in labels else "defective"
+        raise UserError(f"{layout.tests(category)} has no {lacking} images; an AUROC needs both")
     lacking_mask = without_mask(items)
     if strict and lacking_mask:
         raise UserError(
@@ -186,86 +133,6 @@ def without_mask(items: Iterable[LabelledImage]) -> list[LabelledImage]:
     return [item for item in items if not item.has_ground_truth]
 
 
-def defect_folders(category: Path) -> list[Path]:
-    """The folders test/good and test/<defect>, sorted by name; UserError if there is no folder test."""
-    test = test_folder(category)
-    if not is_folder(test):
-        raise UserError(f"no folder {test}: scoring needs test/{GOOD} and test/<defect> under the category")
-    return [entry for entry in entries(test) if is_folder(entry) and entry.name != GROUND_TRUTH and not _is_own(entry)]
-
-
-def test_folder(category: Path) -> Path:
-    """The folder of the test images: test, or test_public in MVTec AD 2."""
-    public = category / "test_public"
-    return public if is_folder(public) and not is_folder(category / "test") else category / "test"
-
-
-def truth_folder(category: Path) -> Path:
-    """The folder of the masks: ground_truth, which MVTec AD 2 has below the test images."""
-    test = test_folder(category)
-    return (category if test.name == "test" else test) / GROUND_TRUTH
-
-
-def _is_own(folder: Path) -> bool:
-    names = {entry.name for entry in entries(folder)}
-    return PREDICTIONS in names or names >= GALLERY
-
-
-def list_folder_items(folder: Path) -> list[LabelledImage]:
-    """The test images in <category>/test/<defect>; UserError if there are none."""
-    masks = _masks(truth_folder(folder.parent.parent) / folder.name) if folder.name != GOOD else {}
-    images = list_images(folder)
-    return [
-        LabelledImage(image, masks.get(f"{image.stem}_mask") or masks.get(image.stem) or (), folder.name)
-        for image in images
-    ]
-
-
-def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """The masks of a type of defect by name: a file by its name without suffix, or all images in a sub-folder (LOCO).
-
-    A PNG wins over other files of the same name, and a file over a folder.
-    """
-    if not is_folder(folder):
-        return {}
-    found = entries(folder)
-    files = sorted(filter(is_image_file, found), key=lambda file: file.suffix.lower() == ".png")
-    folders = [entry for entry in found if is_folder(entry) and entry not in files]
-    several = {entry.name: tuple(filter(is_image_file, entries(entry))) for entry in folders}
-    return several | {file.stem: (file,) for file in files}
-
-
-def is_visa(category: Path) -> bool:
-    """Whether the category has VisA's layout: no train folder, and a split file next to it."""
-    return not is_folder(category / "train") and (category.parent / VISA_SPLIT).is_file()
-
-
-def _visa_rows(category: Path, split: str) -> list[LabelledImage]:
-    """The images of `split` (train or test) in VisA's split file, sorted by defect and name.
-
-    Raises:
-        UserError: the file cannot be read, lacks a column or a value, or names a file outside the data folder.
-    """
-    file, root = category.parent / VISA_SPLIT, category.parent
-    try:
-        table = read_table(file)
-        rows = [row for row in table if (row["object"], row["split"].lower()) == (category.name, split)]
-        named = [Path(row[column]) for row in rows for column in ("image", "mask")]
-        defects = [VISA_LABELS[row["label"].lower()] for row in rows]
-    except KeyError as error:
-        needed = "the columns object, split, label, image, mask, and the labels normal and anomaly"
-        raise UserError(f"cannot read VisA's splits {file}: it needs {needed}; there is no {error}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read VisA's splits {file}: {getattr(error, 'strerror', None) or error}") from error
-    if outside := [path for path in named if path.is_absolute() or ".." in path.parts]:
-        raise UserError(f"{file} names {outside[0]}, which is not below {root}")
-    items = [
-        LabelledImage(root / row["image"], (root / row["mask"],) if row["mask"] else (), defect)
-        for row, defect in zip(rows, defects, strict=True)
-    ]
-    return sorted(items, key=lambda item: (item.defect, item.image.name))
-
-
 def list_source_images(
     data_path: Path, data_type: str, target: str, only: Sequence[str] | None = None, source_path: Path | None = None
 ) -> dict[str, list[Path]]:
@@ -273,8 +140,7 @@ def list_source_images(
 
     `target` is a folder of `data_path`. only: these categories instead of all. source_path: the data set with
     the sources, where it is not `data_path`. There, a category with the target's name is a source like the others,
-    unless it is the target's folder. `data_type` is that of `data_path`; another data set has VisA's or MVTec AD's
-    layout.
+    unless it is the target's folder. `data_type` is that of `data_path`.
 
     Raises:
         UserError: missing folders, no source category, a source category with a single image, or the target, or a copy
@@ -286,7 +152,7 @@ def list_source_images(
     category_folder(data_path, "folder", target)  # a target in another spelling would be a source
     same = root.resolve() == data_path.resolve()
     if not same:
-        data_type = "visa" if (root / VISA_SPLIT).is_file() else "folder"
+        data_type = "folder"
     names = sorted(set(only)) if only else category_names(root, data_type)
     target_folder = (data_path / target).resolve()
     is_target = {name: (same and name == target) or (root / name).resolve() == target_folder for name in names}
@@ -296,7 +162,8 @@ def list_source_images(
     if missing := [name for name in names if not is_folder(root / name)]:
         raise UserError(
             f"{root} lacks {len(missing)} of the {len(names)} categories to train on: {', '.join(missing)}; "
-            f"{_what_there_is(root, missing[0])}"
+            f"{_what_there_is(root, missing[0])}",
+            ("sources",),
         )
     if not same and target in names and _names_and_sizes(root / target) == _names_and_sizes(target_folder):
         raise UserError(
@@ -304,11 +171,15 @@ def list_source_images(
         )
     sources = {name: list_train_images(root / name) for name in names}
     if not sources:
-        raise UserError(f"no category to train on in {root}: it needs sub-folders with train/good other than {target}")
+        raise UserError(
+            f"no category to train on in {root}: it needs sub-folders with train/good other than {target}",
+            ("sources", "source_path"),
+        )
     for images in sources.values():
         if len(images) < 2:
             raise UserError(
-                f"{images[0].parent} has one image; training needs at least two (a query and a support image)"
+                f"{images[0].parent} has one image; training needs at least two (a query and a support image)",
+                ("sources",),
             )
     return sources
 

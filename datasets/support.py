@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from datasets.images import FULL_BITS, read_image
+from datasets.layouts import short_name
 from datasets.manifest import (
     TOOL,
     Manifest,
@@ -204,8 +205,8 @@ def find_names(
                 f"round {number} of {file} holds an image that is not in {paths[0].parent}: the mean difference from "
                 f"the nearest one is {worst:.1f} of 255, above {NEAREST_TOLERANCE:.0f}"
             )
-        names.append([paths[index].name for index, _ in found])
-        differences |= {paths[index].name: difference for index, difference in found if difference}
+        names.append([short_name(paths[index]) for index, _ in found])
+        differences |= {short_name(paths[index]): difference for index, difference in found if difference}
     origin = f"found in {file.name}: {len(differences)} image(s) as the nearest, all others bit for bit"
     manifest = Manifest(folder.name, shot, names, None, origin, TOOL, sha256(file), keep_aspect, bits)
     return with_hashes(manifest, folder), differences

@@ -43,7 +43,10 @@ class DataConfig(Config):
     """Which data set."""
 
     data_type: str = flag(
-        "folder: MVTec AD's layout, any names", default="mvtec", group="data", choices=tuple(CATEGORIES)
+        "the data set; folder: categories of any name, in any layout that docs/reproduce.md lists",
+        default="mvtec",
+        group="data",
+        choices=tuple(CATEGORIES),
     )
     data_path: Path = flag("folder that holds the categories", default=Path("./MVTec/"), group="data")
 

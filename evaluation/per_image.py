@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.mvtec import GOOD, LabelledImage
+from datasets.layouts import GOOD, LabelledImage, short_name
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.text import read_table
@@ -28,7 +28,7 @@ LABELS = {"0": 0, "1": 1, "good": 0, "normal": 0, "defective": 1, "anomaly": 1} 
 
 def image_name(item: LabelledImage) -> str:
     """The name of a test image in the CSV file: <defect>/<file name>, in every layout."""
-    return f"{item.defect}/{item.image.name}"
+    return f"{item.defect}/{short_name(item.image)}"
 
 
 def write_scores(path: Path, items: Sequence[LabelledImage], rounds: Sequence[np.ndarray]) -> None:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 
 from datasets.cache import SourceImages
-from datasets.check import list_test_items_with_notes, print_notes, unread_images
+from datasets.check import list_test_items_with_notes, print_notes
 from datasets.episodes import Episode, draw_episodes, read_episodes
 from datasets.images import limit_pixels, resolve_bits
+from datasets.layouts import layout_of, short_name
 from datasets.mvtec import (
     LabelledDataset,
     LabelledImage,
@@ -80,7 +81,7 @@ class Inputs(NamedTuple):
     @property
     def names(self) -> dict[str, list[str]]:
         """The names of the training images by category."""
-        return {category: [path.name for path in paths] for category, paths in self.sources.items()}
+        return {category: [short_name(path) for path in paths] for category, paths in self.sources.items()}
 
 
 def checkpoint_files(config: TrainingConfig) -> CheckpointFiles:
@@ -135,7 +136,9 @@ def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> list[st
     if config.select != "source" and not config.held_out:
         return []
     if len(sources) < 2:
-        raise UserError(f"--select source needs two source categories, one is held out; found {', '.join(sources)}")
+        raise UserError(
+            f"--select source needs two source categories, one is held out; found {', '.join(sources)}", ("sources",)
+        )
     held_out = sorted(set(config.held_out or [held_out_category(sources, config.obj)]))
     if unknown := [name for name in held_out if name not in sources]:
         raise UserError(f"--held_out {unknown[0]} is not a source category; choose from {', '.join(sources)}")
@@ -309,7 +312,7 @@ def _read_episodes(config: TrainingConfig, names: dict[str, list[str]]) -> list[
 
 def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device, digests: FileDigests) -> SourceImages:
     root = config.source_path or config.data_path
-    print_notes(note for name in inputs.sources for note in unread_images(root / name))
+    print_notes(note for name in inputs.sources for note in layout_of(root / name).stray(root / name, []))
     cache_dir = None if config.cache_dir == "none" else Path(config.cache_dir)
     return SourceImages(
         *(inputs.sources, inputs.resolved["img_size"], cache_dir, config.num_workers, device),

@@ -14,11 +14,12 @@ from PIL import Image, ImageOps
 
 import check_data
 import train
-from datasets.check import list_test_items_with_notes, unread_images
+from datasets.check import list_test_items_with_notes
+from datasets.layouts import VISA_SPLIT, layout_of, short_name
 from datasets.mvtec import (
-    VISA_SPLIT,
     LabelledDataset,
     category_folder,
+    category_names,
     list_test_items,
     list_train_images,
     without_mask,
@@ -281,7 +282,7 @@ def test_every_image_is_read_or_reported(places):
             image(folder / part / Path(*below[:1]) / "own.png")  # a kind without an image of its own is an error
         found = {part: set((folder / part).rglob("*.png")) for part in ("train", "test")}
         read = {"train": set(list_train_images(folder)), "test": {item.image for item in list_test_items(folder)}}
-        notes = unread_images(folder)
+        notes = layout_of(folder).stray(folder, [])
         lost = {part: found[part] - read[part] for part in found}
         assert [int(note.split()[0]) for note in notes] == [len(files) for files in lost.values() if files]
         for note, files in zip(notes, filter(None, lost.values()), strict=True):
@@ -316,3 +317,92 @@ def test_unread_images_and_odd_masks_are_reported_by_the_commands(category, tmp_
         check_data.main(["--data_type", "folder", "--data_path", str(tmp_path)])
     checked = capsys.readouterr().out
     assert all(sentence.removeprefix("note: ") in checked for sentence in sentences)
+
+
+def write_folders(root: Path, train: str, test: str, good: str, bad: str, truth: str) -> None:
+    for number in range(3):
+        image(root / train / f"{number:03d}.png", number)
+    image(root / test / good / "000.png", 3)
+    image(root / test / bad / "001.png", 4)
+    mask(root / truth)
+
+
+def write_mvtec_ad_2(root: Path) -> Path:
+    truth = "test_public/ground_truth/bad/001_mask.png"
+    write_folders(root / "can", "train/good", "test_public", "good", "bad", truth)
+    for place in ("validation/good", "test_private", "test_private_mixed"):
+        image(root / "can" / place / "000.png", len(place))
+    return root / "can"
+
+
+def write_btad(root: Path) -> Path:
+    write_folders(root / "01", "train/ok", "test", "ok", "ko", "ground_truth/ko/001.png")
+    return root / "01"
+
+
+def write_real_iad(root: Path) -> Path:
+    """As distributed: several views of a sample, paths below the category, a split without defects for training."""
+    category, splits = root / "realiad_256/tape", {"train": [], "test": []}
+    for number, (split, kind) in enumerate((*[("train", "OK")] * 3, ("test", "OK"), ("test", "AK"))):
+        name = f"{'OK' if kind == 'OK' else f'NG/{kind}'}/S{number:04d}/tape_{number:04d}_{kind}_C1_2023.jpg"
+        image(category / name, number)
+        truth = None if kind == "OK" else name.replace(".jpg", ".png")
+        splits[split].append({"category": "tape", "anomaly_class": kind, "image_path": name, "mask_path": truth})
+        if truth:
+            mask(category / truth)
+    file = root / "realiad_jsons/realiad_jsons/tape.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"meta": {"prefix": "tape/", "normal_class": "OK"}, **splits}))
+    return category
+
+
+def write_kolektor(root: Path) -> Path:
+    for number, (item, part) in enumerate(((1, 0), (1, 1), (2, 0), (3, 0), (4, 0), (4, 1))):
+        file = root / f"KolektorSDD/kos{item:02d}/Part{part}.jpg"
+        image(file, number)
+        mask(file.with_name(f"Part{part}_label.bmp"), value=255 if (item, part) == (4, 1) else 0)
+    return root / "KolektorSDD"
+
+
+OTHERS = {  # how it is written, and the type of its defect
+    "MVTec AD 2": (write_mvtec_ad_2, "bad"),
+    "BTAD": (write_btad, "ko"),
+    "Real-IAD": (write_real_iad, "AK"),
+    "KolektorSDD": (write_kolektor, "defect"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_data_sets_are_read_as_distributed(name, tmp_path, capsys):
+    write, defect = OTHERS[name]
+    category = write(tmp_path)
+    assert category_names(category.parent, "folder") == [category.name]
+    train_images = list_train_images(category)
+    assert len({short_name(path) for path in train_images}) == 3
+    items = list_test_items_with_notes(category, strict=True)
+    assert {(item.defect, len(item.masks)) for item in items} == {("good", 0), (defect, 1)}
+    assert not {item.image for item in items} & set(train_images)
+    bad = LabelledDataset([item for item in items if item.label], 60)[0]
+    assert bad["mask"].float().mean() == pytest.approx(1 / 6, abs=0.02) and not capsys.readouterr().out
+    check_data.main(["--data_type", "folder", "--data_path", str(category.parent)])
+    assert "no problems" in capsys.readouterr().out
+    flags = f"--obj {category.name} --shot 2 --inferences 2 --img_size 64 --data_type folder --device cpu --strict"
+    files = ["--data_path", str(category.parent), "--output", str(tmp_path / "out")]
+    test_command.main([*flags.split(), *files, "--weights", "none", "--untrained", "--num_workers", "0"])
+    record = json.loads((tmp_path / f"out/{category.name}_2_rotation_scale_untrained.json").read_text())
+    assert record["pro"]["mean"] >= 0 and len(set(record["support_set"]["names"][0])) == 2
+
+
+def test_a_wrong_file_of_real_iad_is_named(tmp_path):
+    category = write_real_iad(tmp_path)
+    for content in ("", "[]", '{"train": 1}', '{"train": [{"image_path": "a"}]}'):
+        (tmp_path / "realiad_jsons/realiad_jsons/tape.json").write_text(content)
+        with pytest.raises(UserError, match=r"cannot read Real-IAD's splits .*tape\.json: it needs train and test"):
+            list_train_images(category)
+
+
+def test_a_label_of_kolektorsdd_that_is_missing_is_named(tmp_path):
+    category = write_kolektor(tmp_path)
+    (category / "kos02/Part0_label.bmp").unlink()
+    with pytest.raises(UserError, match=r"no label .*kos02/Part0_label\.bmp of the image"):
+        list_train_images(category)

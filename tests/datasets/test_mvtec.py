@@ -18,7 +18,8 @@ from PIL import Image
 import train
 from benchmarks.reference import DATA, GOLDEN
 from datasets.images import ImageError, read_image
-from datasets.mvtec import LabelledDataset, category_folder, list_images, list_test_items
+from datasets.layouts import list_images
+from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from tests.datasets.test_images import read_mask
 from tests.reference import needs_reference
 from utils.choices import CATEGORIES, category_name
@@ -96,8 +97,8 @@ def test_links_are_followed(category, tmp_path):
 # removed from the data set: the error message
 MISSING = {
     "test": "no folder {category}/test: scoring needs",
-    "test/bent, test/scratch": "{category}/test has no defective images (test/<defect>)",
-    "test/good": "{category}/test has no normal images (test/good)",
+    "test/bent, test/scratch": "{category}/test has no defective images; an AUROC",
+    "test/good": "{category}/test has no normal images; an AUROC",
     "test/good/*": "no images (.bmp, .jfif, .jpeg, .jpg, .png, .tif, .tiff, .webp) in {category}/test/good",
     "test/bent/*": "in {category}/test/bent",
     "ground_truth/bent/001_mask.png": "1 mask(s) missing, the first is that of {category}/test/bent/001.png",

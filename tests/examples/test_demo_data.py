@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from datasets.images import read_image
-from datasets.mvtec import list_images, list_test_items
+from datasets.layouts import list_images
+from datasets.mvtec import list_test_items
 from examples.demo_data import CATEGORIES, NOISE, main, render, write_dataset
 from tests.datasets.test_images import read_mask
 from utils.errors import UserError

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datasets.layouts import VISA_SPLIT
 from datasets.manifest import draw_manifest, load_manifest
-from datasets.mvtec import VISA_SPLIT, list_test_items
+from datasets.mvtec import list_test_items
 from evaluation.config import RunConfig
 from experiments.results import read_results
 from experiments.tables_page import write_tables
