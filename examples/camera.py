@@ -1,4 +1,4 @@
-"""Scores the frames of a camera or a video file with a saved detector, always the newest; frames between are dropped.
+"""Scores the newest frame of a camera again and again, or every frame of a video file, with a saved detector.
 
 python -m examples.camera --detector part.regad --source 0
 python -m examples.camera --detector part.regad --source recording.mp4 --jsonl
@@ -6,14 +6,14 @@ python -m examples.camera --detector part.regad --source recording.mp4 --jsonl
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,6 @@ from utils.config import Parser, flag
 from utils.errors import UserError, require_packages, run_command
 from utils.interrupts import Interrupts
 
-FALLBACK_RATE = 25.0  # frames per second of a video file that does not say
 STOP_SECONDS = 5.0
 WINDOW = "examples.camera"
 
@@ -52,62 +51,58 @@ class Frame(NamedTuple):
     image: np.ndarray
 
 
-class NewestFrame:
-    """Reads frames in a thread of its own and keeps the newest one, so that whoever takes them never lags.
+def all_frames(capture: Capture) -> Iterator[Frame]:
+    """Yields every frame of a video file or of numbered images."""
+    try:
+        for number in itertools.takewhile(lambda _: capture.grab(), itertools.count()):
+            is_whole, image = capture.retrieve()
+            if is_whole:
+                yield Frame(number, image)
+    finally:
+        capture.release()
 
-    rate: frames per second at which a video file gives its frames, as a camera would; None: as they come.
+
+class NewestFrames:
+    """Yields the frames of a camera, always the newest: whoever takes them never lags, and misses those between.
+
+    They are read in a thread of its own, of which the newest one is kept.
     """
 
-    def __init__(self, capture: Capture, rate: float | None) -> None:
-        self._capture, self._rate = capture, rate
+    def __init__(self, capture: Capture) -> None:
         self._changed = threading.Condition()
         self._frame: Frame | None = None
         self._is_over = False
-        self.came = 0
-        self._thread = threading.Thread(target=self._read, name="camera", daemon=True)
+        self._thread = threading.Thread(target=self._read, args=[all_frames(capture)], name="camera", daemon=True)
         self._thread.start()
 
-    def take(self) -> Frame | None:
+    def __iter__(self) -> Iterator[Frame]:
+        return iter(self._take, None)
+
+    def _take(self) -> Frame | None:
         """Waits for a frame that was not taken yet, and returns the newest; None after the last one."""
         with self._changed:
             self._changed.wait_for(lambda: self._frame is not None or self._is_over)
             frame, self._frame = self._frame, None
             return frame
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ends the thread, which closes the source; a camera that hangs is left behind after STOP_SECONDS."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
         self._thread.join(STOP_SECONDS)
 
-    def _read(self) -> None:
-        begin = time.monotonic()
-        try:
-            while not self._is_over and self._capture.grab():
-                number, self.came = self.came, self.came + 1
-                late = self._wait_until_due(begin, number)
-                if late and number:  # decoding takes longer than the frames are apart: this one is not decoded
-                    continue
-                is_whole, image = self._capture.retrieve()
-                if is_whole:
-                    with self._changed:
-                        self._frame = Frame(number, image)
-                        self._changed.notify_all()
-        finally:
-            self._capture.release()
-            with self._changed:
-                self._is_over = True
-                self._changed.notify_all()
-
-    def _wait_until_due(self, begin: float, number: int) -> bool:
-        """Waits for the time of a frame of a video file; returns whether the next frame is due already."""
-        if self._rate is None:
-            return False
-        due = begin + number / self._rate
+    def _read(self, frames: Iterator[Frame]) -> None:
+        with closing(frames):
+            for frame in frames:
+                with self._changed:
+                    if self._is_over:
+                        break
+                    self._frame = frame
+                    self._changed.notify_all()
         with self._changed:
-            self._changed.wait_for(lambda: self._is_over, max(0.0, due - time.monotonic()))
-        return time.monotonic() >= due + 1 / self._rate
+            self._is_over = True
+            self._changed.notify_all()
 
 
 class Counts:
@@ -133,7 +128,11 @@ class Counts:
 class CameraConfig(JudgeConfig):
     """The flags of the command."""
 
-    source: str = flag("number of a camera, video file, or address such as rtsp://...", default="0")
+    source: str = flag(
+        "camera (number or device), address such as rtsp://..., video file, or numbered images such as img_%03d.png; "
+        "of the last two every frame is scored, of the others always the newest",
+        default="0",
+    )
     jsonl: bool = flag("results as lines of JSON on stdout, the rest on stderr", default=False)
     show: str = flag("window: heat maps over the frames", default="none", choices=("none", "window"))
 
@@ -150,39 +149,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = sys.stdout if config.jsonl else None
     with redirect_stdout(sys.stderr if config.jsonl else sys.stdout):
         judge = load_judge(config)
-        capture, rate = open_source(config.source)
-        frames, counts, begin = NewestFrame(capture, rate), Counts(), time.monotonic()
+        capture, is_file = open_source(config.source)
+        counts, begin = Counts(), time.monotonic()
         try:
-            with Interrupts(), suppress(KeyboardInterrupt):
+            with (
+                closing(all_frames(capture) if is_file else NewestFrames(capture)) as frames,
+                Interrupts(),
+                suppress(KeyboardInterrupt),
+            ):
                 watch(judge, frames, counts, lines, config.show == "window")
-                if rate is None:
+                if not is_file:
                     raise UserError(f"--source {config.source} delivers no more frames")
         finally:
-            frames.stop()
             print(f"{counts} in {time.monotonic() - begin:.1f} s", flush=True)
 
 
-def open_source(source: str) -> tuple[Capture, float | None]:
-    """The opened source, and the rate at which a video file is to give its frames; None for a camera.
+def open_source(source: str) -> tuple[Capture, bool]:
+    """The opened source, and whether it is a file or numbered images, as opposed to a camera.
 
     Raises:
         UserError: there is no such camera, file or address, or OpenCV cannot read it.
     """
     import cv2
 
-    is_file = Path(source).is_file() or "%" in source  # numbered images; others are devices, their links, addresses
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    is_numbered = "%" in source and "://" not in source
     if not capture.isOpened():
-        if not (source.isdigit() or "://" in source or Path(source).exists()):
+        if not (source.isdigit() or "://" in source or is_numbered or Path(source).exists()):
             raise UserError(f"no video file {source}; --source takes the number of a camera, a file, or an address")
         raise UserError(f"OpenCV cannot open --source {source}")
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    return capture, (rate if math.isfinite(rate) and rate > 0 else FALLBACK_RATE) if is_file else None
+    return capture, is_numbered or Path(source).is_file()  # a device, or a link to one, is no file
 
 
-def watch(judge: Judge, frames: NewestFrame, counts: Counts, lines: TextIO | None, with_window: bool) -> None:
-    """Scores the newest frame until there is none, with a line for each. lines: where lines of JSON go, or None."""
-    while frame := frames.take():
+def watch(judge: Judge, frames: Iterable[Frame], counts: Counts, lines: TextIO | None, with_window: bool) -> None:
+    """Scores frames until there is none, with a line for each. lines: where lines of JSON go, or None."""
+    for frame in frames:
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         image = array_image(frame.image, bits=judge.detector.bits, bgr=True)
         judgement = judge.judge(image)

@@ -206,7 +206,7 @@ def _command(script: str, file: Path, log: Path, environment: Mapping[str, str])
     """Runs a command of the project with the configuration in `file`. Returns None, or why it failed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as stream:
-        stream.write(f"\n$ python {script} --config {file}\n".encode())
+        stream.write(f"\n$ python {script} --config {file}\n".encode(errors="backslashreplace"))
         stream.flush()
         code = _run([script, "--config", str(file)], stream, environment)
     return f"{script} ended with code {code}: {_last_line(log)} ({log})" if code else None

@@ -135,7 +135,7 @@ def _unchanged(name: str, digest: str | None, bits: int) -> Image.Image | None:
     file = ImageFile(name)
     try:
         return file.decode(bits) if digest in (None, file.sha256) else None
-    except ImageError:
+    except (ImageError, UnicodeError):  # the name is of another locale
         return None
 
 

@@ -27,6 +27,7 @@ from inspection.threshold import Threshold
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.locks import locked
+from utils.text import path_text, text_path
 
 NORMAL, REVIEW, DEFECTIVE = DECISIONS = ("normal", "review", "defective")
 REVIEW_BEFORE = "unusual"  # the decision, and the name of `reason`, in files of earlier versions
@@ -76,7 +77,7 @@ class Prediction(NamedTuple):
         """The row as it stands in JSON files."""
         return self._asdict() | {
             "boxes": [box._asdict() for box in self.boxes],
-            "files": list(self.files),
+            "files": list(map(path_text, self.files)),
             "quality": dict(self.quality),
         }
 
@@ -221,7 +222,7 @@ def _row(values: dict) -> Prediction:
         values = values | {"reason": values[REVIEW_BEFORE]}
         values["decision"] = REVIEW if values["decision"] == REVIEW_BEFORE else values["decision"]
     known = {name: values[name] for name in CSV_COLUMNS if name in values or name not in Prediction._field_defaults}
-    boxes, files = [Box(**box) for box in values["boxes"]], [str(file) for file in values["files"]]
+    boxes, files = [Box(**box) for box in values["boxes"]], [text_path(str(file)) for file in values["files"]]
     return Prediction(**known, boxes=boxes, files=files, quality=values.get("quality", {}))
 
 
@@ -229,7 +230,7 @@ def _remove_results(folder: Path) -> None:
     """Removes the results of an earlier run and the files that its record lists, and no other file."""
     for line in (folder / RECORD).read_bytes().splitlines():
         with suppress(ValueError, TypeError, KeyError):  # a damaged record is overwritten, too
-            for place in map(PurePosixPath, json.loads(line)["files"]):
+            for place in (PurePosixPath(text_path(str(name))) for name in json.loads(line)["files"]):
                 if not place.is_absolute() and ".." not in place.parts:
                     (folder / place).unlink(missing_ok=True)
     for name in (SCORES, BOXES, SUMMARY, PAGE):

@@ -51,6 +51,16 @@ def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
+def path_text(path: str) -> str:
+    """A path as text for files that other locales read: undecodable bytes are escaped as in UTF-8 locales."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def text_path(text: str) -> str:
+    """The path of a `path_text`, in this process's locale."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 class Stream:
     """A standard stream that never ends the work: where it is closed, broken or full, the text is lost.
 

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+import evaluation.run
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES, auroc, rank
 from evaluation.per_image import image_name, read_scores
@@ -22,6 +23,7 @@ from experiments.tables_page import write_tables
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 from utils.naming import lock_file
+from utils.text import read_table
 
 SIZE = 64
 
@@ -225,6 +227,26 @@ def test_a_second_process_does_not_write_the_same_record(run, tmp_path):
     with FileLock(lock_file(file)), pytest.raises(UserError, match=f"another process writes {re.escape(str(file))}"):
         run()
     assert not file.exists()
+
+
+def test_two_runs_at_once_leave_one_whole_record(run, tmp_path, monkeypatch):
+    """The second starts when the first is about to write."""
+    refused, original = [], evaluation.run.write_scores
+
+    def start_another(*arguments):
+        if not refused:
+            with pytest.raises(UserError, match="another process writes") as caught:
+                run(seed=5, overwrite=True)
+            refused.append(caught.value)
+        original(*arguments)
+
+    monkeypatch.setattr(evaluation.run, "write_scores", start_another)
+    record = run(seed=4)
+    (scores,) = (tmp_path / "out").glob("*.csv")
+    first = [float(line["round_0"]) for line in read_table(scores)]
+    labels = np.array([line["label"] == "1" for line in read_table(scores)])
+    assert refused and record["config"]["seed"] == 4
+    assert auroc(rank(np.array(first), labels)) == record["rounds"][0]["image_auroc"]
 
 
 def test_equal_shots_are_refused():

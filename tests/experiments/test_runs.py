@@ -63,6 +63,13 @@ def test_a_finished_run_is_not_repeated(output):
     assert execute(output, run, {}) is None and len(starts(output, "a")) == 2
 
 
+def test_an_output_folder_whose_name_is_no_text(output):
+    strange = output / os.fsdecode(b"gr\xfcn")
+    strange.mkdir()
+    run = make_run(strange, "a")
+    assert execute(strange, run, {}) is None and finished(run)
+
+
 def test_failed_and_killed_runs_are_reported_and_the_others_go_on(output):
     three = [make_run(output, name, how) for name, how in (("a", "fails"), ("b", "is killed once"), ("c", "works"))]
     said = {}

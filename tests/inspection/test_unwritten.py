@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from inspection.inputs import full_name
 from inspection.results import Prediction, ResultFiles
 from inspection.run import check_paths, run
 from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 
 def row(path: str, score: float | None, error: str | None) -> Prediction:
@@ -48,3 +51,26 @@ def test_nothing_to_write_needs_no_output_folder(tmp_path):
 def test_names_are_the_same_text_in_every_locale(name):
     path = Path(os.fsdecode(b"/x/" + name))
     assert full_name(path) == "/x/" + name.decode(errors="backslashreplace")
+
+
+FOUND = """
+import sys; from pathlib import Path; from inspection.results import ResultFiles
+folder = Path(sys.argv[1])
+for overwrite in (False, True):
+    results = ResultFiles(folder, overwrite)
+    print([(folder / name).is_file() for row in results.rows for name in row.files])
+    results.close()
+"""
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_files_of_rows_are_found_in_every_locale(tmp_path):
+    results, names = ResultFiles(tmp_path), ["gr\u00fcn.png", os.fsdecode(b"gr\xfcn.png")]
+    results.add(row("a", 1.0, None)._replace(files=names))
+    results.close()
+    for name in names:
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", FOUND, str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=os.environ | ASCII, capture_output=True, text=True)
+    assert done.stdout == "[True, True]\n[]\n", done.stderr
+    assert not any((tmp_path / name).exists() for name in names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,14 @@ from filelock import FileLock
 from PIL import Image
 
 import train
+import training.run
 from datasets.episodes import draw_episodes, write_episodes
 from datasets.mvtec import list_source_images
 from tests.training.test_training import SIZE, arguments, files
 from training.config import TrainingConfig
 from training.run import read_inputs
 from utils.errors import UserError
+from utils.files import load_tensors
 from utils.fingerprint import changes
 from utils.naming import lock_file
 
@@ -103,3 +107,30 @@ def test_a_second_process_does_not_train_into_the_same_files(demo_data, tmp_path
     state.parent.mkdir(parents=True)
     with FileLock(lock_file(state)), pytest.raises(UserError, match=r"another process writes .*ring_1.*state\.pt"):
         train.main([*arguments(demo_data, tmp_path), "--overwrite"])
+
+
+def test_two_trainings_at_once_leave_one_whole_run(demo_data, tmp_path, monkeypatch):
+    """The second starts when the first has written its first epoch."""
+    refused, original = [], training.run.save_history
+
+    def start_another(*history):
+        original(*history)
+        if not refused:
+            with pytest.raises(UserError, match="another process writes") as caught:
+                train.main([*arguments(demo_data, tmp_path, lr=0.002), "--overwrite"])
+            refused.append(caught.value)
+
+    monkeypatch.setattr(training.run, "save_history", start_another)
+    train.main(arguments(demo_data, tmp_path, lr=0.001, epochs=1))
+    assert refused and json.loads(files(tmp_path).record.read_text())["config"]["lr"] == 0.001
+    for file in (files(tmp_path).selected, files(tmp_path).last):
+        assert load_tensors(file, "checkpoint")["recipe"]["config"]["lr"] == 0.001
+    assert not files(tmp_path).state.exists()
+
+
+def test_images_whose_names_are_no_text_are_trained_on_and_scored(demo_data, tmp_path):
+    data = shutil.copytree(demo_data, tmp_path / os.fsdecode(b"d\xe4ta"))
+    for image in [*data.glob("*/train/good/000.png"), *data.glob("ring/test/*/000.png")]:
+        image.rename(image.with_name(os.fsdecode(b"gr\xfcn.png")))
+    train.main(arguments(data, tmp_path, epochs=1))
+    assert json.loads(files(tmp_path).record.read_text())["epochs"][1]["image_auroc"]
