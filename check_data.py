@@ -1,4 +1,4 @@
-"""Command: read every image and mask of a data set; print a table of its content and every problem.
+"""Reads every image and mask of a data set; prints a table of its content and every problem.
 
 python check_data.py --data_type folder --data_path ./my_data
 """
@@ -26,7 +26,7 @@ class CheckConfig(MaxPixelsConfig, DataConfig):
         "categories (default: all)", default=(), group="data", convert=category_name, metavar="CATEGORY"
     )
     support: bool = flag("also check support sets and manifests", default=False)
-    support_path: Path = flag("their folder", default=DEFAULT_SUPPORT_PATH)
+    support_path: Path = flag("folder of the support sets", default=DEFAULT_SUPPORT_PATH)
 
 
 def get_args_parser() -> Parser[CheckConfig]:

@@ -1,4 +1,4 @@
-"""Command: draw support sets (K normal images per round), or find and check the images of existing ones.
+"""Draws support sets (K normal images per round), or finds and checks the images of existing ones.
 
 python make_support.py --obj screw --shots 2 4 8 --rounds 10 --data_path ./MVTec/
 """

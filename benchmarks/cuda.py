@@ -52,6 +52,7 @@ from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer, count_images
+from utils.config import HelpFormatter
 from utils.devices import command_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, whole_file, write_json
@@ -79,7 +80,7 @@ SMALL = {"shots": [2], "rounds": 2, "img_size": 64, "batch_size": 2, "steps": 1,
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(MAIN_PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="drawn data and few steps, to try the parts")

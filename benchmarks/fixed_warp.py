@@ -1,4 +1,4 @@
-"""Command: a checkpoint whose warps are the same for all images, to find out whether a trained warp looks at the image.
+"""Writes a checkpoint whose warps are the same for all images, to find out whether a trained warp looks at the image.
 
 python -m benchmarks.fixed_warp trained.pt fixed.pt --obj screw --data_path data     the mean warps of test images
 python -m benchmarks.fixed_warp trained.pt fixed.pt --warp 5 1 1                     5 degrees in every transformer
@@ -21,6 +21,7 @@ from datasets.mvtec import category_folder, list_test_items
 from examples.warp_figure import STN_MODE, rotations_and_scales
 from models.networks import RELEASE_IMG_SIZE
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
+from utils.config import HelpFormatter
 from utils.devices import seed_everything
 from utils.errors import UserError, run_command
 
@@ -45,7 +46,7 @@ def fix_warps(model: RegAD, warps: Sequence[Sequence[float]]) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].removeprefix("Command: "))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", help="of train.py, in the mode rotation_scale; none: untrained")
     parser.add_argument("output", type=Path)
     parser.add_argument("--obj", help="the category whose test images give the mean warps")

@@ -28,6 +28,7 @@ from scorers.base import Fitted, Prepared
 from scorers.features import FeatureStore, write_support_images
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import LITE_BACKBONE, RELEASE_BACKBONE
+from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -42,7 +43,7 @@ CHECK = OutOfDistributionCheck()
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=6, help="draws of support images, seed 0")

@@ -16,6 +16,7 @@ from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, TRUNK
 from datasets.images import read_image
 from datasets.masks import decode_mask, to_square_mask
 from datasets.mvtec import list_test_items, list_train_images
+from utils.config import HelpFormatter
 from utils.errors import UserError, run_command
 from utils.files import require_writable
 
@@ -26,7 +27,7 @@ DATA_FOLDER, WEIGHTS_FILE, CHECKPOINT_FILE = "data", "trunk.pth", "checkpoint.pt
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", default="screw", help="the target: every second image of it is packed")
     parser.add_argument("--sources", nargs="+", default=["grid", "bottle"], help="further categories, for training")
     parser.add_argument("--data_path", type=Path, default=DATA)

@@ -27,6 +27,7 @@ from inspection.detector import FewShotDetector
 from inspection.inputs import read_inputs
 from inspection.scoring import SCORE_GROUP
 from models.regad import untrained
+from utils.config import HelpFormatter
 from utils.devices import resolve_device
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
@@ -38,7 +39,7 @@ LOOK_SECONDS = 0.2  # between two measurements of the memory
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="number of images; those of --data_path repeat")
     parser.add_argument(
         "--support", default="screw/train/good", help="folder in --data_path; its first four images are the support"

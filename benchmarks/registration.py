@@ -1,4 +1,4 @@
-"""Command: does registration training help? The table of results/registration, from its records.
+"""Does registration training help? Prints the table of results/registration, from its records.
 
 python -m benchmarks.registration results/registration
 
@@ -21,6 +21,7 @@ from evaluation.statistics import crossed_summary, summary
 from experiments.results import Results, kind_name, read_results
 from experiments.tables import column_of, known
 from utils.choices import WEIGHTS
+from utils.config import HelpFormatter
 from utils.errors import UserError, run_command
 
 METRICS = ("image_auroc", "pixel_auroc", "pro")
@@ -108,7 +109,7 @@ def provenance(recipe: str, results: Results, folder: Path) -> str:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].removeprefix("Command: "))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("folder", type=Path, help="a results folder of reproduce.py for each recipe")
     return parser
 

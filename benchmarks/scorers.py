@@ -39,6 +39,7 @@ from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import LITE_BACKBONE, RELEASE_BACKBONE
+from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
@@ -80,7 +81,7 @@ VARIANTS: dict[str, dict[str, Callable[[], Scorer]]] = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", nargs="+", help="default: every category with a test set")
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)

@@ -32,6 +32,7 @@ from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import support_views
 from utils.choices import RELEASE_SCORER
+from utils.config import HelpFormatter
 from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
@@ -46,7 +47,7 @@ NETWORK_REPEATS = 5  # timings of one batch; the median is reported
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", default="screw")
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)

@@ -28,6 +28,7 @@ from datasets.images import is_image_file
 from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from models.regad import untrained
+from utils.config import HelpFormatter
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import provenance
@@ -108,7 +109,7 @@ def killed_in_the_middle(server: Server, bodies: Sequence[bytes], clients: int) 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=8, help="requests at a time")
     parser.add_argument("--obj", default="screw", help="category; its first four normal images are the support")

@@ -38,6 +38,7 @@ from scorers.maps import score_maps_at
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
+from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -68,7 +69,7 @@ CHOICES = tuple(
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=6, help="draws of support and calibration images, seed 0")

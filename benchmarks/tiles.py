@@ -36,6 +36,7 @@ from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from models.regad import untrained
 from utils.choices import AUTO, tile_side
+from utils.config import HelpFormatter
 from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
 from utils.records import peak_memory_mb, provenance
@@ -176,7 +177,7 @@ def score_mosaics(detector: FewShotDetector, mosaics: Sequence[Mosaic], columns:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--shot", type=int, default=4, help="support images: mosaics, or parts with --parts")
     parser.add_argument("--parts", action="store_true", help="support images are single windows instead of mosaics")
     parser.add_argument("--tile", type=tile_side, default=AUTO)

@@ -26,6 +26,7 @@ from datasets.images import read_image
 from datasets.mvtec import category_folder, list_source_images, list_test_items
 from models.regad import untrained
 from training.loop import Trainer
+from utils.config import HelpFormatter
 from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -40,7 +41,7 @@ plain_loop: dict = {}  # the state of the plain loop, in its process only
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", default="screw", help="the target category")
     parser.add_argument("--shot", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)

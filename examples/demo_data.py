@@ -1,4 +1,4 @@
-"""Command: draw a small data set in MVTec AD's layout: four objects with three defect types each.
+"""Draws a small data set in MVTec AD's layout: four objects with three defect types each.
 
 python -m examples.demo_data --output demo/data
 

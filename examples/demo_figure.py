@@ -1,4 +1,4 @@
-"""Command: what few-shot detection does, in one figure: support images, test images, ground truth, heat maps.
+"""Draws what few-shot detection does, in one figure: support images, test images, ground truth, heat maps.
 
 python -m examples.demo_figure --obj ring --data_type folder --data_path demo/data --inferences 2
     --backbone efficientnet_lite2 --scorer combined --output demo/figure.png

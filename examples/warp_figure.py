@@ -1,4 +1,4 @@
-"""Command: what the first spatial transformer does to test images, for the untrained network and checkpoints.
+"""Draws what the first spatial transformer does to test images, for the untrained network and checkpoints.
 
 python -m examples.warp_figure --obj ring --data_type folder --data_path demo/data --output demo/warps.png
     --checkpoints released.pt heads.pt --names released "frozen trunk"

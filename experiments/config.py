@@ -51,7 +51,12 @@ class TableConfig(Config):
         "all, or categories", default=("all",), group="data", convert=category_name, metavar="CATEGORY"
     )
     shots: tuple[int, ...] = flag(
-        "support images per round", default=(2, 4, 8), group="data", least=1, metavar="K", nargs="+"
+        "support images per round; make_support.py takes 2 if none are given",
+        default=(2, 4, 8),
+        group="data",
+        least=1,
+        metavar="K",
+        nargs="+",
     )
     select: tuple[str, ...] = flag(
         "source: an epoch selected without the target, by a second training per run; with --held_out by the same one",
@@ -70,7 +75,7 @@ class TableConfig(Config):
         nargs="?",
         const=DEFAULT_SAVE_DIR,
     )
-    scoring_batch_size: int | None = flag("--batch_size of test.py", default=None, least=1)
+    scoring_batch_size: int | None = flag("--batch_size of test.py (default: 12, on CUDA 64)", default=None, least=1)
     output: Path = flag("records, tables, weights, logs", default=Path("./results/grid"))
     jobs: int | None = flag("parallel runs (default: the number of GPUs, or 1; slurm: all)", default=None, least=1)
     engine: str = flag("where the runs are executed", default="local", choices=("local", "slurm"))

@@ -15,6 +15,7 @@ from utils.choices import (
     LITE_BACKBONE,
     OFF,
     RELEASE_BACKBONE,
+    RELEASE_SCORER,
     tile_side,
 )
 from utils.config import flag, flags_of
@@ -31,7 +32,9 @@ OF_SAVED = {"support", "detector", "scorer", "bits", "max_pixels"}  # except the
 class DetectorConfig(NetworkConfig, ImageConfig):
     """How a detector is loaded or fitted, and how its threshold is set."""
 
-    support: tuple[Path, ...] = flag("normal images: files or folders", default=(), group="detector", metavar="PATH")
+    support: tuple[Path, ...] = flag(
+        "normal images: files or folders; this or --detector is needed", default=(), group="detector", metavar="PATH"
+    )
     detector: Path | None = flag(
         "from predict.py --save; replaces --support and all settings of fitting",
         default=None,
@@ -39,7 +42,7 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         metavar="FILE",
     )
     scorer: str | None = flag(
-        f"{SCORER_HELP} (default: {DEFAULT_SCORER})",
+        f"{SCORER_HELP} (default: {DEFAULT_SCORER}; of test.py and train.py: {RELEASE_SCORER}, as released)",
         default=None,
         group="detector",
         metavar="NAME",
@@ -60,7 +63,8 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         "from train.py or the release (default: weights without registration training)", default=None, group="network"
     )
     backbone: str | None = flag(
-        f"{BACKBONE_HELP} (default: {LITE_BACKBONE}, with --checkpoint {RELEASE_BACKBONE})",
+        f"{BACKBONE_HELP} (default: {LITE_BACKBONE}, with --checkpoint {RELEASE_BACKBONE}; of test.py and train.py: "
+        f"{RELEASE_BACKBONE}, as released)",
         default=None,
         group="network",
         affects_results=True,
@@ -123,7 +127,9 @@ def fitting_flags() -> frozenset[str]:
 class PredictConfig(DetectorConfig):
     """The flags of predict.py."""
 
-    input: tuple[Path, ...] = flag("images to score: files or folders", default=(), metavar="PATH")
+    input: tuple[Path, ...] = flag(
+        "images to score: files or folders; this, --watch or --save is needed", default=(), metavar="PATH"
+    )
     watch: Path | None = flag("score images as they arrive here, until Ctrl-C", default=None, metavar="DIR")
     output: Path = flag("folder of all output files", default=Path("./predictions"))
     append: bool = flag("keep the results in --output, score only new images", default=False)
@@ -158,7 +164,7 @@ class PredictConfig(DetectorConfig):
 class ExportConfig(DetectorConfig):
     """The flags of export.py."""
 
-    output: Path = flag("the suffix is set by --format", default=Path("part.onnx"))
+    output: Path = flag("the file to write; its suffix is set by --format", default=Path("part.onnx"))
     format: tuple[str, ...] = flag("one or both formats", default=("onnx",), choices=FORMATS)
     compare: tuple[Path, ...] | None = flag(
         "compare with PyTorch on at most 20 of these images; without PATH, on the --support images",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.config import (
+    OTHER_SCORER,
     SCORER_HELP,
     DataConfig,
     ImageConfig,
@@ -91,7 +92,9 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
         choices=SUPPORT_TARGET,
         affects_results=UNLESS_DEFAULT,
     )
-    scorer: tuple[str, ...] = flag(SCORER_HELP, default=(RELEASE_SCORER,), group=SELECTION, metavar="NAME")
+    scorer: tuple[str, ...] = flag(
+        f"{SCORER_HELP}; {OTHER_SCORER}", default=(RELEASE_SCORER,), group=SELECTION, metavar="NAME"
+    )
     eval_every: int = flag(
         "epochs between scorings; 0: never (needs --select last)",
         default=1,

@@ -112,24 +112,60 @@ class Config:
         return cls(**found, given=frozenset(found))
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help pages on which every flag has its default, unless its text says it."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Adds a flag; without a text of its own, its default is the text."""
+        action.help = action.help or f"default: {_shown(action.default)}"
+        super().add_argument(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", getattr(action, "shown", action.default)
+        if "default" in text or isinstance(action, argparse._HelpAction):
+            return text
+        if action.required or default is MISSING:
+            return f"{text} (required)"
+        return f"{text} (default: {_shown(default)})"
+
+
+def _shown(default: object) -> str:
+    if default in (None, ()) or default is argparse.SUPPRESS:
+        return "not set"
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(map(str, default) if isinstance(default, tuple | list) else [str(default)]).replace("%", "%%")
+
+
 class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
     """The command line of a configuration. An error is one line and exit code 2, without the usage."""
 
     def __init__(self, kind: type[AnyConfig], description: str, epilog: str | None = None) -> None:
-        super().__init__(description=description, epilog=epilog, argument_default=argparse.SUPPRESS)
+        required = [field for field in flags_of(kind) if field.default is MISSING]
+        names = [
+            f"--{field.name} {field.metadata['options'].get('metavar', field.name.upper())} " for field in required
+        ]
+        super().__init__(
+            usage=f"%(prog)s {''.join(names)}[--FLAG VALUE ...]",
+            description=description,
+            epilog=epilog,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=HelpFormatter,
+        )
         self.kind = kind
-        groups: dict[str, argparse._ArgumentGroup] = {}
-        for field in flags_of(kind):
-            title = field.metadata["group"]
-            if title not in groups:
-                groups[title] = self.add_argument_group(title)
-            _add_flag(groups[title], kind, field)
         self.add_argument(
             "--config",
             type=Path,
             metavar="FILE",
-            help="take the values of a JSON file, a record, a checkpoint or a detector; flags on the command line win",
+            help="take the flags from a JSON file, or those of an earlier run from its record, checkpoint or detector; "
+            "flags on the command line win",
         )
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        for field in sorted(flags_of(kind), key=lambda field: field.default is not MISSING):  # required ones first
+            title = field.metadata["group"]
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            _add_flag(groups[title], kind, field)
 
     def error(self, message: str) -> NoReturn:
         """Ends the command."""
@@ -224,10 +260,8 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
         options |= {"type": field.metadata["convert"] or base, "choices": field.metadata["choices"]}
         if is_tuple:
             options.setdefault("nargs", "+")
-        shown = field.default
-        if shown not in (MISSING, None) and shown != () and "default" not in text:
-            text += f" (default: {' '.join(map(str, shown)) if is_tuple else shown})"
-    group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
+    action = group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
+    action.shown = field.default
     for alias in names[1:]:
         group.add_argument(alias, dest=field.name, **options | {"help": argparse.SUPPRESS})
 
