@@ -21,7 +21,16 @@ from utils.files import PROJECT_ROOT
 
 SIZE = 64
 DOCUMENTS = [
-    *(PROJECT_ROOT / name for name in ("README.md", "support_set/README.md", "save_checkpoints/README.md")),
+    *(
+        PROJECT_ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "support_set/README.md",
+            "save_checkpoints/README.md",
+        )
+    ),
     *sorted((PROJECT_ROOT / "docs").glob("*.md")),
 ]
 TEXTS = {str(path.relative_to(PROJECT_ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
