@@ -1,4 +1,4 @@
-"""Measures examples/service.py with several clients at a time, kills it in the middle, and starts it again.
+"""Measures examples/service.py with several clients at a time, with a large image among theirs, and after a kill.
 
 python -m benchmarks.service    prints the times, writes benchmarks/results/service_cpu.json
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import io
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line
@@ -28,12 +30,14 @@ from datasets.images import is_image_file
 from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from models.regad import untrained
+from utils.choices import AUTO, DEFAULT_SCORER
 from utils.config import HelpFormatter
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import provenance
 
-ANSWER_SECONDS = 60  # a request that takes longer has failed
+ANSWER_SECONDS = 120  # a request that takes longer has failed
+LARGE_SIDE = 2500  # pixels of the large image, which is cut into tiles as large as the support images
 OK = 200
 
 
@@ -51,7 +55,10 @@ class Reply(NamedTuple):
 
 
 class Server:
-    """examples/service.py as a process of its own, on the loopback; `with` starts and kills it."""
+    """examples/service.py as a process of its own, on the loopback; `with` starts and kills it.
+
+    flags: further detectors, then flags.
+    """
 
     def __init__(self, detector: Path, *flags: str, port: int = 0) -> None:
         self.command = [sys.executable, "-m", "examples.service", "--detector", str(detector), *flags]
@@ -107,6 +114,13 @@ def killed_in_the_middle(server: Server, bodies: Sequence[bytes], clients: int) 
         return [one.result() for one in pending]
 
 
+def enlarged(body: bytes) -> bytes:
+    """An image file, as PNG of LARGE_SIDE x LARGE_SIDE pixels."""
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(body)).resize((LARGE_SIDE, LARGE_SIDE)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
@@ -116,6 +130,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--scorer", default=DEFAULT_SCORER)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser
 
@@ -130,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     support = sorted(filter(is_image_file, (category / "train/good").iterdir()))[:4]
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.regad"
-        detector = FewShotDetector(untrained(args.weights, img_size=args.img_size).stn, "cpu").fit(support)
+        network = untrained(args.weights, img_size=args.img_size).stn
+        detector = FewShotDetector(network, "cpu", scorer=args.scorer, tile=AUTO).fit(support)
         detector.calibrate(DEFAULT_RATE)
         detector.save(part)
         found = measure(part, bodies, args.clients)
@@ -140,6 +156,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.requests} requests from {args.clients} clients: {found['errors']} errors, "
         f"p50 {found['p50_ms']:.0f} ms, p95 {found['p95_ms']:.0f} ms, {found['images_per_second']:.1f} images/s; "
         f"one client: p50 {found['alone_p50_ms']:.0f} ms (load of the machine {found['load_average'][0]:.1f})"
+    )
+    print(
+        f"with an image of {LARGE_SIDE} x {LARGE_SIDE} pixels among them, which took {found['large_seconds']:.1f} s: "
+        f"{found['errors_with_large']} errors, p50 of the others {found['p50_ms_with_large']:.0f} ms, "
+        f"p95 {found['p95_ms_with_large']:.0f} ms"
     )
     print(
         f"killed after {found['answered_before_kill']} answers, started again in {found['restart_seconds']:.1f} s: "
@@ -154,12 +175,14 @@ def measure(part: Path, bodies: Sequence[bytes], clients: int) -> dict:
         begin = time.perf_counter()
         replies = server.send_all(bodies, clients)
         took, port = time.perf_counter() - begin, server.port
+        mixed = server.send_all([*bodies[:clients], enlarged(bodies[0]), *bodies[clients + 1 :]], clients)
         cut = killed_in_the_middle(server, bodies, clients)
     begin = time.perf_counter()
     with Server(part, "--device", "cpu", port=port) as server:
         restart = time.perf_counter() - begin
         again = server.send_all(bodies, clients)
     milliseconds = [1000 * reply.seconds for reply in replies]
+    beside = [1000 * reply.seconds for number, reply in enumerate(mixed) if number != clients]
     pairs = zip(replies, again, strict=True)
     return {
         **provenance(torch.device("cpu")),
@@ -168,6 +191,10 @@ def measure(part: Path, bodies: Sequence[bytes], clients: int) -> dict:
         "p50_ms": float(np.percentile(milliseconds, 50)),
         "p95_ms": float(np.percentile(milliseconds, 95)),
         "alone_p50_ms": float(np.median([1000 * reply.seconds for reply in alone])),
+        "errors_with_large": sum(reply.status != OK for reply in mixed),
+        "p50_ms_with_large": float(np.percentile(beside, 50)),
+        "p95_ms_with_large": float(np.percentile(beside, 95)),
+        "large_seconds": mixed[clients].seconds,
         "images_per_second": len(replies) / took,
         "answered_before_kill": sum(reply.status == OK for reply in cut),
         "restart_seconds": restart,

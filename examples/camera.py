@@ -27,6 +27,7 @@ from examples.service import REQUIREMENTS
 from inspection.images import array_image
 from inspection.results import DEFECTIVE, REVIEW
 from utils.config import Parser, flag
+from utils.devices import command_device
 from utils.errors import UserError, require_packages, run_command
 from utils.interrupts import Interrupts
 
@@ -148,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_packages("cv2", requirements=REQUIREMENTS)
     lines = sys.stdout if config.jsonl else None
     with redirect_stdout(sys.stderr if config.jsonl else sys.stdout):
-        judge = load_judge(config)
+        command_device(config.device)
+        judge = load_judge(config.detector, config)
         capture, is_file = open_source(config.source)
         counts, begin = Counts(), time.monotonic()
         try:

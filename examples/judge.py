@@ -18,7 +18,6 @@ from inspection.predictions import HEAT_PANEL, draw_panels
 from inspection.results import decide, relative_score
 from inspection.tiles import shrink_warning
 from utils.config import Config, flag
-from utils.devices import command_device
 
 
 class Judgement(NamedTuple):
@@ -79,19 +78,24 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig(Config):
-    """Which detector judges, and where."""
+class DeviceConfig(Config):
+    """How a saved detector is loaded."""
 
-    detector: Path = flag("from predict.py --save", group="detector", metavar="FILE")
     scorer: str | None = flag(f"of a custom scorer: {SCORER_HELP}", default=None, group="detector", metavar="NAME")
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
 
 
-def load_judge(config: JudgeConfig) -> Judge:
-    """The saved detector of a configuration.
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig(DeviceConfig):
+    """Which detector judges, and where."""
+
+    detector: Path = flag("from predict.py --save", group="detector", metavar="FILE")
+
+
+def load_judge(file: Path, config: DeviceConfig) -> Judge:
+    """The saved detector in a file.
 
     Raises:
-        UserError: the file is missing or unsuitable, or the device cannot be used.
+        UserError: the file is missing or unsuitable.
     """
-    command_device(config.device)
-    return Judge(FewShotDetector.load(config.detector, config.device, config.scorer))
+    return Judge(FewShotDetector.load(file, config.device, config.scorer))

@@ -112,7 +112,7 @@ class ImageScoring:
             reasons.extend(of_tiles)
             return maps
 
-        scores = joined_map(image, layout, maps_of, SCORE_GROUP)
+        scores = joined_map(image, layout, maps_of, NETWORK_GROUP[self.clock.device.type])
         inside = inside_map(self.region, layout.across, layout.down)
         scores = scores if inside is None else scores * inside
         found = [reason for reason in reasons if reason]

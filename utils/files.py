@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -127,6 +128,14 @@ def write_json(path: Path, content: dict) -> None:
     """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file that several processes may share, in one write. OSError where it cannot be written."""
+    content = line.encode() + b"\n"
+    with open(path, "ab", buffering=0) as stream:
+        if stream.write(content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def save_tensors(path: Path, content: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import signal
@@ -9,6 +10,7 @@ import socket
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,10 @@ from PIL import Image
 
 from benchmarks.service import Server, killed_in_the_middle
 from examples import service
+from inspection.detector import FewShotDetector
 from inspection.results import decide
+from models.regad import untrained
+from utils.devices import seed_everything
 from utils.errors import UserError
 
 for package in ("fastapi", "uvicorn", "python_multipart"):
@@ -120,8 +125,9 @@ def test_head_of_health(server):
 
 def test_health(server, detector):
     before = server.send(method="GET", path="/health").result
-    assert (before["status"], before["detector"]) == ("ok", detector.identity())
-    assert before["threshold"] == detector.threshold.value and before["waiting"] == 0
+    limits = {"threshold": detector.threshold.value, "review_threshold": detector.threshold.review_value}
+    assert before["detectors"] == {"part": {"id": detector.identity(), **limits}}
+    assert before["status"] == "ok" and before["waiting"] == 0
 
 
 def test_bad_requests_are_refused_with_a_sentence(server, images):
@@ -132,7 +138,8 @@ def test_bad_requests_are_refused_with_a_sentence(server, images):
         (400, "cannot read the image in the request", {"body": good[: len(good) // 2]}),
         (415, "not an image", {"body": b"hello"}),
         (415, "not an image", {"body": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"}),
-        (415, "not an image", {"body": encoded(Image.new("L", (8, 8)), "GIF")}),
+        (415, "known formats: PNG, JPEG, BMP, TIFF, WEBP, GIF", {"body": encoded(Image.new("L", (8, 8)), "PPM")}),
+        (404, "no detector of screw; there are part", {"body": good, "path": "/score/screw"}),
         (413, "more than the 0.5 MB", {"body": many}),
         (413, "more than the 0.5 MB", {"body": iter([many] * 4)}),  # chunked: the size is not known before
         (413, "exceeds limit", {"body": png_of(50_000, 50_000)}),
@@ -188,6 +195,92 @@ def test_more_clients_than_may_wait_are_asked_to_try_again(server):
     assert reply.headers["retry-after"] == "1"
 
 
+def test_of_a_gif_the_first_frame_is_scored(server, images):
+    frames = [Image.open(path).convert("L") for path in (images[0], images[-1])]
+    alone, stream = [server.send(encoded(frame, "PNG")).result["score"] for frame in frames], io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    assert server.send(stream.getvalue()).result["score"] == pytest.approx(alone[0], rel=1e-3)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tiled(demo_data) -> FewShotDetector:
+    """Cuts images above 64 pixels into tiles."""
+    seed_everything(0)
+    support = sorted((demo_data / "ring/train/good").iterdir())[:2]
+    return FewShotDetector(untrained("none", img_size=SIZE).stn.eval(), "cpu", tile=SIZE).fit(support)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("log") / "decisions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def two_parts(part, tiled, log):
+    """A service with a detector for whole images and one for tiles, and a log of decisions."""
+    file = log.with_name("tiled.regad")
+    tiled.save(file)
+    flags = ("--log", str(log), "--max_tiles", "600", "--answer_seconds", "60", "--device", "cpu")
+    with Server(part, str(file), *flags) as running:
+        yield running
+
+
+def test_a_large_image_lets_the_others_go_first(two_parts, tiled, detector, images):
+    large = Image.open(images[0]).resize((1100, 1100))
+    body, bodies = encoded(large, "PNG"), [path.read_bytes() for path in images]
+    alone = [two_parts.send(one, "/score/part").result for one in bodies]
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(two_parts.send, body, "/score/tiled")
+        while two_parts.send(method="GET", path="/health").result["waiting"] == 0:
+            time.sleep(0.01)
+        replies = [two_parts.send(one, "/score/part").result for one in bodies]
+        assert not slow.done()
+        reply = slow.result()
+    assert replies == alone
+    assert reply.result["score"] == pytest.approx(float(tiled.score([large])[0][0]), rel=1e-4)
+
+
+def test_an_image_with_too_many_tiles_is_refused(two_parts):
+    reply = two_parts.send(encoded(Image.new("L", (1500, 1500)), "PNG"), "/score/tiled")
+    assert reply.status == 413 and "tiles, more than the 600 of --max_tiles" in reply.result["detail"]
+
+
+def test_without_a_part_the_parts_are_named(two_parts, images):
+    reply = two_parts.send(images[0].read_bytes())
+    assert reply.status == 404 and "there are part, tiled" in reply.result["detail"]
+
+
+def test_decisions_are_logged(two_parts, log, images):
+    body = images[0].read_bytes()
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    result = two_parts.send(body, "/score/part").result
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(rows) == before + 1
+    about = {"client": "127.0.0.1", "part": "part", "sha256": hashlib.sha256(body).hexdigest()}
+    assert rows[-1] == {"time": rows[-1]["time"], **about, **result}
+    log.rename(log.with_name("kept.jsonl"))
+    log.mkdir()  # a decision that cannot be recorded is none
+    reply = two_parts.send(body, "/score/part")
+    assert reply.status == 507 and str(log) in reply.result["detail"]
+    log.rmdir()
+
+
+def test_two_processes_and_an_answer_in_time(tiled, tmp_path, images):
+    """Answers are those of one process; an image that takes too long is refused, and the others go on."""
+    tiled.save(tmp_path / "tiled.regad")
+    with Server(tmp_path / "tiled.regad", "--workers", "2", "--answer_seconds", "0.5", "--device", "cpu") as running:
+        body, large = images[0].read_bytes(), encoded(Image.open(images[0]).resize((900, 900)), "PNG")
+        with ThreadPoolExecutor(8) as pool:
+            slow = pool.submit(running.send, large)
+            replies = list(pool.map(running.send, [body] * 20))
+        assert len({reply.content for reply in replies if reply.status == 200}) == 1
+        reply = slow.result()
+        assert reply.status == 503 and "within the 0.5 s of --answer_seconds" in reply.result["detail"]
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+
+
 def test_killed_in_the_middle_and_started_again(part, images):
     bodies = [path.read_bytes() for path in images] * 20
     with Server(part, *FLAGS) as first:
@@ -208,10 +301,12 @@ def test_invalid_arguments(part, monkeypatch, tmp_path):
         service.main([*call, "--port", "70000"])
     with pytest.raises(UserError, match="--max_waiting must be at least 1"):
         service.main([*call, "--max_waiting", "0"])
-    with pytest.raises(UserError, match="--max_mb and --max_seconds must be above 0"):
+    with pytest.raises(UserError, match="--max_mb, --max_seconds and --answer_seconds must be above 0"):
         service.main([*call, "--max_mb", "0"])
     with pytest.raises(UserError, match="--max_mb must be a finite number"):
         service.main([*call, "--max_mb", "nan"])
+    with pytest.raises(UserError, match="files of different parts need different names"):
+        service.main([*call, "--detector", str(part), str(tmp_path / part.name)])
     with pytest.raises(UserError, match="no detector file"):
         service.main(["--detector", str(tmp_path / "missing.regad")])
     monkeypatch.setattr("utils.errors.find_spec", lambda name: None)
