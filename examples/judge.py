@@ -53,7 +53,7 @@ class Judge:
         """Scores an image in mode L or RGB, as `datasets.images.decode_image` returns them."""
         warning = self._warning(image)
         image.info.pop(CLIPPED_FROM, None)  # else each call would warn once more
-        (score,), maps, (stopped,) = self.detector.inspect([image])
+        (score,), maps, (stopped,), _ = self.detector.inspect([image])
         threshold, scores = self.detector.threshold, self.detector.restore(maps[0], *image.size)
         return Judgement(
             float(score),

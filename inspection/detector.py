@@ -15,6 +15,7 @@ from inspection.detector_file import identity, read_state, stored_network, store
 from inspection.duplicates import digest, duplicate_notes, equal_images
 from inspection.images import ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
 from inspection.out_of_distribution import contrast
+from inspection.quality import QualityGate, measure, readable
 from inspection.scoring import CHECK, NETWORK_GROUP, ImageScoring
 from inspection.threshold import (
     NormalScores,
@@ -44,13 +45,14 @@ MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at mo
 class Inspection(NamedTuple):
     """Results of B images: scores (B,) and maps as `FewShotDetector.score` returns them.
 
-    reasons: why a person should look at an image whatever its score, see inspection/out_of_distribution.py; "" for an
-    image whose score decides.
+    reasons: why a person should look at an image whatever its score, see inspection/out_of_distribution.py and
+    inspection/quality.py; "" for an image whose score decides. quality: the measures of each image by name.
     """
 
     scores: np.ndarray
     maps: np.ndarray | list[np.ndarray]
     reasons: list[str]
+    quality: list[dict[str, float]]
 
 
 class _Support(NamedTuple):
@@ -106,6 +108,7 @@ class FewShotDetector(ImageScoring):
         self.loo_scores: NormalScores | None = None
         self.calibration: NormalScores | None = None
         self.fitted: Fitted = {}
+        self.gate: QualityGate | None = None
         self.support_digests: list[str] = []
         self._support_notes: list[str] = []
         self._calibration_notes: list[str] = []
@@ -130,6 +133,7 @@ class FewShotDetector(ImageScoring):
             if self.measures_bits:
                 self.bits = smallest_depth(largest_grey_values(images))
             support = self._support(images)
+        self.gate = QualityGate.of(support.squares)
         self.tiling = resolve_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
         layouts = [self.layout_of(*size) for size in support.sizes]
         if any(layouts):
@@ -322,15 +326,17 @@ class FewShotDetector(ImageScoring):
         """
         if not self.fitted:
             raise UserError("the detector must be fitted to support images, or loaded, before it can score images")
-        scores, maps, reasons = [], [], []
+        scores, maps, reasons, quality = [], [], [], []
         for result in self.results(image_list(images), self.fitted):
+            measured = measure(result.square)
             scores.append(result.score)
             maps.append(result.map)
-            reasons.append(result.reason)
+            reasons.append(result.reason or (self.gate.reason(measured) if self.gate else ""))
+            quality.append(readable(measured))
         _check_finite(scores)
         if all(one.shape == (self.size, self.size) for one in maps):
             maps = np.stack(maps) if maps else np.empty((0, self.size, self.size), np.float32)
-        return Inspection(np.array(scores, np.float32), maps, reasons)
+        return Inspection(np.array(scores, np.float32), maps, reasons, quality)
 
     def identity(self) -> str:
         """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""
@@ -353,6 +359,7 @@ class FewShotDetector(ImageScoring):
             "threshold": None if self.threshold is None else self.threshold._asdict(),
             "origin": self.origin,
             "support_digests": self.support_digests,
+            "quality": self.gate and torch.from_numpy(self.gate.normal),
             "left_out": self.loo_scores and self.loo_scores.state(),
             "calibration": calibration and calibration._replace(maps=calibration.maps[:, :0, :0]).state(),
         }
@@ -394,6 +401,8 @@ class FewShotDetector(ImageScoring):
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
+        quality = state.get("quality")
+        detector.gate = None if quality is None else QualityGate(quality.numpy())
         detector.support_digests = list(state.get("support_digests", ()))
         on = detector.clock.device
         detector.fitted = {key: value.to(on) for key, value in state["fitted"].items()}

@@ -74,7 +74,7 @@ def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Pat
         return []
     paths = list_inputs(config.defects, output)
     with _printed_warnings():
-        scores, _, reasons = detector.inspect(paths)
+        scores, _, reasons, _ = detector.inspect(paths)
     known = [
         KnownDefect(str(path), score, *decide(score, detector.threshold, reason))
         for path, score, reason in zip(paths, scores.tolist(), reasons, strict=True)

@@ -131,12 +131,13 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     number, item, result = scored
     if result is None:
         return _row(item, None, None, detector.threshold, outputs.detector), NO_PREVIEW
-    score, scores, reason = result
+    score, scores, reason, quality = result
     row = _row(item, float(score), reason, detector.threshold, outputs.detector)
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
-        row = row._replace(boxes=boxes, files=outputs.names(item.path, panel_titles(detector.threshold)))
+        files = outputs.names(item.path, panel_titles(detector.threshold))
+        row = row._replace(boxes=boxes, files=files, quality=quality)
         places = [outputs.folder / name for name in row.files]
         try:
             return row, _write(detector, places, item.image, restored, boxes, number < previews)

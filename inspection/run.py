@@ -266,6 +266,7 @@ class Run:
             "has_region": detector.region is not None,
             "map_scale": map_scale(detector),
             "threshold": threshold,
+            "quality_limits": detector.gate and detector.gate.limits(),
             "normal_images": {
                 name: [{"path": path, "score": score} for path, score in one.by_score()] if one else []
                 for name, one in normal.items()

@@ -29,7 +29,7 @@ CHECK = OutOfDistributionCheck()
 
 
 class ImageResult(NamedTuple):
-    """One image: score, map, why a person should look at it whatever its score, its square, whether it was cut."""
+    """One image: score, map, why it differs from the support as a whole, its network input, whether it was cut."""
 
     score: np.float32
     map: np.ndarray

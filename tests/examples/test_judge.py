@@ -31,7 +31,7 @@ def detector(demo_data) -> FewShotDetector:
 def test_a_result_has_the_values_of_the_detector(detector, demo_data):
     path = next((demo_data / "ring/test/chip").iterdir())
     image = decode_image(path).resize((90, 70))
-    (score,), (scores,), (stopped,) = detector.inspect([image])
+    (score,), (scores,), (stopped,), _ = detector.inspect([image])
     result = Judge(detector).judge(image)
     assert (result.score, result.decision, result.reason) == (score, *decide(float(score), detector.threshold, stopped))
     assert np.array_equal(result.map, detector.restore(scores, 90, 70)) and result.map.shape == (70, 90)

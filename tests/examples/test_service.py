@@ -68,7 +68,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def test_scores_are_those_of_the_detector(server, detector, images):
-    scores, maps, reasons = detector.inspect(images)
+    scores, maps, reasons, _ = detector.inspect(images)
     for path, score, scored, stopped in zip(images, scores, maps, reasons, strict=True):
         for reply in (server.send(path.read_bytes()), server.send(form(path.read_bytes()), kind=FORM)):
             assert reply.status == 200, reply.content

@@ -38,7 +38,7 @@ def output(tmp_path) -> Path:
 def test_a_detector_scores_as_it_did(part):
     rows = [json.loads(line) for line in (DATA / "predictions/results.jsonl").read_text().splitlines()]
     detector = FewShotDetector.load(part, "cpu")
-    scores, _, reasons = detector.inspect([DATA / "images" / Path(row["path"]).name for row in rows])
+    scores, _, reasons, _ = detector.inspect([DATA / "images" / Path(row["path"]).name for row in rows])
     assert scores.tolist() == pytest.approx([row["score"] for row in rows], rel=1e-4) and reasons == ["", ""]
     assert detector.identity() == rows[0]["detector"] and detector.threshold.value == rows[0]["threshold"]
     assert detector.calibrate(0.1).value == pytest.approx(rows[0]["threshold"])

@@ -63,7 +63,7 @@ def test_saved_detectors_know_what_is_unusual_and_older_ones_do_not(transistors,
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
     assert loaded.inspect([frame]).reasons == transistors.inspect([frame]).reasons == ["hardly any contrast"]
     content = torch.load(tmp_path / "part.regad", weights_only=True)
-    torch.save(content | {"likeness": {}}, tmp_path / "old.regad")
+    torch.save(content | {"likeness": {}, "quality": None}, tmp_path / "old.regad")
     loaded = FewShotDetector.load(tmp_path / "old.regad", "cpu")
     assert loaded.inspect([frame]).reasons == [""]
     assert loaded.calibrate(0.05).value == pytest.approx(transistors.calibrate(0.05).value)

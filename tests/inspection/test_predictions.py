@@ -33,7 +33,7 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
             time.sleep(0.01)  # the device works
         when_scored.append(len(decoded))
         shape = len(images), 16, 16
-        return np.ones(len(images), np.float32), np.ones(shape, np.float32), [""] * len(images)
+        return np.ones(len(images), np.float32), np.ones(shape, np.float32), [""] * len(images), [{}] * len(images)
 
     monkeypatch.setattr("inspection.inputs.decode_image", decode)
     detector = SimpleNamespace(

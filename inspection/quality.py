@@ -1,0 +1,141 @@
+"""Compares light, sharpness, noise, colours and position of an image with those of the support images.
+
+The score of an image that was taken otherwise than the support images means little: a dark or blurred image of a
+defective part can have the score of a normal one, and a moved camera makes normal parts defective. Such an image is for
+a person to judge.
+
+Each measure is a number of the network's input, most of them logarithms, so that a factor of the light is a difference.
+Its limits are mean +- q s sqrt(1 + 1/n) over n normal images. As few images say little about the standard deviation s,
+it is combined with SPREAD, a typical one, which counts as PRIOR_IMAGES images; q is the quantile of Student's
+distribution for RATE. Where the normal images differ more than typical, averaged over all measures, SPREAD is raised
+for all of them: two images of a varying part can agree in one measure by chance.
+
+The constants were chosen by the share of good images outside the limits and of dimmed and blurred ones inside, on nine
+categories. `python -m benchmarks.changes` measures these shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+from scorers.views import GREY_WEIGHTS
+
+PRIOR_IMAGES = 4.0
+RATE = 0.002  # of normal images outside the limits of one measure
+POOLING = 0.75  # exponent of the factor by which images differ more than typical
+MOST_UNTYPICAL = 3.0  # of that factor in one measure
+EDGE = 1 / 255  # least light, contrast, difference: 8-bit images say nothing about less
+NOISE_FLOOR = 0.001  # of grey values in [0, 1]; rounding to 8 bits leaves no less
+NORMAL_MEDIAN = 0.6745  # of the absolute value of a standard normal variable
+NOISE_GAIN = 6.0  # standard deviation of the mixed second difference of noise with standard deviation 1
+
+
+class Measure(NamedTuple):
+    """spread: the typical standard deviation over normal images. below, above: words for an image outside the limits.
+
+    is_log: the measure is the logarithm of what `readable` shows.
+    """
+
+    spread: float
+    below: str
+    above: str
+    is_log: bool = True
+
+
+MEASURES = {
+    "light": Measure(0.05, "darker", "brighter"),  # highlights, the 99th percentile: a defect hardly changes them
+    "contrast": Measure(0.15, "lower in contrast", "higher in contrast"),  # relative to the light
+    "sharpness": Measure(0.01, "less sharp", "sharper"),  # differences of neighbours to those two pixels apart
+    "noise": Measure(0.08, "smoother", "noisier"),  # median of second differences
+    "grain": Measure(0.1, "smoother", "noisier"),  # lowest quarter: smooth areas show compression and weak blur
+    "red": Measure(0.02, "less red", "redder"),
+    "blue": Measure(0.02, "less blue", "bluer"),
+    "x": Measure(0.012, "further left", "further right", is_log=False),  # centre of what differs from the border
+    "y": Measure(0.012, "higher up", "lower down", is_log=False),
+    "size": Measure(0.03, "smaller", "larger"),  # its root mean square radius
+}
+SPREAD = np.array([one.spread for one in MEASURES.values()])
+
+
+def measure(square: torch.Tensor) -> np.ndarray:
+    """The MEASURES (M,) of a network input (3, S, S) in [0, 1]; x and y are fractions of the side."""
+    colours = square.cpu().numpy().astype(np.float32)
+    grey = np.tensordot(np.array(GREY_WEIGHTS, np.float32), colours, axes=1)
+    light = np.percentile(grey, 99) + EDGE
+    near, far = (_square_difference(grey, pixels) + EDGE**2 / 16 for pixels in (1, 2))
+    second = np.abs(np.diff(np.diff(grey, n=2, axis=0), n=2, axis=1))  # lines and steps along rows or columns vanish
+    quarter, median = np.percentile(second, (25, 50)) / NOISE_GAIN / NORMAL_MEDIAN + NOISE_FLOOR
+    red, green, blue = colours.mean(axis=(1, 2)) + EDGE
+    x, y, size = _extent(grey)
+    ratios = light, (grey.std() + EDGE) / light, np.sqrt(near / far), median, quarter, red / green, blue / green, size
+    light, contrast, sharpness, median, quarter, red, blue, size = np.log(ratios)
+    return np.array([light, contrast, sharpness, median, quarter, red, blue, x, y, size])
+
+
+def _square_difference(grey: np.ndarray, pixels: int) -> float:
+    """Mean squared difference of grey values some pixels apart, along rows and columns."""
+    along, across = grey[pixels:] - grey[:-pixels], grey[:, pixels:] - grey[:, :-pixels]
+    return float(np.square(along).mean() + np.square(across).mean())
+
+
+def _extent(grey: np.ndarray) -> tuple[float, float, float]:
+    """Centre (x, y) and root mean square radius, as fractions of the side, of what differs from the border's median."""
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    weights = np.square(grey - np.median(border)) + EDGE**2
+    weights /= weights.sum()
+    places = (np.arange(len(grey)) + 0.5) / len(grey)
+    across, down = weights.sum(axis=0), weights.sum(axis=1)
+    x, y = across @ places, down @ places
+    return float(x), float(y), float(np.sqrt(across @ (places - x) ** 2 + down @ (places - y) ** 2))
+
+
+def readable(values: np.ndarray) -> dict[str, float]:
+    """The measures (M,) of an image by name, logarithms as ratios: light 0.5 is half of white."""
+    kinds = MEASURES.values()
+    plain = [float(np.exp(value)) if kind.is_log else float(value) for value, kind in zip(values, kinds, strict=True)]
+    return dict(zip(MEASURES, plain, strict=True))
+
+
+class QualityGate:
+    """The measures (n, M) of n >= 1 normal images, and the limits that follow."""
+
+    def __init__(self, normal: np.ndarray) -> None:
+        self.normal = normal
+        count, self.mean = len(normal), normal.mean(axis=0)
+        squares = np.square(normal - self.mean).sum(axis=0)
+        untypical = 1.0
+        if count > 1:
+            ratios = np.sqrt(squares / (count - 1)) / SPREAD
+            untypical = max(1.0, float(np.sqrt(np.square(ratios.clip(max=MOST_UNTYPICAL)).mean()))) ** POOLING
+        freedom = PRIOR_IMAGES + count - 1
+        variance = (PRIOR_IMAGES * np.square(untypical * SPREAD) + squares) / freedom * (1 + 1 / count)
+        self.margin = student.ppf(1 - RATE / 2, freedom) * np.sqrt(variance)
+
+    @classmethod
+    def of(cls, squares: Sequence[torch.Tensor]) -> QualityGate:
+        """The gate of normal images, given as network inputs (3, S, S)."""
+        return cls(np.stack([measure(square) for square in squares]))
+
+    def with_images(self, values: np.ndarray) -> QualityGate:
+        """The gate of these and more normal images, given by their measures (n, M)."""
+        return QualityGate(np.concatenate([self.normal, values]))
+
+    def reason(self, values: np.ndarray) -> str:
+        """In what an image with the measures `values` (M,) is outside the limits, as a phrase; "" if in nothing."""
+        beyond = (values - self.mean) / self.margin
+        kinds = MEASURES.values()
+        words = [kind.above if far > 0 else kind.below for far, kind in zip(beyond, kinds, strict=True) if abs(far) > 1]
+        return f"{', '.join(dict.fromkeys(words))} than the support images" if words else ""
+
+    def limits(self) -> dict[str, dict[str, float]]:
+        """For each measure `low`, `typical` and `high`, as `readable` shows them."""
+        low, high = readable(self.mean - self.margin), readable(self.mean + self.margin)
+        return {
+            name: {"low": low[name], "typical": typical, "high": high[name]}
+            for name, typical in readable(self.mean).items()
+        }

@@ -1,0 +1,112 @@
+"""The quality gate: what it measures, its limits, and what it stops on real parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import t
+
+from benchmarks.changes import CHANGES
+from benchmarks.reference import DATA, draw_support_images
+from datasets.images import decode_image, to_square
+from inspection.images import as_tensor
+from inspection.quality import MEASURES, SPREAD, QualityGate, measure, readable
+
+SIZE = 128
+NAMES = list(MEASURES)
+
+
+def square(change: str = "unchanged", seed: int = 0) -> torch.Tensor:
+    """A bright disc with a texture on a dark ground, from an image of 160 pixels."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:160, :160]
+    disc = np.hypot(x - 80, y - 80) < 40
+    values = np.where(disc, 180 + 20 * np.sin(x / 3), 40)[..., None] * (1.0, 0.95, 0.9)
+    image = Image.fromarray((values + rng.normal(0, 2, values.shape)).clip(0, 255).astype(np.uint8))
+    return as_tensor(to_square(CHANGES[change](image), SIZE))
+
+
+@pytest.fixture(scope="module")
+def gate() -> QualityGate:
+    return QualityGate.of([square(seed=seed) for seed in range(1, 9)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("unchanged", ""),
+        ("25 % of the light", "darker"),
+        ("60 %", "darker"),
+        ("130 %", "brighter"),
+        ("blur, sigma 2", "less sharp"),
+        ("noise", "noisier"),
+        ("5 % shift", "further right"),
+        ("20 % larger", "larger"),
+        ("20 % smaller", "smaller"),
+    ],
+)
+def test_what_is_changed_is_said(gate, change, words):
+    reason = gate.reason(measure(square(change)))
+    assert words in reason and bool(words) == reason.endswith(" than the support images")
+
+
+def test_the_measures_of_an_even_image():
+    """Nothing divides by 0, and black differs from white in the light alone."""
+    white, black = (readable(measure(torch.full((3, 32, 32), value))) for value in (1.0, 0.0))
+    assert white["light"] == pytest.approx(1 + 1 / 255) and black["light"] == pytest.approx(1 / 255)
+    assert white["red"] == white["blue"] == black["red"] == 1 and white["x"] == pytest.approx(0.5)
+    assert all(np.isfinite(list(one.values())).all() for one in (white, black))
+
+
+def test_limits_by_the_definition_for_one_image():
+    """Of one image nothing is known but what is typical: four images' worth."""
+    gate = QualityGate(np.zeros((1, len(NAMES))))
+    assert gate.margin == pytest.approx(t.ppf(0.999, 4) * SPREAD * np.sqrt(2))
+    assert gate.limits()["x"] == pytest.approx({"low": -gate.margin[7], "typical": 0, "high": gate.margin[7]})
+
+
+@given(st.integers(1, 12), st.floats(0.1, 5), st.integers(0, 99))
+def test_the_order_of_images_does_not_matter_and_more_of_the_same_narrow_the_limits(count, factor, seed):
+    values = factor * SPREAD * np.random.default_rng(seed).normal(size=(count, len(NAMES)))
+    gate, turned = QualityGate(values), QualityGate(values[::-1])
+    assert gate.margin == pytest.approx(turned.margin) and gate.mean == pytest.approx(turned.mean)
+    assert (gate.with_images(values).margin <= gate.margin * (1 + 1e-9)).all()
+
+
+def test_a_part_that_varies_has_wider_limits_for_all_measures():
+    even, uneven = (np.random.default_rng(0).normal(0, SPREAD, (2, len(NAMES))) for _ in range(2))
+    uneven = np.concatenate([uneven[:, :3], 20 * uneven[:, 3:]], axis=1)
+    assert (QualityGate(uneven).margin[:3] > QualityGate(even).margin[:3]).all()
+
+
+def inputs(paths, change: str = "unchanged") -> list[torch.Tensor]:
+    return [as_tensor(to_square(CHANGES[change](decode_image(path)), 256)) for path in paths]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared")
+@pytest.mark.parametrize(
+    ("category", "kind", "change", "least"),
+    [
+        ("magnetic_tile", "defective", "25 % of the light", 0.5),
+        ("magnetic_tile", "defective", "blur, sigma 2", 0.6),
+        ("bottle", "defective", "60 %", 1.0),
+        ("bottle", "good", "blur, sigma 2", 1.0),
+        ("bottle", "good", "JPEG 20", 0.6),
+        ("transistor", "defective", "40 %", 1.0),
+        ("bottle", "good", "unchanged", 0.0),
+        ("transistor", "good", "unchanged", 0.0),
+    ],
+)
+def test_real_parts(category, kind, change, least):
+    """The share of images that are stopped, over three draws; of unchanged good ones at most one of twelve."""
+    folder = DATA / category / "test"
+    paths = [path for path in sorted(folder.glob("*/*")) if (path.parent.name == "good") == (kind == "good")]
+    paths = paths[:: len(paths) // 12][:12]
+    gates = [QualityGate.of(inputs(draw)) for draw in draw_support_images(DATA / category, 4, 3, seed=0)]
+    measured = [measure(one) for one in inputs(paths, change)]
+    stopped = np.mean([bool(gate.reason(values)) for gate in gates for values in measured])
+    assert stopped >= least and (kind == "defective" or change != "unchanged" or stopped <= 1 / 12)
