@@ -138,6 +138,11 @@ class PredictConfig(DetectorConfig):
     maps: str = flag("score maps; png: 16 bits, scaled by map_scale in scores.json", default="none", choices=MAPS)
     jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
     fail_on_defect: bool = flag("exit code 3 if an image is defective or for review", default=False)
+    min_images: int = flag(
+        "exit code 5 if fewer are scored, with --watch on a whole day; for folders that should not be empty",
+        default=0,
+        least=0,
+    )
     panels: str = flag(
         "input, heat map and outlines in one file per image, or in a file each, without titles",
         default=PANELS[0],

@@ -55,7 +55,9 @@ class InputImage(NamedTuple):
     warning: str | None = None  # why its scores may mislead
 
 
-def list_inputs(sources: Sequence[Path], output: Path | None = None, listing: Listing | None = None) -> list[Path]:
+def list_inputs(
+    sources: Sequence[Path], output: Path | None = None, listing: Listing | None = None, may_be_empty: bool = False
+) -> list[Path]:
     """Lists the images in files and folders, in order and without duplicates.
 
     Folders are searched recursively, see `Listing`; files in `output` are skipped. Files given by name
@@ -65,8 +67,8 @@ def list_inputs(sources: Sequence[Path], output: Path | None = None, listing: Li
     decide what is normal, so that nothing may be missing among them, and no label file may be one.
 
     Raises:
-        UserError: a source is missing, no image is found, or, without `listing`, a folder cannot be listed or label
-            files lie beside the images.
+        UserError: a source is missing, no image is found unless `may_be_empty`, or, without `listing`, a folder cannot
+            be listed or label files lie beside the images.
     """
     found: dict[Path, Path] = {}
     is_strict, listing = listing is None, listing or Listing(output)
@@ -78,7 +80,7 @@ def list_inputs(sources: Sequence[Path], output: Path | None = None, listing: Li
     if listing.unreadable and (is_strict or not found):
         raise UserError(counted(listing.unreadable, "folder"))
     print(*(f"{note}\n" for note in listing.notes()), sep="", end="")
-    if not found:
+    if not found and not may_be_empty:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
     if labels := counted(label_files(found), "image"):
         labels += ": named like label files of the images beside them"
@@ -161,6 +163,7 @@ class Watcher:
         self._entered: dict[str, tuple[int, int] | None] = {}  # folders in the scan before
         self._unreadable: list[str] = []  # of the scan before
         self._was_there = False
+        self.is_gone = False  # the folder itself, or another is in its place into which no image has come
         self.notes: list[str] = []  # sentences on folders that are new since the scan before
 
     def scan(self) -> list[Path]:
@@ -172,12 +175,14 @@ class Watcher:
         new = {identity: path for identity, path in seen.items() if identity and identity not in self.done}
         arrived = sorted(path for identity, path in new.items() if identity in self._since)
         self._since = {identity: self._since.get(identity, now) for identity in new}
+        self.is_gone &= not arrived
         return arrived
 
     def _note_folders(self, listing: Listing) -> None:
         """A folder that vanishes, or is unmounted or replaced, would else look like one without new images."""
         before, self._entered = self._entered, listing.entered
         gone = {place for place, of_place in before.items() if listing.entered.get(place) != of_place}
+        self.is_gone |= os.path.realpath(self.folder) in gone
         found = [f"the folder {place} is gone or was replaced" for place in sorted(gone)]
         found = [note for note, place in zip(found, sorted(gone), strict=True) if os.path.dirname(place) not in gone]
         is_back = bool(listing.entered) and not before and self._was_there

@@ -24,7 +24,7 @@ from typing import NamedTuple, TextIO
 from inspection.boxes import Box
 from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.files import whole_file
 from utils.locks import locked
 from utils.text import path_text, text_path
@@ -72,6 +72,11 @@ class Prediction(NamedTuple):
     def is_flagged(self) -> bool:
         """Whether somebody should look at the image: its decision is another than normal."""
         return self.decision not in (NORMAL, None)
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether the image has a score and no decision."""
+        return self.score is not None and self.decision is None
 
     def plain(self) -> dict:
         """The row as it stands in JSON files."""
@@ -184,7 +189,7 @@ class ResultFiles:
         """Appends a row to all tables. The caller holds back interruptions.
 
         Raises:
-            UserError: a file cannot be written; the row may be missing in some of the tables.
+            WriteError: a file cannot be written; the row may be missing in some of the tables.
         """
         try:
             line = json.dumps(row.plain(), allow_nan=False).encode() + b"\n"
@@ -194,7 +199,7 @@ class ResultFiles:
                 csv.writer(stream).writerows(table.lines(row))
                 stream.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / RECORD} and its tables: {error.strerror}") from error
+            raise WriteError(error.errno, error.strerror, str(self.folder / RECORD)) from error
         self.rows.append(row)
         self.done.add(row.identity)
         self.taken.update(row.files)

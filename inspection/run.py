@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
+from datetime import date, datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -35,14 +36,20 @@ from inspection.results import (
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, Preview, write_page
 from utils.devices import command_device
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.files import require_writable, write_json
 from utils.fingerprint import fingerprint
 from utils.interrupts import Interrupts
 from utils.records import peak_memory_mb, provenance
 
-SOME_FAILED = 1  # exit code if some images failed; all others are processed
-SOME_FLAGGED = 3  # exit code with --fail_on_defect if an image is defective or for review; comes before SOME_FAILED
+# Exit codes; where several apply, the first of SOME_FLAGGED, SOME_UNDECIDED, CANNOT_WRITE, FOLDER_GONE, FEW_IMAGES and
+# SOME_FAILED
+SOME_FAILED = 1  # some images failed; all others are processed
+CANNOT_WRITE = 2  # as of every UserError
+SOME_FLAGGED = 3  # with --fail_on_defect: an image is defective or for review
+SOME_UNDECIDED = 4  # with --fail_on_defect: an image has no decision, as there is no threshold
+FEW_IMAGES = 5  # fewer than --min_images were scored, with --watch on a whole day
+FOLDER_GONE = 6  # the watched folder is not there any more, or was replaced
 MOST_FLAGGED = 10  # images with another decision than normal that are printed at the end
 REFRESH_SECONDS, REFRESH_SHARE = 5.0, 0.05  # --watch writes scores.json and the report so seldom, in so little time
 
@@ -74,13 +81,13 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
     command_device(config.device)
     limit_pixels(config.max_pixels)
     listing = Listing(config.output)
-    paths = list_inputs(config.input, listing=listing) if config.input else []
+    paths = list_inputs(config.input, listing=listing, may_be_empty=config.append) if config.input else []
     detector = make_detector(config, config.device, config.output)
     defects = known_defects(detector, config, config.output)
     if config.save:
         detector.save(config.save)
         print(f"detector: {config.save}")
-    code = run(config, detector, defects, paths, lines) if config.watch or paths else 0
+    code = run(config, detector, defects, paths, lines) if config.watch or config.input else 0
     may_lack = listing.unreadable or (config.fail_on_defect and listing.is_partial)
     return code or (SOME_FAILED if may_lack else 0)
 
@@ -99,7 +106,8 @@ def run(
     Raises:
         UserError: the output cannot be written, or its results are of another detector.
     """
-    folder = config.watch or Path(os.path.commonpath([absolute(path).parent for path in paths]))
+    places = [absolute(path).parent for path in paths] or [absolute(path) for path in config.input]
+    folder = config.watch or Path(os.path.commonpath(places))
     with closing(ResultFiles(config.output, config.overwrite)) as results:
         if config.input and results.rows and not config.append:  # another run has ended since `check_paths`
             raise UserError(f"another run has written results into {config.output} meanwhile: give another --output")
@@ -126,6 +134,10 @@ class Run:
         self.interrupts = Interrupts()
         self.earlier = self.refreshed = len(results.rows)  # rows before this call, and in scores.json
         self.next_refresh = 0.0
+        self.first_day = self.day = _today()  # of the watch
+        self.before_day = self.earlier  # rows
+        self.fault: WriteError | None = None  # why the output cannot be written
+        self.is_gone = self.has_few = False
         self.previews: dict[int, Preview] = {}  # by the number of the row
         panels = None if config.no_images else config.panels
         self.outputs = Outputs(config.output, root, panels, config.maps, detector.identity(), results.taken)
@@ -146,15 +158,31 @@ class Run:
         begin = time.perf_counter()
         is_whole = False
         with suppress(KeyboardInterrupt):
-            self._score(tqdm(new, unit="image", disable=None))
-            is_whole = True
+            is_whole = self._unless_full(lambda: self._score(tqdm(new, unit="image", disable=None)))
         with suppress(KeyboardInterrupt), self.interrupts.held():
             seconds = time.perf_counter() - begin
-            self._refresh(seconds)
+            self._unless_full(lambda: self._refresh(seconds))
             self._summarise(is_whole)
             if self.rows:
                 print(f"{seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
+        self._require_images(self.rows)
         return is_whole
+
+    def _unless_full(self, work: Callable[[], None]) -> bool:
+        """Whether `work` was done; False where a file cannot be written, which is said: the summary still counts."""
+        try:
+            work()
+        except WriteError as error:
+            self.fault = error
+            print(f"error: {error}", file=sys.stderr)
+        return self.fault is None
+
+    def _require_images(self, rows: Sequence[Prediction]) -> None:
+        """Says where fewer images than --min_images were scored."""
+        scored, least = sum(row.score is not None for row in rows), self.config.min_images
+        if scored < least:
+            self.has_few = True
+            print(f"warning: {_images(scored)} scored, --min_images is {least}", file=sys.stderr, flush=True)
 
     def watch(self) -> bool:
         """Scores images as they arrive, until it is interrupted; returns False.
@@ -175,25 +203,53 @@ class Run:
         print(f"watching {self.config.watch}; press Ctrl-C to stop{earlier}", flush=True)
         watcher = Watcher(self.config.watch, output, self.results.done)
         with suppress(KeyboardInterrupt):
-            while True:
-                count = len(self.results.rows)
-                arrived = watcher.scan()
-                for note in watcher.notes:
-                    print(f"warning: {note}", file=sys.stderr, flush=True)
-                self._score(arrived, watcher)
-                self._refresh_if_due()
-                if len(self.results.rows) == count:
-                    time.sleep(POLL_SECONDS)
+            while self._unless_full(lambda: self._watch_once(watcher)):
+                pass
         with suppress(KeyboardInterrupt), self.interrupts.held():
-            self._refresh()
+            self._unless_full(self._refresh)
             self._summarise(False)
+        self.is_gone = watcher.is_gone
+        if self.day == self.first_day:
+            self._require_images(self.rows)
         return False
 
+    def _watch_once(self, watcher: Watcher) -> None:
+        """Scores what has arrived, or waits for a moment."""
+        count = len(self.results.rows)
+        arrived = watcher.scan()
+        for note in watcher.notes:
+            print(f"{_now()} warning: {note}", file=sys.stderr, flush=True)
+        self._score(arrived, watcher)
+        self._refresh_if_due()
+        self._end_day()
+        if len(self.results.rows) == count:
+            time.sleep(POLL_SECONDS)
+
+    def _end_day(self) -> None:
+        """At the first look of a new day, prints a line for the day before, also where no image came.
+
+        The day on which the watch began is not whole.
+        """
+        if (today := _today()) == self.day:
+            return
+        rows = self.results.rows[self.before_day :]
+        print(f"{_now()} {self.day}: {self._counts(rows)}", flush=True)
+        if self.day != self.first_day:
+            self._require_images(rows)
+        self.day, self.before_day = today, len(self.results.rows)
+
     def exit_code(self, is_whole: bool) -> int:
-        """See SOME_FLAGGED and SOME_FAILED; 0 otherwise, and where only the user ended the run."""
-        if self.config.fail_on_defect and any(row.is_flagged for row in self.rows):
-            return SOME_FLAGGED
-        return SOME_FAILED if is_whole and any(row.error for row in self.rows) else 0
+        """The exit code of the command; 0 if nothing is to be said, also where only the user ended the run."""
+        rows = self.rows
+        found = {
+            SOME_FLAGGED: self.config.fail_on_defect and any(row.is_flagged for row in rows),
+            SOME_UNDECIDED: self.config.fail_on_defect and any(row.is_undecided for row in rows),
+            CANNOT_WRITE: self.fault is not None,
+            FOLDER_GONE: self.is_gone,
+            FEW_IMAGES: self.has_few,
+            SOME_FAILED: is_whole and any(row.error for row in rows),
+        }
+        return next((code for code, applies in found.items() if applies), 0)
 
     def _mention_other_decisions(self) -> None:
         own = self.outputs.detector, self.detector.threshold
@@ -215,9 +271,9 @@ class Run:
                     self.results.add(row)
                     self._print_line(row)
                 if watcher:
-                    _print_faults(row)
+                    _print_faults(row, f"{row.time} ")
                     if row.score is not None:
-                        print(_outcome(row), flush=True)
+                        print(f"{row.time} {_outcome(row)}", flush=True)
                     self._refresh_if_due()
 
     def _print_line(self, row: Prediction) -> None:
@@ -235,15 +291,12 @@ class Run:
     def _refresh(self, total_seconds: float | None = None) -> None:
         """Writes scores.json, with all rows, and report.html."""
         rows, identity, threshold = self.results.rows, self.outputs.detector, self.detector.threshold
-        try:
-            write_json(self.config.output / SUMMARY, self._summary(total_seconds))
-            if not self.config.no_images:
-                self.previews = choose_previews(rows, self.previews, self.config.output, identity, threshold)
-            file = self.config.save or self.config.detector
-            page = report_page(self.detector, identity, file, rows, self.previews, self.root, self.known_images)
-            write_page(self.config.output / PAGE, page)
-        except OSError as error:
-            raise UserError(f"cannot write {error.filename or self.config.output}: {error.strerror}") from error
+        write_json(self.config.output / SUMMARY, self._summary(total_seconds))
+        if not self.config.no_images:
+            self.previews = choose_previews(rows, self.previews, self.config.output, identity, threshold)
+        file = self.config.save or self.config.detector
+        page = report_page(self.detector, identity, file, rows, self.previews, self.root, self.known_images)
+        write_page(self.config.output / PAGE, page)
         self.refreshed = len(rows)
 
     def _summary(self, total_seconds: float | None) -> dict:
@@ -290,16 +343,32 @@ class Run:
                 print(_outcome(row))
             if len(flagged) > MOST_FLAGGED:
                 print(f"and {len(flagged) - MOST_FLAGGED} more, see {self.config.output / SCORES}")
-        count = count_decisions(self.rows)
-        doubtful = sum(row.warning is not None for row in self.rows)
+        in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
+        stopped = "" if is_whole else "stopped: "
+        print(f"{_now()} {stopped}{self._counts(self.rows)}: {self.config.output}{in_all}")
+
+    def _counts(self, rows: Sequence[Prediction]) -> str:
+        """The numbers of decisions as text."""
+        count, doubtful = count_decisions(rows), sum(row.warning is not None for row in rows)
         is_classified = self.detector.threshold is not None
         decided = f"{count[DEFECTIVE]} defective" if is_classified else "not classified"
-        plural = "" if count["scored"] == 1 else "s"
-        parts = [f"{count['scored']} image{plural} scored", decided, f"{count['failed']} failed"]
+        parts = [f"{_images(count['scored'])} scored", decided, f"{count['failed']} failed"]
         parts += [f"{count[REVIEW]} for review"] if count[REVIEW] else []
         parts += [f"{doubtful} with a warning"] if doubtful else []
-        in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
-        print(f"{'' if is_whole else 'stopped: '}{', '.join(parts)}: {self.config.output}{in_all}")
+        return ", ".join(parts)
+
+
+def _now() -> str:
+    """The time as it stands in rows."""
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+def _today() -> date:
+    return datetime.now().date()
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def _outcome(row: Prediction) -> str:
@@ -307,7 +376,7 @@ def _outcome(row: Prediction) -> str:
     return f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip()
 
 
-def _print_faults(row: Prediction) -> None:
+def _print_faults(row: Prediction, time: str = "") -> None:
     for what, reason in (("failed", row.error), ("warning", row.warning)):
         if reason:
-            print(f"{what}: {reason}", file=sys.stderr)
+            print(f"{time}{what}: {reason}", file=sys.stderr)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 from utils.text import Stream
 
-DID_WORK = (1, 3)  # exit codes: some items failed; predict.py --fail_on_defect found a defect
+DID_WORK = (1, 3, 4, 5, 6)  # exit codes: some items failed; those of predict.py, see docs/inspection.md
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # met while writing, wherever that is
 
 

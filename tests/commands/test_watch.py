@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from inspection import run
 from inspection.detector import FewShotDetector
 from inspection.inputs import Watcher
 from inspection.results import ResultFiles
-from utils.errors import UserError
+from utils.errors import DID_WORK, UserError
 from utils.files import PROJECT_ROOT
 
 
@@ -315,13 +316,14 @@ def test_results_of_an_earlier_version(part, images, folder, tmp_path):
     assert call(part, *flags, "--overwrite") == 0 and len(rows_of(out)) == 1
 
 
-def test_exit_codes(part, images, folder, tmp_path):
+def test_exit_codes(part, images, folder, tmp_path, demo_data, capsys):
     """Those of the table in docs/inspection.md, which has no others; 2 is that of every UserError."""
     text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
     table = re.search(r"\| exit code \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text)[1]
-    meanings = dict(re.findall(r"\| (\d+) \| (.+) \|", table))
-    assert list(meanings) == ["0", str(run.SOME_FAILED), "2", str(run.SOME_FLAGGED)] == ["0", "1", "2", "3"]
-    assert "images failed" in meanings["1"] and "`--fail_on_defect`" in meanings["3"]
+    meanings = {int(code): meaning for code, meaning in re.findall(r"\| (\d) \| (.+) \|", table)}
+    codes = (run.SOME_FAILED, run.CANNOT_WRITE, run.SOME_FLAGGED, run.SOME_UNDECIDED, run.FEW_IMAGES, run.FOLDER_GONE)
+    assert list(meanings) == [0, *codes] and set(codes) <= {2, *DID_WORK}
+    assert "images failed" in meanings[1] and "`--fail_on_defect`" in meanings[3] and "`--min_images`" in meanings[5]
     (folder / "0.png").write_bytes(images[0])
     flags = ("--input", folder, "--output", tmp_path / "out", "--overwrite")
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 0
@@ -329,8 +331,84 @@ def test_exit_codes(part, images, folder, tmp_path):
     assert call(part, *flags, "--threshold", 0.001) == 0
     (folder / "1.png").write_bytes(b"broken")
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 1
-    assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect") == 3
+    assert call(part, *flags, "--threshold", 1000, "--min_images", 2) == 5
+    assert "warning: 1 image scored, --min_images is 2" in capsys.readouterr().err
+    assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect", "--min_images", 2) == 3
     assert call(part, *flags[:-1], "--append", "--fail_on_defect") == 0  # only this call's rows count
+    without = FewShotDetector.load(part, "cpu")
+    without.threshold = None
+    without.loo_scores = None  # as of one support image
+    without.save(tmp_path / "without.regad")
+    assert call(tmp_path / "without.regad", *flags, "--fail_on_defect") == 4
+    assert call(tmp_path / "without.regad", *flags) == 1
+
+
+def test_a_night_without_images(part, folder, tmp_path, capsys):
+    """An empty folder is no error of a nightly job; one that is not there, or should not be empty, is."""
+    flags = ("--input", folder, "--output", tmp_path / "out")
+    with pytest.raises(UserError, match="no images"):
+        call(part, *flags)
+    assert call(part, *flags, "--append", "--fail_on_defect") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+ 0 images scored, 0 defective, 0 failed: ", said, re.MULTILINE)
+    assert rows_of(tmp_path / "out") == []
+    assert call(part, *flags, "--append", "--min_images", 1) == 5
+    folder.rmdir()
+    with pytest.raises(UserError, match="no such file or folder"):
+        call(part, *flags, "--append")
+
+
+def test_a_watch_has_a_line_for_every_day(watch, images, folder, monkeypatch, capsys):
+    """Also for a day without images; only whole days need --min_images."""
+    today = date(2026, 11, 27)
+    monkeypatch.setattr(run, "_today", lambda: today)
+
+    def next_day() -> None:
+        nonlocal today
+        today += timedelta(days=1)
+
+    def arrive() -> None:
+        (folder / "0.png").write_bytes(images[0])
+
+    threshold = ("--threshold", 0.001)
+    assert watch(arrive, lambda: None, next_day, lambda: None, flags=(*threshold, "--min_images", 1)) == 0
+    assert " 2026-11-27: 1 image scored, 1 defective, 0 failed\n" in capsys.readouterr().out
+    assert watch(next_day, next_day, flags=(*threshold, "--min_images", 1)) == 5
+    said = capsys.readouterr()
+    assert " 2026-11-28: 0 images scored" in said.out and " 2026-11-29: 0 images scored" in said.out
+    assert said.err.count("0 images scored, --min_images is 1") == 1
+
+
+def test_a_watched_folder_that_is_gone_or_replaced(watch, images, folder, capsys):
+    assert watch(lambda: folder.rmdir()) == 6
+    assert re.search(r"^\d{4}-\d\d-\d\dT\S+ warning: the folder \S+ is gone", capsys.readouterr().err, re.MULTILINE)
+    folder.mkdir()
+    moved = folder.with_name("moved")
+    back = lambda: (folder / "0.png").write_bytes(images[0])  # noqa: E731
+    assert watch(lambda: folder.rename(moved), lambda: moved.rename(folder), back, lambda: None) == 0
+
+
+def test_a_full_disk_ends_with_the_summary(part, images, folder, tmp_path, capsys, monkeypatch):
+    """The file is named, what was found so far is said, and decides on the exit code."""
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(images[number])
+    flags = ("--input", folder, "--output", tmp_path / "out", "--threshold", 0.001)
+    write, rows = ResultFiles.add, []
+
+    def add(self, row) -> None:
+        with open("/dev/full", "wb", buffering=0) as full, monkeypatch.context() as patched:
+            if rows:
+                patched.setattr(self, "_record", full)
+            write(self, row)
+        rows.append(row)
+
+    monkeypatch.setattr(ResultFiles, "add", add)
+    assert call(part, *flags, "--fail_on_defect") == 3
+    said = capsys.readouterr()
+    assert f"error: cannot write {tmp_path}/out/results.jsonl: No space left on device" in said.err
+    assert "stopped: 1 image scored, 1 defective" in said.out and "Traceback" not in said.err
+    monkeypatch.undo()
+    assert call(part, *flags, "--append") == 0 and len(rows_of(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
