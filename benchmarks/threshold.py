@@ -28,7 +28,7 @@ from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.metrics import auroc, rank
 from evaluation.scoring import TestFeatures, compute_test_features
-from inspection.threshold import NormalScores, leave_one_out, normal_threshold
+from inspection.threshold import NormalScores, left_out_scores, normal_threshold, scored_views
 from models.networks import RELEASE_IMG_SIZE, resolve_img_size, scoring_network
 from models.regad import load_checkpoint
 from models.stn import STNResNet, fuse_conv_bn
@@ -196,7 +196,7 @@ def _judge(
     them. defects_at_rate: the share of defective images above the threshold that has exactly the requested rate.
     normal, loo_scores: scores.
     """
-    fitted = args.scorer.fit(support)
+    fitted, distances = args.scorer.cross_fit(support, clock, scored_views(args.scorer))
 
     def score(features: Prepared) -> NormalScores:
         scores, maps = score_maps_at(
@@ -205,7 +205,7 @@ def _judge(
         return NormalScores(scores.cpu().numpy()[:, None], maps.cpu().numpy(), is_loo=False)
 
     scores = score(test.features.prepared[args.scorer.name]).scores[:, 0]
-    loo = leave_one_out(args.scorer, fitted, support, args.img_size, clock)
+    loo = left_out_scores(args.scorer, distances, args.img_size)
     normal, defective = scores[~test.labels], scores[test.labels]
     row = {
         "defects_at_rate": float((defective > np.quantile(normal, 1 - args.false_positive_rate)).mean()),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from datasets.images import FULL_BITS, TRANSPARENT, smallest_depth, transparency_note
 from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
@@ -16,21 +18,24 @@ from inspection.duplicates import digest, duplicate_notes, equal_images
 from inspection.images import ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
 from inspection.out_of_distribution import contrast
 from inspection.quality import QualityGate, measure, readable
-from inspection.scoring import CHECK, NETWORK_GROUP, ImageScoring
+from inspection.representatives import MOST_FITTED, representatives
+from inspection.scoring import CHECK, NETWORK_GROUP, ImageResult, ImageScoring
 from inspection.threshold import (
     NormalScores,
     Threshold,
     check_calibration,
     given_threshold,
-    leave_one_out,
+    left_out_scores,
     needs_views,
     normal_threshold,
+    scored_views,
 )
 from inspection.tiles import Layout, Tiling, fitting_corners, resolve_tiling
 from models.stn import STNResNet, without_identity_heads
 from scorers.base import Fitted, Prepared, Scorer
-from scorers.features import FeatureStore, without_images, write_support_images
+from scorers.features import FeatureStore, write_support_images
 from scorers.gaussian import Gaussian, convert_fitted_369ac53
+from scorers.left_out import FOLDS, without_images
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.choices import AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
@@ -136,22 +141,53 @@ class FewShotDetector(ImageScoring):
         self.gate = QualityGate.of(support.squares)
         self.tiling = resolve_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
         layouts = [self.layout_of(*size) for size in support.sizes]
-        if any(layouts):
-            prepared, contrasts, ends = self._tile_features(support, layouts)
-        else:
-            prepared = self._view_features(support.squares)
-            contrasts, ends = contrast(torch.stack(support.squares)), None
+        fit = partial(self._fit_tiles, layouts=layouts) if any(layouts) else self._fit_whole
+        scores = fit(support, with_scores=for_threshold and len(support.names) > 1)
+        self.loo_scores = scores and scores._replace(names=tuple(support.names))
+        return self
+
+    def _fit_whole(self, support: _Support, with_scores: bool) -> NormalScores | None:
+        """Fits to images that are not cut, to MOST_FITTED of them if there are more; returns their scores if asked.
+
+        Each image is scored by a fit without it; those that are not among the fitted ones are further normal images.
+        """
+        chosen = self._representatives(support.squares)
+        squares = [support.squares[number] for number in chosen]
+        prepared = self._view_features(squares)
+        with self.clock(self.scorer.name):
+            self.check = CHECK.fit(prepared[CHECK.name], contrast(torch.stack(squares)).to(self.clock.device))
+        features = prepared[self.scorer.name]
+        if not with_scores:
+            with self.clock(self.scorer.name):
+                self.fitted = self.scorer.fit(features)
+            return None
+        self.fitted, distances = self.scorer.cross_fit(features, self.clock, scored_views(self.scorer))
+        scores = left_out_scores(self.scorer, distances, self.size, self.inside_views)
+        others = [number for number in range(len(support.squares)) if number not in set(chosen)]
+        if not others:
+            return scores
+        progress = tqdm([support.squares[number] for number in others], "further support images", disable=None)
+        results = list(self.results(progress, self.fitted, only_pixels=True))
+        return scores.joined(self._as_normal(results, with_views=scored_views(self.scorer) > 1), [*chosen, *others])
+
+    def _representatives(self, squares: list[torch.Tensor]) -> list[int]:
+        """The support images to which the detector is fitted, by number."""
+        if len(squares) <= MOST_FITTED:
+            return list(range(len(squares)))
+        store, size = FeatureStore([CHECK], len(squares)), NETWORK_GROUP[self.clock.device.type]
+        for start in tqdm(range(0, len(squares), size), "choosing support images", disable=None):
+            with self.clock("network"):
+                store.write(start, self.fast_network.features(self.on_device(squares[start : start + size])))
+        return representatives(CHECK.statistics(store.prepared[CHECK.name]), MOST_FITTED)
+
+    def _fit_tiles(self, support: _Support, with_scores: bool, layouts: list[Layout | None]) -> NormalScores | None:
+        """Fits to the tiles of images that are cut; returns the images' leave-one-out scores if asked."""
+        prepared, contrasts, ends = self._tile_features(support, layouts)
         features = prepared[self.scorer.name]
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(features)
             self.check = CHECK.fit(prepared[CHECK.name], contrasts.to(self.clock.device))
-        if for_threshold and len(support.names) > 1:
-            if ends is None:
-                scores = leave_one_out(self.scorer, self.fitted, features, self.size, self.clock, self.inside_views)
-            else:
-                scores = self._leave_one_out(support.images, features, ends)
-            self.loo_scores = scores._replace(names=tuple(support.names))
-        return self
+        return self._leave_one_out(support.images, features, ends) if with_scores else None
 
     def _support(self, images: list[ImageInput]) -> _Support:
         """The decoded support images, without duplicates."""
@@ -211,7 +247,8 @@ class FewShotDetector(ImageScoring):
         """The features of all views of the support images."""
         store = FeatureStore([self.scorer, CHECK], len(squares), with_views=True)
         group = SUPPORT_GROUP[self.clock.device.type]
-        for start in range(0, len(squares), group):
+        starts = range(0, len(squares), group)
+        for start in tqdm(starts, "support views", disable=len(squares) <= FOLDS or None):
             some = squares[start : start + group]
             with self.clock("network"):
                 inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))
@@ -251,7 +288,7 @@ class FewShotDetector(ImageScoring):
 
         The rates are the shares of normal images that should score above the threshold, and above the lower threshold
         of those that a person should look at (None: `inspection.threshold.REVIEW_RATE`). The thresholds are computed
-        from the scores of the images `normal`, or from `loo_scores` if none are given.
+        from the scores of the images `normal`; or from `loo_scores` if none are given.
 
         Raises:
             UserError: fewer than two normal scores, without duplicates, or rates that are impossible.
@@ -277,7 +314,10 @@ class FewShotDetector(ImageScoring):
                 "further normal images, or set the threshold",
                 options=("calibrate", "threshold"),
             )
-        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source, review_rate)
+        known, prior = self.threshold, self.scorer.prior
+        self.threshold = normal_threshold(seen, false_positive_rate, prior, source, review_rate)
+        if known is not None and not seen.maps.size:  # of a file, without the maps that `region` comes from
+            self.threshold = self.threshold._replace(region=known.region)
         return self.threshold
 
     def set_threshold(self, value: float) -> Threshold:
@@ -296,14 +336,19 @@ class FewShotDetector(ImageScoring):
         found = equal_images([one.square for one in results], self.support_digests)
         self._calibration_notes = duplicate_notes(names, found)
         chosen = [number for number in range(len(results)) if number not in found]
-        results = [results[number] for number in chosen]
-        if are_cut or not needs_views(len(chosen), rate, self.scorer):
-            scores = [[one.score] for one in results]
-        else:
+        with_views = not are_cut and needs_views(len(chosen), rate, self.scorer)
+        scores = self._as_normal([results[number] for number in chosen], with_views)
+        return scores._replace(names=tuple(names[number] for number in chosen))
+
+    def _as_normal(self, results: Sequence[ImageResult], with_views: bool) -> NormalScores:
+        """The scores of results as those of normal images, in all views of the scorer if asked."""
+        if with_views:
             views = (support_views(self.on_device([one.square]))[list(self.scorer.views)] for one in results)
             scores = [self.score_squares(of_image, self.fitted, self.inside_views)[0] for of_image in views]
+        else:
+            scores = [[one.score] for one in results]
         maps = np.stack([one.map for one in results]) if results else np.empty((0, self.size, self.size))
-        return NormalScores(np.array(scores), maps, False, tuple(names[number] for number in chosen))
+        return NormalScores(np.array(scores), maps, is_loo=False)
 
     def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray | list[np.ndarray]]:
         """Image scores (B,) and score maps (B, S, S), float32, at least 0.
@@ -354,14 +399,16 @@ class FewShotDetector(ImageScoring):
             raise UserError(
                 "a detector with a custom network cannot be saved: its file does not contain the network's code"
             )
-        calibration = self.calibration  # its maps would be most of the file, and only `calibrate` needs them
+        loo, calibration = self.loo_scores, self.calibration
+        if loo and len(loo.scores) > MOST_FITTED:
+            loo = loo.without_maps()
         return self._scoring_state() | {
             "threshold": None if self.threshold is None else self.threshold._asdict(),
             "origin": self.origin,
             "support_digests": self.support_digests,
             "quality": self.gate and torch.from_numpy(self.gate.normal),
-            "left_out": self.loo_scores and self.loo_scores.state(),
-            "calibration": calibration and calibration._replace(maps=calibration.maps[:, :0, :0]).state(),
+            "left_out": loo and loo.state(),
+            "calibration": calibration and calibration.without_maps().state(),
         }
 
     def _scoring_state(self) -> dict:

@@ -96,6 +96,10 @@ class OutOfDistributionCheck:
         """Why each of B images is unusual, as a phrase; "" for an image that is not. measured: from `measure`."""
         return [_phrase(*row) for row in measured]
 
+    def statistics(self, prepared: Prepared) -> Prepared:
+        """The channel statistics among prepared features, (N, C) each."""
+        return prepared[: _statistics(prepared)]
+
     def _by_image(self, prepared: Prepared, views: int) -> tuple[Prepared, Prepared]:
         """Statistics and grids as (K, views, ...)."""
         parts = [part.unflatten(0, (-1, views)) for part in prepared]
@@ -130,7 +134,7 @@ def _named(fitted: Fitted, stem: str) -> list[torch.Tensor]:
     return [fitted[f"{stem}{n}"] for n in range(sum(name.startswith(stem) for name in fitted))]
 
 
-def _relative(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+def relative_distances(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
     """Relative distances (A, B) between rows, averaged over pairs of tensors (A, D) and (B, D)."""
     total = 0.0
     for rows, columns in zip(one, other, strict=True):
@@ -140,11 +144,11 @@ def _relative(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> tor
 
 
 def _nearest(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _relative(one, other).amin(dim=1)
+    return relative_distances(one, other).amin(dim=1)
 
 
 def _loo_distances(images: Sequence[torch.Tensor], views: Sequence[torch.Tensor]) -> torch.Tensor:
     """Distance of each image (K, D) to the nearest of the views (K, V, D) of the others, (K,); infinite if K is 1."""
-    distances = _relative(images, [part.flatten(0, 1) for part in views])
+    distances = relative_distances(images, [part.flatten(0, 1) for part in views])
     own = torch.eye(len(images[0]), dtype=torch.bool, device=distances.device)
     return distances.masked_fill(own.repeat_interleave(views[0].shape[1], dim=1), torch.inf).amin(dim=1)

@@ -39,11 +39,9 @@ import torch
 from scipy.special import ndtri
 
 from inspection.region import pixels
-from scorers.base import Fitted, Prepared, ScorePrior, Scorer
-from scorers.features import without_images
+from scorers.base import ScorePrior, Scorer
 from scorers.maps import score_maps_at
 from utils.errors import UserError
-from utils.stages import StageClock
 
 REVIEW_RATE = 0.05  # default share of normal images above the lower threshold
 CALIBRATION_SHARE = 0.75  # of the normal quantile
@@ -54,8 +52,9 @@ class NormalScores(NamedTuple):
     """Scores of normal images, from which a threshold is computed.
 
     scores: (n, views), at least 0; the first view is the image itself. maps: (n, S, S), the values of the score maps of
-    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps. is_loo: whether they
-    are leave-one-out scores, each image without its own support. names: of the images, for messages.
+    the images: with a region or tiles, S x S of them (`inspection.region.pixels`), else the maps; empty where they were
+    not kept. is_loo: whether they are leave-one-out scores, each image without its own support. names: of the images,
+    for messages.
     """
 
     scores: np.ndarray
@@ -78,6 +77,21 @@ class NormalScores(NamedTuple):
         scores, maps = torch.from_numpy(self.scores), torch.from_numpy(self.maps)
         return {"scores": scores, "maps": maps, "left_out": self.is_loo, "names": list(self.names)}
 
+    def without_maps(self) -> NormalScores:
+        """The scores alone: maps would be most of a file."""
+        return self._replace(maps=self.maps[:, :0, :0])
+
+    def joined(self, other: NormalScores, order: Sequence[int]) -> NormalScores:
+        """These images and others. order: the place of each image, of these first, in the result."""
+        places = np.argsort(order)
+        names = self.names + other.names
+        return NormalScores(
+            np.concatenate([self.scores, other.scores])[places],
+            np.concatenate([self.maps, other.maps])[places],
+            self.is_loo,
+            tuple(names[place] for place in places) if names else (),
+        )
+
     @staticmethod
     def from_state(state: dict) -> NormalScores:
         """The inverse of `state`."""
@@ -85,30 +99,23 @@ class NormalScores(NamedTuple):
         return NormalScores(state["scores"].numpy(), state["maps"].numpy(), state["left_out"], names)
 
 
-def leave_one_out(
-    scorer: Scorer,
-    fitted: Fitted,
-    support: Prepared,
-    size: int,
-    clock: StageClock,
-    inside: torch.Tensor | None = None,
+def scored_views(scorer: Scorer) -> int:
+    """In how many views support images are scored: in all if a threshold rule needs them, otherwise as they are."""
+    return len(scorer.views) if scorer.prior is None else 1
+
+
+def left_out_scores(
+    scorer: Scorer, distances: torch.Tensor, size: int, inside: torch.Tensor | None = None
 ) -> NormalScores:
-    """Leave-one-out scores of the support images: each image is scored by a fit to the views of the K - 1 others.
+    """Leave-one-out scores from the distance maps of `Scorer.cross_fit` with `scored_views`.
 
-    Images are scored in all views if the threshold rule needs them, otherwise as they are.
-
-    fitted: the fit to all of them. support: prepared features of all views. size: side of the score maps in pixels.
-    inside: the region in each view, (views, S, S) bool; None: everywhere.
+    size: side of the score maps in pixels. inside: the region in each view, (views, S, S) bool; None: everywhere.
     """
     scores, maps = [], []
-    views = len(scorer.views)
-    scored = views if scorer.prior is None else 1
-    for start in range(0, len(support[0]), views):
-        own = [layer[start : start + scored] for layer in support]
-        others = without_images(support, start, start + views)
-        distances = scorer.measure(others, own, clock, fitted)
+    scored = scored_views(scorer)
+    for of_image in distances.split(scored):
         inside_scored = None if inside is None else inside[:scored]
-        of_views, maps_of_views = score_maps_at(distances, size, inside_scored, scorer.border_weight)
+        of_views, maps_of_views = score_maps_at(of_image, size, inside_scored, scorer.border_weight)
         scores.append(of_views.cpu().numpy())
         of_image = maps_of_views[0].cpu().numpy()
         maps.append(of_image if inside is None else pixels(of_image, inside[0].cpu().numpy(), size))
@@ -204,7 +211,7 @@ def normal_threshold(
             options=("calibrate", "threshold"),
         )
     value, rule = _value(normal.scores, normal.is_loo, rate, prior)
-    region = np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
+    region = value if not normal.maps.size else np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
     how = f"{rule} for a false-positive rate of {rate:g}, {source}"
     typical = float(np.median(normal.scores[:, 0]))
     review, _ = _value(normal.scores, normal.is_loo, review_rate, prior)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from scorers.left_out import left_out
 from scorers.views import VIEWS_PER_IMAGE
 from utils.stages import StageClock
 
@@ -80,3 +82,12 @@ class Scorer(ABC):
             fitted = self.fit(support) if like is None else self.refit(like, support)
         with clock("distance"):
             return self.distance_maps(fitted, test)
+
+    def cross_fit(self, support: Prepared, clock: StageClock, scored: int = 1) -> tuple[Fitted, torch.Tensor]:
+        """A fit to all views, and the distance maps of the first `scored` views of each image by fits without it.
+
+        See `left_out`; the maps of the views of an image are consecutive.
+        """
+        with clock(self.name):
+            fitted = self.fit(support)
+        return fitted, left_out(support, len(self.views), scored, partial(self.measure, clock=clock, like=fitted))

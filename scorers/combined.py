@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared, ScorePrior, Scorer
-from scorers.features import without_images
+from scorers.left_out import without_images
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from scorers.base import FeatureMaps, Prepared, Scorer
+from scorers.left_out import allocate
 from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
 from utils.devices import free_memory
 from utils.errors import UserError
@@ -74,23 +75,6 @@ def require_memory(needed: int, device: torch.device, images: int) -> None:
             "score fewer images at a time, or one scorer",
             ("img_size", "scorer"),
         )
-
-
-def allocate(like: torch.Tensor, count: int) -> torch.Tensor:
-    """An uninitialised tensor for `count` images, with the memory layout of `like`."""
-    order = sorted(range(like.dim()), key=lambda axis: -like.stride(axis))
-    shape = [count if axis == 0 else like.shape[axis] for axis in order]
-    return like.new_empty(shape).permute([order.index(axis) for axis in range(like.dim())])
-
-
-def without_images(prepared: Prepared, start: int, end: int) -> Prepared:
-    """A copy of the prepared features without the images `start` to `end` (exclusive)."""
-    copies = []
-    for tensor in prepared:
-        copy = allocate(tensor, len(tensor) - (end - start))
-        copy[:start], copy[start:] = tensor[:start], tensor[end:]
-        copies.append(copy)
-    return copies
 
 
 def write_support_images(
