@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from datasets.episodes import Episode
 from datasets.images import FULL_BITS, read_image
@@ -29,6 +28,7 @@ from utils.files import whole_file
 from utils.fingerprint import FileDigests, digest
 from utils.locks import locked
 from utils.naming import lock_file
+from utils.progress import ProgressBar
 from utils.stages import in_threads
 
 RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 2"  # change it whenever `read_image` gives other values
@@ -58,9 +58,7 @@ def decoded_images(
 
     def decode(into: np.ndarray) -> np.ndarray:
         images = in_threads(read, paths, max(1, num_workers))
-        for number, image in enumerate(
-            tqdm(images, f"decoding {paths[0].parent}", len(paths), unit=" images", leave=False, disable=None)
-        ):
+        for number, image in enumerate(ProgressBar(f"decoding {paths[0].parent}", images, len(paths))):
             into[number] = image
         return into
 

@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from datasets.images import (
     TRANSPARENT,
@@ -31,6 +30,7 @@ from datasets.masks import decode_mask, mask_notes
 from datasets.mvtec import category_folder, list_test_items, normal_images, without_mask
 from datasets.support import load_support_rounds
 from utils.errors import UserError
+from utils.progress import ProgressBar
 
 Facts = TypeVar("Facts")
 
@@ -177,7 +177,7 @@ def _read_all(
             return error
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
-        found = tqdm(pool.map(attempt, paths), name, len(paths), unit=" files", leave=False, disable=None)
+        found = ProgressBar(name, pool.map(attempt, paths), len(paths), "files")
         found = dict(zip(paths, found, strict=True))
     problems += [str(one) for one in found.values() if isinstance(one, ImageError)]
     return {path: one for path, one in found.items() if not isinstance(one, ImageError)}

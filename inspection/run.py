@@ -12,8 +12,6 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 from datasets.images import limit_pixels
 from datasets.listing import Listing, is_folder
 from inspection.config import PredictConfig
@@ -40,6 +38,7 @@ from utils.errors import UserError, WriteError
 from utils.files import require_writable, write_json
 from utils.fingerprint import fingerprint
 from utils.interrupts import Interrupts
+from utils.progress import ProgressBar
 from utils.records import peak_memory_mb, provenance
 
 # Exit codes; where several apply, the first of SOME_FLAGGED, SOME_UNDECIDED, CANNOT_WRITE, FOLDER_GONE, FEW_IMAGES and
@@ -158,7 +157,7 @@ class Run:
         begin = time.perf_counter()
         is_whole = False
         with suppress(KeyboardInterrupt):
-            is_whole = self._unless_full(lambda: self._score(tqdm(new, unit="image", disable=None)))
+            is_whole = self._unless_full(lambda: self._score(ProgressBar("scoring", new)))
         with suppress(KeyboardInterrupt), self.interrupts.held():
             seconds = time.perf_counter() - begin
             self._unless_full(lambda: self._refresh(seconds))

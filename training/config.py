@@ -122,6 +122,9 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataC
     save_dir: Path = flag("folder of the checkpoints", default=DEFAULT_SAVE_DIR)
     resume: bool = flag("resume an interrupted run, or start a new one", default=False)
     overwrite: bool = flag("start a new run in place of an earlier one", default=False)
+    tensorboard: bool = flag(
+        "write losses and scores as TensorBoard event files next to the weights (package tensorboard)", default=False
+    )
     save_every: float = flag("interval for saving the state to resume from", default=300.0, least=0, metavar="SECONDS")
     amp: str = flag(
         "bf16: bfloat16 in training steps, 1.95 times as fast on a CPU with AMX, not measured on CUDA, changes results",

@@ -1,4 +1,4 @@
-"""Plots a training run."""
+"""A training run as a plot, and as event files of TensorBoard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluation.metrics import METRIC_NAMES
 from reports.figures import save_figure
 
 
@@ -37,6 +38,35 @@ def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
     if below.lines:
         below.legend()
     save_figure(target, figure)
+
+
+class Events:
+    """Losses of steps and scores of epochs as event files in `folder`. Their step counts all training steps.
+
+    history: the entries of the epochs that are finished; events of later ones in the folder are void.
+    """
+
+    def __init__(self, folder: Path, history: Sequence[dict]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # of an optional package
+
+        self.step = sum(entry["steps"] for entry in history)
+        if not history:
+            for file in folder.glob("events.out.tfevents.*"):
+                file.unlink()
+        self.writer = SummaryWriter(str(folder), purge_step=self.step + 1 if history else None)
+
+    def add(self, entry: dict, losses: Sequence[float]) -> None:
+        """Writes an epoch: its entry of the history, and the losses of its steps."""
+        for number, loss in enumerate(losses, start=self.step + 1):
+            self.writer.add_scalar("loss", loss, number)
+        self.step += entry["steps"]
+        scalars = {"epoch": entry["epoch"], "learning rate": entry["lr"]}
+        for prefix, scores in (("", entry), ("held out/", entry.get("held_out", {}))):
+            scalars |= {f"{prefix}{name}": scores[name]["mean"] for name in METRIC_NAMES if scores.get(name)}
+        for name, value in scalars.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, self.step)
+        self.writer.flush()
 
 
 def _plot_metric(axis: Axes, scored: Sequence[dict], metric: str, colour: str) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from datasets.cache import SourceImages
 from datasets.episodes import Episode
@@ -19,6 +18,7 @@ from models.stn import layout
 from training.recipe import freeze, frozen_layers
 from utils.errors import UserError
 from utils.files import save_tensors
+from utils.progress import ProgressBar
 from utils.stages import StageClock
 
 REPORT_SECONDS = 1.0  # shortest time between two fetches of losses, which make the host wait for the device
@@ -134,18 +134,17 @@ class Trainer:
             group["lr"] = learning_rate(self.lr, progress.epoch, epochs)
         reported = saved = time.monotonic()
         todo = episodes[progress.step :]
-        with tqdm(total=sum(map(count_images, todo)), unit=" images", leave=False, disable=None) as bar:
-            bar.set_description(f"epoch {progress.epoch}/{epochs}, lr {self.optimizer.param_groups[0]['lr']:.1e}")
+        what = f"epoch {progress.epoch}/{epochs}, lr {self.optimizer.param_groups[0]['lr']:.1e}"
+        with ProgressBar(what, total=sum(map(count_images, todo))) as bar:
             for episode in todo:
                 with clock("batch"):
                     query, support = images.episode(episode)
                 pending.append(self.step(query, support, clock))
-                bar.update(count_images(episode))
+                bar.advance(count_images(episode), f"loss {progress.losses[-1]:.4f}" if progress.losses else "")
                 now = time.monotonic()
                 if now - reported > REPORT_SECONDS:
                     reported = now
                     self._fetch(pending, episodes)
-                    bar.set_postfix(loss=f"{progress.losses[-1]:.4f}")
                 if now - saved > save_every:
                     saved = now
                     self._fetch(pending, episodes)

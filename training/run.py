@@ -33,11 +33,11 @@ from models.regad import save_checkpoint, untrained
 from scorers.base import Scorer
 from scorers.registry import make_scorers
 from training.config import TrainingConfig
-from training.curve import save_curve
+from training.curve import Events, save_curve
 from training.loop import Progress, Trainer, learning_rate
 from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
 from utils.devices import command_device, seed_everything
-from utils.errors import UserError
+from utils.errors import UserError, format_elapsed, require_packages
 from utils.files import require_writable, save_tensors, write_json
 from utils.fingerprint import FileDigests, fingerprint
 from utils.locks import locked
@@ -174,6 +174,8 @@ def run(config: TrainingConfig) -> None:
         require_writable(file, "--save_dir")
     if config.cache_dir != "none":
         require_writable(Path(config.cache_dir), "--cache_dir", folder=True)
+    if config.tensorboard:
+        require_packages("tensorboard", requirements=None)
     limit_pixels(config.max_pixels)
     device, digests = command_device(config.device), FileDigests()
     inputs = read_inputs(config, check=True, digests=digests)
@@ -221,6 +223,7 @@ def _train(
     progress, started = trainer.progress, time.perf_counter()
     drawn = started
     save = partial(trainer.save, files.state, inputs.fingerprint)
+    events = Events(files.events, progress.history) if config.tensorboard else None
     while (epoch := progress.epoch) <= config.epochs:
         clock = StageClock()  # on CUDA, host time only: synchronisation would slow down training
         entry = {"epoch": epoch, "loss": None, "lr": None, "steps": 0, "seconds": {}}
@@ -239,13 +242,15 @@ def _train(
         started = time.perf_counter()
         selected = is_selected(entry, progress.history, progress.selected, config.select)
         source = bool(inputs.beside) and _selected_beside(entry, progress)
+        if events:
+            events.add(entry, progress.losses)
         trainer.finish_epoch(entry, selected, source, {**described, **entry})
         save()  # from here on the epoch counts; the other files follow
         _publish(files, trainer, selected or source)
         if started - drawn > CURVE_SECONDS:
             save_curve(files.curve, progress.history, inputs.scored_names)
             drawn = started
-        print(_format_entry(entry, config.epochs, selected), flush=True)
+        print(_format_entry(entry, config.epochs, selected) + _time_left(progress.history, config.epochs), flush=True)
 
 
 def _selected_beside(entry: dict, progress: Progress) -> bool:
@@ -400,6 +405,13 @@ def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
         text += f"; image AUROC {format_summary(entry['image_auroc'])}, pixel {format_summary(entry['pixel_auroc'])}"
         text += f" ({sum(entry['scoring_seconds'].values()):.0f} s)"
     return text + (" *" if is_selected else "")
+
+
+def _time_left(history: Sequence[dict], epochs: int) -> str:
+    """A phrase on the time until the last epoch, at the mean of the epochs so far; empty where none was trained."""
+    trained = [entry["elapsed_seconds"] for entry in history if entry["epoch"]]
+    left = epochs - history[-1]["epoch"]
+    return f", about {format_elapsed(sum(trained) / len(trained) * left)} left" if trained and left else ""
 
 
 def _format_outcomes(history: Sequence[dict], selected: int) -> str:

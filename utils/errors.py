@@ -127,12 +127,13 @@ def _complain(message: object, code: int) -> int:
     return code
 
 
-def require_packages(*names: str, requirements: str = "requirements-export.txt") -> None:
-    """Checks that the optional packages `names` are installed; `requirements`: the file that lists them.
+def require_packages(*names: str, requirements: str | None = "requirements-export.txt") -> None:
+    """Checks that the optional packages `names` are installed; `requirements`: the file that lists them, if one does.
 
     Raises:
         UserError: a package is missing.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise UserError(f"no package {' and '.join(missing)}: run pip install -r {requirements}")
+        what = f"-r {requirements}" if requirements else " ".join(missing)
+        raise UserError(f"no package {' and '.join(missing)}: run pip install {what}")

@@ -32,6 +32,11 @@ class CheckpointFiles(NamedTuple):
         endings = ("model.pt", "source.pt", "last.pt", STATE, "epochs.jsonl", "curve.png", "record.json")
         return cls(*(folder / f"{stem}_{ending}" for ending in endings))
 
+    @property
+    def events(self) -> Path:
+        """The folder of the event files of --tensorboard."""
+        return self.record.with_name(self.record.name.replace("record.json", "tensorboard"))
+
 
 class RecordFiles(NamedTuple):
     """The files of one record of test.py. maps, images: folders, made by --save_maps and --save_images."""

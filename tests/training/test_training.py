@@ -204,7 +204,7 @@ def assert_equal_bits(first: Path, second: Path) -> None:
 def undisturbed(demo_data, tmp_path_factory) -> Path:
     """The folder of a run without interruption; other runs are compared with it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    train.main(arguments(demo_data, folder))
+    train.main([*arguments(demo_data, folder), "--tensorboard"])
     return folder
 
 
