@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import CLIPPED_FROM, clipping_note
+from datasets.images import CLIPPED_FROM
 from evaluation.config import SCORER_HELP
 from inspection.boxes import Box, find_boxes
 from inspection.detector import FewShotDetector
@@ -67,9 +67,9 @@ class Judge:
         )
 
     def _warning(self, image: Image.Image) -> str | None:
-        """Why the score may mislead: values beyond the bit depth, or an image that shrinks much."""
+        """Why the score may mislead: what the detector doubts, or an image that shrinks much."""
         shrinks = None if self.detector.layout_of(*image.size) else shrink_warning(*image.size, self.detector.size)
-        notes = [clipping_note(image, "the image", self.detector.bits), shrinks and shrinks.removeprefix("warning: ")]
+        notes = [self.detector.doubts(image, None, "the image"), shrinks and shrinks.removeprefix("warning: ")]
         return "; ".join(filter(None, notes)) or None
 
     def heat_map(self, image: Image.Image, judgement: Judgement) -> Image.Image:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.images import FULL_BITS, TRANSPARENT, smallest_depth, transparency_note
+from datasets.images import FULL_BITS, TRANSPARENT, reading_note, smallest_depth, transparency_note
 from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
 from inspection.duplicates import digest, duplicate_notes, equal_images
-from inspection.images import ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
+from inspection.images import ImageFile, ImageInput, as_pixels, as_tensor, image_list, image_names, largest_grey_values
 from inspection.out_of_distribution import contrast
 from inspection.quality import QualityGate, measure, readable
 from inspection.representatives import MOST_FITTED, representatives
@@ -44,6 +44,7 @@ from utils.errors import UserError
 from utils.stages import StageClock
 
 SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
+ALPHA_EXPECTED = "has no transparent parts, as support images have, and may not be comparable with them"
 MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
 
 
@@ -115,6 +116,7 @@ class FewShotDetector(ImageScoring):
         self.fitted: Fitted = {}
         self.gate: QualityGate | None = None
         self.support_digests: list[str] = []
+        self.support_alpha: bool | None = None  # whether some have transparent parts; None: not known
         self._support_notes: list[str] = []
         self._calibration_notes: list[str] = []
 
@@ -212,6 +214,7 @@ class FewShotDetector(ImageScoring):
         kept = [number for number in range(len(images)) if number not in found]
         support = _Support(*([part[number] for number in kept] for part in (images, names, squares, sizes)))
         self.support_digests = [digest(square) for square in support.squares]
+        self.support_alpha = bool(transparent)
         return support
 
     def _tile_features(
@@ -383,6 +386,18 @@ class FewShotDetector(ImageScoring):
             maps = np.stack(maps) if maps else np.empty((0, self.size, self.size), np.float32)
         return Inspection(np.array(scores, np.float32), maps, reasons, quality)
 
+    def doubts(self, image: Image.Image, square: np.ndarray | None, name: Path | str) -> str | None:
+        """Why the score of a decoded image may mislead, as sentences; None if nothing is known.
+
+        square: its network input (S, S, 3) uint8, to find out whether it is a support image; None: that is not said.
+        """
+        found, has_alpha = [reading_note(image, name, self.bits)], TRANSPARENT in image.info
+        if self.support_alpha not in (None, has_alpha):
+            found.append("the support images have none" if has_alpha else f"{name} {ALPHA_EXPECTED}")
+        if square is not None and digest(as_tensor(square)) in self.support_digests:
+            found.append(f"{name} has the same pixels as a support image, against which it is scored")
+        return "; ".join(filter(None, found)) or None
+
     def identity(self) -> str:
         """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""
         return identity(self._scoring_state())
@@ -407,6 +422,7 @@ class FewShotDetector(ImageScoring):
             "origin": self.origin,
             "support_digests": self.support_digests,
             "quality": self.gate and torch.from_numpy(self.gate.normal),
+            "support_alpha": self.support_alpha,
             "left_out": loo and loo.state(),
             "calibration": calibration and calibration.without_maps().state(),
         }
@@ -451,6 +467,7 @@ class FewShotDetector(ImageScoring):
         quality = state.get("quality")
         detector.gate = None if quality is None else QualityGate(quality.numpy())
         detector.support_digests = list(state.get("support_digests", ()))
+        detector.support_alpha = state.get("support_alpha")
         on = detector.clock.device
         detector.fitted = {key: value.to(on) for key, value in state["fitted"].items()}
         if detector.scorer.name == Gaussian.name:

@@ -19,7 +19,6 @@ from datasets.images import (
     IMAGE_SUFFIXES,
     ImageError,
     decode_image,
-    reading_note,
     to_square,
 )
 from datasets.listing import Listing, counted, is_folder, label_files
@@ -52,7 +51,6 @@ class InputImage(NamedTuple):
     image: Image.Image | None
     square: np.ndarray | None
     error: str | None
-    warning: str | None = None  # why its scores may mislead
 
 
 def list_inputs(
@@ -130,7 +128,7 @@ def read_inputs(
 ) -> Iterator[InputImage]:
     """Yields decoded images in the order of `paths`, decoded `ahead` of the network (see `in_threads`).
 
-    An image that cannot be read is yielded with its error, a 16-bit image that exceeds `bits` with a warning.
+    An image that cannot be read is yielded with its error.
     """
     read = partial(_read, size=size, keep_aspect=keep_aspect, clock=clock.on_host(), bits=bits)
     return in_threads(read, paths, workers, ahead)
@@ -146,7 +144,7 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock, bits: int
         return InputImage(path, before, None, None, str(error))
     if identify(path) not in (before, None):  # a whole image that was removed meanwhile is one, too
         return InputImage(path, None, None, None, f"cannot read the image {path}: it changed while it was read")
-    return InputImage(path, before, image, square, None, reading_note(image, path, bits))
+    return InputImage(path, before, image, square, None)
 
 
 class Watcher:

@@ -133,6 +133,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
         return _row(item, None, None, detector.threshold, outputs.detector), NO_PREVIEW
     score, scores, reason, quality = result
     row = _row(item, float(score), reason, detector.threshold, outputs.detector)
+    row = row._replace(warning=detector.doubts(item.image, item.square, item.path))
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
@@ -157,7 +158,7 @@ def _row(
     decided = (None, None, None)
     if score is not None:
         decided = relative_score(score, threshold), *decide(score, threshold, stopped or "")
-    return Prediction(now, name, size, modified, score, *decided, limit, detector, item.error, item.warning, lower)
+    return Prediction(now, name, size, modified, score, *decided, limit, detector, item.error, None, lower)
 
 
 def _write(

@@ -41,6 +41,7 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
         threshold=Threshold(0.5, "", 0.25, 0.5),
         layout_of=lambda *_: None,
         restore=lambda scores, *_: scores,
+        doubts=lambda *_: None,
         inspect=inspect,
         **{"size": 16, "keep_aspect": False, "bits": 16},
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.images import eight_bit, to_square
 from inspection.detector import FewShotDetector
 from models.regad import untrained
 from utils.errors import UserError
@@ -31,8 +32,38 @@ def test_label_files_and_black_images_are_no_support(label, detector):
 
 
 def test_support_images_with_and_without_transparent_parts_are_said(detector):
-    clear = PHOTOS[0].convert("RGBA")
-    clear.putalpha(Image.linear_gradient("L").resize((32, 32)))
-    detector.fit([clear, PHOTOS[1]])
+    detector.fit([with_alpha(PHOTOS[0]), PHOTOS[1]])
     (note,) = detector.warnings
     assert note.startswith("1 of 2 support images have transparent parts") and "not comparable" in note
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    return clear
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("of_support", [False, True])
+def test_mixed_transparency_is_said_by_every_detector_that_knows_its_support(of_support, of_input, detector):
+    support, other = (
+        [with_alpha(image) if alpha else image for image in PHOTOS[:2]] for alpha in (of_support, of_input)
+    )
+    detector.fit(support)
+    earlier = detector.state()
+    del earlier["support_alpha"]
+    image, square = eight_bit(other[0]), np.zeros((32, 32, 3), np.uint8)
+    for made in (detector, FewShotDetector.from_state(detector.state(), "cpu")):
+        said = made.doubts(image, square, "x.png") or ""
+        assert ("the support images have none" in said) == (of_input and not of_support)
+        assert ("x.png has no transparent parts" in said) == (of_support and not of_input)
+    said = FewShotDetector.from_state(earlier, "cpu").doubts(image, square, "x.png") or ""
+    assert said == ("x.png has transparent parts, which are laid on black" if of_input else "")
+
+
+def test_a_scored_support_image_is_said(detector):
+    detector.fit(PHOTOS)
+    for number, photo in enumerate(PHOTOS[:2]):
+        shown = photo if number else photo.point(lambda value: value ^ 1)
+        square = to_square(eight_bit(shown), 32)
+        assert bool(detector.doubts(shown, square, "x.png")) == bool(number)
