@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.config import DataConfig, MaxPixelsConfig
+from evaluation.config import DataConfig, MaskConfig, MaxPixelsConfig
 from utils.choices import DEFAULT_SUPPORT_PATH, category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
@@ -19,7 +19,7 @@ PROBLEMS = 1  # exit code if there are problems; 2 for invalid arguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig(MaxPixelsConfig, DataConfig):
+class CheckConfig(MaskConfig, MaxPixelsConfig, DataConfig):
     """The flags of check_data.py."""
 
     obj: tuple[str, ...] = flag(
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = config.obj or category_names(config.data_path, config.data_type)
     if not names:
         raise UserError(f"{config.data_path} holds no category: no sub-folder has train/good")
-    reports = [check_category(config.data_path, config.data_type, name) for name in names]
+    reports = [check_category(config.data_path, config.data_type, name, config.mask_orientation) for name in names]
     print(format_reports(reports))
     problems = [problem for report in reports for problem in report.problems]
     if config.support:

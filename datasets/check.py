@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-from PIL import Image
-
 from datasets.images import (
-    TRANSPARENT,
-    TURNED,
     ImageError,
-    deep_values,
-    eight_bit,
+    ImageFacts,
+    clipping_summary,
     read_pixels,
     size_mismatch,
+    smallest_depth,
     transparency_note,
+    with_facts,
 )
 from datasets.layouts import EXPECTED_MASKS, GOOD, LabelledImage, layout_of
 from datasets.listing import label_files
 from datasets.manifest import category_manifest, load_manifest, verify
-from datasets.masks import decode_mask, mask_notes
-from datasets.mvtec import category_folder, list_test_items, normal_images, without_mask
+from datasets.masks import AMBIGUOUS, MaskFacts, decode_mask, mask_notes
+from datasets.mvtec import LabelledDataset, category_folder, list_test_items, normal_images, without_mask
 from datasets.support import load_support_rounds
+from utils.choices import MASK_ORIENTATIONS
 from utils.errors import UserError
+from utils.fingerprint import FileDigests
 from utils.progress import ProgressBar
 
 Facts = TypeVar("Facts")
@@ -71,20 +69,53 @@ def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
     return notes
 
 
+def content_findings(
+    train: Sequence[Path],
+    test: Sequence[LabelledImage],
+    images: Mapping[Path, ImageFacts],
+    masks: Mapping[Path, MaskFacts],
+    bits: int,
+) -> list[str]:
+    """Sentences on the content of the files of a category: of those of `train` and `test` whose facts are known."""
+    found = _equal_images(train, test, images)
+    for item in test:
+        for path in item.masks:
+            if path in masks and item.image in images:
+                found += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
+    found += mask_notes(list({path: masks[path] for item in test for path in item.masks if path in masks}.items()))
+    for what, some in (("training images", train), ("test images", [item.image for item in test])):
+        transparent = [str(path) for path in some if path in images and images[path].is_transparent]
+        found += transparency_note(transparent, len(some), what)
+    values = [(str(item.image), images[item.image].largest) for item in test if item.image in images]
+    return found + clipping_summary(values, bits)
+
+
+def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool, digests: FileDigests) -> None:
+    """Prints the `content_findings` on a test set that was read; with `strict`, the first is a UserError.
+
+    Of the training images, which are not decoded, those count that equal a test image, or each other, as files.
+    """
+    tests = [item.image for item in dataset.items]
+    sizes = Counter(path.stat().st_size for path in {*train, *tests})
+    twins = [path for path in {*train, *tests} if sizes[path.stat().st_size] > 1]
+    of_file = dict(zip(twins, digests.of(twins), strict=True))
+    known = {of_file[path]: dataset.images[path] for path in tests if path in of_file}
+    images = {path: known.get(of_file[path]) or _file_facts(of_file[path]) for path in train if path in of_file}
+    found = content_findings(train, dataset.items, images | dataset.images, dataset.masks, dataset.bits)
+    if strict and found:
+        raise UserError(found[0], ("strict", "mask_orientation") if AMBIGUOUS in found[0] else ("strict",))
+    print_notes(found)
+
+
+def _file_facts(digest: str) -> ImageFacts:
+    """What is known of an image that was not decoded."""
+    return ImageFacts((0, 0), "", digest.encode(), 1, False, 0)
+
+
 def print_notes(notes: Iterable[str]) -> None:
     """Prints each note on a line."""
     for note in notes:
         print(f"note: {note}")
-
-
-class ImageFacts(NamedTuple):
-    """An image that was read."""
-
-    size: tuple[int, int]  # width and height in pixels, upright
-    mode: str  # Pillow's name of the stored format
-    pixels: bytes  # digest, equal for equal images in any format
-    is_turned: bool  # by its EXIF orientation
-    is_transparent: bool  # in parts
 
 
 class CategoryReport(NamedTuple):
@@ -100,26 +131,22 @@ class CategoryReport(NamedTuple):
     problems: list[str]
 
 
-def check_category(data_path: Path, data_type: str, name: str) -> CategoryReport:
+def check_category(
+    data_path: Path, data_type: str, name: str, mask_orientation: str = MASK_ORIENTATIONS[0]
+) -> CategoryReport:
     """Reads every image and mask of a category, on all cores. Problems are listed in the report, never raised."""
     problems: list[str] = []
     train, test = _list_files(data_path, data_type, name, problems)
     paths = [*train, *(item.image for item in test)]
     mask_paths = [mask for item in test for mask in item.masks]
-    images = _read_all(paths, lambda path: read_pixels(path, _image_facts), name, problems)
-    masks = _read_all(mask_paths, lambda path: decode_mask(path).facts, name, problems)
+    images = _read_all(paths, lambda path: read_pixels(path, with_facts)[1], name, problems)
+    turned = {mask: images[item.image].orientation for item in test for mask in item.masks if item.image in images}
+    is_stored = mask_orientation == MASK_ORIENTATIONS[1]
+    masks = _read_all(mask_paths, lambda path: decode_mask(path, turned.get(path, 1), is_stored).facts, name, problems)
     if len(train) == 1:
         problems.append(f"{train[0].parent} has one image; training needs at least two")
-    problems += _equal_images(train, test, images)
-    for item in test:
-        for path in item.masks:
-            if path in masks and item.image in images:
-                problems += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
-    of_images = {path: item.image in images and images[item.image].is_turned for item in test for path in item.masks}
-    problems += mask_notes([(path, facts.of_image(of_images[path])) for path, facts in masks.items()])
-    for what, some in (("training images", train), ("test images", [item.image for item in test])):
-        transparent = [str(path) for path in some if path in images and images[path].is_transparent]
-        problems += transparency_note(transparent, len(some), what)
+    bits = smallest_depth(images[path].largest for path in train if path in images and images[path].largest)
+    problems += content_findings(train, test, images, masks, bits)
     if os.path.isdir(data_path / name):
         try:
             problems += findings(data_path / name, test)
@@ -183,17 +210,7 @@ def _read_all(
     return {path: one for path, one in found.items() if not isinstance(one, ImageError)}
 
 
-def _image_facts(image: Image.Image) -> ImageFacts:
-    """The digest is that of the stored values if they have 16 bits, else of the RGB values."""
-    read, deep = eight_bit(image), deep_values(image)  # also rejects what the reader rejects
-    pixels = np.asarray(read.convert("RGB")) if deep is None else deep
-    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype)).encode())
-    digest.update(np.ascontiguousarray(pixels))
-    mode = image.mode if deep is None or deep.ndim == 2 else f"{image.mode};16"
-    return ImageFacts(image.size, mode, digest.digest(), TURNED in image.info, TRANSPARENT in read.info)
-
-
-def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], images: dict[Path, ImageFacts]) -> list[str]:
+def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], images: Mapping[Path, ImageFacts]) -> list[str]:
     """Training images that are equal, test images that are also training images, and images both normal and defective.
 
     A training image in the test set is scored against itself, an image of both classes cannot be scored right.

@@ -6,13 +6,14 @@ Image size and resampling follow the release's data loader.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -27,7 +28,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found"})  # of systems
 LOW_BYTES = "low bytes of 16-bit colours"  # keys of Image.info
 TRANSPARENT = "has transparent parts"
-TURNED = "was turned by its EXIF orientation"
+TURNED = "EXIF orientation by which it was turned"
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
@@ -209,10 +210,19 @@ def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) ->
 def upright(image: Image.Image) -> Image.Image:
     """The image turned by its EXIF orientation, which its `info` says."""
     try:
-        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        return _with_info(ImageOps.exif_transpose(image), **({TURNED: True} if is_turned else {}))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return _with_info(
+            ImageOps.exif_transpose(image), **({TURNED: orientation} if orientation in range(2, 9) else {})
+        )
     except Exception:  # damaged EXIF data raises errors of any type; the pixels are intact
         return image
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W) bool turned as `upright` turns an image of this EXIF orientation."""
+    image = Image.fromarray(pixels.astype(np.uint8))
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(upright(image)).astype(bool)
 
 
 @functools.cache
@@ -246,12 +256,35 @@ def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
         if values.min() < 0 or largest > full_scale(FULL_BITS):
             raise ValueError(f"its values {values.min()}..{largest} do not fit 16 bits")
         scaled, info = scale_to_8_bits(values, bits)
-        shown = _with_info(Image.fromarray(scaled), **info, **({TURNED: True} if TURNED in image.info else {}))
+        shown = _with_info(Image.fromarray(scaled), **info)
     if alpha is None:
         return shown
     laid = Image.composite(shown, Image.new(shown.mode, shown.size), alpha)
-    kept = {key: value for key, value in shown.info.items() if key in (CLIPPED_FROM, TURNED)}
+    kept = {key: value for key, value in shown.info.items() if key == CLIPPED_FROM}
     return _with_info(laid, **kept, **{TRANSPARENT: True})
+
+
+class ImageFacts(NamedTuple):
+    """What the findings on a data set need to know of an image."""
+
+    size: tuple[int, int]  # width and height in pixels, upright
+    mode: str  # Pillow's name of the stored format
+    pixels: bytes  # digest, equal for equal images in any format
+    orientation: int  # in EXIF, by which it was turned; 1: it was not
+    is_transparent: bool  # in parts
+    largest: int  # of 16-bit values; 0 for other images
+
+
+def with_facts(image: Image.Image, bits: int = FULL_BITS) -> tuple[Image.Image, ImageFacts]:
+    """`eight_bit` of an upright image, and its facts. The digest is that of 16-bit values, or else of RGB values."""
+    read, deep = eight_bit(image, bits), deep_values(image)
+    pixels = np.asarray(read.convert("RGB")) if deep is None else deep
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype)).encode())
+    digest.update(np.ascontiguousarray(pixels))
+    mode = image.mode if deep is None or deep.ndim == 2 else f"{image.mode};16"
+    largest = 0 if deep is None else int(deep.max())
+    facts = image.size, mode, digest.digest(), image.info.get(TURNED, 1), TRANSPARENT in read.info, largest
+    return read, ImageFacts(*facts)
 
 
 def scale_to_8_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, int]]:

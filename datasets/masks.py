@@ -11,21 +11,22 @@ class indices     all other masks, such as VisA's: defective where not 0
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from datasets.images import FULL_BITS, TURNED, deep_values, eight_bit, full_scale, read_pixels, resize
+from datasets.images import FULL_BITS, TURNED, deep_values, eight_bit, full_scale, read_pixels, resize, turned
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
 MOST_CLASSES = 8  # different values other than 0; masks with antialiased edges have more, thin ones a dozen
 NEARLY_ALL = 0.9  # share of the masks that must look inverted before a hint is printed
 ALPHA = "have an alpha channel that marks other pixels than the colours do; it is not read"
 AMBIGUOUS = (
-    "are of images with an EXIF orientation and have none: they are read as drawn on the upright image; if they were "
-    "drawn on the stored pixels, save the images upright"
+    "are of images with an EXIF orientation and have none: they are read as drawn on the upright image, not on the "
+    "stored pixels"
 )
 MIXED = "have a few small values next to 255; those up to 127 count as normal, as in the release"
 
@@ -36,11 +37,6 @@ class MaskFacts(NamedTuple):
     size: tuple[int, int]  # width and height in pixels, upright
     share: float  # of the pixels that are defective
     doubt: str | None  # ALPHA, MIXED or AMBIGUOUS where it may mean something else
-    is_turned: bool = False  # by its own EXIF orientation
-
-    def of_image(self, is_turned: bool) -> MaskFacts:
-        """These facts for the mask of an image that was turned by its EXIF orientation, or was not."""
-        return self._replace(doubt=AMBIGUOUS) if is_turned and not self.is_turned else self
 
 
 class Mask(NamedTuple):
@@ -55,13 +51,16 @@ class Mask(NamedTuple):
         return self.facts.size
 
 
-def decode_mask(path: Path) -> Mask:
+def decode_mask(path: Path, orientation: int = 1, is_stored: bool = False) -> Mask:
     """The mask in a file of any integer mode, turned upright by its EXIF orientation.
+
+    orientation: the EXIF orientation of its image. A mask that has none itself was drawn on the stored pixels of the
+    image if `is_stored`, else on the upright image, which is a doubt.
 
     Raises:
         ImageError: the file is missing, damaged, no image or too large, or has negative or floating-point values.
     """
-    return read_pixels(path, _mask)
+    return read_pixels(path, partial(_mask, orientation=orientation, is_stored=is_stored))
 
 
 def to_square_mask(pixels: np.ndarray, size: int, keep_aspect: bool = False) -> np.ndarray:
@@ -73,12 +72,15 @@ def to_square_mask(pixels: np.ndarray, size: int, keep_aspect: bool = False) -> 
     return resize(image, size, keep_aspect, Image.Resampling.NEAREST).astype(bool)
 
 
-def _mask(image: Image.Image) -> Mask:
+def _mask(image: Image.Image, orientation: int, is_stored: bool) -> Mask:
     values = _raw_values(image)
     different = _different_values(values)
     pixels = values > _threshold(different)
     doubt = ALPHA if _alpha_differs(image, pixels) else MIXED if _is_mixed(different) else None
-    return Mask(pixels, MaskFacts(image.size, float(pixels.mean()), doubt, TURNED in image.info))
+    if orientation != 1 and TURNED not in image.info:
+        doubt = doubt if is_stored else AMBIGUOUS
+        pixels = turned(pixels, orientation) if is_stored else pixels
+    return Mask(pixels, MaskFacts(pixels.shape[::-1], float(pixels.mean()), doubt))
 
 
 def _raw_values(image: Image.Image) -> np.ndarray:

@@ -6,6 +6,7 @@ Where the files are is a matter of `datasets/layouts.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,23 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.images import (
-    CLIPPED_FROM,
     FULL_BITS,
-    TRANSPARENT,
-    TURNED,
     ImageError,
-    clipping_summary,
+    ImageFacts,
     content_box,
-    decode_image,
     read_batches,
+    read_pixels,
     size_mismatch,
     to_square,
-    transparency_note,
+    with_facts,
 )
 from datasets.layouts import LabelledImage, layout_of, recognised
 from datasets.listing import entries, is_folder
-from datasets.masks import MaskFacts, decode_mask, mask_notes, to_square_mask
-from utils.choices import CATEGORIES
+from datasets.masks import MaskFacts, decode_mask, to_square_mask
+from utils.choices import CATEGORIES, MASK_ORIENTATIONS
 from utils.errors import UserError
+
+KEPT_ITEMS_BYTES = 512 * 2**20  # of images and masks of a test set
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:
@@ -204,56 +204,53 @@ class LabelledDataset(Dataset):
     `mask` is True on the defect. `valid_mask` is True on the pixels that enter the pixel metrics: all but the padding
     of `keep_aspect`, and none of a defective image without a mask. `mask` is False where `valid_mask` is.
 
-    Each item is read at its first use and kept in memory. bits: the depth of 16-bit grey images, not of masks.
+    Items are read when they are used, and KEPT_ITEMS_BYTES of them are kept in memory. bits: the depth of 16-bit
+    images, not of masks. mask_orientation: one of MASK_ORIENTATIONS.
+
+    images, masks: facts of all files that were read.
 
     Raises, when an item is read:
         ImageError: a file cannot be read, or a mask and its image differ in size.
     """
 
     def __init__(
-        self, items: Sequence[LabelledImage], size: int, keep_aspect: bool = False, bits: int = FULL_BITS
+        self,
+        items: Sequence[LabelledImage],
+        size: int,
+        keep_aspect: bool = False,
+        bits: int = FULL_BITS,
+        mask_orientation: str = MASK_ORIENTATIONS[0],
     ) -> None:
         self.items, self.size, self.keep_aspect, self.bits = list(items), size, keep_aspect, bits
+        self.mask_orientation = mask_orientation
+        self.images: dict[Path, ImageFacts] = {}
+        self.masks: dict[Path, MaskFacts] = {}
         self._read: dict[int, dict[str, torch.Tensor]] = {}
-        self._clipped: list[tuple[str, int]] = []
-        self._masks: dict[Path, MaskFacts] = {}
-        self._transparent: list[str] = []
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index not in self._read:
-            self._read[index] = self._load(self.items[index])
-        return self._read[index]
+        item = self._read.get(index) or self._load(self.items[index])
+        if len(self._read) * sum(tensor.nbytes for tensor in item.values()) < KEPT_ITEMS_BYTES:
+            self._read[index] = item
+        return item
 
     def load(self, num_workers: int) -> None:
         """Reads all items, in `num_workers` threads."""
         for _ in read_batches(self, None, num_workers):
             pass
 
-    def notes(self) -> list[str]:
-        """Sentences on images that were clipped to `bits`, and on masks that may mean something else."""
-        transparent = transparency_note(sorted(self._transparent), len(self.items), "test images")
-        return [
-            *transparent,
-            *clipping_summary(sorted(self._clipped), self.bits),
-            *mask_notes(sorted(self._masks.items())),
-        ]
-
     def _load(self, item: LabelledImage) -> dict[str, torch.Tensor]:
-        image = decode_image(item.image, self.bits)
-        if TRANSPARENT in image.info:
-            self._transparent.append(str(item.image))
-        if CLIPPED_FROM in image.info:
-            self._clipped.append((str(item.image), image.info[CLIPPED_FROM]))
-        masks = {path: decode_mask(path) for path in item.masks}
+        image, facts = read_pixels(item.image, partial(with_facts, bits=self.bits))
+        self.images[item.image] = facts
         pixels = np.zeros(image.size[::-1], dtype=bool)
-        for path, mask in masks.items():
+        for path in item.masks:
+            mask = decode_mask(path, facts.orientation, self.mask_orientation == MASK_ORIENTATIONS[1])
             if problem := size_mismatch(path, mask.size, image.size):
-                raise ImageError(problem)
+                raise ImageError(problem, ("mask_orientation",) if facts.orientation != 1 else ())
             pixels |= mask.pixels
-            self._masks[path] = mask.facts.of_image(TURNED in image.info)
+            self.masks[path] = mask.facts
         valid_mask = np.zeros((self.size, self.size), dtype=bool)
         if item.has_ground_truth:
             left, top, right, bottom = content_box(*image.size, self.size, self.keep_aspect)

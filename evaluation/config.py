@@ -17,6 +17,7 @@ from utils.choices import (
     DRAW_SEED,
     LARGEST_SEED,
     LITE_BACKBONE,
+    MASK_ORIENTATIONS,
     MAX_PIXELS,
     RELEASE_BACKBONE,
     RELEASE_SCORER,
@@ -79,6 +80,20 @@ class MaxPixelsConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskConfig(Config):
+    """How masks are read."""
+
+    mask_orientation: str = flag(
+        "masks of images with an EXIF orientation, without one of their own, were drawn on the upright image or on the "
+        "stored pixels",
+        default=MASK_ORIENTATIONS[0],
+        group="images",
+        choices=MASK_ORIENTATIONS,
+        affects_results=UNLESS_DEFAULT,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageConfig(MaxPixelsConfig):
     """How images are decoded."""
 
@@ -136,7 +151,7 @@ class RunConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringConfig(RunConfig, NetworkConfig, ImageConfig, SupportConfig, DataConfig):
+class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportConfig, DataConfig):
     """The flags of test.py: those of the release and those of this project."""
 
     obj: str = flag("the category to score", group="data", convert=category_name, metavar="CATEGORY")

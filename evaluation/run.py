@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.check import list_test_items_with_notes, print_notes
+from datasets.check import list_test_items_with_notes, report_content
 from datasets.images import limit_pixels, resolve_bits, restore_map, upright_size
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.support import SupportRounds, find_support_rounds
@@ -95,16 +97,17 @@ def run(config: ScoringConfig) -> None:
     limit_pixels(config.max_pixels)
     device = command_device(config.device)
     seed_everything(config.seed)
-    plan = make_plan(config, list_test_items_with_notes(_folder(config), config.strict, need_both=False))
+    folder, digests = _folder(config), FileDigests()
+    plan = make_plan(config, list_test_items_with_notes(folder, config.strict, need_both=False), digests)
     networks = {weights: _load_network(plan, weights) for weights in dict.fromkeys(job.weights for job in plan.jobs)}
     with locked([job.files.record for job in plan.jobs]):
         replaced = {job.files.record for job in plan.jobs if _replaces(job)}
         bits, img_size = plan.resolved
-        dataset = LabelledDataset(plan.items, img_size, config.keep_aspect, bits)
+        dataset = LabelledDataset(plan.items, img_size, config.keep_aspect, bits, config.mask_orientation)
+        report = functools.cache(partial(report_content, dataset, normal_images(folder), config.strict, digests))
         for weights, network in networks.items():
             of_weights = [job for job in plan.jobs if job.weights == weights]
-            _score_weights(plan, of_weights, network.to(device), dataset, StageClock(device), replaced)
-        print_notes(dataset.notes())
+            _score_weights(plan, of_weights, network.to(device), dataset, StageClock(device), replaced, report)
 
 
 def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDigests | None = None) -> Plan:
@@ -250,10 +253,11 @@ def _score_weights(
     dataset: LabelledDataset,
     clock: StageClock,
     replaced: set[Path],
+    report: Callable[[], None],
 ) -> None:
     """Scores all K with the same weights; the features of the test images are computed once.
 
-    replaced: existing records of other settings.
+    replaced: existing records of other settings. report: called when the test images were read.
     """
     config, weights, network = plan.config, jobs[0].weights, fuse_conv_bn(network)
     what = weights.file or f"untrained, weights {config.weights}"
@@ -261,6 +265,7 @@ def _score_weights(
     labels, defect_types = [item.label for item in plan.items], [item.defect for item in plan.items]
     scorers, how = make_scorers(config.scorer), (config.batch_size, config.num_workers)
     test = compute_test_features(network, scorers, dataset, labels, clock, *how, defect_types)
+    report()
     shared_seconds = dict(clock.seconds)
     for shot in dict.fromkeys(job.shot for job in jobs):
         clock.seconds.clear()

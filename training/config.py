@@ -10,6 +10,7 @@ from evaluation.config import (
     SCORER_HELP,
     DataConfig,
     ImageConfig,
+    MaskConfig,
     NetworkConfig,
     RunConfig,
     SupportConfig,
@@ -31,7 +32,7 @@ SELECTION = "scoring and selection of the epoch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, ImageConfig, DataConfig):
+class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageConfig, DataConfig):
     """The flags of train.py: those of the release and those of this project."""
 
     obj: str = flag(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from datasets.cache import SourceImages
-from datasets.check import list_test_items_with_notes, print_notes
+from datasets.check import list_test_items_with_notes, print_notes, report_content
 from datasets.episodes import Episode, draw_episodes, read_episodes
 from datasets.images import limit_pixels, resolve_bits
 from datasets.layouts import layout_of, short_name
@@ -192,7 +192,7 @@ def _run(
         print(f"already finished: {files.record}\n{_format_outcomes(history, selected)}")
         return
     replayed = _read_episodes(config, inputs.names) if config.episodes else None
-    scorings = [Scoring(config, targets) for targets in (inputs.scored, inputs.beside) if targets]
+    scorings = [Scoring(config, targets, digests) for targets in (inputs.scored, inputs.beside) if targets]
     seed_everything(config.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _make_trainer(config, inputs, device, new=earlier is None)
     images = _read_sources(config, inputs, device, digests)
@@ -343,14 +343,15 @@ class Scoring:
         UserError: an image or mask cannot be read.
     """
 
-    def __init__(self, config: TrainingConfig, targets: Sequence[Target]) -> None:
+    def __init__(self, config: TrainingConfig, targets: Sequence[Target], digests: FileDigests) -> None:
         self.data: dict[str, tuple] = {}  # category -> dataset, labels, rounds
         for target in targets:
             print(f"support: {target.support.source}")
             size = target.support.images[0].shape[-1]
-            dataset = LabelledDataset(target.items, size, config.keep_aspect, target.bits)
+            how = config.keep_aspect, target.bits, config.mask_orientation
+            dataset = LabelledDataset(target.items, size, *how)
             dataset.load(config.num_workers)
-            print_notes(dataset.notes())
+            report_content(dataset, normal_images(target.folder), config.strict, digests)
             self.data[target.category] = dataset, [item.label for item in target.items], target.support.images
         self.scorers: list[Scorer] = make_scorers(config.scorer)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
+MASK_ORIENTATIONS = ("upright", "stored")  # what a mask without EXIF orientation was drawn on
 AUTO_BITS = "auto"  # the smallest of BIT_DEPTHS that holds the values of the images
 CATEGORIES = {
     "mvtec": (

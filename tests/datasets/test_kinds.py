@@ -8,18 +8,22 @@ import shutil
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
+import check_data
 from datasets.cache import decoded_images
-from datasets.check import check_category, list_test_items_with_notes
 from datasets.images import BIT_DEPTHS, TRANSPARENT, decode_image, largest_values, read_pixels, resolve_bits
 from datasets.mvtec import LabelledDataset, list_test_items
+from tests.commands.test_commands import test_command
 from tests.datasets.test_images import exif
 from utils.errors import UserError
 
@@ -100,42 +104,103 @@ def ring(tmp_path, demo_data) -> Path:
     return Path(shutil.copytree(demo_data / "ring", tmp_path / "ring"))
 
 
-def notes_of_both(category: Path) -> tuple[str, str]:
-    """What check_data.py and test.py say."""
-    dataset = LabelledDataset(list_test_items(category), 32)
-    dataset.load(0)
-    return " ".join(check_category(category.parent, "folder", category.name).problems), " ".join(dataset.notes())
+@pytest.fixture
+def said(ring, tmp_path, capsys):
+    """What check_data.py and test.py say of the ring, without the sentence of each on the images in all."""
+
+    def said(*flags: str) -> list[set[str]]:
+        common = ["--obj", "ring", "--data_type", "folder", "--data_path", str(ring.parent), *flags]
+        capsys.readouterr()
+        with suppress(SystemExit):
+            check_data.main(common)
+        check = {line.removeprefix("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+        command = ["--shot", "1", "--inferences", "1", "--untrained", "--weights", "none", "--img_size", "64"]
+        test_command.main([*common, *command, "--device", "cpu", "--metrics", "auroc", "--output", str(tmp_path / "o")])
+        test = {line[6:] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")}
+        return [check, test]
+
+    return said
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_mask_of_a_turned_image_is_said(orientation, ring):
+def defect(ring: Path) -> tuple[Path, Path]:
+    """A defective image and its mask."""
     path = next((ring / "test").glob("[!g]*/000.png"))
+    return path, ring / "ground_truth" / path.parent.name / "000_mask.png"
+
+
+def edit(path: Path, change: Callable[[Image.Image], Image.Image], **options: object) -> None:
     with Image.open(path) as image:
-        image.save(path, exif=exif(orientation))
-    for said in notes_of_both(ring):
-        assert "1 of 6 masks are of images with an EXIF orientation and have none" in said
+        changed = change(image)
+    changed.save(path, **options)
 
 
-def test_transparency_and_empty_masks_are_said(ring):
-    path = next((ring / "test").glob("[!g]*/000.png"))
-    with Image.open(path) as image:
-        image.putalpha(Image.linear_gradient("L").resize(image.size))
-        image.save(path)
-    mask = ring / "ground_truth" / path.parent.name / "000_mask.png"
-    Image.new("L", image.size).save(mask)
-    for said in notes_of_both(ring):
-        assert "test images have transparent parts" in said and f"the mask {mask} marks no pixel" in said
+def clear(image: Image.Image) -> Image.Image:
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
 
 
-def test_a_shared_mask_is_said_and_strict_refuses(ring, capsys):
-    path = next((ring / "test").glob("[!g]*/000.png"))
-    with Image.open(path) as image:
-        image.convert("RGB").save(path.with_suffix(".jpg"))
-    assert "2 images named 000" in notes_of_both(ring)[0]
-    list_test_items_with_notes(ring, strict=False)
-    assert "2 images named 000" in capsys.readouterr().out
-    with pytest.raises(UserError, match="2 images named 000"):
-        list_test_items_with_notes(ring, strict=True)
+def turned(ring: Path) -> None:
+    edit(defect(ring)[0], Image.Image.copy, exif=exif(6))
+
+
+def sixteen_bits(ring: Path) -> None:
+    for path in ring.glob("t*/*/*.png"):
+        edit(path, lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) << 4))
+    edit(defect(ring)[0], lambda image: Image.fromarray(np.asarray(image) + np.uint16(5000)))
+
+
+# what is done to the ring, and the sentence on it
+FINDINGS = {
+    "transparent": (lambda ring: edit(defect(ring)[0], clear), "1 of 9 test images have transparent parts"),
+    "empty mask": (lambda ring: Image.new("L", (64, 64)).save(defect(ring)[1]), "marks no pixel"),
+    "orientation": (turned, "1 of 6 masks are of images with an EXIF orientation and have none"),
+    "shared mask": (
+        lambda ring: shutil.copy(defect(ring)[0], defect(ring)[0].with_suffix(".tif")),
+        "2 images named 000",
+    ),
+    "training image": (
+        lambda ring: shutil.copy(ring / "train/good/000.png", ring / "test/good/001.png"),
+        "as the training image",
+    ),
+    "training images": (
+        lambda ring: shutil.copy(ring / "train/good/000.png", ring / "train/good/001.png"),
+        "as the training image",
+    ),
+    "both classes": (lambda ring: shutil.copy(ring / "test/good/000.png", defect(ring)[0]), "as the normal test image"),
+    "16 bits": (sixteen_bits, "above the 4095 of 12 bits; they are clipped"),
+    "stray": (lambda ring: shutil.copy(ring / "test/good/000.png", ring / "test"), "are not read"),
+}
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_both_commands_say_the_same_and_strict_refuses_it(finding, ring, said):
+    spoil, sentence = FINDINGS[finding]
+    spoil(ring)
+    check, test = said()
+    assert check == test and any(sentence in one for one in check)
+    with pytest.raises(UserError) as caught:
+        said("--strict")
+    assert str(caught.value) in check and "strict" in caught.value.options
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_masks_drawn_on_stored_pixels(orientation, ring, said):
+    """Image and mask of a wide photo, both as the sensor stores them, are those of the upright files."""
+    image, mask = defect(ring)
+    (expected,) = (LabelledDataset([item], 32)[0] for item in list_test_items(ring) if item.image == image)
+    back = {6: 8, 8: 6}.get(orientation, orientation)
+    edit(image, lambda upright: ImageOps.exif_transpose(with_orientation(upright, back)), exif=exif(orientation))
+    edit(mask, lambda upright: ImageOps.exif_transpose(with_orientation(upright, back)))
+    item = next(item for item in list_test_items(ring) if item.image == image)
+    found = LabelledDataset([item], 32, mask_orientation="stored")[0]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    if orientation == 6:
+        assert not set.union(*said("--mask_orientation", "stored"))
+
+
+def with_orientation(image: Image.Image, orientation: int) -> Image.Image:
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return image
 
 
 def test_a_replaced_image_of_equal_size_and_time_is_decoded_again(tmp_path):
