@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from datasets.episodes import Episode
-from datasets.images import FULL_BITS, read_image
+from datasets.images import FULL_BITS, read_image, reading
 from datasets.layouts import short_name
 from utils.devices import upload
 from utils.errors import UserError
@@ -102,7 +102,7 @@ def _reserve(file: Path) -> None:
 def _cache_file(paths: Sequence[Path], settings: tuple, cache_dir: Path, digests: FileDigests) -> Path:
     folder = paths[0].parent.resolve()
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = digest([*settings, [short_name(path) for path in paths], digests.together(paths)])[:DIGEST_LETTERS]
+    what = digest([*settings, [short_name(path) for path in paths], digests.together(paths, reading)])[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{settings[0]}_{where}_{what}.npy"
 
 

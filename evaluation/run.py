@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasets.check import list_test_items_with_notes, report_content
-from datasets.images import limit_pixels, resolve_bits, restore_map, upright_size
+from datasets.images import limit_pixels, reading, resolve_bits, restore_map, upright_size
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.config import ScoringConfig
@@ -145,9 +145,10 @@ def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDi
 
 def digest_items(items: Sequence[LabelledImage], digests: FileDigests) -> str:
     """SHA-256 of the names, images and masks of a test set, in hexadecimal."""
-    files = [[item.image, *item.masks] for item in items]
-    digests.of([path for of_item in files for path in of_item])
-    return digest([[image_name(item), digests.of(paths)] for item, paths in zip(items, files, strict=True)])
+    images = digests.of((item.image for item in items), reading)
+    digests.of(mask for item in items for mask in item.masks)  # several at a time
+    of_items = [[image, *digests.of(item.masks)] for image, item in zip(images, items, strict=True)]
+    return digest([[image_name(item), found] for item, found in zip(items, of_items, strict=True)])
 
 
 def digest_support(support: SupportRounds) -> str:

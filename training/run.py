@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from datasets.cache import SourceImages
 from datasets.check import list_test_items_with_notes, print_notes, report_content
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.images import limit_pixels, resolve_bits
+from datasets.images import limit_pixels, reading, resolve_bits
 from datasets.layouts import layout_of, short_name
 from datasets.mvtec import (
     LabelledDataset,
@@ -114,7 +114,7 @@ def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigest
     scored = held if of_source else [_target(config, config.obj, config.data_path, config.data_type, *how)]
     beside = [] if of_source else held
     inputs = {
-        "sources": {name: digests.together(paths) for name, paths in sources.items()},
+        "sources": digest_sources(sources, digests),
         "weights": digest_weights(config.weights, config.seed, digests),
         "episodes": digests.of([config.episodes])[0] if config.episodes else None,
         "scorers": [digest_scorer(given, digests) for given in config.scorer] if scored else [],
@@ -129,6 +129,11 @@ def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigest
         inputs["further_scored"] = more
     settings = config.results_part() | resolved | {"seed": config.seed}
     return Inputs(sources, scored, beside, resolved, fingerprint(settings, inputs))
+
+
+def digest_sources(sources: Mapping[str, Sequence[Path]], digests: FileDigests) -> dict[str, str]:
+    """SHA-256 of the names and content of the training images, in hexadecimal, by category."""
+    return {name: digests.together(paths, reading) for name, paths in sources.items()}
 
 
 def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> list[str]:

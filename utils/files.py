@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -180,10 +181,13 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+def sha256(file: Path | BinaryIO) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; the position of an open file is 0 afterwards."""
+    if isinstance(file, Path):
+        with open(file, "rb") as stream:
+            return sha256(stream)
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+    while block := file.read(2**20):
+        digest.update(block)
+    file.seek(0)
     return digest.hexdigest()
