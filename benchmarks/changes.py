@@ -28,6 +28,7 @@ from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from inspection.results import DEFECTIVE, NORMAL, REVIEW, decide
 from models.efficientnet_lite import EfficientNetLite
+from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -96,7 +97,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shots", nargs="+", type=int, default=[4])
     parser.add_argument("--draws", type=int, default=1, help="draws of the support images, seed 0")

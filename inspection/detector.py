@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from datasets.images import FULL_BITS, TRANSPARENT, reading_note, smallest_depth, transparency_note
 from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
@@ -35,12 +34,13 @@ from models.stn import STNResNet, without_identity_heads
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.features import FeatureStore, write_support_images
 from scorers.gaussian import Gaussian, convert_fitted_369ac53
-from scorers.left_out import FOLDS, without_images
+from scorers.left_out import without_images
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.choices import AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
 from utils.devices import resolve_device, upload
 from utils.errors import UserError
+from utils.progress import ProgressBar
 from utils.stages import StageClock
 
 SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
@@ -168,7 +168,7 @@ class FewShotDetector(ImageScoring):
         others = [number for number in range(len(support.squares)) if number not in set(chosen)]
         if not others:
             return scores
-        progress = tqdm([support.squares[number] for number in others], "further support images", disable=None)
+        progress = ProgressBar("further support images", [support.squares[number] for number in others])
         results = list(self.results(progress, self.fitted, only_pixels=True))
         return scores.joined(self._as_normal(results, with_views=scored_views(self.scorer) > 1), [*chosen, *others])
 
@@ -177,7 +177,7 @@ class FewShotDetector(ImageScoring):
         if len(squares) <= MOST_FITTED:
             return list(range(len(squares)))
         store, size = FeatureStore([CHECK], len(squares)), NETWORK_GROUP[self.clock.device.type]
-        for start in tqdm(range(0, len(squares), size), "choosing support images", disable=None):
+        for start in ProgressBar("choosing support images", range(0, len(squares), size), unit="batches"):
             with self.clock("network"):
                 store.write(start, self.fast_network.features(self.on_device(squares[start : start + size])))
         return representatives(CHECK.statistics(store.prepared[CHECK.name]), MOST_FITTED)
@@ -251,7 +251,7 @@ class FewShotDetector(ImageScoring):
         store = FeatureStore([self.scorer, CHECK], len(squares), with_views=True)
         group = SUPPORT_GROUP[self.clock.device.type]
         starts = range(0, len(squares), group)
-        for start in tqdm(starts, "support views", disable=len(squares) <= FOLDS or None):
+        for start in ProgressBar("support views", starts, unit="batches"):
             some = squares[start : start + group]
             with self.clock("network"):
                 inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
+
+from utils.progress import ProgressBar
 
 Rows = list[torch.Tensor]  # prepared features, see scorers/base.py
 FOLDS = 8  # groups of support images that are left out in turn
@@ -39,7 +40,7 @@ def left_out(support: Rows, views: int, scored: int, measure: Callable[[Rows, Ro
     count = min(images, FOLDS)
     edges = itertools.pairwise(images * fold // count * views for fold in range(count + 1))
     found = []
-    for start, end in tqdm(edges, "cross-fitting", total=count, disable=images <= FOLDS or None):
+    for start, end in ProgressBar("cross-fitting", edges, count, "folds"):
         own = [tensor[start:end].unflatten(0, (-1, views))[:, :scored].flatten(0, 1) for tensor in support]
         found.append(measure(without_images(support, start, end), own))
     return torch.cat(found)

@@ -13,6 +13,7 @@ from utils.errors import format_elapsed
 
 Item = TypeVar("Item")
 LINE_SECONDS = 60.0
+BAR_SECONDS = 1.0  # shorter work has no bar
 
 
 class ProgressBar(Generic[Item]):
@@ -27,7 +28,9 @@ class ProgressBar(Generic[Item]):
         self.done, self.note = 0, ""
         self.started = self.printed = time.monotonic()
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, desc=what, unit=f" {unit}", leave=False) if is_terminal else None
+        self.bar = (
+            tqdm(total=self.total, desc=what, unit=f" {unit}", leave=False, delay=BAR_SECONDS) if is_terminal else None
+        )
 
     def __enter__(self) -> ProgressBar[Item]:
         return self

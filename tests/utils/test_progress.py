@@ -38,5 +38,6 @@ def test_short_work_prints_nothing_and_notes_are_shown(clock, capsys):
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0)
     assert list(ProgressBar("decoding", range(3))) == [0, 1, 2]
     assert "decoding:   0%" in capsys.readouterr().err
