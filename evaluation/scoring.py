@@ -53,8 +53,9 @@ class TestFeatures(NamedTuple):
 class RoundResult(NamedTuple):
     """The result of one support set and one scorer.
 
-    image_scores: (B,). distances: (B, H, H). maps: (B, S, S), enlarged and smoothed. numbers: the metrics by their key
-    in the records, None where evaluation.round_metrics has a reason. by_defect_type: the same for each defect type.
+    image_scores: (B,). distances: from `Scorer.distance_maps`. maps: (B, S, S), enlarged and smoothed. numbers: the
+    metrics by their key in the records, None where evaluation.round_metrics has a reason. by_defect_type: the same for
+    each defect type.
     """
 
     image_scores: np.ndarray

@@ -18,7 +18,7 @@ from utils.choices import LITE_BACKBONE
 from utils.errors import UserError
 from utils.files import load_state_dict, sha256
 
-LITE_IMG_SIZE = 256  # pixels; the weights were trained at 260, which is no multiple of the coarsest stride
+LITE_IMG_SIZE = 320  # pixels; trained at 260, but small defects are found better at 320 (docs/results.md)
 TIMM_NAME = "tf_efficientnet_lite2"
 STAGES = (1, 2, 3)  # timm's indices of the maps of strides 4, 8, 16, with 24, 48, 120 channels
 LAST_BLOCK = 4  # index of the last group of blocks with stride 16; the later ones are removed

@@ -71,7 +71,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Distance maps (B, H, H) of B test images. Values are at least 0 and grow with the distance to the support."""
+        """Distance maps (B, H, H) of B test images. Values are at least 0 and grow with the distance to the support.
+
+        (B, 2, H, H): the maps of the score map, and others from which the image score is taken.
+        """
 
     def measure(self, support: Prepared, test: Prepared, clock: StageClock, like: Fitted | None = None) -> torch.Tensor:
         """Fits on `support` and returns `distance_maps` of `test`; the fit is not kept. like: of `refit`.

