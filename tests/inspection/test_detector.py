@@ -202,5 +202,5 @@ def test_the_readme_s_python(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(block, names)
-    assert names["scores"].shape == (1,) and names["maps"].shape == (1, 256, 256)
+    assert names["scores"].shape == (1,) and names["maps"].shape == (1, 320, 320)
     assert names["detector"].threshold.value > 0
