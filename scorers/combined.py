@@ -21,19 +21,20 @@ benchmarks/scorers.py measures the choices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared, ScorePrior, Scorer
-from scorers.left_out import without_images
+from scorers.left_out import left_out, without_images
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
+from utils.stages import StageClock
 
 MAP_WEIGHT, SCORE_WEIGHT = 0.35, 0.65  # of `neighbours` in the score map and in the image score
 BORDER_WEIGHT = 0.9
-MOST_LEFT_OUT = 8  # support images that set the scale
 EPS = 1e-12  # the least scale: images can be equal
 
 
@@ -64,9 +65,13 @@ class GeometricMean(Scorer):
 
     def fit(self, support: Prepared) -> Fitted:
         """What all parts learn, their names preceded by the part's, and `scale`, the mean distance of each."""
-        owns = self._split(support)
-        scales = [self._mean_left_out(part.scorer, own) for part, own in zip(self.parts, owns, strict=True)]
-        return self.refit({"scale": torch.stack(scales).clamp(min=EPS)}, support)
+        return self._cross_fit(support, 1)[0]
+
+    def cross_fit(self, support: Prepared, clock: StageClock, scored: int = 1) -> tuple[Fitted, torch.Tensor]:
+        """As `Scorer.cross_fit`, but the fits that set the scale also give the distance maps."""
+        with clock(self.name):
+            fitted, found = self._cross_fit(support, scored)
+            return fitted, self._means(found, fitted["scale"])
 
     def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
         """A fit to other views, with the scale of `fitted`."""
@@ -83,13 +88,32 @@ class GeometricMean(Scorer):
         for prefix, part, own in zip(self._prefixes(), self.parts, self._split(test), strict=True):
             learned = {name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)}
             found.append(part.scorer.distance_maps(learned, own))
+        return self._means(found, fitted["scale"])
+
+    def _means(self, found: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        """Geometric means (B, 2, H, H) of the distance maps of all parts."""
         side = max(one.shape[-1] for one in found)
         means = 1.0
-        for one, scale, part in zip(found, fitted["scale"], self.parts, strict=True):
+        for one, typical, part in zip(found, scale, self.parts, strict=True):
             if one.shape[-1] < side:
                 one = F.interpolate(one[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-            means = means * torch.stack([(one / scale) ** weight for weight in part.weights], dim=1)
+            means = means * torch.stack([(one / typical) ** weight for weight in part.weights], dim=1)
         return means
+
+    def _cross_fit(self, support: Prepared, scored: int) -> tuple[Fitted, list[torch.Tensor]]:
+        """The fit, and the distance maps of each part of the first `scored` views of left-out support images.
+
+        A single image has no others: its first view is compared with the rest of its views.
+        """
+        views, found = len(self.views), []
+        for part, own in zip(self.parts, self._split(support), strict=True):
+            measure = partial(_fit_and_measure, part.scorer)
+            if len(own[0]) > views:
+                found.append(left_out(own, views, scored, measure))
+            else:
+                found.append(measure(without_images(own, 0, 1), [tensor[:1] for tensor in own]))
+        scale = torch.stack([one[::scored].mean() for one in found]).clamp(min=EPS)
+        return self.refit({"scale": scale}, support), found
 
     def _prefixes(self) -> list[str]:
         """Of the names of tensors, one per part: the scorer's name; several parts with one scorer are numbered."""
@@ -102,19 +126,9 @@ class GeometricMean(Scorer):
         ends = [sum(self.kept[: number + 1]) for number in range(len(self.kept))]
         return [prepared[end - count : end] for end, count in zip(ends, self.kept, strict=True)]
 
-    def _mean_left_out(self, scorer: Scorer, support: Prepared) -> torch.Tensor:
-        """The mean distance of a support image to the others; of one image alone, to its own other views."""
-        rows, views = len(support[0]), len(self.views)
-        at_once = views if rows > views else 1
-        starts = range(0, rows if at_once > 1 else 1, at_once)
-        distances = [
-            scorer.distance_maps(
-                scorer.fit(without_images(support, start, min(start + at_once, rows))),
-                [tensor[start : start + 1] for tensor in support],
-            )
-            for start in list(starts)[:: -(-len(starts) // MOST_LEFT_OUT)]
-        ]
-        return torch.cat(distances).mean()
+
+def _fit_and_measure(scorer: Scorer, support: Prepared, test: Prepared) -> torch.Tensor:
+    return scorer.distance_maps(scorer.fit(support), test)
 
 
 class Combined(GeometricMean):

@@ -114,6 +114,18 @@ def test_any_scorer_is_averaged_over_backbones():
         assert over_backbones(scorer, [3]) is scorer
 
 
+@pytest.mark.parametrize("scored", [1, 3])
+def test_left_out_maps_are_those_of_refits(scored):
+    scorer = Combined()
+    support = scorer.prepare(feature_maps(VIEWS * 3, 2))
+    (fitted, found), (_, expected) = (
+        scorer.cross_fit(support, StageClock(), scored),
+        Scorer.cross_fit(scorer, support, StageClock(), scored),
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fitted["scale"], scorer.fit(support)["scale"], rtol=1e-5, atol=0)
+
+
 def test_a_refit_keeps_the_scale():
     scorer = Combined()
     support = scorer.prepare(feature_maps(VIEWS * 3, 2))
