@@ -34,6 +34,7 @@ from utils.naming import DEFAULT_SAVE_DIR
 
 TASK = "task: draw, or one of --from_pt and --verify"
 SCORER_HELP = f"{', '.join(SCORER_NAMES)}, or a custom class as FILE.py:CLASS"
+CHECKPOINT_HELP = "a .pt or .safetensors file, or hf:OWNER/NAME[@REVISION], downloaded from the Hugging Face hub"
 OTHER_SCORER = f"predict.py and export.py take {DEFAULT_SCORER} if none is given"
 
 
@@ -169,7 +170,7 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
     )
     save_dir: Path = flag("folder of the checkpoints", default=DEFAULT_SAVE_DIR, group="network")
     checkpoint: Path | None = flag(
-        "the weights to score (default: the file of train.py or the release in --save_dir)",
+        f"the weights to score: {CHECKPOINT_HELP} (default: the file of train.py or the release in --save_dir)",
         default=None,
         group="network",
     )

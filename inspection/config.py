@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.config import SCORER_HELP, ImageConfig, NetworkConfig
+from evaluation.config import CHECKPOINT_HELP, SCORER_HELP, ImageConfig, NetworkConfig
 from utils.choices import (
     BACKBONE_HELP,
     DEFAULT_SCORER,
@@ -60,7 +60,7 @@ class DetectorConfig(NetworkConfig, ImageConfig):
     )
     ignore: Path | None = flag("mask file: do not score here", default=None, group="detector", metavar="MASK")
     checkpoint: Path | None = flag(
-        "from train.py or the release (default: weights without registration training)", default=None, group="network"
+        f"{CHECKPOINT_HELP} (default: weights without registration training)", default=None, group="network"
     )
     backbone: str | None = flag(
         f"{BACKBONE_HELP} (default: {LITE_BACKBONE}, with --checkpoint {RELEASE_BACKBONE}; of test.py and train.py: "

@@ -24,6 +24,7 @@ from utils.devices import seed_everything
 from utils.errors import UserError
 from utils.files import sha256
 from utils.fingerprint import fingerprint
+from utils.hub import local_file
 
 DEFAULT_RATE = 0.01  # false-positive rate
 MOST_NORMAL = 5  # normal images and known defects that are printed
@@ -149,7 +150,7 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
     if config.weights == "none" and not config.checkpoint:
         weights_from = f"seed {config.seed}"
     else:
-        file = config.checkpoint or Path(config.weights)
+        file = local_file(config.checkpoint or Path(config.weights))
         weights_from = sha256(file) if file.is_file() else config.weights
     masks = [path for path in (config.region, config.ignore) if path is not None]
     inputs = {

@@ -17,7 +17,8 @@ from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE
 from utils.config import recorded
 from utils.errors import UserError
-from utils.files import load_state_dict, load_tensors, save_tensors
+from utils.files import SAFETENSORS, load_state_dict, load_tensors, save_safetensors, save_tensors
+from utils.hub import local_file
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
@@ -67,6 +68,28 @@ def checkpoint(model: RegAD, recipe: dict) -> dict:
     return {**parts, RECIPE: recipe}
 
 
+def save_portable(path: Path, content: dict) -> None:
+    """Writes what `checkpoint` returned as a safetensors file: tensors named STN.conv1.weight and so on."""
+    tensors = {f"{part}.{name}": value for part in CHECKPOINT_PARTS for name, value in content[part].items()}
+    save_safetensors(path, tensors, content[RECIPE])
+
+
+def read_checkpoint(path: Path) -> object:
+    """The content of a checkpoint file, as `checkpoint` returns it, if it is one; it may also be a safetensors file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = load_tensors(path, "checkpoint")
+    if path.suffix != SAFETENSORS:
+        return content
+    parts: dict[str, object] = {RECIPE: content.pop(RECIPE, {})}
+    for name, value in content.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return parts
+
+
 def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
     """Writes `checkpoint` to a file."""
     save_tensors(path, checkpoint(model, recipe))
@@ -80,7 +103,7 @@ def selection(path: Path) -> tuple[str, int | None]:
     Raises:
         UserError: the file cannot be read.
     """
-    content = load_tensors(path, "checkpoint")
+    content = read_checkpoint(path)
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
     recipe = recipe if isinstance(recipe, dict) else {}
     endings = {"last", "source"} & {path.stem.rpartition("_")[2]}
@@ -93,8 +116,11 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
 
     Raises:
         UserError: the file is missing, damaged or no checkpoint, or has another backbone, STN mode or image size.
+
+    path: a .pt or .safetensors file, or an address on the hub (`utils.hub`).
     """
-    content = load_tensors(path, "checkpoint")
+    path = local_file(path)
+    content = read_checkpoint(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
     recipe = content.get(RECIPE)
@@ -161,7 +187,7 @@ def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
     told from each other.
     """
     named = re.fullmatch(
-        rf".+_\d+_({'|'.join(STN_MODES)})(?:_(?:{'|'.join(BACKBONES)}))?_(?:model|last)\.pt", path.name
+        rf".+_\d+_({'|'.join(STN_MODES)})(?:_(?:{'|'.join(BACKBONES)}))?_(?:model|last)\.(?:pt|safetensors)", path.name
     )
     if named and named[1] != stn_mode:
         raise UserError(f"checkpoint {path} is named after the STN mode {named[1]}, not {stn_mode}", ("stn_mode",))

@@ -46,7 +46,7 @@ def test_a_command_imports_no_command_no_test_and_no_benchmark(command):
 UNCHANGED = """
 import ctypes, json, locale, logging, os, signal, sys, warnings
 import numpy as np
-import PIL.Image, scipy.ndimage, torch, torchvision, tqdm
+import PIL.Image, scipy.ndimage, scipy.sparse, torch, torchvision, tqdm  # filters warnings when they are imported
 
 def settings():
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda

@@ -29,16 +29,17 @@ from evaluation.run import digest_items, digest_scorer, digest_support, digest_w
 from evaluation.scoring import NotFinite, score_category
 from evaluation.statistics import format_summary, summaries
 from models.networks import network_name, resolve_img_size
-from models.regad import save_checkpoint, untrained
+from models.regad import checkpoint, save_portable, untrained
 from scorers.base import Scorer
 from scorers.registry import make_scorers
+from training.card import model_card
 from training.config import TrainingConfig
 from training.curve import Events, save_curve
 from training.loop import Progress, Trainer, learning_rate
 from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError, format_elapsed, require_packages
-from utils.files import require_writable, save_tensors, write_json
+from utils.files import require_writable, save_tensors, whole_file, write_json
 from utils.fingerprint import FileDigests, fingerprint
 from utils.locks import locked
 from utils.naming import CheckpointFiles
@@ -211,7 +212,7 @@ def _run(
     described = {"command": "train.py", "config": config.plain(), "resolved": inputs.resolved}
     described |= {"fingerprint": inputs.fingerprint, **provenance(device)}
     _train(config, files, trainer, inputs, images, replayed, scorings, described)
-    _finish(files, trainer, described, inputs)
+    _finish(config, files, trainer, described, inputs)
 
 
 def _train(
@@ -269,7 +270,7 @@ def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> Non
 
     new_weights: the selected weights are not those in their file.
     """
-    for file in (files.record, files.last):  # written when the run is finished
+    for file in (files.record, files.last, files.card, *files.portable):  # written when the run is finished
         file.unlink(missing_ok=True)
     if new_weights:
         save_tensors(files.selected, trainer.selected)
@@ -279,13 +280,19 @@ def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> Non
     save_history(files, trainer.progress.history)
 
 
-def _finish(files: CheckpointFiles, trainer: Trainer, described: dict, inputs: Inputs) -> None:
-    """Writes the last weights, the curve and the record, removes the state, and prints the results."""
+def _finish(config: TrainingConfig, files: CheckpointFiles, trainer: Trainer, described: dict, inputs: Inputs) -> None:
+    """Writes the last weights and all other files, the record last; removes the state and prints the results."""
     history, selected = trainer.progress.history, trainer.progress.selected
-    save_checkpoint(files.last, trainer.model, {**described, **history[-1]})
+    last = checkpoint(trainer.model, {**described, **history[-1]})
+    save_tensors(files.last, last)
+    for file, content in zip(files.portable, (trainer.selected, trainer.source, last), strict=True):
+        if content:
+            save_portable(file, content)
     save_curve(files.curve, history, inputs.scored_names)
     described = described | ({"source_epoch": trainer.progress.source} if inputs.beside else {})
     record = {**described, "selected_epoch": selected, "outcomes": outcomes(history, selected), "epochs": history}
+    with whole_file(files.card) as aside:
+        aside.write_text(model_card(config, files, inputs.sources, record), encoding="utf-8")
     write_json(files.record, record)
     remove_leftovers(files)
     files.state.unlink()

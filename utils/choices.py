@@ -27,6 +27,7 @@ CATEGORIES = {
     "loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
     "folder": None,  # any sub-folder of the data folder
 }
+DATA_LICENCES = {"mvtec": "CC BY-NC-SA 4.0", "mpdd": "CC BY-NC-SA 4.0", "visa": "CC BY 4.0", "loco": "CC BY-NC-SA 4.0"}
 STN_MODE_NAMES = (
     *("affine", "translation", "rotation", "scale", "shear", "rotation_scale", "translation_scale"),
     *("rotation_translation", "rotation_translation_scale"),

@@ -235,7 +235,7 @@ def _read(file: Path) -> Mapping:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the configuration {file}: {error.strerror}") from error
-    if content[:4] == b"PK\x03\x04":  # a torch file
+    if content[:4] == b"PK\x03\x04" or file.suffix == ".safetensors":  # a torch file, or one of tensors alone
         from utils.files import load_tensors  # imports torch
 
         found = load_tensors(file, "file")

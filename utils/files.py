@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from utils.errors import UserError, WriteError
 
@@ -21,6 +23,7 @@ NAME_LETTERS = 40  # of a file's name in that of its temporary file, which must 
 TEMPORARY = re.compile(r"\..*\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the names that `temporary_name` gives
 LEFTOVER_SECONDS = 24 * 3600  # no file is written for longer
 _tidied: set[Path] = set()  # the folders in which this process has looked for leftovers
+SAFETENSORS, METADATA = ".safetensors", "recipe"  # a file's suffix, and the entry of its metadata that is ours
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -148,12 +151,29 @@ def save_tensors(path: Path, content: object) -> None:
         torch.save(content, stream)
 
 
+def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], recipe: dict) -> None:
+    """Writes tensors as a safetensors file, with `recipe`, plain values, as JSON in its metadata."""
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(content, {"format": "pt", METADATA: json.dumps(recipe)}))
+
+
 def load_tensors(path: Path, what: str) -> object:
-    """The tensors and plain values of a torch file, on the CPU. No code in the file is run.
+    """The tensors and plain values of a torch file or a .safetensors file, on the CPU. No code in the file is run.
+
+    Of a safetensors file: its tensors by name, and under METADATA what `save_safetensors` was given.
 
     Raises:
         UserError: the file is damaged, no torch file, or holds anything else than tensors and plain values.
     """
+    if path.suffix == SAFETENSORS:
+        try:
+            with safe_open(path, "pt") as file:
+                recipe = (file.metadata() or {}).get(METADATA)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            return tensors | ({METADATA: json.loads(recipe)} if recipe else {})
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{what} {path} cannot be read as a safetensors file: {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime

@@ -33,6 +33,16 @@ class CheckpointFiles(NamedTuple):
         return cls(*(folder / f"{stem}_{ending}" for ending in endings))
 
     @property
+    def portable(self) -> list[Path]:
+        """The weights as safetensors files, of `selected`, `source` and `last`."""
+        return [file.with_suffix(".safetensors") for file in (self.selected, self.source, self.last)]
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.record.with_name(self.record.name.replace("record.json", "card.md"))
+
+    @property
     def events(self) -> Path:
         """The folder of the event files of --tensorboard."""
         return self.record.with_name(self.record.name.replace("record.json", "tensorboard"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections import defaultdict
 from importlib.util import find_spec
@@ -209,7 +210,23 @@ def undisturbed(demo_data, tmp_path_factory) -> Path:
     return folder
 
 
-def test_run_leaves_whole_records(undisturbed):
+def test_a_run_leaves_safetensors_files_and_a_model_card(undisturbed):
+    found = files(undisturbed)
+    selected, source, last = found.portable
+    assert not source.exists()
+    for portable, file in ((selected, found.selected), (last, found.last)):
+        of_both = [states(load_checkpoint(one, "rotation_scale", SIZE)) for one in (portable, file)]
+        assert all(torch.equal(value, of_both[1][name]) for name, value in of_both[0].items())
+    card, record = found.card.read_text(encoding="utf-8"), json.loads(found.record.read_text())
+    assert re.search(r"images of: (\w+ \(\d+\), )*weave \(5\)", card) and "ring (" not in card
+    assert "Licence of the data: not known to this program" in card and f"Record: `{found.record.name}`" in card
+    assert f"| torch | {record['versions']['torch']} |" in card and "| lr | 0.01 |" in card
+    for name, entry in record["outcomes"].items():
+        assert f"| {name} | {entry['image_auroc']['mean']:.4f}" in card
+    assert "the test labels of the target" in card and found.selected.stem in card
+
+
+def test_a_run_leaves_whole_records(undisturbed):
     found = files(undisturbed)
     assert not found.state.exists()
     lines = [json.loads(line) for line in found.epochs.read_text().splitlines()]
