@@ -96,11 +96,23 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         "known defective images to compare with the threshold", default=(), group="threshold", metavar="PATH"
     )
     threshold: float | None = flag("fixed threshold; overrides calibration", default=None, group="threshold")
+    adopt: bool = flag("adopt the threshold that separates --defects best", default=False, group="threshold")
+    force: bool = flag(
+        "calibrate with images that are not like the support, save over known defects that are missed or over a "
+        "detector that missed fewer",
+        default=False,
+        group="threshold",
+    )
+    part: str | None = flag("name of the part, kept in the detector file", default=None, group="threshold")
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""
         if bool(self.support) == bool(self.detector):
             raise UserError("give either normal images with --support, or a saved detector with --detector")
+        if self.adopt and not self.defects:
+            raise UserError("--adopt takes the threshold that separates known defects best: give them with --defects")
+        if self.adopt and self.threshold is not None:
+            raise UserError("--adopt and --threshold exclude each other")
         for name in ("false_positive_rate", "review_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 1:
@@ -135,6 +147,13 @@ class PredictConfig(DetectorConfig):
     append: bool = flag("keep the results in --output, score only new images", default=False)
     overwrite: bool = flag("remove the results in --output", default=False)
     save: Path | None = flag("save the detector to a file, e.g. part.regad", default=None, metavar="FILE")
+    describe: str | None = flag(
+        "print what the --detector file says of itself, and end",
+        default=None,
+        choices=("text", "json"),
+        nargs="?",
+        const="text",
+    )
     maps: str = flag("score maps; png: 16 bits, scaled by map_scale in scores.json", default="none", choices=MAPS)
     jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
     fail_on_defect: bool = flag("exit code 3 if an image is defective or for review", default=False)
@@ -161,7 +180,9 @@ class PredictConfig(DetectorConfig):
             raise UserError("--input and --watch exclude each other; images already in the watched folder come first")
         if self.append and self.overwrite:
             raise UserError("--append and --overwrite exclude each other")
-        if not (self.input or self.watch or self.save):
+        if self.describe and not self.detector:
+            raise UserError("--describe needs a saved detector: give --detector FILE")
+        if not (self.input or self.watch or self.save or self.describe):
             raise UserError("nothing to do: give images with --input or --watch, or a file to --save the detector in")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,15 @@ import torch
 from PIL import Image
 
 from datasets.images import FULL_BITS, TRANSPARENT, reading_note, smallest_depth, transparency_note
-from inspection.detector_file import identity, read_state, stored_network, stored_scorer, write_state
+from inspection.detector_file import (
+    ID_LENGTH,
+    identity,
+    read_state,
+    stored_network,
+    stored_scorer,
+    tensors_sha256,
+    write_state,
+)
 from inspection.duplicates import digest, duplicate_notes, equal_images
 from inspection.images import ImageFile, ImageInput, as_pixels, as_tensor, image_list, image_names, largest_grey_values
 from inspection.out_of_distribution import contrast
@@ -45,7 +55,12 @@ from utils.stages import StageClock
 
 SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
 ALPHA_EXPECTED = "has no transparent parts, as support images have, and may not be comparable with them"
+MOST_OTHERS = 3  # images of other parts that an error names
 MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
+
+
+class OtherPartError(UserError):
+    """Images that are given as normal differ from the support as a whole."""
 
 
 class Inspection(NamedTuple):
@@ -115,6 +130,7 @@ class FewShotDetector(ImageScoring):
         self.calibration: NormalScores | None = None
         self.fitted: Fitted = {}
         self.gate: QualityGate | None = None
+        self.document: dict = {}
         self.support_digests: list[str] = []
         self.support_alpha: bool | None = None  # whether some have transparent parts; None: not known
         self._support_notes: list[str] = []
@@ -286,21 +302,24 @@ class FewShotDetector(ImageScoring):
         false_positive_rate: float,
         normal: Sequence[ImageInput] | None = None,
         review_rate: float | None = None,
+        force: bool = False,
     ) -> Threshold:
         """Sets the two thresholds, see inspection/threshold.py.
 
         The rates are the shares of normal images that should score above the threshold, and above the lower threshold
         of those that a person should look at (None: `inspection.threshold.REVIEW_RATE`). The thresholds are computed
-        from the scores of the images `normal`; or from `loo_scores` if none are given.
+        from the scores of the images `normal`, or from `loo_scores` if none are given. Images `normal` also widen the
+        limits of quality. force: accept images that differ from the support as a whole.
 
         Raises:
             UserError: fewer than two normal scores, without duplicates, or rates that are impossible.
+            OtherPartError: images `normal` differ from the support as a whole.
         """
         normal = None if normal is None else image_list(normal)
         check_calibration(2 if normal is None else len(normal), false_positive_rate, review_rate)
         self.calibration, self._calibration_notes = None, []
         if normal is not None:
-            seen = self._normal_scores(normal, false_positive_rate)
+            seen = self._normal_scores(normal, false_positive_rate, force)
             if len(seen.scores) < 2:
                 raise UserError(
                     f"of {len(normal)} normal images, {len(normal) - len(seen.scores)} are duplicates of each other or "
@@ -323,12 +342,13 @@ class FewShotDetector(ImageScoring):
             self.threshold = self.threshold._replace(region=known.region)
         return self.threshold
 
-    def set_threshold(self, value: float) -> Threshold:
+    def set_threshold(self, value: float, how: str = "given") -> Threshold:
         """Sets the threshold to a value. What is known of normal scores stays, with the lower threshold from them."""
-        self.threshold = self.threshold.moved_to(value) if self.threshold else given_threshold(value)
+        moved = self.threshold.moved_to(value) if self.threshold else given_threshold(value)
+        self.threshold = moved._replace(how=how)
         return self.threshold
 
-    def _normal_scores(self, images: Sequence[ImageInput], rate: float) -> NormalScores:
+    def _normal_scores(self, images: Sequence[ImageInput], rate: float, force: bool) -> NormalScores:
         """Scores and score maps of normal images; the scores include the views if the threshold rule needs them.
 
         Duplicates of each other and of support images are ignored.
@@ -340,6 +360,15 @@ class FewShotDetector(ImageScoring):
         self._calibration_notes = duplicate_notes(names, found)
         chosen = [number for number in range(len(results)) if number not in found]
         with_views = not are_cut and needs_views(len(chosen), rate, self.scorer)
+        others = [f"{names[number]} ({results[number].reason})" for number in chosen if results[number].reason]
+        if others and not force:
+            more = f" and {len(others) - MOST_OTHERS} more" if len(others) > MOST_OTHERS else ""
+            raise OtherPartError(
+                f"{len(others)} of {len(images)} normal images are not like the support images: "
+                f"{', '.join(others[:MOST_OTHERS])}{more}; give images of this part alone",
+                options=("calibrate", "force"),
+            )
+        self.gate = self.gate and self.gate.with_images([results[number].square for number in chosen])
         scores = self._as_normal([results[number] for number in chosen], with_views)
         return scores._replace(names=tuple(names[number] for number in chosen))
 
@@ -402,6 +431,17 @@ class FewShotDetector(ImageScoring):
         """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""
         return identity(self._scoring_state())
 
+    def decision_identity(self) -> str:
+        """A short hash of all that decisions depend on: `identity`, the thresholds and the limits of quality."""
+        threshold = self.threshold and [self.threshold.value, self.threshold.review_value]
+        limits = self.gate and [self.gate.mean.tolist(), self.gate.margin.tolist()]
+        content = json.dumps([self.identity(), threshold, limits])
+        return hashlib.sha256(content.encode()).hexdigest()[:ID_LENGTH]
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the network's weights, names and types, in hexadecimal."""
+        return tensors_sha256(self.network.state_dict())
+
     def state(self) -> dict:
         """Tensors and plain values, from which `from_state` makes the same detector.
 
@@ -421,7 +461,8 @@ class FewShotDetector(ImageScoring):
             "threshold": None if self.threshold is None else self.threshold._asdict(),
             "origin": self.origin,
             "support_digests": self.support_digests,
-            "quality": self.gate and torch.from_numpy(self.gate.normal),
+            "document": self.document,
+            "quality": self.gate and self.gate.state(),
             "support_alpha": self.support_alpha,
             "left_out": loo and loo.state(),
             "calibration": calibration and calibration.without_maps().state(),
@@ -464,8 +505,9 @@ class FewShotDetector(ImageScoring):
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
+        detector.document = dict(state.get("document", {}))
         quality = state.get("quality")
-        detector.gate = None if quality is None else QualityGate(quality.numpy())
+        detector.gate = None if quality is None else QualityGate.from_state(quality)
         detector.support_digests = list(state.get("support_digests", ()))
         detector.support_alpha = state.get("support_alpha")
         on = detector.clock.device

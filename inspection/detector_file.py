@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -64,11 +65,22 @@ def identity(scoring_state: dict) -> str:
             tensors |= {f"{name} {key}": tensor for key, tensor in value.items()}
         elif name != "region":
             plain[name] = value
-    for name, value in sorted(tensors.items()):
-        hashed.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        hashed.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    _update(hashed, tensors)
     hashed.update(json.dumps(plain | ({} if "region" in tensors else {"region": None}), sort_keys=True).encode())
     return hashed.hexdigest()[:ID_LENGTH]
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and values of tensors, in hexadecimal."""
+    hashed = hashlib.sha256()
+    _update(hashed, tensors)
+    return hashed.hexdigest()
+
+
+def _update(hashed: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, value in sorted(tensors.items()):
+        hashed.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        hashed.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def stored_network(state: dict) -> nn.Module:

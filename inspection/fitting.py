@@ -7,36 +7,29 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from datasets.images import FULL_BITS, ClippedWarning, smallest_depth
+from inspection.acceptance import KnownDefect, acceptance, propose, worse_than
 from inspection.config import DetectorConfig
-from inspection.detector import FewShotDetector
+from inspection.detector import FewShotDetector, OtherPartError
+from inspection.detector_file import read_state
+from inspection.document import record_change
 from inspection.images import ImageFile, largest_grey_values
 from inspection.inputs import list_inputs
 from inspection.region import RegionWarning, read_region
-from inspection.results import NORMAL, decide
+from inspection.results import decide
 from inspection.threshold import Threshold
 from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
 from utils.choices import AUTO_BITS, DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
 from utils.devices import seed_everything
 from utils.errors import UserError
-from utils.files import sha256
+from utils.files import sha256, write_json
 from utils.fingerprint import fingerprint
 from utils.hub import local_file
 
 DEFAULT_RATE = 0.01  # false-positive rate
 MOST_NORMAL = 5  # normal images and known defects that are printed
-
-
-class KnownDefect(NamedTuple):
-    """A defective image that is known: its path, its score, and the decision on it with its reason."""
-
-    name: str
-    score: float
-    decision: str | None
-    reason: str | None
 
 
 def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
@@ -55,8 +48,11 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
             detector = FewShotDetector.load(config.detector, device, config.scorer, bits)
         else:
             detector = _fit(config, device, output)
+            record_change(detector, "fitted")
         print(f"scorer: {detector.scorer.name}")
         print(f"tiles: {describe_tiling(detector.tiling)}")
+        if config.part:
+            detector.document["part"] = config.part
         _set_threshold(detector, config, output)
     normal, threshold = detector.calibration or detector.loo_scores, detector.threshold
     print(f"threshold: {describe_threshold(threshold)}")
@@ -70,22 +66,70 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
 
 
 def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Path) -> list[KnownDefect]:
-    """The scores of the known defects of `config`, lowest first. Prints which are found; the threshold stays."""
+    """Compares the known defects of `config`, lowest score first, and keeps the acceptance in the detector.
+
+    Prints which are found, and the threshold that separates them best from the normal images; --adopt takes it.
+    """
     if not config.defects:
         return []
     paths = list_inputs(config.defects, output)
     with _printed_warnings():
         scores, _, reasons, _ = detector.inspect(paths)
+    normal = detector.calibration or detector.loo_scores
+    if normal is not None:
+        proposal = propose(normal.scores[:, 0], scores)
+        kind = "normal images" if detector.calibration else "support images (leave-one-out)"
+        print(f"threshold that separates best from {len(normal.scores)} {kind}: {proposal}")
+        if config.adopt:
+            detector.set_threshold(proposal.threshold, "separates known defects best")
+            print(f"threshold: {describe_threshold(detector.threshold)}")
+            record_change(detector, "threshold adopted from known defects", paths)
+        else:
+            print("it is not in use; --adopt takes it")
+    elif config.adopt:
+        raise UserError("--adopt needs the scores of normal images: give two support images or more, or --calibrate")
     known = [
         KnownDefect(str(path), score, *decide(score, detector.threshold, reason))
         for path, score, reason in zip(paths, scores.tolist(), reasons, strict=True)
     ]
     known.sort(key=lambda defect: defect.score)
-    found = [one.decision not in (NORMAL, None) for one in known]
-    print(f"known defects: {sum(found)} of {len(known)} found, lowest scores first:")
-    for one, is_found in list(zip(known, found, strict=True))[:MOST_NORMAL]:
-        print(f"  {one.score:8.3f}  {'' if is_found else 'missed  '}{one.name}")
+    print(f"known defects: {sum(not one.is_missed for one in known)} of {len(known)} found, lowest scores first:")
+    for one in known[:MOST_NORMAL]:
+        print(f"  {one.score:8.3f}  {'missed  ' if one.is_missed else ''}{one.name}")
+    detector.document["acceptance"] = acceptance(detector, known)
     return known
+
+
+def save_detector(detector: FewShotDetector, file: Path, defects: Sequence[KnownDefect], force: bool) -> None:
+    """Saves the detector, and its acceptance beside it if it was compared with known defects.
+
+    Raises:
+        UserError: known defects are missed, or the file holds a detector that was accepted and misses fewer; not with
+            `force`.
+    """
+    missed = [one.name for one in defects if one.is_missed]
+    if missed and detector.threshold is not None and not force:
+        raise UserError(
+            f"not saved: {len(missed)} of {len(defects)} known defects are below the threshold and called normal, e.g. "
+            f"{missed[0]}; set another threshold",
+            options=("threshold", "adopt", "force"),
+        )
+    accepted = detector.document.get("acceptance")
+    if accepted and accepted["decision_id"] != detector.decision_identity():  # of an earlier threshold
+        accepted = None
+    if file.is_file() and not force:
+        try:
+            before = read_state(file).get("document", {}).get("acceptance")
+        except UserError:  # no detector
+            before = None
+        if reason := worse_than(accepted, before):
+            raise UserError(f"{file} is not overwritten: {reason}; save to another file", options=("save", "force"))
+    detector.save(file)
+    print(f"detector: {file}")
+    if defects:
+        beside = file.with_suffix(".acceptance.json")
+        write_json(beside, accepted)
+        print(f"acceptance: {beside}")
 
 
 def describe_threshold(threshold: Threshold | None) -> str:
@@ -181,9 +225,13 @@ def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Pa
     if normal or asks_rate or is_fresh:
         kept = detector.threshold and detector.threshold.rate
         try:
-            detector.calibrate(rate or kept or DEFAULT_RATE, normal, review_rate)
+            detector.calibrate(rate or kept or DEFAULT_RATE, normal, review_rate, config.force)
+            record_change(detector, "thresholds computed", normal or ())
+        except OtherPartError:
+            raise
         except UserError:
             if config.threshold is None:  # otherwise calibration only provides the colour scale
                 raise
     if config.threshold is not None:
         detector.set_threshold(config.threshold)
+        record_change(detector, "threshold given")

@@ -16,7 +16,7 @@ categories. `python -m benchmarks.changes` measures these shares.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,10 +102,11 @@ def readable(values: np.ndarray) -> dict[str, float]:
 
 
 class QualityGate:
-    """The measures (n, M) of n >= 1 normal images, and the limits that follow."""
+    """The measures (n, M) of n >= 1 support images, of further normal images, and the limits that follow."""
 
-    def __init__(self, normal: np.ndarray) -> None:
-        self.normal = normal
+    def __init__(self, support: np.ndarray, further: np.ndarray | None = None) -> None:
+        self.support, self.further = support, further
+        normal = support if further is None else np.concatenate([support, further])
         count, self.mean = len(normal), normal.mean(axis=0)
         squares = np.square(normal - self.mean).sum(axis=0)
         untypical = 1.0
@@ -121,9 +122,19 @@ class QualityGate:
         """The gate of normal images, given as network inputs (3, S, S)."""
         return cls(np.stack([measure(square) for square in squares]))
 
-    def with_images(self, values: np.ndarray) -> QualityGate:
-        """The gate of these and more normal images, given by their measures (n, M)."""
-        return QualityGate(np.concatenate([self.normal, values]))
+    def with_images(self, squares: Sequence[torch.Tensor]) -> QualityGate:
+        """The gate of the support images and further normal images, given as network inputs."""
+        return QualityGate(self.support, np.stack([measure(square) for square in squares]) if squares else None)
+
+    def state(self) -> dict:
+        """Tensors for a file; `from_state` reads them."""
+        further = {} if self.further is None else {"further": torch.from_numpy(self.further)}
+        return {"support": torch.from_numpy(self.support)} | further
+
+    @classmethod
+    def from_state(cls, state: Mapping) -> QualityGate:
+        """The inverse of `state`."""
+        return cls(*(state[name].numpy() for name in ("support", "further") if name in state))
 
     def reason(self, values: np.ndarray) -> str:
         """In what an image with the measures `values` (M,) is outside the limits, as a phrase; "" if in nothing."""

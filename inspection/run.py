@@ -16,7 +16,8 @@ from datasets.images import limit_pixels
 from datasets.listing import Listing, is_folder
 from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
-from inspection.fitting import KnownDefect, known_defects, make_detector
+from inspection.document import as_text, describe
+from inspection.fitting import KnownDefect, known_defects, make_detector, save_detector
 from inspection.inputs import POLL_SECONDS, Watcher, absolute, identify, list_inputs
 from inspection.predictions import Outputs, map_scale, predict
 from inspection.report import choose_previews, is_made_with, known_images, report_page
@@ -76,6 +77,9 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
     Raises:
         UserError: the data, the detector or the output cannot be used.
     """
+    if config.describe:
+        _describe(config)
+        return 0
     check_paths(config)
     command_device(config.device)
     limit_pixels(config.max_pixels)
@@ -84,11 +88,16 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
     detector = make_detector(config, config.device, config.output)
     defects = known_defects(detector, config, config.output)
     if config.save:
-        detector.save(config.save)
-        print(f"detector: {config.save}")
+        save_detector(detector, config.save, defects, config.force)
     code = run(config, detector, defects, paths, lines) if config.watch or config.input else 0
     may_lack = listing.unreadable or (config.fail_on_defect and listing.is_partial)
     return code or (SOME_FAILED if may_lack else 0)
+
+
+def _describe(config: PredictConfig) -> None:
+    """Prints what the detector file says of itself."""
+    described = describe(FewShotDetector.load(config.detector, "cpu", config.scorer), config.detector)
+    print(as_text(described) if config.describe == "text" else json.dumps(described, indent=2))
 
 
 def run(
@@ -310,6 +319,8 @@ class Run:
             **provenance(detector.clock.device),
             "detector": detector.origin,
             "detector_id": identity,
+            "decision_id": detector.decision_identity(),
+            "part": detector.document.get("part"),
             "scorer": detector.scorer.name,
             "backbone": getattr(detector.network, "backbone", None),
             "img_size": detector.size,

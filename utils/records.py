@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import subprocess
@@ -39,6 +40,24 @@ def provenance(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def who_and_when() -> dict:
+    """Date, user, host, version and commit, as entries of a document."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no such user in a container
+        user = None
+    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    versions = {"python": platform.python_version(), **{name: _package_version(name) for name in RECORDED_PACKAGES}}
+    return {
+        "date": date,
+        "user": user,
+        "host": platform.node(),
+        "version": VERSION,
+        "commit": git_commit(),
+        "versions": versions,
     }
 
 

@@ -12,7 +12,7 @@ from benchmarks.out_of_distribution import make_frames
 from benchmarks.reference import DATA, TRUNK
 from datasets.images import decode_image
 from inspection.detector import FewShotDetector
-from inspection.out_of_distribution import LEAST_LIMIT, OutOfDistributionCheck, _relative
+from inspection.out_of_distribution import LEAST_LIMIT, OutOfDistributionCheck, relative_distances
 from models.regad import untrained
 from tests.reference import needs_reference
 from utils.errors import UserError
@@ -102,7 +102,7 @@ def test_relative_distances_by_the_definition(count, others, width, seed):
         for pairs in [list(zip(one, other, strict=True))]
         for i in range(count)
     ]
-    found = _relative([torch.from_numpy(part) for part in one], [torch.from_numpy(part) for part in other])
+    found = relative_distances([torch.from_numpy(part) for part in one], [torch.from_numpy(part) for part in other])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 

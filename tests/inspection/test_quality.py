@@ -74,7 +74,9 @@ def test_the_order_of_images_does_not_matter_and_more_of_the_same_narrow_the_lim
     values = factor * SPREAD * np.random.default_rng(seed).normal(size=(count, len(NAMES)))
     gate, turned = QualityGate(values), QualityGate(values[::-1])
     assert gate.margin == pytest.approx(turned.margin) and gate.mean == pytest.approx(turned.mean)
-    assert (gate.with_images(values).margin <= gate.margin * (1 + 1e-9)).all()
+    assert (QualityGate(values, values).margin <= gate.margin * (1 + 1e-9)).all()
+    again = QualityGate.from_state(QualityGate(values, values).state())
+    assert (again.margin == QualityGate(values, values).margin).all()
 
 
 def test_a_part_that_varies_has_wider_limits_for_all_measures():

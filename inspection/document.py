@@ -1,0 +1,89 @@
+"""What a detector file says of itself: part, origin, images, thresholds, acceptance, and the history of its changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from inspection.detector import FewShotDetector
+from inspection.tiles import describe_tiling
+from utils.files import sha256
+from utils.records import who_and_when
+
+MOST_LISTED = 20  # images of an entry that are printed
+
+
+def record_change(detector: FewShotDetector, change: str, images: Iterable[Path] = (), **facts: object) -> None:
+    """Adds an entry to the history of a detector: who, when, with which versions, and the id that results."""
+    history = detector.document.setdefault("history", [])
+    files = [{"path": str(path), "sha256": sha256(path)} for path in images]
+    threshold = detector.threshold and detector.threshold._asdict()
+    entry = {"change": change, **who_and_when(), **facts, "threshold": threshold, "id": detector.decision_identity()}
+    history.append(entry | ({"images": files} if files else {}))
+
+
+def describe(detector: FewShotDetector, file: Path) -> dict:
+    """All that a detector file holds but its tensors, for JSON."""
+    document, calibration = detector.document, detector.calibration
+    return {
+        "file": str(file),
+        "part": document.get("part"),
+        "id": detector.decision_identity(),
+        "features_id": detector.identity(),
+        "scorer": detector.scorer.name,
+        "backbone": getattr(detector.network, "backbone", None),
+        "weights": detector.origin.get("network"),
+        "weights_sha256": detector.weights_sha256(),
+        "img_size": detector.size,
+        "bits": detector.bits,
+        "tiles": describe_tiling(detector.tiling),
+        "has_region": detector.region is not None,
+        "support": detector.origin.get("support", []),
+        "calibration": [{"path": name, "score": score} for name, score in calibration.by_score()]
+        if calibration
+        else [],
+        "threshold": detector.threshold and detector.threshold._asdict(),
+        "quality_limits": detector.gate and detector.gate.limits(),
+        "acceptance": document.get("acceptance"),
+        "history": document.get("history", []),
+    }
+
+
+def as_text(described: dict) -> str:
+    """The description for people: a line per fact, the images of the support, and the history."""
+    threshold, accepted = described["threshold"], described["acceptance"]
+    facts = {
+        "part": described["part"] or "not named",
+        "id": f"{described['id']} (features {described['features_id']})",
+        "scorer": described["scorer"],
+        "network": f"{described['backbone']}, {described['weights']}, {described['img_size']} pixels",
+        "weights": f"SHA-256 {described['weights_sha256']}",
+        "tiles": described["tiles"],
+        "threshold": "none" if threshold is None else f"{threshold['value']:.4g} ({threshold['how']})",
+        "review from": "" if threshold is None or threshold["review"] is None else f"{threshold['review']:.4g}",
+        "calibration": f"{len(described['calibration'])} images" if described["calibration"] else "none",
+        "acceptance": "none" if not accepted else _accepted(accepted),
+    }
+    lines = [f"{name + ':':13}{value}" for name, value in facts.items() if value]
+    lines.append(f"support images: {len(described['support'])}")
+    lines += _files(described["support"])
+    for entry in described["history"]:
+        lines.append(f"{entry['date']}  {entry['change']}, by {entry['user']} on {entry['host']}, id {entry['id']}")
+        if entry["change"] != "fitted":
+            lines += _files(entry.get("images", ()))
+    return "\n".join(lines)
+
+
+def _files(files: Iterable[dict]) -> list[str]:
+    files = list(files)
+    lines = [f"  {one['sha256'][:16]}  {one['path']}" for one in files[:MOST_LISTED]]
+    return lines + ([f"  and {len(files) - MOST_LISTED} more"] if len(files) > MOST_LISTED else [])
+
+
+def _accepted(accepted: dict) -> str:
+    counts = accepted["confusion"]["known_defects"]
+    total = len(accepted["known_defects"])
+    return (
+        f"{accepted['date']}: of {total} known defects {counts['defective']} defective, {counts['review']} for review, "
+        f"{counts['normal']} missed"
+    )
