@@ -30,6 +30,7 @@ LOW_BYTES = "low bytes of 16-bit colours"  # keys of Image.info
 TRANSPARENT = "has transparent parts"
 READING_VERSION = 2  # of images with 16-bit colours or transparency; 2: all bits, transparent parts on black
 TURNED = "EXIF orientation by which it was turned"
+PNG_EXIF = (b"eXIf", b"Raw profile type")  # how EXIF begins in a PNG
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
@@ -239,11 +240,13 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 @functools.cache
-def upright_size(path: Path) -> tuple[int, int]:
-    """The width and height of an image as `decode_image` gives it, from the header of its file."""
+def read_header(path: Path) -> tuple[tuple[int, int], int]:
+    """The width and height of an image as `decode_image` gives it, and its EXIF orientation, without its pixels."""
     with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-        return image.size[::-1] if turned else image.size
+        if image.format == "PNG" and not any(mark in path.read_bytes() for mark in PNG_EXIF):
+            return image.size, 1  # Pillow decodes a PNG before it says that there is no EXIF
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.size[::-1] if orientation in range(5, 9) else image.size, orientation
 
 
 def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:

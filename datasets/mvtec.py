@@ -19,6 +19,7 @@ from datasets.images import (
     ImageFacts,
     content_box,
     read_batches,
+    read_header,
     read_pixels,
     size_mismatch,
     to_square,
@@ -198,6 +199,49 @@ def held_out_category(sources: Iterable[str], target: str) -> str:
     return next((name for name in ordered if name > target), ordered[0])
 
 
+def read_mask(
+    item: LabelledImage,
+    image_size: tuple[int, int],
+    orientation: int,
+    size: int,
+    keep_aspect: bool = False,
+    mask_orientation: str = MASK_ORIENTATIONS[0],
+) -> tuple[np.ndarray, np.ndarray, dict[Path, MaskFacts]]:
+    """The `mask` and `valid_mask` of LabelledDataset, (size, size) bool, and the facts of the files.
+
+    image_size, orientation: width and height of the image, upright, and its EXIF orientation.
+
+    Raises:
+        ImageError: a mask cannot be read, or it and its image differ in size.
+    """
+    pixels, facts = np.zeros(image_size[::-1], dtype=bool), {}
+    for path in item.masks:
+        mask = decode_mask(path, orientation, mask_orientation == MASK_ORIENTATIONS[1])
+        if problem := size_mismatch(path, mask.size, image_size):
+            raise ImageError(problem, ("mask_orientation",) if orientation != 1 else ())
+        pixels |= mask.pixels
+        facts[path] = mask.facts
+    valid_mask = np.zeros((size, size), dtype=bool)
+    if item.has_ground_truth:
+        left, top, right, bottom = content_box(*image_size, size, keep_aspect)
+        valid_mask[top:bottom, left:right] = True
+    mask = valid_mask & to_square_mask(pixels, size, keep_aspect) if facts else np.zeros_like(valid_mask)
+    return mask, valid_mask, facts
+
+
+def read_masks(
+    items: Sequence[LabelledImage], size: int, *how: bool | str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The masks and valid pixels of all images, (B, size, size) bool, without decoding the images.
+
+    As in evaluation.round_metrics.GroundTruth: None if no pixel is known to be defective, and if all pixels are valid.
+    how: keep_aspect and mask_orientation, see `read_mask`.
+    """
+    read = [read_mask(item, *read_header(item.image), size, *how)[:2] for item in items]
+    masks, valid_mask = map(np.stack, zip(*read, strict=True))
+    return masks if masks.any() else None, None if valid_mask.all() else valid_mask
+
+
 class LabelledDataset(Dataset):
     """Test images as dicts of `image` (3, S, S) uint8 RGB, `mask` (S, S) bool and `valid_mask` (S, S) bool.
 
@@ -244,18 +288,9 @@ class LabelledDataset(Dataset):
     def _load(self, item: LabelledImage) -> dict[str, torch.Tensor]:
         image, facts = read_pixels(item.image, partial(with_facts, bits=self.bits))
         self.images[item.image] = facts
-        pixels = np.zeros(image.size[::-1], dtype=bool)
-        for path in item.masks:
-            mask = decode_mask(path, facts.orientation, self.mask_orientation == MASK_ORIENTATIONS[1])
-            if problem := size_mismatch(path, mask.size, image.size):
-                raise ImageError(problem, ("mask_orientation",) if facts.orientation != 1 else ())
-            pixels |= mask.pixels
-            self.masks[path] = mask.facts
-        valid_mask = np.zeros((self.size, self.size), dtype=bool)
-        if item.has_ground_truth:
-            left, top, right, bottom = content_box(*image.size, self.size, self.keep_aspect)
-            valid_mask[top:bottom, left:right] = True
+        how = self.size, self.keep_aspect, self.mask_orientation
+        mask, valid_mask, of_masks = read_mask(item, image.size, facts.orientation, *how)
+        self.masks |= of_masks
         square = np.ascontiguousarray(to_square(image, self.size, self.keep_aspect).transpose(2, 0, 1))
-        mask = valid_mask & to_square_mask(pixels, self.size, self.keep_aspect)
         arrays = {"image": square, "mask": mask, "valid_mask": valid_mask}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,15 +51,43 @@ def read_scores(path: Path, items: Sequence[LabelledImage], rounds: int) -> np.n
             image of `items` or with another label, lacks an image, or has a score that is no finite number.
     """
     rows = _read_rows(path)
+    columns = _columns(path, rows)
+    if len(columns) != rounds:
+        raise UserError(f"{path} has {len(columns)} round(s), not {rounds}; give --inferences {len(columns)}")
+    by_name = _by_name(path, rows, items)
+    return np.array([_numbers(path, by_name[image_name(item)], columns) for item in items]).T
+
+
+class LabelledScores(NamedTuple):
+    """What a CSV file of scores holds, sorted by name. labels: (B,) bool. scores: (rounds, B)."""
+
+    names: list[str]
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def read_labelled_scores(path: Path) -> LabelledScores:
+    """The scores in a CSV file without its data set.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or has a label or a score that is none.
+    """
+    rows = sorted(_read_rows(path), key=lambda row: _short(row[FILE]))
+    columns, labels = _columns(path, rows), [_label(row) for row in rows]
+    if wrong := [row[FILE] for row, label in zip(rows, labels, strict=True) if label not in (0, 1)]:
+        raise UserError(f"{path}: {wrong[0]} has no label")
+    scores = np.array([_numbers(path, row, columns) for row in rows]).T
+    return LabelledScores([_short(row[FILE]) for row in rows], np.array(labels, bool), scores)
+
+
+def _columns(path: Path, rows: Sequence[dict[str, str]]) -> list[str]:
+    """The columns of the rounds; UserError if they are not numbered from 0."""
     columns = [name for name in rows[0] if name and name.startswith(ROUND)]
     if columns != [f"{ROUND}{number}" for number in range(len(columns))] or not columns:
         raise UserError(
             f"{path} needs the columns {ROUND}0, {ROUND}1, ... in order; it has {', '.join(columns) or 'none'}"
         )
-    if len(columns) != rounds:
-        raise UserError(f"{path} has {len(columns)} round(s), not {rounds}; give --inferences {len(columns)}")
-    by_name = _by_name(path, rows, items)
-    return np.array([_numbers(path, by_name[image_name(item)], columns) for item in items]).T
+    return columns
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,15 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from datasets.check import list_test_items_with_notes, report_content
-from datasets.images import limit_pixels, reading, resolve_bits, restore_map, upright_size
+from datasets.images import limit_pixels, read_header, reading, resolve_bits, restore_map
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.config import ScoringConfig
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import image_name, write_scores
+from evaluation.saved_maps import save_maps, save_tiff
 from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import defect_type_summaries, format_aurocs, format_summaries, summaries
 from models.networks import network_name, resolve_img_size, scoring_network
@@ -33,7 +32,7 @@ from scorers.registry import make_scorers
 from utils.choices import RELEASE_SCORER, ROUND_RANKS
 from utils.devices import command_device, seed_everything
 from utils.errors import UserError
-from utils.files import require_writable, sha256, whole_file, write_json
+from utils.files import require_writable, sha256, write_json
 from utils.fingerprint import FileDigests, changes, digest, fingerprint
 from utils.hub import local_file
 from utils.locks import locked
@@ -339,26 +338,8 @@ def _save_maps(plan: Plan, job: Job, number: int, maps: np.ndarray) -> None:
     if plan.config.save_tiff:
         folder = round_maps(job.files.maps, number).with_suffix("")
         for item, scores in zip(plan.items, maps, strict=True):
-            restored = restore_map(scores, *upright_size(item.image), plan.config.keep_aspect)
+            restored = restore_map(scores, *read_header(item.image)[0], plan.config.keep_aspect)
             save_tiff(folder / Path(image_name(item)).with_suffix(".tiff"), restored)
-
-
-def save_tiff(path: Path, scores: np.ndarray) -> None:
-    """Writes a score map (H, W) float32 as a TIFF file of one channel of 32-bit floats."""
-    encoded = io.BytesIO()  # Pillow may overlook that a full disk took only a part
-    Image.fromarray(scores).save(encoded, format="TIFF")
-    with whole_file(path, durable=False) as aside:
-        aside.write_bytes(encoded.getbuffer())
-
-
-def save_maps(path: Path, items: Sequence[LabelledImage], maps: np.ndarray) -> None:
-    """Writes the score maps of a round as .npz: `names` (B,), as in the CSV file, and `maps` (B, S, S).
-
-    The maps are float32, because float16 would merge neighbouring scores: metrics computed from the file are those of
-    the record. They are not compressed, which would save a tenth of the space and take seconds.
-    """
-    with whole_file(path) as aside, open(aside, "wb") as stream:
-        np.savez(stream, names=np.array([image_name(item) for item in items]), maps=maps)
 
 
 def _write(

@@ -1,11 +1,11 @@
-"""Statistics over rounds (mean, standard deviation, 95 % interval) and their text format."""
+"""Statistics over rounds (mean, standard deviation, 95 % interval, p-values) and their text format."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 SHARE = (0.0, 1.0)  # the range of every metric
 
@@ -18,39 +18,71 @@ def summary(values: Sequence[float | None], limits: tuple[float, float] | None =
     """
     if any(value is None for value in values):
         return None
-    mean, rounds = float(np.mean(values)), len(values)
-    if rounds == 1:
+    mean = float(np.mean(values))
+    if len(values) == 1:
         return {"mean": mean, "sd": None, "interval95": None}
-    spread = float(np.std(values, ddof=1))
-    reach = float(stdtrit(rounds - 1, 0.975)) * spread / rounds**0.5
-    interval = [mean - reach, mean + reach]
-    if limits:
-        interval = [min(max(end, limits[0]), limits[1]) for end in interval]
-    return {"mean": mean, "sd": spread, "interval95": interval}
+    return {"mean": mean, "sd": float(np.std(values, ddof=1)), "interval95": _interval(values, limits)}
 
 
 def crossed_summary(values: Sequence[Sequence[float]], limits: tuple[float, float] | None = None) -> dict:
     """The `summary` of several trainings (rows) that were scored on the same support sets (columns), at least 2 x 2.
 
-    sd: of the means of support sets. sd_trainings: of the means of trainings. The interval counts both: the variance of
-    the mean is that of a two-way layout with random effects, and not below that of either effect alone; the degrees of
-    freedom are Satterthwaite's.
+    sd: of the means of support sets. sd_trainings: of the means of trainings. The interval counts both, see
+    `standard_error`.
     """
     table = np.asarray(values, dtype=float)
+    of_training, of_support = table.mean(axis=1), table.mean(axis=0)
+    spreads = {"sd": float(of_support.std(ddof=1)), "sd_trainings": float(of_training.std(ddof=1))}
+    return {"mean": float(table.mean()), **spreads, "interval95": _interval(table, limits)}
+
+
+def standard_error(values: Sequence) -> tuple[float, float]:
+    """The standard error of the mean, and its degrees of freedom.
+
+    values: of rounds, at least 2; or of trainings (rows) by rounds (columns), at least 2 x 2. For the latter, the
+    variance of the mean is that of a two-way layout with random effects, and not below that of either effect alone; the
+    degrees of freedom are Satterthwaite's.
+    """
+    table = np.asarray(values, dtype=float)
+    if table.ndim == 1:
+        return float(np.std(table, ddof=1)) / len(table) ** 0.5, len(table) - 1
     trainings, supports = table.shape
-    of_training, of_support, mean = table.mean(axis=1), table.mean(axis=0), float(table.mean())
+    of_training, of_support = table.mean(axis=1), table.mean(axis=0)
     squares = [supports * of_training.var(ddof=1), trainings * of_support.var(ddof=1)]
     freedom = [trainings - 1, supports - 1, (trainings - 1) * (supports - 1)]
-    rest = table - of_training[:, None] - of_support + mean
+    rest = table - of_training[:, None] - of_support + table.mean()
     squares.append((rest**2).sum() / freedom[2])
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
     of_squares = sum(square**2 / free for square, free in zip(squares, freedom, strict=True))
-    reach = float(stdtrit(total**2 / of_squares, 0.975)) * (total / table.size) ** 0.5 if total else 0.0
-    interval = [mean - reach, mean + reach]
-    if limits:
-        interval = [min(max(end, limits[0]), limits[1]) for end in interval]
-    spreads = {"sd": float(of_support.std(ddof=1)), "sd_trainings": float(of_training.std(ddof=1))}
-    return {"mean": mean, **spreads, "interval95": interval}
+    return float(total / table.size) ** 0.5, total**2 / of_squares if total else 1.0
+
+
+def _interval(values: Sequence, limits: tuple[float, float] | None) -> list[float]:
+    """Student's 95 % interval of the mean, clipped to `limits`."""
+    mean, (error, freedom) = float(np.mean(values)), standard_error(values)
+    reach = float(stdtrit(freedom, 0.975)) * error
+    low, high = limits or (-np.inf, np.inf)
+    return [min(max(end, low), high) for end in (mean - reach, mean + reach)]
+
+
+def p_value(differences: Sequence) -> float:
+    """The two-sided p-value of the paired t-test: how probable so large a mean is if the true mean is 0.
+
+    differences: as in `standard_error`. For equal differences it is 0, or 1 where they are 0.
+    """
+    mean, (error, freedom) = float(np.mean(differences)), standard_error(differences)
+    if error == 0:
+        return float(mean == 0)
+    return 2 * float(stdtr(freedom, -abs(mean) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected by Holm's method (1979): the probability of any false finding among them is controlled."""
+    count, corrected, largest = len(p_values), [0.0] * len(p_values), 0.0
+    for place, index in enumerate(np.argsort(p_values, kind="stable").tolist()):
+        largest = max(largest, min(1.0, (count - place) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | None]:

@@ -1,133 +1,209 @@
-"""The paired comparison of two results folders, as Markdown, LaTeX and CSV."""
+"""Paired differences between columns of results: of one folder, or of two. They are tables as those of tables.py.
+
+Two columns are paired round by round, as their rounds have the same support sets. A difference has Student's 95 %
+interval over support sets (and trainings) and the p-value of the paired t-test, corrected by Holm's method.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
-from evaluation.statistics import summary
-from experiments.results import Results, kind_name, support_name, weights_of
-from experiments.tables import DIFFERENCE, Entry, column_of, known, latex_row
-from scorers.registry import SCORERS
+from evaluation.statistics import holm
+from experiments.results import Results, rounds_of, scorer_of, weights_of
+from experiments.tables import (
+    DEFECT_METRICS,
+    DIFFERENCE,
+    NO_TRUTH,
+    Entry,
+    ResultsTable,
+    entries_of,
+    known,
+    make_entry,
+    make_table,
+    mean_of,
+    trainings_of,
+)
+from utils.choices import RELEASE_SCORER
 from utils.errors import UserError
 
-COLUMNS = ("metric", "K", "weights", "mean difference B - A", "SD over categories", "95 % interval (Student t)")
-COLUMNS += ("SD over rounds", "B better")
+DEFAULT_BASELINES = (RELEASE_SCORER, "untrained")  # of the tables of one folder
+PAIRED = "_paired"  # how the `metric` of these tables ends
+OVER_CATEGORIES = "over categories"  # a row of means
 
 
-class Comparison(NamedTuple):
-    """Differences B - A between two folders for one metric, shot and kind of weights, in percent.
+class Pair(NamedTuple):
+    """A column of results and the baseline that is subtracted from it."""
 
-    kind: of both, or "last, mymethod - last" where another method is compared with the release's scorer. categories:
-    how many both folders have. better: in how many of them B is better. difference: summary of the differences over
-    categories, see evaluation.statistics.summary. sd_of_rounds: SD over rounds of a category's paired differences,
-    averaged over categories; None for single rounds.
-    """
-
-    metric: str
-    shot: int
+    baseline: Results
+    baseline_kind: str
+    results: Results
     kind: str
-    categories: int
-    better: int
-    difference: dict
-    sd_of_rounds: float | None
+
+    @property
+    def name(self) -> str:
+        """The name of the column of differences."""
+        if self.baseline is self.results:
+            return f"{self.kind}{DIFFERENCE}{self.baseline_kind}"
+        one, two = self.baseline.folder, self.results.folder
+        names = (one.name, two.name) if one.name != two.name else (str(one), str(two))
+        if self.kind == self.baseline_kind:
+            return f"{self.kind}: {names[1]}{DIFFERENCE}{names[0]}"
+        return f"{names[1]}: {self.kind}{DIFFERENCE}{names[0]}: {self.baseline_kind}"
+
+    def keys(self, category: str, shot: int) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
+        """The keys of the two records."""
+        return (category, shot, self.baseline_kind), (category, shot, self.kind)
 
 
-def compare(a: Results, b: Results) -> list[Comparison]:
-    """Compares the records that both folders have, paired by category and support set.
+def pairs_of(results: Results, baseline: str, other: Results | None = None) -> list[Pair]:
+    """Every column of `results` with its baseline.
 
-    Another method that only one folder has is compared with the release's scorer in the other folder.
+    baseline: a column, or the scorer, method or kind of weights of one. A column is paired with the baseline of the
+    same weights, or of the same scorer if the baseline is a kind of weights; where there is none and the baseline is a
+    single column, with that one. other: the folder that holds the baseline, if it is another one.
+    """
+    source = other or results
+    kinds, found = {key[2] for key in source.records}, []
+    candidates = [kind for kind in source.kinds if kind in kinds and baseline in (kind, *_parts(kind))]
+    for kind in results.kinds:
+        if any(key[2] == kind for key in results.records):
+            part = weights_of if baseline not in map(weights_of, candidates) else scorer_of
+            alike = [one for one in candidates if part(one) == part(kind)] or candidates
+            if len(alike) == 1 and (other or alike[0] != kind):
+                found.append(Pair(source, alike[0], results, kind))
+    return found
+
+
+def _parts(kind: str) -> tuple[str, str]:
+    return weights_of(kind), scorer_of(kind)
+
+
+def pairs_between(a: Results, b: Results, baseline: str | None = None) -> list[Pair]:
+    """The pairs of columns of two folders, B - A, that have records in common.
+
+    baseline: a column of A for every column of B, see `pairs_of`. Without it, columns of the same name are paired, and
+    those that only one folder has with the release's scorer of the same weights in the other one.
 
     Raises:
         UserError: no record in common, or different support sets.
     """
-    kinds = list(_paired_kinds(a, b))
-    common = [(key, (*key[:2], two)) for one, two in kinds for key in a.records if key[2] == one]
-    common = [(one, two) for one, two in common if two in b.records]
+    common = []
+    for pair in pairs_of(b, baseline, a) if baseline else _common_pairs(a, b):
+        keys = [pair.keys(category, shot) for category, shot, kind in b.records if kind == pair.kind]
+        keys = [key for key in keys if key[0] in a.records]
+        for one, two in keys:
+            names = rounds_of(a.records[one]), rounds_of(b.records[two])
+            if names[0] != names[1]:
+                sets = [f"{name}, {rounds} rounds" if names[0][0] == names[1][0] else name for name, rounds in names]
+                raise UserError(f"{one[0]}, K = {one[1]} was scored on different support sets: {' and '.join(sets)}")
+        common += [pair] if keys else []
     if not common:
         has = (", ".join(sorted({key[2] for key in results.records})) for results in (a, b))
+        what = f"{baseline} and another column" if baseline else "category, shot and kind of weights"
         raise UserError(
-            "the two results folders have no category, shot and kind of weights in common: {} and {}".format(*has)
+            f"the two results folders have no {what} in common: {a.folder} has {next(has)}, {b.folder} has {next(has)}"
         )
-    for one, two in common:
-        names = support_name(a.records[one]), support_name(b.records[two])
-        if names[0] != names[1]:
-            raise UserError(f"{one[0]}, K = {one[1]} was scored on different support sets: {names[0]} and {names[1]}")
-    found = sorted({(one[1], one[2], two[2]) for one, two in common})
-    return [made for metric in METRIC_NAMES for of in found if (made := _compare(metric, *of, a, b))]
+    return common
 
 
-def _paired_kinds(a: Results, b: Results) -> Iterator[tuple[str, str]]:
-    """The kinds of A and B that are compared."""
-    kinds = [{key[2] for key in results.records} for results in (a, b)]
-    yield from ((kind, kind) for kind in sorted(kinds[0] & kinds[1]))
-    for own, other, methods in ((1, 0, b.scorers), (0, 1, a.scorers)):
-        foreign = {kind_name(weights_of(kind), name) for kind in kinds[own] for name in methods if name not in SCORERS}
-        for kind in sorted(foreign & kinds[own] - kinds[other]):
-            if weights_of(kind) in kinds[other]:
-                yield (weights_of(kind), kind) if own else (kind, weights_of(kind))
+def _common_pairs(a: Results, b: Results) -> list[Pair]:
+    ours, theirs = ({key[2] for key in results.records} for results in (a, b))
+    pairs = [(kind, kind) for kind in b.kinds if kind in ours & theirs]
+    pairs += [(weights_of(kind), kind) for kind in b.kinds if kind in theirs - ours and weights_of(kind) in ours]
+    pairs += [(kind, weights_of(kind)) for kind in a.kinds if kind in ours - theirs and weights_of(kind) in theirs]
+    return [Pair(a, one, b, two) for one, two in pairs]
 
 
-def _compare(metric: str, shot: int, one: str, two: str, a: Results, b: Results) -> Comparison | None:
-    """One comparison; None where no category has the metric in both."""
-    columns = known(column_of(a, metric, shot, one)), known(column_of(b, metric, shot, two))
-    pairs: list[tuple[Entry, Entry]] = [
-        (columns[0][name], columns[1][name]) for name in columns[0] if name in columns[1]
-    ]
-    if not pairs:
+def paired_tables(title: str, pairs: Sequence[Pair]) -> list[ResultsTable]:
+    """Tables with a column for each pair: of every metric at every shot, then by defect type."""
+    shots = pairs[0].results.shots if pairs else []
+    found = [_paired_table(title, pairs, metric, shot) for metric in METRIC_NAMES for shot in shots]
+    found += [_paired_table(title, pairs, metric, shot, True) for metric in DEFECT_METRICS for shot in shots]
+    return [table for table in found if table]
+
+
+def _paired_table(
+    title: str, pairs: Sequence[Pair], metric: str, shot: int, by_defect: bool = False
+) -> ResultsTable | None:
+    columns = {pair.name: _paired(pair, metric, shot, by_defect) for pair in pairs}
+    columns = {name: column for name, column in columns.items() if known(column)}
+    if not columns:
         return None
-    differences = [b.mean - a.mean for a, b in pairs]
-    over_rounds = [np.subtract(b.rounds, a.rounds).std(ddof=1) for a, b in pairs if len(a.rounds) > 1]
-    better = sum(difference > 0 for difference in differences)
-    of_rounds = float(np.mean(over_rounds)) if over_rounds else None
-    kind = one if one == two else f"{two}{DIFFERENCE}{one}"
-    return Comparison(metric, shot, kind, len(pairs), better, summary(differences), of_rounds)
+    found = dict.fromkeys(name for column in columns.values() for name in column)
+    names = list(found) if by_defect else pairs[0].results.categories
+    title = f"{METRIC_NAMES[metric]}{' by defect type' if by_defect else ''}, K = {shot}: {title}, paired"
+
+    def mean(column: str, names: Sequence[str]) -> Entry:
+        return mean_of([columns[column][name] for name in names], paired=True)
+
+    table = make_table(title, f"{metric}{PAIRED}", shot, names, columns, mean=mean)
+    means = {} if by_defect else table.means | _over_categories(columns)
+    means = {name: _holm({name: entries})[name] for name, entries in means.items()}
+    notes = table.notes if means else []
+    return table._replace(
+        intervals=True,
+        rows=_holm({name: table.rows[name] for name in names if name in found}),
+        means=means,
+        notes=[*_notes(columns), *notes],
+    )
 
 
-def _row(one: Comparison) -> list[str]:
-    sd, interval = one.difference["sd"], one.difference["interval95"]
-    spread = ("", "") if sd is None else (f"{sd:.2f}", f"{interval[0]:+.2f} to {interval[1]:+.2f}")
-    rounds = "" if one.sd_of_rounds is None else f"{one.sd_of_rounds:.2f}"
-    better = f"{one.better} of {one.categories}"
-    return [
-        METRIC_NAMES[one.metric],
-        str(one.shot),
-        one.kind,
-        f"{one.difference['mean']:+.2f}",
-        *spread,
-        rounds,
-        better,
-    ]
+def _paired(pair: Pair, metric: str, shot: int, by_defect: bool) -> dict[str, Entry]:
+    """Row -> the differences, where both columns were scored on the same support sets."""
+    column: dict[str, Entry] = {}
+    for category in pair.results.categories:
+        keys, sources = pair.keys(category, shot), (pair.baseline, pair.results)
+        records = [results.records.get(key) for results, key in zip(sources, keys, strict=True)]
+        if None in records or rounds_of(records[0]) != rounds_of(records[1]):
+            continue
+        if pair.baseline is pair.results and not _same_weights(*records):
+            continue
+        one, two = (entries_of(results, metric, key, by_defect) for results, key in zip(sources, keys, strict=True))
+        for row in one:
+            if row in two:
+                column[row] = _difference(one[row], two[row])
+    return column
 
 
-def to_markdown(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as a Markdown table."""
-    lines = [COLUMNS, ["---", "---:", "---", "---:", "---:", "---", "---:", "---"], *map(_row, comparisons)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _difference(baseline: Entry, entry: Entry) -> Entry:
+    """The rounds of an entry minus those of its baseline. A single training is paired with each of several."""
+    if NO_TRUTH in (baseline, entry):
+        return NO_TRUTH
+    one, other = trainings_of(baseline), trainings_of(entry)
+    both = min(len(one), len(other)) if 1 not in (len(one), len(other)) else None
+    return make_entry(other[:both] - one[:both], paired=True)
 
 
-def to_latex(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as a LaTeX table that needs booktabs."""
-    lines = ["% requires \\usepackage{booktabs}", "\\begin{tabular}{lrlrrlrl}", "\\toprule"]
-    lines += [f"{latex_row(COLUMNS)} \\midrule", *(latex_row(_row(one)) for one in comparisons)]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
+def _same_weights(one: dict, other: dict) -> bool:
+    """Whether two records of one kind of weights are of the same file; records of different kinds are compared too.
+
+    A record without a file is of another method, or of untrained weights.
+    """
+    files = [(record.get("checkpoint") or {}).get("sha256") for record in (one, other)]
+    return one["weights"] != other["weights"] or None in files or files[0] == files[1]
 
 
-def to_csv(comparisons: Sequence[Comparison]) -> str:
-    """The comparisons as CSV with unrounded numbers, in percent."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["metric", "shot", "kind", "mean", "sd", "low95", "high95", "sd_of_rounds", "better", "categories"])
-    for one in comparisons:
-        interval = one.difference["interval95"] or ("", "")
-        numbers = [one.difference["mean"], one.difference["sd"], *interval, one.sd_of_rounds]
-        writer.writerow([one.metric, one.shot, one.kind, *numbers, one.better, one.categories])
-    return stream.getvalue().rstrip("\n")
+def _over_categories(columns: dict[str, dict[str, Entry]]) -> dict[str, list[Entry | None]]:
+    """A row: the mean over categories, with the interval and p-value over categories instead of support sets."""
+    means = [np.array([[entry.mean for entry in known(column).values()]]) for column in columns.values()]
+    row = [make_entry(values, paired=True)._replace(rounds=()) if values.size > 1 else None for values in means]
+    return {OVER_CATEGORIES: row} if any(row) else {}
 
 
-FORMATS = {"md": to_markdown, "tex": to_latex, "csv": to_csv}
+def _holm(rows: dict[str, list[Entry | None]]) -> dict[str, list[Entry | None]]:
+    """The rows with p-values corrected for the number of differences in them."""
+    tested = [entry for entries in rows.values() for entry in entries if entry and entry.p is not None]
+    corrected = iter(holm([entry.p for entry in tested]))
+    return {
+        name: [entry._replace(p_holm=next(corrected)) if entry and entry.p is not None else entry for entry in entries]
+        for name, entries in rows.items()
+    }
+
+
+def _notes(columns: dict[str, dict[str, Entry]]) -> list[str]:
+    better = {name: [entry.mean > 0 for entry in known(column).values()] for name, column in columns.items()}
+    return [f"Higher: {'; '.join(f'{name} in {sum(of)} of {len(of)}' for name, of in better.items())}."]

@@ -91,6 +91,38 @@ class TableConfig(Config):
         "print the tables of DIR and rewrite their files", default=None, group=TABLE, metavar="DIR"
     )
     readme: Path | None = flag("with --report: also insert them in FILE", default=None, group=TABLE, metavar="FILE")
+    baseline: str | None = flag(
+        "with --report or --compare: what paired differences are from: a scorer, a kind of weights, a method of "
+        "--import, a column, or a results folder (default: gaussian, and untrained)",
+        default=None,
+        group=TABLE,
+        metavar="NAME",
+    )
+    columns: tuple[str, ...] | None = flag(
+        "show these columns alone, such as 'untrained' 'untrained, neighbours'; --objs and --shots choose, too",
+        default=None,
+        group=TABLE,
+        metavar="COLUMN",
+    )
+    only_scored: bool = flag("leave out categories and columns without a record", default=False, group=TABLE)
+    figure: Path | None = flag(
+        "with --report: draw the metrics of all columns by category (.pdf, .svg or .png)",
+        default=None,
+        group=TABLE,
+        metavar="FILE",
+    )
+    examples: Path | None = flag(
+        "with --report: draw support images, test images, ground truth and the saved maps of all columns",
+        default=None,
+        group=TABLE,
+        metavar="FILE",
+    )
+    images: tuple[str, ...] | None = flag(
+        "of --examples: test images as <defect>/<file name> (default: one of each defect type)",
+        default=None,
+        group=TABLE,
+        metavar="NAME",
+    )
     compare: tuple[Path, ...] | None = flag(
         "paired differences B - A", default=None, group=TABLE, nargs=2, metavar=("A", "B")
     )
@@ -115,8 +147,14 @@ class TableConfig(Config):
         """Raises UserError where flags contradict each other."""
         if self.eval_only and not is_trainable(self.backbone):
             raise UserError(f"{self.backbone} is not trained here, so there is nothing for --eval_only to score")
-        if self.readme and not self.report:
-            raise UserError("--readme goes with --report DIR")
+        for name in ("readme", "figure", "examples"):
+            if getattr(self, name) and not self.report:
+                raise UserError(f"--{name} goes with --report DIR")
+        for name in ("baseline", "columns", "only_scored"):
+            if getattr(self, name) and not (self.report or self.compare):
+                raise UserError(f"--{name} goes with --report or --compare")
+        if self.images and not self.examples:
+            raise UserError("--images goes with --examples FILE")
         for name in () if self.import_scores else OF_EXTERNAL_RESULTS:
             if getattr(self, name):
                 more = f"; a table takes --{name}s" if name in ("obj", "shot") else ""

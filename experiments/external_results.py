@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.images import read_batches
-from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
+from datasets.layouts import LabelledImage
+from datasets.mvtec import category_folder, list_test_items, read_masks
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.metrics import METRIC_NAMES
-from evaluation.per_image import image_name, read_scores
+from evaluation.per_image import read_scores, write_scores
 from evaluation.round_metrics import IMAGE_METRICS, GroundTruth, RoundMetrics
 from evaluation.run import difference, digest_items, support_record
+from evaluation.saved_maps import read_maps
 from evaluation.statistics import defect_type_summaries, format_summaries, summaries
 from experiments.config import ExperimentConfig
 from models.networks import resolve_img_size
@@ -27,7 +28,7 @@ from scorers.registry import SAFE_NAME, TAKEN_NAMES
 from utils.errors import UserError
 from utils.files import write_json
 from utils.fingerprint import FileDigests, digest, fingerprint
-from utils.naming import ROUND, round_maps
+from utils.naming import round_maps
 
 KEPT_SETTINGS = ("obj", "shot", "data_type", "data_path", "inferences", "support_path", "import_scores", "maps", "name")
 
@@ -66,6 +67,7 @@ def import_record(config: ExperimentConfig) -> Path:
         "test_images": len(items),
         **_metrics(config, items, scores),
     }
+    write_scores(path.with_suffix(".csv"), items, scores)
     write_json(path, record)
     _print(record, path)
     return path
@@ -102,12 +104,12 @@ def _metrics(config: ExperimentConfig, items: Sequence[LabelledImage], scores: n
     labels, defect_types = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
     truth, names = GroundTruth(labels, None, None, defect_types), IMAGE_METRICS
     if config.maps:
-        size = _read_maps(round_maps(config.maps, 0), items).shape[-1]
-        truth, names = GroundTruth(labels, *_masks(items, size, config.num_workers), defect_types), tuple(METRIC_NAMES)
+        size = read_maps(round_maps(config.maps, 0), items).shape[-1]
+        truth, names = GroundTruth(labels, *read_masks(items, size), defect_types), tuple(METRIC_NAMES)
     metrics = RoundMetrics(truth, torch.device("cpu"), names)
     found = []
     for number, of_round in enumerate(scores):
-        maps = _read_maps(round_maps(config.maps, number), items) if config.maps else None
+        maps = read_maps(round_maps(config.maps, number), items) if config.maps else None
         if maps is not None and maps.shape[-1] != size:
             raise UserError(f"{config.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
         found.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
@@ -120,39 +122,3 @@ def _metrics(config: ExperimentConfig, items: Sequence[LabelledImage], scores: n
         "not_available": {name: reason for name, reason in reasons.items() if name in names},
         "defects": defect_type_summaries(by_defect_type, images, type_reasons),
     }
-
-
-def _masks(items: Sequence[LabelledImage], size: int, workers: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The masks and valid pixels of a GroundTruth (B, S, S) at the size of the maps, as test.py scales them."""
-    read = list(read_batches(LabelledDataset(list(items), size), None, workers))
-    masks, valid_mask = (np.stack([one[name].numpy() for one in read]) for name in ("mask", "valid_mask"))
-    return masks if masks.any() else None, None if valid_mask.all() else valid_mask
-
-
-def _read_maps(path: Path, items: Sequence[LabelledImage]) -> np.ndarray:
-    """The maps (B, S, S) of a round in the order of `items`.
-
-    Raises:
-        UserError: the file cannot be read, lacks an image or has it twice, or its maps are not square or not finite.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            names, maps = stored["names"].tolist(), stored["maps"]
-    except Exception as error:  # damage leads to errors of many types: zip, value, key, OS
-        raise UserError(
-            f"cannot read the maps {path} ({type(error).__name__}: {error}); --maps is a folder with {ROUND}0.npz, "
-            f"{ROUND}1.npz, ... each with the arrays names (B,) and maps (B, S, S)"
-        ) from error
-    if maps.ndim != 3 or maps.shape[0] != len(names) or maps.shape[1] != maps.shape[2] or maps.dtype.kind not in "fiu":
-        raise UserError(f"{path}: maps {maps.shape} {maps.dtype} of {len(names)} names; they must be numbers (B, S, S)")
-    place = {name: number for number, name in enumerate(names)}
-    lacking = [image_name(item) for item in items if image_name(item) not in place]
-    if lacking or len(names) != len(items):
-        first = lacking[0] if lacking else "a name is repeated or is no test image"
-        raise UserError(
-            f"{path} has {len(names)} maps for {len(items)} test images; {'missing: ' if lacking else ''}{first}"
-        )
-    maps = maps[[place[image_name(item)] for item in items]].astype(np.float32)
-    if not np.isfinite(maps).all():
-        raise UserError(f"{path} has values that are not finite numbers")
-    return maps

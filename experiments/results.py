@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jsonschema import Draft202012Validator
 
 from scorers.registry import SCORERS
-from utils.choices import CATEGORIES, RELEASE_BACKBONE, RELEASE_SCORER
+from utils.choices import CATEGORIES, RELEASE_BACKBONE, RELEASE_SCORER, WEIGHTS
 from utils.config import CONFIG_KEYS, recorded
 from utils.errors import UserError
 from utils.text import read_text
@@ -29,6 +30,7 @@ class Results(NamedTuple):
     A kind is a key of WEIGHTS, followed by the scorer where it is not the release's, see `kind_name`. planned: the
     kinds that were asked for, so that they are shown also where they are missing. training: the seconds of the training
     behind a record, where they are known. repeats: further records of the same kind, of trainings with other seeds.
+    files: of a record and of its repeats. folder: of the files.
     """
 
     records: dict[tuple[str, int, str], dict]
@@ -39,6 +41,51 @@ class Results(NamedTuple):
     planned: list[str]
     training: dict[tuple[str, int, str], float]
     repeats: dict[tuple[str, int, str], list[dict]]
+    files: dict[tuple[str, int, str], list[Path]]
+    folder: Path
+
+    @property
+    def kinds(self) -> list[str]:
+        """The columns: every combination of weights and scorer that was planned or has records."""
+        found = {key[2] for key in self.records} | set(self.planned)
+        return [kind for scorer in self.scorers for name in WEIGHTS if (kind := kind_name(name, scorer)) in found]
+
+    def part(
+        self,
+        categories: Sequence[str] | None = None,
+        shots: Sequence[int] | None = None,
+        kinds: Sequence[str] | None = None,
+        only_scored: bool = False,
+    ) -> Results:
+        """The results of some categories, shots and columns, in this order; None: all. only_scored: that have records.
+
+        Raises:
+            UserError: there is no record of them.
+        """
+        known, asked = (self.categories, self.shots, self.kinds), (categories, shots, kinds)
+        wanted = [list(given or every) for given, every in zip(asked, known, strict=True)]
+        records = {key: self.records[key] for key in self.records if all(map(_contains, wanted, key))}
+        unknown = [repr(value) for values, every in zip(wanted, known, strict=True) for value in set(values) - {*every}]
+        if unknown or not records:
+            what = f"has no {unknown[0]}" if unknown else "has no record of this choice"
+            raise UserError(
+                f"{self.folder} {what}; it has {', '.join(known[0])}; K = {', '.join(map(str, known[1]))}; "
+                f"the columns {' | '.join(known[2])}"
+            )
+        for place, values in enumerate(wanted) if only_scored else ():
+            values[:] = [value for value in values if value in {key[place] for key in records}]
+        of_scorers = [scorer_of(kind) for kind in wanted[2]]
+        return self._replace(
+            records=records,
+            categories=wanted[0],
+            shots=wanted[1],
+            scorers=[name for name in self.scorers if name in of_scorers],
+            planned=wanted[2],
+        )
+
+
+def _contains(values: Sequence, value: object) -> bool:
+    return value in values
 
 
 def kind_name(weights: str, scorer: str) -> str:
@@ -51,6 +98,11 @@ def weights_of(kind: str) -> str:
     return kind.split(", ")[0]
 
 
+def scorer_of(kind: str) -> str:
+    """The scorer, or the other method, in a `kind_name`."""
+    return kind.split(", ")[1] if ", " in kind else RELEASE_SCORER
+
+
 def read_results(folder: Path) -> Results:
     """Reads all records in `folder`, and the further trainings in its folders of --seeds.
 
@@ -60,12 +112,14 @@ def read_results(folder: Path) -> Results:
     """
     if not folder.is_dir():
         raise UserError(f"no results folder {folder}; create it with python reproduce.py --output {folder}")
-    records, repeats = _read_records(folder, needed=True), {}
+    (records, files), repeats = _read_records(folder, needed=True), {}
     for further in sorted(folder.glob(f"{SEED_FOLDER}*")):
-        for key, record in _read_records(further).items():
-            if key in records and _rounds_of(record) != _rounds_of(records[key]):
+        again, again_files = _read_records(further)
+        for key, record in again.items():
+            if key in records and rounds_of(record) != rounds_of(records[key]):
                 raise UserError(f"{further} and {folder} have {key[0]}, K = {key[1]} with different support sets")
             repeats.setdefault(key, []).append(record)
+            files.setdefault(key, []).append(again_files[key][0])
     _refuse_mixture(folder, [*records.values(), *(record for some in repeats.values() for record in some)])
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"kinds": []}
     data_type = next(iter(records.values()))["config"]["data_type"]
@@ -81,28 +135,35 @@ def read_results(folder: Path) -> Results:
         asked.get("kinds", ["untrained", "last", "best"]),  # folders of earlier versions do not name them
         {key: seconds for key, record in records.items() if (seconds := _training_seconds(folder, record))},
         repeats,
+        files,
+        folder,
     )
 
 
-def _read_records(folder: Path, needed: bool = False) -> dict[tuple[str, int, str], dict]:
-    """The records in `folder` by (category, shot, kind). Its sub-folders are not searched. needed: at least one."""
-    records, foreign = {}, []
+def _read_records(folder: Path, needed: bool = False) -> tuple[dict, dict]:
+    """The records in `folder` and their files, by (category, shot, kind). needed: at least one.
+
+    Sub-folders are not searched.
+    """
+    records, files, foreign = {}, {}, []
     for path in sorted(folder.glob("*.json")):
         if path.name != GRID_FILE and not _may_be_record(path):
             foreign.append(path)
         elif path.name != GRID_FILE:
             record = _read_record(path)
             kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
-            records[record["config"]["obj"], record["config"]["shot"], kind] = record
+            key = record["config"]["obj"], record["config"]["shot"], kind
+            records[key], files[key] = record, [path]
     if needed and not records:
         what = f"; {foreign[0]} is not a record" if foreign else ""
         raise UserError(f"no records of test.py in {folder}{what}")
     if foreign:
         print(f"note: {len(foreign)} JSON file(s) are no records and left out, e.g. {foreign[0]}")
-    return records
+    return records, files
 
 
-def _rounds_of(record: dict) -> tuple[str, int]:
+def rounds_of(record: dict) -> tuple[str, int]:
+    """What two records must have in common for their rounds to be paired: the support sets, and their number."""
     return support_name(record), len(record["rounds"])
 
 

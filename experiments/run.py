@@ -7,14 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison import FORMATS, compare
 from experiments.config import ExperimentConfig
 from experiments.engines import Cluster, run_local, run_on_cluster, visible_gpus
 from experiments.external_results import import_record
 from experiments.plan import Plan, count_jobs
+from experiments.report import print_comparison, print_report, write_tables
 from experiments.results import GRID_FILE, read_results
 from experiments.runs import Run, require_locks
-from experiments.tables_page import write_tables
 from utils.errors import format_elapsed
 from utils.files import require_writable, write_json
 
@@ -28,12 +27,15 @@ def run(config: ExperimentConfig) -> None:
         UserError: data, results or settings cannot be used.
     """
     if config.compare:
-        print(FORMATS[config.format](compare(*map(read_results, config.compare))))
+        print_comparison(config)
     elif config.report:
         require_writable(config.report, "--report", folder=True)
         if config.readme:
             require_writable(config.readme, "--readme")
-        write_tables(config.report, config.readme)
+        for name in ("figure", "examples"):
+            if file := getattr(config, name):
+                require_writable(file, f"--{name}")
+        print_report(config)
     elif config.import_scores:
         require_writable(config.output, "--output", folder=True)
         import_record(config)
@@ -54,7 +56,7 @@ def make_table(config: ExperimentConfig) -> None:
     write_json(config.output / GRID_FILE, plan.asked(runs))
     failed = _execute(plan, to_do) if to_do else {}
     if any(config.output.glob("*_*.json")):
-        write_tables(config.output)
+        write_tables(read_results(config.output))
     for name, reason in failed.items():
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     if failed:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from utils.files import whole_file
@@ -20,6 +21,16 @@ def save_figure(path: Path, figure: Figure) -> None:
     for suffix, metadata in METADATA.items():
         with whole_file(path.with_suffix(f".{suffix}")) as aside, matplotlib.rc_context({"svg.hashsalt": "RegAD"}):
             figure.savefig(aside, format=suffix, dpi=100, metadata=metadata)
+
+
+def as_svg(figure: Figure) -> Markup:
+    """The figure as an SVG element. Matplotlib escapes its texts."""
+    text = io.StringIO()
+    # with a fixed salt and no date, equal figures give equal files
+    with matplotlib.rc_context({"svg.hashsalt": "regad", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return Markup(svg[svg.index("<svg") :])
 
 
 def save_raster(path: Path, figure: Figure, dpi: int) -> None:

@@ -6,17 +6,20 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import comparison
-from experiments.comparison import compare
+import reproduce
+from experiments.examples import read_examples
+from experiments.formats import to_markdown
+from experiments.report import compare, make_tables
 from experiments.results import read_results
-from experiments.tables import make_tables, to_markdown
 from inspection.results import BOX_COLUMNS, CSV_COLUMNS
 from scorers.views import VIEWS_PER_IMAGE
+from tests.commands.test_commands import test_command
 from utils.files import PROJECT_ROOT
 
 SIZE = 64
@@ -189,8 +192,36 @@ def test_the_record_of_the_docs(tmp_path):
         rounds = [{metric: value + gain for metric, value in one.items()} for one in record["rounds"]]
         (tmp_path / name / "bottle_2.json").write_text(json.dumps(record | {"rounds": rounds}))
     results = [read_results(tmp_path / name) for name in "ab"]
-    assert "| bottle | 95.1 ± 0.3 |" in to_markdown(results[0], make_tables(results[0]))
-    assert "| image AUROC | 2 | last | +1.00 |" in comparison.to_markdown(compare(*results))
+    assert "| bottle | 95.1 ± 0.3 |" in to_markdown(make_tables(results[0]))
+    assert "| category | last: b - a |\n|---|---:|\n| bottle | +1.0 (" in to_markdown(compare(*results))
+
+
+def test_from_scores_to_a_paper(demo_data, tmp_path, monkeypatch):
+    """The commands of "Compare and publish" make the table and the figures: three methods, four categories."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("bottle", "pill", "screw", "transistor")):
+        shutil.copytree(demo_data / ("ring", "weave")[number % 2], tmp_path / "MVTec" / name)
+    text = TEXTS["docs/reproduce.md"].split("## Compare and publish")[1]
+    lines = re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1].replace("\\\n", " ").splitlines()
+    score, report, part = (shlex.split(line)[2:] for line in lines if "results/paper" in line)
+    # in this process, which has imported everything
+    monkeypatch.setattr(
+        "experiments.runs._command", lambda script, file, *_: test_command.main(["--config", str(file)])
+    )
+    small = "--inferences 2 --img_size 32 --weights none --num_workers 0 --device cpu"
+    reproduce.main([*score, *shlex.split(small)])
+    reproduce.main(report)
+    part[part.index("--images") + 1 :] = ["good/000.png"]
+    reproduce.main(part)
+    folder = tmp_path / "results/paper"
+    for name in ("figure.pdf", "examples.pdf", "screw.pdf"):
+        content = (folder / name).read_bytes()
+        assert content.startswith(b"%PDF") and content.count(b"/Type /Page ") == 1
+    text = (folder / "tables.tex").read_text()
+    rows = text[text.index("PRO, K = 2") : text.index("\\end{tabular}", text.index("PRO, K = 2"))].splitlines()
+    assert [row.split(" &")[0] for row in rows if "&" in row] == ["category", "screw", "mean"]  # of the last command
+    (examples,) = read_examples(read_results(folder).part(["pill"]), "median")
+    assert len(examples.columns) == 3 and len(examples.names) == len({name.split("/")[0] for name in examples.names})
 
 
 @pytest.mark.parametrize(("file", "columns"), [("scores.csv", CSV_COLUMNS), ("boxes.csv", BOX_COLUMNS)])

@@ -19,7 +19,8 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES, auroc, rank
 from evaluation.per_image import image_name, read_scores
 from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL
-from experiments.tables_page import write_tables
+from experiments.report import write_tables
+from experiments.results import read_results
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 from utils.naming import lock_file
@@ -152,7 +153,7 @@ def test_one_class_or_no_masks(case, run, part_of_the_ring, tmp_path, capsys):
     assert len(lines) == 1 + record["test_images"]
     folder = tmp_path / "out/ring_1_affine_untrained"
     assert (folder / "report.html").is_file() and (folder / "curves.png").is_file()
-    write_tables(tmp_path / "out")
+    write_tables(read_results(tmp_path / "out"))
     assert "n/a" in capsys.readouterr().out and "nan" not in (tmp_path / "out/tables.csv").read_text()
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluation.statistics import SHARE, crossed_summary, format_interval, summaries, summary
+from evaluation.statistics import SHARE, crossed_summary, format_interval, holm, p_value, summaries, summary
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=10))
@@ -65,3 +65,36 @@ def test_the_interval_of_trainings_covers():
         low, high = crossed_summary(sum(effects))["interval95"]
         held += low <= 0 <= high
     assert 900 <= held <= 990
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=10))
+def test_p_values_against_scipy(values):
+    if np.ptp(values) > 1e-6:
+        assert p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-6)
+    assert p_value([0.0, 0.0]) == 1 and p_value([0.5, 0.5]) == 0
+
+
+def test_the_p_value_of_trainings_fits_their_interval():
+    """It is 0.05 where the interval ends at 0."""
+    table = np.array([[0.90, 0.94, 0.92], [0.86, 0.89, 0.91]])
+    low, high = crossed_summary(table)["interval95"]
+    assert p_value(table - low) == pytest.approx(0.05) and p_value(table - high) == pytest.approx(0.05)
+    assert p_value(table - (low + high) / 2) == pytest.approx(1)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_s_method_step_by_step(values):
+    """A hypothesis is rejected at a level if all with smaller p-values are, each compared with level / those left."""
+    corrected = holm(values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for step, index in enumerate(np.argsort(values, kind="stable")):
+            if values[index] * (len(values) - step) > level:
+                break
+            rejected.add(index)
+        assert {index for index, value in enumerate(corrected) if value <= level} == rejected
+
+
+def test_holm_s_method_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1, 1]

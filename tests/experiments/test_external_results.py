@@ -168,7 +168,7 @@ def test_paired_with_records_of_this_project(command, tmp_path, capsys):
     reproduce.main(["--report", str(out)])
     text = capsys.readouterr().out
     half = 100 * read_results(out).records["ring", 1, "last"]["rounds"][0]["image_auroc"]
-    assert "### image AUROC, K = 1: mine minus gaussian, paired" in text
+    assert "### image AUROC, K = 1: differences from gaussian, paired" in text
     assert "last, mine: pixel AUROC is not in any record (n/a)." in text
     assert "last, mine $-$ last" in (out / "tables.tex").read_text()
     rows = list(csv.DictReader((out / "tables.csv").read_text().splitlines()))
@@ -177,7 +177,7 @@ def test_paired_with_records_of_this_project(command, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (out / "ring_1_last.json").rename(tmp_path / "a" / "ring_1_last.json")
     reproduce.main(["--compare", str(tmp_path / "a"), str(out), "--format", "csv"])
-    assert 'image_auroc,1,"last, mine - last",' in capsys.readouterr().out
+    assert '1,image_auroc_paired,ring,"out: last, mine - a: last",' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,10 @@ import train
 from experiments import plan as plan_module
 from experiments import runs
 from experiments.config import SET_BY_THE_PLAN, ExperimentConfig
+from experiments.report import make_tables
 from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
 from experiments.runs import is_finished
-from experiments.tables import SECONDS, make_tables
+from experiments.tables import SECONDS
 from utils import fingerprint
 from utils.config import flags_of
 from utils.errors import UserError

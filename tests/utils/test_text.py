@@ -17,8 +17,8 @@ from datasets.layouts import VISA_SPLIT
 from datasets.manifest import draw_manifest, load_manifest
 from datasets.mvtec import list_test_items
 from evaluation.config import RunConfig
+from experiments.report import write_tables
 from experiments.results import read_results
-from experiments.tables_page import write_tables
 from inspection.config import ExportConfig, PredictConfig
 from models.regad import load_checkpoint, save_checkpoint, untrained
 from utils.errors import UserError
@@ -149,7 +149,7 @@ def test_foreign_json_in_a_results_folder_is_left_out(capsys):
 
 def test_a_missing_readme_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="--readme"):
-        write_tables(PROJECT_ROOT / "results/published/registration", tmp_path / "missing.md")
+        write_tables(read_results(PROJECT_ROOT / "results/published/registration"), tmp_path / "missing.md")
 
 
 def test_the_commit_of_another_repository_is_not_recorded(monkeypatch, tmp_path):

@@ -31,7 +31,8 @@ from evaluation.per_image import write_scores
 from evaluation.run import save_maps, save_tiff
 from examples.demo_data import write_dataset
 from examples.demo_figure import Example, save_figure
-from experiments.tables_page import write_tables
+from experiments.report import write_tables
+from experiments.results import read_results
 from inspection.detector import FewShotDetector
 from inspection.export import save_program
 from models.regad import RegAD, save_checkpoint
@@ -89,7 +90,7 @@ def tables(path: Path) -> None:
     """The tables of a committed results folder, whose records are copied to the folder of `path`."""
     for record in (PROJECT_ROOT / "results/published/registration").glob("*.json"):
         shutil.copy(record, path.parent)
-    write_tables(path.parent)
+    write_tables(read_results(path.parent))
 
 
 def figure(path: Path) -> None:

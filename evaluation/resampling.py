@@ -1,0 +1,122 @@
+"""How metrics vary over test images: they are computed again for test sets that are drawn from the test images.
+
+This is the bootstrap, stratified: as many normal and as many defective images are drawn, with replacement, as there
+are. Images are drawn whole, as the pixels of an image depend on each other. A drawn test set is a number of copies per
+image. So the scores are counted once, by image and by bins of the score, and each metric is computed from the sums of
+the copies. Image scores have a bin for each value and are exact; the scores of pixels are rounded to PIXEL_BINS values.
+
+The same draws for two methods give the differences between the methods, paired by test image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluation.metrics import PRO_FPR_LIMIT
+
+DRAWS = 1000  # test sets: the ends of a 95 % interval are then known to about 5 % of its width
+PIXEL_BINS = 512  # of bottle, K = 2: AP changes by 1.2e-3 (the interval is 0.12 wide), others by 1e-4
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+class Counts(NamedTuple):
+    """What B images have in each of N bins of ascending score, all (B, N).
+
+    positives, negatives: defective and normal images or pixels. regions: the shares of defective regions, for PRO;
+    None for image scores.
+    """
+
+    positives: np.ndarray
+    negatives: np.ndarray
+    regions: np.ndarray | None = None
+
+
+def draw_copies(labels: np.ndarray, draws: int = DRAWS, seed: int | Sequence[int] = 0) -> np.ndarray:
+    """How many copies of each image each drawn test set has, (draws, B) float32. labels: (B,) bool."""
+    generator, copies = np.random.default_rng(seed), np.zeros((draws, len(labels)), np.float32)
+    for label in (False, True):
+        chosen = np.flatnonzero(labels == label)
+        if len(chosen):
+            copies[:, chosen] = generator.multinomial(len(chosen), np.full(len(chosen), 1 / len(chosen)), draws)
+    return copies
+
+
+def count_images(scores: np.ndarray, labels: np.ndarray) -> Counts:
+    """The counts of image scores (B,) with labels (B,) bool."""
+    values, bins = np.unique(scores, return_inverse=True)
+    marked = np.zeros((len(scores), len(values)), np.float32)
+    marked[np.arange(len(scores)), bins] = 1
+    return Counts(marked * labels[:, None], marked * ~labels[:, None])
+
+
+def count_pixels(maps: np.ndarray, masks: np.ndarray, valid_mask: np.ndarray | None, weights: np.ndarray) -> Counts:
+    """The counts of score maps (B, S, S) with the ground truth of evaluation.round_metrics.GroundTruth.
+
+    weights: (P,) from evaluation.metrics.region_weights of the masks.
+    """
+    low, high = float(maps[masks].min()), float(maps.max())
+    scale = np.float32((PIXEL_BINS - 2) / max(high - low, 1e-12))
+    levels = maps * scale
+    levels += 1 - np.float32(low) * scale
+    np.clip(levels, 0, PIXEL_BINS - 1, out=levels)  # bin 0: below all defective pixels
+    bins = levels.astype(np.intp)
+    bins += PIXEL_BINS * np.arange(len(maps))[:, None, None]
+    positive = bins[masks]
+    rows = len(maps) * PIXEL_BINS
+    everything = bins.ravel() if valid_mask is None else bins[valid_mask]
+    of_positives = np.bincount(positive, minlength=rows)
+    counted = (of_positives, np.bincount(everything, minlength=rows) - of_positives)
+    counted += (np.bincount(positive, weights, minlength=rows),)
+    return Counts(*(one.reshape(len(maps), PIXEL_BINS).astype(np.float32) for one in counted))
+
+
+def metrics_of(counts: Counts, copies: np.ndarray) -> dict[str, np.ndarray]:
+    """AUROC, AP and F1-max, and with regions PRO, of each drawn test set, (draws,) each; see evaluation.metrics.
+
+    copies: (draws, B), from `draw_copies`.
+    """
+    defective = counts.positives.any(axis=1)
+    positives = copies[:, defective] @ counts.positives[defective]
+    negatives = copies @ counts.negatives
+    found, false = (np.cumsum(one[:, ::-1], axis=1)[:, ::-1] for one in (positives, negatives))
+    all_found, all_false = found[:, :1], false[:, :1]
+    above = false - negatives  # normal ones with a higher score
+    flagged = np.maximum(found + false, 1)
+    metrics = {
+        "auroc": 1 - (positives * (above + negatives / 2)).sum(axis=1) / (all_found * all_false)[:, 0],
+        "ap": (positives * found / flagged).sum(axis=1) / all_found[:, 0],
+        "f1_max": (2 * found / (flagged + all_found)).max(axis=1),
+    }
+    if counts.regions is not None:
+        regions = copies[:, defective] @ counts.regions[defective]
+        metrics["pro"] = _pro(regions, above / all_false, negatives / all_false)
+    return metrics
+
+
+def _pro(regions: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The area of the ramps of evaluation.metrics.pro; all (draws, bins)."""
+    inside = np.clip(PRO_FPR_LIMIT - begin, 0, None)
+    climbed = np.minimum(inside, length)
+    triangle = climbed**2 / np.maximum(2 * length, 1e-30)
+    return (regions * (triangle + inside - climbed)).sum(axis=1) / regions.sum(axis=1) / PRO_FPR_LIMIT
+
+
+def resample(rounds: Iterable[Counts], copies: np.ndarray, level: str) -> dict[str, np.ndarray]:
+    """How far the mean over rounds of each metric is, in each drawn test set, from that of the test set itself.
+
+    The result is (draws,) by key of METRIC_NAMES. level: "image" or "pixel".
+    """
+    with_itself = np.concatenate([np.ones_like(copies[:1]), copies])
+    by_round = [metrics_of(counts, with_itself) for counts in rounds]
+    means = {name: np.mean([of_round[name] for of_round in by_round], axis=0, dtype=float) for name in by_round[0]}
+    keys = {name: name if name == "pro" else f"{level}_{name}" for name in means}
+    return {keys[name]: values[1:] - values[0] for name, values in means.items()}
+
+
+def percentile_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval: the 2.5th and the 97.5th percentile of resampled values."""
+    low, high = np.percentile(values, INTERVAL)
+    return float(low), float(high)

@@ -1,0 +1,151 @@
+"""The scores and maps that lie beside a record: by which test images, and how its metrics vary over these images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from datasets.layouts import LabelledImage
+from datasets.mvtec import category_folder, list_test_items, read_masks
+from evaluation.metrics import METRIC_NAMES, region_weights
+from evaluation.per_image import image_name, read_labelled_scores
+from evaluation.resampling import count_images, count_pixels, draw_copies, percentile_interval, resample
+from evaluation.saved_maps import read_maps
+from experiments.comparison import Pair
+from experiments.results import Results
+from experiments.tables import DIFFERENCE, PERCENT, Entry, ResultsTable, entries_of, known, make_table
+from utils.choices import MASK_ORIENTATIONS
+from utils.errors import UserError
+from utils.naming import RecordFiles, round_maps
+
+OVER_IMAGES = "_images"  # how the `metric` of tables over test images ends
+Key = tuple[str, int, str]  # of a record: category, shot, kind
+
+
+def maps_folder(file: Path, record: dict) -> Path:
+    """The folder of the saved maps of a record: beside it, or where an imported method's maps were."""
+    beside = RecordFiles.of(file.parent, file.stem).maps
+    given = record["config"].get("maps")
+    return Path(given) if given and not beside.is_dir() else beside
+
+
+def test_items(record: dict, data_path: Path | None = None) -> list[LabelledImage]:
+    """The test images of a record. data_path: where the data are now; None: where they were.
+
+    Raises:
+        UserError: they are not there.
+    """
+    config = record["config"]
+    folder = category_folder(data_path or Path(config["data_path"]), config["data_type"], config["obj"])
+    return list_test_items(folder, need_both=False)
+
+
+def deviations(results: Results, key: Key, data_path: Path | None = None) -> dict[str, np.ndarray]:
+    """How far each metric of a record, its mean over rounds, is from it for each drawn test set, (draws,) in percent.
+
+    The image metrics are there if the scores lie beside the record, the pixel metrics if the maps of all rounds and
+    the data do. Of several trainings, the rounds of all are counted.
+    """
+    files, records = results.files[key], [results.records[key], *results.repeats.get(key, [])]
+    scores = [file.with_suffix(".csv") for file in files]
+    if not all(file.is_file() for file in scores):
+        return {}
+    read = [read_labelled_scores(file) for file in scores]
+    labels = read[0].labels
+    if labels.all() or not labels.any():
+        return {}
+    copies = draw_copies(labels, seed=[*key[0].encode()])  # the same for all methods, another one for each category
+    found = resample((count_images(of, labels) for one in read for of in one.scores), copies, "image")
+    maps = [
+        round_maps(maps_folder(file, record), number)
+        for file, record in zip(files, records, strict=True)
+        for number in range(len(record["rounds"]))
+    ]
+    if all(file.is_file() for file in maps):
+        found |= _of_maps(records[0], maps, read[0].names, copies, data_path)
+    return {name: 100 * values for name, values in found.items()}
+
+
+def _of_maps(
+    record: dict, maps: list[Path], names: list[str], copies: np.ndarray, data_path: Path | None
+) -> dict[str, np.ndarray]:
+    try:
+        items = sorted(test_items(record, data_path), key=image_name)
+    except UserError as error:
+        print(f"note: no intervals of pixel metrics over test images: {error}")
+        return {}
+    if [image_name(item) for item in items] != names:
+        print(f"note: no intervals of pixel metrics over test images: {maps[0].parent} is of other test images")
+        return {}
+    size = read_maps(maps[0], items).shape[-1]
+    config = record["config"]
+    how = bool(config.get("keep_aspect")), config.get("mask_orientation", MASK_ORIENTATIONS[0])
+    truth = _truth(tuple(items), size, *how)
+    return resample((count_pixels(read_maps(file, items), *truth) for file in maps), copies, "pixel") if truth else {}
+
+
+@functools.lru_cache(maxsize=1)  # all columns of a category follow each other
+def _truth(items: tuple[LabelledImage, ...], size: int, *how: bool | str) -> tuple | None:
+    masks, valid_mask = read_masks(items, size, *how)
+    return None if masks is None else (masks, valid_mask, region_weights(masks))
+
+
+def over_images(results: Results, pairs: Sequence[Pair] = (), data_path: Path | None = None) -> list[ResultsTable]:
+    """Tables of intervals over test images, for each metric and shot: of every column, and of the pairs."""
+    sources = {source.folder: source for pair in pairs for source in (pair.baseline, pair.results)}
+    sources[results.folder] = results
+    varied = {
+        (folder, key): deviations(source, key, data_path)
+        for folder, source in sources.items()
+        for category in source.categories
+        for key in source.records
+        if key[0] == category
+    }
+    found = [_image_table(results, pairs, metric, shot, varied) for metric in METRIC_NAMES for shot in results.shots]
+    return [table for table in found if table]
+
+
+def _image_table(
+    results: Results, pairs: Sequence[Pair], metric: str, shot: int, varied: dict[tuple[Path, Key], dict]
+) -> ResultsTable | None:
+    columns: dict[str, dict[str, Entry]] = {}
+    draws: dict[str, dict[str, np.ndarray]] = {}
+
+    def add(column: str, category: str, sides: Sequence[tuple[Results, Key]]) -> None:
+        """The last of `sides` minus the first, or the only one."""
+        entries = [known(entries_of(source, metric, key)).get(category) for source, key in sides]
+        deviating = [varied.get((source.folder, key), {}).get(metric) for source, key in sides]
+        if all(entries) and not any(one is None for one in deviating):
+            signs = (-1, 1)[-len(sides) :]
+            mean = sum(sign * entry.mean for sign, entry in zip(signs, entries, strict=True))
+            draws.setdefault(column, {})[category] = sum(sign * one for sign, one in zip(signs, deviating, strict=True))
+            columns.setdefault(column, {})[category] = _entry(mean, draws[column][category], len(sides) > 1)
+
+    for category in results.categories:
+        for kind in results.kinds:
+            add(kind, category, [(results, (category, shot, kind))])
+        for pair in pairs:
+            one, two = pair.keys(category, shot)
+            add(pair.name, category, [(pair.baseline, one), (pair.results, two)])
+    if not columns:
+        return None
+
+    def mean(column: str, names: Sequence[str]) -> Entry:
+        of = columns[column]
+        return _entry(
+            float(np.mean([of[name].mean for name in names])),
+            np.mean([draws[column][name] for name in names], axis=0),
+            DIFFERENCE in column,
+        )
+
+    title = f"{METRIC_NAMES[metric]}, K = {shot}: over test images"
+    table = make_table(title, f"{metric}{OVER_IMAGES}", shot, results.categories, columns, mean=mean)
+    return table._replace(intervals=True, rows={name: row for name, row in table.rows.items() if any(row)})
+
+
+def _entry(mean: float, draws: np.ndarray, is_difference: bool) -> Entry:
+    low, high = (mean + end for end in percentile_interval(draws))
+    return Entry(mean, interval=(low, high) if is_difference else (max(low, PERCENT[0]), min(high, PERCENT[1])))

@@ -1,0 +1,209 @@
+"""Paired differences: by hand and against scipy, from any baseline, in all metrics, of one folder and of two."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import reproduce
+from experiments.comparison import pairs_of
+from experiments.formats import FORMATS, format_p, to_latex, to_markdown
+from experiments.report import compare, make_tables
+from experiments.results import read_results
+from tests.experiments.test_tables import entry, table, with_scorer, write_record
+from utils.errors import UserError
+
+PAIRED = "image AUROC, K = 2: {}, paired"
+
+
+def titled(tables, title):
+    return next(table for table in tables if table.title == title)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three methods on two categories, three rounds: all metrics and a defect type."""
+    generator = np.random.default_rng(0)
+    for category in ("bottle", "cable"):
+        for scorer in ("gaussian", "neighbours", "mine"):
+            for weights in ("untrained", "last")[: 1 if scorer == "mine" else 2]:
+                record = write_record(tmp_path, category, 2, weights, [(0.9, 0.9)] * 3)
+                names = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "pro")
+                record["rounds"] = [dict(zip(names, generator.random(7), strict=True)) for _ in range(3)]
+                scratch = {
+                    name: {"rounds": generator.random(3).tolist()} for name in ("image_auroc", "pixel_auroc", "pro")
+                }
+                record |= {"scorer": scorer, "defects": {"scratch": scratch}}
+                (tmp_path / f"{category}_{weights}_{scorer}.json").write_text(json.dumps(record))
+                (tmp_path / f"{category}_2_affine_{weights}.json").unlink()
+    return tmp_path
+
+
+def rounds(folder, category, kind, metric="image_auroc"):
+    record = read_results(folder).records[category, 2, kind]
+    return 100 * np.array([numbers[metric] for numbers in record["rounds"]])
+
+
+@pytest.mark.parametrize("metric", ["image_auroc", "image_f1_max", "pixel_ap", "pro"])
+def test_differences_against_scipy(folder, metric):
+    """Interval and p-value are those of scipy's paired t-test; of the mean over categories, too."""
+    tables = make_tables(read_results(folder), "neighbours")
+    made = next(table for table in tables if table.metric == f"{metric}_paired" and "defect" not in table.title)
+    assert made.columns == [
+        *("untrained - untrained, neighbours", "last - last, neighbours"),
+        "untrained, mine - untrained, neighbours",
+    ]
+    column, pairs = "untrained, mine - untrained, neighbours", []
+    for category in ("bottle", "cable"):
+        pairs.append([rounds(folder, category, f"untrained, {name}", metric) for name in ("mine", "neighbours")])
+        expected = stats.ttest_rel(*pairs[-1])
+        found = entry(made, category, column)
+        assert found.p == pytest.approx(expected.pvalue) and found.mean == pytest.approx(np.subtract(*pairs[-1]).mean())
+        assert found.interval == pytest.approx(expected.confidence_interval(0.95))
+    mean = entry(made, "mean of 2 of 15", column)
+    assert mean.p == pytest.approx(stats.ttest_rel(*np.mean(pairs, axis=0)).pvalue)
+    over = entry(made, "over categories", column)
+    expected = stats.ttest_1samp([np.subtract(*pair).mean() for pair in pairs], 0)
+    assert over.p == pytest.approx(expected.pvalue)
+    assert over.interval == pytest.approx(expected.confidence_interval(0.95))
+    tested = [one for row in made.rows.values() for one in row]
+    smallest = min(tested, key=lambda one: one.p)
+    assert len(tested) == 6 and smallest.p_holm == pytest.approx(min(1, 6 * smallest.p))
+    assert mean.p_holm >= mean.p and f"{column} in " in made.notes[0]
+
+
+def test_differences_by_defect_type(folder):
+    made = titled(
+        make_tables(read_results(folder), "gaussian"), "PRO by defect type, K = 2: differences from gaussian, paired"
+    )
+    records = read_results(folder).records
+    one, two = (
+        records["bottle", 2, kind]["defects"]["scratch"]["pro"]["rounds"] for kind in ("last", "last, neighbours")
+    )
+    found = entry(made, "bottle, scratch", "last, neighbours - last")
+    assert found.p == pytest.approx(stats.ttest_rel(two, one).pvalue) and not made.means
+
+
+@pytest.mark.parametrize(
+    ("baseline", "names"),
+    [
+        ("gaussian", ["untrained, mine - untrained", "untrained, neighbours - untrained", "last, neighbours - last"]),
+        ("untrained", ["last - untrained", "last, neighbours - untrained, neighbours"]),
+        ("last, neighbours", ["untrained", "last", "untrained, mine", "untrained, neighbours"]),
+        ("mine", ["untrained", "last", "untrained, neighbours", "last, neighbours"]),
+    ],
+)
+def test_any_baseline(folder, baseline, names):
+    """A scorer, a kind of weights, a column, or a method with one column, from which all others differ."""
+    ending = {"last, neighbours": " - last, neighbours", "mine": " - untrained, mine"}.get(baseline, "")
+    found = [pair.name for pair in pairs_of(read_results(folder), baseline)]
+    assert found == [name + ending for name in names]
+
+
+def test_a_folder_as_baseline(folder, tmp_path):
+    other = tmp_path / "other"
+    write_record(other, "bottle", 2, "last", [(0.5, 0.5)] * 3)
+    made = titled(make_tables(read_results(folder), str(other)), PAIRED.format("differences from other"))
+    assert made.columns[0] == f"last: {folder.name} - other"
+    expected = stats.ttest_rel(rounds(folder, "bottle", "last"), [50, 50, 50])
+    assert entry(made, "bottle", made.columns[0]).p == pytest.approx(expected.pvalue)
+    assert made.columns[1:] == [f"{folder.name}: last, neighbours - other: last"] and list(made.rows) == ["bottle"]
+    with pytest.raises(
+        UserError, match=r"nothing is neither a results folder nor another column, scorer, method or kind"
+    ):
+        make_tables(read_results(folder), "nothing")
+
+
+def test_commands(folder, tmp_path, capsys):
+    """--report and --compare with --baseline; what flags go with."""
+    reproduce.main(
+        ["--report", str(folder), "--baseline", "mine", "--objs", "bottle", "--columns", "last", "untrained, mine"]
+    )
+    text = capsys.readouterr().out
+    assert "last - untrained, mine |" in text and "neighbours" not in text.split("###", 1)[1] and "cable" not in text
+    reproduce.main(["--compare", str(folder), str(folder), "--baseline", "mine", "--format", "csv"])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {row["metric"] for row in rows} >= {"image_auroc_paired", "pro_paired", "pixel_f1_max_paired"}
+    assert all(0 <= float(row["p"]) <= float(row["p_holm"]) <= 1 for row in rows if row["p"])
+    for flags in (["--baseline", "mine"], ["--only_scored"], ["--figure", "a.pdf"], ["--columns", "last"]):
+        with pytest.raises(UserError, match=f"{flags[0]} goes with --report"):
+            reproduce.main(flags)
+
+
+def test_equal_and_single_rounds(tmp_path):
+    """Without a spread, p is 0 or 1; of a single round there is neither interval nor p."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_record(a, "bottle", 2, "last", [(0.5, 0.5), (0.75, 0.5)])
+    write_record(b, "bottle", 2, "last", [(0.75, 0.5), (1.0, 0.5)])
+    image, pixel = compare(read_results(a), read_results(b))
+    assert entry(image, "bottle", "last: b - a").p == 0 and entry(pixel, "bottle", "last: b - a").p == 1
+    assert "+25.0 (+25.0 to +25.0), p < 0.001" in to_markdown([image]) and format_p(0.0214) == "p 0.021"
+    for folder in (a, b):
+        write_record(folder, "bottle", 2, "last", [(0.5, 0.5)])
+    image, _ = compare(read_results(a), read_results(b))
+    assert "| bottle | +0.0 |" in to_markdown([image])
+
+
+def test_comparison_by_hand(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_record(a, "bottle", 2, "last", [(0.90, 0.5), (0.92, 0.5)])
+    write_record(b, "bottle", 2, "last", [(0.93, 0.5), (0.93, 0.5)])
+    write_record(a, "cable", 2, "last", [(0.80, 0.5), (0.80, 0.5)])
+    write_record(b, "cable", 2, "last", [(0.79, 0.5), (0.79, 0.5)])
+    write_record(b, "screw", 2, "last", [(0.79, 0.5), (0.79, 0.5)])
+    image, pixel = compare(read_results(a), read_results(b))
+    mean = entry(image, "mean of 2 of 15", "last: b - a")
+    assert list(image.rows) == ["bottle", "cable"] and mean.mean == pytest.approx(0.5)  # of +2 and -1
+    assert mean.rounds == pytest.approx([1, 0])  # of +3, +1 and of -1, -1
+    over = entry(image, "over categories", "last: b - a")
+    assert over.sd == pytest.approx(3 / np.sqrt(2)) and over.interval == pytest.approx((-18.56, 19.56), abs=0.01)
+    assert entry(pixel, "mean of 2 of 15", "last: b - a").mean == 0
+    text = to_markdown([image, pixel])
+    assert "Higher: last: b - a in 1 of 2." in text and "| over categories | +0.5 (-18.6 to +19.6), p 0.795 |" in text
+
+
+def test_comparison_needs_the_same_support_sets(tmp_path):
+    write_record(tmp_path / "a", "bottle", 2, "last", [(0.9, 0.5)])
+    write_record(tmp_path / "b", "bottle", 2, "last", [(0.9, 0.5)], support="1" * 64)
+    with pytest.raises(UserError, match="different support sets"):
+        compare(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
+    for letter in "de":
+        write_record(tmp_path / letter, "bottle", 2, "last", [(0.9, 0.5)], names=[[f"{letter}.png"]])
+    with pytest.raises(UserError, match=r"different support sets: drawn \w{8} and drawn \w{8}"):
+        compare(read_results(tmp_path / "d"), read_results(tmp_path / "e"))
+    write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
+    with pytest.raises(UserError, match="in common"):
+        compare(read_results(tmp_path / "a"), read_results(tmp_path / "c"))
+
+
+def test_another_method_against_the_release_s_scorer(with_another_method):
+    ours, theirs = map(read_results, with_another_method)
+    (one,) = compare(ours, theirs)
+    assert one.columns == ["b: last, mine - a: last"] and entry(one, "bottle", *one.columns).mean == pytest.approx(4.5)
+    (back,) = compare(theirs, ours)
+    assert back.columns == ["a: last - b: last, mine"]
+    assert entry(back, "bottle", *back.columns).mean == pytest.approx(-4.5)
+    assert "bottle & $+$4.5 ($-$1.9 to $+$10.9), p 0.070 \\\\" in to_latex([one])
+    row, *_ = csv.DictReader(FORMATS["csv"]([one]).splitlines())
+    assert float(row["percent"]) == pytest.approx(4.5) and row["column"] == "b: last, mine - a: last"
+
+
+def test_another_method_and_the_project_s_own_records(tmp_path):
+    """Its settings are its own: no STN mode, another size."""
+    write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95), (0.95, 0.93)])
+    with_scorer(tmp_path, "bottle_2_affine_untrained.json", "mine", stn_mode="none", img_size=320)
+    paired = table(tmp_path, PAIRED.format("differences from gaussian"))
+    assert entry(paired, "bottle", "untrained, mine - untrained").mean == pytest.approx(1)
+
+
+def test_scorers_are_compared_on_the_same_weights_only(tmp_path):
+    record = write_record(tmp_path, "bottle", 2, "last", [(0.97, 0.95), (0.95, 0.93)])
+    name = "bottle_2_affine_last.json"
+    (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "a"}}))
+    with_scorer(tmp_path, name, "neighbours")
+    (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "b"}}))
+    assert not [table for table in make_tables(read_results(tmp_path)) if table.title.endswith("paired")]
