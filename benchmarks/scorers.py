@@ -38,7 +38,7 @@ from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
 from scorers.views import VIEWS_PER_IMAGE
-from utils.choices import LITE_BACKBONE, RELEASE_BACKBONE
+from utils.choices import LITE_BACKBONE, NORMALISED, RELEASE_BACKBONE, SEVERAL
 from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import UserError, run_command
@@ -57,9 +57,14 @@ def _neighbours(views: Sequence[int] = Neighbours.views, **options: object) -> S
     return scorer
 
 
+NORMALISED_BACKBONE = RELEASE_BACKBONE + NORMALISED
 SCORERS: dict[str, tuple[type[Scorer], ...]] = {
     LITE_BACKBONE: (Neighbours, Positions, Combined),
     RELEASE_BACKBONE: (Gaussian, Neighbours),
+}
+MORE_BACKBONES: dict[str, tuple[type[Scorer], ...]] = {  # with --variants all
+    NORMALISED_BACKBONE: (Neighbours, Combined),
+    SEVERAL.join([NORMALISED_BACKBONE, LITE_BACKBONE]): (Neighbours, Combined),
 }
 VARIANTS: dict[str, dict[str, Callable[[], Scorer]]] = {
     RELEASE_BACKBONE: {
@@ -73,8 +78,11 @@ VARIANTS: dict[str, dict[str, Callable[[], Scorer]]] = {
         "neighbours, 2,000 embeddings": partial(_neighbours, bank_size=2000),
     },
     LITE_BACKBONE: {
-        **{f"combined, weight {weight}": partial(Combined, weight) for weight in (0.3, 0.4, 0.6, 0.7, 0.8)},
-        **{f"combined, border {weight}": partial(Combined, border_weight=weight) for weight in (0.8, 0.85, 0.95, 1.0)},
+        **{
+            f"combined, weights {of_map} {of_score}": partial(Combined, of_map, of_score)
+            for of_map, of_score in ((0.35, 0.35), (0.5, 0.5), (0.65, 0.65), (0.2, 0.65), (0.35, 0.8))
+        },
+        **{f"combined, border {weight}": partial(Combined, border_weight=weight) for weight in (0.8, 1.0)},
     },
 }
 
@@ -111,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"no category with a folder test in {args.data_path}")
     content = {"command": command_line("benchmarks.scorers", args), **provenance(device)}
     content["rounds"] = {name: {} for name in names}
-    for backbone, scorers in SCORERS.items():
-        methods = {scorer.name: scorer for scorer in scorers} | (VARIANTS[backbone] if args.variants == "all" else {})
+    everything = args.variants == "all"
+    for backbone, scorers in (SCORERS | MORE_BACKBONES if everything else SCORERS).items():
+        methods = {scorer.name: scorer for scorer in scorers} | (VARIANTS.get(backbone, {}) if everything else {})
         for name in names:
             content["rounds"][name] |= _measure(name, backbone, methods, device, args)
     content["total_seconds"] = time.perf_counter() - begin
@@ -131,7 +140,7 @@ def _measure(
 ) -> dict[str, dict[str, list]]:
     """The metrics by method: per metric a list with one value per round, rounded to 1e-6."""
     size = resolve_img_size(backbone, None)
-    weights = args.weights if backbone == RELEASE_BACKBONE else "imagenet"
+    weights = "imagenet" if backbone == LITE_BACKBONE else args.weights
     network = fuse_conv_bn(scoring_network(backbone, "rotation_scale", size, None, weights).to(device))
     folder = category_folder(args.data_path, "folder", category)
     items = list_test_items(folder)

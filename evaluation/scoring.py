@@ -19,6 +19,7 @@ from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import AUROCS, GroundTruth, Numbers, RoundMetrics
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Prepared, Scorer
+from scorers.combined import over_backbones
 from scorers.features import FeatureNetwork, FeatureStore, write_support_images
 from scorers.maps import score_maps_at
 from utils.devices import upload
@@ -111,6 +112,7 @@ def compute_test_features(
     defect_types: of each image, for metrics by defect type.
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
+    scorers = [over_backbones(scorer, getattr(network, "backbone_layers", ())) for scorer in scorers]
     store = FeatureStore(scorers, len(labels))
     truth: dict[str, list[np.ndarray]] = {"mask": [], "valid_mask": []}
     batches = read_batches(dataset, batch_size, num_workers)

@@ -512,7 +512,7 @@ class FewShotDetector(ImageScoring):
         detector.support_alpha = state.get("support_alpha")
         on = detector.clock.device
         detector.fitted = {key: value.to(on) for key, value in state["fitted"].items()}
-        if detector.scorer.name == Gaussian.name:
+        if isinstance(detector.scorer, Gaussian):
             detector.fitted = convert_fitted_369ac53(detector.fitted)
         detector.check = {key: value.to(on) for key, value in state.get("likeness", {}).items()}
         return detector

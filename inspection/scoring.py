@@ -18,6 +18,7 @@ from inspection.region import inside_views as views_of_region
 from inspection.tiles import Layout, Tiling, joined_map
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared, Scorer
+from scorers.combined import over_backbones
 from scorers.features import FeatureStore
 from scorers.maps import score_maps_at
 from utils.devices import upload
@@ -55,7 +56,8 @@ class ImageScoring:
         region: np.ndarray | None,
     ) -> None:
         self.network, self.fast_network = network.to(clock.device), fuse_conv_bn(network)
-        self.scorer, self.clock, self.size = scorer, clock, network.img_size
+        self.scorer = over_backbones(scorer, getattr(network, "backbone_layers", ()))
+        self.clock, self.size = clock, network.img_size
         self.keep_aspect, self.bits, self.region = keep_aspect, bits, region
         self.tiling: Tiling | None = None
         self.check: Fitted = {}

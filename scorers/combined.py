@@ -155,9 +155,9 @@ class Combined(GeometricMean):
 def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
     """`scorer` for a network of several backbones, applied to each of them; the results are averaged.
 
-    layers: the number of feature maps of each backbone. With one backbone, the scorer itself.
+    layers: the number of feature maps of each backbone. With at most one backbone, the scorer itself.
     """
-    if len(layers) == 1:
+    if len(layers) < 2:
         return scorer
     parts, start = [], 0
     for count in layers:

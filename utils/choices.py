@@ -36,9 +36,12 @@ RELEASE_BACKBONE = "resnet18"
 BACKBONE_NAMES = (RELEASE_BACKBONE, "resnet34", "resnet50", "wide_resnet50_2")
 LITE_BACKBONE = "efficientnet_lite2"  # the default of predict.py and export.py
 PREFIX = "timm:"  # of the names of the backbones of timm
+NORMALISED = "_normalised"  # behind the name of a ResNet: its input is normalised as for ImageNet
+SEVERAL = "+"  # between the names of backbones that are used side by side
 BACKBONE_HELP = (
     f"{', '.join(BACKBONE_NAMES)}; without registration training: {LITE_BACKBONE} (its ImageNet weights are installed "
-    f"with this project), or {PREFIX}NAME for any model of the timm library"
+    f"with this project), or {PREFIX}NAME for any model of the timm library; a ResNet with {NORMALISED} behind its "
+    f"name has a normalised input; names joined by {SEVERAL} are used side by side"
 )
 RELEASE_SCORER = "gaussian"  # the scorer of the release; default of train.py and test.py
 SCORER_NAMES = (RELEASE_SCORER, "neighbours", "positions", "combined")
@@ -65,7 +68,7 @@ WEIGHTS = {  # the weights of a record, in the order of the columns: how they we
 
 def is_trainable(backbone: str) -> bool:
     """Whether train.py can train the backbone: it has spatial transformers, and checkpoints."""
-    return backbone != LITE_BACKBONE and not backbone.startswith(PREFIX)
+    return backbone in BACKBONE_NAMES
 
 
 def category_name(text: str) -> str:
