@@ -36,7 +36,7 @@ from utils.files import require_writable, sha256, write_json
 from utils.fingerprint import FileDigests, changes, digest, fingerprint
 from utils.hub import local_file
 from utils.locks import locked
-from utils.naming import CheckpointFiles, RecordFiles, record_name, round_maps
+from utils.naming import CheckpointFiles, RecordFiles, record_name, round_maps, stored
 from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock
 
@@ -226,7 +226,7 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
     found: dict[str, tuple[Weights, list[int]]] = {}
     for shot in config.shot:
         files = CheckpointFiles.of(config.save_dir, network, shot, config.obj)
-        file = local_file(config.checkpoint or (files.last if config.last else files.selected))
+        file = local_file(config.checkpoint or stored(files.last if config.last else files.selected))
         if not file.is_file():
             raise UserError(
                 f"no checkpoint {file}; create it with: python train.py --obj {config.obj} --shot {shot} "

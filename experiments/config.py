@@ -180,7 +180,11 @@ def _settings_of_runs() -> Iterator[tuple[str, Any, dataclasses.Field]]:
     yield from found.values()
 
 
-ExperimentConfig = dataclasses.make_dataclass(
-    "ExperimentConfig", _settings_of_runs(), bases=(TableConfig,), frozen=True, kw_only=True
+_RunSettings = dataclasses.make_dataclass(
+    "_RunSettings", _settings_of_runs(), bases=(Config,), frozen=True, kw_only=True
 )
-ExperimentConfig.__doc__ = "All flags of reproduce.py."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(TableConfig, _RunSettings):
+    """All flags of reproduce.py."""

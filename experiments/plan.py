@@ -17,7 +17,7 @@ from training.config import TrainingConfig
 from utils.choices import CATEGORIES, WEIGHTS
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
-from utils.naming import CheckpointFiles, record_name
+from utils.naming import CheckpointFiles, record_name, stored
 
 
 class Plan:
@@ -154,7 +154,7 @@ class Plan:
         for last in (True, False):
             for shot in self.config.shots:
                 files = CheckpointFiles.of(folder, self.network, shot, category)
-                file = files.last if last else files.selected
+                file = stored(files.last if last else files.selected)
                 rule = selection(file)[0] if file.is_file() else None
                 if rule and shot not in found.get((rule, True), ()):
                     found.setdefault((rule, last), []).append(shot)

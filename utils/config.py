@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import sys
@@ -161,7 +162,7 @@ class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
             "flags on the command line win",
         )
         groups: dict[str, argparse._ArgumentGroup] = {}
-        for field in sorted(flags_of(kind), key=lambda field: field.default is not MISSING):  # required ones first
+        for field in sorted(flags_of(kind), key=lambda field: (field.default is not MISSING, _place(kind, field.name))):
             title = field.metadata["group"]
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
@@ -247,6 +248,13 @@ def _read(file: Path) -> Mapping:
     if not isinstance(found, Mapping):
         raise UserError(f"{file} holds no configuration but {type(found).__name__}")
     return found
+
+
+def _place(kind: type[Config], name: str) -> tuple[int, int]:
+    """Where a field is declared: how far up the classes, and its number there. A command's own flags come first."""
+    declared = [list(inspect.get_annotations(one)) for one in kind.__mro__]
+    depth = next(depth for depth, names in enumerate(declared) if name in names)
+    return depth, declared[depth].index(name)
 
 
 def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: dataclasses.Field) -> None:

@@ -79,6 +79,12 @@ def round_maps(folder: Path, number: int) -> Path:
     return folder / f"{ROUND}{number}.npz"
 
 
+def stored(weights: Path) -> Path:
+    """The file of weights, or the safetensors file beside it where only that exists."""
+    portable = weights.with_suffix(".safetensors")
+    return portable if portable.is_file() and not weights.is_file() else weights
+
+
 def lock_file(file: Path) -> Path:
     """The file that is locked while a process writes `file` and what belongs to it."""
     return file.with_name(f".{file.name}.lock")

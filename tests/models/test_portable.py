@@ -18,6 +18,7 @@ from utils.config import read_config
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 from utils.hub import local_file
+from utils.naming import stored
 
 MODE, SIZE = "affine", 64
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -114,3 +115,12 @@ def test_files_appear_whole(saved, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_portable(tmp_path / "model.safetensors", checkpoint(RegAD(MODE, SIZE), RECIPE))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_safetensors_file_alone_stands_in_for_the_weights(saved, tmp_path):
+    weights = tmp_path / "ring_1_affine_model.pt"
+    assert stored(weights) == weights
+    weights.with_suffix(".safetensors").symlink_to(saved[1])
+    assert stored(weights) == weights.with_suffix(".safetensors")
+    weights.symlink_to(saved[0])
+    assert stored(weights) == weights
