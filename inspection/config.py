@@ -103,6 +103,9 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         default=False,
         group="threshold",
     )
+    accept: tuple[Path, ...] = flag(
+        "good images that the --detector rejected: it learns from them", default=(), group="threshold", metavar="PATH"
+    )
     part: str | None = flag("name of the part, kept in the detector file", default=None, group="threshold")
 
     def check(self) -> None:
@@ -111,6 +114,8 @@ class DetectorConfig(NetworkConfig, ImageConfig):
             raise UserError("give either normal images with --support, or a saved detector with --detector")
         if self.adopt and not self.defects:
             raise UserError("--adopt takes the threshold that separates known defects best: give them with --defects")
+        if self.accept and not self.detector:
+            raise UserError("--accept makes a saved detector learn: give --detector, or these images with --support")
         if self.adopt and self.threshold is not None:
             raise UserError("--adopt and --threshold exclude each other")
         for name in ("false_positive_rate", "review_rate"):

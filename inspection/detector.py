@@ -105,6 +105,7 @@ class FewShotDetector(ImageScoring):
     tiling: what `fit` made of `tile`; None if no image is cut. threshold: None until `calibrate` or `set_threshold`.
     loo_scores: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
     `for_threshold=False`. calibration: the scores of further normal images, if `calibrate` was given any.
+    document: what the file says of itself, see inspection/document.py. learned: see inspection/learning.py.
     clock: seconds per stage.
     """
 
@@ -131,6 +132,7 @@ class FewShotDetector(ImageScoring):
         self.fitted: Fitted = {}
         self.gate: QualityGate | None = None
         self.document: dict = {}
+        self.learned: dict = {}
         self.support_digests: list[str] = []
         self.support_alpha: bool | None = None  # whether some have transparent parts; None: not known
         self._support_notes: list[str] = []
@@ -151,6 +153,7 @@ class FewShotDetector(ImageScoring):
             raise UserError("no support images: at least one normal image is needed")
         self.network = without_identity_heads(self.network)  # here and not before: loaded files keep their identity
         self.threshold = self.loo_scores = self.calibration = None
+        self.learned = {}
         self._calibration_notes = []
         with self.clock("decode"):
             if self.measures_bits:
@@ -462,6 +465,7 @@ class FewShotDetector(ImageScoring):
             "origin": self.origin,
             "support_digests": self.support_digests,
             "document": self.document,
+            "learned": self.learned,
             "quality": self.gate and self.gate.state(),
             "support_alpha": self.support_alpha,
             "left_out": loo and loo.state(),
@@ -505,7 +509,7 @@ class FewShotDetector(ImageScoring):
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
-        detector.document = dict(state.get("document", {}))
+        detector.document, detector.learned = dict(state.get("document", {})), dict(state.get("learned", {}))
         quality = state.get("quality")
         detector.gate = None if quality is None else QualityGate.from_state(quality)
         detector.support_digests = list(state.get("support_digests", ()))

@@ -16,6 +16,7 @@ from inspection.detector_file import read_state
 from inspection.document import record_change
 from inspection.images import ImageFile, largest_grey_values
 from inspection.inputs import list_inputs
+from inspection.learning import accept
 from inspection.region import RegionWarning, read_region
 from inspection.results import decide
 from inspection.threshold import Threshold
@@ -54,6 +55,8 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
         if config.part:
             detector.document["part"] = config.part
         _set_threshold(detector, config, output)
+        if config.accept:
+            _accept(detector, config, output)
     normal, threshold = detector.calibration or detector.loo_scores, detector.threshold
     print(f"threshold: {describe_threshold(threshold)}")
     if normal is not None and threshold is not None:
@@ -209,6 +212,17 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
         "resolved": resolved,
         "fingerprint": fingerprint(config.results_part() | resolved, inputs),
     }
+
+
+def _accept(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
+    """Makes the detector learn from the good images of --accept, and prints what has changed."""
+    paths, before = list_inputs(config.accept, output), detector.threshold
+    learned = accept(detector, paths, config.force)
+    record_change(detector, f"{len(paths)} good images accepted", paths)
+    print(f"learned from {len(learned)} accepted images; scores before, and after without the image itself:")
+    for one in sorted(learned, key=lambda one: -one.after)[:MOST_NORMAL]:
+        print(f"  {one.before:8.3f}  {one.after:8.3f}  {one.name}")
+    print(f"threshold before: {describe_threshold(before)}")
 
 
 def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:

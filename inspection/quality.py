@@ -126,6 +126,10 @@ class QualityGate:
         """The gate of the support images and further normal images, given as network inputs."""
         return QualityGate(self.support, np.stack([measure(square) for square in squares]) if squares else None)
 
+    def extended(self, values: np.ndarray) -> QualityGate:
+        """The gate of all images so far and of further ones, given by their measures (n, M)."""
+        return QualityGate(self.support, values if self.further is None else np.concatenate([self.further, values]))
+
     def state(self) -> dict:
         """Tensors for a file; `from_state` reads them."""
         further = {} if self.further is None else {"further": torch.from_numpy(self.further)}

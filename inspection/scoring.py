@@ -142,6 +142,11 @@ class ImageScoring:
         reasons = CHECK.reasons(values[:, -measured[0].shape[1] :].tolist()) if measured else [""] * len(inputs)
         return scores, maps, reasons
 
+    def scores_of(self, distances: torch.Tensor) -> np.ndarray:
+        """Image scores (B,) of distance maps of images that are not cut."""
+        parts = [score_maps_at(one, self.size, self.inside, self.scorer.border_weight)[0] for one in distances.split(1)]
+        return torch.cat(parts).cpu().numpy()
+
     @property
     def inside(self) -> torch.Tensor | None:
         """The region in the network's input, (S, S) bool."""

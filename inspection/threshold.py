@@ -2,23 +2,21 @@
 
 The threshold for a false-positive rate a (the share of normal images that score above it):
 
-- If (n + 1) a >= 1, it is the ceil((n + 1)(1 - a))-th smallest score of the images (split conformal prediction). This
-  assumes no distribution. Leave-one-out scores are too high: the threshold from them is at most that of the next rule
-  for the rate 1/(n + 1).
-- Otherwise n images are too few for the rate a, and any threshold is an extrapolation. The logarithms of the scores are
-  taken as normally distributed.
+- From further images, with (n + 1) a >= 1, it is the ceil((n + 1)(1 - a))-th smallest score of the images (split
+  conformal prediction). This assumes no distribution.
+- Otherwise the logarithms of the scores are taken as normally distributed, and the threshold is an extrapolation.
   - If the scorer has a prior (`scorers.base.ScorePrior`), n images are combined with it: the mean logarithm is pulled
     towards that of `typical` by `pull` / n, and the variance towards `spread`^2, which counts as `images` images. The
-    threshold lies a share of the normal quantile above the mean: `loo_share` for leave-one-out scores of at most
-    FEW_LOO images, otherwise CALIBRATION_SHARE. It is at least the largest score of further images.
+    threshold lies a share of the normal quantile above the mean. Leave-one-out scores are computed from one image less
+    and are too high, by `bias` / n in the logarithm; `lift` makes up for what the support does not show. So the rate
+    does not rise with the number of images. The threshold is at least the largest score of further images.
   - If it has none, each image is scored in all views that the scorer uses. The threshold is the quantile 1 - a of a
     normal distribution with mean and standard deviation of all these logarithms, or the largest score of an image if
-    that is higher.
+    that is higher. Of leave-one-out scores with (n + 1) a >= 1 it is the order statistic, too.
 
 The priors were chosen on the normal test images of several categories. `python -m benchmarks.threshold --choose`
-chooses them on all but one and judges them on that one, each in turn. `loo_share` can be lower because leave-one-out
-scores are higher than those of new images: each is computed from one image less. The scores of `combined` are relative
-to the leave-one-out distances of the part itself, so nothing is pulled towards other parts.
+chooses them on all but one and judges them on that one, each in turn. The scores of `combined` are relative to the
+leave-one-out distances of the part itself, so nothing is pulled towards other parts.
 
 The region threshold is usually lower. It is the quantile 1 - a of the pixels of a normal score map, as the median over
 the normal images. Regions above it are outlined. Normal images contain such regions too, so the region threshold shows
@@ -44,8 +42,6 @@ from scorers.maps import score_maps_at
 from utils.errors import UserError
 
 REVIEW_RATE = 0.05  # default share of normal images above the lower threshold
-CALIBRATION_SHARE = 0.75  # of the normal quantile
-FEW_LOO = 8  # images; of more, leave-one-out scores are hardly higher than those of new images
 
 
 class NormalScores(NamedTuple):
@@ -221,16 +217,14 @@ def normal_threshold(
 def _value(scores: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior | None) -> tuple[float, str]:
     """The threshold from scores (n, views) above 0, and the name of the rule. It falls as the rate rises."""
     images, count = np.sort(scores[:, 0]), len(scores)
+    if prior is not None and is_loo:
+        return _bound(images, is_loo, rate, prior)
     largest = float(images[-1]), f"the largest of {count} scores"
     if is_order_statistic(count, rate):
         order = _order(count, rate)
-        found = float(images[order - 1]), f"the {order}-th smallest of {count} scores"
-        if prior is None or not is_loo:
-            return found
-        return min(found, _bound(images, is_loo, 1 / (count + 1), prior))
+        return float(images[order - 1]), f"the {order}-th smallest of {count} scores"
     if prior is not None:
-        bound = _bound(images, is_loo, rate, prior)
-        return bound if is_loo else max(bound, largest)
+        return max(_bound(images, is_loo, rate, prior), largest)
     logs = np.log(scores[scores > 0].astype(np.float64))
     value = float(np.exp(logs.mean() + ndtri(1 - rate) * logs.std()))
     return max((value, f"log-normal bound of {scores.size} views"), largest)
@@ -243,8 +237,9 @@ def _bound(images: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior) -> 
     mean = (1 - pull) * logs.mean() + pull * math.log(prior.typical)
     squares = prior.images * prior.spread**2 + ((logs - logs.mean()) ** 2).sum()
     spread = math.sqrt(squares / (prior.images + count - 1) * (1 + 1 / count))
-    share = prior.loo_share if is_loo and count <= FEW_LOO else CALIBRATION_SHARE
-    return math.exp(mean + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
+    share = prior.loo_share if is_loo else prior.share
+    shift = prior.lift - prior.bias / count if is_loo else 0.0
+    return math.exp(mean + shift + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
 
 
 def check_calibration(count: int, rate: float, review_rate: float | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from scorers.left_out import left_out
 from scorers.views import VIEWS_PER_IMAGE
+from utils.errors import UserError
 from utils.stages import StageClock
 
 FeatureMaps = Sequence[torch.Tensor]  # per layer (N, C_l, H_l, W_l), finest layer first
@@ -28,7 +29,9 @@ class ScorePrior(NamedTuple):
 
     typical: a high score of normal images of any part. pull: the weight of its logarithm against n scores is pull / n,
     at most 1. spread: the standard deviation of the logarithms of a part's scores. images: how many images `spread`
-    counts for. loo_share: of the normal quantile, for leave-one-out scores of few images.
+    counts for. share, loo_share: of the normal quantile, for scores of further images and leave-one-out scores. bias:
+    the logarithms of leave-one-out scores of n images are too high by bias / n. lift: added to the logarithm of a
+    threshold from leave-one-out scores, as further images differ from the support more than it does in itself.
     """
 
     typical: float
@@ -36,6 +39,9 @@ class ScorePrior(NamedTuple):
     spread: float
     images: float
     loo_share: float
+    share: float = 0.75
+    bias: float = 0.0
+    lift: float = 0.0
 
 
 class Scorer(ABC):
@@ -68,6 +74,15 @@ class Scorer(ABC):
         """A fit to other views whose distances are comparable with those of `fitted`."""
         del fitted  # without a scale of their own, distances are comparable
         return self.fit(support)
+
+    def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
+        """A fit that has also learned from further normal images, with distances comparable to those of `fitted`.
+
+        accepted: prepared features of the images as they are. known: the number of support views behind `fitted`. The
+        order of the images does not matter.
+        """
+        del fitted, accepted, known
+        raise UserError(f"the scorer {self.name} cannot learn from further images; fit a new detector", ("support",))
 
     @abstractmethod
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:

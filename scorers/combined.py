@@ -82,6 +82,14 @@ class GeometricMean(Scorer):
         }
         return learned | {"scale": fitted["scale"]}
 
+    def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
+        """What all parts learn from further images; the scale stays."""
+        learned = {"scale": fitted["scale"]}
+        for prefix, part, own in zip(self._prefixes(), self.parts, self._split(accepted), strict=True):
+            of_part = {name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)}
+            learned |= {f"{prefix}{name}": tensor for name, tensor in part.scorer.extend(of_part, own, known).items()}
+        return learned
+
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Geometric means, about 1 for normal regions: (B, 2, H, H), of the score map and of the image score."""
         found = []
@@ -137,7 +145,9 @@ class Combined(GeometricMean):
     name = "combined"
     views = Neighbours.views
     border_weight = BORDER_WEIGHT
-    prior = ScorePrior(typical=1.2, pull=0.0, spread=0.05, images=1.0, loo_share=1.0)  # see inspection/threshold.py
+    prior = ScorePrior(  # see inspection/threshold.py
+        typical=1.2, pull=0.0, spread=0.06, images=12.0, loo_share=1.0, share=1.0, bias=0.2, lift=0.03
+    )
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from utils.devices import upload
 
 CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test patch embeddings and the memory bank
 ROUNDING = 1e-5  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
+ACCEPTED_ROWS = 4096  # patch embeddings of accepted images in the memory, at most
 SUBSET_SEED = 0  # for the random subset of patch embeddings, if there are more than `bank_size`
 
 
@@ -106,6 +107,18 @@ class Neighbours(Scorer):
             embeddings = damp(embeddings, damping)
         memory = torch.cat([-2 * embeddings.T, embeddings.square().sum(dim=1)[None]])
         return {"directions": directions, "offset": offset, "damping": damping, "memory": memory}
+
+    def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
+        """Adds the patch embeddings of further images to the memory: the ACCEPTED_ROWS that are farthest from it."""
+        del known  # the memory has a limit of its own
+        embeddings = torch.cat(accepted, dim=2)
+        distances = torch.cat([self._squared_distances(fitted, one[None]) for one in embeddings]).flatten()
+        farthest = distances.topk(min(ACCEPTED_ROWS, len(distances))).indices
+        rows = torch.addmm(fitted["offset"], embeddings.flatten(0, 1)[farthest], fitted["directions"])
+        if self.config.damped:
+            rows = damp(rows, fitted["damping"])
+        added = torch.cat([-2 * rows.T, rows.square().sum(dim=1)[None]])
+        return fitted | {"memory": torch.cat([fitted["memory"], added], dim=1)}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Distances (B, H, H) to the memory bank: at least 0, at most 2 with damping, without a unit."""

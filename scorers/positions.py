@@ -66,6 +66,26 @@ class Positions(Scorer):
         coordinates = {"directions": directions, "offset": offset, "damping": damping}
         return coordinates | {"mean": mean, "factors": _factors(centred, ridge), "ridge": ridge}
 
+    def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
+        """Updates mean and covariance of each position; an image counts as much as the views of a support image.
+
+        The covariance of the support is what its factors say, without the directions that they leave out.
+        """
+        weight, ridge, mean = len(self.views), fitted["ridge"], fitted["mean"]
+        embeddings = torch.cat(accepted, dim=2)
+        rows = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
+        rows = damp(rows, fitted["damping"]).unflatten(0, (len(embeddings), -1)).transpose(0, 1)  # (P, n, D)
+        total = known + weight * len(embeddings)
+        centre = (known * mean + weight * rows.sum(dim=1)) / total
+        factors = fitted["factors"].transpose(1, 2)  # of length sqrt(l / (l + ridge)), for a variance l
+        variances = ridge / (1 - factors.square().sum(dim=2, keepdim=True)).clamp(min=EPS)
+        parts = (
+            math.sqrt((known - 1) / (total - 1)) * variances.sqrt() * factors,
+            math.sqrt(weight / (total - 1)) * (rows - centre[:, None]),
+            math.sqrt(known / (total - 1)) * (mean - centre)[:, None],
+        )
+        return fitted | {"mean": centre, "factors": _factors(torch.cat(parts, dim=1), ridge)}
+
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Mahalanobis distances (B, H, H): at least 0, without a unit."""
         embeddings = torch.cat(test, dim=2)

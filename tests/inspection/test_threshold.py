@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -50,6 +52,33 @@ def test_one_copy_more_or_less_hardly_matters_with_a_prior():
     """The prior decides for two images, whatever their own spread."""
     two = [threshold_of(pair, 0.05, PRIOR).value for pair in ((0.5, 0.5), (0.5, 0.7), (0.7, 0.7))]
     assert min(two) > 0.7 and max(two) < 1.0
+
+
+@given(st.lists(st.floats(0.5, 1.5), min_size=2, max_size=9), st.sampled_from([0.01, 0.05]))
+def test_leave_one_out_scores_of_combined_by_the_definition(scores, rate):
+    prior, logs = Combined.prior, np.log(scores)
+    squares = prior.images * prior.spread**2 + ((logs - logs.mean()) ** 2).sum()
+    spread = np.sqrt(squares / (prior.images + len(logs) - 1) * (1 + 1 / len(logs)))
+    expected = np.exp(logs.mean() - prior.bias / len(logs) + prior.lift + stats.norm.ppf(1 - rate) * spread)
+    assert threshold_of(scores, rate, prior).value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("prior", [PRIOR, Combined.prior])
+def test_one_more_median_score_hardly_raises_the_threshold(prior):
+    for count in range(4, 30):
+        scores = np.exp(stats.norm(0, 0.08).ppf((np.arange(count) + 0.5) / count))
+        more = np.append(scores, np.median(scores))
+        assert threshold_of(more, 0.01, prior).value < 1.01 * threshold_of(scores, 0.01, prior).value
+
+
+def test_more_images_of_a_part_do_not_raise_its_rate():
+    """Scores as measured: log-normal, leave-one-out scores too high by bias / n."""
+    rng, rates = np.random.default_rng(0), []
+    for count in (2, 4, 8, 16, 32):
+        draws = np.exp(rng.normal(0.2, 0.06, (2000, count)) + Combined.prior.bias / count)
+        values = np.log([threshold_of(draw, 0.05, Combined.prior).value for draw in draws])
+        rates.append(stats.norm(0.2, 0.06).sf(values).mean())
+    assert rates[0] < 0.06 and all(after <= before + 0.001 for before, after in itertools.pairwise(rates))
 
 
 def test_many_scores_are_an_order_statistic():

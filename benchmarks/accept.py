@@ -1,0 +1,127 @@
+"""Measures what a detector learns from good parts that it rejected (predict.py --accept).
+
+python -m benchmarks.accept             measure, print the table, write benchmarks/results/accept_<device>.json
+python -m benchmarks.accept --report    print the table of that file
+
+A detector is fitted to K normal images with the default thresholds and scores further normal images. Those that it does
+not call normal are accepted, 1, 2, 4, 8 of them; the decisions on all other normal and on defective images are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.changes import CATEGORIES
+from benchmarks.reference import DATA, draw_support_images
+from benchmarks.scoring import RESULTS, command_line
+from datasets.mvtec import category_folder, list_test_items
+from inspection.detector import FewShotDetector
+from inspection.fitting import DEFAULT_RATE
+from inspection.learning import accept
+from inspection.results import DEFECTIVE, NORMAL, decide
+from models.efficientnet_lite import EfficientNetLite
+from utils.devices import command_device
+from utils.errors import run_command
+from utils.files import require_writable, write_json
+from utils.records import provenance
+
+ACCEPTED = (0, 1, 2, 4, 8)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--obj", nargs="+", default=CATEGORIES)
+    parser.add_argument("--shot", type=int, default=4)
+    parser.add_argument("--images", type=int, default=80, help="further normal images of each category")
+    parser.add_argument("--defects", type=int, default=30, help="defective images of each category")
+    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures all categories, prints the table and writes one JSON file."""
+    args = get_args_parser().parse_args(argv)
+    device = command_device(args.device)
+    target = args.output / f"accept_{device.type}.json"
+    if args.report:
+        print(report(json.loads(target.read_text())["rows"]))
+        return
+    require_writable(args.output, "--output", folder=True)
+    begin = time.perf_counter()
+    rows = [row for category in args.obj for row in _measure(category, args)]
+    content = {"command": command_line("benchmarks.accept", args), **provenance(device), "rows": rows}
+    content["total_seconds"] = time.perf_counter() - begin
+    write_json(target, content)
+    print(report(rows))
+    print(f"{content['total_seconds']:.0f} s; written: {target}")
+
+
+def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
+    """Yields one row per number of accepted images, as far as so many are rejected."""
+    folder = category_folder(args.data_path, "folder", category)
+    paths = draw_support_images(folder, args.shot + args.images, 1, seed=0)[0]
+    defects = [item.image for item in list_test_items(folder) if item.label]
+    defects = [defects[n] for n in np.linspace(0, len(defects) - 1, min(args.defects, len(defects))).astype(int)]
+    base = FewShotDetector(EfficientNetLite(), args.device).fit(paths[: args.shot])
+    base.calibrate(DEFAULT_RATE)
+    normal = paths[args.shot :]
+    rejected = [path for path, one in zip(normal, _decisions(base, normal), strict=True) if one != NORMAL]
+    others = [path for path in normal if path not in rejected[: max(ACCEPTED)]]
+    for count in (count for count in ACCEPTED if count <= len(rejected)):
+        detector, begin = copy.copy(base), time.perf_counter()
+        if count:
+            accept(detector, rejected[:count], force=True)
+        seconds = time.perf_counter() - begin
+        of_normal, of_defects = _decisions(detector, others), _decisions(detector, defects)
+        yield {
+            "category": category,
+            "rejected": len(rejected),
+            "accepted": count,
+            "normal_rejected": 1 - of_normal.count(NORMAL) / len(others),
+            "defects_found": 1 - of_defects.count(NORMAL) / len(defects),
+            "defects_defective": of_defects.count(DEFECTIVE) / len(defects),
+            "threshold": detector.threshold.value,
+            "seconds": seconds,
+        }
+    print(f"{category} measured", flush=True)
+
+
+def _decisions(detector: FewShotDetector, paths: Sequence[Path]) -> list[str]:
+    found = detector.inspect(paths)
+    pairs = zip(found.scores.tolist(), found.reasons, strict=True)
+    return [decide(score, detector.threshold, reason)[0] for score, reason in pairs]
+
+
+def report(rows: Sequence[dict]) -> str:
+    """Markdown table: one row per category and number of accepted images."""
+    lines = [
+        "| category | rejected at first | accepted | others rejected | defects found | threshold | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        shares = f"{row['normal_rejected']:.0%} | {row['defects_found']:.0%}"
+        cells = (
+            row["category"],
+            row["rejected"],
+            row["accepted"],
+            shares,
+            f"{row['threshold']:.3f}",
+            f"{row['seconds']:.1f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

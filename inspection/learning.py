@@ -1,0 +1,130 @@
+"""A detector learns from good parts that it rejected: they join its memory, its normal scores and its limits.
+
+What the support images have shown stays as it is (`base`), and the features of all accepted images are kept beside it,
+one view each, in half precision. The detector is then what the scorer makes of both, so that neither the order nor the
+number of calls matters, up to rounding. Accepted images are scored by detectors that have learned from the other ones
+alone; these scores join the normal scores, from which the thresholds are computed again for the same rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from inspection.detector import FewShotDetector, OtherPartError
+from inspection.duplicates import digest
+from inspection.images import ImageInput, image_list, image_names
+from inspection.quality import measure
+from inspection.representatives import MOST_FITTED
+from inspection.threshold import NormalScores, normal_threshold
+from scorers.base import Fitted, Prepared
+from scorers.left_out import left_out
+from utils.errors import UserError
+
+MOST_ACCEPTED = 64  # images; 1 MB of features each in the file
+
+
+class Learned(NamedTuple):
+    """An accepted image: its name, its score before, and by a detector that has learned from the others alone."""
+
+    name: str
+    before: float
+    after: float
+
+
+def accept(detector: FewShotDetector, images: Sequence[ImageInput], force: bool = False) -> list[Learned]:
+    """Makes the detector learn from good images; returns all that were accepted so far.
+
+    Images that are known already are left out. A given threshold stays. force: accept images that differ from the
+    support as a whole.
+
+    Raises:
+        UserError: the detector is fitted to tiles, or learns from more than MOST_ACCEPTED images.
+        OtherPartError: an image differs from the support as a whole.
+    """
+    if detector.cuts_support:
+        raise UserError("a detector of tiles cannot learn; fit a new one with these images, too", ("accept", "support"))
+    images = image_list(images)
+    results = list(detector.results(images, detector.fitted))
+    names = image_names(images)
+    if not force and (others := [f"{n} ({one.reason})" for n, one in zip(names, results, strict=True) if one.reason]):
+        raise OtherPartError(
+            f"{len(others)} of {len(images)} images are not like the support images, e.g. {others[0]}; give good "
+            "images of this part alone",
+            options=("accept", "force"),
+        )
+    learned = detector.learned or {"base": detector.fitted, "names": [], "digests": [], "before": [], "features": None}
+    known, new = {*detector.support_digests, *learned["digests"]}, {}
+    for name, one in zip(names, results, strict=True):
+        if (found := digest(one.square)) not in known:
+            new.setdefault(found, (name, one))
+    if not new:
+        return _table(detector)
+    if len(learned["names"]) + len(new) > MOST_ACCEPTED:
+        raise UserError(
+            f"a detector learns from at most {MOST_ACCEPTED} images; fit a new one with these among its support images",
+            options=("accept", "support"),
+        )
+    squares = [one.square for _, one in new.values()]
+    features = detector.features(detector.on_device(squares))[detector.scorer.name]
+    detector.learned = _sorted(
+        {
+            "base": learned["base"],
+            "digests": [*learned["digests"], *new],
+            "names": [*learned["names"], *(name for name, _ in new.values())],
+            "before": [*learned["before"], *(float(one.score) for _, one in new.values())],
+            "features": _joined(learned["features"], [tensor.half().cpu() for tensor in features]),
+        }
+    )
+    if detector.gate:
+        detector.gate = detector.gate.extended(np.stack([measure(square) for square in squares]))
+    _learn(detector)
+    return _table(detector)
+
+
+def _joined(before: Prepared | None, new: Prepared) -> Prepared:
+    return new if before is None else [torch.cat(pair) for pair in zip(before, new, strict=True)]
+
+
+def _sorted(learned: dict) -> dict:
+    """The accepted images in the order of their digests."""
+    order = sorted(range(len(learned["digests"])), key=lambda number: learned["digests"][number])
+    lists = {name: [learned[name][number] for number in order] for name in ("digests", "names", "before")}
+    return learned | lists | {"features": [tensor[order] for tensor in learned["features"]]}
+
+
+def _learn(detector: FewShotDetector) -> None:
+    """Makes the fit and the thresholds from the base and all accepted images."""
+    learned, device = detector.learned, detector.clock.device
+    base = {name: tensor.to(device) for name, tensor in learned["base"].items()}
+    features = [tensor.float().to(device) for tensor in learned["features"]]
+    known = max(1, min(MOST_FITTED, len(detector.support_digests))) * len(detector.scorer.views)
+
+    def extended(accepted: Prepared) -> Fitted:
+        return detector.scorer.extend(base, accepted, known) if len(accepted[0]) else base
+
+    distances = left_out(features, 1, 1, lambda others, own: detector.scorer.distance_maps(extended(others), own))
+    detector.fitted = extended(features)
+    scores = detector.scores_of(distances)
+    learned["after"] = scores.tolist()
+    threshold, seen = detector.threshold, detector.calibration or detector.loo_scores
+    if threshold is None or threshold.rate is None or seen is None:
+        return
+    accepted = NormalScores(scores[:, None], np.empty((len(scores), 0, 0)), seen.is_loo, tuple(learned["names"]))
+    seen = NormalScores(seen.scores[:, :1], seen.maps[:, :0, :0], seen.is_loo, seen.names)
+    joined = seen.joined(accepted, range(len(seen.scores) + len(scores)))
+    source = f"{len(seen.scores)} normal and {len(scores)} accepted images"
+    found = normal_threshold(joined, threshold.rate, detector.scorer.prior, source, threshold.review_rate)
+    detector.threshold = found._replace(region=threshold.region)
+
+
+def _table(detector: FewShotDetector) -> list[Learned]:
+    learned = detector.learned
+    return (
+        [Learned(*row) for row in zip(learned["names"], learned["before"], learned["after"], strict=True)]
+        if learned
+        else []
+    )
