@@ -64,8 +64,7 @@ class Scored(NamedTuple):
     @property
     def limits(self) -> tuple[float, float]:
         """The scores of the first and the last colour of all heat maps."""
-        normal = self.scores[~self.labels]
-        return colour_limits(float(np.median(normal if len(normal) else self.scores)))
+        return colour_limits(float(np.median(self.scores)) if self.threshold is None else self.threshold)
 
     def worst_first(self) -> np.ndarray:
         """Indices (B,), the score farthest on the wrong side of the threshold first."""

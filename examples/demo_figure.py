@@ -131,9 +131,8 @@ def choose_examples(dataset: LabelledDataset, maps: np.ndarray) -> list[Example]
 
 
 def _limits(maps: np.ndarray, labels: Sequence[int]) -> tuple[float, float]:
-    """One scale of colours for all heat maps, from the normal test images as in evaluation/gallery.py."""
-    scores = maps.max(axis=(1, 2))
-    return colour_limits(float(np.median(scores[np.array(labels) == 0])))
+    """One scale of colours for all heat maps; the highest score of a normal test image is in the middle."""
+    return colour_limits(float(maps.max(axis=(1, 2))[np.array(labels) == 0].max()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from inspection.scoring import SCORE_GROUP
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
 from reports.drawing import (
+    DECISION_COLOURS,
     ELEVATED,
     FLAGGED,
     add_titles,
@@ -32,6 +33,7 @@ from reports.drawing import (
     outline,
     overlay,
     save_image,
+    sheet,
     split_panels,
 )
 from reports.page import NO_PREVIEW, PANEL_SIDE, Preview, make_preview
@@ -141,7 +143,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
         row = row._replace(boxes=boxes, files=files, quality=quality)
         places = [outputs.folder / name for name in row.files]
         try:
-            return row, _write(detector, places, item.image, restored, boxes, number < previews)
+            return row, _write(detector, row, places, item.image, restored, number < previews)
         except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
             written = [name for name, place in zip(row.files, places, strict=True) if place.is_file()]
             fault = f"scored, but its files cannot be written: {item.path} ({error})"
@@ -163,13 +165,13 @@ def _row(
 
 def _write(
     detector: FewShotDetector,
+    row: Prediction,
     places: Sequence[Path],
     image: Image.Image,
     scores: np.ndarray,
-    boxes: Sequence[Box],
     with_preview: bool,
 ) -> Preview:
-    """Writes the map and the panels of an image from its score map (H, W); returns the preview, empty unless asked for.
+    """Writes the map and the panels of a row from its score map (H, W); returns the preview, empty unless asked for.
 
     places: as `Outputs.names` lists them.
     """
@@ -177,11 +179,31 @@ def _write(
     for place in places:
         if place not in files:
             _save_map(place, scores, map_scale(detector))
-    panels = draw_panels(image, scores, detector.threshold, boxes) if with_preview or files else {}
-    drawn = [hstack(add_titles(panels))] if len(files) == 1 else panels.values()
+    panels = draw_panels(image, scores, detector.threshold, row.boxes) if with_preview or files else {}
+    drawn = [_sheet(row, panels, scores, detector.threshold)] if len(files) == 1 else panels.values()
     for place, panel in zip(files, drawn, strict=bool(files)):
         save_image(place, panel)
     return make_preview(panels, HEAT_PANEL) if with_preview else NO_PREVIEW
+
+
+def _sheet(
+    row: Prediction, panels: Mapping[str, Image.Image], scores: np.ndarray, threshold: Threshold | None
+) -> Image.Image:
+    """The panels side by side, with name, time, decision, scores and the scale of the colours."""
+    limits = "" if threshold is None else f", threshold {threshold.value:.3g}"
+    reason = f" ({row.reason})" if row.reason else ""
+    verdict = f"{(row.decision or 'no decision').upper()}{reason}  score {row.score:.3g}{limits}"
+    name = f"{row.path}  {row.time[:19].replace('T', ' ')}"
+    colour = DECISION_COLOURS.get(row.decision, (0, 0, 0))
+    scale = _colour_scale(scores, threshold)
+    return sheet(hstack(add_titles(panels)), name, verdict, colour, scale, threshold and threshold.value)
+
+
+def _colour_scale(scores: np.ndarray, threshold: Threshold | None) -> tuple[float, float]:
+    """The scores of the first and last colour. Without a threshold, each map has its own."""
+    if threshold is None:
+        return float(scores.min()), float(scores.max())
+    return colour_limits(threshold.value, threshold.typical)
 
 
 def read_preview(folder: Path, row: Prediction) -> Preview:
@@ -212,14 +234,11 @@ def draw_panels(
     are no outlines, and each heat map has its own colour scale.
     """
     image = image.convert("RGB")
-    if threshold is None:  # the colours are not comparable between images
-        return {IMAGE_PANEL: image, HEAT_PANEL: overlay(image, scores, (float(scores.min()), float(scores.max())))}
+    panels = {IMAGE_PANEL: image, HEAT_PANEL: overlay(image, scores, _colour_scale(scores, threshold))}
+    if threshold is None:
+        return panels
     outlined = outline(outline(image, scores > threshold.region, ELEVATED), scores > threshold.value, FLAGGED)
-    return {
-        IMAGE_PANEL: image,
-        HEAT_PANEL: overlay(image, scores, colour_limits(threshold.typical)),
-        OUTLINE_PANEL: boxed(outlined, boxes, FLAGGED),
-    }
+    return panels | {OUTLINE_PANEL: boxed(outlined, boxes, FLAGGED)}
 
 
 def map_scale(detector: FewShotDetector) -> int:

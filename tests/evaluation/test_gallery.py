@@ -79,8 +79,9 @@ def test_panels_show_truth_and_heat(scored, tmp_path):
     index = int(scored.scores.argmax())
     panels = np.asarray(decode_image(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[2 * CAPTION_HEIGHT :]
     image, truth, heat, over = (panels[:, at : at + SIZE] for at in range(0, panels.shape[1], SIZE + GAP))
-    assert np.unravel_index(heat.sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)
-    assert np.unravel_index(abs(over - image).sum(axis=2).argmax(), (SIZE, SIZE)) == pytest.approx((20, 30), abs=2)
+    for seen in (heat.sum(axis=2), abs(over - image).sum(axis=2)):  # equally bright far above the threshold
+        brightest = np.argwhere(seen > 0.95 * seen.max())
+        assert brightest.mean(axis=0) == pytest.approx((20, 30), abs=2) and len(brightest) < SIZE**2 / 10
     changed = np.argwhere(abs(truth - image).sum(axis=2) > 120)
     marked = np.argwhere(scored.dataset[index]["mask"].numpy())
     np.testing.assert_allclose(changed.min(axis=0), marked.min(axis=0), atol=2)

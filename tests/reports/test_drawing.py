@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reports.drawing import CAPTION_HEIGHT, FLAGGED, add_titles, boxed, hstack, save_image, split_panels
+from reports.drawing import (
+    CAPTION_HEIGHT,
+    FLAGGED,
+    LEAST_SHEET,
+    add_titles,
+    boxed,
+    colour_limits,
+    heat_map,
+    hstack,
+    place,
+    save_image,
+    sheet,
+    split_panels,
+)
 from training.curve import save_curve
 
 
@@ -36,6 +52,29 @@ def test_titles_grow_with_the_image():
         assert len(dark) > 0 and dark[:, 0].max() < height and np.ptp(dark[:, 0]) > height / 3
 
 
+def test_the_threshold_is_in_the_middle_of_the_colours():
+    """A score twice the threshold is as far above it as half of it is below; one above that is seen to be higher."""
+    limits = colour_limits(2.0)
+    assert place(2.0, limits) == pytest.approx(0.5) and place(4.0, limits) + place(1.0, limits) == pytest.approx(1)
+    assert colour_limits(2.0, 0.1) == (0.1 / 2.5, 5.0)
+    level = [heat_map(np.full((1, 1), score), limits).getpixel((0, 0)) for score in (0.0, 1.0, 2.0, 4.0, 4.5, 90.0)]
+    ramp = [heat_map(np.full((1, 1), score), (1.0, 16.0)).getpixel((0, 0)) for score in (1.0, 4.0, 16.0)]
+    assert [level[0], level[2], level[5]] == ramp and len(set(level)) == 6
+    for flat in (0.0, 3.0):  # without a threshold, each map has its own limits
+        heat_map(np.full((2, 2), flat), (flat, flat))
+
+
+def test_a_sheet_says_what_it_shows():
+    row = hstack(add_titles({"input": Image.new("RGB", (64, 64)), "heat map": Image.new("RGB", (64, 64))}))
+    plain = sheet(row, "a.png", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0)
+    assert plain.width == LEAST_SHEET and np.array_equal(plain.crop(json.loads(plain.info["comment"])), row)
+    for other in (("b.png", "NORMAL", (1.0, 4.0)), ("a.png", "REVIEW", (1.0, 4.0)), ("a.png", "NORMAL", (1.0, 9.0))):
+        name, verdict, limits = other
+        assert not np.array_equal(plain, sheet(row, name, verdict, (0, 0, 0), limits, 2.0))
+    long = sheet(row, "x" * 300 + "/end.png", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0)
+    assert long.size == plain.size
+
+
 def test_plots_are_the_same_files_again(tmp_path):
     history = [{"epoch": 0, "loss": None}, {"epoch": 1, "loss": -0.5}]
     for folder in ("a", "b"):
@@ -46,13 +85,14 @@ def test_plots_are_the_same_files_again(tmp_path):
         assert first.startswith(begin) and first == second
 
 
-@given(st.integers(8, 900), st.integers(8, 900), st.integers(1, 3), st.integers(20, 400))
-@example(10, 138, 2, 20)  # decoded to three columns, of which one is half gap
-def test_panels_are_taken_apart_as_they_were_joined(tmp_path_factory, width, height, count, side):
+@given(st.integers(8, 900), st.integers(8, 900), st.integers(1, 3), st.integers(20, 400), st.booleans())
+@example(10, 138, 2, 20, False)  # decoded to three columns, of which one is half gap
+def test_panels_are_taken_apart_as_they_were_joined(tmp_path_factory, width, height, count, side, on_sheet):
     colours = [(80 * n, 90, 200) for n in range(count)]
     panels = [Image.new("RGB", (width, height), colour) for colour in colours]
     path = tmp_path_factory.mktemp("panels") / "a.jpg"
-    save_image(path, panels[0] if count == 1 else hstack(add_titles({str(n): one for n, one in enumerate(panels)})))
+    row = panels[0] if count == 1 else hstack(add_titles({str(n): one for n, one in enumerate(panels)}))
+    save_image(path, sheet(row, "part/0.png", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0) if on_sheet else row)
     parts = split_panels(path, count, side)
     assert len(parts) == count
     for part, colour in zip(parts, colours, strict=True):
