@@ -67,7 +67,7 @@ def report_page(
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
         references=references,
         typical=threshold and threshold.typical,
-        colours=threshold and colour_limits(threshold.typical),
+        colours=threshold and colour_limits(threshold.value, threshold.typical),
         outlines=OUTLINES if threshold else (),
     )
 

@@ -75,12 +75,13 @@ def test_files(scored, tmp_path, monkeypatch, count):
 
 
 def test_panels_show_truth_and_heat(scored, tmp_path):
-    save_gallery(tmp_path, "ring", scored, -1, workers=2)
     index = int(scored.scores.argmax())
+    scored.maps[index, 18:23, 28:33] = scored.scores[index]  # more than the compression hides
+    save_gallery(tmp_path, "ring", scored, -1, workers=2)
     panels = np.asarray(decode_image(tmp_path / f"{scored.name(index)}.jpg")).astype(int)[2 * CAPTION_HEIGHT :]
     image, truth, heat, over = (panels[:, at : at + SIZE] for at in range(0, panels.shape[1], SIZE + GAP))
     for seen in (heat.sum(axis=2), abs(over - image).sum(axis=2)):  # equally bright far above the threshold
-        brightest = np.argwhere(seen > 0.95 * seen.max())
+        brightest = np.argwhere(seen > 0.8 * seen.max())
         assert brightest.mean(axis=0) == pytest.approx((20, 30), abs=2) and len(brightest) < SIZE**2 / 10
     changed = np.argwhere(abs(truth - image).sum(axis=2) > 120)
     marked = np.argwhere(scored.dataset[index]["mask"].numpy())
