@@ -139,4 +139,4 @@ def pro(ranking: Ranking, weights: np.ndarray) -> float:
     climbed = np.minimum(inside, length)  # width of the ramp below the limit: a triangle, then a rectangle
     triangle = np.divide(climbed**2, 2 * length, out=np.zeros_like(length), where=length > 0)
     areas = triangle + inside - climbed
-    return float(weights[ranking.order] @ areas / weights.sum() / PRO_FPR_LIMIT)
+    return min(1.0, float(weights[ranking.order] @ areas / weights.sum() / PRO_FPR_LIMIT))  # 1 + 1e-15 is possible

@@ -35,8 +35,9 @@ EXPLAINED = {
     ),
 }
 CAPTIONS = {
-    PAIRED: "percent, with 95 % interval over support sets and p-value (paired t-test, corrected by Holm's method)",
-    OVER_IMAGES: "percent, with 95 % interval over test images (bootstrap)",
+    PAIRED: "In percent, with the 95 % interval over support sets and the p-value of the paired t-test, corrected by "
+    "Holm's method",
+    OVER_IMAGES: "In percent, with the 95 % interval over test images (bootstrap)",
 }
 SMALLEST_P = 0.001  # smaller p-values are printed as below it
 CSV_COLUMNS = ("shot", "metric", "category", "column", "percent", "sd", "low95", "high95", "rounds", SECONDS)
@@ -183,12 +184,14 @@ def _latex_table(table: ResultsTable) -> list[str]:
     shown = [place for place, _ in enumerate(table.columns) if any(row[place] for row in everything)]
     own = [place for place in shown if table.columns[place] not in PUBLISHED]
     names = [escape_latex(table.columns[place]) for place in shown]
-    caption = "percent, mean ± SD over support sets" + ("; best in bold" if table.metric in TABLE_METRICS else "")
+    caption = "In percent, mean ± standard deviation over support sets"
+    caption += "; the best of each row in bold" if table.metric in TABLE_METRICS else ""
     if table.intervals:
         caption = next(text for ending, text in CAPTIONS.items() if table.metric.endswith(ending))
     label = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")
-    lines = ["\\begin{table}", "\\centering", f"\\caption{{{escape_latex(f'{table.title}: {caption}.')}}}"]
-    lines += [f"\\label{{tab:{label}}}", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", "\\toprule"]
+    lines = ["\\begin{table}", "\\centering"]
+    lines += [f"\\caption{{{escape_latex(f'{table.title[0].upper()}{table.title[1:]}. {caption}.')}}}"]
+    lines += [f"\\label{{tab:{label}}}", "\\smallskip", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", "\\toprule"]
     lines += [" & ".join(["category", *names]) + " \\\\", "\\midrule"]
     lines += [_latex_row(table, name, row, shown) for name, row in table.rows.items() if any(row[at] for at in own)]
     means = [_latex_row(table, name, row, shown) for name, row in table.means.items() if any(row)]

@@ -272,7 +272,7 @@ def test_latex(folder):
     results = read_results(folder)
     text = to_latex([made for made in make_tables(results) if made.metric in ("image_auroc", "pixel_auroc")], results)
     assert text.count("\\toprule") == text.count("\\bottomrule") == text.count("\\end{table}") == 2
-    assert "\\label{tab:image-auroc-k-8}" in text and "\\caption{image AUROC, K = 8: percent, mean $\\pm$ SD" in text
+    assert "\\label{tab:image-auroc-k-8}" in text and "\\caption{Image AUROC, K = 8. In percent, mean $\\pm$" in text
     image = text[text.index("\\toprule") : text.index("\\bottomrule")]
     lines = [line for line in image.splitlines() if "&" in line]
     assert {line.count("&") for line in lines} == {7} and "missing" not in text and "source" not in text
