@@ -57,20 +57,19 @@ def count_pixels(maps: np.ndarray, masks: np.ndarray, valid_mask: np.ndarray | N
 
     weights: (P,) from evaluation.metrics.region_weights of the masks.
     """
-    low, high = float(maps[masks].min()), float(maps.max())
+    low, high = maps[masks].min(), maps.max()
     scale = np.float32((PIXEL_BINS - 2) / max(high - low, 1e-12))
-    levels = maps * scale
-    levels += 1 - np.float32(low) * scale
-    np.clip(levels, 0, PIXEL_BINS - 1, out=levels)  # bin 0: below all defective pixels
-    bins = levels.astype(np.intp)
-    bins += PIXEL_BINS * np.arange(len(maps))[:, None, None]
-    positive = bins[masks]
-    rows = len(maps) * PIXEL_BINS
-    everything = bins.ravel() if valid_mask is None else bins[valid_mask]
-    of_positives = np.bincount(positive, minlength=rows)
-    counted = (of_positives, np.bincount(everything, minlength=rows) - of_positives)
-    counted += (np.bincount(positive, weights, minlength=rows),)
-    return Counts(*(one.reshape(len(maps), PIXEL_BINS).astype(np.float32) for one in counted))
+    counts, begin = np.zeros((3, len(maps), PIXEL_BINS), np.float32), 0
+    for number, (scores, mask) in enumerate(zip(maps, masks, strict=True)):  # one image at a time fits the cache
+        levels = np.clip((scores - low) * scale + 1, 0, PIXEL_BINS - 1)  # bin 0: below all defective pixels
+        bins = levels.astype(np.intp)
+        positive = bins[mask]
+        of_image = weights[begin : (begin := begin + len(positive))]
+        everything = bins.ravel() if valid_mask is None else bins[valid_mask[number]]
+        counts[0, number] = np.bincount(positive, minlength=PIXEL_BINS)
+        counts[1, number] = np.bincount(everything, minlength=PIXEL_BINS) - counts[0, number]
+        counts[2, number] = np.bincount(positive, of_image, minlength=PIXEL_BINS)
+    return Counts(*counts)
 
 
 def metrics_of(counts: Counts, copies: np.ndarray) -> dict[str, np.ndarray]:
