@@ -56,6 +56,8 @@ def table_figure(tables: Sequence[ResultsTable], over_images: Sequence[ResultsTa
             axis.set_axis_off()
     legends = [axis.get_legend_handles_labels() for axis in axes.flat]
     handles = {label: handle for of_axis in legends for handle, label in zip(*of_axis, strict=True)}
+    if across == 1:
+        axes[-1, 0].set_xlabel(f"{axes[-1, 0].get_xlabel()}; bars: 95 % interval over support sets")
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
     return figure
 
