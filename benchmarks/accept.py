@@ -27,6 +27,7 @@ from inspection.fitting import DEFAULT_RATE
 from inspection.learning import accept
 from inspection.results import DEFECTIVE, NORMAL, decide
 from models.efficientnet_lite import EfficientNetLite
+from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -37,7 +38,7 @@ ACCEPTED = (0, 1, 2, 4, 8)
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--obj", nargs="+", default=CATEGORIES)
     parser.add_argument("--shot", type=int, default=4)
     parser.add_argument("--images", type=int, default=80, help="further normal images of each category")

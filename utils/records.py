@@ -47,7 +47,7 @@ def who_and_when() -> dict:
     """Date, user, host, version and commit, as entries of a document."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # no such user in a container
+    except (ImportError, KeyError, OSError):  # no such user in a container, no users as on Unix
         user = None
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     versions = {"python": platform.python_version(), **{name: _package_version(name) for name in RECORDED_PACKAGES}}
