@@ -18,6 +18,7 @@ from experiments.tables import (
     DEFECT_METRICS,
     DIFFERENCE,
     NO_TRUTH,
+    TABLE_METRICS,
     Entry,
     ResultsTable,
     entries_of,
@@ -118,11 +119,15 @@ def _common_pairs(a: Results, b: Results) -> list[Pair]:
     return [Pair(a, one, b, two) for one, two in pairs]
 
 
-def paired_tables(title: str, pairs: Sequence[Pair]) -> list[ResultsTable]:
-    """Tables with a column for each pair: of every metric at every shot, then by defect type."""
+def paired_tables(title: str, pairs: Sequence[Pair], brief: bool = False) -> list[ResultsTable]:
+    """Tables with a column for each pair: of every metric at every shot, then by defect type.
+
+    brief: of TABLE_METRICS, without defect types.
+    """
+    metrics, of_defects = (TABLE_METRICS, ()) if brief else (METRIC_NAMES, DEFECT_METRICS)
     shots = pairs[0].results.shots if pairs else []
-    found = [_paired_table(title, pairs, metric, shot) for metric in METRIC_NAMES for shot in shots]
-    found += [_paired_table(title, pairs, metric, shot, True) for metric in DEFECT_METRICS for shot in shots]
+    found = [_paired_table(title, pairs, metric, shot) for metric in metrics for shot in shots]
+    found += [_paired_table(title, pairs, metric, shot, True) for metric in of_defects for shot in shots]
     return [table for table in found if table]
 
 

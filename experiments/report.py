@@ -22,10 +22,11 @@ def make_tables(results: Results, baseline: str | None = None, data_path: Path |
     """All tables of a folder.
 
     Image AUROC, pixel AUROC and PRO with a column per kind of weights and scorer, published numbers and the differences
-    from them; the other metrics, and those by defect type; paired differences in all metrics; intervals over test
-    images where the scores lie beside the records; seconds.
+    from them; the other metrics, and those by defect type; paired differences; intervals over test images where the
+    scores lie beside the records; seconds.
 
-    baseline: what paired differences are from: a column, scorer, kind of weights, method, or another results folder.
+    baseline: what paired differences are from: a column, scorer, kind of weights, method, or another results folder;
+    they are then of all metrics and defect types. None: of the first three metrics, from DEFAULT_BASELINES.
     data_path: where the data are now, for the intervals of pixel metrics.
 
     Raises:
@@ -35,8 +36,8 @@ def make_tables(results: Results, baseline: str | None = None, data_path: Path |
     pairs = list({pair.name: pair for _, of in groups for pair in of}.values())
     every = [value_table(results, metric, shot) for metric in TABLE_METRICS for shot in results.shots]
     every += [other_tables(results, shot) for shot in results.shots]
-    every += [paired_tables(title, of) for title, of in groups]
-    every += [over_images(results, pairs, data_path)]
+    every += [paired_tables(title, of, brief=baseline is None) for title, of in groups]
+    every += [over_images(results, pairs, data_path, brief=baseline is None)]
     every += [seconds_table(results, shot) for shot in results.shots]
     return [table for tables in every for table in tables]
 

@@ -16,7 +16,7 @@ from evaluation.resampling import count_images, count_pixels, draw_copies, perce
 from evaluation.saved_maps import read_maps
 from experiments.comparison import Pair
 from experiments.results import Results
-from experiments.tables import DIFFERENCE, PERCENT, Entry, ResultsTable, entries_of, known, make_table
+from experiments.tables import DIFFERENCE, PERCENT, TABLE_METRICS, Entry, ResultsTable, entries_of, known, make_table
 from utils.choices import MASK_ORIENTATIONS
 from utils.errors import UserError
 from utils.naming import RecordFiles, round_maps
@@ -93,8 +93,13 @@ def _truth(items: tuple[LabelledImage, ...], size: int, *how: bool | str) -> tup
     return None if masks is None else (masks, valid_mask, region_weights(masks))
 
 
-def over_images(results: Results, pairs: Sequence[Pair] = (), data_path: Path | None = None) -> list[ResultsTable]:
-    """Tables of intervals over test images, for each metric and shot: of every column, and of the pairs."""
+def over_images(
+    results: Results, pairs: Sequence[Pair] = (), data_path: Path | None = None, brief: bool = False
+) -> list[ResultsTable]:
+    """Tables of intervals over test images, for each metric and shot: of every column, and of the pairs.
+
+    brief: of TABLE_METRICS.
+    """
     sources = {source.folder: source for pair in pairs for source in (pair.baseline, pair.results)}
     sources[results.folder] = results
     varied = {
@@ -104,7 +109,11 @@ def over_images(results: Results, pairs: Sequence[Pair] = (), data_path: Path | 
         for key in source.records
         if key[0] == category
     }
-    found = [_image_table(results, pairs, metric, shot, varied) for metric in METRIC_NAMES for shot in results.shots]
+    found = [
+        _image_table(results, pairs, metric, shot, varied)
+        for metric in (TABLE_METRICS if brief else METRIC_NAMES)
+        for shot in results.shots
+    ]
     return [table for table in found if table]
 
 

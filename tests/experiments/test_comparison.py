@@ -104,6 +104,17 @@ def test_any_baseline(folder, baseline, names):
     assert found == [name + ending for name in names]
 
 
+def test_without_a_baseline(folder):
+    """Two of them, in three metrics; a baseline gives all metrics, and defect types."""
+    paired = [made for made in make_tables(read_results(folder)) if made.metric.endswith("_paired")]
+    assert [(made.metric, made.title.split("from ")[1]) for made in paired] == [
+        (f"{metric}_paired", f"{baseline}, paired")
+        for baseline in ("gaussian", "untrained")
+        for metric in ("image_auroc", "pixel_auroc", "pro")
+    ]
+    assert len([made for made in make_tables(read_results(folder), "mine") if made.metric.endswith("_paired")]) == 10
+
+
 def test_a_folder_as_baseline(folder, tmp_path):
     other = tmp_path / "other"
     write_record(other, "bottle", 2, "last", [(0.5, 0.5)] * 3)
