@@ -1,13 +1,17 @@
 """Feature maps of any model of the timm library (an optional package), without registration or training.
 
-A convolutional network has the maps of strides 4, 8 and 16. A vision transformer has one map: the patch tokens of its
-last block. Normalisation and default input size are those of the model.
+A convolutional network has the maps of strides 4, 8 and 16. A vision transformer has one map, the patch tokens of its
+last block; or those of several blocks, each of which is compared on its own, as if it were a backbone of its own:
+NAME@upper, the blocks of the upper half; NAME@spread, four blocks; or NAME@3,5,8,10, counted from 0. Class and register
+tokens are left out. Normalisation and default input size are those of the model. A vision transformer takes any size
+that is a multiple of its patches; the position embeddings of its weights are resampled.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,13 +23,15 @@ from utils.errors import UserError
 from utils.files import load_state_dict
 
 STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
+BLOCKS, UPPER, SPREAD = "@", "upper", "spread"  # behind the name of a vision transformer: which blocks
+SPREAD_BLOCKS = {12: (3, 5, 8, 10), 24: (5, 11, 17, 23)}  # by depth, as published few-shot methods choose them
 
 
 class TimmFeatures(nn.Module):
     """The feature maps of a timm model for images (B, 3, S, S) in [0, 1], S = `img_size` (None: the model's default).
 
-    `name` is timm's, without PREFIX. `weights`: "imagenet" (pretrained, downloaded by timm), "none" (random), or the
-    path of a state dict.
+    `name` is timm's, without PREFIX, with or without blocks. `weights`: "imagenet" (pretrained, downloaded by timm),
+    "none" (random), or the path of a state dict.
 
     Raises:
         UserError: timm is not installed, the model does not exist, the weights do not fit, or the model does not accept
@@ -38,9 +44,10 @@ class TimmFeatures(nn.Module):
         super().__init__()
         timm = timm_library()
         self.backbone = PREFIX + name
+        name, _, blocks = name.partition(BLOCKS)
         config = _config(timm, name)
         self.img_size = img_size or config["input_size"][-1]
-        self.net = self._create(timm, name, weights).eval().requires_grad_(False)
+        self.net = self._create(timm, name, weights, blocks).eval().requires_grad_(False)
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(3, 1, 1), persistent=False)
         self._check_grids(name)
@@ -52,7 +59,8 @@ class TimmFeatures(nn.Module):
         except Exception as error:  # whatever a model raises at a size it cannot take
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the timm model {name} does not run at {self.img_size} pixels: {reason}") from error
-        nested = all(fine == (2 * coarse[0], 2 * coarse[1]) for fine, coarse in itertools.pairwise(sides))
+        factor = 1 if hasattr(self, "backbone_layers") else 2
+        nested = all(fine == (factor * side[0], factor * side[1]) for fine, side in itertools.pairwise(sides))
         if not nested or sides[-1][0] != sides[-1][1] or self.img_size % sides[-1][0]:
             grids = ", ".join(f"{height} x {width}" for height, width in sides)
             raise UserError(
@@ -61,12 +69,17 @@ class TimmFeatures(nn.Module):
                 ("img_size",),
             )
 
-    def _create(self, timm: object, name: str, weights: str) -> nn.Module:
+    def _create(self, timm: object, name: str, weights: str, blocks: str) -> nn.Module:
         options = {"pretrained": weights == "imagenet", "features_only": True}
         try:
-            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+            probe = timm.create_model(name, features_only=True)
+            reductions = probe.feature_info.reduction()
             if len(set(reductions)) == 1:  # a vision transformer
-                options |= {"out_indices": (-1,), "img_size": self.img_size}
+                chosen = _block_indices(blocks, len(probe.model.blocks))
+                options |= {"out_indices": chosen, "img_size": self.img_size}
+                self.backbone_layers = (1,) * len(chosen)
+            elif blocks:
+                raise UserError(f"{name} is no vision transformer: leave out {BLOCKS}{blocks}")
             else:
                 options["out_indices"] = tuple(i for i, stride in enumerate(reductions) if stride in STRIDES)
             net = timm.create_model(name, **options)
@@ -88,6 +101,8 @@ class TimmFeatures(nn.Module):
 def _load(net: nn.Module, path: Path) -> None:
     """Loads a state dict with timm's names. It may hold the classifier, which is not used."""
     state = load_state_dict(path)
+    if hasattr(net, "model") and hasattr(net.model, "patch_embed"):  # a vision transformer: resamples its positions
+        state = sys.modules[type(net.model).__module__].checkpoint_filter_fn(state, net.model)
     own = net.state_dict()
     names = {name: _timm_name(name, state) for name in own}
     found = {name: state[given] for name, given in names.items() if given in state}
@@ -95,6 +110,26 @@ def _load(net: nn.Module, path: Path) -> None:
     if missing:
         raise UserError(f"weights {path} are those of another model: {len(missing)} are missing, e.g. {missing[0]}")
     net.load_state_dict(found)
+
+
+def _block_indices(blocks: str, depth: int) -> tuple[int, ...]:
+    """The blocks of a vision transformer of `depth` blocks that the text names; "": the last one.
+
+    Raises:
+        UserError: the text is neither UPPER nor SPREAD nor numbers of blocks.
+    """
+    if not blocks:
+        return (depth - 1,)
+    if blocks == UPPER:
+        return tuple(range(depth // 2, depth))
+    if blocks == SPREAD:
+        return SPREAD_BLOCKS.get(depth) or tuple(dict.fromkeys(depth * block // 12 for block in SPREAD_BLOCKS[12]))
+    found = tuple(int(number) if number.isdecimal() else depth for number in blocks.split(","))
+    if max(found) >= depth or list(found) != sorted(set(found)):
+        raise UserError(
+            f"no blocks {blocks!r}: give {UPPER}, {SPREAD}, or ascending numbers from 0 to {depth - 1}, as in 3,5,8"
+        )
+    return found
 
 
 def _timm_name(name: str, state: dict) -> str:
@@ -107,7 +142,7 @@ def _timm_name(name: str, state: dict) -> str:
 
 def own_img_size(name: str) -> int:
     """The default input size of a model in pixels; UserError as TimmFeatures."""
-    return _config(timm_library(), name)["input_size"][-1]
+    return _config(timm_library(), name.partition(BLOCKS)[0])["input_size"][-1]
 
 
 def _config(timm: object, name: str) -> dict:

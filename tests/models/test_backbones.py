@@ -120,6 +120,38 @@ def test_models_of_timm_give_maps_for_every_scorer(name, shapes, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("blocks", "indices"), [("@upper", [4, 5, 6, 7, 8]), ("@spread", [2, 3, 6, 7]), ("@0,2", [0, 2]), ("", [8])]
+)
+@pytest.mark.parametrize("size", [64, 224])
+def test_blocks_of_a_vision_transformer_are_those_of_timm(blocks, indices, size, tmp_path):
+    """Also from weights of another size; every block counts as a backbone; the class token is left out."""
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_vit3").state_dict(), tmp_path / "weights.pth")  # of 160 pixels
+    network = scoring_network(f"timm:test_vit3{blocks}", "affine", size, None, str(tmp_path / "weights.pth"))
+    images = torch.rand(2, 3, size, size)
+    whole = timm.create_model("test_vit3", checkpoint_path=str(tmp_path / "weights.pth")).eval()
+    whole.set_input_size(img_size=size)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(
+            (images - network.mean) / network.std, indices=indices, intermediates_only=True
+        )
+    found = network.features(images)
+    assert len(found) == len(expected) == len(indices) and network.backbone_layers == (1,) * len(indices)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.shape[2:] == (size // 16, size // 16)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["timm:test_vit@7", "timm:test_vit@2,1", "timm:test_vit@half", "timm:test_resnet@1"]
+)
+def test_blocks_that_do_not_exist(backbone):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match=r"no blocks|no vision transformer"):
+        scoring_network(backbone, "affine", 160, None, "none")
+
+
+@pytest.mark.parametrize(
     ("backbone", "weights", "sentence"),
     [
         ("timm:resnet_18", "none", "timm has no model resnet_18"),
