@@ -19,7 +19,7 @@ from inspection.inputs import list_inputs
 from inspection.learning import accept
 from inspection.region import RegionWarning, read_region
 from inspection.results import decide
-from inspection.threshold import Threshold
+from inspection.threshold import Threshold, expectation
 from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
 from utils.choices import AUTO_BITS, DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
@@ -63,6 +63,8 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
         print(f"{len(normal.scores)} normal images, highest scores first:")
         for name, score in normal.by_score()[:MOST_NORMAL]:
             print(f"  {score:8.3f}  {'above the threshold  ' if score > threshold.value else ''}{name}")
+        if detector.scorer.name == DEFAULT_SCORER and threshold.rate is not None and not config.defects:
+            print(f"{expectation(threshold.count, normal.is_loo)} (--defects)")
     for sentence in detector.warnings:
         print(f"warning: {sentence}", file=sys.stderr)
     return detector
