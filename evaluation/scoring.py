@@ -24,6 +24,7 @@ from scorers.features import FeatureNetwork, FeatureStore, write_support_images
 from scorers.maps import score_maps_at
 from utils.devices import upload
 from utils.errors import UserError
+from utils.progress import ProgressBar
 from utils.stages import StageClock
 
 # Images per network pass. Affects time, memory and the last digits only. On the CPU, the best value depends on the
@@ -116,7 +117,7 @@ def compute_test_features(
     store = FeatureStore(scorers, len(labels))
     truth: dict[str, list[np.ndarray]] = {"mask": [], "valid_mask": []}
     batches = read_batches(dataset, batch_size, num_workers)
-    for start in range(0, len(labels), batch_size):
+    for start in ProgressBar("features of test images", range(0, len(labels), batch_size), unit="batches"):
         with clock("decode"):
             batch = next(batches)
             for name, batches_of_truth in truth.items():

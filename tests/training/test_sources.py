@@ -96,6 +96,26 @@ def test_mistakes_get_one_sentence(flags, sentence, roots, tmp_path):
         record(roots[0], tmp_path, *flags)
 
 
+def test_errors_of_too_few_categories_name_the_flag(roots, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "ring").symlink_to(roots[0] / "ring")
+    errors = []
+    for add in (None, "weave"):
+        if add:  # a category with one image
+            one = few / add / "train/good/000.png"
+            one.parent.mkdir(parents=True)
+            shutil.copy(roots[0] / "weave/train/good/000.png", one)
+        with pytest.raises(UserError) as caught:
+            list_source_images(few, "folder", "ring")
+        errors.append(caught.value)
+    with pytest.raises(UserError) as caught:
+        list_source_images(few, "folder", "ring", ["weave", "board"])
+    sentences = ["no category to train on", "has one image", "lacks 1 of the 2 categories"]
+    for error, sentence in zip([*errors, caught.value], sentences, strict=True):
+        assert sentence in str(error) and "sources" in error.options
+
+
 def test_the_printed_episodes_are_those_of_the_same_sources(roots, capsys):
     common = ["--obj", "ring", "--data_type", "folder", "--data_path", str(roots[0]), "--shot", "1"]
     episodes.main([*common, "--source_path", str(roots[1]), "--sources", "board"])
