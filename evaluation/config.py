@@ -189,7 +189,8 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         "draw this many images of a round, and write a report; -1: all", default=0, metavar="N", least=-1
     )
     images_round: int | str = flag(
-        f"the round of --save_images: its number, or {', '.join(ROUND_RANKS)} by image AUROC",
+        f"the round of --save_images, and of --examples of reproduce.py: its number, or {', '.join(ROUND_RANKS)} by "
+        "image AUROC",
         default=0,
         convert=round_choice,
         metavar="ROUND",

@@ -12,7 +12,7 @@ from typing import Any
 
 from evaluation.config import ScoringConfig
 from training.config import TrainingConfig
-from utils.choices import WEIGHTS, category_name, is_trainable
+from utils.choices import FIGURE_FORMATS, WEIGHTS, category_name, is_trainable
 from utils.config import AnyConfig, Config, flag, flags_of
 from utils.errors import UserError
 from utils.naming import DEFAULT_SAVE_DIR
@@ -147,20 +147,26 @@ class TableConfig(Config):
         """Raises UserError where flags contradict each other."""
         if self.eval_only and not is_trainable(self.backbone):
             raise UserError(f"{self.backbone} is not trained here, so there is nothing for --eval_only to score")
-        for name in ("readme", "figure", "examples"):
-            if getattr(self, name) and not self.report:
-                raise UserError(f"--{name} goes with --report DIR")
-        for name in ("baseline", "columns", "only_scored"):
-            if getattr(self, name) and not (self.report or self.compare):
-                raise UserError(f"--{name} goes with --report or --compare")
-        if self.images and not self.examples:
-            raise UserError("--images goes with --examples FILE")
+        self._check_report()
         for name in () if self.import_scores else OF_EXTERNAL_RESULTS:
             if getattr(self, name):
                 more = f"; a table takes --{name}s" if name in ("obj", "shot") else ""
                 raise UserError(f"--{name} goes with --import CSV{more}")
         if len(set(self.shots)) < len(self.shots) or len(set(self.objs)) < len(self.objs):
             raise UserError("--shots and --objs must not contain duplicates")
+
+    def _check_report(self) -> None:
+        for name in ("readme", "figure", "examples"):
+            if getattr(self, name) and not self.report:
+                raise UserError(f"--{name} goes with --report DIR")
+        for name in ("figure", "examples"):
+            if (file := getattr(self, name)) and file.suffix not in FIGURE_FORMATS:
+                raise UserError(f"--{name} {file}: figures are written as {', '.join(FIGURE_FORMATS)}")
+        for name in ("baseline", "columns", "only_scored"):
+            if getattr(self, name) and not (self.report or self.compare):
+                raise UserError(f"--{name} goes with --report or --compare")
+        if self.images and not self.examples:
+            raise UserError("--images goes with --examples FILE")
 
     def part(self, kind: type[AnyConfig], **values: object) -> AnyConfig:
         """The configuration of one run: the settings that `kind` shares with this one, and those in `values`."""

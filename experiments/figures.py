@@ -14,7 +14,6 @@ from PIL import Image
 
 from experiments.tables import DIFFERENCE, NO_TRUTH, PUBLISHED, Entry, ResultsTable
 from reports.drawing import overlay
-from utils.errors import UserError
 from utils.files import whole_file
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
 CATEGORY_INCHES, FRAME_INCHES, PANEL_INCHES = 0.34, 1.1, 3.1
 ONE_PANEL_INCHES = 8.4
 CELL_INCHES, CELL_DPI = 1.15, 220
-FORMATS = (".pdf", ".svg", ".png")
 
 
 def table_figure(tables: Sequence[ResultsTable], over_images: Sequence[ResultsTable] = ()) -> Figure | None:
@@ -169,13 +167,7 @@ def _tiled(images: np.ndarray) -> np.ndarray:
 
 
 def save_for_paper(path: Path, figure: Figure) -> None:
-    """Writes a figure as PDF, SVG or PNG, by its suffix. Text stays text.
-
-    Raises:
-        UserError: another suffix.
-    """
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path}: figures are written as {', '.join(FORMATS)}")
+    """Writes a figure in one of FIGURE_FORMATS, by its suffix. Text stays text."""
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
     with whole_file(path) as aside, matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
         figure.savefig(aside, format=path.suffix[1:], dpi=CELL_DPI, metadata=metadata)

@@ -49,6 +49,7 @@ DEFAULT_SCORER = "combined"  # of predict.py and export.py
 TRAIN = ("all", "heads", "stn")  # recipes of training; the first of each choice is the release's
 BATCH_NORM = ("train", "frozen")
 SUPPORT_TARGET = ("mean", "each")
+FIGURE_FORMATS = (".pdf", ".svg", ".png")  # of figures for a paper
 ROUND_RANKS = ("best", "median", "worst")  # of the rounds by image AUROC
 LARGEST_SEED = 2**32 - 1  # of NumPy
 DEFAULT_SEED = 668  # as in the release

@@ -11,7 +11,7 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.per_image import image_name, write_scores
 from evaluation.saved_maps import save_maps
 from experiments.examples import read_examples
-from experiments.figures import examples_figure, save_for_paper, table_figure
+from experiments.figures import examples_figure, table_figure
 from experiments.report import make_tables
 from experiments.results import read_results
 from experiments.saved_scores import over_images
@@ -81,8 +81,8 @@ def test_the_bars_are_the_intervals(folder):
             assert tuple(np.round(entry(made, "ring", column).interval, 6)) in ends
         assert sum(line.get_linewidth() < 1 for line in axis.lines) >= 4  # over test images: two rows, two columns
     assert table_figure([]) is None
-    with pytest.raises(UserError, match=r"a\.jpg: figures are written as \.pdf, \.svg, \.png"):
-        save_for_paper(folder / "a.jpg", figure)
+    with pytest.raises(UserError, match=r"--figure a\.jpg: figures are written as \.pdf, \.svg, \.png"):
+        reproduce.main(["--report", str(folder), "--figure", "a.jpg"])
 
 
 def test_examples_are_the_saved_maps(folder, demo_data, tmp_path):
