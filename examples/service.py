@@ -38,7 +38,7 @@ class ServiceConfig(MaxPixelsConfig, DeviceConfig):
     detector: tuple[Path, ...] = flag(
         "from predict.py --save, one for each part; its name without the suffix is the part's", group="detector"
     )
-    host: str = flag("address to listen at; the default is this machine only", default="127.0.0.1")
+    host: str = flag("address to listen at; 127.0.0.1: requests of this machine only", default="127.0.0.1")
     port: int = flag("0: any free port, which is printed", default=8000, least=0)
     workers: int = flag("processes, each with all detectors in memory", default=1, least=1)
     log: Path | None = flag("append each decision as a line of JSON", default=None, metavar="FILE")
