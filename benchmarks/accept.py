@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.changes import CATEGORIES
 from benchmarks.reference import DATA, draw_support_images
 from benchmarks.scoring import RESULTS, command_line
-from datasets.mvtec import category_folder, list_test_items
+from datasets.mvtec import category_folder, list_test_items, list_train_images
 from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from inspection.learning import accept
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
     """Yields one row per number of accepted images, as far as so many are rejected."""
     folder = category_folder(args.data_path, "folder", category)
-    paths = draw_support_images(folder, args.shot + args.images, 1, seed=0)[0]
+    count = min(args.shot + args.images, len(list_train_images(folder)))
+    paths = draw_support_images(folder, count, 1, seed=0)[0]
     defects = [item.image for item in list_test_items(folder) if item.label]
     defects = [defects[n] for n in np.linspace(0, len(defects) - 1, min(args.defects, len(defects))).astype(int)]
     base = FewShotDetector(EfficientNetLite(), args.device).fit(paths[: args.shot])
@@ -79,16 +80,16 @@ def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
     normal = paths[args.shot :]
     rejected = [path for path, one in zip(normal, _decisions(base, normal), strict=True) if one != NORMAL]
     others = [path for path in normal if path not in rejected[: max(ACCEPTED)]]
-    for count in (count for count in ACCEPTED if count <= len(rejected)):
+    for number in (number for number in ACCEPTED if number <= len(rejected)):
         detector, begin = copy.copy(base), time.perf_counter()
-        if count:
-            accept(detector, rejected[:count], force=True)
+        if number:
+            accept(detector, rejected[:number], force=True)
         seconds = time.perf_counter() - begin
         of_normal, of_defects = _decisions(detector, others), _decisions(detector, defects)
         yield {
             "category": category,
             "rejected": len(rejected),
-            "accepted": count,
+            "accepted": number,
             "normal_rejected": 1 - of_normal.count(NORMAL) / len(others),
             "defects_found": 1 - of_defects.count(NORMAL) / len(defects),
             "defects_defective": of_defects.count(DEFECTIVE) / len(defects),

@@ -58,7 +58,7 @@ class Judge:
         return Judgement(
             float(score),
             relative_score(float(score), threshold),
-            *decide(float(score), threshold, stopped),
+            *decide(float(score), threshold, stopped, scores, self.detector.min_area),
             None if threshold is None else threshold.value,
             self.name,
             warning,

@@ -27,6 +27,11 @@ class Box(NamedTuple):
     peak: float
 
 
+def largest_area(scores: np.ndarray, limit: float) -> int:
+    """The pixels of the largest region of a score map (H, W) above `limit`; 0 if there is none."""
+    return int(np.bincount(label(scores > limit, connectivity=2).ravel())[1:].max(initial=0))
+
+
 def find_boxes(scores: np.ndarray, limit: float) -> list[Box]:
     """The boxes of the regions of a score map (H, W) above `limit`, highest peak first, at most MOST_BOXES.
 

@@ -106,6 +106,19 @@ class DetectorConfig(NetworkConfig, ImageConfig):
     accept: tuple[Path, ...] = flag(
         "good images that the --detector rejected: it learns from them", default=(), group="threshold", metavar="PATH"
     )
+    min_area: float | None = flag(
+        "area of the smallest defect in pixels of the image, with --mm_per_pixel in square millimetres; smaller "
+        "regions do not decide",
+        default=None,
+        group="threshold",
+        least=0,
+    )
+    mm_per_pixel: float | None = flag(
+        "side of a pixel of the image, for --min_area in square millimetres",
+        default=None,
+        group="threshold",
+        metavar="MM",
+    )
     part: str | None = flag("name of the part, kept in the detector file", default=None, group="threshold")
 
     def check(self) -> None:
@@ -114,6 +127,8 @@ class DetectorConfig(NetworkConfig, ImageConfig):
             raise UserError("give either normal images with --support, or a saved detector with --detector")
         if self.adopt and not self.defects:
             raise UserError("--adopt takes the threshold that separates known defects best: give them with --defects")
+        if self.mm_per_pixel is not None and (self.min_area is None or self.mm_per_pixel <= 0):
+            raise UserError("--mm_per_pixel must be above 0, and needs --min_area")
         if self.accept and not self.detector:
             raise UserError("--accept makes a saved detector learn: give --detector, or these images with --support")
         if self.adopt and self.threshold is not None:

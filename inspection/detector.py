@@ -105,7 +105,8 @@ class FewShotDetector(ImageScoring):
     tiling: what `fit` made of `tile`; None if no image is cut. threshold: None until `calibrate` or `set_threshold`.
     loo_scores: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
     `for_threshold=False`. calibration: the scores of further normal images, if `calibrate` was given any.
-    document: what the file says of itself, see inspection/document.py. learned: see inspection/learning.py.
+    min_area: of the smallest defect, in pixels of the image. document: what the file says of itself, see
+    inspection/document.py. learned: see inspection/learning.py.
     clock: seconds per stage.
     """
 
@@ -131,6 +132,7 @@ class FewShotDetector(ImageScoring):
         self.calibration: NormalScores | None = None
         self.fitted: Fitted = {}
         self.gate: QualityGate | None = None
+        self.min_area = 0.0
         self.document: dict = {}
         self.learned: dict = {}
         self.support_digests: list[str] = []
@@ -435,10 +437,10 @@ class FewShotDetector(ImageScoring):
         return identity(self._scoring_state())
 
     def decision_identity(self) -> str:
-        """A short hash of all that decisions depend on: `identity`, the thresholds and the limits of quality."""
+        """A short hash of all that decisions depend on: `identity`, thresholds, limits of quality, smallest defect."""
         threshold = self.threshold and [self.threshold.value, self.threshold.review_value]
         limits = self.gate and [self.gate.mean.tolist(), self.gate.margin.tolist()]
-        content = json.dumps([self.identity(), threshold, limits])
+        content = json.dumps([self.identity(), threshold, limits, self.min_area])
         return hashlib.sha256(content.encode()).hexdigest()[:ID_LENGTH]
 
     def weights_sha256(self) -> str:
@@ -464,6 +466,7 @@ class FewShotDetector(ImageScoring):
             "threshold": None if self.threshold is None else self.threshold._asdict(),
             "origin": self.origin,
             "support_digests": self.support_digests,
+            "min_area": self.min_area,
             "document": self.document,
             "learned": self.learned,
             "quality": self.gate and self.gate.state(),
@@ -509,6 +512,7 @@ class FewShotDetector(ImageScoring):
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
+        detector.min_area = float(state.get("min_area", 0.0))
         detector.document, detector.learned = dict(state.get("document", {})), dict(state.get("learned", {}))
         quality = state.get("quality")
         detector.gate = None if quality is None else QualityGate.from_state(quality)

@@ -43,6 +43,7 @@ def describe(detector: FewShotDetector, file: Path) -> dict:
         if calibration
         else [],
         "threshold": detector.threshold and detector.threshold._asdict(),
+        "min_area": detector.min_area,
         "quality_limits": detector.gate and detector.gate.limits(),
         "acceptance": document.get("acceptance"),
         "history": document.get("history", []),

@@ -54,6 +54,9 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
         print(f"tiles: {describe_tiling(detector.tiling)}")
         if config.part:
             detector.document["part"] = config.part
+        if config.min_area is not None:
+            detector.min_area = config.min_area / (config.mm_per_pixel or 1.0) ** 2
+            record_change(detector, f"smallest defect set to {detector.min_area:.1f} pixels")
         _set_threshold(detector, config, output)
         if config.accept:
             _accept(detector, config, output)
@@ -79,7 +82,7 @@ def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Pat
         return []
     paths = list_inputs(config.defects, output)
     with _printed_warnings():
-        scores, _, reasons, _ = detector.inspect(paths)
+        scores, maps, reasons, _ = detector.inspect(paths)
     normal = detector.calibration or detector.loo_scores
     if normal is not None:
         proposal = propose(normal.scores[:, 0], scores)
@@ -93,10 +96,11 @@ def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Pat
             print("it is not in use; --adopt takes it")
     elif config.adopt:
         raise UserError("--adopt needs the scores of normal images: give two support images or more, or --calibrate")
-    known = [
-        KnownDefect(str(path), score, *decide(score, detector.threshold, reason))
-        for path, score, reason in zip(paths, scores.tolist(), reasons, strict=True)
-    ]
+    known = []
+    for path, score, scores_of_path, reason in zip(paths, scores.tolist(), maps, reasons, strict=True):
+        restored = detector.restore(scores_of_path, *ImageFile(path).size) if detector.min_area else None
+        decided = decide(score, detector.threshold, reason, restored, detector.min_area)
+        known.append(KnownDefect(str(path), score, *decided))
     known.sort(key=lambda defect: defect.score)
     print(f"known defects: {sum(not one.is_missed for one in known)} of {len(known)} found, lowest scores first:")
     for one in known[:MOST_NORMAL]:

@@ -139,6 +139,9 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
+        if detector.min_area:
+            decision, why = decide(row.score, detector.threshold, reason, restored, detector.min_area)
+            row = row._replace(decision=decision, reason=why)
         files = outputs.names(item.path, panel_titles(detector.threshold))
         row = row._replace(boxes=boxes, files=files, quality=quality)
         places = [outputs.folder / name for name in row.files]

@@ -21,7 +21,9 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple, TextIO
 
-from inspection.boxes import Box
+import numpy as np
+
+from inspection.boxes import Box, largest_area
 from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
 from utils.errors import UserError, WriteError
@@ -41,10 +43,10 @@ class Prediction(NamedTuple):
     two are None for a file that does not exist or changed while it was read. score: a distance, at least 0; None if the
     image cannot be read. relative: the score as a multiple of a typical normal score, None where none is known.
     decision: one of DECISIONS, or None without a threshold or score. reason: why a person should look at the image, for
-    the decision `review`. threshold, review_threshold: those that the decision was made with. detector: see
-    `FewShotDetector.identity`. error: why the image cannot be read, or its files cannot be written. warning: why the
-    score may mislead. boxes: regions above the threshold. files: what was written for the image, relative to the output
-    folder. quality: measures of the image by name, see inspection/quality.py.
+    the decision `review`, or why regions do not count, for `normal`. threshold, review_threshold: those that the
+    decision was made with. detector: see `FewShotDetector.identity`. error: why the image cannot be read, or its files
+    cannot be written. warning: why the score may mislead. boxes: regions above the threshold. files: what was written
+    for the image, relative to the output folder. quality: measures of the image by name, see inspection/quality.py.
     """
 
     time: str
@@ -91,15 +93,27 @@ CSV_COLUMNS = Prediction._fields[: Prediction._fields.index("boxes")]
 BOX_COLUMNS = ("time", "path", *Box._fields)
 
 
-def decide(score: float, threshold: Threshold | None, stopped: str = "") -> tuple[str | None, str | None]:
-    """The decision on a score and the reason for `review`; (None, None) without a threshold.
+def decide(
+    score: float,
+    threshold: Threshold | None,
+    stopped: str = "",
+    scores: np.ndarray | None = None,
+    min_area: float = 0.0,
+) -> tuple[str | None, str | None]:
+    """The decision on a score and its reason, if it has one; (None, None) without a threshold.
 
-    stopped: why the score means nothing, see `inspection.scoring.ImageResult`, or "".
+    stopped: why the score means nothing, see `inspection.scoring.ImageResult`, or "". scores, min_area: the score map
+    in the image's own size, and the area of the smallest defect in its pixels. An image whose regions above the lower
+    threshold are all smaller is normal.
     """
     if stopped:
         return REVIEW, stopped
     if threshold is None:
         return None, None
+    if score > threshold.review_value and min_area and scores is not None:
+        area = largest_area(scores, threshold.review_value)
+        if 0 < area < min_area:  # 0: the score lies above the highest value of the map
+            return NORMAL, f"largest region above the lower threshold: {area} of at least {min_area:.0f} pixels"
     if score > threshold.value:
         return DEFECTIVE, None
     if score > threshold.review_value:

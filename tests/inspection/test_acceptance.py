@@ -109,6 +109,21 @@ def test_a_threshold_above_known_defects_is_not_saved(part, images, tmp_path):
     assert target.exists()
 
 
+def test_the_smallest_defect_is_kept_and_decides(part, images, tmp_path):
+    """In square millimetres of pixels of half a millimetre: 1,100 mm2 are 4,400 pixels, more than the image has."""
+    target, out = tmp_path / "part.regad", tmp_path / "out"
+    smallest = ("--min_area", 1100, "--mm_per_pixel", 0.5)
+    inputs = ("--input", *images["defect"], "--output", out, "--no_images")
+    call(part, *smallest, "--threshold", 0.9, *inputs, "--save", target)
+    detector = FewShotDetector.load(target, "cpu")
+    assert detector.min_area == 4400
+    rows = json.loads((out / "scores.json").read_text())["images"]
+    counted = [row for row in rows if "of at least 4400 pixels" in (row["reason"] or "")]
+    assert counted and all(row["decision"] == "normal" and row["score"] > row["review_threshold"] for row in counted)
+    with pytest.raises(UserError, match="needs --min_area"):
+        call(part, "--mm_per_pixel", 0.5, "--save", target)
+
+
 def test_calibration_with_another_part_is_refused(part, images, tmp_path):
     """A grey frame among right images; the detector and its file stay as they are."""
     folder = tmp_path / "normal"

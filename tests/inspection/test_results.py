@@ -8,6 +8,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,6 +134,16 @@ def test_decisions_by_two_thresholds():
     assert decide(4.5, threshold)[1] == "score between 4.000 and the threshold 5.000"
     assert decide(9.0, threshold, "turned") == (REVIEW, "turned") and decide(9.0, None) == (None, None)
     assert decide(4.5, threshold._replace(review=None)) == (NORMAL, None)  # of an earlier version
+
+
+def test_regions_smaller_than_the_smallest_defect_do_not_decide():
+    threshold, scores = Threshold(5.0, "", 2.0, 1.0, review=4.0), np.zeros((9, 9))
+    scores[0, :3] = scores[5, 5] = scores[6, 6] = 6.0  # regions of 3 and, across the corner, 2 pixels
+    assert decide(6.0, threshold, "", scores, 3)[0] == decide(6.0, threshold, "", scores)[0] == DEFECTIVE
+    decision, reason = decide(6.0, threshold, "", scores, 4)
+    assert decision == NORMAL and "3 of at least 4 pixels" in reason
+    assert decide(6.0, threshold, "turned", scores, 4) == (REVIEW, "turned")
+    assert decide(6.0, threshold, "", np.zeros((9, 9)), 4)[0] == DEFECTIVE  # no region is seen
 
 
 def test_rows_of_earlier_versions_are_read(tmp_path):
