@@ -222,13 +222,12 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
 
 def _accept(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
     """Makes the detector learn from the good images of --accept, and prints what has changed."""
-    paths, before = list_inputs(config.accept, output), detector.threshold
+    paths = list_inputs(config.accept, output)
     learned = accept(detector, paths, config.force)
     record_change(detector, f"{len(paths)} good images accepted", paths)
     print(f"learned from {len(learned)} accepted images; scores before, and after without the image itself:")
     for one in sorted(learned, key=lambda one: -one.after)[:MOST_NORMAL]:
         print(f"  {one.before:8.3f}  {one.after:8.3f}  {one.name}")
-    print(f"threshold before: {describe_threshold(before)}")
 
 
 def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
