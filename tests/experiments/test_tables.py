@@ -369,7 +369,7 @@ RECORDS = [file for file in (PROJECT_ROOT / "results" / "published").glob("*/*.j
 def test_the_schema_and_the_committed_records():
     schema = json.loads(SCHEMA_FILE.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert len(RECORDS) == 12
+    assert len(RECORDS) == 24
     for file in RECORDS:
         jsonschema.validate(json.loads(file.read_text()), schema)
 
