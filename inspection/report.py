@@ -16,7 +16,7 @@ from inspection.fitting import KnownDefect, describe_threshold
 from inspection.images import ImageFile
 from inspection.inputs import full_name
 from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
-from inspection.results import REVIEW, SUMMARY, Prediction
+from inspection.results import SUMMARY, Prediction, decide
 from inspection.threshold import Threshold
 from reports.drawing import ELEVATED, FLAGGED, colour_limits, css_colour
 from reports.page import KNOWN_PANELS, NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
@@ -59,9 +59,13 @@ def report_page(
     more = len(doubts) - MOST_WARNINGS
     doubts = doubts[:MOST_WARNINGS] + ([f"{more} more images with a warning, see {SUMMARY}"] if more > 0 else [])
     return Page(
-        title="Predictions",
+        title=detector.document.get("part") or (file.stem if file else "Inspection"),
+        subtitle="Inspection report",
+        review=threshold and threshold.review_value,
+        adopt=f"python predict.py --detector {file} --threshold {{}} --save {file}" if file else "",
+        sign_off=True,
         threshold=threshold and threshold.value,
-        rows=[_page_row(row, previews.get(number, NO_PREVIEW), root) for number, row in own.items()],
+        rows=[_page_row(row, previews.get(number, NO_PREVIEW), root, threshold) for number, row in own.items()],
         facts=facts,
         warnings=[*detector.warnings, *doubts],
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
@@ -111,7 +115,7 @@ def known_images(
     for defect in defects:
         preview = _input(decode_image(Path(defect.name), detector.bits)) if with_panels else NO_PREVIEW
         name = Path(defect.name).name
-        found.append(Reference(name, "known defect", defect.score, preview, _fixed(defect), defect.reason))
+        found.append(Reference(name, "known defect", defect.score, preview, *_fixed(defect, detector.threshold)))
     return found
 
 
@@ -144,12 +148,14 @@ def _network(detector: FewShotDetector) -> str:
     return f"{backbone}, {detector.origin.get('network', 'unknown weights')}, {detector.size} x {detector.size} pixels"
 
 
-def _page_row(row: Prediction, preview: Preview, root: Path) -> PageRow:
+def _page_row(row: Prediction, preview: Preview, root: Path, threshold: Threshold | None) -> PageRow:
     """The row of the page; images outside `root`, which an earlier watch may have scored, keep their whole path."""
     name = row.path.removeprefix(f"{full_name(root).rstrip('/')}/")
-    return PageRow(name, row.score, None, preview, _fixed(row), row.reason, row.error, row.boxes)
+    return PageRow(name, row.score, None, preview, *_fixed(row, threshold), row.error, row.boxes, row.time)
 
 
-def _fixed(row: Prediction | KnownDefect) -> str | None:
-    """The page's name for a decision that does not depend on its threshold."""
-    return "unusual" if row.decision == REVIEW else None
+def _fixed(row: Prediction | KnownDefect, threshold: Threshold | None) -> tuple[str | None, str | None]:
+    """Decision and reason of a row if they hold whatever threshold the reader of the page sets, else (None, None)."""
+    decided = row.decision, row.reason
+    by_score = row.score is None or decided == decide(row.score, threshold)
+    return (None, None) if by_score else decided

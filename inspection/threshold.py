@@ -168,8 +168,8 @@ class Threshold(NamedTuple):
         if self.rate is None or self.rate * (self.count + 1) >= 1:
             return []
         return [
-            f"the rate of {self.rate:.2g} is an extrapolation: {self.count} normal images cannot estimate a rate "
-            f"below 1/{self.count + 1}; give further normal images"
+            f"{self.count} normal images are too few for a false-positive rate of {100 * self.rate:.3g} %, so that the "
+            f"threshold is a guess beyond their scores; {math.ceil(1 / self.rate - 1e-9) - 1} would be enough"
         ]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from reports.drawing import colour_stops
+from reports.drawing import colour_stops, place
 from reports.render import get_template
 from utils.files import whole_file
 
@@ -35,9 +35,9 @@ class PageRow(NamedTuple):
     """One image of the page.
 
     score: None if the image could not be scored; `error` says why. defect_type: "good" or the name of a defect, None
-    without labels. decision: "unusual" if the image is neither normal nor defective, whatever its score; other values
-    are ignored, because the page has a threshold of its own. reason: why it is unusual.
-    boxes: regions above the threshold as (x, y, width, height, area, peak), in pixels of the image; peak is a score.
+    without labels. decision: "normal", "review" or "defective", where it holds whatever the score; None: by the
+    thresholds of the page, which the reader moves. reason: why it holds. boxes: regions above the threshold as (x, y,
+    width, height, area, peak), in pixels of the image; peak is a score. time: ISO 8601; days are shown one by one.
     """
 
     name: str
@@ -48,6 +48,7 @@ class PageRow(NamedTuple):
     reason: str | None = None
     error: str | None = None
     boxes: Sequence[Sequence[float]] = ()
+    time: str | None = None
 
 
 class Reference(NamedTuple):
@@ -76,7 +77,9 @@ class PageTable(NamedTuple):
 class Page(NamedTuple):
     """All that a page shows.
 
-    threshold: above it, an image is flagged as defective; None: the reader sets one. warnings: sentences, shown first.
+    subtitle: below the title. threshold: above it, an image is defective; None: the reader sets one. review: above it,
+    an image is for review; None: only where `PageRow.decision` says so. adopt: the command that adopts a threshold,
+    with {} in its place. sign_off: whether a printed page has a line to sign. warnings: sentences, shown first.
     facts: name and value, such as date and detector. typical: a typical score of a normal image; scores are also shown
     as its multiples. colours: the scores of the first and the last colour of all heat maps; None if each has its own.
     outlines: CSS colour and meaning of each outline.
@@ -93,6 +96,10 @@ class Page(NamedTuple):
     typical: float | None = None
     colours: tuple[float, float] | None = None
     outlines: Sequence[tuple[str, str]] = ()
+    subtitle: str = ""
+    review: float | None = None
+    adopt: str = ""
+    sign_off: bool = False
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -109,6 +116,7 @@ def write_page(path: Path, page: Page) -> None:
         "references": [_plain(reference) for reference in page.references],
         "rows": map(_plain, page.rows),
         "gradient": ", ".join(colour_stops()),
+        "mark": place(page.threshold, page.colours) if page.colours and page.threshold else None,
     }
     with whole_file(path) as aside:  # file names may hold any bytes
         get_template("page.html").stream(values).dump(str(aside), encoding="utf-8", errors="backslashreplace")

@@ -1,5 +1,5 @@
 // Draws the histogram and the ROC curve, fills the tables, and applies the threshold that the reader sets.
-// The element #data holds {threshold, typical: number or null, references: [...]}, and each script.row at the end of
+// The element #data holds {threshold, review, typical: number or null, adopt, references: [...]}, and each script.row at the end of
 // the page one image. reports/page.py describes the fields. The script is a module: it runs when all rows are read.
 
 const TABLE_ROWS = 2000;  // longer tables take the browser seconds at each step of the slider
@@ -12,30 +12,34 @@ const ROLES = {  // of references: what the legend says, and the mark, around (0
   "calibration": { label: "calibration", mark: "M-4 3.5L0 -4L4 3.5Z" },
   "known defect": { label: "known defects", mark: "M-4 -4L4 4M-4 4L4 -4" },
 };
-const DECISIONS = ["normal", "defective", "unusual"];
+const DECISIONS = ["normal", "review", "defective"];
 const FILTERS = {
   "all": () => true,
   "defective": row => decide(row) === "defective",
+  "review": row => decide(row) === "review",
   "normal": row => decide(row) === "normal",
-  "unusual": row => decide(row) === "unusual",
   "wrong decision": row => decide(row) === (isDefect(row) ? "normal" : "defective"),
 };
 
-const { threshold: initialThreshold, typical, references } = JSON.parse(byId("data").textContent);
+const { threshold: initialThreshold, review, typical, adopt, references } = JSON.parse(byId("data").textContent);
 const everything = [...document.querySelectorAll("script.row")].flatMap(takeRow);
-const rows = everything.filter(row => row.score !== null), failed = everything.filter(row => row.score === null);
-const labelled = rows.some(row => row.defect_type !== null);
-const defects = rows.filter(isDefect).length, goods = rows.length - defects;
-const unusual = rows.filter(row => row.decision === "unusual").length;
+const scored = everything.filter(row => row.score !== null);
+const labelled = scored.some(row => row.defect_type !== null), timed = scored.some(row => row.time);
+const days = [...new Set(everything.map(dayOf).filter(Boolean))].sort().reverse();
+const defects = scored.filter(isDefect).length, goods = scored.length - defects;
+const hasReview = [...scored, ...references].some(row => row.decision === "review") || (review !== null && review < initialThreshold);
 const scoredReferences = references.filter(row => row.score !== null).sort((a, b) => b.score - a.score);
 const lanes = Object.keys(ROLES).filter(role => scoredReferences.some(row => row.role === role));
-const range = makeRange();
-const order = [...rows];  // as the table is sorted
+const order = [...scored];  // as the table is sorted
 const sorting = { key: "score", descending: true };
 const enlarged = { list: [], index: 0 };  // what the dialog shows
+let day = days.length > 1 ? days[0] : "";  // "": all
+let rows = scored.filter(isOfDay);
 let shown = [];  // the rows of the table
 let filter = "all";
 let threshold = initialThreshold;  // null: no decisions
+let addressTimer;
+const range = makeRange();
 
 function byId(id) {
   return document.getElementById(id);
@@ -55,11 +59,24 @@ function isDefect(row) {
   return row.defect_type !== undefined && row.defect_type !== null && row.defect_type !== "good";
 }
 
-// "normal", "defective", "unusual", or "" without a threshold.
+function dayOf(row) {
+  return row.time?.slice(0, 10);
+}
+
+function isOfDay(row) {
+  return !day || dayOf(row) === day;
+}
+
+// "normal", "review", "defective", or "" without a threshold.
 function decide(row) {
-  if (row.decision === "unusual") return "unusual";
+  if (row.decision) return row.decision;
   if (threshold === null || row.score === null) return "";
-  return row.score > threshold ? "defective" : "normal";
+  if (row.score > threshold) return "defective";
+  return review !== null && row.score > review ? "review" : "normal";
+}
+
+function reasonOf(row) {
+  return row.reason ?? (decide(row) === "review" ? "just below the threshold" : "");
 }
 
 function isFlagged(row) {
@@ -94,7 +111,7 @@ function addNumber(tableRow, text, column = "") {
 // The slider's range: all scores, the initial threshold, and a margin. It moves in steps of a power of ten, so that the
 // number field shows exactly the value that scores are compared with.
 function makeRange() {
-  const sorted = [...rows, ...scoredReferences].map(row => row.score).sort((a, b) => a - b);
+  const sorted = [...scored, ...scoredReferences].map(row => row.score).sort((a, b) => a - b);
   const low = sorted.length ? sorted[0] : 0, high = sorted.length ? sorted.at(-1) : 1;
   const margin = (high - low) / 50 || 1;
   const from = Math.min(low - margin, initialThreshold ?? low);
@@ -185,8 +202,7 @@ function drawTicks(svg, y) {
 
 function drawLegend(svg, y) {
   add(svg, "text", { x: HISTOGRAM.left, y }, "score (distance)");
-  const names = labelled || initialThreshold !== null || unusual ? ["normal", "defective"] : [];
-  if (unusual && !labelled) names.push("unusual");
+  const names = hasReview && !labelled ? DECISIONS : labelled || initialThreshold !== null ? ["normal", "defective"] : [];
   names.forEach((name, index) => {
     const x = HISTOGRAM.right - 78 * (names.length - index);
     add(svg, "rect", { x, y: y - 9, width: 10, height: 10, class: `key bar-${name}` });
@@ -260,7 +276,9 @@ function makeTableRow(row, list) {
   else button.textContent = "no image";
   button.tabIndex = -1;
   row.button = button;
+  row.tableRow = tableRow;
   tableRow.onclick = open;  // also Enter and space on the button
+  row.cell = add(tableRow, "td");
   addWords(tableRow, row.name);
   return tableRow;
 }
@@ -268,7 +286,6 @@ function makeTableRow(row, list) {
 function addResult(tableRow, row) {
   addNumber(tableRow, row.score === null ? "" : formatScore(row.score));
   if (typical) addNumber(tableRow, row.score === null ? "" : formatRatio(row.score), "ratio");
-  row.cell = add(tableRow, "td");
 }
 
 function formatRatio(score) {
@@ -279,16 +296,22 @@ function makeImageRow(row) {
   const tableRow = makeTableRow(row, () => shown);
   if (labelled) addWords(tableRow, row.defect_type ?? "");
   addResult(tableRow, row);
+  if (timed) add(tableRow, "td", { class: "time" }, formatTime(row.time));
   return tableRow;
+}
+
+// The day is said once if it is the only one.
+function formatTime(time) {
+  return (time ?? "").slice(days.length > 1 && !day ? 0 : 11, 19).replace("T", " ");
 }
 
 // Fills the table with the rows of the filter in the chosen order.
 function fillTable() {
   const { key, descending } = sorting, sign = descending ? -1 : 1;
   order.sort((a, b) => sign * (a[key] < b[key] ? -1 : a[key] > b[key] ? 1 : 0));
-  const chosen = order.filter(FILTERS[filter]);
+  const chosen = order.filter(isOfDay).filter(FILTERS[filter]);
   shown = chosen.slice(0, TABLE_ROWS);
-  for (const row of shown) row.tableRow ??= makeImageRow(row);
+  for (const row of shown) if (!row.tableRow) makeImageRow(row);
   const body = byId("images").tBodies[0];
   body.replaceChildren(...shown.map(row => row.tableRow));
   makeOneTabStop(body);
@@ -313,9 +336,10 @@ function updateDecisions(list) {
   for (const row of list) {
     if (!row.cell) continue;
     const text = decide(row);
-    if (row.cell.className === text) continue;
-    row.cell.textContent = row.cell.className = text;
-    if (text === "unusual" && row.reason) add(row.cell, "small", {}, row.reason);
+    row.tableRow.dataset.decision = text;
+    row.cell.replaceChildren();
+    if (text) add(row.cell, "span", { class: text }, text);
+    if (reasonOf(row)) add(row.cell, "small", {}, reasonOf(row));
   }
 }
 
@@ -358,11 +382,11 @@ function focusRow(button) {
   button.focus();
 }
 
-// Filters
+// The verdict: a count of each decision, which is also the choice of what the table shows.
 
 function makeFilters() {
   const names = Object.keys(FILTERS).filter(
-    name => (name !== "unusual" || unusual) && (name !== "wrong decision" || (labelled && defects && goods)));
+    name => (name !== "review" || hasReview) && (name !== "wrong decision" || (labelled && defects && goods)));
   for (const name of names) {
     add(byId("filters"), "button", { type: "button", "data-filter": name }).onclick = () => {
       filter = name;
@@ -370,16 +394,52 @@ function makeFilters() {
       fillTable();
     };
   }
+  if (scored.length < everything.length) add(byId("filters"), "p", { id: "unread" });
 }
 
 function updateFilters() {
-  for (const button of byId("filters").children) {
-    const name = button.dataset.filter, fixed = name === "all" || name === "unusual";
-    button.disabled = threshold === null && !fixed;
+  for (const button of byId("filters").querySelectorAll("button")) {
+    const name = button.dataset.filter;
+    button.disabled = threshold === null && name !== "all" && !rows.some(FILTERS[name]);
     if (button.disabled && filter === name) filter = "all";
-    button.textContent = button.disabled ? name : `${name} ${rows.filter(FILTERS[name]).length}`;
+    fillTile(button, button.disabled ? "\u2013" : rows.filter(FILTERS[name]).length, name);
   }
-  for (const button of byId("filters").children) button.setAttribute("aria-pressed", button.dataset.filter === filter);
+  for (const button of byId("filters").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", button.dataset.filter === filter);
+  }
+  document.body.dataset.filter = filter;
+  if (byId("unread")) fillTile(byId("unread"), countUnread(), "not scored");
+}
+
+function fillTile(tile, count, name) {
+  tile.replaceChildren();
+  add(tile, "strong", {}, count);
+  tile.append(" ", name);
+}
+
+function countUnread() {
+  return everything.filter(row => row.score === null && isOfDay(row)).length;
+}
+
+// Days
+
+function makeDays() {
+  byId("day-part").hidden = days.length < 2;
+  for (const name of ["", ...days]) {
+    const count = everything.filter(row => !name || dayOf(row) === name).length;
+    add(byId("day"), "option", { value: name }, `${name || "all"} (${count})`);
+  }
+  byId("day").value = day;
+  byId("day").onchange = () => {
+    day = byId("day").value;
+    rows = scored.filter(isOfDay);
+    for (const row of scored) row.tableRow = row.cell = undefined;  // their times are written otherwise
+    byId("histogram").replaceChildren();
+    drawHistogram();
+    fillFailed();
+    setThreshold(threshold);
+    fillTable();
+  };
 }
 
 // References and failed images
@@ -418,7 +478,8 @@ function countRole([count, role]) {
 }
 
 function fillFailed() {
-  const withError = everything.filter(row => row.error);
+  const withError = everything.filter(row => row.error && isOfDay(row));
+  byId("failed").replaceChildren();
   byId("failed-part").hidden = !withError.length;
   for (const row of withError) {
     const item = add(byId("failed"), "li");
@@ -446,8 +507,9 @@ function showLarge(index) {
   const result = byId("large-result");
   result.replaceChildren();
   if (decision) add(result, "span", { class: decision }, decision);
-  if (decision === "unusual" && row.reason) result.append(`: ${row.reason}`);
-  const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, label ?? ""];
+  if (reasonOf(row)) result.append(`: ${reasonOf(row)}`);
+  const time = row.time ? row.time.slice(0, 19).replace("T", " ") : "";
+  const texts = [row.score === null ? "no score" : `score ${formatScore(row.score)}`, ratio, limit, label ?? "", time];
   result.append((decision ? ", " : "") + texts.filter(Boolean).join(", "));
   byId("large-error").hidden = !row.error;
   byId("large-error").textContent = row.error ?? "";
@@ -506,7 +568,9 @@ function connectDialog() {
 // Recounts everything for a threshold, or for none.
 function setThreshold(value) {
   threshold = value;
+  if (byId("day-said") && days.length) byId("day-said").textContent = `, ${day || [...new Set([days.at(-1), days[0]])].join(" to ")}`;
   byId("slider").value = threshold ?? range.highestScore;
+  showMoved();
   const flagged = rows.filter(isFlagged), found = flagged.filter(isDefect).length;
   byId("counts").textContent = describeCounts(flagged.length, found);
   moveMarks(found, flagged.length - found);
@@ -520,8 +584,9 @@ function setThreshold(value) {
 
 function describeCounts(flagged, found) {
   const known = references.filter(row => row.role === "known defect");
-  const hits = known.filter(row => ["defective", "unusual"].includes(decide(row))).length;
-  const others = (unusual ? `; ${unusual} unusual` : "") + (failed.length ? `; ${failed.length} not scored` : "") +
+  const hits = known.filter(row => ["defective", "review"].includes(decide(row))).length;
+  const unsure = rows.filter(FILTERS.review).length, unread = countUnread();
+  const others = (unsure ? `; ${unsure} for review` : "") + (unread ? `; ${unread} not scored` : "") +
     (known.length && threshold !== null ? `; ${hits} of ${known.length} known defects found` : "");
   if (threshold === null) return "no threshold: move the slider or enter a number" + others;
   const text = `${flagged} of ${rows.length} flagged as defective${others}`;
@@ -542,9 +607,36 @@ function moveMarks(found, falsePositives) {
   dot.setAttribute("cy", y);
 }
 
+function showNumber(value) {
+  byId("number").value = value === null ? "" : Number(value.toFixed(range.digits + 2));
+  byId("number").removeAttribute("aria-invalid");
+}
+
 function resetThreshold() {
-  byId("number").value = initialThreshold === null ? "" : Number(initialThreshold.toFixed(range.digits + 2));
+  showNumber(initialThreshold);
   setThreshold(initialThreshold);
+}
+
+// A moved threshold is kept in the address, so that it survives a reload and can be passed on.
+function showMoved() {
+  const isMoved = threshold !== initialThreshold;
+  byId("moved").hidden = !isMoved;
+  if (byId("adopt")) byId("adopt").textContent = adopt.replace("{}", threshold ?? "");
+  clearTimeout(addressTimer);  // browsers refuse many changes of the address
+  addressTimer = setTimeout(() => {
+    history.replaceState(null, "", isMoved ? `#threshold=${threshold}` : location.href.split("#")[0]);
+  }, 200);
+}
+
+function storedThreshold() {
+  const found = Number(new URLSearchParams(location.hash.slice(1)).get("threshold") ?? NaN);
+  return Number.isFinite(found) ? found : initialThreshold;
+}
+
+// The number that was typed, with a point or a comma; null for none, NaN for anything else.
+function typedNumber() {
+  const text = byId("number").value.trim().replace(",", ".");
+  return text === "" ? null : Number(text);
 }
 
 function connectControls() {
@@ -552,12 +644,18 @@ function connectControls() {
   Object.assign(slider, { min: range.start, max: range.end, step: range.step });
   slider.oninput = () => {
     number.value = slider.value;
+    number.removeAttribute("aria-invalid");
     setThreshold(Number(slider.value));
   };
   number.onchange = () => {
-    if (number.value === "") resetThreshold();
-    else setThreshold(Number(number.value));
+    const typed = typedNumber();
+    if (typed === null) return resetThreshold();
+    number.toggleAttribute("aria-invalid", !Number.isFinite(typed));
+    if (Number.isFinite(typed)) setThreshold(typed);
+    else byId("counts").textContent = `${number.value} is not a number`;
   };
+  byId("reset").onclick = resetThreshold;
+  window.onbeforeprint = () => document.querySelectorAll("img[loading=lazy]").forEach(img => { img.loading = "eager"; });
   for (const button of document.querySelectorAll("#images th button")) {
     button.onclick = () => chooseColumn(button.parentElement.dataset.key);
   }
@@ -571,11 +669,15 @@ heading.replaceChildren();
 addBreakable(heading, document.title);
 byId("defect-types-part").hidden = document.querySelector("#images .defect-type").hidden = !labelled;
 for (const head of document.querySelectorAll("th.ratio")) head.hidden = !typical;
+document.querySelector("th.time").hidden = !timed;
 connectControls();
 drawHistogram();
 drawRoc();
 fillReferences();
 fillFailed();
 makeFilters();
+makeDays();
 fillTable();
-resetThreshold();
+const stored = storedThreshold();
+showNumber(stored);
+setThreshold(stored);

@@ -16,6 +16,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from reports.page import NO_PREVIEW, Page, PageRow, PageTable, Preview, Reference, make_preview, write_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (requirements-dev.txt)")
+Select = pytest.importorskip("selenium.webdriver.support.ui").Select
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 KINDS = ("good", "rust", "scratch")
 PHONE = 390  # CSS pixels
@@ -116,7 +118,7 @@ def bars(browser, kind: str = "") -> np.ndarray:
 
 def check_decisions(browser, rows: Sequence[PageRow], limit: float) -> None:
     flagged = {row.name: row.score > limit for row in rows}
-    shown = {row[1]: row[-1] for row in cells(browser, "#images")}
+    shown = {row[2]: row[1] for row in cells(browser, "#images")}
     assert shown == {name: "defective" if bad else "normal" for name, bad in flagged.items()}
     counts = f"{sum(flagged.values())} of {len(rows)} flagged as defective"
     if rows[0].defect_type is not None:
@@ -170,9 +172,9 @@ def test_every_threshold_recounts(with_kinds, browser, tmp_path):
         assert limit == float(slider.get_property("value")) and (limit > before) == rises
         check_decisions(browser, rows, limit)
     select = (keys.SHIFT, keys.HOME, keys.NULL)
-    for text in ("14.25", str(rows[1].score), "-3", "1e3"):  # a score equal to the threshold is normal
+    for text in ("14.25", "14,5", str(rows[1].score), "-3", "1e3"):  # a score equal to the threshold is normal
         number.send_keys(*select, text, keys.ENTER)
-        check_decisions(browser, rows, float(text))
+        check_decisions(browser, rows, float(text.replace(",", ".")))
         assert number.get_property("value") == text
     number.send_keys(*select, keys.DELETE, keys.ENTER)  # restores the initial threshold
     check_decisions(browser, rows, 16.0)
@@ -210,16 +212,16 @@ def test_sorting_by_keyboard(browser, tmp_path):
     states = "return [...document.querySelectorAll('#images th')].map(th => th.getAttribute('aria-sort'))"
     score, by_name = (lambda row: row.score), (lambda row: row.name)
     ordered = sorted(rows, key=score, reverse=True)
-    assert [row[1] for row in cells(browser, "#images")] == [row.name for row in ordered]
-    assert browser.execute_script(states) == [None, None, None, "descending", None, None]
-    for column, key, falling in ((1, by_name, False), (1, by_name, True), (3, score, True), (3, score, False)):
+    assert [row[2] for row in cells(browser, "#images")] == [row.name for row in ordered]
+    assert browser.execute_script(states) == [*[None] * 4, "descending", None, None]
+    for column, key, falling in ((2, by_name, False), (2, by_name, True), (4, score, True), (4, score, False)):
         button = tab_to(browser, f"#images th:nth-child({column + 1}) button")
         press(browser, webdriver.Keys.ENTER)
         ordered = sorted(ordered, key=key, reverse=falling)  # the order of equal scores is kept
         shown = cells(browser, "#images")
-        assert [row[1] for row in shown] == [row.name for row in ordered]
-        assert [row[3] for row in shown] == [f"{row.score:.2f}" for row in ordered]
-        expected = [None] * 6
+        assert [row[2] for row in shown] == [row.name for row in ordered]
+        assert [row[4] for row in shown] == [f"{row.score:.2f}" for row in ordered]
+        expected = [None] * 7
         expected[column] = "descending" if falling else "ascending"
         assert browser.execute_script(states) == expected
         assert browser.switch_to.active_element == button
@@ -232,7 +234,7 @@ def test_names_are_text(browser, tmp_path):
     show(browser, tmp_path, rows, 2.0, [" ".join(ODD_NAMES), *ODD_NAMES])
     assert browser.title == find(browser, "h1").text == " ".join(ODD_NAMES)
     assert [note.text for note in browser.find_elements("css selector", ".notes li")] == list(ODD_NAMES)
-    assert [row[1:3] for row in cells(browser, "#images")] == [[name, name] for name in reversed(ODD_NAMES)]
+    assert [row[2:4] for row in cells(browser, "#images")] == [[name, name] for name in reversed(ODD_NAMES)]
     assert sorted(row[0] for row in cells(browser, "#defect-types")) == sorted(ODD_NAMES)
     for row, button in zip(reversed(rows), browser.find_elements("css selector", ".thumb"), strict=True):
         assert button.accessible_name == f"enlarge {row.name}"
@@ -318,20 +320,20 @@ def test_a_long_table_is_cut(browser, tmp_path):
     decisions = {row.name: "defective" if row.score > limit else "normal" for row in rows}
     for expected in (names[:2000], names[:-2001:-1]):
         find(browser, "#images th button").send_keys(webdriver.Keys.ENTER)
-        assert [(row[1], row[-1]) for row in cells(browser, "#images")] == [(n, decisions[n]) for n in expected]
+        assert [(row[2], row[1]) for row in cells(browser, "#images")] == [(n, decisions[n]) for n in expected]
 
 
 @pytest.fixture
 def full_page() -> Page:
     """A page with everything: three decisions, a failed image, boxes, references, warnings, facts and a table."""
     rows = sorted(make_rows(False), key=lambda row: -row.score)
-    rows[0] = rows[0]._replace(decision="unusual")
+    rows[0] = rows[0]._replace(decision="review", reason="darker")
     rows[1] = rows[1]._replace(boxes=[(3, 4, 10, 5, 42, 17.25), (1, 2, 3, 4, 5, 16.5)])
     rows.append(PageRow("broken.png", None, error="cannot read the image broken.png"))
     known = [Reference(f"s{n}.png", "support", 12.0 + n, rows[n].preview) for n in range(3)]
     known.append(Reference("c.png", "calibration", 15.5, rows[4].preview))
     known.append(Reference("d.png", "known defect", 19.0))
-    known.append(Reference("e.png", "known defect", 11.0, decision="unusual", reason="turned"))
+    known.append(Reference("e.png", "known defect", 11.0, decision="review", reason="turned"))
     known.append(Reference("f.png", "known defect", 13.5))
     facts, table = (
         [("Date", "today"), ("Detector", "a.regad")],
@@ -345,17 +347,14 @@ def test_what_is_known_is_shown(full_page, browser, tmp_path):
     assert "c.png determines the threshold." in find(browser, ".warnings").text
     assert find(browser, ".facts").text.split() == ["Date", "today", "Detector", "a.regad"]
     assert cells(browser, ".given") == [["AP", "98.1"]]
-    assert [tick.text for tick in browser.find_elements("css selector", ".ticks span")] == [
-        "\u2264 6",
-        "12",
-        "\u2265 18",
-    ]
+    ticks = [tick.text for tick in browser.find_elements("css selector", ".ticks span, .mark span")]
+    assert ticks == ["\u2264 6", "\u2265 18", "threshold 16"]
     assert find(browser, "#failed").text == "broken.png: cannot read the image broken.png"
     shown = [row[1:] for row in cells(browser, "#references")]
-    assert shown[0] == ["d.png", "known defect", "19.00", "1.52", "defective"]
+    assert shown[0] == ["defective", "d.png", "known defect", "19.00", "1.52"]
     names = ["d.png", "c.png", "s2.png", "f.png", "s1.png", "s0.png", "e.png"]
-    assert [row[0] for row in shown] == names  # highest score first
-    assert shown[-1][-1].split() == ["unusual", "turned"]
+    assert [row[1] for row in shown] == names  # highest score first
+    assert shown[-1][0].split() == ["review", "turned"]
     assert find(browser, "#references-count").text == "3 support, 1 calibration, 3 known defects"
     assert find(browser, "#normal-range").text == "Scores of 4 normal images: 12.00 to 15.50."
     reach = tuple(float(find(browser, "#slider").get_property(end)) for end in ("min", "max"))
@@ -368,39 +367,105 @@ def test_what_is_known_is_shown(full_page, browser, tmp_path):
     assert browser.get_log("browser") == []
 
 
-def test_unusual_images_do_not_move_with_the_threshold(full_page, browser, tmp_path):
+def test_fixed_decisions_do_not_move_with_the_threshold(full_page, browser, tmp_path):
     show_page(browser, tmp_path, full_page)
     rows = [row for row in full_page.rows if row.score is not None]
     slider = find(browser, "#slider")
     for key in (webdriver.Keys.HOME, webdriver.Keys.END):
         slider.send_keys(key)
         limit = float(slider.get_property("value"))
-        decisions = {row[1]: row[-1] for row in cells(browser, "#images")}
+        decisions = {row[2]: row[1].split("\n")[0] for row in cells(browser, "#images")}
         flagged = {row.name: "defective" if row.score > limit else "normal" for row in rows}
-        assert decisions == flagged | {rows[0].name: "unusual"}
+        assert decisions == flagged | {rows[0].name: "review"}
         count = sum(decision == "defective" for decision in decisions.values())
-        hits = 1 + sum(score > limit for score in (19.0, 13.5))  # the unusual one is found at any threshold
+        hits = 1 + sum(score > limit for score in (19.0, 13.5))  # the one for review is found at any threshold
         known = f"{hits} of 3 known defects found"
-        counts = f"{count} of {len(rows)} flagged as defective; 1 unusual; 1 not scored; {known}"
+        counts = f"{count} of {len(rows)} flagged as defective; 1 for review; 1 not scored; {known}"
         assert find(browser, "#counts").text == counts
-        assert bars(browser, ".bar-unusual").sum() == 1 and bars(browser, ".bar-defective").sum() == count
+        assert bars(browser, ".bar-review").sum() == 1 and bars(browser, ".bar-defective").sum() == count
+
+
+def test_between_two_thresholds_an_image_is_for_review(browser, tmp_path):
+    """The lower one stays where the upper one is moved; below it, nothing is left for review."""
+    rows = make_rows(False)
+    show_page(browser, tmp_path, Page("a", 16.0, rows, review=14.0))
+    number, select = find(browser, "#number"), (webdriver.Keys.SHIFT, webdriver.Keys.HOME, webdriver.Keys.NULL)
+    for limit in (16.0, 18.0, 13.0):
+        number.send_keys(*select, str(limit), webdriver.Keys.ENTER)
+        shown = {row[2]: row[1].split("\n") for row in cells(browser, "#images")}
+        for row in rows:
+            below = ["review", "just below the threshold"] if row.score > 14 else ["normal"]
+            assert shown[row.name] == (["defective"] if row.score > limit else below)
+
+
+def test_a_moved_threshold_is_kept_and_the_page_says_how_to_adopt_it(browser, tmp_path):
+    rows = make_rows(False)
+    show_page(browser, tmp_path, Page("a", 16.0, rows, adopt="python predict.py --threshold {} --save a.regad"))
+    number, moved, keys = find(browser, "#number"), find(browser, "#moved"), webdriver.Keys
+    assert not moved.is_displayed()
+    number.send_keys(keys.SHIFT, keys.HOME, keys.NULL, "14,5", keys.ENTER)
+    assert find(browser, "#adopt").text == "python predict.py --threshold 14.5 --save a.regad"
+    WebDriverWait(browser, 5).until(lambda _: browser.current_url.endswith("#threshold=14.5"))
+    browser.refresh()
+    assert find(browser, "#number").get_property("value") == "14.5" and find(browser, "#moved").is_displayed()
+    check_decisions(browser, rows, 14.5)
+    find(browser, "#number").send_keys(keys.SHIFT, keys.HOME, keys.NULL, "7 mm", keys.ENTER)
+    assert find(browser, "#counts").text == "7 mm is not a number"
+    find(browser, "#reset").click()
+    check_decisions(browser, rows, 16.0)
+    assert not find(browser, "#moved").is_displayed()
+    WebDriverWait(browser, 5).until(lambda _: "#" not in browser.current_url)
+
+
+def test_days_are_shown_one_by_one(browser, tmp_path):
+    """The last day first, in all counts and drawings; all days together with their dates."""
+    rows = [row._replace(time=f"2026-11-{27 + n % 2}T22:0{n % 10}:30+01:00") for n, row in enumerate(make_rows(False))]
+    failed = PageRow("broken.png", None, error="damaged", time="2026-11-27T23:00:00+01:00")
+    show_page(browser, tmp_path, Page("a", 16.0, [*rows, failed], subtitle="Report"))
+    days = Select(find(browser, "#day"))
+    assert [option.text for option in days.options] == ["all (13)", "2026-11-28 (6)", "2026-11-27 (7)"]
+    last = [row for row in rows if row.time.startswith("2026-11-28")]
+    check_decisions(browser, last, 16.0)
+    assert bars(browser).sum() == 6 and not find(browser, "#failed").is_displayed()
+    assert find(browser, ".subtitle").text == "Report, 2026-11-28"
+    assert {row[-1] for row in cells(browser, "#images")} == {row.time[11:19] for row in last}
+    days.select_by_visible_text("all (13)")
+    assert {row[-1] for row in cells(browser, "#images")} == {row.time[:19].replace("T", " ") for row in rows}
+    assert bars(browser).sum() == 12 and find(browser, "#unread").text.split("\n")[0] == "1"
+    check_labels(browser)
+    assert browser.get_log("browser") == []
+
+
+def test_on_paper_there_is_a_line_to_sign_and_no_normal_image(full_page, browser, tmp_path):
+    show_page(browser, tmp_path, full_page._replace(sign_off=True))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        decisions = {row[1].split("\n")[0] for row in cells(browser, "#images") if row[2]}
+        shown = browser.find_elements("css selector", "#images tbody tr")
+        assert {row.get_attribute("data-decision") for row in shown if row.is_displayed()} == decisions - {"normal"}
+        assert "Signature" in find(browser, ".sign").text and not find(browser, "#slider").is_displayed()
+        pdf = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
+        assert len(pdf) > 10_000
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_filters_by_keyboard(full_page, browser, tmp_path):
     show_page(browser, tmp_path, full_page)
-    decisions = [row[-1] for row in cells(browser, "#images")]
-    for name in ("unusual", "defective", "normal", "all"):
-        find(browser, "#number").click()  # so that Tab starts before the filters
+    decisions = [row[1].split("\n")[0] for row in cells(browser, "#images")]
+    for name in ("review", "defective", "normal", "all"):
+        browser.execute_script("document.activeElement.blur(); window.getSelection().removeAllRanges()")
         button = tab_to(browser, f"[data-filter='{name}']")
         press(browser, webdriver.Keys.SPACE)
         count = len(decisions) if name == "all" else decisions.count(name)
-        assert button.text == f"{name} {count}" and button.get_attribute("aria-pressed") == "true"
-        shown = [row[-1] for row in cells(browser, "#images")]
+        assert button.text.split() == [str(count), name] and button.get_attribute("aria-pressed") == "true"
+        shown = [row[1].split("\n")[0] for row in cells(browser, "#images")]
         assert len(shown) == count and (name == "all" or set(shown) == {name})
+    browser.execute_script("document.activeElement.blur()")
     tab_to(browser, "[data-filter='defective']")
     press(browser, webdriver.Keys.SPACE)
     find(browser, "#slider").send_keys(webdriver.Keys.HOME)  # the table follows the threshold
-    assert [row[-1] for row in cells(browser, "#images")] == ["defective"] * (len(decisions) - 1)
+    assert [row[1] for row in cells(browser, "#images")] == ["defective"] * (len(decisions) - 1)
 
 
 def test_walk_through_the_images_by_keyboard(full_page, browser, tmp_path):
@@ -413,7 +478,7 @@ def test_walk_through_the_images_by_keyboard(full_page, browser, tmp_path):
         press(browser, key)
         assert browser.switch_to.active_element == buttons[row]
     press(browser, keys.ENTER)
-    assert find(browser, "#large-result").text.startswith("unusual, score")
+    assert find(browser, "#large-result").text.startswith("review: darker, score")
     assert not find(browser, "#boxes").is_displayed()
     press(browser, keys.RIGHT)
     result = find(browser, "#large-result").text
@@ -483,7 +548,7 @@ def test_odd_tables(case, browser, tmp_path):
     goods = sum(row.defect_type in ("good", None) for row in rows)
     assert find(browser, "#roc-part").is_displayed() == (0 < goods < len(rows))
     if threshold is None:
-        assert {row[-1] for row in cells(browser, "#images")} | {row[3] for row in cells(browser, "#defect-types")} <= {
+        assert {row[1] for row in cells(browser, "#images")} | {row[3] for row in cells(browser, "#defect-types")} <= {
             ""
         }
         assert find(browser, "#counts").text.startswith("no threshold: ")
@@ -491,9 +556,9 @@ def test_odd_tables(case, browser, tmp_path):
     for key in (webdriver.Keys.HOME, webdriver.Keys.END, webdriver.Keys.ARROW_LEFT):
         slider.send_keys(key)
         limit = float(slider.get_property("value"))
-        decisions = {row[1]: row[-1] for row in cells(browser, "#images")}
+        decisions = {row[2]: row[1] for row in cells(browser, "#images")}
         assert decisions == {row.name: "defective" if row.score > limit else "normal" for row in rows}
-    assert len({row[-2] for row in cells(browser, "#images")}) == len({row.score for row in rows})
+    assert len({row[-1] for row in cells(browser, "#images")}) == len({row.score for row in rows})
     check_labels(browser)
     drawn = "return [...document.querySelectorAll('svg *')].filter(e => e.outerHTML.match(/NaN|Infinity/)).length"
     assert browser.execute_script(drawn) == 0 and browser.get_log("browser") == []

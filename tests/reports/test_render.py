@@ -22,7 +22,7 @@ def read_rows(page: str) -> list[dict]:
 
 
 def test_every_value_is_given():
-    values = Page("a")._asdict() | {"gradient": "black, white"}
+    values = Page("a")._asdict() | {"gradient": "black, white", "mark": None}
     assert "<title>a</title>" in get_template("page.html").render(values)
     with pytest.raises(UndefinedError, match="title"):
         get_template("page.html").render({name: value for name, value in values.items() if name != "title"})
@@ -33,7 +33,8 @@ def test_style_and_script_are_inlined(tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert ".thumb {" in page and "function drawHistogram()" in page and "Content-Security-Policy" in page
     assert not re.search(r"<link|@import|src=|href=|{{|{%", page)
-    assert read_data(page) == {"threshold": None, "typical": None, "references": []} and read_rows(page) == []
+    nothing = {"threshold": None, "review": None, "adopt": "", "typical": None, "references": []}
+    assert read_data(page) == nothing and read_rows(page) == []
 
 
 def test_no_name_ends_a_script_element(tmp_path):
