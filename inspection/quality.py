@@ -29,6 +29,7 @@ PRIOR_IMAGES = 4.0
 RATE = 0.002  # of normal images outside the limits of one measure
 POOLING = 0.75  # exponent of the factor by which images differ more than typical
 MOST_UNTYPICAL = 3.0  # of that factor in one measure
+NEWEST, LEAST_IMAGES, DRIFT = 50, 20, 0.5  # images that show a drift, and its size relative to a limit
 EDGE = 1 / 255  # least light, contrast, difference: 8-bit images say nothing about less
 NOISE_FLOOR = 0.001  # of grey values in [0, 1]; rounding to 8 bits leaves no less
 NORMAL_MEDIAN = 0.6745  # of the absolute value of a standard normal variable
@@ -125,6 +126,27 @@ class QualityGate:
     def with_images(self, squares: Sequence[torch.Tensor]) -> QualityGate:
         """The gate of the support images and further normal images, given as network inputs."""
         return QualityGate(self.support, np.stack([measure(square) for square in squares]) if squares else None)
+
+    def drift(self, measured: Sequence[Mapping[str, float]]) -> list[str]:
+        """Sentences on measures whose median over the newest images is more than DRIFT of the way to a limit.
+
+        measured: as from `readable`, in the order of time; entries of other versions are left out. Nothing is said of
+        fewer than LEAST_IMAGES.
+        """
+        newest = [one for one in measured if one.keys() >= MEASURES.keys()][-NEWEST:]
+        if len(newest) < LEAST_IMAGES:
+            return []
+        found = []
+        for number, ((name, kind), limits) in enumerate(zip(MEASURES.items(), self.limits().values(), strict=True)):
+            value = float(np.median([one[name] for one in newest]))
+            offset = (np.log(max(value, 1e-9)) if kind.is_log else value) - self.mean[number]
+            if abs(offset) > DRIFT * self.margin[number]:
+                words, limit = (kind.above, limits["high"]) if offset > 0 else (kind.below, limits["low"])
+                found.append(
+                    f"the newest {len(newest)} images are {words} than the support images: {name} {value:.3g}, there "
+                    f"{limits['typical']:.3g}, limit {limit:.3g}"
+                )
+        return found
 
     def extended(self, values: np.ndarray) -> QualityGate:
         """The gate of all images so far and of further ones, given by their measures (n, M)."""

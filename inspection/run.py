@@ -335,13 +335,18 @@ class Run:
                 for name, one in normal.items()
             },
             "known_defects": [defect._asdict() for defect in self.defects],
-            "warnings": detector.warnings,
+            "warnings": [*detector.warnings, *self._drift()],
             "counts": count_decisions(self.results.rows),
             "images": [row.plain() for row in self.results.rows],
             "seconds": detector.clock.seconds,
             "total_seconds": total_seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
+
+    def _drift(self) -> list[str]:
+        """What has changed in the images of this output folder, as sentences."""
+        gate = self.detector.gate
+        return gate.drift([row.quality for row in self.results.rows if row.quality]) if gate else []
 
     def _summarise(self, is_whole: bool) -> None:
         """Prints the failed images, those to look at, highest score first, and the number of decisions of this call."""
@@ -353,6 +358,8 @@ class Run:
                 print(_outcome(row))
             if len(flagged) > MOST_FLAGGED:
                 print(f"and {len(flagged) - MOST_FLAGGED} more, see {self.config.output / SCORES}")
+        for sentence in self._drift():
+            print(f"warning: {sentence}", file=sys.stderr)
         in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
         stopped = "" if is_whole else "stopped: "
         print(f"{_now()} {stopped}{self._counts(self.rows)}: {self.config.output}{in_all}")

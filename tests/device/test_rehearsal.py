@@ -138,7 +138,7 @@ def test_a_detector_is_calibrated_saved_and_loaded(pretend, detector, normal, tm
 def test_predict_command(pretend, normal, tmp_path, scorer):
     given = ["--support", *map(str, normal[:3]), "--input", str(normal[0].parent), "--output", str(tmp_path / "out")]
     given += ["--weights", "none", "--img_size", str(SIZE), "--scorer", scorer, "--device", "cuda"]
-    predict.main([*given, "--calibrate", *map(str, normal[2:])])
+    predict.main([*given, "--calibrate", *map(str, normal[2:]), "--force"])
     assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + len(normal)
 
 

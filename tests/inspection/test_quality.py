@@ -89,6 +89,15 @@ def inputs(paths, change: str = "unchanged") -> list[torch.Tensor]:
     return [as_tensor(to_square(CHANGES[change](decode_image(path)), 256)) for path in paths]
 
 
+def test_a_drift_is_said_before_the_limit_is_reached(gate):
+    """Light that falls by two thirds of the way to the limit, image by image."""
+    light = gate.mean[0] - np.linspace(0, 0.9, 100) * gate.margin[0]
+    rows = [readable(np.array([value, *gate.mean[1:]])) for value in light]
+    assert gate.drift(rows[:19]) == gate.drift(rows[:50]) == gate.drift([{}] * 99) == []
+    (sentence,) = gate.drift(rows)
+    assert sentence.startswith("the newest 50 images are darker than the support images: light ")
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared")
 @pytest.mark.parametrize(
     ("category", "kind", "change", "least"),
