@@ -175,13 +175,12 @@ class Threshold(NamedTuple):
 
 def expectation(count: int, is_loo: bool) -> str:
     """What to expect of the default scorer with default rates and `count` normal images, as a sentence."""
-    images = f"{count} {'support' if is_loo else 'further normal'} images"
     known = max((known for known in MISSED if known <= count), default=min(MISSED))
     mean, least, most = MISSED[known] if is_loo else MISSED_CALIBRATED
     about = f"{known} support" if is_loo else "20 further normal"
     return (
-        f"with {images}, expect missed defects: with {about} images, {least} to {most} % of the defects of nine "
-        f"measured parts were called normal, {mean} % on average; compare known defects"
+        f"expect missed defects: with {about} images, {least} to {most} % of the defects of nine measured parts were "
+        f"called normal, {mean} % on average; compare known defects"
     )
 
 

@@ -117,9 +117,9 @@ def test_the_rate_of_log_normal_scores_is_as_asked():
 
 
 @given(st.integers(2, 40), st.floats(0.001, 0.5))
-def test_a_rate_that_the_images_cannot_show_is_flagged_an_extrapolation(count, rate):
+def test_a_rate_that_the_images_cannot_show_is_said(count, rate):
     threshold = threshold_of(np.linspace(0.5, 0.8, count), rate, PRIOR)
-    said = any("extrapolation" in sentence and f"1/{count + 1}" in sentence for sentence in threshold.warnings)
+    said = any(f"{count} normal images are too few" in sentence for sentence in threshold.warnings)
     assert said == (rate < 1 / (count + 1)) and threshold.count == count and threshold.rate == rate
 
 
