@@ -267,7 +267,7 @@ def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_thresh
     listed = record["normal_images"]["leave_one_out"]
     assert {row["path"] for row in listed} == set(map(str, support))
     assert [row["score"] for row in listed] == sorted((row["score"] for row in listed), reverse=True)
-    assert "normal images, highest scores first" in printed and "extrapolation" in record["warnings"][0]
+    assert "normal images, highest scores first" in printed and "normal images are too few" in record["warnings"][0]
     assert "known defect" in (tmp_path / "b/report.html").read_text()
 
 

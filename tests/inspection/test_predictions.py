@@ -39,6 +39,7 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
     detector = SimpleNamespace(
         clock=StageClock(torch.device("cuda")),
         threshold=Threshold(0.5, "", 0.25, 0.5),
+        min_area=0,
         layout_of=lambda *_: None,
         restore=lambda scores, *_: scores,
         doubts=lambda *_: None,
