@@ -45,7 +45,9 @@ def rank(scores: np.ndarray | torch.Tensor, positive: np.ndarray) -> Ranking:
     if truth.all() or not truth.any():
         raise ValueError("a ranking needs both classes, positive and negative")
     positives, negatives = flat[truth.to(flat.device)], flat[~truth.to(flat.device)]
-    return rank_groups([(positives, [ascending(negatives, positives)], len(negatives))])[0]
+    counting = Counting(positives)
+    counting.add(ascending(negatives, positives), len(negatives))
+    return rankings([counting])[0]
 
 
 def ascending(negatives: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -56,39 +58,41 @@ def ascending(negatives: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.sort(kept))  # faster than torch, which also sorts the indices
 
 
-def rank_groups(groups: Sequence[tuple[torch.Tensor, Sequence[torch.Tensor], int]]) -> list[Ranking]:
-    """The rankings of several groups; a device is waited for once.
+class Counting:
+    """Counts the negatives above and equal to each of P positive scores; the negatives come in any number of parts."""
 
-    groups: the positives (P,); the negatives, one or more tensors from `ascending`; and the number of negatives,
-    including those that `ascending` dropped.
+    def __init__(self, positives: torch.Tensor) -> None:
+        self.values, self.order = positives.sort()
+        self.highest = [self.values[-1]]  # NaN if any score is
+        self.above, self.ties, self.negatives = torch.zeros_like(self.order), torch.zeros_like(self.order), 0
+
+    def add(self, part: torch.Tensor, count: int) -> None:
+        """Counts negatives from `ascending`. count: their number, including those that `ascending` dropped."""
+        self.negatives += count
+        if len(part):
+            below, not_above = (torch.searchsorted(part, self.values, right=right) for right in (False, True))
+            self.above += len(part) - not_above
+            self.ties += not_above - below
+            self.highest.append(part[-1])
+
+
+def rankings(counted: Sequence[Counting]) -> list[Ranking]:
+    """The rankings of what was counted; a device is waited for once.
 
     Raises:
         ValueError: a score is NaN.
     """
-    counted = [tensor for positives, negatives, _ in groups for tensor in _count(positives, negatives)]
-    found = download(tuple(counted))
+    tensors = []
+    for one in counted:
+        lower = torch.searchsorted(one.values, one.values)
+        tensors += [torch.stack(one.highest), torch.stack([one.order, lower, one.above, one.ties])]
+    found = download(tuple(tensors)) if tensors else ()
     if any(np.isnan(highest).any() for highest in found[::2]):
         raise ValueError("a ranking of NaN scores is not defined")
     return [
-        Ranking(order, len(order) - lower, above, ties, count)
-        for (order, lower, above, ties), (_, _, count) in zip(found[1::2], groups, strict=True)
+        Ranking(order, len(order) - lower, above, ties, one.negatives)
+        for (order, lower, above, ties), one in zip(found[1::2], counted, strict=True)
     ]
-
-
-def _count(positives: torch.Tensor, negatives: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest scores, which are NaN if any score is.
-
-    And (4, P): the order of the positives, and for each in this order the number of lower positives, of higher
-    negatives and of equal negatives.
-    """
-    values, order = positives.sort()
-    parts = [values, *(part for part in negatives if len(part))]
-    below, not_above = (
-        torch.stack([torch.searchsorted(part, values, right=right) for part in parts]) for right in (False, True)
-    )
-    above = sum(len(part) for part in parts[1:]) - not_above[1:].sum(dim=0)
-    counts = (order, below[0], above, (not_above - below)[1:].sum(dim=0))
-    return torch.stack([part[-1] for part in parts]), torch.stack(counts)
 
 
 def auroc(ranking: Ranking) -> float:

@@ -7,21 +7,23 @@ its images and all pixels of the normal ones. Where a test set has one class onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from evaluation.metrics import (
     METRIC_NAMES,
+    Counting,
     Ranking,
     ascending,
     auroc,
     average_precision,
     f1_max,
     pro,
-    rank_groups,
+    rankings,
     region_weights,
 )
 from utils.devices import upload
@@ -32,7 +34,16 @@ IMAGE_METRICS = tuple(name for name in METRIC_NAMES if name.startswith("image"))
 NO_NORMAL, NO_DEFECTIVE = "no normal test images", "no defective test images"
 NO_MASK, NO_NORMAL_PIXEL = "no defective pixel is known: masks are missing or empty", "every pixel is defective"
 
+IMAGES_AT_ONCE = 512  # whose pixels are ranked; on the CPU, 512 of 224 pixels take about 1 GB
+
 Numbers = dict[str, float | None]  # by the key of the metric in the records
+Split = tuple[torch.Tensor, torch.Tensor]  # indices or scores of the positives and of the negatives
+
+
+class Maps(Protocol):
+    """Score maps (B, S, S), such as a tensor."""
+
+    def __getitem__(self, images: slice) -> torch.Tensor: ...
 
 
 class GroundTruth(NamedTuple):
@@ -56,56 +67,79 @@ class GroundTruth(NamedTuple):
 
     def reasons(self) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
         """Why metrics cannot be computed, by metric: of all images, and of each defect type. Empty where all can be."""
-        of_types = {name: self._reasons(~self.labels | members) for name, members in self.members().items()}
-        return self._reasons(np.ones_like(self.labels)), of_types
+        have = np.zeros((2, len(self.labels)), bool)  # images with defective pixels, and with normal ones
+        for number in range(0 if self.masks is None else len(self.labels)):
+            mask = self.masks[number]
+            normal = ~mask if self.valid_mask is None else self.valid_mask[number] & ~mask
+            have[:, number] = mask.any(), normal.any()
+        of_types = {name: self._reasons(~self.labels | members, *have) for name, members in self.members().items()}
+        return self._reasons(np.ones_like(self.labels), *have), of_types
 
-    def _reasons(self, images: np.ndarray) -> dict[str, str]:
+    def _reasons(self, images: np.ndarray, has_defective: np.ndarray, has_normal: np.ndarray) -> dict[str, str]:
         labels = self.labels[images]
         image = NO_NORMAL if labels.all() else "" if labels.any() else NO_DEFECTIVE
         pixel = ""
-        if self.masks is None or not self.masks[images].any():
+        if not has_defective[images].any():
             pixel = NO_MASK if labels.any() else NO_DEFECTIVE
-        elif not (
-            ~self.masks[images] if self.valid_mask is None else self.valid_mask[images] & ~self.masks[images]
-        ).any():
+        elif not has_normal[images].any():
             pixel = NO_NORMAL_PIXEL
         found = {name: image if name.startswith("image") else pixel for name in METRIC_NAMES}
         return {name: reason for name, reason in found.items() if reason}
 
 
 class RoundMetrics:
-    """Computes the metrics of each round; values that do not depend on the round are computed once."""
+    """Computes the metrics of each round; values that do not depend on the round are computed once.
+
+    Pixels are ranked in parts of IMAGES_AT_ONCE images. The counts, and so the numbers, are those of all at once.
+    """
 
     def __init__(self, truth: GroundTruth, device: torch.device, names: Sequence[str] = tuple(METRIC_NAMES)) -> None:
         """device: where the score maps are. names: the metrics, keys of METRIC_NAMES."""
-        self.names = tuple(names)
+        self.names, self.truth = tuple(names), truth
         members = truth.members()
         self.defect_types = list(members)
-        groups = [~truth.labels, *members.values()] if members else [np.ones_like(truth.labels)]
-        has_pixels = truth.masks is not None and not set(names) <= set(IMAGE_METRICS)
-        self.images = [_split(truth.labels, group, torch.device("cpu")) for group in groups]
+        self.groups = [~truth.labels, *members.values()] if members else [np.ones_like(truth.labels)]
+        self.images = [_split(truth.labels, group, torch.device("cpu")) for group in self.groups]
+        self.has_pixels = truth.masks is not None and not set(names) <= set(IMAGE_METRICS)
+        self.parts = [slice(at, at + IMAGES_AT_ONCE) for at in range(0, len(truth.labels), IMAGES_AT_ONCE)]
         self.pixels, self.weights = None, None
-        if has_pixels:
+        if self.has_pixels and len(self.parts) == 1:
             valid = np.ones_like(truth.masks) if truth.valid_mask is None else truth.valid_mask
-            self.pixels = [_split(truth.masks, valid & group[:, None, None], device) for group in groups]
-            if "pro" in names:
-                self.weights = [region_weights(truth.masks & group[:, None, None]) for group in groups]
+            self.pixels = [_split(truth.masks, valid & group[:, None, None], device) for group in self.groups]
+        if self.has_pixels and "pro" in names:
+            regions = ([region_weights(truth.masks[part][group[part]]) for part in self.parts] for group in self.groups)
+            self.weights = [np.concatenate(of_group) for of_group in regions]
 
-    def of_round(self, image_scores: np.ndarray, maps: torch.Tensor | None) -> tuple[Numbers, dict[str, Numbers]]:
+    def of_round(self, image_scores: np.ndarray, maps: Maps | None) -> tuple[Numbers, dict[str, Numbers]]:
         """The metrics of all images and of each defect type.
 
         image_scores: (B,). maps: (B, S, S), on the device; None is enough for IMAGE_METRICS.
         """
-        images = _rankings(torch.from_numpy(image_scores), self.images)
-        pixels = [None] * len(images) if self.pixels is None else _rankings(maps.flatten(), self.pixels)
+        scores = torch.from_numpy(image_scores)
+        images = _rankings(lambda: [[(scores[one], scores[other]) for one, other in self.images]])
+        pixels = _rankings(partial(self._pixels, maps)) if self.has_pixels else [None] * len(images)
         weights = [None] * len(images) if self.weights is None else [np.concatenate(self.weights), *self.weights[1:]]
         everything, *of_types = zip(images, pixels, weights, strict=True)
         names = [name for name in TYPE_METRICS if name in self.names]
         by_type = {name: _numbers(names, *one) for name, one in zip(self.defect_types, of_types, strict=True)}
         return _numbers(self.names, *everything), by_type
 
-
-Split = tuple[torch.Tensor, torch.Tensor]  # indices of the positives and of the negatives
+    def _pixels(self, maps: Maps) -> Iterator[list[Split]]:
+        """The scores of the defective and the normal pixels of each group, part by part."""
+        masks, valid_mask = self.truth.masks, self.truth.valid_mask
+        for part in self.parts:
+            of_part = maps[part]
+            if self.pixels is not None:
+                flat = of_part.flatten()
+                yield [(flat[one], flat[other]) for one, other in self.pixels]
+                continue
+            found = []
+            for group in self.groups:
+                rows = np.flatnonzero(group[part])
+                positive, own = torch.from_numpy(masks[part][rows]), of_part[torch.from_numpy(rows).to(of_part.device)]
+                negative = ~positive if valid_mask is None else torch.from_numpy(valid_mask[part][rows]) & ~positive
+                found.append(tuple(own[chosen.to(own.device)] for chosen in (positive, negative)))
+            yield found
 
 
 def _split(positive: np.ndarray, chosen: np.ndarray, device: torch.device) -> Split:
@@ -114,22 +148,26 @@ def _split(positive: np.ndarray, chosen: np.ndarray, device: torch.device) -> Sp
     return tuple(upload(torch.from_numpy(np.flatnonzero(one)), device) for one in both)
 
 
-def _rankings(scores: torch.Tensor, groups: Sequence[Split]) -> list[Ranking | None]:
+def _rankings(parts: Callable[[], Iterable[list[Split]]]) -> list[Ranking | None]:
     """The ranking of all groups together, then of each group but the first with the negatives of the first one.
 
-    None where one class is missing. The negatives of each group are sorted once.
+    None where one class is missing. parts: makes the scores of the positives and negatives of each group, in one or
+    more parts; it is called twice, since only negatives above the lowest positive need to be sorted.
     """
-    positives = [scores[positive] for positive, _ in groups]
-    everything, counts = torch.cat(positives), [len(negative) for _, negative in groups]
-    if not len(everything) or not sum(counts):
-        return [None] * len(groups)
-    negatives = [ascending(scores[negative], everything) for _, negative in groups]
-    chosen = [(everything, negatives, sum(counts))]
-    for own, others, count in zip(positives[1:], negatives[1:], counts[1:], strict=True):
-        chosen.append((own, [negatives[0], others], counts[0] + count))
-    possible = [len(one[0]) > 0 and one[2] > 0 for one in chosen]
-    ranked = iter(rank_groups([one for one, can in zip(chosen, possible, strict=True) if can]))
-    return [next(ranked) if can else None for can in possible]
+    found = list(zip(*([one for one, _ in part] for part in parts()), strict=True))
+    positives = [torch.cat(of_group) for of_group in found]
+    everything = torch.cat(positives)
+    if not len(everything):
+        return [None] * len(positives)
+    groups = [range(len(positives)), *((0, number) for number in range(1, len(positives)))]
+    counted = [Counting(own) if len(own) else None for own in (everything, *positives[1:])]
+    for part in parts():
+        negatives = [(ascending(other, everything), len(other)) for _, other in part]
+        for one, chosen in zip(counted, groups, strict=True):
+            for group in chosen if one else ():
+                one.add(*negatives[group])
+    ranked = iter(rankings([one for one in counted if one and one.negatives]))
+    return [next(ranked) if one and one.negatives else None for one in counted]
 
 
 def _numbers(names: Sequence[str], image: Ranking | None, pixel: Ranking | None, weights: np.ndarray | None) -> Numbers:

@@ -6,6 +6,7 @@ The test features depend neither on the round nor on the support set. They are c
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,12 +17,13 @@ from torch.utils.data import Dataset
 
 from datasets.images import read_batches
 from evaluation.metrics import METRIC_NAMES
-from evaluation.round_metrics import AUROCS, GroundTruth, Numbers, RoundMetrics
+from evaluation.round_metrics import AUROCS, IMAGES_AT_ONCE, GroundTruth, Numbers, RoundMetrics
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Prepared, Scorer
 from scorers.combined import over_backbones
 from scorers.features import FeatureNetwork, FeatureStore, write_support_images
 from scorers.maps import score_maps_at
+from utils.choices import default_cache_dir
 from utils.devices import upload
 from utils.errors import UserError
 from utils.progress import ProgressBar
@@ -52,6 +54,29 @@ class TestFeatures(NamedTuple):
         return GroundTruth(self.labels, self.masks, self.valid_mask, self.defect_types)
 
 
+class ScoreMaps:
+    """Score maps (B, S, S) that are computed from the distance maps (B, H, H) when they are asked for.
+
+    Of many images, they would take the memory: 2 GB of 10,000 images of 224 pixels.
+    """
+
+    def __init__(self, distances: torch.Tensor, size: int) -> None:
+        self.distances, self.size = distances, size
+
+    def __getitem__(self, images: slice) -> torch.Tensor:
+        return score_maps_at(self.distances[images], self.size)[1]
+
+    def cpu(self) -> torch.Tensor:
+        """All maps, in a temporary file, as a tensor of the host."""
+        shape = (len(self.distances), self.size, self.size)
+        default_cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=default_cache_dir()) as file:
+            array = np.memmap(file, np.float32, "w+", shape=shape)
+        for at in range(0, len(array), IMAGES_AT_ONCE):
+            array[at : at + IMAGES_AT_ONCE] = self[at : at + IMAGES_AT_ONCE].cpu().numpy()
+        return torch.from_numpy(array)
+
+
 class RoundResult(NamedTuple):
     """The result of one support set and one scorer.
 
@@ -62,7 +87,7 @@ class RoundResult(NamedTuple):
 
     image_scores: np.ndarray
     distances: torch.Tensor
-    maps: torch.Tensor
+    maps: torch.Tensor | ScoreMaps
     numbers: Numbers
     by_defect_type: dict[str, Numbers]
 
@@ -114,25 +139,26 @@ def compute_test_features(
     """
     batch_size = batch_size or SCORING_BATCH[clock.device.type]
     scorers = [over_backbones(scorer, getattr(network, "backbone_layers", ())) for scorer in scorers]
-    store = FeatureStore(scorers, len(labels))
-    truth: dict[str, list[np.ndarray]] = {"mask": [], "valid_mask": []}
+    store = FeatureStore(scorers, len(labels), folder=default_cache_dir())
+    masks: np.ndarray | None = None
+    valid_mask: np.ndarray | None = None
     batches = read_batches(dataset, batch_size, num_workers)
     for start in ProgressBar("features of test images", range(0, len(labels), batch_size), unit="batches"):
         with clock("decode"):
             batch = next(batches)
-            for name, batches_of_truth in truth.items():
-                batches_of_truth.append(batch[name].numpy())
+            own, valid = batch["mask"].numpy(), batch["valid_mask"].numpy()
+            if masks is None:
+                masks = np.zeros((len(labels), *own.shape[1:]), bool)
+            masks[start : start + len(own)] = own
+            if valid_mask is None and not valid.all():
+                valid_mask = np.ones_like(masks)
+            if valid_mask is not None:
+                valid_mask[start : start + len(own)] = valid
         with clock("network"):
             images = upload(batch["image"], clock.device).float() / 255
             store.write(start, network.features(images))
-    masks, valid_mask = map(np.concatenate, truth.values())
-    return TestFeatures(
-        store,
-        np.array(labels, dtype=bool),
-        masks if masks.any() else None,
-        None if valid_mask.all() else valid_mask,
-        defect_types,
-    )
+    known = masks if masks.any() else None
+    return TestFeatures(store, np.array(labels, dtype=bool), known, valid_mask, defect_types)
 
 
 def score_rounds(
@@ -170,14 +196,29 @@ def _score_round(
     metrics: RoundMetrics,
     clock: StageClock,
 ) -> RoundResult:
-    distances = scorer.measure(support[scorer.name], test.features.prepared[scorer.name], clock)
+    distances = _distances(scorer, support[scorer.name], test.features, clock)
     with clock("smoothing"):
-        image_scores, maps = score_maps_at(distances, size, border_weight=scorer.border_weight)
-        image_scores = image_scores.cpu().numpy()
+        of_parts, maps = [], ScoreMaps(distances, size)
+        for part in distances.split(IMAGES_AT_ONCE):
+            of_part, maps_of_part = score_maps_at(part, size, border_weight=scorer.border_weight)
+            of_parts.append(of_part)
+        maps = maps_of_part if len(of_parts) == 1 else maps
+        image_scores = torch.cat(of_parts).cpu().numpy()
     if not np.isfinite(image_scores).all():
         raise NotFinite("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
     with clock("metrics"):
         return RoundResult(image_scores, distances, maps, *metrics.of_round(image_scores, maps))
+
+
+def _distances(scorer: Scorer, support: Prepared, features: FeatureStore, clock: StageClock) -> torch.Tensor:
+    """Distance maps (B, H, H). Features in parts are read part by part and fitted to once."""
+    if not features.is_in_parts:
+        (prepared,) = features.parts(scorer.name)
+        return scorer.measure(support, prepared, clock)
+    with clock(scorer.name):
+        fitted = scorer.fit(support)
+    with clock("distance"):
+        return torch.cat([scorer.distance_maps(fitted, prepared) for prepared in features.parts(scorer.name)])
 
 
 def _support_features(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -12,6 +16,8 @@ from scorers.left_out import allocate
 from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
 from utils.devices import free_memory
 from utils.errors import UserError
+
+MOST_BYTES, PART_BYTES = 2**30, 256 * 2**20  # of features in memory, and at once of those in a file
 
 
 class FeatureNetwork(Protocol):
@@ -27,22 +33,87 @@ class FeatureStore:
     """Prepared features of a fixed number of images for several scorers, filled batch by batch.
 
     images: number of images. with_views: store each scorer's own `views` of every image; otherwise the image alone.
+    folder: where features lie in a file that exceed MOST_BYTES of the host's memory; None: all stay in memory.
+
+    prepared: by scorer, of all images, or of the last part of them if there is a file.
     """
 
-    def __init__(self, scorers: Sequence[Scorer], images: int, with_views: bool = False) -> None:
+    def __init__(
+        self, scorers: Sequence[Scorer], images: int, with_views: bool = False, folder: Path | None = None
+    ) -> None:
         self.scorers, self.images = scorers, images
         self.per_image = {scorer.name: len(scorer.views) if with_views else 1 for scorer in scorers}
         self.prepared: dict[str, Prepared] = {}
+        self.folder, self.at_once = folder, images  # images in a part
+        self._file: BinaryIO | None = None
+        self._filed = 0  # parts in the file
 
     def write(self, start: int, maps: FeatureMaps) -> None:
-        """Prepares and stores the feature maps of consecutive images, the first at index `start`."""
-        for scorer in self.scorers:
-            self.write_rows(scorer.name, start, scorer.prepare(maps))
+        """Prepares and stores the feature maps of consecutive images, the first at index `start`.
+
+        With a folder, all batches but the last have the same size and come in order.
+        """
+        prepared = {scorer.name: scorer.prepare(maps) for scorer in self.scorers}
+        if self.folder and not self.prepared:
+            self._divide(prepared, self.folder)
+        if start // self.at_once > self._filed:
+            for tensor in self._tensors():
+                self._file.write(_in_memory_order(tensor).numpy())
+            self._filed += 1
+        for name, rows in prepared.items():
+            self.write_rows(name, start % self.at_once, rows)
+
+    def _divide(self, first: dict[str, Prepared], folder: Path) -> None:
+        """Chooses the size of a part from the first batch, and opens the file if there are several."""
+        tensors = [tensor for prepared in first.values() for tensor in prepared]
+        batch, of_image = len(tensors[0]), sum(tensor[0].nbytes for tensor in tensors)
+        needed = of_image * self.images
+        if needed <= MOST_BYTES or tensors[0].device.type != "cpu":
+            return
+        self.at_once = max(1, PART_BYTES // (of_image * batch)) * batch
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            if needed > free:
+                raise UserError(
+                    f"the features of {self.images} images need {needed / 2**30:.1f} GB of disk in {folder}, "
+                    f"{free / 2**30:.1f} GB are free: make room, set XDG_CACHE_HOME to a folder on another disk, or "
+                    "score fewer images or one scorer",
+                    ("scorer",),
+                )
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, it has no name
+            weakref.finalize(self, self._file.close)
+        except OSError as error:
+            raise UserError(f"cannot write features to {folder}: {error.strerror}") from error
+        print(f"the features of {self.images} images, {needed / 2**30:.1f} GB, lie in a temporary file in {folder}")
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether there is a file."""
+        return self._file is not None
+
+    def parts(self, name: str) -> Iterator[Prepared]:
+        """The features of a scorer for consecutive images; all images at once unless there is a file."""
+        tensors = self._tensors()
+        sizes = [tensor.nbytes for tensor in tensors]
+        own = [number for number, tensor in enumerate(tensors) if any(tensor is one for one in self.prepared[name])]
+        for part in range(self._filed):
+            found = []
+            for number in own:
+                found.append(torch.empty_like(tensors[number]))
+                self._file.seek(part * sum(sizes) + sum(sizes[:number]))
+                self._file.readinto(_in_memory_order(found[-1]).numpy())
+            yield found
+        rows = (self.images - self._filed * self.at_once) * self.per_image[name]
+        yield [tensor[:rows] for tensor in self.prepared[name]]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for prepared in self.prepared.values() for tensor in prepared]
 
     def write_rows(self, name: str, start: int, prepared: Prepared) -> None:
         """Stores prepared features of one scorer, the first at row `start`."""
         if name not in self.prepared:
-            count = self.images * self.per_image[name]
+            count = self.at_once * self.per_image[name]
             require_memory(sum(tensor[0].nbytes for tensor in prepared) * count, prepared[0].device, count)
             self.prepared[name] = [allocate(tensor, count) for tensor in prepared]
         for tensor, rows in zip(self.prepared[name], prepared, strict=True):
@@ -63,7 +134,12 @@ class FeatureStore:
     @property
     def nbytes(self) -> int:
         """Size of the stored features in bytes."""
-        return sum(tensor.nbytes for prepared in self.prepared.values() for tensor in prepared)
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+
+def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from `allocate` with its axes in the order of memory."""
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis)))
 
 
 def require_memory(needed: int, device: torch.device, images: int) -> None:
