@@ -31,7 +31,7 @@ from datasets.masks import MaskFacts, decode_mask, to_square_mask
 from utils.choices import CATEGORIES, MASK_ORIENTATIONS
 from utils.errors import UserError
 
-KEPT_ITEMS_BYTES = 256 * 2**20  # of images and masks of a test set
+KEPT_ITEMS_BYTES = 128 * 2**20  # of images and masks of a test set
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:

@@ -34,7 +34,7 @@ IMAGE_METRICS = tuple(name for name in METRIC_NAMES if name.startswith("image"))
 NO_NORMAL, NO_DEFECTIVE = "no normal test images", "no defective test images"
 NO_MASK, NO_NORMAL_PIXEL = "no defective pixel is known: masks are missing or empty", "every pixel is defective"
 
-IMAGES_AT_ONCE = 512  # whose pixels are ranked; on the CPU, 512 of 224 pixels take about 1 GB
+IMAGES_AT_ONCE = 256  # whose pixels are ranked
 
 Numbers = dict[str, float | None]  # by the key of the metric in the records
 Split = tuple[torch.Tensor, torch.Tensor]  # indices or scores of the positives and of the negatives
@@ -136,9 +136,9 @@ class RoundMetrics:
             found = []
             for group in self.groups:
                 rows = np.flatnonzero(group[part])
-                positive, own = torch.from_numpy(masks[part][rows]), of_part[torch.from_numpy(rows).to(of_part.device)]
-                negative = ~positive if valid_mask is None else torch.from_numpy(valid_mask[part][rows]) & ~positive
-                found.append(tuple(own[chosen.to(own.device)] for chosen in (positive, negative)))
+                mask, own = masks[part][rows], of_part[torch.from_numpy(rows).to(of_part.device)].cpu().numpy()
+                normal = ~mask if valid_mask is None else valid_mask[part][rows] & ~mask
+                found.append(tuple(torch.from_numpy(own[chosen]).to(of_part.device) for chosen in (mask, normal)))
             yield found
 
 

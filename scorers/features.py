@@ -17,7 +17,7 @@ from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
 from utils.devices import free_memory
 from utils.errors import UserError
 
-MOST_BYTES, PART_BYTES = 2**30, 256 * 2**20  # of features in memory, and at once of those in a file
+MOST_BYTES, PART_BYTES = 2**30, 128 * 2**20  # of features in memory, and at once of those in a file
 
 
 class FeatureNetwork(Protocol):
