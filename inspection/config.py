@@ -22,6 +22,7 @@ from utils.config import flag, flags_of
 from utils.errors import UserError
 
 PANELS = ("joined", "separate")  # in one file, side by side, or a file for each
+CSV_KINDS = ("plain", "excel", "excel_comma")
 MAPS = ("none", "png", "npy")
 FORMATS = ("onnx", "pt2")
 FITTING_GROUPS = ("detector", "network", "images")  # a saved detector keeps all settings of these groups
@@ -175,6 +176,12 @@ class PredictConfig(DetectorConfig):
         const="text",
     )
     maps: str = flag("score maps; png: 16 bits, scaled by map_scale in scores.json", default="none", choices=MAPS)
+    csv: str = flag(
+        "form of the tables; excel: byte-order mark, part, file name and times that Excel reads; excel_comma: also "
+        "decimal commas, between semicolons",
+        default=CSV_KINDS[0],
+        choices=CSV_KINDS,
+    )
     jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
     fail_on_defect: bool = flag("exit code 3 if an image is defective or for review", default=False)
     min_images: int = flag(

@@ -70,9 +70,10 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
 
     `tile`: "off", or "width,height,above": images with a longer side above the last are to be cut into tiles of this
     size, in pixels; `overlap`: the least overlap of the tiles. `region`: whether the maps are 0 outside a region.
-    `threshold` and `threshold_rule` are empty if the detector has no threshold; `false_alarm`, the rate asked for, is
-    empty if the threshold was given; `normal_images`: the number that it was computed from. `detector`: see
-    `FewShotDetector.identity`. `support_sha256`: of the support images, joined by commas; empty if they were no files.
+    `review_threshold`: above it, a person should look. `quality_limits`: of the measures in inspection/quality.py, as
+    JSON. `threshold`, `review_threshold` and `threshold_rule` are empty if the detector has no threshold;
+    `false_alarm`, the rate asked for, is empty if the threshold was given; `normal_images`: the number that it was
+    computed from. `detector`: see `FewShotDetector.identity`. `support_sha256`: of the support images, joined by commas; empty if they were no files.
     """
     threshold, tiling = detector.threshold, detector.tiling
     rate = None if threshold is None else threshold.rate
@@ -89,6 +90,8 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
         "backbone": getattr(detector.network, "backbone", "of your own"),
         "network": detector.origin.get("network", ""),
         "threshold": "" if threshold is None else repr(float(threshold.value)),
+        "review_threshold": "" if threshold is None else repr(float(threshold.review_value)),
+        "quality_limits": json.dumps(detector.gate.limits() if detector.gate else {}),
         "threshold_rule": "" if threshold is None else threshold.how,
         "false_alarm": "" if rate is None else repr(float(rate)),
         "normal_images": str(0 if threshold is None else threshold.count),

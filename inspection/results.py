@@ -14,16 +14,19 @@ import csv
 import errno
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 from inspection.boxes import Box, largest_area
+from inspection.config import CSV_KINDS
 from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
 from utils.errors import UserError, WriteError
@@ -33,6 +36,9 @@ from utils.text import path_text, text_path
 
 NORMAL, REVIEW, DEFECTIVE = DECISIONS = ("normal", "review", "defective")
 REVIEW_BEFORE = "unusual"  # the decision, and the name of `reason`, in files of earlier versions
+EXCEL_COMMA = CSV_KINDS[-1]  # decimal commas, between semicolons
+EXCEL_COLUMNS = ("part", "file")
+ISO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 RECORD, SCORES, BOXES, SUMMARY, PAGE = "results.jsonl", "scores.csv", "boxes.csv", "scores.json", "report.html"
 
 
@@ -149,14 +155,15 @@ def _is_of_earlier_version(folder: Path) -> bool:
 class ResultFiles:
     """The tables of an output folder: earlier rows are kept, or removed with the files that were written for them.
 
-    rows: earlier ones first. done: their identities. taken: the files written for them, relative to the folder.
+    kind: how the CSV files are written, one of CSV_KINDS; part: its name, for those of Excel. rows: earlier ones first.
+    done: their identities. taken: the files written for them, relative to the folder.
 
     Raises:
         UserError: the folder cannot be written, another process writes to it, or its results cannot be continued.
     """
 
-    def __init__(self, folder: Path, overwrite: bool = False) -> None:
-        self.folder, self._open = folder, ExitStack()
+    def __init__(self, folder: Path, overwrite: bool = False, kind: str = CSV_KINDS[0], part: str = "") -> None:
+        self.folder, self._open, self._kind, self._part = folder, ExitStack(), kind, part
         if not overwrite and _is_of_earlier_version(folder):
             raise UserError(
                 f"{folder} holds results without {RECORD}, in the format of version 0.1; give another folder",
@@ -194,10 +201,31 @@ class ResultFiles:
 
     def _open_table(self, name: str, table: CsvTable) -> TextIO:
         """Writes a table from the rows, as it may lack some after a kill, and opens it for more."""
-        options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-        with whole_file(self.folder / name) as aside, open(aside, "w", **options) as stream:
-            csv.writer(stream).writerows([table.columns, *(line for row in self.rows for line in table.lines(row))])
-        return self._open.enter_context((self.folder / name).open("a", **options))
+        options = {"newline": "", "errors": "backslashreplace"}
+        first = "utf-8" if self._kind == CSV_KINDS[0] else "utf-8-sig"
+        with whole_file(self.folder / name) as aside, open(aside, "w", encoding=first, **options) as stream:
+            lines = (line for row in self.rows for line in self._lines(table, row))
+            self._writer(stream).writerows([[*self._more_columns, *table.columns], *lines])
+        return self._open.enter_context((self.folder / name).open("a", encoding="utf-8", **options))
+
+    @property
+    def _more_columns(self) -> Sequence[str]:
+        return () if self._kind == CSV_KINDS[0] else EXCEL_COLUMNS
+
+    def _writer(self, stream: TextIO) -> Any:  # noqa: ANN401, csv names no type for it
+        return csv.writer(stream, delimiter=";" if self._kind == EXCEL_COMMA else ",")
+
+    def _lines(self, table: CsvTable, row: Prediction) -> list[Sequence]:
+        """The lines of a row in a table. For Excel, all times have one form, and numbers may have a decimal comma."""
+        if self._kind == CSV_KINDS[0]:
+            return table.lines(row)
+        more = self._part, re.split(r"[/\\]", row.path)[-1]
+        lines = [[_excel_time(value) for value in (*more, *line)] for line in table.lines(row)]
+        if self._kind != EXCEL_COMMA:
+            return lines
+        return [
+            [str(value).replace(".", ",") if isinstance(value, float) else value for value in line] for line in lines
+        ]
 
     def add(self, row: Prediction) -> None:
         """Appends a row to all tables. The caller holds back interruptions.
@@ -210,7 +238,7 @@ class ResultFiles:
             if self._record.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for stream, table in zip(self._tables, TABLES.values(), strict=True):
-                csv.writer(stream).writerows(table.lines(row))
+                self._writer(stream).writerows(self._lines(table, row))
                 stream.flush()
         except OSError as error:
             raise WriteError(error.errno, error.strerror, str(self.folder / RECORD)) from error
@@ -220,6 +248,14 @@ class ResultFiles:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _excel_time(value: object) -> object:
+    """A time of a row as Excel reads it, in local time; any other value as it is."""
+    if not (isinstance(value, str) and ISO_TIME.fullmatch(value)):
+        return value
+    moment = datetime.fromisoformat(re.sub(r"(\.\d{6})\d*", r"\1", value).replace("Z", "+00:00"))
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 class CsvTable(NamedTuple):

@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from contextlib import closing
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,28 @@ def test_counts():
     rows = [row, row._replace(decision="review"), row._replace(score=None, decision=None, error="broken")]
     assert count_decisions(rows) == {"scored": 2, "normal": 1, "review": 1, "defective": 0, "failed": 1}
     assert [one.is_flagged for one in rows] == [False, True, False]
+
+
+@pytest.mark.parametrize(("kind", "comma"), [("excel", False), ("excel_comma", True)])
+def test_tables_for_excel(kind, comma, tmp_path):
+    """A byte-order mark once, part and file name, times of one form; the next run may choose another form."""
+    values = {name: None for name in Prediction._fields[:10]}
+    row = Prediction(**values)._replace(
+        time="2026-11-28T02:30:05.123+00:00",
+        path="/photos/a.png",
+        modified="2026-11-28T02:30:00.123456789Z",
+        score=1.25,
+    )
+    with closing(ResultFiles(tmp_path, kind=kind, part="bottle")) as files:
+        files.add(row)
+    with closing(ResultFiles(tmp_path, kind=kind, part="bottle")) as files:
+        files.add(row._replace(path="/photos/b.png"))
+    content = (tmp_path / "scores.csv").read_bytes()
+    assert content.count(b"\xef\xbb\xbf") == 1 and content.startswith(b"\xef\xbb\xbf")
+    lines = list(csv.DictReader(content.decode("utf-8-sig").splitlines(), delimiter=";" if comma else ","))
+    assert [(line["part"], line["file"]) for line in lines] == [("bottle", "a.png"), ("bottle", "b.png")]
+    moment = datetime(2026, 11, 28, 2, 30, 5, tzinfo=timezone.utc).astimezone()
+    assert lines[0]["time"] == f"{moment:%Y-%m-%d %H:%M:%S}" and len(lines[0]["modified"]) == 19
+    assert lines[0]["score"] == ("1,25" if comma else "1.25")
+    with closing(ResultFiles(tmp_path)):
+        assert (tmp_path / "scores.csv").read_text().startswith("time,path")
