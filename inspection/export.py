@@ -73,7 +73,8 @@ def export_metadata(detector: FewShotDetector) -> dict[str, str]:
     `review_threshold`: above it, a person should look. `quality_limits`: of the measures in inspection/quality.py, as
     JSON. `threshold`, `review_threshold` and `threshold_rule` are empty if the detector has no threshold;
     `false_alarm`, the rate asked for, is empty if the threshold was given; `normal_images`: the number that it was
-    computed from. `detector`: see `FewShotDetector.identity`. `support_sha256`: of the support images, joined by commas; empty if they were no files.
+    computed from. `detector`: see `FewShotDetector.identity`. `support_sha256`: of the support images, joined by
+    commas; empty if they were no files.
     """
     threshold, tiling = detector.threshold, detector.tiling
     rate = None if threshold is None else threshold.rate
