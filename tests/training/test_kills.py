@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from examples.demo_data import write_dataset
@@ -106,8 +107,15 @@ def assert_same_weights(first: dict, second: dict) -> None:
 def assert_same_run(expected: CheckpointFiles, found: CheckpointFiles) -> None:
     """All files are those of an undisturbed run, and there are no others."""
     curves = [found.curve.with_suffix(f".{kind}") for kind in METADATA]
-    there = sorted([found.selected, found.last, found.epochs, found.record, *curves, lock_file(found.state)])
-    assert sorted(found.state.parent.iterdir()) == there
+    portable = [file.with_suffix(".safetensors") for file in (found.selected, found.last)]
+    own = [found.selected, found.last, found.epochs, found.record, found.card, *portable, *curves]
+    assert sorted(found.state.parent.iterdir()) == sorted([*own, lock_file(found.state)])
+    for file in portable:  # the weights again
+        saved = weights(file.with_suffix(".pt"))
+        assert all(
+            torch.equal(value, saved[name.split(".")[0]][name.partition(".")[2]])
+            for name, value in load_file(file).items()
+        )
     assert_same_weights(weights(expected.selected), weights(found.selected))
     assert_same_weights(weights(expected.last), weights(found.last))
     records = [json.loads(file.read_text()) for file in (expected.record, found.record)]
