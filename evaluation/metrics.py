@@ -73,7 +73,7 @@ class Counting:
             below, not_above = (torch.searchsorted(part, self.values, right=right) for right in (False, True))
             self.above += len(part) - not_above
             self.ties += not_above - below
-            self.highest.append(part[-1])
+            self.highest.append(part[-1].clone())  # a view would keep the part in memory
 
 
 def rankings(counted: Sequence[Counting]) -> list[Ranking]:
