@@ -329,6 +329,10 @@ def test_exit_codes(part, images, folder, tmp_path, demo_data, capsys):
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 0
     assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect") == 3
     assert call(part, *flags, "--threshold", 0.001) == 0
+    (folder / "1.heic").write_bytes(images[0])  # left out: it may be an image
+    assert call(part, *flags, "--threshold", 1000) == 0
+    assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 1
+    (folder / "1.heic").unlink()
     (folder / "1.png").write_bytes(b"broken")
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 1
     assert call(part, *flags, "--threshold", 1000, "--min_images", 2) == 5

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from datasets.layouts import VISA_SPLIT
 from datasets.manifest import draw_manifest, load_manifest
 from datasets.mvtec import list_test_items
-from evaluation.config import RunConfig
+from evaluation.config import RunConfig, ScoringConfig
 from experiments.report import write_tables
 from experiments.results import read_results
 from inspection.config import ExportConfig, PredictConfig
@@ -99,6 +99,19 @@ def test_seeds_out_of_range_are_one_sentence(seed, kind):
     others = {} if kind is RunConfig else {"support": ["x"]} | ({"save": "y"} if kind is PredictConfig else {})
     with pytest.raises(UserError, match="--seed must be at"):
         kind.from_plain({"seed": seed} | others)
+
+
+@pytest.mark.parametrize(("kind", "change"), [(ScoringConfig, {"save_images": -7}), (PredictConfig, {"max_pixels": 0})])
+def test_numbers_below_the_least_are_one_sentence(kind, change):
+    others = {"obj": "x"} if kind is ScoringConfig else {"support": ["x"], "input": ["x"]}
+    with pytest.raises(UserError, match=f"--{next(iter(change))} must be at least"):
+        kind.from_plain(others | change)
+
+
+@pytest.mark.parametrize("kind", [PredictConfig, ExportConfig])
+def test_images_above_max_pixels_are_accepted_where_the_flag_says_so(kind):
+    others = {"input": ["x"]} if kind is PredictConfig else {"output": "y.onnx"}
+    assert kind.from_plain({"support": ["x"], "max_pixels": 10**9} | others).max_pixels == 10**9
 
 
 def test_no_threads_are_accepted():
