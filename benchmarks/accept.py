@@ -11,42 +11,30 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-import numpy as np
-
-from benchmarks.changes import CATEGORIES
-from benchmarks.reference import DATA, draw_support_images
-from benchmarks.scoring import RESULTS, command_line
+from benchmarks.changes import decisions
+from benchmarks.measuring import evenly, measuring_parser, report_or_measure
+from benchmarks.reference import draw_support_images
 from datasets.mvtec import category_folder, list_test_items, list_train_images
 from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from inspection.learning import accept
-from inspection.results import DEFECTIVE, NORMAL, decide
+from inspection.results import DEFECTIVE, NORMAL
 from models.efficientnet_lite import EfficientNetLite
-from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
-from utils.files import require_writable, write_json
-from utils.records import provenance
 
 ACCEPTED = (0, 1, 2, 4, 8)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--obj", nargs="+", default=CATEGORIES)
+    parser = measuring_parser(__doc__)
     parser.add_argument("--shot", type=int, default=4)
     parser.add_argument("--images", type=int, default=80, help="further normal images of each category")
     parser.add_argument("--defects", type=int, default=30, help="defective images of each category")
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
     return parser
 
 
@@ -55,17 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"accept_{device.type}.json"
-    if args.report:
-        print(report(json.loads(target.read_text())["rows"]))
-        return
-    require_writable(args.output, "--output", folder=True)
-    begin = time.perf_counter()
-    rows = [row for category in args.obj for row in _measure(category, args)]
-    content = {"command": command_line("benchmarks.accept", args), **provenance(device), "rows": rows}
-    content["total_seconds"] = time.perf_counter() - begin
-    write_json(target, content)
-    print(report(rows))
-    print(f"{content['total_seconds']:.0f} s; written: {target}")
+
+    def measure() -> dict:
+        return {"rows": [row for category in args.obj for row in _measure(category, args)]}
+
+    report_or_measure("benchmarks.accept", args, target, device, measure, lambda content: report(content["rows"]))
 
 
 def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
@@ -73,19 +55,18 @@ def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
     folder = category_folder(args.data_path, "folder", category)
     count = min(args.shot + args.images, len(list_train_images(folder)))
     paths = draw_support_images(folder, count, 1, seed=0)[0]
-    defects = [item.image for item in list_test_items(folder) if item.label]
-    defects = [defects[n] for n in np.linspace(0, len(defects) - 1, min(args.defects, len(defects))).astype(int)]
+    defects = evenly([item.image for item in list_test_items(folder) if item.label], args.defects)
     base = FewShotDetector(EfficientNetLite(), args.device).fit(paths[: args.shot])
     base.calibrate(DEFAULT_RATE)
     normal = paths[args.shot :]
-    rejected = [path for path, one in zip(normal, _decisions(base, normal), strict=True) if one != NORMAL]
+    rejected = [path for path, one in zip(normal, decisions(base, base.inspect(normal)), strict=True) if one != NORMAL]
     others = [path for path in normal if path not in rejected[: max(ACCEPTED)]]
     for number in (number for number in ACCEPTED if number <= len(rejected)):
         detector, begin = copy.copy(base), time.perf_counter()
         if number:
             accept(detector, rejected[:number], force=True)
         seconds = time.perf_counter() - begin
-        of_normal, of_defects = _decisions(detector, others), _decisions(detector, defects)
+        of_normal, of_defects = (decisions(detector, detector.inspect(paths)) for paths in (others, defects))
         yield {
             "category": category,
             "rejected": len(rejected),
@@ -97,12 +78,6 @@ def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
             "seconds": seconds,
         }
     print(f"{category} measured", flush=True)
-
-
-def _decisions(detector: FewShotDetector, paths: Sequence[Path]) -> list[str]:
-    found = detector.inspect(paths)
-    pairs = zip(found.scores.tolist(), found.reasons, strict=True)
-    return [decide(score, detector.threshold, reason)[0] for score, reason in pairs]
 
 
 def report(rows: Sequence[dict]) -> str:

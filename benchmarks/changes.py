@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from benchmarks.reference import DATA, draw_support_images
-from benchmarks.scoring import RESULTS, command_line
-from benchmarks.threshold import CATEGORIES
+from benchmarks.measuring import evenly, measuring_parser, report_or_measure
+from benchmarks.reference import draw_support_images
 from datasets.images import decode_image
-from datasets.mvtec import LabelledImage, category_folder, list_test_items
-from inspection.detector import FewShotDetector
+from datasets.mvtec import category_folder, list_test_items
+from inspection.detector import FewShotDetector, Inspection
 from inspection.fitting import DEFAULT_RATE
 from inspection.results import DEFECTIVE, NORMAL, REVIEW, decide
 from models.efficientnet_lite import EfficientNetLite
-from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
-from utils.files import require_writable, write_json
-from utils.records import provenance
 
 
 def with_light(share: float) -> Callable[[Image.Image], Image.Image]:
@@ -95,15 +89,10 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--obj", nargs="+", default=CATEGORIES)
+    parser = measuring_parser(__doc__)
     parser.add_argument("--shots", nargs="+", type=int, default=[4])
     parser.add_argument("--draws", type=int, default=1, help="draws of the support images, seed 0")
     parser.add_argument("--images", type=int, default=12, help="good and defective test images each")
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--report", action="store_true", help="print the tables of the JSON file without measuring")
     return parser
 
 
@@ -112,43 +101,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"changes_{device.type}.json"
-    if args.report:
-        print(report(json.loads(target.read_text())["rows"]))
-        return
-    require_writable(args.output, "--output", folder=True)
-    begin = time.perf_counter()
-    rows = [row for category in args.obj for row in _measure(category, args)]
-    content = {"command": command_line("benchmarks.changes", args), **provenance(device), "rows": rows}
-    content["total_seconds"] = time.perf_counter() - begin
-    write_json(target, content)
-    print(report(rows))
-    print(f"{content['total_seconds']:.0f} s; written: {target}")
+
+    def measure() -> dict:
+        return {"rows": [row for category in args.obj for row in _measure(category, args)]}
+
+    report_or_measure("benchmarks.changes", args, target, device, measure, lambda content: report(content["rows"]))
 
 
 def _measure(category: str, args: argparse.Namespace) -> Iterator[dict]:
     """Yields one row per draw, K, kind of image and change: the shares of the decisions."""
     folder = category_folder(args.data_path, "folder", category)
-    images = {kind: _some(list_test_items(folder), kind == "defective", args.images) for kind in ("good", "defective")}
+    images: dict[str, list[Path]] = {"good": [], "defective": []}
+    for item in list_test_items(folder):
+        images["defective" if item.label else "good"].append(item.image)
     for number, paths in enumerate(draw_support_images(folder, max(args.shots), args.draws, seed=0)):
         for shot in args.shots:
             detector = FewShotDetector(EfficientNetLite(), args.device).fit(paths[:shot])
             detector.calibrate(DEFAULT_RATE)
             for kind, paths_of_kind in images.items():
-                decoded = [decode_image(path) for path in paths_of_kind]
+                decoded = [decode_image(path) for path in evenly(paths_of_kind, args.images)]
                 for change, apply in CHANGES.items():
                     found = detector.inspect([apply(image) for image in decoded])
-                    pairs = zip(found.scores.tolist(), found.reasons, strict=True)
-                    decisions = [decide(score, detector.threshold, reason)[0] for score, reason in pairs]
-                    shares = {name: decisions.count(name) / len(decisions) for name in (NORMAL, REVIEW, DEFECTIVE)}
+                    of_images = decisions(detector, found)
+                    shares = {name: of_images.count(name) / len(of_images) for name in (NORMAL, REVIEW, DEFECTIVE)}
                     row = {"category": category, "shot": shot, "draw": number, "kind": kind, "change": change}
-                    yield row | shares | {"stopped": sum(map(bool, found.reasons)) / len(decisions)}
+                    yield row | shares | {"stopped": sum(map(bool, found.reasons)) / len(of_images)}
     print(f"{category} measured", flush=True)
 
 
-def _some(items: Sequence[LabelledImage], is_defective: bool, count: int) -> list[Path]:
-    """Images spread evenly over those of a kind."""
-    paths = [item.image for item in items if bool(item.label) == is_defective]
-    return [paths[number] for number in np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int)]
+def decisions(detector: FewShotDetector, found: Inspection) -> list[str]:
+    """The decision of a detector with a threshold on each inspected image."""
+    pairs = zip(found.scores.tolist(), found.reasons, strict=True)
+    return [decide(score, detector.threshold, reason)[0] for score, reason in pairs]
 
 
 def report(rows: Sequence[dict]) -> str:

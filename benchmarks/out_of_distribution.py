@@ -8,17 +8,13 @@ python -m benchmarks.out_of_distribution --report    print the tables of that fi
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.reference import DATA, TRUNK, draw_support_images
-from benchmarks.scoring import RESULTS, command_line
-from benchmarks.threshold import CATEGORIES
+from benchmarks.measuring import measuring_parser, report_or_measure
+from benchmarks.reference import TRUNK, draw_support_images
 from datasets.mvtec import category_folder, list_test_items
 from datasets.support import read_support_images
 from inspection.out_of_distribution import OutOfDistributionCheck, contrast
@@ -28,11 +24,8 @@ from scorers.base import Fitted, Prepared
 from scorers.features import FeatureStore, write_support_images
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import LITE_BACKBONE, RELEASE_BACKBONE
-from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
-from utils.files import require_writable, write_json
-from utils.records import provenance
 
 FRAMES = 10  # normal test images of a category from which frames are made
 BATCH = 8  # images per network pass
@@ -43,16 +36,11 @@ CHECK = OutOfDistributionCheck()
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--obj", nargs="+", default=CATEGORIES)
+    parser = measuring_parser(__doc__)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=6, help="draws of support images, seed 0")
-    parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--backbone", default=LITE_BACKBONE)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--report", action="store_true", help="print the tables of the JSON file without measuring")
     return parser
 
 
@@ -61,25 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"out_of_distribution_{device.type}.json"
-    if args.report:
-        print(report(json.loads(target.read_text())))
-        return
-    require_writable(args.output, "--output", folder=True)
-    begin = time.perf_counter()
-    args.img_size = resolve_img_size(args.backbone, None)
-    weights = args.weights if args.backbone == RELEASE_BACKBONE else "imagenet"
-    network = fuse_conv_bn(scoring_network(args.backbone, "rotation_scale", args.img_size, None, weights).to(device))
-    images = {name: _test_images(name, network, device, args) for name in args.obj}
-    rounds = [row for name in args.obj for row in _measure(name, images, network, device, args)]
-    content = {
-        "command": command_line("benchmarks.out_of_distribution", args),
-        **provenance(device),
-        "categories": summarise(rounds),
-    }
-    content["total_seconds"] = time.perf_counter() - begin
-    write_json(target, content)
-    print(report(content))
-    print(f"{content['total_seconds']:.0f} s; written: {target}")
+
+    def measure() -> dict:
+        args.img_size = resolve_img_size(args.backbone, None)
+        weights = args.weights if args.backbone == RELEASE_BACKBONE else "imagenet"
+        network = scoring_network(args.backbone, "rotation_scale", args.img_size, None, weights)
+        network = fuse_conv_bn(network.to(device))
+        images = {name: _test_images(name, network, device, args) for name in args.obj}
+        rounds = [row for name in args.obj for row in _measure(name, images, network, device, args)]
+        return {"categories": summarise(rounds)}
+
+    report_or_measure("benchmarks.out_of_distribution", args, target, device, measure, report)
 
 
 def summarise(rounds: Sequence[dict]) -> list[dict]:

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.reference import DATA, TRUNK, draw_support_images
-from benchmarks.scoring import RESULTS, command_line
+from benchmarks.measuring import evenly, measuring_parser, report_or_measure
+from benchmarks.reference import TRUNK, draw_support_images
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, list_test_items
 from datasets.support import read_support_images
 from evaluation.scoring import TestFeatures, compute_test_features
@@ -38,26 +36,12 @@ from scorers.maps import score_maps_at
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
-from utils.config import HelpFormatter
 from utils.devices import command_device
 from utils.errors import run_command
-from utils.files import require_writable, write_json
-from utils.records import provenance
 from utils.stages import StageClock
 
 RATES = (0.01, 0.05)  # of --false_positive_rate and --review_rate
 KINDS = {"": "", "calibrated_": ", calibrated"}  # of the thresholds: from leave-one-out scores, or calibration images
-CATEGORIES = [
-    "screw",
-    "magnetic_tile",
-    "solar_mono",
-    "solar_poly",
-    "bottle",
-    "transistor",
-    "grid",
-    "pill",
-    "toothbrush",
-]
 MOST = 0.3  # of the rate of a draw, in the choice of the prior
 # The priors that --choose tries: spread, images, bias, lift
 CHOICES = tuple(
@@ -70,22 +54,17 @@ CHOICES = tuple(
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--obj", nargs="+", default=CATEGORIES)
+    parser = measuring_parser(__doc__)
     parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--draws", type=int, default=6, help="draws of support and calibration images, seed 0")
     parser.add_argument("--calibration", type=int, default=20, help="further normal images of a calibration")
     parser.add_argument("--images", type=int, default=40, help="normal and defective test images each, at most")
     parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
-    parser.add_argument("--data_path", type=Path, default=DATA)
     parser.add_argument("--weights", default=str(TRUNK))
     parser.add_argument("--checkpoint", type=Path, help="with stn_mode rotation_scale, instead of --weights")
     parser.add_argument("--backbone", default=LITE_BACKBONE)
     parser.add_argument("--img_size", type=int)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
     parser.add_argument("--choose", action="store_true", help="choose the prior without each category")
     return parser
 
@@ -95,29 +74,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     device = command_device(args.device)
     target = args.output / f"threshold_{args.scorer}_{device.type}.json"
-    if args.report:
-        print(report(json.loads(target.read_text())))
-        return
-    require_writable(args.output, "--output", folder=True)
-    begin, command = time.perf_counter(), command_line("benchmarks.threshold", args)
-    args.scorer = make_scorer(args.scorer)
+    rounds: list[dict] = []
+
+    def measure() -> dict:
+        network, clock = fuse_conv_bn(_network(args).to(device)), StageClock(device)
+        args.scorer = make_scorer(args.scorer)
+        rounds.extend(row for name in args.obj for row in _measure(name, network, clock, args))
+        return {"draws": args.draws, "summary": summarise(rounds), "seconds": clock.seconds}
+
+    report_or_measure("benchmarks.threshold", args, target, device, measure, report)
+    if args.choose and rounds:
+        print(choose(rounds))
+
+
+def _network(args: argparse.Namespace) -> STNResNet:
+    """The network, of the checkpoint if there is one; sets the image size that was not given."""
     if args.checkpoint:
         args.img_size = args.img_size or RELEASE_IMG_SIZE
-        network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
-    else:
-        args.img_size = resolve_img_size(args.backbone, args.img_size)
-        weights = args.weights if args.backbone == RELEASE_BACKBONE else "imagenet"
-        network = scoring_network(args.backbone, "rotation_scale", args.img_size, None, weights)
-    network, clock = fuse_conv_bn(network.to(device)), StageClock(device)
-    rounds = [row for name in args.obj for row in _measure(name, network, clock, args)]
-    content = {"command": command, **provenance(device), "draws": args.draws, "summary": summarise(rounds)}
-    content["seconds"] = clock.seconds
-    content["total_seconds"] = time.perf_counter() - begin
-    write_json(target, content)
-    print(report(content))
-    if args.choose:
-        print(choose(rounds))
-    print(f"{content['total_seconds']:.0f} s; written: {target}")
+        return load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn
+    args.img_size = resolve_img_size(args.backbone, args.img_size)
+    weights = args.weights if args.backbone == RELEASE_BACKBONE else "imagenet"
+    return scoring_network(args.backbone, "rotation_scale", args.img_size, None, weights)
 
 
 def summarise(rounds: Sequence[dict]) -> list[dict]:
@@ -181,8 +158,7 @@ def _some(items: Sequence[LabelledImage], count: int) -> list[LabelledImage]:
     """At most `count` normal and as many defective images, evenly spread."""
     kept = []
     for label in (0, 1):
-        own = [item for item in items if item.label == label]
-        kept += [own[number] for number in np.linspace(0, len(own) - 1, min(count, len(own))).astype(int)]
+        kept += evenly([item for item in items if item.label == label], count)
     return kept
 
 
@@ -218,7 +194,7 @@ def _judge(
         )
         return NormalScores(scores.cpu().numpy()[:, None], maps.cpu().numpy(), is_loo=False)
 
-    scores = score(test.features.prepared[args.scorer.name]).scores[:, 0]
+    scores = np.concatenate([score(part).scores[:, 0] for part in test.features.parts(args.scorer.name)])
     loo = left_out_scores(args.scorer, distances, args.img_size)
     normal, defective = scores[~test.labels], scores[test.labels]
     row = {"normal": normal.tolist(), "defective": defective.tolist(), "loo_scores": loo.scores[:, 0].tolist()}
