@@ -34,7 +34,7 @@ IMAGE_METRICS = tuple(name for name in METRIC_NAMES if name.startswith("image"))
 NO_NORMAL, NO_DEFECTIVE = "no normal test images", "no defective test images"
 NO_MASK, NO_NORMAL_PIXEL = "no defective pixel is known: masks are missing or empty", "every pixel is defective"
 
-IMAGES_AT_ONCE = 256  # whose pixels are ranked
+IMAGES_AT_ONCE = 1024  # whose pixels are ranked; several parts take up to twice the time
 
 Numbers = dict[str, float | None]  # by the key of the metric in the records
 Split = tuple[torch.Tensor, torch.Tensor]  # indices or scores of the positives and of the negatives

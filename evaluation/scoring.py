@@ -55,13 +55,13 @@ class TestFeatures(NamedTuple):
 
 
 class ScoreMaps:
-    """Score maps (B, S, S) that are computed from the distance maps (B, H, H) when they are asked for.
+    """Score maps (B, S, S) that are computed from distance maps (`Scorer.distance_maps`) when they are asked for.
 
     Of many images, they would take the memory: 2 GB of 10,000 images of 224 pixels.
     """
 
     def __init__(self, distances: torch.Tensor, size: int) -> None:
-        self.distances, self.size = distances, size
+        self.distances, self.size = distances if distances.dim() == 3 else distances[:, 0], size
 
     def __getitem__(self, images: slice) -> torch.Tensor:
         return score_maps_at(self.distances[images], self.size)[1]
@@ -198,11 +198,11 @@ def _score_round(
 ) -> RoundResult:
     distances = _distances(scorer, support[scorer.name], test.features, clock)
     with clock("smoothing"):
-        of_parts, maps = [], ScoreMaps(distances, size)
+        of_parts = []
         for part in distances.split(IMAGES_AT_ONCE):
-            of_part, maps_of_part = score_maps_at(part, size, border_weight=scorer.border_weight)
+            of_part, maps = score_maps_at(part, size, border_weight=scorer.border_weight)
             of_parts.append(of_part)
-        maps = maps_of_part if len(of_parts) == 1 else maps
+        maps = maps if len(of_parts) == 1 else ScoreMaps(distances, size)
         image_scores = torch.cat(of_parts).cpu().numpy()
     if not np.isfinite(image_scores).all():
         raise NotFinite("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
