@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
+from evaluation.round_metrics import TYPE_METRICS
 from evaluation.statistics import holm
 from experiments.results import Results, rounds_of, scorer_of, weights_of
 from experiments.tables import (
-    DEFECT_METRICS,
     DIFFERENCE,
     NO_TRUTH,
+    PAIRED,
     TABLE_METRICS,
     Entry,
     ResultsTable,
@@ -32,7 +33,6 @@ from utils.choices import RELEASE_SCORER
 from utils.errors import UserError
 
 DEFAULT_BASELINES = (RELEASE_SCORER, "untrained")  # of the tables of one folder
-PAIRED = "_paired"  # how the `metric` of these tables ends
 OVER_CATEGORIES = "over categories"  # a row of means
 
 
@@ -124,7 +124,7 @@ def paired_tables(title: str, pairs: Sequence[Pair], brief: bool = False) -> lis
 
     brief: of TABLE_METRICS, without defect types.
     """
-    metrics, of_defects = (TABLE_METRICS, ()) if brief else (METRIC_NAMES, DEFECT_METRICS)
+    metrics, of_defects = (TABLE_METRICS, ()) if brief else (METRIC_NAMES, TYPE_METRICS)
     shots = pairs[0].results.shots if pairs else []
     found = [_paired_table(title, pairs, metric, shot) for metric in metrics for shot in shots]
     found += [_paired_table(title, pairs, metric, shot, True) for metric in of_defects for shot in shots]

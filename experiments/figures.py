@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.tables import DIFFERENCE, NO_TRUTH, PUBLISHED, Entry, ResultsTable
+from experiments.tables import DIFFERENCE, NO_TRUTH, OVER_IMAGES, PUBLISHED, Entry, ResultsTable
 from reports.drawing import overlay
 from utils.files import whole_file
 
@@ -44,7 +44,7 @@ def table_figure(tables: Sequence[ResultsTable], over_images: Sequence[ResultsTa
     figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
     axes = figure.subplots(len(by_shot), across, squeeze=False, height_ratios=heights)
     columns = list(dict.fromkeys(name for table in tables for name in _drawn(table)))
-    thin = {(table.metric.partition("_images")[0], table.shot): table for table in over_images}
+    thin = {(table.metric.removesuffix(OVER_IMAGES), table.shot): table for table in over_images}
     for row, of_shot in zip(axes, by_shot.values(), strict=True):
         for axis, table in zip(row, of_shot, strict=False):
             _draw_panel(axis, table, columns, thin.get((table.metric, table.shot)))

@@ -10,11 +10,19 @@ import re
 from collections.abc import Iterable, Sequence
 
 from evaluation.resampling import DRAWS
-from experiments.comparison import PAIRED
 from experiments.figures import table_figure
 from experiments.results import DIGEST_LETTERS, Results, support_name, weights_of
-from experiments.saved_scores import OVER_IMAGES
-from experiments.tables import DIFFERENCE, NO_TRUTH, PUBLISHED, SECONDS, TABLE_METRICS, Entry, ResultsTable
+from experiments.tables import (
+    DIFFERENCE,
+    NO_TRUTH,
+    OVER_IMAGES,
+    PAIRED,
+    PUBLISHED,
+    SECONDS,
+    TABLE_METRICS,
+    Entry,
+    ResultsTable,
+)
 from reports.figures import as_svg
 from reports.render import get_template
 from utils.choices import RELEASE_BACKBONE, RELEASE_SCORER, WEIGHTS

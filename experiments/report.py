@@ -9,8 +9,8 @@ from experiments.config import ExperimentConfig
 from experiments.figures import examples_figure, save_for_paper, table_figure
 from experiments.formats import FORMATS, to_csv, to_html, to_latex, to_markdown
 from experiments.results import Results, read_results
-from experiments.saved_scores import OVER_IMAGES, over_images
-from experiments.tables import TABLE_METRICS, ResultsTable, other_tables, seconds_table, value_table
+from experiments.saved_scores import over_images
+from experiments.tables import OVER_IMAGES, TABLE_METRICS, ResultsTable, other_tables, seconds_table, value_table
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.text import read_text

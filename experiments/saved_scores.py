@@ -16,12 +16,21 @@ from evaluation.resampling import count_images, count_pixels, draw_copies, perce
 from evaluation.saved_maps import read_maps
 from experiments.comparison import Pair
 from experiments.results import Results
-from experiments.tables import DIFFERENCE, PERCENT, TABLE_METRICS, Entry, ResultsTable, entries_of, known, make_table
+from experiments.tables import (
+    DIFFERENCE,
+    OVER_IMAGES,
+    PERCENT,
+    TABLE_METRICS,
+    Entry,
+    ResultsTable,
+    entries_of,
+    known,
+    make_table,
+)
 from utils.choices import MASK_ORIENTATIONS
 from utils.errors import UserError
 from utils.naming import RecordFiles, round_maps
 
-OVER_IMAGES = "_images"  # how the `metric` of tables over test images ends
 Key = tuple[str, int, str]  # of a record: category, shot, kind
 
 

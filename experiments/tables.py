@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
+from evaluation.round_metrics import TYPE_METRICS
 from evaluation.statistics import crossed_summary, p_value, summary
 from experiments.results import Results, kind_name, weights_of
 
@@ -24,10 +25,10 @@ PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc", "pro")  # each has a table of all columns
 OTHER_METRICS = tuple(name for name in METRIC_NAMES if name not in TABLE_METRICS)
 OTHER_WEIGHTS = ("last", "source", "best", "untrained")  # the first that a scorer has is that of its other metrics
-DEFECT_METRICS = ("image_auroc", "pixel_auroc", "pro")
 DIFFERENCE = " - "  # in the names of columns of differences
 PERCENT = (0.0, 100.0)  # the range of a metric
 SECONDS = "seconds"  # the `metric` of tables of times
+PAIRED, OVER_IMAGES = "_paired", "_images"  # how that of paired differences and of intervals over test images ends
 
 
 class Entry(NamedTuple):
@@ -238,9 +239,7 @@ def _other_table(results: Results, shot: int, kind: str) -> list[ResultsTable]:
 
 def _defects_table(results: Results, shot: int, kind: str) -> list[ResultsTable]:
     """A row for each category and defect type, whose images are compared with all normal ones."""
-    columns = {
-        METRIC_NAMES[metric]: column_of(results, metric, shot, kind, by_defect=True) for metric in DEFECT_METRICS
-    }
+    columns = {METRIC_NAMES[metric]: column_of(results, metric, shot, kind, by_defect=True) for metric in TYPE_METRICS}
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = {name: [column.get(name) for column in columns.values()] for name in names}
     title = f"By defect type, {kind} weights, K = {shot}"

@@ -11,9 +11,7 @@ scores.json and report.html from the same rows.
 from __future__ import annotations
 
 import csv
-import errno
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +28,7 @@ from inspection.config import CSV_KINDS
 from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
 from utils.errors import UserError, WriteError
-from utils.files import whole_file
+from utils.files import whole_file, write_line
 from utils.locks import locked
 from utils.text import path_text, text_path
 
@@ -234,9 +232,7 @@ class ResultFiles:
             WriteError: a file cannot be written; the row may be missing in some of the tables.
         """
         try:
-            line = json.dumps(row.plain(), allow_nan=False).encode() + b"\n"
-            if self._record.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_line(self._record, json.dumps(row.plain(), allow_nan=False))
             for stream, table in zip(self._tables, TABLES.values(), strict=True):
                 self._writer(stream).writerows(self._lines(table, row))
                 stream.flush()

@@ -14,10 +14,10 @@ from torch.hub import load_state_dict_from_url
 from losses.norm_loss import registration_loss
 from models.siamese import Encoder, Predictor
 from models.stn import BACKBONES, STN_MODES, STNResNet
-from utils.choices import RELEASE_BACKBONE
+from utils.choices import RELEASE_BACKBONE, SAFETENSORS
 from utils.config import recorded
 from utils.errors import UserError
-from utils.files import SAFETENSORS, load_state_dict, load_tensors, save_safetensors, save_tensors
+from utils.files import load_state_dict, load_tensors, save_safetensors, save_tensors
 from utils.hub import local_file
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD

@@ -58,6 +58,7 @@ DEFAULT_SUPPORT_PATH = Path("./support_set")
 MIN_TILE = 16  # pixels; smaller tiles are enlarged beyond any use
 AUTO, OFF = "auto", "off"
 Tile = int | str  # AUTO, OFF, or the side of a tile in pixels of the image
+SAFETENSORS = ".safetensors"  # the suffix of such files
 WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
     "untrained": "before registration training",
     "last": "the last epoch, without selection",

@@ -25,6 +25,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+from utils.choices import SAFETENSORS
 from utils.errors import UserError
 
 CONFIG_KEYS = ("config", "arguments")  # where records hold the configuration; "arguments": until version 0.1
@@ -236,7 +237,7 @@ def _read(file: Path) -> Mapping:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the configuration {file}: {error.strerror}") from error
-    if content[:4] == b"PK\x03\x04" or file.suffix == ".safetensors":  # a torch file, or one of tensors alone
+    if content[:4] == b"PK\x03\x04" or file.suffix == SAFETENSORS:  # a torch file, or one of tensors alone
         from utils.files import load_tensors  # imports torch
 
         found = load_tensors(file, "file")

@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from utils.choices import SAFETENSORS
 from utils.errors import UserError, WriteError
 
 NAME_LETTERS = 40  # of a file's name in that of its temporary file, which must not be longer than names may be
 TEMPORARY = re.compile(r"\..*\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the names that `temporary_name` gives
 LEFTOVER_SECONDS = 24 * 3600  # no file is written for longer
 _tidied: set[Path] = set()  # the folders in which this process has looked for leftovers
-SAFETENSORS, METADATA = ".safetensors", "recipe"  # a file's suffix, and the entry of its metadata that is ours
+METADATA = "recipe"  # the entry of the metadata of a safetensors file that is ours
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,10 +138,15 @@ def write_json(path: Path, content: dict) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Appends a line to a file that several processes may share, in one write. OSError where it cannot be written."""
-    content = line.encode() + b"\n"
     with open(path, "ab", buffering=0) as stream:
-        if stream.write(content) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_line(stream, line)
+
+
+def write_line(stream: FileIO, line: str) -> None:
+    """Writes a line to an unbuffered file in one write. OSError where it cannot be written, also where a part is."""
+    content = line.encode() + b"\n"
+    if stream.write(content) < len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(stream.name))
 
 
 def save_tensors(path: Path, content: object) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.choices import SAFETENSORS
+
 DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 RELEASE_PARTS = ("best", "gaussian")  # selection of the epoch and scorer that names omit
 ROUND = "round_"  # followed by the number of the round: columns of scores, files of maps
@@ -35,7 +37,7 @@ class CheckpointFiles(NamedTuple):
     @property
     def portable(self) -> list[Path]:
         """The weights as safetensors files, of `selected`, `source` and `last`."""
-        return [file.with_suffix(".safetensors") for file in (self.selected, self.source, self.last)]
+        return [file.with_suffix(SAFETENSORS) for file in (self.selected, self.source, self.last)]
 
     @property
     def card(self) -> Path:
@@ -81,7 +83,7 @@ def round_maps(folder: Path, number: int) -> Path:
 
 def stored(weights: Path) -> Path:
     """The file of weights, or the safetensors file beside it where only that exists."""
-    portable = weights.with_suffix(".safetensors")
+    portable = weights.with_suffix(SAFETENSORS)
     return portable if portable.is_file() and not weights.is_file() else weights
 
 
