@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,21 @@ MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at mo
 
 class OtherPartError(UserError):
     """Images that are given as normal differ from the support as a whole."""
+
+
+def require_this_part(what: str, names: Sequence[str], results: Iterable[ImageResult | None], option: str) -> None:
+    """Raises OtherPartError if some of the images differ from the support as a whole.
+
+    what, option: what the images are, and the flag that gives them. results: None for an image that does not count.
+    """
+    others = [f"{name} ({one.reason})" for name, one in zip(names, results, strict=True) if one and one.reason]
+    if others:
+        more = f" and {len(others) - MOST_OTHERS} more" if len(others) > MOST_OTHERS else ""
+        raise OtherPartError(
+            f"{len(others)} of {len(names)} {what} are not like the support images: "
+            f"{', '.join(others[:MOST_OTHERS])}{more}; give images of this part alone",
+            options=(option, "force"),
+        )
 
 
 class Inspection(NamedTuple):
@@ -365,14 +380,9 @@ class FewShotDetector(ImageScoring):
         self._calibration_notes = duplicate_notes(names, found)
         chosen = [number for number in range(len(results)) if number not in found]
         with_views = not are_cut and needs_views(len(chosen), rate, self.scorer)
-        others = [f"{names[number]} ({results[number].reason})" for number in chosen if results[number].reason]
-        if others and not force:
-            more = f" and {len(others) - MOST_OTHERS} more" if len(others) > MOST_OTHERS else ""
-            raise OtherPartError(
-                f"{len(others)} of {len(images)} normal images are not like the support images: "
-                f"{', '.join(others[:MOST_OTHERS])}{more}; give images of this part alone",
-                options=("calibrate", "force"),
-            )
+        if not force:
+            counted = (None if number in found else one for number, one in enumerate(results))
+            require_this_part("normal images", names, counted, "calibrate")
         self.gate = self.gate and self.gate.with_images([results[number].square for number in chosen])
         scores = self._as_normal([results[number] for number in chosen], with_views)
         return scores._replace(names=tuple(names[number] for number in chosen))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from inspection.detector import FewShotDetector, OtherPartError
+from inspection.detector import FewShotDetector, require_this_part
 from inspection.duplicates import digest
 from inspection.images import ImageInput, image_list, image_names
 from inspection.quality import measure
@@ -42,8 +42,7 @@ class Learned(NamedTuple):
 def accept(detector: FewShotDetector, images: Sequence[ImageInput], force: bool = False) -> list[Learned]:
     """Makes the detector learn from good images; returns all that were accepted so far.
 
-    Images that are known already are left out. force: accept images that differ from the
-    support as a whole.
+    Images that are known already are left out. force: accept images that differ from the support as a whole.
 
     Raises:
         UserError: the detector is fitted to tiles, or learns from more than MOST_ACCEPTED images.
@@ -54,12 +53,8 @@ def accept(detector: FewShotDetector, images: Sequence[ImageInput], force: bool 
     images = image_list(images)
     results = list(detector.results(images, detector.fitted))
     names = image_names(images)
-    if not force and (others := [f"{n} ({one.reason})" for n, one in zip(names, results, strict=True) if one.reason]):
-        raise OtherPartError(
-            f"{len(others)} of {len(images)} images are not like the support images, e.g. {others[0]}; give good "
-            "images of this part alone",
-            options=("accept", "force"),
-        )
+    if not force:
+        require_this_part("images", names, results, "accept")
     learned = detector.learned or {"base": detector.fitted, "names": [], "digests": [], "before": [], "features": None}
     known, new = {*detector.support_digests, *learned["digests"]}, {}
     for name, one in zip(names, results, strict=True):

@@ -132,16 +132,14 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     """Writes the files of an image and returns its row and preview."""
     number, item, result = scored
     if result is None:
-        return _row(item, None, None, detector.threshold, outputs.detector), NO_PREVIEW
+        return _row(item, None, (None, None), detector.threshold, outputs.detector), NO_PREVIEW
     score, scores, reason, quality = result
-    row = _row(item, float(score), reason, detector.threshold, outputs.detector)
-    row = row._replace(warning=detector.doubts(item.image, item.square, item.path))
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
+        decided = decide(float(score), detector.threshold, reason, restored, detector.min_area)
+        row = _row(item, float(score), decided, detector.threshold, outputs.detector)
+        row = row._replace(warning=detector.doubts(item.image, item.square, item.path))
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
-        if detector.min_area:
-            decision, why = decide(row.score, detector.threshold, reason, restored, detector.min_area)
-            row = row._replace(decision=decision, reason=why)
         files = outputs.names(item.path, panel_titles(detector.threshold))
         row = row._replace(boxes=boxes, files=files, quality=quality)
         places = [outputs.folder / name for name in row.files]
@@ -154,16 +152,18 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
 
 
 def _row(
-    item: InputImage, score: float | None, stopped: str | None, threshold: Threshold | None, detector: str
+    item: InputImage,
+    score: float | None,
+    decided: tuple[str | None, str | None],
+    threshold: Threshold | None,
+    detector: str,
 ) -> Prediction:
-    """The row of an image before anything is written."""
+    """The row of an image before anything is written. decided: from `decide`."""
     name, size, modified = item.identity or (full_name(item.path), None, None)
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
     limit, lower = (None, None) if threshold is None else (threshold.value, threshold.review_value)
-    decided = (None, None, None)
-    if score is not None:
-        decided = relative_score(score, threshold), *decide(score, threshold, stopped or "")
-    return Prediction(now, name, size, modified, score, *decided, limit, detector, item.error, None, lower)
+    relative = None if score is None else relative_score(score, threshold)
+    return Prediction(now, name, size, modified, score, relative, *decided, limit, detector, item.error, None, lower)
 
 
 def _write(

@@ -116,8 +116,8 @@ def run(
     """
     places = [absolute(path).parent for path in paths] or [absolute(path) for path in config.input]
     folder = config.watch or Path(os.path.commonpath(places))
-    part = detector.document.get("part") if detector else None
-    with closing(ResultFiles(config.output, config.overwrite, config.csv, part or "")) as results:
+    part = detector.document.get("part") or ""
+    with closing(ResultFiles(config.output, config.overwrite, config.csv, part)) as results:
         if config.input and results.rows and not config.append:  # another run has ended since `check_paths`
             raise UserError(f"another run has written results into {config.output} meanwhile: give another --output")
         current = Run(config, detector, defects, results, absolute(folder), lines)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_results_of_a_run_that_ended_meanwhile_are_kept(tmp_path):
     results.add(row("a", 1.0, None))
     results.close()
     with pytest.raises(UserError, match="another run has written results"):
-        run(config, None, [], [tmp_path / "x.png"], None)
+        run(config, SimpleNamespace(document={}), [], [tmp_path / "x.png"], None)
 
 
 def test_nothing_to_write_needs_no_output_folder(tmp_path):
