@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.files import PROJECT_ROOT, require_writable
 
 BENCHMARKS = {file.stem: file.read_text() for file in sorted((PROJECT_ROOT / "benchmarks").glob("*.py"))}
+SHARED_FLAGS = "measuring_parser("  # has --data_path and --output
 # Command, its arguments, and the flag to try, whose value is a folder or a file. The data are missing: a command that
 # starts its work fails with another sentence.
 NO_DATA, SUPPORT = ["--data_path", "/nowhere"], ["--support", "/nowhere"]
@@ -35,9 +36,13 @@ FOLDERS = {
     "reproduce, import": ("reproduce", ["--import", "/nowhere/scores.csv"], "--output"),
     "synthetic": ("examples.demo_data", [], "--output"),
     **{
-        f"benchmarks.{name}": (f"benchmarks.{name}", NO_DATA if 'argument("--data_path"' in code else [], "--output")
+        f"benchmarks.{name}": (
+            f"benchmarks.{name}",
+            NO_DATA if 'argument("--data_path"' in code or SHARED_FLAGS in code else [],
+            "--output",
+        )
         for name, code in BENCHMARKS.items()
-        if '"--output"' in code and name not in ("startup", "tiles")
+        if "def main(" in code and ('"--output"' in code or SHARED_FLAGS in code) and name not in ("startup", "tiles")
     },
 }
 FILES = {
