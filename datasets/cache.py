@@ -1,8 +1,8 @@
 """The cache of decoded images: one memory-mapped uint8 array per folder, shared by epochs, runs and processes.
 
 File: <cache_dir>/<category>_<size>_<where>_<what>.npy, (N, S, S, 3) uint8. `where` is a digest of the folder's path.
-`what` is a digest of the names and contents of the images, of S, of the bit depth and of the resizing rule. A changed
-image therefore leads to a new file; the file of the old state is removed.
+`what` is a digest of the names and contents of the images, of S, of the bit depth and METHOD_VERSION. A changed image
+therefore leads to a new file; the file of the old state is removed.
 
 Processes that start together decode each image once: the one that fills a file locks .<file>.lock next to it.
 """
@@ -20,18 +20,17 @@ import numpy as np
 import torch
 
 from datasets.episodes import Episode
-from datasets.images import FULL_BITS, read_image, reading
+from datasets.images import FULL_BITS, read_image
 from datasets.layouts import short_name
 from utils.devices import upload
 from utils.errors import UserError
 from utils.files import whole_file
-from utils.fingerprint import FileDigests, digest
+from utils.fingerprint import METHOD_VERSION, FileDigests, digest
 from utils.locks import locked
 from utils.naming import lock_file
 from utils.progress import ProgressBar
 from utils.stages import in_threads
 
-RESIZE_RULE = "Pillow LANCZOS to the square, RGB, 2"  # change it whenever `read_image` gives other values
 DIGEST_LETTERS = 16
 RESIDENT_BYTES = 4 * 2**30  # source images up to this total are kept on the CUDA device
 
@@ -64,7 +63,7 @@ def decoded_images(
 
     if cache_dir is None:
         return decode(np.empty(shape, np.uint8))
-    file = _cache_file(paths, (size, keep_aspect, bits, RESIZE_RULE), cache_dir, digests or FileDigests())
+    file = _cache_file(paths, (size, keep_aspect, bits, METHOD_VERSION), cache_dir, digests or FileDigests())
     while True:
         try:
             array = np.load(file, mmap_mode="r")
@@ -102,7 +101,7 @@ def _reserve(file: Path) -> None:
 def _cache_file(paths: Sequence[Path], settings: tuple, cache_dir: Path, digests: FileDigests) -> Path:
     folder = paths[0].parent.resolve()
     where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:DIGEST_LETTERS]
-    what = digest([*settings, [short_name(path) for path in paths], digests.together(paths, reading)])[:DIGEST_LETTERS]
+    what = digest([*settings, [short_name(path) for path in paths], digests.together(paths)])[:DIGEST_LETTERS]
     return cache_dir / f"{folder.parent.parent.name}_{settings[0]}_{where}_{what}.npy"
 
 

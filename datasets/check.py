@@ -14,7 +14,6 @@ from datasets.images import (
     ImageFacts,
     clipping_summary,
     read_pixels,
-    reading,
     size_mismatch,
     smallest_depth,
     transparency_note,
@@ -99,7 +98,7 @@ def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool
     tests = [item.image for item in dataset.items]
     sizes = Counter(path.stat().st_size for path in {*train, *tests})
     twins = [path for path in {*train, *tests} if sizes[path.stat().st_size] > 1]
-    of_file = dict(zip(twins, digests.of(twins, reading), strict=True))
+    of_file = dict(zip(twins, digests.of(twins), strict=True))
     known = {of_file[path]: dataset.images[path] for path in tests if path in of_file}
     images = {path: known.get(of_file[path]) or _file_facts(of_file[path]) for path in train if path in of_file}
     found = content_findings(train, dataset.items, images | dataset.images, dataset.masks, dataset.bits)

@@ -28,7 +28,6 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found"})  # of systems
 LOW_BYTES = "low bytes of 16-bit colours"  # keys of Image.info
 TRANSPARENT = "has transparent parts"
-READING_VERSION = 2  # of images with 16-bit colours or transparency; 2: all bits, transparent parts on black
 TURNED = "EXIF orientation by which it was turned"
 PNG_EXIF = (b"eXIf", b"Raw profile type")  # how EXIF begins in a PNG
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
@@ -129,18 +128,6 @@ def deep_mode(image: Image.Image) -> str | None:
     args = image.tile[0].args if image.tile else ""
     raw = args if isinstance(args, str) else str((args or [""])[0])
     return raw if raw[:-1] in ("RGB;16", "RGBA;16", "RGBX;16", "LA;16") else None
-
-
-def reading(file: BinaryIO) -> str:
-    """READING_VERSION as text where it counts for an image, else "": what a fingerprint adds to its digest.
-
-    METHOD_VERSION is for changes that change the results on every image.
-    """
-    try:
-        with Image.open(file) as image:
-            return f" {READING_VERSION}" if image.has_transparency_data or deep_mode(image) else ""
-    except Exception:  # as in read_pixels; who decodes it says why
-        return ""
 
 
 def _with_info(image: Image.Image, **info: object) -> Image.Image:

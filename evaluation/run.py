@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from datasets.check import list_test_items_with_notes, report_content
-from datasets.images import limit_pixels, read_header, reading, resolve_bits, restore_map
+from datasets.images import limit_pixels, read_header, resolve_bits, restore_map
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.config import ScoringConfig
@@ -145,10 +145,8 @@ def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDi
 
 def digest_items(items: Sequence[LabelledImage], digests: FileDigests) -> str:
     """SHA-256 of the names, images and masks of a test set, in hexadecimal."""
-    images = digests.of((item.image for item in items), reading)
-    digests.of(mask for item in items for mask in item.masks)  # several at a time
-    of_items = [[image, *digests.of(item.masks)] for image, item in zip(images, items, strict=True)]
-    return digest([[image_name(item), found] for item, found in zip(items, of_items, strict=True)])
+    digests.of(file for item in items for file in (item.image, *item.masks))  # several at a time
+    return digest([[image_name(item), digests.of([item.image, *item.masks])] for item in items])
 
 
 def digest_support(support: SupportRounds) -> str:

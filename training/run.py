@@ -13,7 +13,7 @@ import torch
 from datasets.cache import SourceImages
 from datasets.check import list_test_items_with_notes, print_notes, report_content
 from datasets.episodes import Episode, draw_episodes, read_episodes
-from datasets.images import limit_pixels, reading, resolve_bits
+from datasets.images import limit_pixels, resolve_bits
 from datasets.layouts import layout_of, short_name
 from datasets.mvtec import (
     LabelledDataset,
@@ -134,7 +134,7 @@ def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigest
 
 def digest_sources(sources: Mapping[str, Sequence[Path]], digests: FileDigests) -> dict[str, str]:
     """SHA-256 of the names and content of the training images, in hexadecimal, by category."""
-    return {name: digests.together(paths, reading) for name, paths in sources.items()}
+    return {name: digests.together(paths) for name, paths in sources.items()}
 
 
 def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -208,13 +207,10 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def sha256(file: Path | BinaryIO) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; the position of an open file is 0 afterwards."""
-    if isinstance(file, Path):
-        with open(file, "rb") as stream:
-            return sha256(stream)
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    file.seek(0)
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
     return digest.hexdigest()

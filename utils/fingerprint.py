@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 from utils.errors import UserError
 from utils.files import sha256
 
 # Raised by hand whenever a change of the code changes results. tests/test_fixture.py fails when it was forgotten.
-# 2: `combined` is a geometric mean, efficientnet_lite2 has 320 pixels. 16-bit colours and transparency are read
-# differently since READING_VERSION 2 of datasets/images.py, which repeats the runs on such images alone.
+# 2: `combined` is a geometric mean, efficientnet_lite2 has 320 pixels; of 16-bit colours all bits are read, transparent
+# parts lie on black.
 METHOD_VERSION = 2
 DIGEST_LETTERS = 64  # of a SHA-256 in hexadecimal
 
@@ -65,28 +64,23 @@ class FileDigests:
     """SHA-256 of files by content. Each file is read once per object, several at a time."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, str] = {}
+        self._known: dict[Path, str] = {}
 
-    def of(self, files: Iterable[Path], describe: Callable[[BinaryIO], str] | None = None) -> list[str]:
-        """The SHA-256 of each file, in hexadecimal; UserError if one cannot be read.
-
-        describe: makes a text of an open file, which is added to its digest.
-        """
-        keys = [(file, describe) for file in files]
-        unknown = sorted(set(keys) - set(self._known), key=lambda key: key[0])
+    def of(self, files: Iterable[Path]) -> list[str]:
+        """The SHA-256 of each file, in hexadecimal; UserError if one cannot be read."""
+        files = list(files)
+        unknown = sorted(set(files) - set(self._known))
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
             self._known.update(zip(unknown, pool.map(_sha256, unknown), strict=True))
-        return [self._known[key] for key in keys]
+        return [self._known[file] for file in files]
 
-    def together(self, files: Sequence[Path], describe: Callable[[BinaryIO], str] | None = None) -> str:
-        """One digest of files with their names, independent of their folder and order. describe: as in `of`."""
-        return digest(sorted(zip((file.name for file in files), self.of(files, describe), strict=True)))
+    def together(self, files: Sequence[Path]) -> str:
+        """One digest of files with their names, independent of their folder and order."""
+        return digest(sorted(zip((file.name for file in files), self.of(files), strict=True)))
 
 
-def _sha256(key: tuple[Path, Callable[[BinaryIO], str] | None]) -> str:
-    file, describe = key
+def _sha256(file: Path) -> str:
     try:
-        with open(file, "rb") as stream:
-            return sha256(stream) + (describe(stream) if describe else "")
+        return sha256(file)
     except OSError as error:  # a folder, a dangling link, no permission
         raise UserError(f"cannot read the file {file}: {error.strerror}") from error

@@ -83,6 +83,15 @@ def test_a_changed_image_renews_the_cache(change, paths, tmp_path):
     assert [file.name for file in (tmp_path / "cache").glob(".*")] == [f".{new.name}.lock"]
 
 
+def test_another_method_decodes_again(paths, tmp_path, monkeypatch):
+    """METHOD_VERSION is raised where images are read differently; records hold it in their fingerprint."""
+    decoded_images(paths, SIZE, tmp_path / "cache", 0)
+    monkeypatch.setattr(cache, "METHOD_VERSION", cache.METHOD_VERSION + 1)
+    monkeypatch.setattr(cache, "read_image", lambda path, **how: 255 - read_image(path, **how))
+    np.testing.assert_array_equal(decoded_images(paths, SIZE, tmp_path / "cache", 0), 255 - expected(paths))
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+
+
 def test_each_size_has_its_own_file(paths, tmp_path):
     for size in (SIZE, 16):
         decoded_images(paths, size, tmp_path / "cache", 0)

@@ -23,12 +23,9 @@ import check_data
 from datasets.cache import decoded_images
 from datasets.images import BIT_DEPTHS, TRANSPARENT, decode_image, largest_values, read_pixels, resolve_bits
 from datasets.mvtec import LabelledDataset, list_test_items
-from evaluation.run import digest_items
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import exif
-from training.run import digest_sources
 from utils.errors import UserError
-from utils.fingerprint import FileDigests
 
 
 def png(values: np.ndarray, orientation: int = 1) -> bytes:
@@ -204,22 +201,6 @@ def test_masks_drawn_on_stored_pixels(orientation, ring, said):
 def with_orientation(image: Image.Image, orientation: int) -> Image.Image:
     image.getexif()[ExifTags.Base.Orientation] = orientation
     return image
-
-
-@pytest.mark.parametrize("kind", ["ordinary", "transparent", "16-bit colours"])
-def test_another_reading_repeats_runs_on_the_images_that_it_changes(kind, ring, monkeypatch):
-    if kind == "transparent":
-        edit(defect(ring)[0], clear)
-    elif kind == "16-bit colours":
-        defect(ring)[0].write_bytes(png(np.zeros((64, 64, 3), int)))
-
-    def digests() -> list[str]:
-        train, items = list(ring.glob("test/*/*.png")), list_test_items(ring)
-        return [digest_items(items, FileDigests()), digest_sources({"ring": train}, FileDigests())["ring"]]
-
-    before = digests()
-    monkeypatch.setattr("datasets.images.READING_VERSION", 3)
-    assert [one != other for one, other in zip(before, digests(), strict=True)] == [kind != "ordinary"] * 2
 
 
 def test_a_replaced_image_of_equal_size_and_time_is_decoded_again(tmp_path):
