@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import os
 import platform
@@ -36,7 +37,7 @@ def provenance(device: torch.device) -> dict:
     return {
         "commit": git_commit(),
         "python": platform.python_version(),
-        "versions": {name: _package_version(name) for name in RECORDED_PACKAGES},
+        "versions": _package_versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -49,20 +50,22 @@ def who_and_when() -> dict:
         user = getpass.getuser()
     except (ImportError, KeyError, OSError):  # no such user in a container, no users as on Unix
         user = None
-    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    versions = {"python": platform.python_version(), **{name: _package_version(name) for name in RECORDED_PACKAGES}}
     return {
-        "date": date,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "user": user,
         "host": platform.node(),
         "version": VERSION,
         "commit": git_commit(),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **_package_versions()},
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of the project, with "+changes" if tracked files differ from it; None outside a git checkout."""
+    """The commit of the project, with "+changes" if tracked files differ from it; None outside a git checkout.
+
+    That of the first call: the code in use does not change with the files.
+    """
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+changes" if changes else "")
 
@@ -78,8 +81,12 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def _package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+@functools.cache
+def _package_versions() -> dict[str, str | None]:
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

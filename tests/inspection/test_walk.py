@@ -22,7 +22,8 @@ def tiles(folder: str, count: int, start: int = 0):
 
 @pytest.fixture(scope="module")
 def detector():
-    return FewShotDetector(EfficientNetLite(), "cpu").fit(tiles("train/good", 8))
+    """At 160 pixels, which takes a fifth of the time of the default size."""
+    return FewShotDetector(EfficientNetLite(img_size=160), "cpu").fit(tiles("train/good", 8))
 
 
 @pytest.fixture(scope="module")
