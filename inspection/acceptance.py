@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import betaincinv
 
 from inspection.detector import FewShotDetector
 from inspection.results import DECISIONS, DEFECTIVE, NORMAL, decide
@@ -63,7 +63,9 @@ def propose(normal: np.ndarray, defects: np.ndarray) -> Proposal:
 
 def interval(count: int, total: int) -> tuple[float, float]:
     """The exact (Clopper-Pearson) 95 % confidence interval of a share."""
-    low, high = binomtest(count, total).proportion_ci(CONFIDENCE, method="exact")
+    tail = (1 - CONFIDENCE) / 2
+    low = betaincinv(count, total - count + 1, tail) if count else 0.0
+    high = betaincinv(count + 1, total - count, 1 - tail) if count < total else 1.0
     return float(low), float(high)
 
 

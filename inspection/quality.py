@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from scorers.views import GREY_WEIGHTS
 
@@ -116,7 +116,7 @@ class QualityGate:
             untypical = max(1.0, float(np.sqrt(np.square(ratios.clip(max=MOST_UNTYPICAL)).mean()))) ** POOLING
         freedom = PRIOR_IMAGES + count - 1
         variance = (PRIOR_IMAGES * np.square(untypical * SPREAD) + squares) / freedom * (1 + 1 / count)
-        self.margin = student.ppf(1 - RATE / 2, freedom) * np.sqrt(variance)
+        self.margin = stdtrit(freedom, 1 - RATE / 2) * np.sqrt(variance)
 
     @classmethod
     def of(cls, squares: Sequence[torch.Tensor]) -> QualityGate:

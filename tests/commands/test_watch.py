@@ -35,8 +35,8 @@ def part(demo_data, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("detector") / "part.regad"
     support = sorted((demo_data / "ring/train/good").iterdir())[:3]
     predict.main(
-        ["--support", *map(str, support), "--weights", "none", "--img_size", "64", "--device", "cpu"]
-        + ["--save", str(file)]
+        ["--support", *map(str, support), "--backbone", "resnet18", "--weights", "none"]
+        + ["--img_size", "64", "--device", "cpu", "--save", str(file)]
     )
     return file
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binomtest
 
 import predict
-from inspection.acceptance import interval, propose, worse_than
+from inspection.acceptance import CONFIDENCE, interval, propose, worse_than
 from inspection.detector import FewShotDetector, OtherPartError
 from utils.errors import UserError
 from utils.files import sha256
@@ -39,6 +40,9 @@ def test_the_middle_of_the_gap_is_proposed_with_counts_and_intervals():
         "1.300: 3 of 3 (95 % 29 to 100 %) known defects and 0 of 2 (95 % 0 to 84 %) normal images above it"
     )
     assert interval(0, 60) == pytest.approx((0, 0.0596), abs=1e-4)  # 1 - 0.025 ** (1 / 60)
+    for count in range(8):
+        exact = binomtest(count, 7).proportion_ci(CONFIDENCE, method="exact")
+        assert interval(count, 7) == pytest.approx(tuple(exact), abs=1e-12)
 
 
 def test_what_is_worse():
