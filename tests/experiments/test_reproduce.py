@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import jsonschema
@@ -41,9 +42,8 @@ SIZE = 64
 COMMANDS = {"train.py": train.main, "test.py": test_command.main}
 
 
-@pytest.fixture
-def settings(demo_data, tmp_path):
-    """A small table: ring and weave, one shot, one epoch, random trunk."""
+def small_table(demo_data, folder):
+    """Ring and weave, one shot, one epoch, random trunk; output in `folder`."""
     return {
         "objs": ["ring", "weave"],
         "shots": [1],
@@ -56,14 +56,18 @@ def settings(demo_data, tmp_path):
         "batch_size": 4,
         "num_workers": 0,
         "device": "cpu",
-        "cache_dir": str(tmp_path / "cache"),
-        "output": str(tmp_path / "out"),
+        "cache_dir": str(folder / "cache"),
+        "output": str(folder / "out"),
     }
 
 
 @pytest.fixture
-def in_process(monkeypatch):
-    """Commands as calls in this process, which spares them seconds of imports; gives the list of what was run."""
+def settings(demo_data, tmp_path):
+    return small_table(demo_data, tmp_path)
+
+
+def run_in_process(patch):
+    """Commands as calls in this process, which spares them seconds of imports; returns the list of what is run."""
     called = []
 
     def call(command, stream, environment):
@@ -71,8 +75,30 @@ def in_process(monkeypatch):
         COMMANDS[command[0]](list(command[1:]))
         return 0
 
-    monkeypatch.setattr(runs, "_run", call)
+    patch.setattr(runs, "_run", call)
     return called
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    return run_in_process(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole_table(demo_data, tmp_path_factory):
+    """The results folder of the small table, the commands that were run, and what was printed."""
+    settings = small_table(demo_data, tmp_path_factory.mktemp("table"))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        called = run_in_process(patch)
+        reproduced(settings)
+    return Path(settings["output"]), called, printed.getvalue()
+
+
+@pytest.fixture
+def made(whole_table, settings):
+    """The small table is made already: `settings` with a copy of its results folder."""
+    shutil.copytree(whole_table[0], settings["output"])
+    return settings
 
 
 def flat(settings):
@@ -155,12 +181,11 @@ def finished(settings):
     return {run.name for run in made.runs() if is_finished(run, made.digests)}
 
 
-def test_what_is_repeated(settings, demo_data, tmp_path, in_process, monkeypatch, capsys):
+def test_what_is_repeated(made, demo_data, tmp_path, in_process, monkeypatch, capsys):
     """Settings, images, masks and METHOD_VERSION count; where data are, other test images and the code do not."""
     every = {f"{name}_1_rotation_scale{kind}" for name in ("ring", "weave") for kind in ("", "_untrained")}
     own = Path(shutil.copytree(demo_data, tmp_path / "own"))
-    reproduced(settings)
-    settings["data_path"] = str(own)
+    settings = made | {"data_path": str(own)}
     assert finished(settings) == every
     assert finished(settings | {"num_workers": 1, "jobs": 3, "save_every": 1, "max_pixels": 10**7}) == every
     trained = {name for name in every if not name.endswith("untrained")}
@@ -188,31 +213,29 @@ def test_what_is_repeated(settings, demo_data, tmp_path, in_process, monkeypatch
     assert "ring_1_rotation_scale" not in finished(settings)
     swap(own / "weave/train/good")
     assert finished(settings) == every
-    before, commands = records(settings["output"]), len(in_process)
+    before = records(settings["output"])
     reproduced(settings)
-    assert len(in_process) == commands and "4 finished, 0 to do" in capsys.readouterr().out
+    assert not in_process and "4 finished, 0 to do" in capsys.readouterr().out
     monkeypatch.setattr(fingerprint, "METHOD_VERSION", fingerprint.METHOD_VERSION + 1)
     assert not finished(settings)
     reproduced(settings)
-    assert len(in_process) == 2 * commands and records(settings["output"]) == before
+    assert len(in_process) == 2 + 2 * 3 and records(settings["output"]) == before
     weights = Path(settings["output"]) / "save_checkpoints/rotation_scale/1"
     assert sorted(path.name for path in weights.iterdir()) == ["ring", "ring.old1", "weave", "weave.old1"]
     assert finished(settings) == every
 
 
-def test_a_changed_comment_repeats_nothing(settings, in_process, tmp_path, capsys):
+def test_a_changed_comment_repeats_nothing(made, tmp_path):
     """In any file: the plan of a copy of the project with a comment in each of them."""
-    settings |= {"objs": ["ring"]}
-    reproduced(settings)
     tree = tmp_path / "tree"
     for file in PROJECT_ROOT.rglob("*"):
         place = file.relative_to(PROJECT_ROOT)
         if file.suffix in (".py", ".csv", ".json") and place.parts[0] not in (".venv", ".git", "results", "tests"):
             (tree / place).parent.mkdir(parents=True, exist_ok=True)
             (tree / place).write_text(file.read_text() + ("# a comment\n" if file.suffix == ".py" else ""))
-    command = [sys.executable, str(tree / "reproduce.py"), *flat(settings), "--dry_run"]
+    command = [sys.executable, str(tree / "reproduce.py"), *flat(made), "--dry_run"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "2 runs, 2 finished, 0 to do" in printed
+    assert "4 runs, 4 finished, 0 to do" in printed
 
 
 def test_interrupted_scoring_keeps_the_weights(settings, in_process, monkeypatch):
@@ -252,23 +275,24 @@ def test_sources(settings, four_categories):
         reproduced(settings | {"sources": ["ring", "nut"], "objs": ["ring"]}, "--dry_run")
 
 
-def test_seeds_are_further_trainings(settings, in_process):
+def test_seeds_are_further_trainings(made, in_process):
     """Each has records and weights of its own; the untrained network is scored once."""
-    output = Path(settings["output"])
-    made = plan(settings | {"seeds": 2, "seed": 5})
-    (first,) = [run for run in made.runs() if run.name == "ring_1_rotation_scale"]
-    (second,) = [run for run in made.runs() if run.name == "ring_1_rotation_scale_seed_6"]
+    output = Path(made["output"])
+    planned = plan(made | {"seeds": 2, "seed": 5})
+    (first,) = [run for run in planned.runs() if run.name == "ring_1_rotation_scale"]
+    (second,) = [run for run in planned.runs() if run.name == "ring_1_rotation_scale_seed_6"]
     assert (first.training.seed, second.training.seed) == (5, 6)
     assert first.training.save_dir == output / "save_checkpoints"
     assert second.training.save_dir == output / "seed_6/save_checkpoints"
     assert [file.parent for file in second.records] == [output / "seed_6"] * 2
-    assert len([run for run in made.runs() if run.name.endswith("_untrained")]) == len(made.categories)
-    reproduced(settings | {"seeds": 2, "objs": ["ring"]})
+    assert len([run for run in planned.runs() if run.name.endswith("_untrained")]) == len(planned.categories)
+    reproduced(made | {"seeds": 2, "objs": ["ring"]})
     results = read_results(output)
+    assert [command[0] for command in in_process].count("train.py") == 1
     (repeat,) = results.repeats["ring", 1, "last"]
     assert repeat["config"]["seed"] == 669 and results.records["ring", 1, "last"]["config"]["seed"] == 668
     assert ("ring", 1, "untrained") not in results.repeats
-    again = plan(settings | {"seeds": 2, "objs": ["ring"]})
+    again = plan(made | {"seeds": 2, "objs": ["ring"]})
     assert not again.print_plan(again.runs())
 
 
@@ -295,12 +319,12 @@ def test_sources_of_another_data_set(settings, four_categories, demo_data, tmp_p
     assert run_called(other, "ring_1_rotation_scale").training.sources == ("weave",)
 
 
-def test_end_to_end(settings, in_process, capsys):
+def test_end_to_end(whole_table, made, in_process, capsys):
     """All kinds of weights, tables in four formats, nothing twice; `best` is what train.py's own scores say."""
-    output = Path(settings["output"])
-    reproduced(settings)
-    assert len(in_process) == 2 + 2 * 3
-    assert "| mean |" in capsys.readouterr().out
+    _, called, printed = whole_table
+    output = Path(made["output"])
+    assert len(called) == 2 + 2 * 3
+    assert "| mean |" in printed
     assert set(records(output)) == {
         f"{category}_1_rotation_scale{kind}.json"
         for category in ("ring", "weave")
@@ -320,18 +344,17 @@ def test_end_to_end(settings, in_process, capsys):
             assert recorded_epoch == epoch
             for one, other in zip(rounds, epochs[epoch]["rounds"], strict=True):
                 assert {key: one[key] for key in other} == pytest.approx(other, abs=1e-9)
-    in_process.clear()
-    reproduced(settings)
+    reproduced(made)
     assert not in_process and "4 finished, 0 to do" in capsys.readouterr().out
     reproduce.main(["--report", str(output)])
     assert "| mean |" in capsys.readouterr().out and not in_process
 
 
-def test_the_records_of_test_py_keep_to_the_schema(settings, in_process):
-    settings |= {"objs": ["ring"], "scorer": ["gaussian", "neighbours"]}
+def test_the_records_of_test_py_keep_to_the_schema(made, in_process):
+    settings = made | {"objs": ["ring"], "scorer": ["gaussian", "neighbours"]}
     reproduced(settings)
     output = Path(settings["output"])
-    files = [file for file in output.glob("*.json") if file.name != GRID_FILE]
+    files = [file for file in output.glob("ring_*.json") if file.name != GRID_FILE]
     assert len(files) == 6
     for file in files:
         jsonschema.validate(json.loads(file.read_text()), json.loads(SCHEMA_FILE.read_text()))
@@ -346,11 +369,9 @@ def test_only_what_was_planned_is_a_column(settings):
     assert source.asked(source.runs())["kinds"] == kinds
 
 
-def test_weights_that_are_there(settings, in_process, tmp_path, monkeypatch, capsys):
+def test_weights_that_are_there(whole_table, settings, in_process, tmp_path, monkeypatch, capsys):
     """--eval_only: one pass over the test images for equal weights of several shots; what is not there is named."""
-    source = tmp_path / "found"
-    kept = {name: value for name, value in settings.items() if name not in ("objs", "shots", "output")}
-    train.main([*flat(kept), "--obj", "ring", "--shot", "1", "--save_dir", str(source)])
+    source = shutil.copytree(whole_table[0] / "save_checkpoints", tmp_path / "found")
     other = source / "rotation_scale" / "2" / "ring"
     other.mkdir(parents=True)
     shutil.copy(next(source.rglob("ring_1_*_model.pt")), other / "ring_2_rotation_scale_model.pt")

@@ -241,7 +241,8 @@ out = {out!r}
 train.main([*common, *small, *scored, "--epochs", "1", "--cache_dir", "none", "--save_dir", out + "/save"])
 test.main([*common, *small, *scored, "--save_dir", out + "/save", "--output", out])
 image = {data!r} + "/ring/train/good/000.png"
-predict.main([*small, "--support", image, image, "--input", image, "--output", out + "/predicted"])
+fitted = ["--backbone", "resnet18", "--support", image, image]
+predict.main([*small, *fitted, "--input", image, "--output", out + "/predicted"])
 """
 
 
