@@ -14,9 +14,9 @@ from datasets.images import (
     ImageFacts,
     clipping_summary,
     read_pixels,
+    reading_summary,
     size_mismatch,
     smallest_depth,
-    transparency_note,
     with_facts,
 )
 from datasets.layouts import EXPECTED_MASKS, GOOD, LabelledImage, layout_of
@@ -84,8 +84,7 @@ def content_findings(
                 found += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
     found += mask_notes(list({path: masks[path] for item in test for path in item.masks if path in masks}.items()))
     for what, some in (("training images", train), ("test images", [item.image for item in test])):
-        transparent = [str(path) for path in some if path in images and images[path].is_transparent]
-        found += transparency_note(transparent, len(some), what)
+        found += reading_summary([(str(path), images[path].parts) for path in some if path in images], len(some), what)
     values = [(str(item.image), images[item.image].largest) for item in test if item.image in images]
     return found + clipping_summary(values, bits)
 
@@ -109,7 +108,7 @@ def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool
 
 def _file_facts(digest: str) -> ImageFacts:
     """What is known of an image that was not decoded."""
-    return ImageFacts((0, 0), "", digest.encode(), 1, False, 0)
+    return ImageFacts((0, 0), "", digest.encode(), 1, (), 0)
 
 
 def print_notes(notes: Iterable[str]) -> None:

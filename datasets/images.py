@@ -27,7 +27,10 @@ FULL_BITS = BIT_DEPTHS[-1]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".webp"})
 IGNORED_NAMES = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found"})  # of systems
 LOW_BYTES = "low bytes of 16-bit colours"  # keys of Image.info
-TRANSPARENT = "has transparent parts"
+TRANSPARENT, SEVERAL = "transparent parts", "several pages or frames"
+HOW_READ = {TRANSPARENT: "they are laid on black", SEVERAL: "only the first is read"}
+RAW_16_BITS = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")  # Pillow's names, without the order of the bytes
+BITS_PER_SAMPLE, PLANES, TIFF_SIZE = 258, 284, (256, 257)  # tags of TIFF
 TURNED = "EXIF orientation by which it was turned"
 PNG_EXIF = (b"eXIf", b"Raw profile type")  # how EXIF begins in a PNG
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
@@ -68,10 +71,11 @@ def decode_image(path: Path, bits: int = FULL_BITS) -> Image.Image:
 
     Grey and 1-bit images become L; palette, RGBA and CMYK images become RGB. Transparent parts are laid on black. 16
     bits are scaled to 8 by the full range of `bits`, see `eight_bit`. Only the first of several frames or pages
-    is read.
+    is read. The image's `info` has the keys of HOW_READ that apply.
 
     Raises:
-        ImageError: the file is missing, damaged, no image or too large, or its values have no fixed range (float TIFF).
+        ImageError: the file is missing, damaged, no image or too large, or its values have no fixed range (float TIFF)
+            or a form of 16 bits that Pillow does not read.
     """
     return read_pixels(path, partial(eight_bit, bits=bits))
 
@@ -91,14 +95,16 @@ def read_pixels(
     """
     try:
         with Image.open(path, formats=formats) as image:
-            low = _low_bytes(path, image)
-            image.load()
-            turned = upright(image)
-            return convert(_with_info(turned, **{LOW_BYTES: low}) if low else turned)
+            several = (
+                getattr(image, "is_animated", False) and image.format != "MPO"
+            )  # of phones: one image, with extras
+            known = {LOW_BYTES: _low_bytes(path, image), SEVERAL: several}
+            return convert(_with_info(upright(image), **{key: value for key, value in known.items() if value}))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
         is_unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not an image or damaged" if is_unknown else " ".join(str(error).split()) or repr(error)
+        said = " ".join(str(error).split()) or repr(error)
+        reason = "not an image that Pillow reads, or damaged" if is_unknown else said
         raise ImageError(f"cannot read the image {name or path}: {reason}", options) from error
 
 
@@ -107,7 +113,7 @@ def _low_bytes(path: Path | BinaryIO, image: Image.Image) -> Image.Image | None:
 
     Pillow is told that the bytes have the opposite order. Grey with alpha is read as four bytes per pixel.
     """
-    raw = deep_mode(image)
+    raw = _deep_mode(image)
     if raw is None:
         return None
     if not isinstance(path, Path):
@@ -118,16 +124,23 @@ def _low_bytes(path: Path | BinaryIO, image: Image.Image) -> Image.Image | None:
         low.tile = [
             tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:])) for tile in low.tile
         ]
-        low.load()
         turned = upright(low)
         return turned.getchannel("G").convert("RGB") if raw.startswith("LA") else turned.convert("RGB")
 
 
-def deep_mode(image: Image.Image) -> str | None:
-    """How 16-bit colours, or 16-bit with alpha, lie in a file that was not decoded yet; None of other images."""
+def _deep_mode(image: Image.Image) -> str | None:
+    """How 16-bit colours, or 16-bit with alpha, lie in a file that was not decoded yet; None of other images.
+
+    Raises:
+        ValueError: they lie in a TIFF in another way, as in planes: Pillow would read other values.
+    """
     args = image.tile[0].args if image.tile else ""
     raw = args if isinstance(args, str) else str((args or [""])[0])
-    return raw if raw[:-1] in ("RGB;16", "RGBA;16", "RGBX;16", "LA;16") else None
+    tags, is_known = getattr(image, "tag_v2", {}), raw[:-1] in RAW_16_BITS
+    is_deep = max(tags.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode[0] not in "IF"
+    if is_deep and not (is_known and tags.get(PLANES, 1) == 1):
+        raise ValueError("16-bit colours in planes, CMYK or with premultiplied alpha; save it as plain 16-bit RGB")
+    return raw if is_known else None
 
 
 def _with_info(image: Image.Image, **info: object) -> Image.Image:
@@ -209,9 +222,11 @@ def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) ->
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned by its EXIF orientation, which its `info` says."""
+    """The decoded image turned by its EXIF orientation, which its `info` says."""
+    before = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)  # Pillow turns a TIFF when it decodes it
+    image.load()
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, before)
         return _with_info(
             ImageOps.exif_transpose(image), **({TURNED: orientation} if orientation in range(2, 9) else {})
         )
@@ -232,8 +247,9 @@ def read_header(path: Path) -> tuple[tuple[int, int], int]:
     with Image.open(path) as image:
         if image.format == "PNG" and not any(mark in path.read_bytes() for mark in PNG_EXIF):
             return image.size, 1  # Pillow decodes a PNG before it says that there is no EXIF
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return image.size[::-1] if orientation in range(5, 9) else image.size, orientation
+        orientation, tags = image.getexif().get(ExifTags.Base.Orientation, 1), getattr(image, "tag_v2", {})
+        stored = tuple(tags.get(tag, side) for tag, side in zip(TIFF_SIZE, image.size, strict=True))
+        return stored[::-1] if orientation in range(5, 9) else stored, orientation
 
 
 def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
@@ -260,11 +276,10 @@ def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
             raise ValueError(f"its values {values.min()}..{largest} do not fit 16 bits")
         scaled, info = scale_to_8_bits(values, bits)
         shown = _with_info(Image.fromarray(scaled), **info)
-    if alpha is None:
-        return shown
-    laid = Image.composite(shown, Image.new(shown.mode, shown.size), alpha)
-    kept = {key: value for key, value in shown.info.items() if key == CLIPPED_FROM}
-    return _with_info(laid, **kept, **{TRANSPARENT: True})
+    kept = {key: value for key, value in (shown.info | image.info).items() if key in (CLIPPED_FROM, SEVERAL)}
+    if alpha is not None:
+        shown, kept = Image.composite(shown, Image.new(shown.mode, shown.size), alpha), kept | {TRANSPARENT: True}
+    return _with_info(shown, **kept)
 
 
 class ImageFacts(NamedTuple):
@@ -274,7 +289,7 @@ class ImageFacts(NamedTuple):
     mode: str  # Pillow's name of the stored format
     pixels: bytes  # digest, equal for equal images in any format
     orientation: int  # in EXIF, by which it was turned; 1: it was not
-    is_transparent: bool  # in parts
+    parts: tuple[str, ...]  # the keys of HOW_READ that apply
     largest: int  # of 16-bit values; 0 for other images
 
 
@@ -286,7 +301,7 @@ def with_facts(image: Image.Image, bits: int = FULL_BITS) -> tuple[Image.Image, 
     digest.update(np.ascontiguousarray(pixels))
     mode = image.mode if deep is None or deep.ndim == 2 else f"{image.mode};16"
     largest = 0 if deep is None else int(deep.max())
-    facts = image.size, mode, digest.digest(), image.info.get(TURNED, 1), TRANSPARENT in read.info, largest
+    facts = image.size, mode, digest.digest(), image.info.get(TURNED, 1), parts_of(read), largest
     return read, ImageFacts(*facts)
 
 
@@ -301,7 +316,11 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     """The alpha channel where it is not opaque everywhere, from any kind of transparency that files know."""
     if not image.has_transparency_data:
         return None
-    alpha = (image if image.mode.endswith("A") else image.convert("RGBA")).getchannel("A")
+    deep, key = deep_values(image), image.info.get("transparency")
+    if deep is not None and key is not None:  # Pillow would compare 8 bits
+        alpha = Image.fromarray(np.atleast_3d(deep != key).any(axis=2)).convert("L")
+    else:
+        alpha = (image if image.mode.endswith("A") else image.convert("RGBA")).getchannel("A")
     return alpha if alpha.getextrema()[0] < 255 else None
 
 
@@ -325,18 +344,28 @@ def clipping_note(image: Image.Image, name: Path | str, bits: int) -> str | None
     return next(iter(clipping_summary([(str(name), image.info.get(CLIPPED_FROM, 0))], bits)), None)
 
 
+def parts_of(image: Image.Image) -> tuple[str, ...]:
+    """The keys of HOW_READ that apply to an image from `eight_bit`."""
+    return tuple(part for part in HOW_READ if part in image.info)
+
+
 def reading_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
-    """Sentences where `eight_bit` clipped values of an image, or laid transparent parts on black; None otherwise."""
-    laid = f"{name} has transparent parts, which are laid on black" if TRANSPARENT in image.info else None
-    return "; ".join(filter(None, (clipping_note(image, name, bits), laid))) or None
+    """Sentences where `eight_bit` clipped values of an image, or where HOW_READ applies; None otherwise."""
+    found = [f"{name} has {part}: {HOW_READ[part]}" for part in parts_of(image)]
+    return "; ".join(filter(None, (clipping_note(image, name, bits), *found))) or None
 
 
-def transparency_note(transparent: Sequence[str], total: int, what: str) -> list[str]:
-    """A sentence where some of `total` images, called `what`, have transparent parts; [] if none has."""
-    if not transparent:
-        return []
-    some = f"{len(transparent)} of {total} {what} have transparent parts, e.g. {transparent[0]}; they are laid on black"
-    return [some if len(transparent) == total else f"{some}, and the others are not comparable"]
+def reading_summary(named: Sequence[tuple[str, Sequence[str]]], total: int, what: str) -> list[str]:
+    """A sentence for each part of HOW_READ that some of `total` images, called `what`, have.
+
+    named: the name of images and their `parts_of`.
+    """
+    notes = []
+    for part, how in HOW_READ.items():
+        if names := [name for name, parts in named if part in parts]:
+            rest = ", and the others are not comparable" if part == TRANSPARENT and len(names) < total else ""
+            notes.append(f"{len(names)} of {total} {what} have {part}, e.g. {names[0]}: {how}{rest}")
+    return notes
 
 
 def clipping_summary(values: Sequence[tuple[str, int]], bits: int) -> list[str]:
@@ -368,7 +397,7 @@ def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
             values = deep_values(image)
             return None if values is None else ("an image", int(values.max()))
         with Image.open(image) as opened:
-            is_deep = opened.mode.startswith("I") or deep_mode(opened)
+            is_deep = opened.mode.startswith("I") or _deep_mode(opened)
         if not isinstance(image, Path):
             image.seek(0)
         return (str(image), int(read_pixels(image, deep_values).max())) if is_deep else None

@@ -18,7 +18,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.images import FULL_BITS, TURNED, deep_values, eight_bit, full_scale, read_pixels, resize, turned
+from datasets.images import (
+    FULL_BITS,
+    HOW_READ,
+    SEVERAL,
+    TURNED,
+    deep_values,
+    eight_bit,
+    full_scale,
+    read_pixels,
+    resize,
+    turned,
+)
 
 FULL_SCALE_8BIT, FULL_SCALE_16BIT = 255, full_scale(FULL_BITS)
 MOST_CLASSES = 8  # different values other than 0; masks with antialiased edges have more, thin ones a dozen
@@ -28,6 +39,7 @@ AMBIGUOUS = (
     "are of images with an EXIF orientation and have none: they are read as drawn on the upright image, not on the "
     "stored pixels"
 )
+PAGES = f"have {SEVERAL}: {HOW_READ[SEVERAL]}"
 MIXED = "have a few small values next to 255; those up to 127 count as normal, as in the release"
 
 
@@ -36,7 +48,7 @@ class MaskFacts(NamedTuple):
 
     size: tuple[int, int]  # width and height in pixels, upright
     share: float  # of the pixels that are defective
-    doubt: str | None  # ALPHA, MIXED or AMBIGUOUS where it may mean something else
+    doubt: str | None  # PAGES, ALPHA, MIXED or AMBIGUOUS where it may mean something else
 
 
 class Mask(NamedTuple):
@@ -80,6 +92,7 @@ def _mask(image: Image.Image, orientation: int, is_stored: bool) -> Mask:
     if orientation != 1 and TURNED not in image.info:
         doubt = doubt if is_stored else AMBIGUOUS
         pixels = turned(pixels, orientation) if is_stored else pixels
+    doubt = PAGES if SEVERAL in image.info else doubt
     return Mask(pixels, MaskFacts(pixels.shape[::-1], float(pixels.mean()), doubt))
 
 
@@ -138,7 +151,7 @@ def _alpha_differs(image: Image.Image, pixels: np.ndarray) -> bool:
 def mask_notes(masks: Sequence[tuple[Path, MaskFacts]]) -> list[str]:
     """A sentence for each way in which masks of a category may mean something else than they are read as."""
     notes = []
-    for doubt in (ALPHA, AMBIGUOUS, MIXED):
+    for doubt in (PAGES, ALPHA, AMBIGUOUS, MIXED):
         if doubted := [path for path, facts in masks if facts.doubt == doubt]:
             notes.append(f"{len(doubted)} of {len(masks)} masks {doubt}, e.g. {doubted[0]}")
     notes += [f"the mask {path} marks no pixel" for path, facts in masks if facts.share == 0]

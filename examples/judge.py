@@ -15,7 +15,7 @@ from evaluation.config import SCORER_HELP
 from inspection.boxes import Box, find_boxes
 from inspection.detector import FewShotDetector
 from inspection.predictions import HEAT_PANEL, draw_panels
-from inspection.results import decide, relative_score
+from inspection.results import as_far_as_read, decide, relative_score
 from inspection.tiles import shrink_warning
 from utils.config import Config, flag
 
@@ -55,10 +55,11 @@ class Judge:
         image.info.pop(CLIPPED_FROM, None)  # else each call would warn once more
         (score,), maps, (stopped,), _ = self.detector.inspect([image])
         threshold, scores = self.detector.threshold, self.detector.restore(maps[0], *image.size)
+        decided = decide(float(score), threshold, stopped, scores, self.detector.min_area)
         return Judgement(
             float(score),
             relative_score(float(score), threshold),
-            *decide(float(score), threshold, stopped, scores, self.detector.min_area),
+            *as_far_as_read(image, decided),
             None if threshold is None else threshold.value,
             self.name,
             warning,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import FULL_BITS, TRANSPARENT, reading_note, smallest_depth, transparency_note
+from datasets.images import FULL_BITS, TRANSPARENT, parts_of, reading_note, reading_summary, smallest_depth
 from inspection.detector_file import (
     ID_LENGTH,
     identity,
@@ -229,12 +229,12 @@ class FewShotDetector(ImageScoring):
 
     def _support(self, images: list[ImageInput]) -> _Support:
         """The decoded support images, without duplicates."""
-        squares, sizes, levels, transparent, names = [], [], [], [], image_names(images)
+        squares, sizes, levels, parts, names = [], [], [], [], image_names(images)
         for name, image in zip(names, images, strict=True):
             decoded = as_pixels(image, self.size, self.bits)
             if isinstance(decoded, Image.Image):
                 levels.append((sum(map(bool, decoded.convert("L").histogram())), name))
-                transparent += [name] if TRANSPARENT in decoded.info else []
+                parts.append((name, parts_of(decoded)))
             squares.append(self.square(decoded))
             sizes.append(decoded.size if isinstance(decoded, Image.Image) else (self.size, self.size))
         flat = [name for count, name in levels if count <= MOST_LABELS]
@@ -244,13 +244,11 @@ class FewShotDetector(ImageScoring):
                 f"and black images have, e.g. {flat[0]}: give normal images alone"
             )
         found = equal_images(squares)
-        self._support_notes = duplicate_notes(names, found) + transparency_note(
-            transparent, len(images), "support images"
-        )
+        self._support_notes = duplicate_notes(names, found) + reading_summary(parts, len(images), "support images")
         kept = [number for number in range(len(images)) if number not in found]
         support = _Support(*([part[number] for number in kept] for part in (images, names, squares, sizes)))
         self.support_digests = [digest(square) for square in support.squares]
-        self.support_alpha = bool(transparent)
+        self.support_alpha = any(TRANSPARENT in of_image for _, of_image in parts)
         return support
 
     def _tile_features(

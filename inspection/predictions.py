@@ -18,7 +18,7 @@ from inspection.config import PANELS
 from inspection.detector import FewShotDetector
 from inspection.images import as_tensor
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
-from inspection.results import Prediction, decide, relative_score
+from inspection.results import Prediction, as_far_as_read, decide, relative_score
 from inspection.scoring import SCORE_GROUP
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
@@ -137,6 +137,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
         decided = decide(float(score), detector.threshold, reason, restored, detector.min_area)
+        decided = as_far_as_read(item.image, decided)
         row = _row(item, float(score), decided, detector.threshold, outputs.detector)
         row = row._replace(warning=detector.doubts(item.image, item.square, item.path))
         boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)

@@ -22,7 +22,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+from PIL import Image
 
+from datasets.images import HOW_READ, SEVERAL
 from inspection.boxes import Box, largest_area
 from inspection.config import CSV_KINDS
 from inspection.inputs import Identity, current_name
@@ -123,6 +125,12 @@ def decide(
     if score > threshold.review_value:
         return REVIEW, f"score between {threshold.review_value:.3f} and the threshold {threshold.value:.3f}"
     return NORMAL, None
+
+
+def as_far_as_read(image: Image.Image, decided: tuple[str | None, str | None]) -> tuple[str | None, str | None]:
+    """What `decide` says of an image, which is not normal where only the first of several pages was scored."""
+    unread = SEVERAL in image.info and decided[0] == NORMAL
+    return (REVIEW, f"{SEVERAL}: {HOW_READ[SEVERAL]}") if unread else decided
 
 
 def relative_score(score: float, threshold: Threshold | None) -> float | None:

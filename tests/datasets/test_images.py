@@ -247,9 +247,9 @@ REJECTED = {
     "truncated JPEG": (lambda: half("JPEG"), ANY),
     "truncated TIFF": (lambda: half("TIFF"), ANY),
     "flipped bit": (flipped_png, ANY),
-    "zero bytes": (lambda: b"", "not an image or damaged"),
-    "text": (lambda: b"this is no image\n" * 30, "not an image or damaged"),
-    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not an image or damaged"),
+    "zero bytes": (lambda: b"", "not an image that Pillow reads, or damaged"),
+    "text": (lambda: b"this is no image\n" * 30, "not an image that Pillow reads, or damaged"),
+    "web page": (lambda: b"<!DOCTYPE html><html></html>", "not an image that Pillow reads, or damaged"),
     "float TIFF": (lambda: encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), "save it with 8 or 16 bits"),
     "TIFF with a fractional offset": (tiff_with_fractional_offset, ANY),
 }

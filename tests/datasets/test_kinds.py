@@ -8,7 +8,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,32 +21,45 @@ from PIL import ExifTags, Image, ImageOps
 
 import check_data
 from datasets.cache import decoded_images
-from datasets.images import BIT_DEPTHS, TRANSPARENT, decode_image, largest_values, read_pixels, resolve_bits
+from datasets.images import (
+    BIT_DEPTHS,
+    SEVERAL,
+    TRANSPARENT,
+    ImageError,
+    decode_image,
+    largest_values,
+    parts_of,
+    read_header,
+    read_pixels,
+    resolve_bits,
+    with_facts,
+)
 from datasets.mvtec import LabelledDataset, list_test_items
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import exif
 from utils.errors import UserError
 
 
-def png(values: np.ndarray, orientation: int = 1) -> bytes:
-    """A 16-bit PNG of (H, W, channels); Pillow writes none with colours."""
+def png(values: np.ndarray, orientation: int = 1, transparent: Sequence[int] = ()) -> bytes:
+    """A 16-bit PNG of (H, W, channels); Pillow writes none with colours. transparent: the values of a clear pixel."""
     height, width, channels = values.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
     parts += [(b"eXIf", exif(orientation).tobytes()[6:])] if orientation > 1 else []
+    parts += [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     chunks = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def tiff(values: np.ndarray, order: str) -> bytes:
-    """An uncompressed 16-bit TIFF of (H, W, 3)."""
+def tiff(values: np.ndarray, order: str, planes: int = 1) -> bytes:
+    """An uncompressed 16-bit TIFF of (H, W, 3). planes: 2: its header says that each colour has a plane."""
     height, width, channels = values.shape
     data = values.astype(f"{order}u2").tobytes()
     tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
     tags += [(277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, len(data))]
-    tags[5] = (273, 4, 1, 14)
+    tags += [(284, 3, 1, planes)] if planes > 1 else []
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14 + len(data))
     bits = struct.pack(f"{order}3H", 16, 16, 16)
     entries = b"".join(
@@ -99,6 +112,51 @@ def test_what_lies_under_transparent_parts_does_not_matter(mode, suffix, under):
         assert not np.asarray(shown[1])[hidden].any()
 
 
+@given(st.sampled_from([1, 3]), st.integers(0, 255))
+def test_a_transparent_colour_of_16_bits_is_compared_whole(channels, low):
+    """Two colours of equal high bytes, one of which is transparent."""
+    values = np.full((4, 4, channels), 256 * 9 + low)
+    values[:2] += 1 if low < 255 else -1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.png")
+        path.write_bytes(png(values, transparent=values[3, 3].tolist()))
+        found = decode_image(path, 12)
+    assert parts_of(found) == (TRANSPARENT,)
+    assert (np.asarray(found)[:2] > 0).all() and not np.asarray(found)[2:].any()
+
+
+def test_sixteen_bits_that_pillow_misreads_are_refused(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(np.zeros((4, 4, 3)), "<", planes=2))
+    with pytest.raises(ImageError, match=r"x\.tif: 16-bit colours in planes.*; save it as plain 16-bit RGB"):
+        decode_image(tmp_path / "x.tif")
+
+
+@given(st.sampled_from(range(1, 9)), st.sampled_from(["png", "jpg", "tif", "webp"]))
+def test_the_orientation_and_size_of_every_file_type(orientation, suffix):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"x.{suffix}")
+        Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(path, exif=exif(orientation))
+        image, facts = read_pixels(path, with_facts)
+        assert facts.orientation == orientation and read_header(path) == (image.size, orientation)
+        assert image.size == ((24, 16) if orientation < 5 else (16, 24))
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp", "gif"])
+def test_several_pages_are_said(suffix, tmp_path):
+    first, other = (Image.new("L", (8, 8), value) for value in (200, 0))
+    first.save(tmp_path / f"x.{suffix}", save_all=True, append_images=[other])
+    first.save(tmp_path / f"y.{suffix}")
+    found = [decode_image(tmp_path / f"{name}.{suffix}") for name in "xy"]
+    assert [parts_of(image) for image in found] == [(SEVERAL,), ()]
+    assert all(abs(np.asarray(image).astype(int) - 200).max() < 3 for image in found)
+
+
+def test_the_preview_in_a_photo_of_a_phone_is_no_page(tmp_path):
+    first, preview = (Image.new("RGB", (8, 8), value) for value in ("red", "blue"))
+    first.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[preview])
+    assert not parts_of(decode_image(tmp_path / "x.jpg"))
+
+
 @pytest.fixture
 def ring(tmp_path, demo_data) -> Path:
     return Path(shutil.copytree(demo_data / "ring", tmp_path / "ring"))
@@ -143,6 +201,13 @@ def turned(ring: Path) -> None:
     edit(defect(ring)[0], Image.Image.copy, exif=exif(6))
 
 
+def turned_tiff(ring: Path) -> None:
+    path = defect(ring)[0]
+    with Image.open(path) as image:
+        image.save(path.with_suffix(".tif"), exif=exif(6))
+    path.unlink()
+
+
 def sixteen_bits(ring: Path) -> None:
     for path in ring.glob("t*/*/*.png"):
         edit(path, lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) << 4))
@@ -152,8 +217,13 @@ def sixteen_bits(ring: Path) -> None:
 # what is done to the ring, and the sentence on it
 FINDINGS = {
     "transparent": (lambda ring: edit(defect(ring)[0], clear), "1 of 9 test images have transparent parts"),
+    "pages": (
+        lambda ring: edit(defect(ring)[0], Image.Image.copy, save_all=True, append_images=[Image.new("RGB", (64, 64))]),
+        "1 of 9 test images have several pages or frames",
+    ),
     "empty mask": (lambda ring: Image.new("L", (64, 64)).save(defect(ring)[1]), "marks no pixel"),
     "orientation": (turned, "1 of 6 masks are of images with an EXIF orientation and have none"),
+    "orientation of a TIFF": (turned_tiff, "1 of 6 masks are of images with an EXIF orientation and have none"),
     "shared mask": (
         lambda ring: shutil.copy(defect(ring)[0], defect(ring)[0].with_suffix(".tif")),
         "2 images named 000",

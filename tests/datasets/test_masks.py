@@ -18,6 +18,7 @@ from datasets.masks import (
     ALPHA,
     MIXED,
     MOST_CLASSES,
+    PAGES,
     MaskFacts,
     decode_mask,
     mask_notes,
@@ -143,11 +144,18 @@ def with_alpha(colour: np.ndarray, alpha: np.ndarray, mode: str = "RGBA") -> Ima
     return image
 
 
+def several_pages() -> Image.Image:
+    stream = io.BytesIO()
+    Image.fromarray(SQUARE).save(stream, "PNG", save_all=True, append_images=[Image.fromarray(255 - SQUARE)])
+    return Image.open(stream)
+
+
 DOUBTFUL = {
     "marks in alpha": (with_alpha(SQUARE * 0, SQUARE), ALPHA),
     "grey, marks in alpha": (with_alpha(SQUARE * 0 + 255, SQUARE, "LA"), ALPHA),
     "alpha says the same": (with_alpha(SQUARE, SQUARE), None),
     "alpha says nothing": (with_alpha(SQUARE, SQUARE * 0 + 255), None),
+    "several pages": (several_pages(), PAGES),
     "1 next to 255": (Image.fromarray(np.where(np.eye(9, dtype=bool), np.uint8(1), SQUARE)), MIXED),
     "antialiased": (Image.fromarray(SQUARE).resize((13, 13), Image.Resampling.BILINEAR), None),
     "class numbers": (Image.fromarray(SQUARE // 100), None),
@@ -159,7 +167,7 @@ DOUBTFUL = {
 @pytest.mark.parametrize("case", DOUBTFUL)
 def test_doubtful_masks_are_reported(case, tmp_path):
     image, doubt = DOUBTFUL[case]
-    image.save(tmp_path / "x.png")
+    image.save(tmp_path / "x.png", save_all=True)
     found = mask_notes([(tmp_path / "x.png", decode_mask(tmp_path / "x.png").facts)])
     notes = [note for note in found if "inverted" not in note and "marks no" not in note]
     assert notes == ([f"1 of 1 masks {doubt}, e.g. {tmp_path / 'x.png'}"] if doubt else [])

@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from datasets.images import SEVERAL
 from inspection.boxes import Box
 from inspection.results import (
     CSV_COLUMNS,
+    DECISIONS,
     DEFECTIVE,
     NORMAL,
     REVIEW,
     Prediction,
     ResultFiles,
+    as_far_as_read,
     count_decisions,
     decide,
     relative_score,
@@ -187,3 +191,13 @@ def test_tables_for_excel(kind, comma, tmp_path):
     assert lines[0]["score"] == ("1,25" if comma else "1.25")
     with closing(ResultFiles(tmp_path)):
         assert (tmp_path / "scores.csv").read_text().startswith("time,path")
+
+
+@pytest.mark.parametrize("decision", [*DECISIONS, None])
+@pytest.mark.parametrize("part", [SEVERAL, "dpi"])
+def test_an_image_of_several_pages_is_not_normal(part, decision):
+    image = Image.new("L", (4, 4))
+    image.info[part] = True
+    found = as_far_as_read(image, (decision, None))
+    expected = (REVIEW, "several pages or frames: only the first is read")
+    assert found == (expected if (part, decision) == (SEVERAL, NORMAL) else (decision, None))

@@ -58,7 +58,7 @@ def test_mixed_transparency_is_said_by_every_detector_that_knows_its_support(of_
         assert ("the support images have none" in said) == (of_input and not of_support)
         assert ("x.png has no transparent parts" in said) == (of_support and not of_input)
     said = FewShotDetector.from_state(earlier, "cpu").doubts(image, square, "x.png") or ""
-    assert said == ("x.png has transparent parts, which are laid on black" if of_input else "")
+    assert said == ("x.png has transparent parts: they are laid on black" if of_input else "")
 
 
 def test_a_scored_support_image_is_said(detector):
