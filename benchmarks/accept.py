@@ -32,7 +32,7 @@ ACCEPTED = (0, 1, 2, 4, 8)
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = measuring_parser(__doc__)
-    parser.add_argument("--shot", type=int, default=4)
+    parser.add_argument("--shot", type=int, default=4, help="support images")
     parser.add_argument("--images", type=int, default=80, help="further normal images of each category")
     parser.add_argument("--defects", type=int, default=30, help="defective images of each category")
     return parser

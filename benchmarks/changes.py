@@ -90,7 +90,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = measuring_parser(__doc__)
-    parser.add_argument("--shots", nargs="+", type=int, default=[4])
+    parser.add_argument("--shots", nargs="+", type=int, default=[4], help="numbers of support images")
     parser.add_argument("--draws", type=int, default=1, help="draws of the support images, seed 0")
     parser.add_argument("--images", type=int, default=12, help="good and defective test images each")
     return parser

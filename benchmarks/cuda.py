@@ -52,7 +52,7 @@ from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer, count_images
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import command_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, whole_file, write_json
@@ -80,22 +80,22 @@ SMALL = {"shots": [2], "rounds": 2, "img_size": 64, "batch_size": 2, "steps": 1,
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(MAIN_PARTS))
-    parser.add_argument("--device", default="cuda")
+    parser = script_parser(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(MAIN_PARTS), help="what is measured")
+    parser.add_argument("--device", default="cuda", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--small", action="store_true", help="drawn data and few steps, to try the parts")
-    parser.add_argument("--packed", type=Path, help="folder of benchmarks.pack: replaces --data_path and what follows")
+    parser.add_argument("--packed", type=Path, help="folder of benchmarks.pack, in place of the next four flags")
     parser.add_argument("--obj", default="screw", help="the target category")
-    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
     parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="with stn_mode rotation_scale")
-    parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--shots", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
+    parser.add_argument("--shots", type=int, nargs="+", default=[2, 4, 8], help="numbers of support images")
+    parser.add_argument("--rounds", type=int, default=10, help="support sets")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the network's input in pixels")
     parser.add_argument("--batch_size", type=int, default=32, help="queries of a training step")
     parser.add_argument("--steps", type=int, default=30, help="measured training steps of each kind")
     parser.add_argument("--images", type=int, default=2000, help="images for predict.py")
-    parser.add_argument("--num_workers", type=int, default=8)
+    parser.add_argument("--num_workers", type=int, default=8, help="threads that decode images")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the files")
     return parser
 

@@ -21,7 +21,7 @@ from datasets.mvtec import category_folder, list_test_items
 from examples.warp_figure import STN_MODE, rotations_and_scales
 from models.networks import RELEASE_IMG_SIZE
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import seed_everything
 from utils.errors import UserError, run_command
 
@@ -46,12 +46,12 @@ def fix_warps(model: RegAD, warps: Sequence[Sequence[float]]) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("checkpoint", help="of train.py, in the mode rotation_scale; none: untrained")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--obj", help="the category whose test images give the mean warps")
-    parser.add_argument("--data_path", type=Path, default=Path("data"), help="MVTec AD's layout")
-    parser.add_argument("--warp", type=float, nargs=3, metavar=("DEGREES", "SCALE", "SCALE"), help="in place of --obj")
+    parser.add_argument("output", type=Path, help="the checkpoint to write")
+    parser.add_argument("--obj", help="the category whose test images give the mean warp; this or --warp is needed")
+    parser.add_argument("--data_path", type=Path, default=Path("data"), help="in MVTec AD's layout")
+    parser.add_argument("--warp", type=float, nargs=3, metavar=("DEGREES", "SCALE", "SCALE"), help="this warp instead")
     parser.add_argument("--weights", default="imagenet", help="of the untrained network")
     return parser
 

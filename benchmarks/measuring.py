@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.reference import DATA
 from benchmarks.scoring import RESULTS, command_line
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.files import require_writable, write_json
 from utils.records import provenance
 
@@ -26,10 +26,10 @@ Item = TypeVar("Item")
 
 def measuring_parser(description: str) -> argparse.ArgumentParser:
     """A command line with the flags that all of these benchmarks have."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(description)
     parser.add_argument("--obj", nargs="+", default=CATEGORIES, help="categories")
     parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--report", action="store_true", help="print the tables of the JSON file without measuring")
     return parser

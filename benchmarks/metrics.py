@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks import plain
 from evaluation.metrics import Ranking, auroc, average_precision, f1_max, pro, rank, region_weights
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import command_device
 from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
@@ -31,7 +31,7 @@ METRICS: dict[str, Callable[[Ranking], float]] = {"auroc": auroc, "ap": average_
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--images", type=int, default=160, help="number of score maps")
     parser.add_argument("--size", type=int, default=224, help="side of the score maps in pixels")
     parser.add_argument(

@@ -37,10 +37,10 @@ CHECK = OutOfDistributionCheck()
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = measuring_parser(__doc__)
-    parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], help="numbers of support images")
     parser.add_argument("--draws", type=int, default=6, help="draws of support images, seed 0")
-    parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--backbone", default=LITE_BACKBONE)
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
+    parser.add_argument("--backbone", default=LITE_BACKBONE, help="of the detectors")
     return parser
 
 

@@ -16,7 +16,7 @@ from benchmarks.reference import DATA, GOLDEN_CHECKPOINT, TRUNK
 from datasets.images import read_image
 from datasets.masks import decode_mask, to_square_mask
 from datasets.mvtec import list_test_items, list_train_images
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 from utils.files import require_writable
 
@@ -27,13 +27,13 @@ DATA_FOLDER, WEIGHTS_FILE, CHECKPOINT_FILE = "data", "trunk.pth", "checkpoint.pt
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--obj", default="screw", help="the target: every second image of it is packed")
     parser.add_argument("--sources", nargs="+", default=["grid", "bottle"], help="further categories, for training")
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--weights", type=Path, default=TRUNK)
-    parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT)
-    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
+    parser.add_argument("--weights", type=Path, default=TRUNK, help="ImageNet weights of ResNet-18")
+    parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="with stn_mode rotation_scale")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the network's input in pixels")
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     return parser
 

@@ -39,7 +39,7 @@ from scorers.maps import score_maps_at
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.choices import LITE_BACKBONE, RELEASE_BACKBONE
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 from utils.files import load_state_dict, require_writable, write_json
 from utils.records import provenance
@@ -192,7 +192,7 @@ def _rows(measured: dict, categories: Sequence[str]) -> Iterator[str]:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--obj", nargs="+", default=["bottle", "transistor", "screw"], help="categories with masks")
     parser.add_argument("--shot", type=int, default=2, help="support images")
     parser.add_argument("--rounds", type=int, default=3, help="support sets")

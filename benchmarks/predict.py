@@ -27,7 +27,7 @@ from inspection.detector import FewShotDetector
 from inspection.inputs import read_inputs
 from inspection.scoring import SCORE_GROUP
 from models.regad import untrained
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import resolve_device
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
@@ -39,15 +39,15 @@ LOOK_SECONDS = 0.2  # between two measurements of the memory
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--images", type=int, default=2000, help="number of images; those of --data_path repeat")
     parser.add_argument(
         "--support", default="screw/train/good", help="folder in --data_path; its first four images are the support"
     )
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the network's input in pixels")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="all further arguments go to predict.py")
     return parser

@@ -21,7 +21,7 @@ from evaluation.statistics import crossed_summary, summary
 from experiments.results import Results, kind_name, read_results
 from experiments.tables import column_of, known
 from utils.choices import WEIGHTS
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 
 METRICS = ("image_auroc", "pixel_auroc", "pro")
@@ -109,8 +109,8 @@ def provenance(recipe: str, results: Results, folder: Path) -> str:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("folder", type=Path, help="a results folder of reproduce.py for each recipe")
+    parser = script_parser(__doc__)
+    parser.add_argument("folder", type=Path, help="holds a results folder of reproduce.py for each recipe")
     return parser
 
 

@@ -39,7 +39,7 @@ from scorers.neighbours import Neighbours, NeighboursConfig
 from scorers.positions import Positions
 from scorers.views import VIEWS_PER_IMAGE
 from utils.choices import LITE_BACKBONE, NORMALISED, RELEASE_BACKBONE, SEVERAL
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import command_device
 from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
@@ -89,17 +89,17 @@ VARIANTS: dict[str, dict[str, Callable[[], Scorer]]] = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--obj", nargs="+", help="default: every category with a test set")
-    parser.add_argument("--shot", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--shot", type=int, default=2, help="support images")
+    parser.add_argument("--rounds", type=int, default=10, help="support sets")
     parser.add_argument(
         "--variants", choices=("few", "all"), default="few", help="few: the scorers of the project only"
     )
-    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
     parser.add_argument("--weights", default=str(TRUNK), help=f"of {RELEASE_BACKBONE}")
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--report", action="store_true", help="print the tables of the JSON files without measuring")
     return parser

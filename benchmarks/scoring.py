@@ -32,7 +32,7 @@ from models.stn import STNResNet, fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import support_views
 from utils.choices import RELEASE_SCORER
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
@@ -47,16 +47,16 @@ NETWORK_REPEATS = 5  # timings of one batch; the median is reported
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--obj", default="screw")
-    parser.add_argument("--shot", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--data_path", type=Path, default=DATA)
+    parser = script_parser(__doc__)
+    parser.add_argument("--obj", default="screw", help="the category to score")
+    parser.add_argument("--shot", type=int, default=2, help="support images")
+    parser.add_argument("--rounds", type=int, default=10, help="support sets")
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
     parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="with stn_mode rotation_scale")
-    parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the network's input in pixels")
+    parser.add_argument("--batch_size", type=int, help="images per network pass (default: that of test.py)")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--scorer", choices=list(SCORERS), help="also time this scorer, before that of the release")
     parser.add_argument("--no_plain", action="store_true", help="skip the plain definition, which takes minutes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")

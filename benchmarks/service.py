@@ -31,7 +31,7 @@ from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from models.regad import untrained
 from utils.choices import AUTO, DEFAULT_SCORER
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import provenance
@@ -123,14 +123,14 @@ def enlarged(body: bytes) -> bytes:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--requests", type=int, default=200)
+    parser = script_parser(__doc__)
+    parser.add_argument("--requests", type=int, default=200, help="requests that are measured")
     parser.add_argument("--clients", type=int, default=8, help="requests at a time")
     parser.add_argument("--obj", default="screw", help="category; its first four normal images are the support")
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--scorer", default=DEFAULT_SCORER)
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the network's input in pixels")
+    parser.add_argument("--scorer", default=DEFAULT_SCORER, help="of the detectors")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser
 

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from examples.demo_data import write_dataset
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 
@@ -54,8 +54,9 @@ PATIENCE = 600  # seconds to wait for the second driver
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--output", type=Path, default=PROJECT_ROOT / "benchmarks" / "results")
+    parser = script_parser(__doc__)
+    results = PROJECT_ROOT / "benchmarks" / "results"
+    parser.add_argument("--output", type=Path, default=results, help="folder of the JSON file")
     return parser
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.text import read_text
@@ -25,10 +25,10 @@ WORK = ("training.run", "evaluation.run", "inspection.run", "experiments.run")
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts")
     parser.add_argument("--tree", type=Path, default=PROJECT_ROOT, help="the working tree to measure")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="a JSON file of the times (default: none, they are printed)")
     return parser
 
 

@@ -55,17 +55,17 @@ CHOICES = tuple(
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
     parser = measuring_parser(__doc__)
-    parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--shots", nargs="+", type=int, default=[2, 4, 8], help="numbers of support images")
     parser.add_argument("--draws", type=int, default=6, help="draws of support and calibration images, seed 0")
     parser.add_argument("--calibration", type=int, default=20, help="further normal images of a calibration")
     parser.add_argument("--images", type=int, default=40, help="normal and defective test images each, at most")
-    parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER)
-    parser.add_argument("--weights", default=str(TRUNK))
+    parser.add_argument("--scorer", choices=list(SCORERS), default=DEFAULT_SCORER, help="of the detectors")
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
     parser.add_argument("--checkpoint", type=Path, help="with stn_mode rotation_scale, instead of --weights")
-    parser.add_argument("--backbone", default=LITE_BACKBONE)
-    parser.add_argument("--img_size", type=int)
-    parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--choose", action="store_true", help="choose the prior without each category")
+    parser.add_argument("--backbone", default=LITE_BACKBONE, help="of the detectors")
+    parser.add_argument("--img_size", type=int, help="side of the network's input (default: that of the backbone)")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that decode images")
+    parser.add_argument("--choose", action="store_true", help="choose the prior for each category from the others")
     return parser
 
 

@@ -36,7 +36,7 @@ from inspection.detector import FewShotDetector
 from inspection.fitting import DEFAULT_RATE
 from models.regad import untrained
 from utils.choices import AUTO, tile_side
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.errors import UserError, run_command
 from utils.files import require_writable, write_json
 from utils.records import peak_memory_mb, provenance
@@ -177,17 +177,17 @@ def score_mosaics(detector: FewShotDetector, mosaics: Sequence[Mosaic], columns:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--shot", type=int, default=4, help="support images: mosaics, or parts with --parts")
     parser.add_argument("--parts", action="store_true", help="support images are single windows instead of mosaics")
-    parser.add_argument("--tile", type=tile_side, default=AUTO)
+    parser.add_argument("--tile", type=tile_side, default=AUTO, help="as of predict.py")
     parser.add_argument("--count", type=int, default=5, help="clean mosaics, and as many defective ones")
     parser.add_argument("--grid", type=int, nargs=2, default=GRID, help="windows across and down")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS / "tiles.json")
+    parser.add_argument("--seed", type=int, default=1, help="of the mosaics")
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--output", type=Path, default=RESULTS / "tiles.json", help="the JSON file")
     parser.add_argument("--report", action="store_true", help="print the table of the JSON file without measuring")
     return parser
 

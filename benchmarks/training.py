@@ -26,7 +26,7 @@ from datasets.images import read_image
 from datasets.mvtec import category_folder, list_source_images, list_test_items
 from models.regad import untrained
 from training.loop import Trainer
-from utils.config import HelpFormatter
+from utils.config import script_parser
 from utils.devices import command_device, resolve_device, seed_everything
 from utils.errors import run_command
 from utils.files import require_writable, write_json
@@ -41,18 +41,18 @@ plain_loop: dict = {}  # the state of the plain loop, in its process only
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--obj", default="screw", help="the target category")
-    parser.add_argument("--shot", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shot", type=int, default=2, help="support images")
+    parser.add_argument("--rounds", type=int, default=2, help="support sets")
     parser.add_argument(
         "--steps", type=int, default=5, help="training steps of each loop, alternating; the median is reported"
     )
-    parser.add_argument("--data_path", type=Path, default=DATA)
-    parser.add_argument("--weights", default=str(TRUNK))
-    parser.add_argument("--img_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
+    parser.add_argument("--weights", default=str(TRUNK), help="ImageNet weights of ResNet-18")
+    parser.add_argument("--img_size", type=int, default=224, help="side of the network's input in pixels")
+    parser.add_argument("--batch_size", type=int, default=32, help="queries of a training step")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser
 

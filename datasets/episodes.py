@@ -101,17 +101,24 @@ class EpisodesConfig(Config):
     obj: str = flag("the target category, not drawn from", convert=category_name, metavar="CATEGORY")
     data_type: str = flag("the data set", default="mvtec", choices=tuple(CATEGORIES))
     data_path: Path = flag("folder that holds the categories", default=Path("./MVTec/"))
-    sources: tuple[str, ...] | None = flag("default: all but the target", default=None, convert=category_name)
-    source_path: Path | None = flag("data set of the sources; default: that of the target", default=None)
+    sources: tuple[str, ...] | None = flag(
+        "draw from these categories (default: all but the target)",
+        default=None,
+        convert=category_name,
+        metavar="CATEGORY",
+    )
+    source_path: Path | None = flag(
+        "data set of the sources (default: that of the target)", default=None, metavar="DIR"
+    )
     shot: int = flag("support images per query", default=2, least=1)
     batch_size: int = flag("queries per episode, at most", default=32, least=1)
     seed: int = flag("of the draw", default=DEFAULT_SEED)
-    epoch: int = flag("counted from 1", default=1, least=1)
+    epoch: int = flag("number of the epoch, from 1", default=1, least=1)
 
 
 def get_args_parser() -> Parser[EpisodesConfig]:
     """The command line of datasets.episodes."""
-    return Parser(EpisodesConfig, "Print the episodes of one training epoch as JSON.")
+    return Parser(EpisodesConfig, "Prints the episodes of one training epoch as JSON.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -77,7 +77,7 @@ class SupportConfig(Config):
 class MaxPixelsConfig(Config):
     """Which images are rejected."""
 
-    max_pixels: int = flag("larger images are rejected", default=MAX_PIXELS, group="images", least=1)
+    max_pixels: int = flag("images of more pixels are rejected", default=MAX_PIXELS, group="images", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class MaskConfig(Config):
     """How masks are read."""
 
     mask_orientation: str = flag(
-        "masks of images with an EXIF orientation, without one of their own, were drawn on the upright image or on the "
-        "stored pixels",
+        "how masks without an EXIF orientation were drawn where their image has one. upright: on the image as it is "
+        "shown; stored: on its pixels as they are stored",
         default=MASK_ORIENTATIONS[0],
         group="images",
         choices=MASK_ORIENTATIONS,
@@ -99,7 +99,10 @@ class ImageConfig(MaxPixelsConfig):
     """How images are decoded."""
 
     keep_aspect: bool = flag(
-        "pad by reflection instead of stretching to a square", default=False, group="images", affects_results=True
+        "pad images by reflection instead of stretching them to a square",
+        default=False,
+        group="images",
+        affects_results=True,
     )
     bits: int | str = flag(
         "bit depth of 16-bit grey files; auto: the smallest that holds the values of the training images",
@@ -116,10 +119,11 @@ class NetworkConfig(Config):
     """What the network is, and its initial weights."""
 
     stn_mode: str = flag(
-        "transformations that the spatial transformers may use",
+        f"transformations that the spatial transformers may use: {', '.join(STN_MODE_NAMES)}",
         default="rotation_scale",
         group="network",
         choices=STN_MODE_NAMES,
+        metavar="MODE",
         affects_results=True,
     )
     backbone: str = flag(
@@ -161,8 +165,8 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         "reject a test set with missing masks or other findings of check_data.py", default=False, group="images"
     )
     frame: str = flag(
-        "compare features in this frame. image: as released; registered: without the inverse warp, where score maps "
-        "and pixel metrics are off by the warp",
+        "where features are compared. image: at their place in the image, as released; registered: where the spatial "
+        "transformers moved them, by which score maps and pixel metrics are off",
         default="image",
         group="network",
         choices=("image", "registered"),
@@ -174,7 +178,7 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         default=None,
         group="network",
     )
-    last: bool = flag("score the weights of the last epoch instead", default=False, group="network")
+    last: bool = flag("score the weights of the last epoch, not the selected ones", default=False, group="network")
     untrained: bool = flag("score without registration training", default=False, group="network")
     batch_size: int | None = flag(
         "images per network pass; affects time, memory and the last digits (default: 12, on CUDA 64)",
@@ -182,7 +186,12 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         least=1,
     )
     scorer: tuple[str, ...] = flag(f"{SCORER_HELP}; {OTHER_SCORER}", default=(RELEASE_SCORER,), metavar="NAME")
-    metrics: str = flag("all: also AP, F1-max and PRO", default="all", choices=("all", "auroc"), affects_results=True)
+    metrics: str = flag(
+        "auroc: image and pixel AUROC; all: also AP, F1-max and PRO",
+        default="all",
+        choices=("all", "auroc"),
+        affects_results=True,
+    )
     output: Path = flag("output folder", default=Path("./results"))
     overwrite: bool = flag("replace a record that was made with other settings", default=False)
     save_images: int = flag(
@@ -196,7 +205,7 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         metavar="ROUND",
     )
     save_maps: bool = flag("write the score maps of every round as .npz, float32", default=False)
-    save_tiff: bool = flag("write them as 32-bit TIFF files, each at the size of its image", default=False)
+    save_tiff: bool = flag("write them as TIFF files too, 32-bit float, each at the size of its image", default=False)
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""
@@ -217,7 +226,7 @@ class SupportSetConfig(ImageConfig, DataConfig):
     """The flags of make_support.py."""
 
     obj: tuple[str, ...] = flag(
-        "categories to draw from, or --from_pt or --verify",
+        "categories to draw from; with --from_pt: the category of the file",
         default=(),
         group=TASK,
         convert=category_name,

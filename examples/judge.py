@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import CLIPPED_FROM
-from evaluation.config import SCORER_HELP
 from inspection.boxes import Box, find_boxes
 from inspection.detector import FewShotDetector
 from inspection.predictions import HEAT_PANEL, draw_panels
@@ -82,7 +81,12 @@ class Judge:
 class DeviceConfig(Config):
     """How a saved detector is loaded."""
 
-    scorer: str | None = flag(f"of a custom scorer: {SCORER_HELP}", default=None, group="detector", metavar="NAME")
+    scorer: str | None = flag(
+        "the class of a custom scorer, as FILE.py:CLASS (default: the file names the scorer)",
+        default=None,
+        group="detector",
+        metavar="CLASS",
+    )
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
 
 

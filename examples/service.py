@@ -41,12 +41,14 @@ class ServiceConfig(MaxPixelsConfig, DeviceConfig):
     host: str = flag("address to listen at; 127.0.0.1: requests of this machine only", default="127.0.0.1")
     port: int = flag("0: any free port, which is printed", default=8000, least=0)
     workers: int = flag("processes, each with all detectors in memory", default=1, least=1)
-    log: Path | None = flag("append each decision as a line of JSON", default=None, metavar="FILE")
-    max_mb: float = flag("larger requests are refused (413), in MB of 2**20", default=20.0, least=0)
+    log: Path | None = flag("append each decision as a line of JSON (default: no log)", default=None, metavar="FILE")
+    max_mb: float = flag("larger requests are refused (413), in MiB", default=20.0, least=0)
     max_tiles: int = flag("images that are cut into more tiles are refused (413)", default=400, least=1)
     max_waiting: int = flag("further requests are refused (503), in each process", default=32, least=1)
-    max_seconds: float = flag("for a request to arrive, else 408", default=30.0, least=0)
-    answer_seconds: float = flag("from the arrival of an image to its result, else 503", default=120.0, least=0)
+    max_seconds: float = flag("seconds for a request to arrive, else it ends (408)", default=30.0, least=0)
+    answer_seconds: float = flag(
+        "seconds from the arrival of an image to its result, else it ends (503)", default=120.0, least=0
+    )
 
     def check(self) -> None:
         """Raises UserError where a limit allows nothing, the port does not exist or two parts have one name."""

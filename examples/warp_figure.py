@@ -39,8 +39,10 @@ class WarpConfig(DataConfig):
     obj: str = flag("the category to show", group="data", convert=category_name, metavar="CATEGORY")
     images: int = flag("test images, at even distances", default=20, least=1, metavar="N")
     weights: str = flag("of the untrained network: imagenet, none, or a file", default="imagenet", group="network")
-    checkpoints: tuple[Path, ...] = flag("a row for each", default=(), group="network")
-    names: tuple[str, ...] = flag("the title of each checkpoint", default=(), group="network")
+    checkpoints: tuple[Path, ...] = flag(
+        "a row for each (default: the untrained network alone)", default=(), group="network"
+    )
+    names: tuple[str, ...] = flag("the title of each checkpoint (default: none)", default=(), group="network")
     output: Path = flag("a .png file", default=Path("warps.png"))
 
     def check(self) -> None:

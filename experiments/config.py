@@ -90,16 +90,19 @@ class TableConfig(Config):
     report: Path | None = flag(
         "print the tables of DIR and rewrite their files", default=None, group=TABLE, metavar="DIR"
     )
-    readme: Path | None = flag("with --report: also insert them in FILE", default=None, group=TABLE, metavar="FILE")
+    readme: Path | None = flag(
+        "with --report: also insert the tables in FILE", default=None, group=TABLE, metavar="FILE"
+    )
     baseline: str | None = flag(
-        "with --report or --compare: what paired differences are from: a scorer, a kind of weights, a method of "
+        "with --report or --compare: what all columns are compared with: a scorer, a kind of weights, a method of "
         "--import, a column, or a results folder (default: gaussian, and untrained)",
         default=None,
         group=TABLE,
         metavar="NAME",
     )
     columns: tuple[str, ...] | None = flag(
-        "show these columns alone, such as 'untrained' 'untrained, neighbours'; --objs and --shots choose, too",
+        "show these columns alone, such as 'untrained' 'untrained, neighbours'; --objs and --shots choose rows and "
+        "tables (default: all)",
         default=None,
         group=TABLE,
         metavar="COLUMN",
@@ -124,7 +127,11 @@ class TableConfig(Config):
         metavar="NAME",
     )
     compare: tuple[Path, ...] | None = flag(
-        "paired differences B - A", default=None, group=TABLE, nargs=2, metavar=("A", "B")
+        "print the paired differences of two results folders, B - A",
+        default=None,
+        group=TABLE,
+        nargs=2,
+        metavar=("A", "B"),
     )
     format: str = flag("of --compare: Markdown, LaTeX or CSV", default="md", group=TABLE, choices=("md", "tex", "csv"))
     import_scores: Path | None = flag(
@@ -134,12 +141,24 @@ class TableConfig(Config):
         metavar="CSV",
         aliases=("--import",),
     )
-    name: str | None = flag("the method's name", default=None, group=EXTERNAL)
+    name: str | None = flag("name of the method (default: none, --import needs it)", default=None, group=EXTERNAL)
     obj: str | None = flag(
-        "the category that was scored", default=None, group=EXTERNAL, convert=category_name, metavar="CATEGORY"
+        "the category that was scored (default: none, --import needs it)",
+        default=None,
+        group=EXTERNAL,
+        convert=category_name,
+        metavar="CATEGORY",
     )
-    shot: int | None = flag("support images per round", default=None, group=EXTERNAL, least=1, metavar="K")
-    maps: Path | None = flag("round_0.npz, ... for the pixel metrics", default=None, group=EXTERNAL, metavar="DIR")
+    shot: int | None = flag(
+        "support images per round (default: none, --import needs it)",
+        default=None,
+        group=EXTERNAL,
+        least=1,
+        metavar="K",
+    )
+    maps: Path | None = flag(
+        "folder of round_0.npz, ... (default: none, no pixel metrics)", default=None, group=EXTERNAL, metavar="DIR"
+    )
     overwrite: bool = flag("replace a record that was made of other scores", default=False, group=EXTERNAL)
     kind: str = flag("how its weights were chosen", default="last", group=EXTERNAL, choices=tuple(WEIGHTS))
 

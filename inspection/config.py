@@ -57,9 +57,14 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         affects_results=True,
     )
     region: str | None = flag(
-        "score only here: x,y,width,height, or a mask file", default=None, group="detector", metavar="RECT|MASK"
+        "score only here: x,y,width,height, or a mask file (default: the whole image)",
+        default=None,
+        group="detector",
+        metavar="RECT|MASK",
     )
-    ignore: Path | None = flag("mask file: do not score here", default=None, group="detector", metavar="MASK")
+    ignore: Path | None = flag(
+        "mask file: do not score here (default: nothing is left out)", default=None, group="detector", metavar="MASK"
+    )
     checkpoint: Path | None = flag(
         f"{CHECKPOINT_HELP} (default: weights without registration training)", default=None, group="network"
     )
@@ -80,47 +85,58 @@ class DetectorConfig(NetworkConfig, ImageConfig):
     false_positive_rate: float | None = flag(
         "accepted share of normal images above the threshold (default: 0.01)",
         default=None,
-        group="threshold",
+        group="decision",
         aliases=("--false_alarm",),
         metavar="RATE",
     )
     review_rate: float | None = flag(
         "accepted share of normal images above the lower threshold; between both a person should look (default: 0.05)",
         default=None,
-        group="threshold",
+        group="decision",
         metavar="RATE",
     )
     calibrate: tuple[Path, ...] = flag(
-        "further normal images to set the threshold", default=(), group="threshold", metavar="PATH"
+        "further normal images to set the threshold (default: the support images alone)",
+        default=(),
+        group="decision",
+        metavar="PATH",
     )
     defects: tuple[Path, ...] = flag(
-        "known defective images to compare with the threshold", default=(), group="threshold", metavar="PATH"
+        "known defective images to compare with the threshold (default: none)",
+        default=(),
+        group="decision",
+        metavar="PATH",
     )
-    threshold: float | None = flag("fixed threshold; overrides calibration", default=None, group="threshold")
-    adopt: bool = flag("adopt the threshold that separates --defects best", default=False, group="threshold")
+    threshold: float | None = flag(
+        "a fixed threshold (default: set from normal images)", default=None, group="decision"
+    )
+    adopt: bool = flag("adopt the threshold that separates --defects best", default=False, group="decision")
     force: bool = flag(
-        "calibrate with images that are not like the support, save over known defects that are missed or over a "
-        "detector that missed fewer",
+        "calibrate although images are not like the support; save although known defects are missed, or more than by "
+        "the detector that is replaced",
         default=False,
-        group="threshold",
+        group="decision",
     )
     accept: tuple[Path, ...] = flag(
-        "good images that the --detector rejected: it learns from them", default=(), group="threshold", metavar="PATH"
+        "good images that the --detector rejected: it learns from them (default: none)",
+        default=(),
+        group="decision",
+        metavar="PATH",
     )
     min_area: float | None = flag(
         "area of the smallest defect in pixels of the image, with --mm_per_pixel in square millimetres; smaller "
-        "regions do not decide",
+        "regions do not decide (default: all do)",
         default=None,
-        group="threshold",
+        group="decision",
         least=0,
     )
     mm_per_pixel: float | None = flag(
-        "side of a pixel of the image, for --min_area in square millimetres",
+        "side of a pixel of the image, for --min_area in square millimetres (default: --min_area is in pixels)",
         default=None,
-        group="threshold",
+        group="decision",
         metavar="MM",
     )
-    part: str | None = flag("name of the part, kept in the detector file", default=None, group="threshold")
+    part: str | None = flag("name of the part, kept in the detector file (default: none)", default=None)
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""
@@ -167,30 +183,36 @@ class PredictConfig(DetectorConfig):
     output: Path = flag("folder of all output files", default=Path("./predictions"))
     append: bool = flag("keep the results in --output, score only new images", default=False)
     overwrite: bool = flag("remove the results in --output", default=False)
-    save: Path | None = flag("save the detector to a file, e.g. part.regad", default=None, metavar="FILE")
+    save: Path | None = flag(
+        "save the detector to a file, e.g. part.regad (default: not saved)", default=None, metavar="FILE"
+    )
     describe: str | None = flag(
-        "print what the --detector file says of itself, and end",
+        "print the origin, images, limits and history in the --detector file, and end",
         default=None,
         choices=("text", "json"),
         nargs="?",
         const="text",
     )
-    maps: str = flag("score maps; png: 16 bits, scaled by map_scale in scores.json", default="none", choices=MAPS)
+    maps: str = flag(
+        "files of the score maps. png: 16 bits, scaled by map_scale in scores.json; npy: float32",
+        default="none",
+        choices=MAPS,
+    )
     csv: str = flag(
-        "form of the tables; excel: byte-order mark, part, file name and times that Excel reads; excel_comma: also "
-        "decimal commas, between semicolons",
+        "form of the tables. excel: with the part, file names and times as Excel reads them, in UTF-8 with byte-order "
+        "mark; excel_comma: also decimal commas, between semicolons",
         default=CSV_KINDS[0],
         choices=CSV_KINDS,
     )
     jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
     fail_on_defect: bool = flag("exit code 3 if an image is defective or for review", default=False)
     min_images: int = flag(
-        "exit code 5 if fewer are scored, with --watch on a whole day; for folders that should not be empty",
+        "exit code 5 if fewer images are scored, with --watch on any whole day",
         default=0,
         least=0,
     )
     panels: str = flag(
-        "input, heat map and outlines in one file per image, or in a file each, without titles",
+        "image, heat map and outlines. joined: side by side in one file; separate: in a file each, without titles",
         default=PANELS[0],
         choices=PANELS,
     )
@@ -218,7 +240,7 @@ class ExportConfig(DetectorConfig):
     """The flags of export.py."""
 
     output: Path = flag("the file to write; its suffix is set by --format", default=Path("part.onnx"))
-    format: tuple[str, ...] = flag("one or both formats", default=("onnx",), choices=FORMATS)
+    format: tuple[str, ...] = flag("onnx: ONNX; pt2: torch.export; or both", default=("onnx",), choices=FORMATS)
     compare: tuple[Path, ...] | None = flag(
         "compare with PyTorch on at most 20 of these images; without PATH, on the --support images",
         default=None,

@@ -54,7 +54,10 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
     )
     shot: int = flag("support images per query", default=2, group="data", least=1, metavar="K", affects_results=True)
     episodes: Path | None = flag(
-        "use these episodes in every epoch (datasets/episodes.py)", default=None, group="data", metavar="FILE"
+        "use these episodes in every epoch, as python -m datasets.episodes prints them (default: drawn anew for each)",
+        default=None,
+        group="data",
+        metavar="FILE",
     )
     strict: bool = flag(
         "reject a test set with missing masks or other findings of check_data.py", default=False, group="images"
@@ -80,7 +83,7 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
         affects_results=UNLESS_DEFAULT,
     )
     batch_norm: str = flag(
-        "of the ResNet. train: as released; frozen: statistics, scales and offsets stay those of --weights",
+        "batch norm of the ResNet. train: as released; frozen: statistics, scales and offsets stay those of --weights",
         default=BATCH_NORM[0],
         group="training",
         choices=BATCH_NORM,
@@ -105,15 +108,16 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
         affects_results=True,
     )
     select: str = flag(
-        "best: by the target's test labels; source: by a held-out source category, without the target",
+        "the epoch whose weights are kept. best: by the target's test labels; source: by a held-out source category, "
+        "without the target; last: the last",
         default="best",
         group=SELECTION,
         choices=("best", "last", "source"),
         affects_results=True,
     )
     held_out: tuple[str, ...] | None = flag(
-        "source categories that are not trained on and select an epoch: for --select source (default: the next "
-        "category after the target by name), or with --select best, for further weights, selected by their mean",
+        "source categories that are not trained on, but select an epoch; with --select best, further weights are kept "
+        "for it (default: with --select source the next category after the target by name)",
         default=None,
         group=SELECTION,
         convert=category_name,

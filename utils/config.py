@@ -128,6 +128,8 @@ class HelpFormatter(argparse.HelpFormatter):
             return text
         if action.required or default is MISSING:
             return f"{text} (required)"
+        if default is None and action.nargs in ("?", "*"):  # the flag alone has a meaning
+            return f"{text} (default: off)"
         return f"{text} (default: {_shown(default)})"
 
 
@@ -153,6 +155,7 @@ class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
             epilog=epilog,
             argument_default=argparse.SUPPRESS,
             formatter_class=HelpFormatter,
+            prog=_program(),
         )
         self.kind = kind
         self.add_argument(
@@ -184,6 +187,18 @@ class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
         values = {} if file is None else read_config(file, self.kind)
         # what argparse converted already is converted again: the same rule holds for files and command lines
         return self.kind.from_plain(values | {name: _plain(value) for name, value in given.items()})
+
+
+def script_parser(docstring: str) -> argparse.ArgumentParser:
+    """The command line of a script without a configuration, described by the first line of its docstring."""
+    description = docstring.splitlines()[0]
+    return argparse.ArgumentParser(prog=_program(), description=description, formatter_class=HelpFormatter)
+
+
+def _program() -> str | None:
+    """How the running script is started, where that is `python -m`; None: by its file's name, as argparse shows it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else None
 
 
 def flags_of(kind: type[Config]) -> list[dataclasses.Field]:
