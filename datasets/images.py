@@ -103,7 +103,7 @@ def read_pixels(
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
         is_unknown = isinstance(error, Image.UnidentifiedImageError)
-        said = " ".join(str(error).split()) or repr(error)
+        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
         reason = "not an image that Pillow reads, or damaged" if is_unknown else said
         raise ImageError(f"cannot read the image {name or path}: {reason}", options) from error
 

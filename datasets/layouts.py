@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.images import IMAGE_SUFFIXES, is_image_file
-from datasets.listing import GALLERY, PREDICTIONS, Listing, counted, entries, is_folder
+from datasets.listing import GALLERY, PREDICTIONS, Listing, counted, entries, is_folder, require_no_pipes
 from datasets.masks import decode_mask
 from utils.errors import UserError
 from utils.text import read_table, read_text
@@ -175,7 +175,7 @@ def list_images(folder: Path) -> list[Path]:
     """The images directly in `folder`, sorted by name; UserError if there are none."""
     if not is_folder(folder):
         raise UserError(f"no folder {folder} (expected layout: <category>/train/good, <category>/test/<defect>)")
-    images = list(filter(is_image_file, entries(folder)))
+    images = require_no_pipes(filter(is_image_file, entries(folder)))
     if not images:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}")
     return images
@@ -194,9 +194,9 @@ def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
     if not is_folder(folder):
         return {}
     found = entries(folder)
-    files = sorted(filter(is_image_file, found), key=lambda file: file.suffix.lower() == ".png")
+    files = sorted(require_no_pipes(filter(is_image_file, found)), key=lambda file: file.suffix.lower() == ".png")
     folders = [entry for entry in found if is_folder(entry) and entry not in files]
-    several = {entry.name: tuple(filter(is_image_file, entries(entry))) for entry in folders}
+    several = {entry.name: tuple(require_no_pipes(filter(is_image_file, entries(entry)))) for entry in folders}
     return several | {file.stem: (file,) for file in files}
 
 

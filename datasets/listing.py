@@ -31,6 +31,19 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)
 
 
+def is_pipe(path: Path) -> bool:
+    """Whether a path is a pipe, socket or device, which may block its reader."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def require_no_pipes(images: Iterable[Path]) -> list[Path]:
+    """The images as a list; UserError if one `is_pipe`."""
+    images = list(images)
+    if pipe := next(filter(is_pipe, images), None):
+        raise UserError(f"{pipe} is a {NO_FILE}, not an image file")
+    return images
+
+
 def entries(folder: Path) -> list[Path]:
     """The entries of a folder, sorted by name, without ignored ones and output; UserError if it cannot be listed."""
     try:
@@ -84,7 +97,11 @@ class Listing:
         skips_output = self.output and not _is_below(os.path.realpath(folder), self.output)
         for place, folders, names in os.walk(folder, followlinks=True, onerror=self._note):
             real = os.path.realpath(place)
-            is_loop = os.path.islink(place) and _is_below(os.path.realpath(os.path.dirname(place)), real)
+            is_loop = (
+                Path(place) != folder
+                and os.path.islink(place)
+                and _is_below(os.path.realpath(os.path.dirname(place)), real)
+            )
             if real in self.entered or is_loop:
                 folders.clear()
                 continue
@@ -105,7 +122,7 @@ class Listing:
         for path in files:
             if not is_image_file(path) and not self.all_files:
                 others.append(path.suffix.lower())
-            elif os.path.exists(path) and not os.path.isfile(path):  # a pipe may block its reader
+            elif is_pipe(path):
                 others.append(NO_FILE)
             else:
                 images.append(path)

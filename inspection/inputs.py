@@ -21,7 +21,7 @@ from datasets.images import (
     decode_image,
     to_square,
 )
-from datasets.listing import Listing, counted, is_folder, label_files
+from datasets.listing import Listing, counted, is_folder, label_files, require_no_pipes
 from utils.errors import UserError
 from utils.stages import StageClock, in_threads
 
@@ -73,7 +73,7 @@ def list_inputs(
     for source in sources:
         if not is_folder(source) and not source.exists():
             raise UserError(f"no such file or folder: {source}")
-        for path in listing.images_below(source) if is_folder(source) else [source]:
+        for path in listing.images_below(source) if is_folder(source) else require_no_pipes([source]):
             found.setdefault(absolute(path), path)
     if listing.unreadable and (is_strict or not found):
         raise UserError(counted(listing.unreadable, "folder"))

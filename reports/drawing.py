@@ -155,7 +155,7 @@ def sheet(
     drawn.paste(row, (0, int(2.5 * line)))
     canvas, font, margin = ImageDraw.Draw(drawn), _font(round(0.65 * line)), line // 5
     canvas.text((margin, line // 6), verdict, fill=colour, font=_font(round(0.8 * line)))
-    canvas.text((margin, int(1.4 * line)), _end_of(name, font, width - 2 * margin), fill="black", font=font)
+    canvas.text((margin, int(1.4 * line)), _end_of(_one_line(name), font, width - 2 * margin), fill="black", font=font)
     _draw_scale(drawn, limits, threshold, int(2.8 * line) + row.height, line)
     drawn.info["comment"] = json.dumps([0, int(2.5 * line), row.width, int(2.5 * line) + row.height])
     return drawn
@@ -186,8 +186,14 @@ def captioned(image: Image.Image, text: str, colour: str = "black", height: int 
     """The image with a line of text in a strip of `height` pixels above it. Text wider than the image is cut."""
     drawn = Image.new("RGB", (image.width, image.height + height), "white")
     drawn.paste(image, (0, height))
-    ImageDraw.Draw(drawn).text((height // 5, height // 7), text, fill=colour, font=_font(round(0.6 * height)))
+    font = _font(round(0.6 * height))
+    ImageDraw.Draw(drawn).text((height // 5, height // 7), _one_line(text), fill=colour, font=font)
     return drawn
+
+
+def _one_line(text: str) -> str:
+    """Text that fonts can draw: line feeds and what else has no shape, which file names may hold, are escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def boxed(image: Image.Image, boxes: Sequence[Sequence[float]], colour: tuple[int, int, int]) -> Image.Image:

@@ -119,6 +119,21 @@ def test_pipes_and_folders_named_like_images_are_no_images(tmp_path):
     assert below(tmp_path) == ["b.png/c.png"]
 
 
+def test_pipes_that_are_named_or_in_a_data_set_are_refused(tmp_path):
+    """They may block their reader for ever."""
+    os.mkfifo(tmp_path / "a.png")
+    sentence = f"{tmp_path}/a.png is a pipe or device, not an image file"
+    for listed in (lambda: list_inputs([tmp_path / "a.png"]), lambda: list_images(tmp_path)):
+        with pytest.raises(UserError, match=sentence):
+            listed()
+
+
+def test_a_link_to_the_folder_it_lies_in_is_entered_by_name(tmp_path):
+    image(tmp_path / "a.png")
+    (tmp_path / "self").symlink_to(tmp_path)
+    assert list_inputs([tmp_path / "self"]) == [tmp_path / "self/a.png"]
+
+
 def test_the_output_is_not_entered_unless_asked_for(tmp_path):
     image(tmp_path / "in/a.png")
     image(tmp_path / "in/out/images/a.jpg")

@@ -16,6 +16,7 @@ from reports.drawing import (
     LEAST_SHEET,
     add_titles,
     boxed,
+    captioned,
     colour_limits,
     heat_map,
     hstack,
@@ -73,6 +74,15 @@ def test_a_sheet_says_what_it_shows():
         assert not np.array_equal(plain, sheet(row, name, verdict, (0, 0, 0), limits, 2.0))
     long = sheet(row, "x" * 300 + "/end.png", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0)
     assert long.size == plain.size
+
+
+@given(st.text(max_size=9))
+def test_every_file_name_can_be_drawn(name):
+    """Line feeds, control characters, bytes that are no text, right-to-left marks."""
+    row = Image.new("RGB", (64, 64))
+    drawn = sheet(row, name, "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0)
+    assert drawn.size == sheet(row, "a", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0).size
+    assert captioned(row, name, height=20).size == (64, 84)
 
 
 def test_plots_are_the_same_files_again(tmp_path):
