@@ -49,6 +49,7 @@ from examples.demo_data import write_dataset
 from inspection.detector import FewShotDetector
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import STNResNet, fuse_conv_bn
+from scorers.features import CUDA_IMAGES
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer, count_images
@@ -165,7 +166,7 @@ def measure_device(_args: argparse.Namespace, device: torch.device, _scratch: Pa
 def measure_distances(args: argparse.Namespace, device: torch.device, _scratch: Path) -> dict:
     """Images per second of each scorer's distances, for the largest K."""
     network, found = fuse_conv_bn(_network(args).to(device)), {}
-    views, batch = VIEWS_PER_IMAGE * max(args.shots), SCORING_BATCH[device.type]
+    views, batch = VIEWS_PER_IMAGE * max(args.shots), CUDA_IMAGES if device.type == "cuda" else SCORING_BATCH
     inputs = [torch.rand(count, 3, args.img_size, args.img_size, device=device) for count in (views, batch)]
     for name in SCORERS:
         scorer = make_scorer(name)
@@ -230,7 +231,7 @@ def measure_network(args: argparse.Namespace, device: torch.device, _scratch: Pa
     """Images per second of the scoring network, by memory format and batch size."""
     network = fuse_conv_bn(_network(args).to(device))
     found = {}
-    for batch in (SCORING_BATCH["cpu"], SCORING_BATCH["cuda"]):
+    for batch in (SCORING_BATCH, CUDA_IMAGES):
         images = torch.rand(batch, 3, args.img_size, args.img_size, device=device)
         for name, layout in (("channels last", torch.channels_last), ("channels first", torch.contiguous_format)):
             network.to(memory_format=layout)

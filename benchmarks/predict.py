@@ -22,13 +22,11 @@ import torch
 from benchmarks.reference import DATA, TRUNK
 from benchmarks.scoring import RESULTS, command_line, print_seconds
 from datasets.images import is_image_file
-from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
 from inspection.inputs import read_inputs
-from inspection.scoring import SCORE_GROUP
 from models.regad import untrained
 from utils.config import script_parser
-from utils.devices import resolve_device
+from utils.devices import reader_threads, resolve_device
 from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, require_writable, write_json
 from utils.records import provenance
@@ -86,11 +84,11 @@ def _images(args: argparse.Namespace) -> list[Path]:
 def _decode_and_network(paths: Sequence[Path], args: argparse.Namespace) -> float:
     """Seconds of the unavoidable work of predict.py: decoding in threads, and the network in its groups."""
     detector = FewShotDetector(untrained(args.weights, img_size=args.img_size).stn, args.device)
-    workers = PredictConfig.num_workers
+    workers = reader_threads(None, detector.clock.device)
     read = (item.square for item in read_inputs(paths, detector.size, False, workers, detector.clock))
     begin = time.perf_counter()
-    while group := list(itertools.islice(read, SCORE_GROUP)):
-        detector.features(detector.inputs(group))
+    while group := list(itertools.islice(read, detector.group_images)):
+        detector.features(detector.on_device(group))
     if detector.clock.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin

@@ -29,6 +29,7 @@ from evaluation.scoring import SCORING_BATCH, compute_test_features, score_round
 from inspection.detector import FewShotDetector
 from models.regad import load_checkpoint
 from models.stn import STNResNet, fuse_conv_bn
+from scorers.features import CUDA_IMAGES
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import support_views
 from utils.choices import RELEASE_SCORER
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_writable(args.output, "--output", folder=True)
     device = command_device(args.device)
-    args.batch_size = args.batch_size or SCORING_BATCH[device.type]
+    args.batch_size = args.batch_size or (SCORING_BATCH if device.type == "cpu" else CUDA_IMAGES)
     seed_everything(0)
     folder = category_folder(args.data_path, "folder", args.obj)
     items = list_test_items(folder)
@@ -162,7 +163,8 @@ def _time_one_image(network: STNResNet, support: list[Path], scorer: str, device
     """Milliseconds of one image alone through FewShotDetector.score and through its network, medians in turn."""
     detector = FewShotDetector(network, device, scorer=scorer).fit(support, for_threshold=False)
     image = read_image(support[0], detector.size)
-    fast, inputs, times = fuse_conv_bn(network), detector.inputs([image]), {"score": [], "network": []}
+    inputs = detector.on_device([detector.decode(image).square])
+    fast, times = fuse_conv_bn(network), {"score": [], "network": []}
     for _ in range(ONE_IMAGE_REPEATS):
         for name, run in (("score", lambda: detector.score([image])), ("network", lambda: fast.features(inputs))):
             begin = time.perf_counter()

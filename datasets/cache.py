@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from datasets.episodes import Episode
-from datasets.images import FULL_BITS, read_image
+from datasets.images import FULL_BITS, read_image, unit_range
 from datasets.layouts import short_name
-from utils.devices import upload
+from utils.devices import free_memory, upload
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.fingerprint import METHOD_VERSION, FileDigests, digest
@@ -32,7 +32,7 @@ from utils.progress import ProgressBar
 from utils.stages import in_threads
 
 DIGEST_LETTERS = 16
-RESIDENT_BYTES = 4 * 2**30  # source images up to this total are kept on the CUDA device
+RESIDENT_SHARE = 0.25  # of CUDA's free memory: source images up to this total stay there, training needs the rest
 
 
 def decoded_images(
@@ -141,9 +141,9 @@ class SourceImages:
             name: decoded_images(paths, size, cache_dir, num_workers, keep_aspect, bits, digests)
             for name, paths in sources.items()
         }
-        is_small = sum(array.nbytes for array in self.images.values()) <= RESIDENT_BYTES
+        needed = sum(array.nbytes for array in self.images.values())
         self.resident = {}
-        if device.type == "cuda" and is_small:
+        if device.type == "cuda" and needed <= RESIDENT_SHARE * free_memory(device):
             self.resident = {name: torch.tensor(array, device=device) for name, array in self.images.items()}
 
     def episode(self, episode: Episode) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,4 +158,4 @@ class SourceImages:
             images = self.resident[category][upload(torch.tensor(numbers), self.device)]
         else:
             images = upload(torch.from_numpy(self.images[category][numbers]), self.device)
-        return images.permute(0, 3, 1, 2).float().div_(255)
+        return unit_range(images.permute(0, 3, 1, 2))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, default_collate
 
@@ -156,6 +157,16 @@ def to_square(image: Image.Image, size: int, keep_aspect: bool = False) -> np.nd
     """
     square = resize(image, size, keep_aspect, Image.Resampling.LANCZOS)
     return square if square.ndim == 3 else square[..., None].repeat(3, axis=2)
+
+
+def unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels as network input: uint8 as float32 in [0, 1], with the same bits on every device; others as they are.
+
+    On CUDA, PyTorch divides by a number of Python through its reciprocal, which can be one unit in the last place off.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.float().div_(torch.full((), 255.0, device=pixels.device))
 
 
 def content_box(width: int, height: int, size: int, keep_aspect: bool) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.images import FULL_BITS, read_image
+from datasets.images import FULL_BITS, read_image, unit_range
 from datasets.layouts import short_name
 from datasets.manifest import (
     TOOL,
@@ -171,7 +171,7 @@ def read_support_images(
 ) -> torch.Tensor:
     """Images as one round of a support set, (K, 3, S, S) float32 in [0, 1]."""
     images = torch.from_numpy(_read_all(paths, size, keep_aspect, bits))
-    return images.permute(0, 3, 1, 2).contiguous().float() / 255
+    return unit_range(images.permute(0, 3, 1, 2).contiguous())
 
 
 def _read_all(paths: Sequence[Path], size: int, keep_aspect: bool, bits: int) -> np.ndarray:

@@ -149,7 +149,9 @@ class RunConfig(Config):
     """Where the command runs."""
 
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
-    num_workers: int = flag("threads that decode images", default=2, least=0)
+    num_workers: int | None = flag(
+        "threads that decode images (default: 2, on CUDA one per core, at most 16)", default=None, least=0
+    )
     seed: int = flag(
         "of all random numbers; the same seed gives the same results", default=DEFAULT_SEED, least=0, most=LARGEST_SEED
     )
@@ -181,7 +183,7 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
     last: bool = flag("score the weights of the last epoch, not the selected ones", default=False, group="network")
     untrained: bool = flag("score without registration training", default=False, group="network")
     batch_size: int | None = flag(
-        "images per network pass; affects time, memory and the last digits (default: 12, on CUDA 64)",
+        "images per network pass; affects time, memory, the last digits (default: 12, on CUDA what fits, at most 64)",
         default=None,
         least=1,
     )

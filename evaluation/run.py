@@ -30,7 +30,7 @@ from models.stn import fuse_conv_bn
 from scorers.features import FeatureNetwork
 from scorers.registry import make_scorers
 from utils.choices import RELEASE_SCORER, ROUND_RANKS
-from utils.devices import command_device, seed_everything
+from utils.devices import command_device, reader_threads, seed_everything
 from utils.errors import UserError
 from utils.files import require_writable, sha256, write_json
 from utils.fingerprint import FileDigests, changes, digest, fingerprint
@@ -96,6 +96,7 @@ def run(config: ScoringConfig) -> None:
     require_writable(config.output, "--output", folder=True)
     limit_pixels(config.max_pixels)
     device = command_device(config.device)
+    config = replace(config, num_workers=reader_threads(config.num_workers, device))
     seed_everything(config.seed)
     folder, digests = _folder(config), FileDigests()
     plan = make_plan(config, list_test_items_with_notes(folder, config.strict, need_both=False), digests)

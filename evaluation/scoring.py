@@ -9,29 +9,30 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.images import read_batches
+from datasets.images import read_batches, unit_range
 from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import AUROCS, IMAGES_AT_ONCE, GroundTruth, Numbers, RoundMetrics
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Prepared, Scorer
 from scorers.combined import over_backbones
-from scorers.features import FeatureNetwork, FeatureStore, write_support_images
+from scorers.features import FeatureNetwork, FeatureStore, images_per_pass, write_support_images
 from scorers.maps import score_maps_at
 from utils.choices import default_cache_dir
-from utils.devices import upload
+from utils.devices import run_batch, upload
 from utils.errors import UserError
 from utils.progress import ProgressBar
 from utils.stages import StageClock
 
-# Images per network pass. Affects time, memory and the last digits only. On the CPU, the best value depends on the
+# Images per network pass on the CPU. Affects time, memory and the last digits only. The best value depends on the
 # caches; benchmarks/scoring.py --batch_size N prints the milliseconds per image.
-SCORING_BATCH = {"cpu": 12, "cuda": 64}
+SCORING_BATCH = 12
 KEPT_FEATURES_BYTES = 512 * 2**20  # limit for cached features of support images that occur again in later rounds
 
 
@@ -134,10 +135,10 @@ def compute_test_features(
     """Features and ground truth of the test images in `dataset`.
 
     network: from `models.stn.fuse_conv_bn`, on the clock's device. dataset: its items are those of
-    datasets.mvtec.LabelledDataset. labels: 1 for defective images. batch_size: None for SCORING_BATCH.
+    datasets.mvtec.LabelledDataset. labels: 1 for defective images. batch_size: None for `images_per_pass`.
     defect_types: of each image, for metrics by defect type.
     """
-    batch_size = batch_size or SCORING_BATCH[clock.device.type]
+    batch_size = batch_size or images_per_pass(network, clock.device, SCORING_BATCH)
     scorers = [over_backbones(scorer, getattr(network, "backbone_layers", ())) for scorer in scorers]
     store = FeatureStore(scorers, len(labels), folder=default_cache_dir())
     masks: np.ndarray | None = None
@@ -155,10 +156,15 @@ def compute_test_features(
             if valid_mask is not None:
                 valid_mask[start : start + len(own)] = valid
         with clock("network"):
-            images = upload(batch["image"], clock.device).float() / 255
-            store.write(start, network.features(images))
+            images = unit_range(upload(batch["image"], clock.device))
+            write = partial(_write_features, store, start, network, images)
+            run_batch(write, len(images), "images per network pass")
     known = masks if masks.any() else None
     return TestFeatures(store, np.array(labels, dtype=bool), known, valid_mask, defect_types)
+
+
+def _write_features(store: FeatureStore, start: int, network: FeatureNetwork, images: torch.Tensor, count: int) -> None:
+    store.write(start, network.features(images[:count]))
 
 
 def score_rounds(
@@ -232,7 +238,7 @@ def _support_features(
 
     The features of an image that occurs in several rounds are cached, up to KEPT_FEATURES_BYTES.
     """
-    batch_size = batch_size or SCORING_BATCH[clock.device.type]
+    batch_size = batch_size or images_per_pass(network, clock.device, SCORING_BATCH)
     keys = [[hashlib.sha256(image.cpu().contiguous().numpy()).digest() for image in images] for images in rounds]
     to_come = Counter(key for of_round in keys for key in of_round)
     kept: dict[bytes, dict[str, Prepared]] = {}

@@ -220,7 +220,9 @@ class PredictConfig(DetectorConfig):
         "draw nothing: scores, maps and a report without images", default=False, aliases=("--no_pictures",)
     )
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
-    num_workers: int = flag("threads that decode and draw", default=2, least=0)
+    num_workers: int | None = flag(
+        "threads that decode and draw (default: 2, on CUDA one per core, at most 16)", default=None, least=0
+    )
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""

@@ -24,11 +24,19 @@ from inspection.detector_file import (
     write_state,
 )
 from inspection.duplicates import digest, duplicate_notes, equal_images
-from inspection.images import ImageFile, ImageInput, as_pixels, as_tensor, image_list, image_names, largest_grey_values
+from inspection.images import (
+    Decoded,
+    ImageFile,
+    ImageInput,
+    as_pixels,
+    image_list,
+    image_names,
+    largest_grey_values,
+)
 from inspection.out_of_distribution import contrast
 from inspection.quality import QualityGate, measure, readable
 from inspection.representatives import MOST_FITTED, representatives
-from inspection.scoring import CHECK, NETWORK_GROUP, ImageResult, ImageScoring
+from inspection.scoring import CHECK, ImageResult, ImageScoring
 from inspection.threshold import (
     NormalScores,
     Threshold,
@@ -48,12 +56,11 @@ from scorers.left_out import without_images
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.choices import AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
-from utils.devices import resolve_device, upload
+from utils.devices import resolve_device
 from utils.errors import UserError
 from utils.progress import ProgressBar
 from utils.stages import StageClock
 
-SUPPORT_GROUP = {"cpu": 1, "cuda": 4}  # support images whose views go through the network together
 ALPHA_EXPECTED = "has no transparent parts, as support images have, and may not be comparable with them"
 MOST_OTHERS = 3  # images of other parts that an error names
 MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
@@ -193,7 +200,7 @@ class FewShotDetector(ImageScoring):
         squares = [support.squares[number] for number in chosen]
         prepared = self._view_features(squares)
         with self.clock(self.scorer.name):
-            self.check = CHECK.fit(prepared[CHECK.name], contrast(torch.stack(squares)).to(self.clock.device))
+            self.check = CHECK.fit(prepared[CHECK.name], contrast(self.on_device(squares)))
         features = prepared[self.scorer.name]
         if not with_scores:
             with self.clock(self.scorer.name):
@@ -212,7 +219,7 @@ class FewShotDetector(ImageScoring):
         """The support images to which the detector is fitted, by number."""
         if len(squares) <= MOST_FITTED:
             return list(range(len(squares)))
-        store, size = FeatureStore([CHECK], len(squares)), NETWORK_GROUP[self.clock.device.type]
+        store, size = FeatureStore([CHECK], len(squares)), self.pass_images
         for start in ProgressBar("choosing support images", range(0, len(squares), size), unit="batches"):
             with self.clock("network"):
                 store.write(start, self.fast_network.features(self.on_device(squares[start : start + size])))
@@ -231,12 +238,12 @@ class FewShotDetector(ImageScoring):
         """The decoded support images, without duplicates."""
         squares, sizes, levels, parts, names = [], [], [], [], image_names(images)
         for name, image in zip(names, images, strict=True):
-            decoded = as_pixels(image, self.size, self.bits)
-            if isinstance(decoded, Image.Image):
+            decoded, square = self.decode(image)
+            if decoded:
                 levels.append((sum(map(bool, decoded.convert("L").histogram())), name))
                 parts.append((name, parts_of(decoded)))
-            squares.append(self.square(decoded))
-            sizes.append(decoded.size if isinstance(decoded, Image.Image) else (self.size, self.size))
+            squares.append(square)
+            sizes.append(decoded.size if decoded else (self.size, self.size))
         flat = [name for count, name in levels if count <= MOST_LABELS]
         if flat and max(levels)[0] >= PHOTO_LEVELS:
             raise UserError(
@@ -263,7 +270,7 @@ class FewShotDetector(ImageScoring):
         store, contrasts, number = FeatureStore([self.scorer, CHECK], int(ends[-1])), [], 0
         for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True):
             for tiles in self._cut(image, layout, corners) if layout else [square[None]]:
-                inputs = upload(tiles, self.clock.device)
+                inputs = self.on_device(tiles)
                 with self.clock("network"):
                     store.write(number, self.fast_network.features(inputs))
                 contrasts.append(contrast(inputs))
@@ -271,10 +278,10 @@ class FewShotDetector(ImageScoring):
         return store.prepared, torch.cat(contrasts), ends
 
     def _cut(self, image: ImageInput, layout: Layout, corners: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """The tiles (n, 3, S, S) of an image at `corners`, a few at a time."""
+        """The tiles (n, 3, S, S) uint8 of an image at `corners`, a few at a time."""
         with self.clock("decode"):
             decoded = as_pixels(image, self.size, self.bits)
-        size = NETWORK_GROUP[self.clock.device.type]
+        size = self.pass_images
         for start in range(0, len(corners), size):
             with self.clock("decode"):
                 tiles = torch.stack([layout.cut(decoded, *corner) for corner in corners[start : start + size]])
@@ -283,13 +290,14 @@ class FewShotDetector(ImageScoring):
     def _view_features(self, squares: list[torch.Tensor]) -> dict[str, Prepared]:
         """The features of all views of the support images."""
         store = FeatureStore([self.scorer, CHECK], len(squares), with_views=True)
-        group = SUPPORT_GROUP[self.clock.device.type]
+        views = VIEWS_PER_IMAGE if self.clock.device.type == "cpu" else self.pass_images  # per network pass
+        group = max(1, views // VIEWS_PER_IMAGE)
         starts = range(0, len(squares), group)
         for start in ProgressBar("support views", starts, unit="batches"):
             some = squares[start : start + group]
             with self.clock("network"):
-                inputs, numbers = upload(torch.stack(some), self.clock.device), range(start, start + len(some))
-                write_support_images(store, numbers, self.fast_network, inputs, VIEWS_PER_IMAGE * group)
+                numbers = range(start, start + len(some))
+                write_support_images(store, numbers, self.fast_network, self.on_device(some), views)
         return store.prepared
 
     def _leave_one_out(self, images: Sequence[ImageInput], support: Prepared, ends: np.ndarray) -> NormalScores:
@@ -408,7 +416,7 @@ class FewShotDetector(ImageScoring):
         """
         return self.inspect(images)[:2]
 
-    def inspect(self, images: Sequence[ImageInput]) -> Inspection:
+    def inspect(self, images: Sequence[ImageInput | Decoded]) -> Inspection:
         """Scores and maps as `score` returns them, and why a person should look at an image whatever its score.
 
         Raises:
@@ -428,15 +436,15 @@ class FewShotDetector(ImageScoring):
             maps = np.stack(maps) if maps else np.empty((0, self.size, self.size), np.float32)
         return Inspection(np.array(scores, np.float32), maps, reasons, quality)
 
-    def doubts(self, image: Image.Image, square: np.ndarray | None, name: Path | str) -> str | None:
+    def doubts(self, image: Image.Image, square: torch.Tensor | None, name: Path | str) -> str | None:
         """Why the score of a decoded image may mislead, as sentences; None if nothing is known.
 
-        square: its network input (S, S, 3) uint8, to find out whether it is a support image; None: that is not said.
+        square: its network input (3, S, S), to find out whether it is a support image; None: that is not said.
         """
         found, has_alpha = [reading_note(image, name, self.bits)], TRANSPARENT in image.info
         if self.support_alpha not in (None, has_alpha):
             found.append("the support images have none" if has_alpha else f"{name} {ALPHA_EXPECTED}")
-        if square is not None and digest(as_tensor(square)) in self.support_digests:
+        if square is not None and digest(square) in self.support_digests:
             found.append(f"{name} has the same pixels as a support image, against which it is scored")
         return "; ".join(filter(None, found)) or None
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
+from datasets.images import unit_range
+
 SUPPORT = -1  # in place of the number of the original, where that is a support image
 
 
 def digest(square: torch.Tensor) -> str:
-    """SHA-256 of the values of a network input, in hexadecimal."""
-    return hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest()
+    """SHA-256 of the values in [0, 1] of a network input, in hexadecimal."""
+    return hashlib.sha256(unit_range(square).cpu().numpy().tobytes()).hexdigest()
 
 
 def equal_images(squares: Sequence[torch.Tensor], support: Sequence[str] = ()) -> dict[int, int]:

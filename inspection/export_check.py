@@ -10,7 +10,7 @@ import torch
 
 from datasets.images import read_image
 from inspection.detector import FewShotDetector
-from inspection.images import as_tensor
+from inspection.images import Decoded, as_tensor
 from utils.errors import UserError
 
 # Largest difference of a pixel or score, relative to itself or to the threshold, whichever is larger: what lies far
@@ -53,7 +53,7 @@ def largest_difference(detector: FewShotDetector, runtime: Runtime, images: np.n
     It is relative to the value or to the threshold, whichever is larger; without a threshold above 0, to the value or
     to the largest of all. The runtime gets the images in batches of each size in CHECK_BATCHES.
     """
-    scores, maps = detector.score([as_tensor(square) for square in images])  # squares are never cut
+    scores, maps = detector.score([Decoded(None, as_tensor(square)) for square in images])
     limit = detector.threshold.value if detector.threshold else 0.0
     least = limit if limit > 0 else float(scores.max()) or 1.0
     found = []

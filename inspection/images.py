@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,17 @@ class ImageFile:
 
 
 ImageInput = ImageFile | Path | str | Image.Image | np.ndarray | torch.Tensor
+
+
+class Decoded(NamedTuple):
+    """An image that is decoded already.
+
+    image: in mode L or RGB; None if only its network input is known, and then it is never cut. square: its network
+    input (3, S, S), uint8, or float32 in [0, 1] if it was given so.
+    """
+
+    image: Image.Image | None
+    square: torch.Tensor
 
 
 def image_list(images: Iterable[ImageInput]) -> list[ImageInput]:
@@ -166,5 +178,5 @@ def _eight_bit_values(values: np.ndarray) -> np.ndarray:
 
 
 def as_tensor(square: np.ndarray) -> torch.Tensor:
-    """A square image (S, S, 3) uint8 as network input (3, S, S), float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1))).float() / 255
+    """A square image (S, S, 3) uint8, channels first: (3, S, S) uint8."""
+    return torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))

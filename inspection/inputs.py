@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import torch
 from PIL import Image
 
 from datasets.images import (
@@ -22,6 +22,7 @@ from datasets.images import (
     to_square,
 )
 from datasets.listing import Listing, counted, is_folder, label_files, require_no_pipes
+from inspection.images import as_tensor
 from utils.errors import UserError
 from utils.stages import StageClock, in_threads
 
@@ -41,7 +42,7 @@ class Identity(NamedTuple):
 
 
 class InputImage(NamedTuple):
-    """A decoded image and its square network input (S, S, 3) uint8, or the reason why it cannot be read.
+    """A decoded image and its square network input (3, S, S) uint8, or the reason why it cannot be read.
 
     identity: of the file that was read; None if there was none, or if it changed meanwhile.
     """
@@ -49,7 +50,7 @@ class InputImage(NamedTuple):
     path: Path
     identity: Identity | None
     image: Image.Image | None
-    square: np.ndarray | None
+    square: torch.Tensor | None
     error: str | None
 
 
@@ -139,7 +140,7 @@ def _read(path: Path, size: int, keep_aspect: bool, clock: StageClock, bits: int
     try:
         with clock("decode"):
             image = decode_image(path, bits)
-            square = to_square(image, size, keep_aspect)
+            square = as_tensor(to_square(image, size, keep_aspect))
     except ImageError as error:
         return InputImage(path, before, None, None, str(error))
     if identify(path) not in (before, None):  # a whole image that was removed meanwhile is one, too

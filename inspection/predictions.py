@@ -16,10 +16,9 @@ from PIL import Image
 from inspection.boxes import Box, find_boxes
 from inspection.config import PANELS
 from inspection.detector import FewShotDetector
-from inspection.images import as_tensor
+from inspection.images import Decoded
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
 from inspection.results import Prediction, as_far_as_read, decide, relative_score
-from inspection.scoring import SCORE_GROUP
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
 from reports.drawing import (
@@ -89,25 +88,25 @@ def predict(
     groups = _scored_groups(detector, paths, workers)
     finish = partial(_finish, detector, outputs, previews)
     if detector.clock.device.type != "cpu":  # drawing overlaps with the network pass of the next group
-        return in_threads(finish, itertools.chain.from_iterable(groups), workers, ahead=SCORE_GROUP)
+        return in_threads(finish, itertools.chain.from_iterable(groups), workers, ahead=detector.group_images)
     # CPU: no overlap. The threads of the network wait for each other, so drawing would slow down all of them
     return (row for group in groups for row in in_threads(finish, group, workers))
 
 
 def _scored_groups(detector: FewShotDetector, paths: Iterable[Path], workers: int) -> Iterator[list[tuple]]:
-    """Yields groups of (number, input, result), at most SCORE_GROUP images each; result: as of `inspect`."""
+    """Yields groups of (number, input, result), at most `group_images` each; result: as of `inspect`."""
     size, keep_aspect, bits = detector.size, detector.keep_aspect, detector.bits
-    ahead = None if detector.clock.device.type == "cpu" else SCORE_GROUP  # the next group, while the device works
+    is_cpu = detector.clock.device.type == "cpu"
+    ahead = None if is_cpu else detector.group_images  # the next group, while the device works
     inputs = enumerate(read_inputs(paths, size, keep_aspect, workers, detector.clock, bits, ahead))
     for group in _groups(detector, inputs):
         readable = [item for _, item in group if item.error is None]
-        images = [item.image if detector.layout_of(*item.image.size) else as_tensor(item.square) for item in readable]
-        results = zip(*detector.inspect(images), strict=True)
+        results = zip(*detector.inspect([Decoded(item.image, item.square) for item in readable]), strict=True)
         yield [(number, item, next(results) if item.error is None else None) for number, item in group]
 
 
 def _groups(detector: FewShotDetector, inputs: Iterable[tuple[int, InputImage]]) -> Iterator[list]:
-    """Groups of at most SCORE_GROUP images; an image that is cut ends its group, as it is large.
+    """Groups of at most `group_images`; an image that is cut ends its group, as it is large.
 
     Says once per image size on standard error how such images are cut, or how much they shrink.
     """
@@ -121,7 +120,7 @@ def _groups(detector: FewShotDetector, inputs: Iterable[tuple[int, InputImage]])
         if note and note not in said:
             print(note, file=sys.stderr)
             said.add(note)
-        if layout or len(group) == SCORE_GROUP:
+        if layout or len(group) == detector.group_images:
             yield group
             group = []
     if group:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
+from datasets.images import unit_range
 from scorers.views import GREY_WEIGHTS
 
 PRIOR_IMAGES = 4.0
@@ -64,8 +65,8 @@ SPREAD = np.array([one.spread for one in MEASURES.values()])
 
 
 def measure(square: torch.Tensor) -> np.ndarray:
-    """The MEASURES (M,) of a network input (3, S, S) in [0, 1]; x and y are fractions of the side."""
-    colours = square.cpu().numpy().astype(np.float32)
+    """The MEASURES (M,) of a network input (3, S, S); x and y are fractions of the side."""
+    colours = unit_range(square).cpu().numpy()
     grey = np.tensordot(np.array(GREY_WEIGHTS, np.float32), colours, axes=1)
     light = np.percentile(grey, 99) + EDGE
     near, far = (_square_difference(grey, pixels) + EDGE**2 / 16 for pixels in (1, 2))

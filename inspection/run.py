@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import TextIO
@@ -34,7 +35,7 @@ from inspection.results import (
 )
 from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, Preview, write_page
-from utils.devices import command_device
+from utils.devices import command_device, reader_threads
 from utils.errors import UserError, WriteError
 from utils.files import require_writable, write_json
 from utils.fingerprint import fingerprint
@@ -81,7 +82,8 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
         _describe(config)
         return 0
     check_paths(config)
-    command_device(config.device)
+    device = command_device(config.device)
+    config = replace(config, num_workers=reader_threads(config.num_workers, device))
     limit_pixels(config.max_pixels)
     listing = Listing(config.output)
     paths = list_inputs(config.input, listing=listing, may_be_empty=config.append) if config.input else []

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import restore_map, to_square
+from datasets.images import restore_map, to_square, unit_range
 from datasets.masks import to_square_mask
-from inspection.images import ImageInput, as_pixels, as_tensor
+from inspection.images import Decoded, ImageInput, as_pixels, as_tensor
 from inspection.out_of_distribution import OutOfDistributionCheck, contrast
 from inspection.region import inside_map, pixels
 from inspection.region import inside_views as views_of_region
@@ -19,13 +20,12 @@ from inspection.tiles import Layout, Tiling, joined_map
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.combined import over_backbones
-from scorers.features import FeatureStore
+from scorers.features import FeatureStore, images_per_pass
 from scorers.maps import score_maps_at
 from utils.devices import upload
 from utils.stages import StageClock
 
-NETWORK_GROUP = {"cpu": 4, "cuda": 16}  # images per network pass; fastest on two cores
-SCORE_GROUP = 32  # images whose features are in memory at the same time
+NETWORK_GROUP, SCORE_GROUP = 4, 32  # on the CPU: images per network pass, fastest on two cores; and per group
 CHECK = OutOfDistributionCheck()
 
 
@@ -62,6 +62,16 @@ class ImageScoring:
         self.tiling: Tiling | None = None
         self.check: Fitted = {}
 
+    @cached_property
+    def pass_images(self) -> int:
+        """Images per network pass."""
+        return images_per_pass(self.fast_network, self.clock.device, NETWORK_GROUP)
+
+    @property
+    def group_images(self) -> int:
+        """Images that are scored together: their features are in memory at the same time."""
+        return SCORE_GROUP if self.clock.device.type == "cpu" else self.pass_images
+
     def layout_of(self, width: int, height: int) -> Layout | None:
         """The tiles into which an image of this size is cut; None if it is scored as a whole."""
         return self.tiling and self.tiling.layout(width, height, self.size)
@@ -75,17 +85,18 @@ class ImageScoring:
         """A score map at the size of its image, (height, width) float32; see `datasets.images.restore_map`."""
         return restore_map(scores, width, height, self.keep_aspect and self.layout_of(width, height) is None)
 
-    def results(self, images: Iterable[ImageInput], fitted: Fitted, only_pixels: bool = False) -> Iterator[ImageResult]:
+    def results(
+        self, images: Iterable[ImageInput | Decoded], fitted: Fitted, only_pixels: bool = False
+    ) -> Iterator[ImageResult]:
         """The results of images, in order. only_pixels: `inspection.region.pixels` of each map, (S, S)."""
         squares: list[torch.Tensor] = []
         for image in images:
             with self.clock("decode"):
-                decoded = as_pixels(image, self.size, self.bits)
-                square = self.square(decoded)
-                layout = self.layout_of(*decoded.size) if isinstance(decoded, Image.Image) else None
+                decoded, square = image if isinstance(image, Decoded) else self.decode(image)
+                layout = self.layout_of(*decoded.size) if decoded else None
             if layout is None:
                 squares.append(square)
-            if layout is not None or len(squares) == SCORE_GROUP:
+            if layout is not None or len(squares) == self.group_images:
                 yield from self._whole_results(squares, fitted, only_pixels)
                 squares = []
             if layout is not None:
@@ -93,7 +104,7 @@ class ImageScoring:
         yield from self._whole_results(squares, fitted, only_pixels)
 
     def _whole_results(self, squares: list[torch.Tensor], fitted: Fitted, only_pixels: bool) -> Iterator[ImageResult]:
-        """The results of at most SCORE_GROUP images that are not cut."""
+        """The results of at most `group_images` images that are not cut."""
         if not squares:
             return
         scores, maps, reasons = self.score_squares(self.on_device(squares), fitted, self.inside)
@@ -110,11 +121,11 @@ class ImageScoring:
         reasons: list[str] = []
 
         def maps_of(tiles: torch.Tensor) -> np.ndarray:
-            _, maps, of_tiles = self.score_squares(upload(tiles, self.clock.device), fitted, None)
+            _, maps, of_tiles = self.score_squares(self.on_device(tiles), fitted, None)
             reasons.extend(of_tiles)
             return maps
 
-        scores = joined_map(image, layout, maps_of, NETWORK_GROUP[self.clock.device.type])
+        scores = joined_map(image, layout, maps_of, self.pass_images)
         inside = inside_map(self.region, layout.across, layout.down)
         scores = scores if inside is None else scores * inside
         found = [reason for reason in reasons if reason]
@@ -161,18 +172,21 @@ class ImageScoring:
 
     def features(self, inputs: torch.Tensor) -> dict[str, Prepared]:
         """Prepared features of inputs (B, 3, S, S) in [0, 1], for the scorer and for CHECK, by name."""
-        size = NETWORK_GROUP[inputs.device.type]
         store = FeatureStore([self.scorer, CHECK], len(inputs))
-        for start in range(0, len(inputs), size):
-            store.write(start, self.fast_network.features(inputs[start : start + size]))
+        for start in range(0, len(inputs), self.pass_images):
+            store.write(start, self.fast_network.features(inputs[start : start + self.pass_images]))
         return store.prepared
 
-    def inputs(self, images: Sequence[ImageInput]) -> torch.Tensor:
-        """Images as network inputs (B, 3, S, S), float32 in [0, 1], on the device."""
-        return self.on_device([self.square(as_pixels(image, self.size, self.bits)) for image in images])
+    def decode(self, image: ImageInput) -> Decoded:
+        """Decodes an image; the errors are those of `inspection.images.as_pixels`."""
+        pixels = as_pixels(image, self.size, self.bits)
+        if isinstance(pixels, torch.Tensor):
+            return Decoded(None, pixels)
+        return Decoded(pixels, as_tensor(to_square(pixels, self.size, self.keep_aspect)))
 
-    def on_device(self, squares: Sequence[torch.Tensor]) -> torch.Tensor:
-        return upload(torch.stack(squares), self.clock.device)
-
-    def square(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
-        return image if isinstance(image, torch.Tensor) else as_tensor(to_square(image, self.size, self.keep_aspect))
+    def on_device(self, squares: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """Squares (B, 3, S, S) of `Decoded` as network inputs on the device; uint8 is converted there."""
+        if not isinstance(squares, torch.Tensor):
+            is_mixed = len({square.dtype for square in squares}) > 1
+            squares = torch.stack([unit_range(square) for square in squares] if is_mixed else list(squares))
+        return unit_range(upload(squares, self.clock.device))

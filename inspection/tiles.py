@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from inspection.images import as_tensor
 from utils.choices import AUTO, OFF, Tile
 
 OVERLAP = 0.25  # of a tile's side: the least overlap of neighbouring tiles
@@ -123,7 +124,7 @@ class Layout(NamedTuple):
         return [(left, top) for top in self.rows for left in self.columns]
 
     def cut(self, image: Image.Image, left: int, top: int) -> torch.Tensor:
-        """One tile of `image` as network input (3, S, S), float32 in [0, 1]. Resized by LANCZOS, as whole images."""
+        """One tile of `image` as network input (3, S, S) uint8. Resized by LANCZOS, as whole images."""
         x0, x1 = max(left, 0), min(left + self.size, self.across)
         y0, y1 = max(top, 0), min(top + self.size, self.down)
         fx, fy = self.width / self.across, self.height / self.down
@@ -131,7 +132,7 @@ class Layout(NamedTuple):
         part = np.asarray(image.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, box=box))
         part = part if part.ndim == 3 else part[..., None].repeat(3, axis=2)
         around = ((y0 - top, top + self.size - y1), (x0 - left, left + self.size - x1), (0, 0))
-        return torch.from_numpy(np.pad(part, around, mode="symmetric").transpose(2, 0, 1).copy()).float() / 255
+        return as_tensor(np.pad(part, around, mode="symmetric"))
 
 
 def _places(length: int, size: int) -> list[int]:
@@ -169,7 +170,7 @@ def joined_map(
 ) -> np.ndarray:
     """The score map (down, across) of an image, float32.
 
-    maps_of: score maps (n, S, S) of tiles (n, 3, S, S). group: number of tiles in memory at the same time.
+    maps_of: score maps (n, S, S) of tiles (n, 3, S, S) uint8. group: number of tiles in memory at the same time.
     """
     total, weights = np.zeros((2, layout.down, layout.across), np.float32)
     fade = np.outer(cross_fade(layout.size), cross_fade(layout.size))

@@ -14,10 +14,12 @@ import torch
 from scorers.base import FeatureMaps, Prepared, Scorer
 from scorers.left_out import allocate
 from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
-from utils.devices import free_memory
+from utils.devices import free_memory, upload
 from utils.errors import UserError
 
-MOST_BYTES, PART_BYTES = 2**30, 128 * 2**20  # of features in memory, and at once of those in a file
+MOST_BYTES, PART_BYTES = 2**30, 128 * 2**20  # of features in the host's memory, and at once of those in a file
+CUDA_SHARE = 0.5  # of CUDA's free memory, for a network pass, and for features; distances need the rest
+CUDA_IMAGES = 64  # of a network pass at most; not measured
 
 
 class FeatureNetwork(Protocol):
@@ -29,11 +31,27 @@ class FeatureNetwork(Protocol):
         """Feature maps of images (B, 3, S, S) in [0, 1], finest layer first."""
 
 
+def images_per_pass(network: FeatureNetwork, device: torch.device, on_cpu: int) -> int:
+    """Images per network pass: `on_cpu` on the CPU; on CUDA as many as fit into CUDA_SHARE of the free memory.
+
+    At most CUDA_IMAGES. The memory of an image is measured in a pass of one.
+    """
+    if device.type == "cpu":
+        return on_cpu
+    image = torch.zeros(1, 3, network.img_size, network.img_size, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    network.features(image)
+    of_image = torch.cuda.max_memory_allocated(device) - before
+    return max(1, min(CUDA_IMAGES, int(CUDA_SHARE * free_memory(device)) // max(1, of_image)))
+
+
 class FeatureStore:
     """Prepared features of a fixed number of images for several scorers, filled batch by batch.
 
     images: number of images. with_views: store each scorer's own `views` of every image; otherwise the image alone.
-    folder: where features lie in a file that exceed MOST_BYTES of the host's memory; None: all stay in memory.
+    folder: where features lie in a file that exceed MOST_BYTES on the CPU, or CUDA_SHARE of the free memory on CUDA;
+    None: all stay in memory.
 
     prepared: by scorer, of all images, or of the last part of them if there is a file.
     """
@@ -58,7 +76,7 @@ class FeatureStore:
             self._divide(prepared, self.folder)
         if start // self.at_once > self._filed:
             for tensor in self._tensors():
-                self._file.write(_in_memory_order(tensor).numpy())
+                self._file.write(_in_memory_order(tensor).cpu().numpy())
             self._filed += 1
         for name, rows in prepared.items():
             self.write_rows(name, start % self.at_once, rows)
@@ -67,8 +85,8 @@ class FeatureStore:
         """Chooses the size of a part from the first batch, and opens the file if there are several."""
         tensors = [tensor for prepared in first.values() for tensor in prepared]
         batch, of_image = len(tensors[0]), sum(tensor[0].nbytes for tensor in tensors)
-        needed = of_image * self.images
-        if needed <= MOST_BYTES or tensors[0].device.type != "cpu":
+        needed, device = of_image * self.images, tensors[0].device
+        if needed <= (MOST_BYTES if device.type == "cpu" else CUDA_SHARE * free_memory(device)):
             return
         self.at_once = max(1, PART_BYTES // (of_image * batch)) * batch
         try:
@@ -100,9 +118,11 @@ class FeatureStore:
         for part in range(self._filed):
             found = []
             for number in own:
-                found.append(torch.empty_like(tensors[number]))
+                like = tensors[number]
+                of_host = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
                 self._file.seek(part * sum(sizes) + sum(sizes[:number]))
-                self._file.readinto(_in_memory_order(found[-1]).numpy())
+                self._file.readinto(_in_memory_order(of_host).numpy())
+                found.append(upload(of_host, like.device))
             yield found
         rows = (self.images - self._filed * self.at_once) * self.per_image[name]
         yield [tensor[:rows] for tensor in self.prepared[name]]
@@ -143,8 +163,8 @@ def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_memory(needed: int, device: torch.device, images: int) -> None:
-    """Raises UserError unless `needed` bytes are free on the host: the system would kill the process without a word."""
-    free = free_memory() if device.type == "cpu" else None
+    """Raises UserError unless `needed` bytes are free on `device`: the system would kill the process without a word."""
+    free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(
             f"the features of {images} images need {needed / 2**30:.1f} GB of memory, {free / 2**30:.1f} GB are free: "

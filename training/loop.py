@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from datasets.episodes import Episode
 from models.regad import RegAD, checkpoint
 from models.stn import layout
 from training.recipe import freeze, frozen_layers
+from utils.devices import run_batch
 from utils.errors import UserError
 from utils.files import save_tensors
 from utils.progress import ProgressBar
@@ -113,6 +115,9 @@ class Trainer:
             self.optimizer.step()
         return loss.detach()
 
+    def _step_of(self, query: torch.Tensor, support: torch.Tensor, clock: StageClock, count: int) -> torch.Tensor:
+        return self.step(query[:count], support[:count], clock)
+
     def train_epoch(
         self,
         episodes: Sequence[Episode],
@@ -125,7 +130,8 @@ class Trainer:
         """Trains the current epoch from `progress.step` on, and calls `save` every `save_every` seconds.
 
         Raises:
-            UserError: a loss, or afterwards a weight, is not finite; the message names loss, epoch and step.
+            UserError: a loss, or afterwards a weight, is not finite; the message names loss, epoch and step. Or the
+                memory does not suffice.
         """
         progress, pending = self.progress, []
         self.model.train()
@@ -139,7 +145,8 @@ class Trainer:
             for episode in todo:
                 with clock("batch"):
                     query, support = images.episode(episode)
-                pending.append(self.step(query, support, clock))
+                step = partial(self._step_of, query, support, clock)
+                pending.append(run_batch(step, len(query), "queries per step"))
                 bar.advance(count_images(episode), f"loss {progress.losses[-1]:.4f}" if progress.losses else "")
                 now = time.monotonic()
                 if now - reported > REPORT_SECONDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ from training.config import TrainingConfig
 from training.curve import Events, save_curve
 from training.loop import Progress, Trainer, learning_rate
 from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
-from utils.devices import command_device, seed_everything
+from utils.devices import command_device, reader_threads, seed_everything
 from utils.errors import UserError, format_elapsed, require_packages
 from utils.files import require_writable, save_tensors, whole_file, write_json
 from utils.fingerprint import FileDigests, fingerprint
@@ -184,6 +185,7 @@ def run(config: TrainingConfig) -> None:
         require_packages("tensorboard", requirements=None)
     limit_pixels(config.max_pixels)
     device, digests = command_device(config.device), FileDigests()
+    config = replace(config, num_workers=reader_threads(config.num_workers, device))
     inputs = read_inputs(config, check=True, digests=digests)
     with locked([files.state]):
         _run(config, files, device, inputs, digests)

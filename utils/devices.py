@@ -7,20 +7,26 @@ import functools
 import glob
 import random
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, lack_of_memory
 
 SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, have never been tried
 MEMORY_FILE = Path("/proc/meminfo")  # of Linux
 GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of the NVIDIA driver; of Windows' GPUs in WSL
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
+CPU = torch.device("cpu")
+CPU_READERS, MOST_READERS = 2, 16  # threads that decode images: where the network needs the cores, and at most
+
+Result = TypeVar("Result")
 
 
 def seed_everything(seed: int) -> None:
@@ -104,13 +110,59 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that new processes can use without swapping; None where the system does not say."""
+def reader_threads(asked: int | None, device: torch.device) -> int:
+    """Threads that decode images: `asked`, or CPU_READERS, or on CUDA one per core, at most MOST_READERS.
+
+    The cores are those of PyTorch: the jobs of reproduce.py, which sets OMP_NUM_THREADS, share those of the machine.
+    """
+    if asked is not None:
+        return asked
+    return CPU_READERS if device.type == "cpu" else min(torch.get_num_threads(), MOST_READERS)
+
+
+def free_memory(device: torch.device = CPU) -> int | None:
+    """Bytes that can be allocated on a device. On the CPU without swapping, and None where the system does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for later
+        return torch.cuda.mem_get_info(device)[0] + kept
     with suppress(OSError, ValueError, IndexError):
         for line in MEMORY_FILE.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return None
+
+
+def run_batch(work: Callable[[int], Result], count: int, what: str) -> Result:
+    """`work(count)` for a batch of `count` items, called `what`.
+
+    work: processes the first items of the batch, as many as it is given. It may be repeated.
+
+    Raises:
+        UserError: the memory does not suffice; it names the largest half, quarter and so on for which it does.
+    """
+    try:
+        return work(count)
+    except Exception as error:
+        reason = _require_lack(error)
+    fits = count // 2
+    while fits:
+        try:
+            work(fits)
+            break
+        except Exception as error:
+            _require_lack(error)
+        fits //= 2
+    advice = f"{fits} would fit" if fits else "not even one fits: take smaller images"
+    raise UserError(f"the memory does not suffice for {count} {what} ({reason}); {advice}", ("batch_size", "img_size"))
+
+
+def _require_lack(error: Exception) -> str:
+    """What could not be allocated; other errors are raised again. Frees the tensors of the frames that have failed."""
+    reason = lack_of_memory(error)
+    if not reason:
+        raise error
+    traceback.clear_frames(error.__traceback__)
+    return reason
 
 
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

@@ -87,17 +87,21 @@ def _sentence(error: Exception, get_parser: Callable[[], argparse.ArgumentParser
         return f"cannot use {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
-    if is_out_of_memory(error):
-        reason = (str(error).splitlines() or ["no more can be allocated"])[0]
+    if reason := lack_of_memory(error):
         options = UserError("", ("batch_size", "img_size", "num_workers", "device"))
         return f"the memory does not suffice: {reason}; take smaller batches or images{_advice(options, get_parser)}"
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was lacking, on a device of PyTorch or on the host. PyTorch is not imported for it."""
+def lack_of_memory(error: BaseException) -> str:
+    """What could not be allocated, on a device of PyTorch or on the host; "" for another error.
+
+    PyTorch is not imported for it.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    if not names & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in str(error):
+        return ""
+    return (str(error).splitlines() or ["no more can be allocated"])[0]
 
 
 def _print_elapsed(started: float) -> None:

@@ -64,7 +64,12 @@ class Event:
 
 
 class PretendCuda(TorchDispatchMode):
-    """See the module. waits: number of waits by cause and line of the project's code."""
+    """See the module. waits: number of waits by cause and line of the project's code.
+
+    free, of_image: bytes of memory that are free, and that a network pass of one image takes.
+    """
+
+    free, of_image = 8 * 2**30, 16 * 2**20
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +85,10 @@ class PretendCuda(TorchDispatchMode):
         self._patches.setattr(cuda, "is_bf16_supported", lambda *_, **__: True)
         self._patches.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         self._patches.setattr(cuda, "get_device_name", lambda *_: "pretended")
+        self._patches.setattr(cuda, "mem_get_info", lambda *_: (self.free, self.free))
+        self._patches.setattr(cuda, "max_memory_allocated", lambda *_: self.of_image)
+        for name in ("memory_reserved", "memory_allocated", "reset_peak_memory_stats"):
+            self._patches.setattr(cuda, name, lambda *_: 0)
         waiting = {"synchronize": lambda _: self._wait("Event.synchronize")}
         self._patches.setattr(cuda, "Event", type("WaitingEvent", (Event,), waiting))
         self._patches.setattr(torch.Tensor, "backward", give_gradients)

@@ -40,7 +40,7 @@ def test_frames_and_other_parts_are_unusual_and_own_images_are_not(transistors):
     others = [normal_images(category, 1)[0] for category in ("screw", "magnetic_tile", "solar_poly", "bottle", "grid")]
     assert transistors.inspect(own).reasons == [""] * 3
     assert all("unlike the support images" in reason for reason in transistors.inspect(others).reasons)
-    frames = make_frames(transistors.on_device([transistors.square(decode_image(own[0]))]))
+    frames = make_frames(transistors.on_device([transistors.decode(own[0]).square]))
     reasons = {kind: transistors.inspect(list(images)).reasons for kind, images in frames.items()}
     assert all(all(found) for found in reasons.values()), reasons
     for kind in ("black", "white", "grey", "lens cap", "lamp off"):

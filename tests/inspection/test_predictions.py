@@ -44,6 +44,7 @@ def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
         restore=lambda scores, *_: scores,
         doubts=lambda *_: None,
         inspect=inspect,
+        group_images=SCORE_GROUP,
         **{"size": 16, "keep_aspect": False, "bits": 16},
     )
     paths = [tmp_path / f"{number}.png" for number in range(3 * SCORE_GROUP)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from datasets.images import eight_bit, to_square
+from datasets.images import eight_bit
 from inspection.detector import FewShotDetector
 from models.regad import untrained
 from utils.errors import UserError
@@ -52,7 +53,7 @@ def test_mixed_transparency_is_said_by_every_detector_that_knows_its_support(of_
     detector.fit(support)
     earlier = detector.state()
     del earlier["support_alpha"]
-    image, square = eight_bit(other[0]), np.zeros((32, 32, 3), np.uint8)
+    image, square = eight_bit(other[0]), torch.zeros(3, 32, 32, dtype=torch.uint8)
     for made in (detector, FewShotDetector.from_state(detector.state(), "cpu")):
         said = made.doubts(image, square, "x.png") or ""
         assert ("the support images have none" in said) == (of_input and not of_support)
@@ -65,5 +66,5 @@ def test_a_scored_support_image_is_said(detector):
     detector.fit(PHOTOS)
     for number, photo in enumerate(PHOTOS[:2]):
         shown = photo if number else photo.point(lambda value: value ^ 1)
-        square = to_square(eight_bit(shown), 32)
+        square = detector.decode(shown).square
         assert bool(detector.doubts(shown, square, "x.png")) == bool(number)
