@@ -13,6 +13,7 @@ from datasets.images import (
     ImageError,
     ImageFacts,
     clipping_summary,
+    read_odd_header,
     read_pixels,
     reading_summary,
     size_mismatch,
@@ -52,8 +53,10 @@ def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = T
 
 def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
     """Sentences on images that are not read or named like masks, and on masks that are missing or used by no image."""
-    notes = layout_of(category).stray(category, items)
-    train = normal_images(category)
+    layout = layout_of(category)
+    notes, train = layout.stray(category, items), normal_images(category)
+    if len(labels := {item.label for item in items}) == 1:
+        notes.append(f"{layout.tests(category)} has no {'defective' if labels == {0} else 'normal'} images to score")
     if like := sorted(label_files(item.image for item in items)):
         notes.append(
             f"{len(like)} test image(s) are named like masks but scored as images, e.g. {like[0]}; {EXPECTED_MASKS}"
@@ -92,7 +95,8 @@ def content_findings(
 def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool, digests: FileDigests) -> None:
     """Prints the `content_findings` on a test set that was read; with `strict`, the first is a UserError.
 
-    Of the training images, which are not decoded, those count that equal a test image, or each other, as files.
+    Of the training images, those are decoded whose header says that HOW_READ may apply; of the others, those count
+    that equal a test image, or each other, as files.
     """
     tests = [item.image for item in dataset.items]
     sizes = Counter(path.stat().st_size for path in {*train, *tests})
@@ -100,10 +104,21 @@ def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool
     of_file = dict(zip(twins, digests.of(twins), strict=True))
     known = {of_file[path]: dataset.images[path] for path in tests if path in of_file}
     images = {path: known.get(of_file[path]) or _file_facts(of_file[path]) for path in train if path in of_file}
+    with ThreadPoolExecutor() as pool:
+        images |= {path: facts for path, facts in zip(train, pool.map(_odd_facts, train), strict=True) if facts}
     found = content_findings(train, dataset.items, images | dataset.images, dataset.masks, dataset.bits)
     if strict and found:
         raise UserError(found[0], ("strict", "mask_orientation") if AMBIGUOUS in found[0] else ("strict",))
     print_notes(found)
+
+
+def _odd_facts(path: Path) -> ImageFacts | None:
+    """The facts of an image to which HOW_READ may apply; None of others, and of damaged ones."""
+    try:
+        has_parts = read_odd_header(path, path.stat().st_mtime_ns).has_parts
+        return read_pixels(path, with_facts)[1] if has_parts else None
+    except Exception:  # as in read_pixels
+        return None
 
 
 def _file_facts(digest: str) -> ImageFacts:
@@ -165,7 +180,7 @@ def _list_files(
 ) -> tuple[list[Path], list[LabelledImage]]:
     """Training and test images of a category; what cannot be listed is added to `problems`.
 
-    There may be no test images at all. If there are some, they must be normal and defective ones.
+    There may be no folder of test images at all.
     """
 
     def listed(list_files: Callable[[], list]) -> list:
@@ -185,9 +200,8 @@ def _list_files(
     before = len(problems)
     test, empty = listed(lambda: list(layout.list_test(folder))) or ([], [])
     problems += empty
-    labels = {item.label for item in test}
-    if labels != {0, 1} and len(problems) == before:
-        problems.append(f"{tests} has no {'defective' if labels == {0} else 'normal'} images to score")
+    if not test and len(problems) == before:
+        problems.append(f"{tests} has no images to score")
     return train, test
 
 

@@ -407,13 +407,34 @@ def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
         if isinstance(image, Image.Image):
             values = deep_values(image)
             return None if values is None else ("an image", int(values.max()))
-        with Image.open(image) as opened:
-            is_deep = opened.mode.startswith("I") or _deep_mode(opened)
         if not isinstance(image, Path):
+            with Image.open(image) as opened:
+                header = _header_of(opened)
             image.seek(0)
-        return (str(image), int(read_pixels(image, deep_values).max())) if is_deep else None
+        else:
+            header = read_odd_header(image, image.stat().st_mtime_ns)
+        return (str(image), int(read_pixels(image, deep_values).max())) if header.is_deep else None
     except Exception:  # as in read_pixels
         return None
+
+
+class OddHeader(NamedTuple):
+    """What the header of a file says: values of 16 bits; whether HOW_READ may apply."""
+
+    is_deep: bool
+    has_parts: bool
+
+
+@functools.lru_cache(maxsize=2**16)
+def read_odd_header(path: Path, changed: int) -> OddHeader:  # noqa: ARG001, a file that was replaced is read again
+    """What the header of a file says, which was changed last at `changed`; any error of Pillow."""
+    with Image.open(path) as image:
+        return _header_of(image)
+
+
+def _header_of(image: Image.Image) -> OddHeader:
+    is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
+    return OddHeader(is_deep, image.has_transparency_data or getattr(image, "is_animated", False))
 
 
 def smallest_depth(values: Iterable[int]) -> int:

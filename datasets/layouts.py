@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datasets.images import IMAGE_SUFFIXES, is_image_file
-from datasets.listing import GALLERY, PREDICTIONS, Listing, counted, entries, is_folder, require_no_pipes
+from datasets.listing import GALLERY, PREDICTIONS, Listing, entries, is_folder, require_no_pipes
 from datasets.masks import decode_mask
 from utils.errors import UserError
 from utils.text import read_table, read_text
@@ -165,7 +165,8 @@ class Folders(Layout):
             for expected, found in unread.items()
             if found
         ]
-        notes += [note for note in [counted(listing.unreadable, "folder")] if note]
+        if listing.is_partial or listing.own:
+            notes += [f"{category}: {note}" for note in listing.notes()]
         lack_masks = any(not item.has_ground_truth for item in items)  # they may be in a folder of another name
         places = [truth, *(others if lack_masks else [])] if any(item.label for item in items) else []
         return notes + _unused_masks(places, items)

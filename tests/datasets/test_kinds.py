@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 import check_data
+import predict
 from datasets.cache import decoded_images
 from datasets.images import (
     BIT_DEPTHS,
@@ -217,6 +218,15 @@ def sixteen_bits(ring: Path) -> None:
 # what is done to the ring, and the sentence on it
 FINDINGS = {
     "transparent": (lambda ring: edit(defect(ring)[0], clear), "1 of 9 test images have transparent parts"),
+    "transparent training images": (
+        lambda ring: [edit(path, clear) for path in ring.glob("train/good/*")],
+        "5 of 5 training images have transparent parts",
+    ),
+    "another suffix": (
+        lambda ring: shutil.copy(defect(ring)[0], ring / "test/good/photo.heic"),
+        "ring: left out: 1 .heic",
+    ),
+    "no normal images": (lambda ring: shutil.rmtree(ring / "test/good"), "test has no normal images to score"),
     "pages": (
         lambda ring: edit(defect(ring)[0], Image.Image.copy, save_all=True, append_images=[Image.new("RGB", (64, 64))]),
         "1 of 9 test images have several pages or frames",
@@ -251,6 +261,24 @@ def test_both_commands_say_the_same_and_strict_refuses_it(finding, ring, said):
     with pytest.raises(UserError) as caught:
         said("--strict")
     assert str(caught.value) in check and "strict" in caught.value.options
+
+
+IN_PREDICT = {
+    "transparent": "transparent parts: they are laid on black",
+    "pages": "several pages or frames: only the first is read",
+    "16 bits": "above the 4095 of 12 bits; they are clipped",
+    "training image": "has the same pixels as a support image",
+    "another suffix": "left out: 1 .heic",
+}
+
+
+@pytest.mark.parametrize("finding", IN_PREDICT)
+def test_predict_says_what_the_others_say_of_the_images_that_it_scores(finding, ring, tmp_path, capsys):
+    FINDINGS[finding][0](ring)
+    support = ["--support", str(ring / "train/good"), "--weights", "none", "--img_size", "64", "--device", "cpu"]
+    predict.main([*support, "--input", str(ring / "test"), "--output", str(tmp_path / "out"), "--no_images"])
+    printed = capsys.readouterr()
+    assert IN_PREDICT[finding] in printed.out + printed.err
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
