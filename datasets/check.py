@@ -63,7 +63,10 @@ def findings(category: Path, items: Sequence[LabelledImage]) -> list[str]:
         )
     if like := label_files(train):
         notes.append(f"{len(like)} training image(s) are named like masks but used as normal images, e.g. {like[0]}")
-    notes += _same_names([*train, *(item.image for item in items)])
+    every = Counter([*train, *(item.image for item in items)])
+    if twice := [path for path, times in every.items() if times > 1]:
+        notes.append(f"{len(twice)} image(s) are listed more than once, e.g. {twice[0]}")
+    notes += _same_names(every)
     missing = without_mask(items)
     if missing and any(item.masks for item in items):
         notes.append(

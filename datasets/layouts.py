@@ -232,6 +232,7 @@ class Listed(Layout):
         """The images of rows (image, mask or nothing, defect), whose paths are relative to `root` and remain below."""
         items = []
         for image, mask, defect in rows:
+            image, mask = (name and name.replace("\\", "/") for name in (image, mask))  # of Windows
             for path in map(Path, filter(None, (image, mask))):
                 if path.is_absolute() or ".." in path.parts:
                     raise UserError(f"{self.tests(category)} names {path}, which is not below {root}")
@@ -256,7 +257,7 @@ class VisA(Listed):
         """The rows of a category in the split file."""
         file = self.tests(category)
         try:
-            table = read_table(file)
+            table = [{column.lower(): value for column, value in row.items()} for row in read_table(file)]
             rows = [row for row in table if (row["object"], row["split"].lower()) == (category.name, split)]
             named = [(row["image"], row["mask"], VISA_LABELS[row["label"].lower()]) for row in rows]
         except KeyError as error:
@@ -287,7 +288,7 @@ class RealIAD(Listed):
                 for row in json.loads(read_text(file))[split]
             ]
             return self._images(category, category, rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"cannot read Real-IAD's splits {file}: it needs train and test, lists of objects with image_path, "
                 f"mask_path and anomaly_class ({type(error).__name__}: {error})"

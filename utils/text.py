@@ -28,13 +28,17 @@ def read_text(path: Path, errors: str = "strict") -> str:
     content = path.read_bytes()
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8-sig")
     try:
+        if encoding == "utf-8-sig" and b"\0" in content:  # UTF-16 without a mark
+            raise UnicodeError
         return content.decode(encoding, errors if encoding == "utf-8-sig" else "strict")
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise ValueError(f"it is not text in {encoding.removesuffix('-sig').upper()}; save it as UTF-8") from error
 
 
 def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
     """The rows of a CSV file by column, without spaces around values. The separator is the commonest of the head.
+
+    Rows without any value do not count.
 
     Raises:
         OSError, ValueError: as `read_text`; ValueError also for a row with more or fewer values than columns.
@@ -43,7 +47,8 @@ def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
     head = text.partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=head.count), skipinitialspace=True)
     try:
-        columns, *rows = [[value.strip() for value in line] for line in lines if line] or [[]]
+        stripped = ([value.strip() for value in line] for line in lines)
+        columns, *rows = [line for line in stripped if any(line)] or [[]]
     except csv.Error as error:
         raise ValueError(f"it is not a CSV file: {error}") from error
     if wrong := next((number for number, row in enumerate(rows, start=2) if len(row) != len(columns)), None):

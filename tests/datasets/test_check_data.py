@@ -236,6 +236,18 @@ def test_visa(visa, capsys):  # noqa: F811
     assert "cannot read the image" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("label", ["normal", "anomaly"])
+def test_images_that_a_list_names_twice(label, visa, capsys):  # noqa: F811
+    """In train and test, or as normal and defective."""
+    split = visa / "split_csv/1cls.csv"
+    row = next(line for line in split.read_text().splitlines() if line.startswith("candle,test,normal"))
+    split.write_text(f"{split.read_text()}{row.replace('normal', label, 1)}\n")
+    with pytest.raises(SystemExit):
+        check_data.main(["--data_type", "visa", "--data_path", str(visa), "--obj", "candle"])
+    printed = capsys.readouterr().out
+    assert "1 image(s) are listed more than once, e.g. " in printed and "different suffixes" not in printed
+
+
 def test_a_name_that_the_terminal_cannot_show(data):
     """A name that is not UTF-8, as archives of old systems hold. Some file systems reject such names."""
     try:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.layouts import VISA_SPLIT
+from datasets.layouts import VISA_SPLIT, LabelledImage
 from datasets.manifest import draw_manifest, load_manifest
 from datasets.mvtec import list_test_items
 from evaluation.config import RunConfig, ScoringConfig
@@ -35,9 +35,13 @@ WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
     st.sampled_from([",", ", ", ";", "; ", "\t", "|"]),
     st.sampled_from(["\n", "\r\n"]),
     st.lists(st.tuples(WORDS, WORDS), max_size=4),
+    st.sampled_from([[], [""], ["", "  "], [None]]),
+    st.booleans(),
 )
-def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows):
-    lines = [separator.join(row) for row in [("object", "label"), *rows]]
+def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows, blank, is_quoted):
+    """blank: lines at the end, as spreadsheets leave them; None: of separators alone."""
+    lines = [separator.join(f'"{word}"' if is_quoted else word for word in row) for row in [("object", "label"), *rows]]
+    lines += [separator if line is None else line for line in blank]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.csv")
         path.write_bytes(end.join(lines).encode(encoding))
@@ -51,8 +55,9 @@ def test_manifests_in_every_encoding(encoding, tmp_path):
     assert load_manifest(tmp_path / "x.json") == manifest
 
 
-def test_other_encodings_are_one_sentence(tmp_path):
-    (tmp_path / "x.json").write_bytes("gr\u00fcn".encode("cp1252"))
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16-le", "utf-16-be", "utf-32-le"])  # without a mark
+def test_other_encodings_are_one_sentence(encoding, tmp_path):
+    (tmp_path / "x.json").write_bytes("gr\u00fcn".encode(encoding))
     with pytest.raises(ValueError, match="not text in UTF-8; save it as UTF-8"):
         read_text(tmp_path / "x.json")
 
@@ -61,15 +66,18 @@ def test_other_encodings_are_one_sentence(tmp_path):
 @pytest.mark.parametrize("separator", [",", ", ", ";", "\t"])
 def test_visa_s_splits(encoding, separator, tmp_path):
     rows = [
-        ("object", "split", "label", "image", "mask"),
+        ("object", "Split", "LABEL", "image", "mask"),
         ("c", "test", "Normal", "c/a.png", ""),
-        ("c", "Test", "ANOMALY", "c/b.png", "c/m.png"),
+        ("c", "Test", "ANOMALY", "c\\b.png", "c\\m.png"),
     ]
     file = tmp_path / VISA_SPLIT
     file.parent.mkdir()
     (tmp_path / "c").mkdir()
     file.write_bytes("\n".join(map(separator.join, rows)).encode(encoding))
-    assert [item.defect for item in list_test_items(tmp_path / "c")] == ["anomaly", "good"]
+    assert list_test_items(tmp_path / "c") == [
+        LabelledImage(tmp_path / "c/b.png", (tmp_path / "c/m.png",), "anomaly"),
+        LabelledImage(tmp_path / "c/a.png", (), "good"),
+    ]
     file.write_text(file.read_text(encoding).replace("Normal", "fine"))
     with pytest.raises(UserError, match="labels normal and anomaly; there is no 'fine'") as caught:
         list_test_items(tmp_path / "c")
