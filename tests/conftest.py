@@ -43,6 +43,12 @@ def demo_data(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Runs of train.py draw no curves, which take a third of their time; those of a module's fixtures do."""
+    monkeypatch.setattr("training.run.save_curve", lambda *_: None)
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Background jobs ignore SIGINT, and their child processes inherit this. A handler is not inherited."""

@@ -90,6 +90,7 @@ def whole_table(demo_data, tmp_path_factory):
     settings = small_table(demo_data, tmp_path_factory.mktemp("table"))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         called = run_in_process(patch)
+        patch.setattr("training.run.save_curve", lambda *_: None)
         reproduced(settings)
     return Path(settings["output"]), called, printed.getvalue()
 
