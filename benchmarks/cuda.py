@@ -85,7 +85,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(MAIN_PARTS), help="what is measured")
     parser.add_argument("--device", default="cuda", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--small", action="store_true", help="drawn data and few steps, to try the parts")
-    parser.add_argument("--packed", type=Path, help="folder of benchmarks.pack, in place of --data_path, --checkpoint and --weights")
+    parser.add_argument(
+        "--packed", type=Path, help="folder of benchmarks.pack, in place of --data_path, --checkpoint and --weights"
+    )
     parser.add_argument("--obj", default="screw", help="the target category")
     parser.add_argument("--data_path", type=Path, default=DATA, help="folder of the categories")
     parser.add_argument("--checkpoint", type=Path, default=GOLDEN_CHECKPOINT, help="with stn_mode rotation_scale")
