@@ -49,7 +49,7 @@ from examples.demo_data import write_dataset
 from inspection.detector import FewShotDetector
 from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
 from models.stn import STNResNet, fuse_conv_bn
-from scorers.features import CUDA_IMAGES
+from scorers.features import CUDA_IMAGES, images_per_pass
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import VIEWS_PER_IMAGE
 from training.loop import Trainer, count_images
@@ -168,7 +168,7 @@ def measure_device(_args: argparse.Namespace, device: torch.device, _scratch: Pa
 def measure_distances(args: argparse.Namespace, device: torch.device, _scratch: Path) -> dict:
     """Images per second of each scorer's distances, for the largest K."""
     network, found = fuse_conv_bn(_network(args).to(device)), {}
-    views, batch = VIEWS_PER_IMAGE * max(args.shots), CUDA_IMAGES if device.type == "cuda" else SCORING_BATCH
+    views, batch = VIEWS_PER_IMAGE * max(args.shots), images_per_pass(network, device, SCORING_BATCH)
     inputs = [torch.rand(count, 3, args.img_size, args.img_size, device=device) for count in (views, batch)]
     for name in SCORERS:
         scorer = make_scorer(name)

@@ -29,7 +29,7 @@ from evaluation.scoring import SCORING_BATCH, compute_test_features, score_round
 from inspection.detector import FewShotDetector
 from models.regad import load_checkpoint
 from models.stn import STNResNet, fuse_conv_bn
-from scorers.features import CUDA_IMAGES
+from scorers.features import images_per_pass
 from scorers.registry import SCORERS, make_scorer
 from scorers.views import support_views
 from utils.choices import RELEASE_SCORER
@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_writable(args.output, "--output", folder=True)
     device = command_device(args.device)
-    args.batch_size = args.batch_size or (SCORING_BATCH if device.type == "cpu" else CUDA_IMAGES)
     seed_everything(0)
     folder = category_folder(args.data_path, "folder", args.obj)
     items = list_test_items(folder)
     draws = draw_support_images(folder, args.shot, args.rounds, seed=0)
-    network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn.eval()
+    network = load_checkpoint(args.checkpoint, "rotation_scale", args.img_size).stn.eval().to(device)
+    args.batch_size = args.batch_size or images_per_pass(network, device, SCORING_BATCH)
 
     other = _time_fast(network, items, draws, device, args, args.scorer) if args.scorer else None
     fast = _time_fast(network, items, draws, device, args, RELEASE_SCORER)

@@ -96,10 +96,7 @@ def read_pixels(
     """
     try:
         with Image.open(path, formats=formats) as image:
-            several = (
-                getattr(image, "is_animated", False) and image.format != "MPO"
-            )  # of phones: one image, with extras
-            known = {LOW_BYTES: _low_bytes(path, image), SEVERAL: several}
+            known = {LOW_BYTES: _low_bytes(path, image), SEVERAL: _has_several(image)}
             return convert(_with_info(upright(image), **{key: value for key, value in known.items() if value}))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
@@ -107,6 +104,11 @@ def read_pixels(
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
         reason = "not an image that Pillow reads, or damaged" if is_unknown else said
         raise ImageError(f"cannot read the image {name or path}: {reason}", options) from error
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether a file has several pages or frames. Not MPO, the format of phones: one image, with extras."""
+    return getattr(image, "is_animated", False) and image.format != "MPO"
 
 
 def _low_bytes(path: Path | BinaryIO, image: Image.Image) -> Image.Image | None:
@@ -434,7 +436,7 @@ def read_odd_header(path: Path, changed: int) -> OddHeader:  # noqa: ARG001, a f
 
 def _header_of(image: Image.Image) -> OddHeader:
     is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
-    return OddHeader(is_deep, image.has_transparency_data or getattr(image, "is_animated", False))
+    return OddHeader(is_deep, image.has_transparency_data or _has_several(image))
 
 
 def smallest_depth(values: Iterable[int]) -> int:
