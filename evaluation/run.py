@@ -96,7 +96,6 @@ def run(config: ScoringConfig) -> None:
     require_writable(config.output, "--output", folder=True)
     limit_pixels(config.max_pixels)
     device = command_device(config.device)
-    config = replace(config, num_workers=reader_threads(config.num_workers, device))
     seed_everything(config.seed)
     folder, digests = _folder(config), FileDigests()
     plan = make_plan(config, list_test_items_with_notes(folder, config.strict, need_both=False), digests)
@@ -263,8 +262,8 @@ def _score_weights(
     what = weights.file or f"untrained, weights {config.weights}"
     print(f"scoring {config.obj}: {len(plan.items)} test images, {what}")
     labels, defect_types = [item.label for item in plan.items], [item.defect for item in plan.items]
-    scorers, how = make_scorers(config.scorer), (config.batch_size, config.num_workers)
-    test = compute_test_features(network, scorers, dataset, labels, clock, *how, defect_types)
+    scorers, readers = make_scorers(config.scorer), reader_threads(config.num_workers, clock.device)
+    test = compute_test_features(network, scorers, dataset, labels, clock, config.batch_size, readers, defect_types)
     report()
     shared_seconds = dict(clock.seconds)
     for shot in dict.fromkeys(job.shot for job in jobs):
@@ -395,7 +394,7 @@ def _save_images(plan: Plan, job: Job, number: int, dataset: LabelledDataset, ma
         scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(*metrics)
         rank = f", the {config.images_round} by image AUROC" if config.images_round in ROUND_RANKS else ""
         title = f"{folder.name}, round {number}{rank}"
-        gallery.save_gallery(folder, title, scored, config.save_images, config.num_workers, tables)
+        gallery.save_gallery(folder, title, scored, config.save_images, reader_threads(config.num_workers), tables)
     except OSError as error:
         raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
     print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import TextIO
@@ -82,8 +81,7 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
         _describe(config)
         return 0
     check_paths(config)
-    device = command_device(config.device)
-    config = replace(config, num_workers=reader_threads(config.num_workers, device))
+    command_device(config.device)
     limit_pixels(config.max_pixels)
     listing = Listing(config.output)
     paths = list_inputs(config.input, listing=listing, may_be_empty=config.append) if config.input else []
@@ -272,7 +270,8 @@ class Run:
     def _score(self, paths: Iterable[Path], watcher: Watcher | None = None) -> None:
         """Scores images and adds their rows. With a watcher, images that may become readable are left out."""
         previews = 0 if self.config.no_images else PAGE_IMAGES - len(self.previews)
-        with closing(predict(self.detector, paths, self.outputs, self.config.num_workers, previews)) as scored:
+        readers = reader_threads(self.config.num_workers, self.detector.clock.device)
+        with closing(predict(self.detector, paths, self.outputs, readers, previews)) as scored:
             for row, preview in scored:
                 if watcher and row.score is None and not watcher.gives_up(row.identity):
                     continue

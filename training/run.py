@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -185,7 +184,6 @@ def run(config: TrainingConfig) -> None:
         require_packages("tensorboard", requirements=None)
     limit_pixels(config.max_pixels)
     device, digests = command_device(config.device), FileDigests()
-    config = replace(config, num_workers=reader_threads(config.num_workers, device))
     inputs = read_inputs(config, check=True, digests=digests)
     with locked([files.state]):
         _run(config, files, device, inputs, digests)
@@ -200,7 +198,7 @@ def _run(
         print(f"already finished: {files.record}\n{_format_outcomes(history, selected)}")
         return
     replayed = _read_episodes(config, inputs.names) if config.episodes else None
-    scorings = [Scoring(config, targets, digests) for targets in (inputs.scored, inputs.beside) if targets]
+    scorings = [Scoring(config, targets, device, digests) for targets in (inputs.scored, inputs.beside) if targets]
     seed_everything(config.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _make_trainer(config, inputs, device, new=earlier is None)
     images = _read_sources(config, inputs, device, digests)
@@ -333,8 +331,9 @@ def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device, 
     root = config.source_path or config.data_path
     print_notes(note for name in inputs.sources for note in layout_of(root / name).stray(root / name, []))
     cache_dir = None if config.cache_dir == "none" else Path(config.cache_dir)
+    readers = reader_threads(config.num_workers, device)
     return SourceImages(
-        *(inputs.sources, inputs.resolved["img_size"], cache_dir, config.num_workers, device),
+        *(inputs.sources, inputs.resolved["img_size"], cache_dir, readers, device),
         keep_aspect=config.keep_aspect,
         bits=inputs.resolved["bits"],
         digests=digests,
@@ -357,14 +356,16 @@ class Scoring:
         UserError: an image or mask cannot be read.
     """
 
-    def __init__(self, config: TrainingConfig, targets: Sequence[Target], digests: FileDigests) -> None:
+    def __init__(
+        self, config: TrainingConfig, targets: Sequence[Target], device: torch.device, digests: FileDigests
+    ) -> None:
         self.data: dict[str, tuple] = {}  # category -> dataset, labels, rounds
         for target in targets:
             print(f"support: {target.support.source}")
             size = target.support.images[0].shape[-1]
             how = config.keep_aspect, target.bits, config.mask_orientation
             dataset = LabelledDataset(target.items, size, *how)
-            dataset.load(config.num_workers)
+            dataset.load(reader_threads(config.num_workers, device))
             report_content(dataset, normal_images(target.folder), config.strict, digests)
             self.data[target.category] = dataset, [item.label for item in target.items], target.support.images
         self.scorers: list[Scorer] = make_scorers(config.scorer)

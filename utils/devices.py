@@ -110,7 +110,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def reader_threads(asked: int | None, device: torch.device) -> int:
+def reader_threads(asked: int | None, device: torch.device = CPU) -> int:
     """Threads that decode images: `asked`, or CPU_READERS, or on CUDA one per core, at most MOST_READERS.
 
     The cores are those of PyTorch: the jobs of reproduce.py, which sets OMP_NUM_THREADS, share those of the machine.
