@@ -31,7 +31,8 @@ LOW_BYTES = "low bytes of 16-bit colours"  # keys of Image.info
 TRANSPARENT, SEVERAL = "transparent parts", "several pages or frames"
 HOW_READ = {TRANSPARENT: "they are laid on black", SEVERAL: "only the first is read"}
 RAW_16_BITS = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")  # Pillow's names, without the order of the bytes
-BITS_PER_SAMPLE, PLANES, TIFF_SIZE = 258, 284, (256, 257)  # tags of TIFF
+SHALLOW = {"L;2": 85, "L;4": 17}  # by how much Pillow multiplies the values, but not a transparent one
+BITS_PER_SAMPLE, WHITE_OR_BLACK, PLANES, TIFF_SIZE = 258, 262, 284, (256, 257)  # tags of TIFF
 TURNED = "EXIF orientation by which it was turned"
 PNG_EXIF = (b"eXIf", b"Raw profile type")  # how EXIF begins in a PNG
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
@@ -97,6 +98,8 @@ def read_pixels(
     try:
         with Image.open(path, formats=formats) as image:
             known = {LOW_BYTES: _low_bytes(path, image), SEVERAL: _has_several(image)}
+            if (factor := SHALLOW.get(_raw_mode(image))) and "transparency" in image.info:
+                image.info["transparency"] *= factor
             return convert(_with_info(upright(image), **{key: value for key, value in known.items() if value}))
     except Exception as error:  # Pillow raises errors of any type on damaged files: SyntaxError, TypeError, ...
         options = ("max_pixels",) if isinstance(error, Image.DecompressionBombError) else ()
@@ -131,19 +134,43 @@ def _low_bytes(path: Path | BinaryIO, image: Image.Image) -> Image.Image | None:
         return turned.getchannel("G").convert("RGB") if raw.startswith("LA") else turned.convert("RGB")
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """Pillow's name of how the pixels lie in a file that was not decoded yet."""
+    args = image.tile[0].args if image.tile else ""
+    return args if isinstance(args, str) else str((args or [""])[0])
+
+
 def _deep_mode(image: Image.Image) -> str | None:
     """How 16-bit colours, or 16-bit with alpha, lie in a file that was not decoded yet; None of other images.
 
     Raises:
-        ValueError: they lie in a TIFF in another way, as in planes: Pillow would read other values.
+        ValueError: they lie in another way, as in planes, of which Pillow would read other values; or they are in a
+            file type of which it reads 8 bits.
     """
-    args = image.tile[0].args if image.tile else ""
-    raw = args if isinstance(args, str) else str((args or [""])[0])
-    tags, is_known = getattr(image, "tag_v2", {}), raw[:-1] in RAW_16_BITS
-    is_deep = max(tags.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode[0] not in "IF"
-    if is_deep and not (is_known and tags.get(PLANES, 1) == 1):
-        raise ValueError("16-bit colours in planes, CMYK or with premultiplied alpha; save it as plain 16-bit RGB")
+    raw, tags = _raw_mode(image), getattr(image, "tag_v2", {})
+    is_known, is_grey = raw[:-1] in RAW_16_BITS, image.mode[0] in "IF"
+    if _bits_per_value(image) > 8 and not is_grey and not (is_known and tags.get(PLANES, 1) == 1):
+        raise ValueError(
+            "16-bit colours in planes, CMYK, with premultiplied alpha or in another file type than PNG and TIFF; save "
+            "it as plain 16-bit RGB"
+        )
+    if is_grey and tags.get(WHITE_OR_BLACK) == 0:
+        raise ValueError("16-bit grey values of which 0 is white; save it with 0 as black")
     return raw if is_known else None
+
+
+def _bits_per_value(image: Image.Image) -> int:
+    """The bits of each colour in a file that was not decoded yet, as far as the file type may have more than 8."""
+    args = image.tile[0].args if image.tile else ""
+    if image.format == "PPM":  # its largest value
+        return 8 if isinstance(args, str) else int(args[-1]).bit_length()
+    if image.format == "SGI":
+        return 16 if image.tile[0][0] == "SGI16" or args[-1] == 2 else 8
+    if image.format == "JPEG2000":
+        image.fp.seek(0)
+        head = image.fp.read().partition(b"\xff\x4f\xff\x51")[2]
+        return (head[38] & 127) + 1
+    return max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))
 
 
 def _with_info(image: Image.Image, **info: object) -> Image.Image:

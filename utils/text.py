@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,12 +39,12 @@ def read_text(path: Path, errors: str = "strict") -> str:
 def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
     """The rows of a CSV file by column, without spaces around values. The separator is the commonest of the head.
 
-    Rows without any value do not count.
+    Rows without any value do not count, nor does a line such as `sep=;` above the head, by which Excel is told.
 
     Raises:
         OSError, ValueError: as `read_text`; ValueError also for a row with more or fewer values than columns.
     """
-    text = read_text(path, errors)
+    text = re.sub(r"\Asep=.\r?\n", "", read_text(path, errors))
     head = text.partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=head.count), skipinitialspace=True)
     try:

@@ -41,12 +41,13 @@ from tests.datasets.test_images import exif
 from utils.errors import UserError
 
 
-def png(values: np.ndarray, orientation: int = 1, transparent: Sequence[int] = ()) -> bytes:
-    """A 16-bit PNG of (H, W, channels); Pillow writes none with colours. transparent: the values of a clear pixel."""
+def png(values: np.ndarray, orientation: int = 1, transparent: Sequence[int] = (), depth: int = 16) -> bytes:
+    """A PNG of (H, W, channels); Pillow writes none with 16-bit colours. transparent: the values of a clear pixel."""
     height, width, channels = values.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    shifts = np.arange(depth)[::-1]
+    rows = b"".join(b"\0" + np.packbits((row[..., None] >> shifts) & 1).tobytes() for row in values)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))]
     parts += [(b"eXIf", exif(orientation).tobytes()[6:])] if orientation > 1 else []
     parts += [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))] if transparent else []
     parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -126,10 +127,59 @@ def test_a_transparent_colour_of_16_bits_is_compared_whole(channels, low):
     assert (np.asarray(found)[:2] > 0).all() and not np.asarray(found)[2:].any()
 
 
-def test_sixteen_bits_that_pillow_misreads_are_refused(tmp_path):
-    (tmp_path / "x.tif").write_bytes(tiff(np.zeros((4, 4, 3)), "<", planes=2))
-    with pytest.raises(ImageError, match=r"x\.tif: 16-bit colours in planes.*; save it as plain 16-bit RGB"):
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("clear", [0, 1])
+def test_a_transparent_grey_of_few_bits(depth, clear, tmp_path):
+    values = np.array([[[0], [1], [2**depth - 1]]])
+    (tmp_path / "x.png").write_bytes(png(values, transparent=[clear], depth=depth))
+    found = decode_image(tmp_path / "x.png")
+    assert parts_of(found) == (TRANSPARENT,)
+    assert (np.asarray(found) == np.where(values == clear, 0, values * (255 // (2**depth - 1)))[..., 0]).all()
+
+
+def jpeg_2000(bits: int) -> bytes:
+    """A JPEG 2000 file whose header says that its colours have so many bits."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(stream, "JPEG2000")
+    content = bytearray(stream.getvalue())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = bits - 1
+    return bytes(content)
+
+
+def sgi(depth: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(stream, "SGI", bpc=depth // 8)
+    return stream.getvalue()
+
+
+def white_is_zero() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 9, np.uint16)).save(stream, "TIFF", tiffinfo={262: 0})
+    return stream.getvalue()
+
+
+MISREAD = {  # by Pillow
+    "planes": (tiff(np.zeros((4, 4, 3)), "<", planes=2), "save it as plain 16-bit RGB"),
+    "PPM": (b"P6 1 1 65535 abcdef", "save it as plain 16-bit RGB"),
+    "plain PPM": (b"P3 1 1 4095 1 2 3", "save it as plain 16-bit RGB"),
+    "JPEG 2000": (jpeg_2000(12), "save it as plain 16-bit RGB"),
+    "SGI": (sgi(16), "save it as plain 16-bit RGB"),
+    "white is zero": (white_is_zero(), "of which 0 is white; save it with 0 as black"),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_sixteen_bits_that_pillow_misreads_are_refused(case, tmp_path):
+    content, sentence = MISREAD[case]
+    (tmp_path / "x.tif").write_bytes(content)
+    with pytest.raises(ImageError, match=sentence):
         decode_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("content", [b"P6 1 1 255 abc", b"P3 1 1 255 1 2 3", b"P5 1 1 65535 ab", jpeg_2000(8), sgi(8)])
+def test_eight_bits_and_grey_of_the_same_file_types_are_read(content, tmp_path):
+    (tmp_path / "x.tif").write_bytes(content)
+    decode_image(tmp_path / "x.tif")
 
 
 @given(st.sampled_from(range(1, 9)), st.sampled_from(["png", "jpg", "tif", "webp"]))

@@ -37,10 +37,14 @@ WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
     st.lists(st.tuples(WORDS, WORDS), max_size=4),
     st.sampled_from([[], [""], ["", "  "], [None]]),
     st.booleans(),
+    st.booleans(),
 )
-def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows, blank, is_quoted):
-    """blank: lines at the end, as spreadsheets leave them; None: of separators alone."""
-    lines = [separator.join(f'"{word}"' if is_quoted else word for word in row) for row in [("object", "label"), *rows]]
+def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows, blank, is_quoted, is_told):
+    """blank: lines at the end, as spreadsheets leave them; None: of separators alone. is_told: a line for Excel."""
+    lines = [f"sep={separator[0]}"] if is_told else []
+    lines += [
+        separator.join(f'"{word}"' if is_quoted else word for word in row) for row in [("object", "label"), *rows]
+    ]
     lines += [separator if line is None else line for line in blank]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.csv")
