@@ -103,9 +103,12 @@ def with_hashes(manifest: Manifest, category: Path) -> Manifest:
 def verify(manifest: Manifest, category: Path) -> list[str]:
     """The differences between the manifest and the training images in the category folder `category`, a sentence each.
 
-    Names that are missing in the folder, and files whose SHA-256 differs from the manifest's.
+    Names that are missing in the folder, files whose SHA-256 differs from the manifest's, and another category where
+    no SHA-256 shows that the images are the same.
     """
     files = training_files(category, manifest)
+    is_other = manifest.category != category.name and manifest.unverified()
+    other = [f"it is of the category {manifest.category}, not {category.name}"] if is_other else []
     missing = [
         f"{name} is not among the training images of {category}" for name in manifest.names() if name not in files
     ]
@@ -114,7 +117,7 @@ def verify(manifest: Manifest, category: Path) -> list[str]:
         for name, path in files.items()
         if name in manifest.sha256 and sha256(path) != manifest.sha256[name]
     ]
-    return missing + changed
+    return other + missing + changed
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:

@@ -141,6 +141,15 @@ def test_verify(category):
     assert missing.startswith(first.name) and str(second) in changed
 
 
+def test_a_manifest_of_another_category_needs_every_hash(category):
+    """Names such as 000.png are in every category."""
+    own = with_hashes(draw_from_folder(category, 3, 2, 0), category)
+    other = own._replace(category="weave")
+    assert verify(other, category) == [] == verify(own._replace(sha256={}), category)
+    for known in ({}, dict([*own.sha256.items()][1:])):
+        assert verify(other._replace(sha256=known), category) == ["it is of the category weave, not ring"]
+
+
 def test_fewer_images_than_shots(category):
     with pytest.raises(UserError, match=r"train/good has 5 image\(s\), 6 are needed"):
         draw_from_folder(category, 6, 1, 0)
