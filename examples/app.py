@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -168,8 +169,9 @@ class Service:
 
     async def _image(self, request: Request) -> bytes:
         """The image file in a request: the body, or the one file of a form."""
-        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
-            raise HTTPException(415, f"Content-Encoding {encoding} is not supported: send the file as it is")
+        encodings = ", ".join(request.headers.getlist("content-encoding")).lower()
+        if set(filter(None, re.split(r"[,\s]+", encodings))) - {"identity"}:
+            raise HTTPException(415, f"Content-Encoding {encodings} is not supported: send the file as it is")
         body = await self._body(request)
         if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             body = await _only_file(request, body)
@@ -179,6 +181,9 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         limit, parts, size = self.limits.body, [], 0
+        too_large = HTTPException(413, f"the request has more than the {limit / MB:g} MB of --max_mb")
+        if "expect" in request.headers and int(request.headers.get("content-length", 0)) > limit:
+            raise too_large  # the client waits for it, and sends nothing
         async for part in request.stream():
             size += len(part)
             if size <= limit:
@@ -186,7 +191,7 @@ class Service:
             elif size > READ_AND_DROPPED * limit:
                 break
         if size > limit:
-            raise HTTPException(413, f"the request has more than the {limit / MB:g} MB of --max_mb")
+            raise too_large
         return b"".join(parts)
 
 
@@ -243,7 +248,8 @@ def _busy(reason: str) -> HTTPException:
 def make_app(judges: Mapping[str, Judge], limits: Limits, log: Path | None = None) -> FastAPI:
     """The application; see the module's docstring and `Service`."""
     service = Service(judges, limits, log)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # pages that load scripts from the network
+    pages = {"docs_url": None, "redoc_url": None, "openapi_url": None}  # they load scripts from the network
+    app = FastAPI(redirect_slashes=False, **pages)  # few clients follow a redirection of POST
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict:

@@ -111,12 +111,22 @@ def test_the_case_of_a_content_type_does_not_matter(kind, server, images):
     assert server.send(form(images[0].read_bytes()), kind=kind).status == 200
 
 
-def test_a_compressed_body_is_refused_by_name(server):
-    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Encoding: GZIP\r\nContent-Length: 2\r\n\r\nab"
+@pytest.mark.parametrize(
+    ("head", "status", "sentence"),
+    [
+        ("Content-Encoding: GZIP", 415, "Content-Encoding gzip is not supported"),
+        ("Content-Encoding: identity\r\nContent-Encoding: br", 415, "Content-Encoding identity, br is not supported"),
+        ("Content-Encoding: Identity", 415, "not an image"),
+        (f"Expect: 100-continue\r\nContent-Length: {2**30}", 413, "more than the 0.5 MB of --max_mb"),
+    ],
+)
+def test_what_a_head_alone_says(head, status, sentence, server):
+    """Nothing is sent after `Expect`: the client waits for the answer."""
+    rest = "\r\n" if "Expect" in head else "Content-Length: 2\r\n\r\nab"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
-        client.sendall(head)
-        reply = client.recv(4096) + client.recv(4096)
-    assert reply.startswith(b"HTTP/1.1 415") and b"Content-Encoding gzip is not supported" in reply
+        client.sendall(f"POST /score HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n{rest}".encode())
+        reply = b"".join(iter(lambda: client.recv(4096), b"")).decode()
+    assert reply.startswith(f"HTTP/1.1 {status}") and sentence in reply
 
 
 def test_head_of_health(server):
@@ -152,6 +162,7 @@ def test_bad_requests_are_refused_with_a_sentence(server, images):
         (405, "Method Not Allowed", {"method": "GET"}),
         (405, "Method Not Allowed", {"method": "POST", "path": "/health"}),
         (404, "Not Found", {"body": good, "path": "/"}),
+        (404, "Not Found", {"body": good, "path": "/score/part/"}),
     ]
     for status, sentence, request in cases:
         reply = server.send(**request)
