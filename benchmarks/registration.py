@@ -122,11 +122,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{args.folder} has no folder with the records of a recipe")
     order = sorted(folders, key=lambda path: (path.name != "released", path.name))
     recipes = {path.name: read_results(path) for path in order}
-    names = {category for results in recipes.values() for category, _, _ in results.records}
-    categories = sorted(names)
     print("Trained minus untrained, in points, paired by support set, with 95 % intervals.")
-    for metric in METRICS:
-        print("\n".join(table(recipes, metric, categories)))
+    for shot in sorted({results.shots[0] for results in recipes.values()}):
+        print(f"\n## K = {shot}")
+        of_shot = {name: results for name, results in recipes.items() if results.shots[0] == shot}
+        categories = sorted({category for results in of_shot.values() for category, _, _ in results.records})
+        for metric in METRICS:
+            print("\n".join(table(of_shot, metric, categories)))
     print()
     for recipe, results in recipes.items():
         for scorer in results.scorers:
