@@ -269,10 +269,9 @@ def test_training_and_test_py_give_equal_numbers(which, undisturbed, demo_data, 
     assert rounds == entry["rounds"]
 
 
-@pytest.mark.parametrize("change", [{}, {"num_workers": 2, "cache_dir": "none", "eval_every": 2}])
-def test_same_seed_same_bits(change, undisturbed, demo_data, tmp_path):
+def test_same_seed_same_bits(undisturbed, demo_data, tmp_path):
     """For any number of workers, with or without a cache, for any --eval_every."""
-    train.main(arguments(demo_data, tmp_path, **change))
+    train.main(arguments(demo_data, tmp_path, num_workers=2, cache_dir="none", eval_every=2))
     assert_equal_bits(files(undisturbed).last, files(tmp_path).last)
 
 

@@ -147,9 +147,8 @@ def ends_with_one_sentence(write, path: Path, capsys) -> None:
 
 
 def limits(size: int, name: str) -> list[int]:
-    """Bytes at which the disk is full: the first, the last, and some between."""
-    generator = random.Random(name)
-    return [0, size - 1, *(generator.randrange(size) for _ in range(3))]
+    """Bytes at which the disk is full: the first, the last, and one between."""
+    return [0, size - 1, random.Random(name).randrange(size)]
 
 
 @pytest.mark.parametrize("name", WRITERS)
