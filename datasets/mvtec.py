@@ -230,14 +230,14 @@ def read_mask(
 
 
 def read_masks(
-    items: Sequence[LabelledImage], size: int, *how: bool | str
+    items: Sequence[LabelledImage], size: int, **how: bool | str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The masks and valid pixels of all images, (B, size, size) bool, without decoding the images.
 
     As in evaluation.round_metrics.GroundTruth: None if no pixel is known to be defective, and if all pixels are valid.
     how: keep_aspect and mask_orientation, see `read_mask`.
     """
-    read = [read_mask(item, *read_header(item.image), size, *how)[:2] for item in items]
+    read = [read_mask(item, *read_header(item.image), size, **how)[:2] for item in items]
     masks, valid_mask = map(np.stack, zip(*read, strict=True))
     return masks if masks.any() else None, None if valid_mask.all() else valid_mask
 

@@ -121,7 +121,7 @@ class TableConfig(Config):
         metavar="FILE",
     )
     images: tuple[str, ...] | None = flag(
-        "of --examples: test images as <defect>/<file name> (default: one of each defect type)",
+        "of --examples: test images as <defect>/<file name>, at most 15 (default: one of each defect type, 8 in all)",
         default=None,
         group=TABLE,
         metavar="NAME",

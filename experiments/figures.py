@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.lines import Line2D
 
 from experiments.tables import DIFFERENCE, NO_TRUTH, OVER_IMAGES, PUBLISHED, Entry, ResultsTable
-from reports.drawing import overlay
-from utils.files import whole_file
+from reports.drawing import COLOUR_MAP, SPAN
 
 if TYPE_CHECKING:
     from experiments.examples import CategoryExamples
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
 # The colours of Okabe and Ito, which are distinct for colour-blind readers; published numbers are hollow.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "*")
-CATEGORY_INCHES, FRAME_INCHES, PANEL_INCHES = 0.34, 1.1, 3.1
-ONE_PANEL_INCHES = 8.4
-CELL_INCHES, CELL_DPI = 1.15, 220
+PAGE_INCHES = (7.0, 9.5)  # the text of a page; figures fit in it
+CATEGORY_INCHES, FRAME_INCHES, LABEL_INCHES = 0.34, 0.8, 0.9
+FONT = 8  # points
+THICK, THIN = 2, 0.7  # points, of the bars of intervals
 
 
 def table_figure(tables: Sequence[ResultsTable], over_images: Sequence[ResultsTable] = ()) -> Figure | None:
@@ -38,10 +38,13 @@ def table_figure(tables: Sequence[ResultsTable], over_images: Sequence[ResultsTa
         return None
     shots = dict.fromkeys(table.shot for table in tables)
     by_shot = {shot: [table for table in tables if table.shot == shot] for shot in shots}
-    across = max(map(len, by_shot.values()))
-    heights = [FRAME_INCHES + CATEGORY_INCHES * max(len(_row_names(table)) for table in of) for of in by_shot.values()]
-    width = ONE_PANEL_INCHES if across == 1 else across * PANEL_INCHES
-    figure = Figure(figsize=(width, sum(heights) + 0.3), layout="constrained")
+    across, lines = (
+        max(map(len, by_shot.values())),
+        [max(len(_row_names(table)) for table in of) for of in by_shot.values()],
+    )
+    line = min(CATEGORY_INCHES, (PAGE_INCHES[1] - FRAME_INCHES * (len(lines) + 1)) / sum(lines))
+    heights = [FRAME_INCHES + line * count for count in lines]
+    figure = Figure((PAGE_INCHES[0], sum(heights) + FRAME_INCHES), layout="constrained")
     axes = figure.subplots(len(by_shot), across, squeeze=False, height_ratios=heights)
     columns = list(dict.fromkeys(name for table in tables for name in _drawn(table)))
     thin = {(table.metric.removesuffix(OVER_IMAGES), table.shot): table for table in over_images}
@@ -54,9 +57,13 @@ def table_figure(tables: Sequence[ResultsTable], over_images: Sequence[ResultsTa
             axis.set_axis_off()
     legends = [axis.get_legend_handles_labels() for axis in axes.flat]
     handles = {label: handle for of_axis in legends for handle, label in zip(*of_axis, strict=True)}
-    if across == 1:
-        axes[-1, 0].set_xlabel(f"{axes[-1, 0].get_xlabel()}; bars: 95 % interval over support sets")
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    if any(entry.interval for table in tables for name in _drawn(table) for entry in _entries(table, name).values()):
+        handles["95 % over support sets"] = Line2D([], [], color="black", linewidth=THICK)
+    if thin:
+        handles["95 % over test images"] = Line2D([], [], color="black", linewidth=THIN)
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False, fontsize=FONT
+    )
     return figure
 
 
@@ -71,7 +78,7 @@ def _draw_panel(axis: Axes, table: ResultsTable, columns: Sequence[str], over_im
         thin = _entries(over_images, name) if over_images and name in over_images.columns else {}
         for y, _, row in points:
             if row in thin and thin[row].interval:
-                axis.plot(thin[row].interval, (y, y), color=colour, linewidth=0.7)
+                axis.plot(thin[row].interval, (y, y), color=colour, linewidth=THIN)
         axis.errorbar(
             [entry.mean for _, entry, _ in points],
             [y for y, _, _ in points],
@@ -80,13 +87,14 @@ def _draw_panel(axis: Axes, table: ResultsTable, columns: Sequence[str], over_im
             color=colour,
             markerfacecolor=face,
             markersize=4.5,
-            elinewidth=2,
+            elinewidth=THICK,
             label=name,
         )
+    axis.tick_params(labelsize=FONT)
     axis.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.axhline(len(names) - len(_entries_of_means(table)) - 0.5, color="#888888", linewidth=0.8)
-    axis.set_xlabel(f"{table.title} (%)")
+    axis.axhline(sum(name in table.rows for name in names) - 0.5, color="#888888", linewidth=0.8)
+    axis.set_xlabel(f"{table.title} (%)", fontsize=FONT)
     axis.grid(axis="x", color="#dddddd")
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -115,10 +123,6 @@ def _entries(table: ResultsTable, column: str) -> dict[str, Entry]:
     return {name: row[place] for name, row in rows.items() if row[place] and row[place] is not NO_TRUTH}
 
 
-def _entries_of_means(table: ResultsTable) -> list[str]:
-    return [name for name in _row_names(table) if name in table.means]
-
-
 def _row_names(table: ResultsTable) -> list[str]:
     """The rows with a number of a column that was scored."""
     own = [name for name in _drawn(table) if name not in PUBLISHED]
@@ -126,48 +130,50 @@ def _row_names(table: ResultsTable) -> list[str]:
     return [name for name in (*table.rows, *table.means) if name in named]
 
 
-def examples_figure(categories: Iterable[CategoryExamples]) -> Figure:
-    """A row per test image: the support images, the test image, its ground truth, and the heat map of each column.
+def examples_figure(categories: Sequence[CategoryExamples]) -> Figure:
+    """A row per test image: support images, the test image, its ground truth, and the heat map of each column.
 
-    Heat maps of a column and category have one scale, set by its normal test images.
+    It fits a page. The K support images are beside the rows of their category. One colour bar holds for all heat maps,
+    as their scores are relative, see CategoryExamples.
     """
-    categories = list(categories)
     columns = list(dict.fromkeys(name for of in categories for name in of.columns))
     titles = ["support", "test image", "ground truth", *columns]
-    count = sum(len(of.images) for of in categories)
-    figure = Figure(figsize=(len(titles) * CELL_INCHES + 0.3, count * CELL_INCHES + 0.4), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    count = sum(len(of.names) for of in categories)
+    cell = min((PAGE_INCHES[0] - LABEL_INCHES) / len(titles), (PAGE_INCHES[1] - FRAME_INCHES) / count)
+    figure = Figure((PAGE_INCHES[0], count * cell + FRAME_INCHES), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
     grid = figure.subplots(count, len(titles), squeeze=False)
+    norm = LogNorm(1 / SPAN, SPAN)
+    for axis in grid.flat:
+        axis.set(xticks=[], yticks=[], box_aspect=1)
+        axis.spines[:].set_visible(False)
     for axis, title in zip(grid[0], titles, strict=True):
-        axis.set_title(title.replace(", ", ",\n"), fontsize=7)
+        axis.set_title(title.replace(", ", ",\n"), fontsize=FONT)
     rows = iter(grid)
-    for of_category in categories:
-        for number, name in enumerate(of_category.names):
+    for of in categories:
+        support = np.array_split(of.support, len(of.names))
+        for number, name in enumerate(of.names):
             row = next(rows)
-            row[0].set_ylabel(f"{of_category.category}\n{name.split('/')[0]}", fontsize=7)
-            image, mask = of_category.images[number], of_category.masks[number]
-            panels = [_tiled(of_category.support) if number == 0 else None, image, 255 * mask.astype(np.uint8)]
-            for column in columns:
-                maps = of_category.columns.get(column)
-                panels.append(maps and overlay(Image.fromarray(maps.images[number]), maps.maps[number], maps.limits))
-            for axis, panel in zip(row, panels, strict=True):
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
+            label = f"{of.category}\n{name.split('/')[0]}"
+            row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT)
+            shown = [_tiled(support[number]), of.images[number], of.masks[number]]
+            for axis, panel in zip(row, shown, strict=False):
                 if panel is not None:
-                    axis.imshow(panel, cmap="gray", vmin=0, vmax=255)
+                    axis.imshow(panel, cmap="gray", vmin=0, vmax=1)
+            for axis, column in zip(row[len(shown) :], columns, strict=True):
+                if column in of.columns:
+                    axis.imshow(of.columns[column][number], cmap=COLOUR_MAP, norm=norm)
+    bar = figure.colorbar(ScalarMappable(norm, COLOUR_MAP), ax=grid, location="bottom", shrink=0.5, aspect=40)
+    bar.set_ticks((1 / SPAN, 1, SPAN), labels=(f"1/{SPAN:g}", "1", f"{SPAN:g}"), fontsize=FONT)
+    bar.minorticks_off()
+    bar.set_label("score / median image score of the normal test images", fontsize=FONT)
     return figure
 
 
-def _tiled(images: np.ndarray) -> np.ndarray:
-    """Images (K, S, S, 3) in a square grid, as one square image."""
+def _tiled(images: np.ndarray) -> np.ndarray | None:
+    """Images (K, S, S, 3) in a square grid, as one square image; None for none."""
     side = int(np.ceil(len(images) ** 0.5))
     padded = np.full((side**2, *images.shape[1:]), 255, np.uint8)
     padded[: len(images)] = images
-    return np.concatenate([np.concatenate(list(padded[at : at + side]), axis=1) for at in range(0, len(padded), side)])
-
-
-def save_for_paper(path: Path, figure: Figure) -> None:
-    """Writes a figure in one of FIGURE_FORMATS, by its suffix. Text stays text."""
-    metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix, {})
-    with whole_file(path) as aside, matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
-        figure.savefig(aside, format=path.suffix[1:], dpi=CELL_DPI, metadata=metadata)
+    rows = [np.concatenate(list(padded[at : at + side]), axis=1) for at in range(0, len(padded), side or 1)]
+    return np.concatenate(rows) if rows else None

@@ -191,7 +191,6 @@ def _latex_table(table: ResultsTable) -> list[str]:
     everything = [*table.rows.values(), *table.means.values()]
     shown = [place for place, _ in enumerate(table.columns) if any(row[place] for row in everything)]
     own = [place for place in shown if table.columns[place] not in PUBLISHED]
-    names = [escape_latex(table.columns[place]) for place in shown]
     caption = "In percent, mean ± standard deviation over support sets"
     caption += "; the best of each row in bold" if table.metric in TABLE_METRICS else ""
     if table.intervals:
@@ -199,14 +198,22 @@ def _latex_table(table: ResultsTable) -> list[str]:
     label = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")
     lines = ["\\begin{table}", "\\centering"]
     lines += [f"\\caption{{{escape_latex(f'{table.title[0].upper()}{table.title[1:]}. {caption}.')}}}"]
-    lines += [f"\\label{{tab:{label}}}", "\\smallskip", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", "\\toprule"]
+    lines += [f"\\label{{tab:{label}}}"]
+    differences = [place for place in shown if table.intervals and DIFFERENCE in table.columns[place]]
+    for places in ([place for place in shown if place not in differences], differences):  # side by side, too wide
+        lines += _latex_columns(table, places, own) if places else []
+    notes = " ".join(map(escape_latex, table.notes))
+    return [*lines, *([f"\\par\\footnotesize {notes}"] if notes else []), "\\end{table}"]
+
+
+def _latex_columns(table: ResultsTable, shown: Sequence[int], own: Sequence[int]) -> list[str]:
+    """Some columns of a table, with the rows that have a number in the columns `own`."""
+    names = [escape_latex(table.columns[place]) for place in shown]
+    lines = ["\\par\\smallskip", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", "\\toprule"]
     lines += [" & ".join(["category", *names]) + " \\\\", "\\midrule"]
     lines += [_latex_row(table, name, row, shown) for name, row in table.rows.items() if any(row[at] for at in own)]
     means = [_latex_row(table, name, row, shown) for name, row in table.means.items() if any(row)]
-    lines += ["\\midrule", *means] if means else []
-    notes = " ".join(map(escape_latex, table.notes))
-    lines += ["\\bottomrule", "\\end{tabular}", *([f"\\par\\footnotesize {notes}"] if notes else [])]
-    return [*lines, "\\end{table}"]
+    return [*lines, *(["\\midrule", *means] if means else []), "\\bottomrule", "\\end{tabular}"]
 
 
 def _latex_row(table: ResultsTable, name: str, entries: Sequence[Entry | None], shown: Sequence[int]) -> str:

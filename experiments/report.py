@@ -6,11 +6,12 @@ from pathlib import Path
 
 from experiments.comparison import DEFAULT_BASELINES, Pair, paired_tables, pairs_between, pairs_of
 from experiments.config import ExperimentConfig
-from experiments.figures import examples_figure, save_for_paper, table_figure
+from experiments.figures import examples_figure, table_figure
 from experiments.formats import FORMATS, to_csv, to_html, to_latex, to_markdown
 from experiments.results import Results, read_results
 from experiments.saved_scores import over_images
 from experiments.tables import OVER_IMAGES, TABLE_METRICS, ResultsTable, other_tables, seconds_table, value_table
+from reports.figures import save_as
 from utils.errors import UserError
 from utils.files import whole_file
 from utils.text import read_text
@@ -87,13 +88,13 @@ def print_report(config: ExperimentConfig) -> None:
         figure = table_figure(shown, [table for table in tables if table.metric.endswith(OVER_IMAGES)])
         if figure is None:
             raise UserError(f"{config.report} has no number to draw")
-        save_for_paper(config.figure, figure)
-        print(f"figure: {config.figure}. Thick bars: 95 % intervals over support sets; thin lines: over test images")
+        save_as(config.figure, figure)
+        print(f"figure: {config.figure}")
     if config.examples:
         from experiments.examples import read_examples  # slow: imports scikit-learn
 
         examples = read_examples(results, config.images_round, config.images, _data_path(config))
-        save_for_paper(config.examples, examples_figure(examples))
+        save_as(config.examples, examples_figure(examples))
         print(f"figure: {config.examples}")
 
 

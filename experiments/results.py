@@ -103,6 +103,13 @@ def scorer_of(kind: str) -> str:
     return kind.split(", ")[1] if ", " in kind else RELEASE_SCORER
 
 
+def described(kind: str) -> str:
+    """A `kind_name` in words: `untrained network, scorer combined`; the name alone of another method."""
+    weights, scorer = weights_of(kind), scorer_of(kind)
+    network = "untrained network" if weights == "untrained" else f"{weights} weights"
+    return f"{network}, {'scorer ' if scorer in SCORERS else ''}{scorer}"
+
+
 def read_results(folder: Path) -> Results:
     """Reads all records in `folder`, and the further trainings in its folders of --seeds.
 

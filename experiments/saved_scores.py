@@ -27,7 +27,7 @@ from experiments.tables import (
     known,
     make_table,
 )
-from utils.choices import MASK_ORIENTATIONS
+from utils.choices import AUTO_BITS
 from utils.errors import UserError
 from utils.naming import RecordFiles, round_maps
 
@@ -41,15 +41,25 @@ def maps_folder(file: Path, record: dict) -> Path:
     return Path(given) if given and not beside.is_dir() else beside
 
 
-def test_items(record: dict, data_path: Path | None = None) -> list[LabelledImage]:
-    """The test images of a record. data_path: where the data are now; None: where they were.
+def folder_of(record: dict, data_path: Path | None = None) -> Path:
+    """The folder of the category of a record. data_path: where the data are now; None: where they were.
 
     Raises:
-        UserError: they are not there.
+        UserError: there is none.
     """
     config = record["config"]
-    folder = category_folder(data_path or Path(config["data_path"]), config["data_type"], config["obj"])
-    return list_test_items(folder, need_both=False)
+    return category_folder(data_path or Path(config["data_path"]), config["data_type"], config["obj"])
+
+
+def test_items(record: dict, data_path: Path | None = None) -> list[LabelledImage]:
+    """The test images of a record; see `folder_of`."""
+    return list_test_items(folder_of(record, data_path), need_both=False)
+
+
+def decoding(record: dict, *names: str) -> dict[str, bool | int | str]:
+    """The settings `names` with which the files of a record were decoded; those that it lacks had their defaults."""
+    config = record["config"]
+    return {name: config[name] for name in names if config.get(name) not in (None, AUTO_BITS)}
 
 
 def deviations(results: Results, key: Key, data_path: Path | None = None) -> dict[str, np.ndarray]:
@@ -90,15 +100,13 @@ def _of_maps(
         print(f"note: no intervals of pixel metrics over test images: {maps[0].parent} is of other test images")
         return {}
     size = read_maps(maps[0], items).shape[-1]
-    config = record["config"]
-    how = bool(config.get("keep_aspect")), config.get("mask_orientation", MASK_ORIENTATIONS[0])
-    truth = _truth(tuple(items), size, *how)
+    truth = _truth(tuple(items), size, **decoding(record, "keep_aspect", "mask_orientation"))
     return resample((count_pixels(read_maps(file, items), *truth) for file in maps), copies, "pixel") if truth else {}
 
 
 @functools.lru_cache(maxsize=1)  # all columns of a category follow each other
-def _truth(items: tuple[LabelledImage, ...], size: int, *how: bool | str) -> tuple | None:
-    masks, valid_mask = read_masks(items, size, *how)
+def _truth(items: tuple[LabelledImage, ...], size: int, **how: bool | str) -> tuple | None:
+    masks, valid_mask = read_masks(items, size, **how)
     return None if masks is None else (masks, valid_mask, region_weights(masks))
 
 

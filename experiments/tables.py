@@ -17,7 +17,7 @@ import numpy as np
 from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import TYPE_METRICS
 from evaluation.statistics import crossed_summary, p_value, summary
-from experiments.results import Results, kind_name, weights_of
+from experiments.results import Results, described, kind_name, weights_of
 
 PUBLISHED_FILES = "published_{}.csv"  # in this folder, by data type; there is none for MPDD
 PUBLISHED = ("paper", "release")
@@ -234,7 +234,7 @@ def _other_table(results: Results, shot: int, kind: str) -> list[ResultsTable]:
     columns = {METRIC_NAMES[metric]: column_of(results, metric, shot, kind) for metric in OTHER_METRICS}
     if not any(known(column) for column in columns.values()):
         return []
-    return [make_table(f"Other metrics, {kind} weights, K = {shot}", "other", shot, results.categories, columns)]
+    return [make_table(f"Other metrics, K = {shot}: {described(kind)}", "other", shot, results.categories, columns)]
 
 
 def _defects_table(results: Results, shot: int, kind: str) -> list[ResultsTable]:
@@ -242,7 +242,7 @@ def _defects_table(results: Results, shot: int, kind: str) -> list[ResultsTable]
     columns = {METRIC_NAMES[metric]: column_of(results, metric, shot, kind, by_defect=True) for metric in TYPE_METRICS}
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = {name: [column.get(name) for column in columns.values()] for name in names}
-    title = f"By defect type, {kind} weights, K = {shot}"
+    title = f"By defect type, K = {shot}: {described(kind)}"
     return [ResultsTable(title, "defects", shot, list(columns), rows, {}, [])] if rows else []
 
 

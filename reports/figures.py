@@ -13,14 +13,20 @@ from utils.files import whole_file
 
 JPEG_QUALITY = 90
 # No date and no random identifiers: the same figure gives the same file.
-METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+METADATA = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes `path`, a PNG, and the same plot as PDF and SVG."""
-    for suffix, metadata in METADATA.items():
-        with whole_file(path.with_suffix(f".{suffix}")) as aside, matplotlib.rc_context({"svg.hashsalt": "RegAD"}):
-            figure.savefig(aside, format=suffix, dpi=100, metadata=metadata)
+    for suffix in METADATA:
+        save_as(path.with_suffix(suffix), figure, dpi=100)
+
+
+def save_as(path: Path, figure: Figure, dpi: int = 220) -> None:
+    """Writes a figure in the format of the suffix. Text stays text. dpi: of pixels, in PDF and SVG those of images."""
+    fonts = {"svg.hashsalt": "RegAD", "pdf.fonttype": 42, "svg.fonttype": "none"}
+    with whole_file(path) as aside, matplotlib.rc_context(fonts):
+        figure.savefig(aside, format=path.suffix[1:], dpi=dpi, metadata=METADATA[path.suffix])
 
 
 def as_svg(figure: Figure) -> Markup:

@@ -15,6 +15,7 @@ from experiments.figures import examples_figure, table_figure
 from experiments.report import make_tables
 from experiments.results import read_results
 from experiments.saved_scores import over_images
+from experiments.tables import value_table
 from tests.experiments.test_tables import entry
 from utils.errors import UserError
 from utils.naming import round_maps
@@ -80,6 +81,8 @@ def test_the_bars_are_the_intervals(folder):
         for column in made.columns:
             assert tuple(np.round(entry(made, "ring", column).interval, 6)) in ends
         assert sum(line.get_linewidth() < 1 for line in axis.lines) >= 4  # over test images: two rows, two columns
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[-2:] == ["95 % over support sets", "95 % over test images"]
     assert table_figure([]) is None
     with pytest.raises(UserError, match=r"--figure a\.jpg: figures are written as \.pdf, \.svg, \.png"):
         reproduce.main(["--report", str(folder), "--figure", "a.jpg"])
@@ -93,23 +96,40 @@ def test_examples_are_the_saved_maps(folder, demo_data, tmp_path):
     dataset = LabelledDataset([items[index] for index in chosen], SIZE)
     for column, name in (("untrained, one", "one"), ("untrained, two", "two")):
         with np.load(tmp_path / name / "round_1.npz") as saved:
-            np.testing.assert_array_equal(examples.columns[column].maps, saved["maps"][chosen])
+            normal = np.median([maps.max() for item, maps in zip(items, saved["maps"], strict=True) if not item.label])
+            np.testing.assert_allclose(examples.columns[column], saved["maps"][chosen] / normal, rtol=1e-6)
     for number, one in enumerate(dataset):
         np.testing.assert_array_equal(examples.masks[number], one["mask"].numpy())
         np.testing.assert_array_equal(examples.images[number], one["image"].permute(1, 2, 0).numpy())
     (name,) = results.records["ring", 1, "untrained, one"]["support_set"]["names"][1]
     np.testing.assert_array_equal(examples.support, read_image(demo_data / "ring/train/good" / name, SIZE)[None])
     figure = examples_figure([examples])
-    assert len(figure.axes) == 2 * 5 and len(figure.axes[0].images) == 1 and not figure.axes[5].images
+    assert len(figure.axes) == 2 * 5 + 1 and len(figure.axes[0].images) == 1 and not figure.axes[5].images
+    (bar,) = [axis for axis in figure.axes if "median image score" in axis.get_xlabel()]
+    assert bar.get_xlim() == pytest.approx(figure.axes[4].images[0].get_clim())
 
 
-def test_what_examples_lack(folder, tmp_path):
+def test_figures_fit_a_page(folder):
+    """Of one to fifteen rows; of three numbers of shots on fifteen categories, too."""
     results = read_results(folder)
+    (examples, *_), (shown, *_) = read_examples(results), value_table(results, "pro", 1)
+    for count, shots in ((1, 1), (15, 3)):
+        rows = {f"category {number}": shown.rows["ring"] for number in range(count)}
+        of_shots = [shown._replace(shot=shot, rows=rows) for shot in range(shots)]
+        for figure in (examples_figure([examples._replace(names=examples.names[:1])] * count), table_figure(of_shots)):
+            width, height = figure.get_size_inches()
+            assert width == 7 and height <= 9.6
+
+
+def test_what_examples_lack(folder, tmp_path, monkeypatch):
+    results = read_results(folder)
+    monkeypatch.setattr("experiments.examples.MOST", 3)
     for call, words in (
         (lambda: read_examples(results, 2), "ring has 2 rounds, counted from 0"),
         (lambda: read_examples(results, 0, ["good/999.png"]), r"no test image good/999\.png in ring"),
         (lambda: read_examples(results._replace(shots=[1, 2])), "one number of shots, not of K = 1, 2"),
         (lambda: read_examples(results, data_path=tmp_path), "no category folder"),
+        (lambda: read_examples(results), "4 test images do not fit a page, at most 3 do"),
     ):
         with pytest.raises(UserError, match=words):
             call()

@@ -193,7 +193,7 @@ def test_kinds_of_defects(tmp_path):
     scratch = {"images": 3, "image_auroc": {"mean": 0.6, "rounds": [0.5, 0.7]}, "pixel_auroc": None, "pro": None}
     (tmp_path / "ring_2_affine_last.json").write_text(json.dumps(record | {"defects": {"scratch": scratch}}))
     write_record(tmp_path, "weave", 2, "last", [(0.9, 0.9)], data_type="folder")
-    made = table(tmp_path, "By defect type, last weights, K = 2")
+    made = table(tmp_path, "By defect type, K = 2: last weights, scorer gaussian")
     assert list(made.rows) == ["ring, scratch"] and entry(made, "ring, scratch", "PRO") is NO_TRUTH
     assert "| ring, scratch | 60.0 ± 14.1 | n/a | n/a |" in to_markdown([made])
 
@@ -247,7 +247,7 @@ def test_other_metrics_come_from_the_last_weights(tmp_path):
         record = write_record(tmp_path, "ring", 2, weights, [(0.9, 0.9)], data_type="folder")
         record["rounds"][0] |= {"image_ap": value, "image_f1_max": value, "pixel_ap": None, "pro": value}
         (tmp_path / f"ring_2_affine_{weights}.json").write_text(json.dumps(record))
-    made = table(tmp_path, "Other metrics, last weights, K = 2")
+    made = table(tmp_path, "Other metrics, K = 2: last weights, scorer gaussian")
     assert entry(made, "ring", "image AP").mean == 50 and entry(made, "ring", "pixel AP") is NO_TRUTH
     assert entry(table(tmp_path, "PRO, K = 2"), "ring", "last").mean == 50
 
