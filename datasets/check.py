@@ -193,10 +193,10 @@ def _list_files(
             problems.append(str(error))
             return []
 
-    if not listed(lambda: [category_folder(data_path, data_type, name)]):
+    found = listed(lambda: [layout_of(category_folder(data_path, data_type, name))])
+    if not found:
         return [], []
-    folder = data_path / name
-    layout = layout_of(folder)
+    folder, (layout,) = data_path / name, found
     train, tests = listed(lambda: layout.list_train(folder)), layout.tests(folder)
     if not tests.exists():
         return train, []

@@ -152,7 +152,7 @@ class Folders(Layout):
         tests, truth, listing = self.tests(category), category / self.truth, Listing()
         train, test = (listing.images_below(place) for place in (category / "train", tests))
         known = {"train", self.test, self.truth, *self.unread}
-        others = [place for place in entries(category) if place.name not in known and is_folder(place)]
+        others = [place for place in entries(category) if place.name not in known and place.is_dir()]
         unread = {
             f"train/{self.normal}/<name>": [file for file in train if file.parent != category / "train" / self.normal],
             f"{self.test}/{self.normal}/<name>, {self.test}/<defect>/<name>": [
@@ -196,7 +196,7 @@ def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
         return {}
     found = entries(folder)
     files = sorted(require_no_pipes(filter(is_image_file, found)), key=lambda file: file.suffix.lower() == ".png")
-    folders = [entry for entry in found if is_folder(entry) and entry not in files]
+    folders = [entry for entry in found if entry not in files and is_folder(entry)]
     several = {entry.name: tuple(require_no_pipes(filter(is_image_file, entries(entry)))) for entry in folders}
     return several | {file.stem: (file,) for file in files}
 

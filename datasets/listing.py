@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ LABEL_NAME = re.compile(
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; UserError if that cannot be told, as without the rights to look."""
+    """Whether a path is a folder; UserError if that is unknown: no rights, a link to nothing, a mount that is gone."""
     try:
-        path.stat()
+        return stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:
-        if isinstance(error, PermissionError):
-            raise UserError(f"cannot look into the folder {path.parent}: {error.strerror}") from error
-    return os.path.isdir(path)
+        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        if is_missing and not path.is_symlink():
+            return False
+        reason = "it is a link to nothing" if is_missing else error.strerror
+        raise UserError(f"cannot use {path}: {reason}") from error
 
 
 def is_pipe(path: Path) -> bool:
@@ -118,16 +121,25 @@ class Listing:
 
     def _images(self, files: Iterable[Path]) -> list[Path]:
         """The images among files; the others are counted."""
-        images, others = [], []
+        images = []
         for path in files:
             if not is_image_file(path) and not self.all_files:
-                others.append(path.suffix.lower())
+                self._leave_out(path)
             elif is_pipe(path):
-                others.append(NO_FILE)
+                self.left_out[NO_FILE] += 1
             else:
                 images.append(path)
-        self.left_out.update(others)
         return images
+
+    def _leave_out(self, path: Path) -> None:
+        """Counts a file by its suffix. A link to nothing, or a mount that is gone, seems to be one, and is named."""
+        suffix = path.suffix.lower()
+        try:
+            if suffix not in NO_IMAGES:
+                is_folder(path)
+            self.left_out[suffix] += 1
+        except UserError as error:
+            self.unreadable.append(str(error))
 
     def _note(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it vanished

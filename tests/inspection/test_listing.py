@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -110,6 +111,9 @@ def test_linked_folders_are_entered_once(tmp_path):
     assert below(root) == ["b/real.png", "c/deep/farther.png", "c/far.png", "f.png", "h.png"]
     (elsewhere / "back").unlink()
     assert list_inputs([root / "c", root / "d"]) == [root / "c/deep/farther.png", root / "c/far.png"]
+    with pytest.raises(UserError, match="root/g: it is a link to nothing"):
+        list_inputs([root])  # images may lie there once it is mounted
+    (root / "g").unlink()
     assert list_inputs([root / "b", root]) == [root / name for name in ("b/real.png", *below(root)[1:])]
 
 
@@ -212,6 +216,35 @@ def test_a_category_that_cannot_be_entered_is_a_problem_and_no_traceback(tmp_pat
     assert "Permission denied" in " ".join(check_category(data, "folder", "weave").problems)
     with pytest.raises(UserError, match=r"cannot list the folder .*weave/train/good: Permission denied"):
         list_source_images(data, "folder", "ring")
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOTCONN, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("place", ["in/gone", "data/gone", "data/ring/test/gone"])
+def test_links_to_nothing_and_mounts_that_are_gone_are_named(code, place, tmp_path, demo_data, monkeypatch):
+    """They look like files without a suffix."""
+    gone, stat = tmp_path / place, os.stat
+    shutil.copytree(demo_data, tmp_path / "data")
+    kept = image(tmp_path / "in/a.png")
+    gone.symlink_to(tmp_path / "nowhere")
+    if code:
+
+        def refuse(path, *arguments, **options):
+            if path == gone and options.get("follow_symlinks", True):
+                raise OSError(code, os.strerror(code), str(path))
+            return stat(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "stat", refuse)
+    sentence = f"cannot use {gone}: {os.strerror(code) if code else 'it is a link to nothing'}"
+    if place.startswith("in"):
+        listing = Listing()
+        assert list_inputs([tmp_path / "in"], listing=listing) == [kept] and listing.unreadable == [sentence]
+    elif place == "data/gone":
+        with pytest.raises(UserError, match=sentence):
+            list_source_images(tmp_path / "data", "folder", "ring")
+    else:
+        assert sentence in check_category(tmp_path / "data", "folder", "ring").problems
+        with pytest.raises(UserError, match=sentence):
+            list_test_items(tmp_path / "data/ring")
 
 
 @pytest.mark.parametrize(("left_out", "is_partial"), [("a.heic", True), ("a", True), ("a.json", False)])
