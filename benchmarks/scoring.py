@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -250,8 +251,13 @@ def print_seconds(title: str, seconds: dict[str, float], stages: Sequence[str] |
 
 
 def command_line(module: str, args: argparse.Namespace) -> str:
-    """The command for the record: the module and all arguments, including defaults."""
-    return " ".join([f"python -m {module}", *(f"--{key} {value}" for key, value in vars(args).items())])
+    """The command for the record: the module and all arguments that have a value, including defaults."""
+    words = ["python", "-m", module]
+    for key, value in vars(args).items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            words += [f"--{key}", *map(str, values)]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":
