@@ -392,6 +392,32 @@ def test_a_watched_folder_that_is_gone_or_replaced(watch, images, folder, capsys
     assert watch(lambda: folder.rename(moved), lambda: moved.rename(folder), back, lambda: None) == 0
 
 
+UNMOUNT = """
+import subprocess, sys
+from pathlib import Path
+from inspection.inputs import Watcher
+folder = Path(sys.argv[1])
+for place in (folder, folder / "sub"):
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+    watcher = Watcher(folder, folder.with_name("out"), set())
+    watcher.scan()
+    subprocess.run(["umount", place], check=True)
+    watcher.scan()
+    print(watcher.notes == [f"the folder {place} is gone or was replaced"], watcher.is_gone)
+"""
+
+
+def test_a_folder_that_is_unmounted(tmp_path):
+    """In a namespace of its own, for which root is needed."""
+    trial = ["unshare", "-m", "mount", "-t", "tmpfs", "none", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run(trial, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    command = ["unshare", "-m", sys.executable, "-c", UNMOUNT, str(tmp_path / "in")]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["True True", "True False"], done.stderr
+
+
 def test_a_full_disk_ends_with_the_summary(part, images, folder, tmp_path, capsys, monkeypatch):
     """The file is named, what was found so far is said, and decides on the exit code."""
     for number in range(2):
@@ -413,6 +439,24 @@ def test_a_full_disk_ends_with_the_summary(part, images, folder, tmp_path, capsy
     assert "stopped: 1 image scored, 1 defective" in said.out and "Traceback" not in said.err
     monkeypatch.undo()
     assert call(part, *flags, "--append") == 0 and len(rows_of(tmp_path / "out")) == 2
+
+
+def test_a_second_run_into_the_same_output_is_refused(part, images, folder, tmp_path, monkeypatch):
+    """It starts when the first has scored its first image."""
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(images[number])
+    flags, add, refused = ("--input", folder, "--output", tmp_path / "out"), ResultFiles.add, []
+
+    def start_another(self, row) -> None:
+        if not refused:
+            with pytest.raises(UserError, match=r"another process writes .*results\.jsonl") as caught:
+                call(part, *flags, "--overwrite")
+            refused.append(caught.value)
+        add(self, row)
+
+    monkeypatch.setattr(ResultFiles, "add", start_another)
+    assert call(part, *flags) == 0
+    assert refused and len(rows_of(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -36,6 +36,7 @@ from datasets.images import (
     with_facts,
 )
 from datasets.mvtec import LabelledDataset, list_test_items
+from inspection.images import ImageFile, as_pixels
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import exif
 from utils.errors import UserError
@@ -112,6 +113,44 @@ def test_what_lies_under_transparent_parts_does_not_matter(mode, suffix, under):
             shown.append(decode_image(path))
         assert TRANSPARENT in shown[0].info and np.array_equal(*map(np.asarray, shown))
         assert not np.asarray(shown[1])[hidden].any()
+
+
+FORMS = {  # of one grey picture whose left half is clear
+    "grey and alpha": lambda shown, alpha: Image.merge("LA", [shown, alpha]),
+    "colours and alpha": lambda shown, alpha: Image.merge("RGBA", [shown, shown, shown, alpha]),
+    "premultiplied": lambda shown, alpha: Image.merge("RGBA", [shown, shown, shown, alpha]).convert("RGBa"),
+    "palette": lambda shown, alpha: Image.merge("RGBA", [shown, shown, shown, alpha]).quantize(),
+    "a clear grey": lambda shown, alpha: clear_value(Image.composite(shown, Image.new("L", shown.size, 7), alpha), 7),
+    "a clear colour": lambda shown, alpha: clear_value(
+        Image.composite(shown, Image.new("L", shown.size, 7), alpha).convert("RGB"), (7, 7, 7)
+    ),
+}
+
+
+def clear_value(image: Image.Image, value: int | tuple[int, ...]) -> Image.Image:
+    image.info["transparency"] = value
+    return image
+
+
+@given(st.sampled_from(sorted(FORMS)), st.sampled_from(["memory", "array", "tensor", "png", "tif", "webp", "gif"]))
+def test_every_form_of_transparency_is_the_same_picture(form, kind):
+    """Forms of transparency x file types and images in memory."""
+    grey = np.where(np.arange(8) % 2, np.uint8(60), np.uint8(200))[None].repeat(8, axis=0)
+    hidden = np.arange(8)[None].repeat(8, axis=0) < 4
+    image = FORMS[form](Image.fromarray(grey), Image.fromarray(np.where(hidden, np.uint8(0), np.uint8(255))))
+    if kind in ("array", "tensor"):
+        values = np.array(image.convert("RGBA"))
+        found = as_pixels(values if kind == "array" else torch.from_numpy(values.transpose(2, 0, 1).copy()), 32)
+    elif kind == "memory":
+        found = as_pixels(image, 32)
+    else:
+        image = image.convert("RGBA") if kind in ("tif", "webp", "gif") or image.mode == "RGBa" else image
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"x.{kind}")
+            image.save(path, **({"lossless": True} if kind == "webp" else {}))
+            found, other = decode_image(path), as_pixels(ImageFile(path), 32)
+            assert np.array_equal(found, other) and parts_of(other) == parts_of(found)
+    assert np.array_equal(np.asarray(found.convert("L")), np.where(hidden, 0, grey)) and TRANSPARENT in found.info
 
 
 @given(st.sampled_from([1, 3]), st.integers(0, 255))

@@ -68,3 +68,10 @@ def test_a_scored_support_image_is_said(detector):
         shown = photo if number else photo.point(lambda value: value ^ 1)
         square = detector.decode(shown).square
         assert bool(detector.doubts(shown, square, "x.png")) == bool(number)
+
+
+def test_generators_are_fitted_and_scored_like_lists(detector):
+    expected = detector.fit(PHOTOS).score(PHOTOS)
+    identity = detector.identity()
+    found = detector.fit(photo for photo in PHOTOS).score(photo for photo in PHOTOS)
+    assert detector.identity() == identity and all(map(np.array_equal, found, expected))

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,11 +155,13 @@ def test_checkpoints_of_dataparallel_and_foreign_ones(tmp_path):
     assert len(str(caught.value)) < 500
 
 
-def test_what_a_checkpoint_holds_besides_weights_is_named(tmp_path):
-    from argparse import Namespace
-
-    save_tensors(tmp_path / "x.pt", {"arguments": Namespace(lr=1)})
-    with pytest.raises(UserError, match=r"argparse\.Namespace"):
+@pytest.mark.parametrize(
+    ("beside", "name"),
+    [(Namespace(lr=1), r"argparse\.Namespace"), (np.float64(0.9), r"numpy\..*core\.multiarray\.scalar")],
+)
+def test_what_a_checkpoint_holds_besides_weights_is_named(beside, name, tmp_path):
+    save_tensors(tmp_path / "x.pt", {"best": beside})
+    with pytest.raises(UserError, match=f"holds objects that could run code: {name}"):
         load_tensors(tmp_path / "x.pt", "checkpoint")
 
 
