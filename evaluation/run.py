@@ -86,8 +86,8 @@ class Plan(NamedTuple):
     jobs: list[Job]
 
 
-def run(config: ScoringConfig) -> None:
-    """Checks all inputs, scores every round, prints the metrics and writes the records.
+def run(config: ScoringConfig, digests: FileDigests | None = None) -> None:
+    """Checks all inputs, scores every round, prints the metrics and writes the records. digests: known ones of files.
 
     Raises:
         UserError: data, a support set or a checkpoint cannot be used, a record of other settings would be replaced, or
@@ -97,7 +97,7 @@ def run(config: ScoringConfig) -> None:
     limit_pixels(config.max_pixels)
     device = command_device(config.device)
     seed_everything(config.seed)
-    folder, digests = _folder(config), FileDigests()
+    folder, digests = _folder(config), digests or FileDigests()
     plan = make_plan(config, list_test_items_with_notes(folder, config.strict, need_both=False), digests)
     networks = {weights: _load_network(plan, weights) for weights in dict.fromkeys(job.weights for job in plan.jobs)}
     with locked([job.files.record for job in plan.jobs]):

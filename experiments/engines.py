@@ -47,17 +47,10 @@ def job_environment(cores: int, gpu: str | None) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(cores)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
 
 
-def run_local(
-    output: Path,
-    runs: Sequence[Run],
-    jobs: int,
-    gpus: Sequence[str],
-    report: Report,
-    digests: FileDigests | None = None,
-) -> None:
+def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str], report: Report) -> None:
     """Executes the runs, `jobs` at a time. Each has its share of the cores, and its own GPU if there are enough.
 
-    Runs of another driver are waited for at the end. digests: known digests of data files.
+    Runs of another driver are waited for at the end.
     """
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for number in range(jobs):
@@ -66,7 +59,7 @@ def run_local(
     def execute_in_slot(run: Run, wait: bool) -> str | None:
         environment = slots.get()
         try:
-            return execute(output, run, environment, wait, digests)
+            return execute(output, run, environment, wait)
         finally:
             slots.put(environment)
 

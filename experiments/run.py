@@ -81,7 +81,7 @@ def _execute(plan: Plan, runs: Sequence[Run]) -> dict[str, str]:
 
     require_locks(config.output)
     if config.engine == "local":
-        run_local(config.output, runs, count_jobs(config), visible_gpus(config.device), report, plan.digests)
+        run_local(config.output, runs, count_jobs(config), visible_gpus(config.device), report)
     else:
         run_on_cluster(config.output, runs, config.jobs or len(runs), Cluster.of(SLURM_CLUSTER, config.slurm), report)
     return failed

@@ -1,12 +1,11 @@
 """The runs of a table. A run may be killed at any time and is continued by the next driver.
 
-A run is a training, where there is one, and the scorings of its weights. It is finished when its records have the
-fingerprints that are computed now. Its files in the results folder, next to the records:
-jobs/<name>.train.json, ...    the configuration of each command, for its --config, with the fingerprint of a training
-jobs/<name>.lock               locked by the driver that executes the run
-logs/<name>.log                the output of the commands
+A run is a training, where there is one, and the scorings of its weights, all in one process (job.py). It is finished
+when its records have the fingerprints that are computed now. Its files in the results folder, next to the records:
+jobs/.<name>.lock    locked by the process of the run
+logs/<name>.log      its output
 
-train.py and test.py lock their own files. The command of a killed driver goes on, and the next driver waits for it.
+The process of a killed driver goes on, and the next driver waits for it.
 """
 
 from __future__ import annotations
@@ -14,26 +13,31 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+import evaluation.run
+import training.run
 from datasets.mvtec import category_folder, list_test_items
 from evaluation.config import ScoringConfig
-from evaluation.run import make_plan
 from training.config import TrainingConfig
 from training.run import checkpoint_files, read_inputs
+from training.state import earlier_run
 from utils.errors import UserError
-from utils.files import PROJECT_ROOT, temporary_name, write_json
+from utils.files import temporary_name
 from utils.fingerprint import FileDigests
 from utils.naming import lock_file
 
 BUSY = "another process works on it"
+PROCESS = "import sys; sys.path[:] = {path}; from {package}.job import main; main()"  # imports what this one can
 
 
 class Scoring(NamedTuple):
@@ -81,34 +85,51 @@ def is_begun(run: Run) -> bool:
     return run.training is not None and checkpoint_files(run.training).state.is_file()
 
 
-def execute(
-    output: Path,
-    run: Run,
-    environment: Mapping[str, str],
-    wait: bool = True,
-    digests: FileDigests | None = None,
-) -> str | None:
-    """Executes what is not finished of a run. Returns None when it is finished, else a sentence on why not.
+def execute(output: Path, run: Run, environment: Mapping[str, str], wait: bool = True) -> str | None:
+    """Executes what is not finished of a run, in a process. Returns None when it is finished, else why it is not.
 
-    With `wait`, another process that executes the run is waited for; without, BUSY is returned. digests: known digests
-    of data files.
+    With `wait`, another process that executes the run is waited for; without, BUSY is returned.
     """
+    lock, log = lock_file(output / "jobs" / run.name), log_file(output, run)
     try:
-        with _locked([output / "jobs" / f"{run.name}.lock"], wait):
-            with _locked(_locks_of_commands(run), wait):
-                pass  # the command of a killed driver has ended; no other driver starts one now
-            return _execute(output, run, environment, digests or FileDigests())
+        for file in (lock, log):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=-1 if wait else 0, mode=0o666):
+            pass  # the process locks it again, and waits where another one was faster
+        code = _start([str(lock), str(output), run.name], _pickled(run), log, environment)
     except Timeout:
         return BUSY
-    except (OSError, NotImplementedError, UserError) as error:  # only this run fails
-        return f"{error} ({log_file(output, run)})"
+    except (OSError, NotImplementedError) as error:  # only this run fails
+        return f"{error} ({log})"
+    return f"ended with code {code}: {_last_line(log)} ({log})" if code else None
+
+
+def perform(run: Run) -> None:
+    """Trains and scores what is not finished of a run, in this process.
+
+    Raises:
+        UserError: data, a support set, weights or settings cannot be used.
+    """
+    digests = FileDigests()
+    if run.training:
+        current = read_inputs(run.training, digests=digests).fingerprint
+        if not _is_trained(run.training, current):
+            _prepare_training(run, current)
+            training.run.run(run.training, digests)
+    outdated = {scoring: _outdated(scoring, digests) for scoring in run.scorings}
+    for record in itertools.chain(*outdated.values()):
+        record.unlink(missing_ok=True)  # else a table would show it if this run fails
+    for scoring in run.scorings:
+        if outdated[scoring]:
+            evaluation.run.run(scoring.config, digests)
 
 
 def require_locks(output: Path) -> None:
     """Raises UserError where files in `output` cannot be locked."""
     file = output / "jobs" / temporary_name(Path("locks"))
     try:
-        with _locked([file], wait=False):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file, timeout=0):
             pass
     except (OSError, NotImplementedError) as error:  # also Timeout: the name is unique
         raise UserError(
@@ -118,37 +139,6 @@ def require_locks(output: Path) -> None:
     finally:
         with suppress(OSError):
             file.unlink(missing_ok=True)
-
-
-def _execute(output: Path, run: Run, environment: Mapping[str, str], digests: FileDigests) -> str | None:
-    if run.training:
-        current = read_inputs(run.training, digests=digests).fingerprint
-        if not _is_trained(run.training, current):
-            _prepare_training(output, run, current)
-            file = _config_file(output, run, "train")
-            write_json(file, {"config": run.training.plain(), "fingerprint": current})
-            if failure := _command("train.py", file, log_file(output, run), environment):
-                return failure
-    outdated = {scoring: _outdated(scoring, digests) for scoring in run.scorings}
-    for record in itertools.chain(*outdated.values()):
-        record.unlink(missing_ok=True)  # else a table would show it if this run fails
-    for scoring in run.scorings:
-        if outdated[scoring]:
-            file = _config_file(output, run, scoring.weights)
-            write_json(file, {"config": scoring.config.plain()})
-            if failure := _command("test.py", file, log_file(output, run), environment):
-                return failure
-    return None
-
-
-def _config_file(output: Path, run: Run, name: str) -> Path:
-    return output / "jobs" / f"{run.name}.{name}.json"
-
-
-def _locks_of_commands(run: Run) -> list[Path]:
-    """The files that the commands of a run lock, as far as they exist."""
-    written = run.records + ([checkpoint_files(run.training).state] if run.training else [])
-    return [lock for lock in map(lock_file, written) if lock.is_file()]
 
 
 def _read(file: Path) -> dict:
@@ -173,60 +163,52 @@ def _outdated(scoring: Scoring, digests: FileDigests) -> list[Path]:
     config = scoring.config
     items = list_test_items(category_folder(config.data_path, config.data_type, config.obj), need_both=False)
     try:
-        current = {job.files.record: job.fingerprint for job in make_plan(config, items, digests).jobs}
+        current = {job.files.record: job.fingerprint for job in evaluation.run.make_plan(config, items, digests).jobs}
     except UserError:  # no checkpoint yet; where there is another reason, test.py gives it
         return list(scoring.records)
     return [file for file in scoring.records if file not in current or _read(file).get("fingerprint") != current[file]]
 
 
-def _prepare_training(output: Path, run: Run, current: dict) -> None:
-    """Removes the records and moves the weights aside that an earlier training with another fingerprint left."""
-    if _read(_config_file(output, run, "train")).get("fingerprint") == current:
-        return
+def _prepare_training(run: Run, current: dict) -> None:
+    """Removes the records and moves the weights aside of a training that cannot be resumed with the fingerprint."""
+    files = checkpoint_files(run.training)
+    with suppress(UserError):  # there is another one, or one that cannot be read
+        earlier = earlier_run(files, resume=True, overwrite=False, known=current)
+        if earlier and not earlier.finished:
+            return
     for record in run.records:
         record.unlink(missing_ok=True)
-    folder, number = checkpoint_files(run.training).state.parent, 1
-    if folder.is_dir():
+    folder, number = files.state.parent, 1
+    if any(file.exists() for file in files):
         while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
             number += 1
         os.rename(folder, aside)
 
 
-@contextmanager
-def _locked(files: Iterator[Path] | Sequence[Path], wait: bool) -> Iterator[None]:
-    """Holds the locks of all `files`. Raises filelock.Timeout if another process holds one and `wait` is False."""
-    with ExitStack() as stack:
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(file, timeout=-1 if wait else 0, mode=0o666))
-        yield
+def _pickled(run: Run) -> bytes:
+    """What the process of a run calls."""
+    return pickle.dumps(partial(perform, run))
 
 
-def _command(script: str, file: Path, log: Path, environment: Mapping[str, str]) -> str | None:
-    """Runs a command of the project with the configuration in `file`. Returns None, or why it failed."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as stream:
-        stream.write(f"\n$ python {script} --config {file}\n".encode(errors="backslashreplace"))
-        stream.flush()
-        code = _run([script, "--config", str(file)], stream, environment)
-    return f"{script} ended with code {code}: {_last_line(log)} ({log})" if code else None
-
-
-def _run(command: Sequence[str], stream: object, environment: Mapping[str, str]) -> int:
-    """The exit code of a script of the project, whose output goes to the file `stream`."""
-    script, *arguments = command
-    with subprocess.Popen(
-        [sys.executable, str(PROJECT_ROOT / script), *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=stream,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
-    ) as process:
+def _start(words: list[str], work: bytes, log: Path, environment: Mapping[str, str]) -> int:
+    """The exit code of a process of job.py, whose output is added to `log`. words: its arguments, shown by `ps`."""
+    code = PROCESS.format(path=sys.path, package=__package__)
+    with (
+        open(log, "ab") as stream,
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        ) as process,
+    ):
         try:
-            return process.wait()
+            process.communicate(work)
         except BaseException:  # Ctrl-C, or the end of a cluster's job
             process.kill()
             raise
+        return process.returncode
 
 
 def _last_line(log: Path) -> str:

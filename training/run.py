@@ -168,8 +168,8 @@ def _target(config: TrainingConfig, category: str, root: Path, data_type: str, i
     return Target(category, folder, items, bits, support)
 
 
-def run(config: TrainingConfig) -> None:
-    """Checks all inputs, then trains, scores and saves epoch by epoch.
+def run(config: TrainingConfig, digests: FileDigests | None = None) -> None:
+    """Checks all inputs, then trains, scores and saves epoch by epoch. digests: known ones of files.
 
     Raises:
         UserError: data or weights cannot be used, an earlier run would be overwritten or has other settings, another
@@ -183,7 +183,7 @@ def run(config: TrainingConfig) -> None:
     if config.tensorboard:
         require_packages("tensorboard", requirements=None)
     limit_pixels(config.max_pixels)
-    device, digests = command_device(config.device), FileDigests()
+    device, digests = command_device(config.device), digests or FileDigests()
     inputs = read_inputs(config, check=True, digests=digests)
     with locked([files.state]):
         _run(config, files, device, inputs, digests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import re
 import shlex
 import shutil
@@ -19,7 +20,6 @@ from experiments.report import compare, make_tables
 from experiments.results import read_results
 from inspection.results import BOX_COLUMNS, CSV_COLUMNS
 from scorers.views import VIEWS_PER_IMAGE
-from tests.commands.test_commands import test_command
 from utils.files import PROJECT_ROOT
 
 SIZE = 64
@@ -205,9 +205,7 @@ def test_from_scores_to_a_paper(demo_data, tmp_path, monkeypatch):
     lines = re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1].replace("\\\n", " ").splitlines()
     score, report, part = (shlex.split(line)[2:] for line in lines if "results/paper" in line)
     # in this process, which has imported everything
-    monkeypatch.setattr(
-        "experiments.runs._command", lambda script, file, *_: test_command.main(["--config", str(file)])
-    )
+    monkeypatch.setattr("experiments.runs._start", lambda words, work, *_: pickle.loads(work)())
     small = "--inferences 2 --img_size 32 --weights none --num_workers 0 --device cpu"
     reproduce.main([*score, *shlex.split(small)])
     reproduce.main(report)

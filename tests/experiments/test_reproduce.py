@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -21,7 +21,6 @@ import pytest
 import evaluation.run
 import experiments.run as experiments_run
 import reproduce
-import train
 from experiments import plan as plan_module
 from experiments import runs
 from experiments.config import SET_BY_THE_PLAN, ExperimentConfig
@@ -34,12 +33,7 @@ from utils.config import flags_of
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
-_spec = importlib.util.spec_from_file_location("test_command", PROJECT_ROOT / "test.py")
-test_command = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(test_command)
-
 SIZE = 64
-COMMANDS = {"train.py": train.main, "test.py": test_command.main}
 
 
 def small_table(demo_data, folder):
@@ -67,15 +61,23 @@ def settings(demo_data, tmp_path):
 
 
 def run_in_process(patch):
-    """Commands as calls in this process, which spares them seconds of imports; returns the list of what is run."""
+    """Runs in this process, which spares them seconds of imports; returns the list of what was trained and scored."""
     called = []
 
-    def call(command, stream, environment):
-        called.append(tuple(command))
-        COMMANDS[command[0]](list(command[1:]))
+    def counted(name, original):
+        return lambda *arguments: called.append(name) or original(*arguments)
+
+    def start(words, work, log, environment):
+        try:
+            pickle.loads(work)()
+        except UserError as error:
+            log.write_text(f"error: {error}\n")
+            return 2
         return 0
 
-    patch.setattr(runs, "_run", call)
+    for name in ("training", "evaluation"):
+        patch.setattr(f"{name}.run.run", counted(name, sys.modules[f"{name}.run"].run))
+    patch.setattr(runs, "_start", start)
     return called
 
 
@@ -242,14 +244,17 @@ def test_a_changed_comment_repeats_nothing(made, tmp_path):
 def test_interrupted_scoring_keeps_the_weights(settings, in_process, monkeypatch):
     """A run that failed after its training trains no second time, and the records of another run are not shown."""
     settings |= {"objs": ["ring"], "shots": [1]}
-    scored = COMMANDS["test.py"]
-    monkeypatch.setitem(COMMANDS, "test.py", lambda words: (_ for _ in ()).throw(UserError("no luck")))
-    with pytest.raises(SystemExit):
-        reproduced(settings)
-    monkeypatch.setitem(COMMANDS, "test.py", scored)
+
+    def no_luck(*_):
+        raise UserError("no luck")
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr("evaluation.run.run", no_luck)
+            reproduced(settings)
     reproduced(settings)
-    assert [command[0] for command in in_process].count("train.py") == 1
-    monkeypatch.setitem(COMMANDS, "test.py", lambda words: (_ for _ in ()).throw(UserError("no luck")))
+    assert in_process.count("training") == 1
+    monkeypatch.setattr("evaluation.run.run", no_luck)
     with pytest.raises(SystemExit):
         reproduced(settings | {"metrics": "auroc"})
     assert not records(settings["output"])
@@ -289,7 +294,7 @@ def test_seeds_are_further_trainings(made, in_process):
     assert len([run for run in planned.runs() if run.name.endswith("_untrained")]) == len(planned.categories)
     reproduced(made | {"seeds": 2, "objs": ["ring"]})
     results = read_results(output)
-    assert [command[0] for command in in_process].count("train.py") == 1
+    assert in_process.count("training") == 1
     (repeat,) = results.repeats["ring", 1, "last"]
     assert repeat["config"]["seed"] == 669 and results.records["ring", 1, "last"]["config"]["seed"] == 668
     assert ("ring", 1, "untrained") not in results.repeats
@@ -387,23 +392,21 @@ def test_weights_that_are_there(whole_table, settings, in_process, tmp_path, mon
         **{f"ring_{shot}_rotation_scale.json": "best" for shot in (1, 2)},
         "ring_1_rotation_scale_last.json": "last",
     }
-    assert len(passes) == 2 and {command[0] for command in in_process} == {"test.py"}
+    assert len(passes) == 2 and set(in_process) == {"evaluation"}
     reproduced(settings)
     assert len(passes) == 2
     with pytest.raises(UserError, match="has no checkpoint of these categories"):
         reproduced(settings | {"eval_only": str(tmp_path / "nowhere")})
 
 
-def test_a_failed_run_gives_exit_code_1(settings, monkeypatch, capsys):
-    def call(command, *_):
-        return 7 if "weave" in command[-1] else COMMANDS[command[0]](command[1:])
-
-    monkeypatch.setattr(runs, "_run", call)
+def test_a_failed_run_gives_exit_code_1(settings, in_process, monkeypatch, capsys):
+    start = runs._start
+    monkeypatch.setattr(runs, "_start", lambda words, *rest: 7 if "weave" in words[-1] else start(words, *rest))
     with pytest.raises(SystemExit) as caught:
         reproduced(settings)
     printed = capsys.readouterr()
     assert caught.value.code == 1
-    assert "FAILED weave_1_rotation_scale: train.py ended with code 7" in printed.err
+    assert "FAILED weave_1_rotation_scale: ended with code 7" in printed.err
     assert "out/logs/weave_1_rotation_scale.log" in printed.err and "2 of 4 runs failed" in printed.err
     assert "| weave | missing | missing | missing |" in printed.out and "| ring | " in printed.out
 
@@ -448,7 +451,7 @@ def start(settings) -> subprocess.Popen:
 
 
 def workers(output) -> list[int]:
-    """Processes of this system that run train.py or test.py for this results folder."""
+    """The processes of runs of this results folder."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -456,7 +459,7 @@ def workers(output) -> list[int]:
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if any(word.endswith(("train.py", "test.py")) for word in words) and any(output in word for word in words):
+            if "-c" in words and output in words:
                 found.append(int(entry.name))
     return found
 

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    for name in ("PROJECT_ROOT", "_outdated"):
+    for name in ("_pickled", "_outdated"):
         monkeypatch.setattr(runs, name, getattr(runs, name))
-    play(tmp_path)
+    play()
     return tmp_path
 
 
@@ -75,7 +75,7 @@ def test_failed_and_killed_runs_are_reported_and_the_others_go_on(output):
     said = {}
     run_local(output, three, 2, [], lambda run, reason: said.update({run.name: reason}))
     assert said["c"] is None and finished(three[2])
-    assert said["a"] == f"test.py ended with code 1: error: no such luck ({output}/logs/a.log)"
+    assert said["a"] == f"ended with code 1: error: no such luck ({output}/logs/a.log)"
     assert "ended with code -9: working on b" in said["b"]
     run_local(output, three, 2, [], lambda run, reason: said.update({run.name: reason}))
     assert said["b"] is None and [len(starts(output, name)) for name in "abc"] == [2, 2, 1]
@@ -127,11 +127,11 @@ def test_a_killed_drivers_command_is_waited_for(output):
 
 
 def working(output) -> list[int]:
-    """The processes that run the played test.py of this folder."""
+    """The processes of runs of this folder."""
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
-            if entry.name.isdecimal() and f"{output}/test.py".encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+            if entry.name.isdecimal() and str(output).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return found
 
@@ -170,7 +170,7 @@ class OnNode(engines._OnNode):
     """A job whose commands are played, in the process that submitit starts."""
 
     def __call__(self) -> str | None:
-        play(self.output)
+        play()
         return super().__call__()
 
 

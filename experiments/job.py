@@ -1,0 +1,23 @@
+"""The process of a run: waits for the run's lock and performs the run. Imports PyTorch when it has the lock."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from functools import partial
+
+from filelock import FileLock
+
+from experiments.config import ExperimentConfig
+from utils.config import Parser
+from utils.errors import run_command
+
+
+def main() -> None:
+    """Calls the pickled function on the standard input while the file that the first argument names is locked."""
+    run_command(_perform, partial(Parser, ExperimentConfig, __doc__))
+
+
+def _perform(_argv: object) -> None:
+    with FileLock(sys.argv[1], mode=0o666):
+        pickle.load(sys.stdin.buffer)()
