@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from evaluation.config import ScoringConfig
 from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import image_name, write_scores
 from evaluation.saved_maps import save_maps, save_tiff
-from evaluation.scoring import TestFeatures, compute_test_features, score_rounds
+from evaluation.scoring import RoundResult, Shared, TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import defect_type_summaries, format_aurocs, format_summaries, summaries
 from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import selection
@@ -256,6 +257,9 @@ def _score_weights(
 ) -> None:
     """Scores all K with the same weights; the features of the test images are computed once.
 
+    A round of every K follows on one of every K: drawn support sets and manifests are nested, so that the support
+    images of a small K are among those of the next one, and their features are computed once.
+
     replaced: existing records of other settings. report: called when the test images were read.
     """
     config, weights, network = plan.config, jobs[0].weights, fuse_conv_bn(network)
@@ -265,15 +269,18 @@ def _score_weights(
     scorers, readers = make_scorers(config.scorer), reader_threads(config.num_workers, clock.device)
     test = compute_test_features(network, scorers, dataset, labels, clock, config.batch_size, readers, defect_types)
     report()
-    shared_seconds = dict(clock.seconds)
+    rounds = [images for support in {job.shot: job.support for job in jobs}.values() for images in support.images]
+    shared = Shared(test, rounds, clock.device, config.metrics == "all")
+    scored = []
     for shot in dict.fromkeys(job.shot for job in jobs):
-        clock.seconds.clear()
-        clock.seconds.update(shared_seconds)
-        of_shot = [job for job in jobs if job.shot == shot]
+        of_shot, own_clock = [job for job in jobs if job.shot == shot], StageClock(clock.device)
+        own_clock.seconds.update(clock.seconds)
         for job in of_shot:
             if job.files.record in replaced:
                 job.files.remove_extras()
-        _score_shot(plan, of_shot, network, test, dataset, clock)
+        scored.append(_score_shot(plan, of_shot, network, test, dataset, own_clock, shared))
+    for _ in itertools.zip_longest(*scored):
+        pass
 
 
 class Collected(NamedTuple):
@@ -291,22 +298,19 @@ def _score_shot(
     test: TestFeatures,
     dataset: LabelledDataset,
     clock: StageClock,
-) -> None:
-    """Scores all rounds of one K with every scorer; prints the metrics and writes the files of each job."""
+    shared: Shared,
+) -> Iterator[None]:
+    """Scores all rounds of one K with every scorer; yields after each round.
+
+    Prints the metrics, at the end writes the files of each job.
+    """
     config, support = plan.config, jobs[0].support
     print(f"support: {support.source}")
     collected = [Collected([], [], []) for _ in jobs]
-    rounds = score_rounds(network, test, support.images, clock, config.batch_size, config.metrics == "all")
-    for number, by_scorer in enumerate(rounds):
-        for job, of_job in zip(jobs, collected, strict=True):
-            result = by_scorer[job.scorer]
-            label = f"round {number}" + (f", {job.scorer}" if len(jobs) > 1 else "")
-            print(f"{label}: {format_aurocs(result.numbers)}", flush=True)
-            of_job.numbers.append(result.numbers)
-            of_job.by_defect_type.append(result.by_defect_type)
-            of_job.image_scores.append(result.image_scores)
-            if config.save_maps or config.save_tiff:
-                _save_maps(plan, job, number, result.maps.cpu().numpy())
+    rounds = score_rounds(network, test, support.images, clock, config.batch_size, shared=shared)
+    for number in range(len(support.images)):
+        _collect(plan, jobs, number, next(rounds), collected)  # other K follow: the maps are not kept
+        yield
     shown = [_write(plan, job, of_job, test, clock) for job, of_job in zip(jobs, collected, strict=True)]
     if config.save_images:
         chosen = [choose_round(config.images_round, of_job.numbers) for of_job in collected]
@@ -315,6 +319,22 @@ def _score_shot(
             for job, metrics, of_job in zip(jobs, shown, chosen, strict=True):
                 if of_job == number:
                     _save_images(plan, job, number, dataset, by_scorer[job.scorer].maps.cpu().numpy(), metrics)
+
+
+def _collect(
+    plan: Plan, jobs: Sequence[Job], number: int, by_scorer: dict[str, RoundResult], collected: Sequence[Collected]
+) -> None:
+    """Prints the metrics of a round and adds its results to those of each job; writes its maps where asked for."""
+    for job, of_job in zip(jobs, collected, strict=True):
+        result = by_scorer[job.scorer]
+        label = f"round {number}" + (f", K = {job.shot}" if len(plan.config.shot) > 1 else "")
+        label += f", {job.scorer}" if len(jobs) > 1 else ""
+        print(f"{label}: {format_aurocs(result.numbers)}", flush=True)
+        of_job.numbers.append(result.numbers)
+        of_job.by_defect_type.append(result.by_defect_type)
+        of_job.image_scores.append(result.image_scores)
+        if plan.config.save_maps or plan.config.save_tiff:
+            _save_maps(plan, job, number, result.maps.cpu().numpy())
 
 
 def choose_round(which: int | str, rounds: Sequence[dict]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -103,6 +103,33 @@ class RoundResult(NamedTuple):
         return self.numbers["pixel_auroc"]
 
 
+class Shared:
+    """What rounds share, also those of several K: metrics, and features of support images that occur again.
+
+    rounds: the support images (K, 3, S, S) of all rounds to come. all_metrics: as `score_rounds`.
+    """
+
+    def __init__(
+        self, test: TestFeatures, rounds: Iterable[torch.Tensor], device: torch.device, all_metrics: bool
+    ) -> None:
+        self.metrics = RoundMetrics(test.truth, device, tuple(METRIC_NAMES) if all_metrics else AUROCS)
+        self.to_come = Counter(_digest(image) for images in rounds for image in images)
+        self.features: dict[bytes, dict[str, Prepared]] = {}  # by _digest, up to KEPT_FEATURES_BYTES
+
+    def used(self, key: bytes, number: int, store: FeatureStore) -> None:
+        """Counts a use of an image, whose features are those of index `number` in `store`."""
+        self.to_come[key] -= 1
+        if self.to_come[key] <= 0:
+            self.features.pop(key, None)
+        elif key not in self.features and (len(self.features) + 1) * store.nbytes <= KEPT_FEATURES_BYTES * store.images:
+            part = store.part(number, number + 1)
+            self.features[key] = {name: [layer.clone() for layer in layers] for name, layers in part.items()}
+
+
+def _digest(image: torch.Tensor) -> bytes:
+    return hashlib.sha256(image.cpu().contiguous().numpy()).digest()
+
+
 def score_category(
     network: STNResNet,
     scorers: Sequence[Scorer],
@@ -174,22 +201,23 @@ def score_rounds(
     clock: StageClock,
     batch_size: int | None = None,
     all_metrics: bool = False,
+    shared: Shared | None = None,
 ) -> Iterator[dict[str, RoundResult]]:
     """Scores the test features against the support images of each round, one round at a time.
 
     Yields the result of every scorer of `test.features` by name.
 
     rounds: support images (K, 3, S, S) in [0, 1], per round. all_metrics: also computes average precision, F1-max and
-    PRO.
+    PRO. shared: of several K that are scored in turns; it has its own all_metrics.
 
     Raises:
         NotFinite: a score is not finite.
     """
-    metrics = RoundMetrics(test.truth, clock.device, tuple(METRIC_NAMES) if all_metrics else AUROCS)
-    supports = _support_features(network, test.features.scorers, rounds, clock, batch_size)
+    shared = shared or Shared(test, rounds, clock.device, all_metrics)
+    supports = _support_features(network, test.features.scorers, rounds, clock, batch_size, shared)
     for support in supports:
         yield {
-            scorer.name: _score_round(scorer, support, test, rounds[0].shape[-1], metrics, clock)
+            scorer.name: _score_round(scorer, support, test, rounds[0].shape[-1], shared.metrics, clock)
             for scorer in test.features.scorers
         }
 
@@ -233,28 +261,19 @@ def _support_features(
     rounds: Sequence[torch.Tensor],
     clock: StageClock,
     batch_size: int | None,
+    shared: Shared,
 ) -> Iterator[dict[str, Prepared]]:
-    """Yields the prepared features of all views of each round, by scorer. All rounds share the same memory.
-
-    The features of an image that occurs in several rounds are cached, up to KEPT_FEATURES_BYTES.
-    """
+    """Yields the prepared features of all views of each round, by scorer. All rounds share the same memory."""
     batch_size = batch_size or images_per_pass(network, clock.device, SCORING_BATCH)
-    keys = [[hashlib.sha256(image.cpu().contiguous().numpy()).digest() for image in images] for images in rounds]
-    to_come = Counter(key for of_round in keys for key in of_round)
-    kept: dict[bytes, dict[str, Prepared]] = {}
     store = FeatureStore(scorers, len(rounds[0]), with_views=True)
-    for images, of_round in zip(rounds, keys, strict=True):
+    for images in rounds:
         with clock("network"):
-            missing = [number for number, key in enumerate(of_round) if key not in kept]
+            keys = [_digest(image) for image in images]
+            missing = [number for number, key in enumerate(keys) if key not in shared.features]
             for number in set(range(len(images))) - set(missing):
-                store.copy_image(number, kept[of_round[number]])
+                store.copy_image(number, shared.features[keys[number]])
             if missing:
                 write_support_images(store, missing, network, upload(images[missing], clock.device), batch_size)
-            for number, key in enumerate(of_round):
-                to_come[key] -= 1
-                if not to_come[key]:
-                    kept.pop(key, None)
-                elif key not in kept and (len(kept) + 1) * store.nbytes <= KEPT_FEATURES_BYTES * len(images):
-                    part = store.part(number, number + 1)
-                    kept[key] = {name: [layer.clone() for layer in layers] for name, layers in part.items()}
+            for number, key in enumerate(keys):
+                shared.used(key, number, store)
         yield store.prepared

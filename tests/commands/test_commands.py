@@ -14,6 +14,7 @@ import scipy.stats
 import torch
 
 import evaluation.run
+import evaluation.scoring
 import make_support
 from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT
 from datasets.images import read_image
@@ -127,8 +128,8 @@ def test_single_shot_and_untrained(arguments):
     assert again["rounds"] == record["rounds"]
 
 
-def test_several_shots_share_the_test_features(arguments, monkeypatch):
-    """The records equal those of single runs; features are computed once for the untrained weights that all K share."""
+def test_several_shots_share_the_features(arguments, monkeypatch):
+    """The records equal those of single runs; features of test and support images are computed once for all K."""
     del arguments["--checkpoint"]
     shots, output = ("1", "2"), Path(arguments["--output"])
     for shot in shots:
@@ -136,12 +137,17 @@ def test_several_shots_share_the_test_features(arguments, monkeypatch):
     alone = [json.loads((output / f"ring_{shot}_affine_untrained.json").read_text()) for shot in shots]
     calls, original = [], evaluation.run.compute_test_features
     monkeypatch.setattr(evaluation.run, "compute_test_features", lambda *a: calls.append(1) or original(*a))
+    support, write = [], evaluation.scoring.write_support_images
+    monkeypatch.setattr(
+        evaluation.scoring, "write_support_images", lambda store, *a: support.extend(a[0]) or write(store, *a)
+    )
     test_command.main(flat(arguments | {"--weights": "none"}) + ["--untrained", "--shot", *shots])
     for shot, expected in zip(shots, alone, strict=True):
         record = json.loads((output / f"ring_{shot}_affine_untrained.json").read_text())
         assert record["rounds"] == expected["rounds"] and record["config"]["shot"] == int(shot)
         assert record["weights"] == "untrained"
-    assert len(calls) == 1
+    names = {name for of_round in record["support_set"]["names"] for name in of_round}  # of K = 2: with those of K = 1
+    assert len(calls) == 1 and len(support) == len(names)
 
 
 def test_weights_of_every_kind_have_their_record(arguments, checkpoint, tmp_path):

@@ -34,3 +34,22 @@ def test_help_imports_nothing_heavy(command):
         [sys.executable, "-c", HELP, command], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout.startswith("usage: ") and found.stdout.splitlines()[-1].strip() == "heavy:"
+
+
+WORK = """
+import sys
+import experiments.job
+print(*(name for name in ("torch", "numpy") if name in sys.modules))
+import evaluation.run
+print(*(name for name in HEAVY + ("matplotlib",) if name in sys.modules))
+import training.run, inspection.run, experiments.run
+print(*(name for name in HEAVY if name in sys.modules))
+"""
+HEAVY = ("torch._dynamo", "sympy", "torchvision", "kornia", "sklearn", "scipy.stats", "pandas")
+
+
+def test_the_work_imports_only_what_it_needs():
+    """A process that waits for a run imports no PyTorch; none of the rest is needed to train, score and predict."""
+    code = f"HEAVY = {HEAVY}\n{WORK}"
+    found = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == [""] * 3
