@@ -1,4 +1,7 @@
-"""The process set-up of the commands: no TF32, the device is printed, a GPU that is passed over is mentioned."""
+"""The process set-up of the commands: no TF32, the device is printed, a GPU that is passed over is mentioned.
+
+tests/experiments/test_reproduce.py has that of reproduce.py. And the memory layout, which follows the device.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ import export
 import predict
 import test as test_command
 import train
+from models import stn
+from models.regad import RegAD
+from training.loop import Trainer
 from utils import devices
 from utils.errors import UserError
 
@@ -62,3 +68,23 @@ def test_a_gpu_that_is_passed_over_is_mentioned(file, build, name, monkeypatch, 
     devices._why_no_cuda.cache_clear()
     warned = "PyTorch cannot use it: The NVIDIA driver on your system is too old\n" in capsys.readouterr().err
     assert warned == (file and build is not None and name == "auto")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", torch.float32, torch.channels_last),
+        ("cuda", torch.float32, torch.contiguous_format),
+        ("cuda", torch.bfloat16, torch.channels_last),
+    ],
+)
+def test_the_layout_of_each_device(device, dtype, expected):
+    assert stn.layout(torch.device(device), dtype) == expected
+
+
+@pytest.mark.parametrize("chosen", [torch.contiguous_format, torch.channels_last])
+def test_the_network_and_its_training_have_the_layout(chosen, monkeypatch):
+    monkeypatch.setattr(stn, "LAYOUTS", {("cpu", torch.float32): chosen})
+    model = RegAD("rotation_scale", 64)
+    for network in (stn.fuse_conv_bn(model.stn), Trainer(model, 0.01, 0.9).model.stn):
+        assert network.layer1[0].conv1.weight.is_contiguous(memory_format=chosen)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 import evaluation.run
 import experiments.run as experiments_run
@@ -96,7 +97,9 @@ def whole_table(demo_data, tmp_path_factory):
         called = run_in_process(patch)
         patch.setattr("training.run.save_curve", lambda *_: called.append("curve"))
         patch.setattr("training.run.CURVE_SECONDS", math.inf)
+        patch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # as some containers
         reproduced(settings)
+        assert not torch.backends.cuda.matmul.allow_tf32
     return Path(settings["output"]), called, printed.getvalue()
 
 
@@ -333,6 +336,7 @@ def test_end_to_end(whole_table, made, in_process, capsys):
     _, called, printed = whole_table
     output = Path(made["output"])
     assert Counter(called) == {"training": 2, "curve": 2, "evaluation": 6} and "| mean |" in printed
+    assert printed.count("device: cpu (") == 8
     assert set(records(output)) == {
         f"{category}_1_rotation_scale{kind}.json"
         for category in ("ring", "weave")
