@@ -35,7 +35,7 @@ KEPT_ITEMS_BYTES = 128 * 2**20  # of images and masks of a test set
 
 
 def category_names(data_path: Path, data_type: str) -> list[str]:
-    """The categories of the data type; for `folder`, every sub-folder of `data_path` that has a known layout.
+    """The categories of the data type; for `folder`, every sub-folder of `data_path` that may be one.
 
     Raises:
         UserError: the folder cannot be listed.
@@ -45,9 +45,12 @@ def category_names(data_path: Path, data_type: str) -> list[str]:
 
 
 def _may_be_category(folder: Path) -> bool:
-    """Whether a folder has a known layout; a folder that cannot be entered counts, as its reader says why."""
+    """Whether a folder has a known layout.
+
+    A folder that cannot be entered counts, and one with another layout below train, as their reader says why.
+    """
     try:
-        return is_folder(folder) and recognised(folder) is not None
+        return is_folder(folder) and (recognised(folder) is not None or is_folder(folder / "train"))
     except UserError:
         return True
 

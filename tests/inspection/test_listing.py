@@ -315,6 +315,15 @@ def test_mvtec_ad_2_is_read(tmp_path, demo_data):
     assert not check_category(tmp_path, "folder", "ring").problems  # the private images have no labels
 
 
+def test_a_category_with_another_name_for_normal_images_is_not_left_out(tmp_path, demo_data):
+    data = Path(shutil.copytree(demo_data, tmp_path / "data"))
+    (data / "weave/train/good").rename(data / "weave/train/Good")
+    (data / "notes").mkdir()
+    assert category_names(data, "folder") == ["ring", "weave"]
+    with pytest.raises(UserError, match="no folder .*weave/train/good"):
+        list_source_images(data, "folder", "ring")
+
+
 @pytest.mark.parametrize("target", ["Ring", "RING", "rings"])
 def test_a_target_in_another_spelling_is_refused(target, demo_data):
     for data_type in ("folder", "mvtec"):
