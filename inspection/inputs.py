@@ -14,13 +14,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from datasets.images import (
-    FULL_BITS,
-    IMAGE_SUFFIXES,
-    ImageError,
-    decode_image,
-    to_square,
-)
+from datasets.images import FULL_BITS, IMAGE_SUFFIXES, ImageError, decode_image, to_square
 from datasets.listing import Listing, counted, is_folder, label_files, require_no_pipes
 from inspection.images import as_tensor
 from utils.errors import UserError

@@ -320,7 +320,7 @@ def test_a_category_with_another_name_for_normal_images_is_not_left_out(tmp_path
     (data / "weave/train/good").rename(data / "weave/train/Good")
     (data / "notes").mkdir()
     assert category_names(data, "folder") == ["ring", "weave"]
-    with pytest.raises(UserError, match="no folder .*weave/train/good"):
+    with pytest.raises(UserError, match=r"no folder .*weave/train/good"):
         list_source_images(data, "folder", "ring")
 
 
