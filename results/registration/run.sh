@@ -24,6 +24,10 @@ for target in transistor bottle screw pill; do # a second training
     run heads $target --train heads --seeds 2
 done
 for target in transistor bottle screw pill; do
-    run frozen_batch_norm $target --batch_norm frozen
+    run frozen_batch_norm $target --batch_norm frozen --seeds 2
     run low_rate $target --lr 1e-5
 done
+for target in transistor bottle; do
+    python reproduce.py --config $here/experiment.json --objs $target --output $here/released_8 --shots 8
+done
+python -m benchmarks.registration $here >$here/tables.md
