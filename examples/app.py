@@ -92,7 +92,7 @@ class Service:
         if part is None and len(self.judges) == 1:
             (part,) = self.judges
         if part not in self.judges:
-            raise HTTPException(404, f"no detector of {part or 'an unnamed part'}; there are {', '.join(self.judges)}")
+            raise HTTPException(404, f"no detector of {part or 'an unnamed part'}, only of {', '.join(self.judges)}")
         if self.waiting >= self.limits.waiting:
             raise _busy(f"{self.waiting} requests are waiting")
         self.waiting += 1

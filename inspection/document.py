@@ -55,7 +55,7 @@ def as_text(described: dict) -> str:
     threshold, accepted = described["threshold"], described["acceptance"]
     facts = {
         "part": described["part"] or "not named",
-        "id": f"{described['id']} (features {described['features_id']})",
+        "id": f"{described['id']} (in results: {described['features_id']})",
         "scorer": described["scorer"],
         "network": f"{described['backbone']}, {described['weights']}, {described['img_size']} pixels",
         "weights": f"SHA-256 {described['weights_sha256']}",
@@ -63,7 +63,7 @@ def as_text(described: dict) -> str:
         "threshold": "none" if threshold is None else f"{threshold['value']:.4g} ({threshold['how']})",
         "review from": "" if threshold is None or threshold["review"] is None else f"{threshold['review']:.4g}",
         "calibration": f"{len(described['calibration'])} images" if described["calibration"] else "none",
-        "acceptance": "none" if not accepted else _accepted(accepted),
+        "acceptance": "none" if not accepted else _accepted(accepted, described["id"]),
     }
     lines = [f"{name + ':':13}{value}" for name, value in facts.items() if value]
     lines.append(f"support images: {len(described['support'])}")
@@ -81,10 +81,11 @@ def _files(files: Iterable[dict]) -> list[str]:
     return lines + ([f"  and {len(files) - MOST_LISTED} more"] if len(files) > MOST_LISTED else [])
 
 
-def _accepted(accepted: dict) -> str:
-    counts = accepted["confusion"]["known_defects"]
-    total = len(accepted["known_defects"])
+def _accepted(accepted: dict, own: str) -> str:
+    counts, good = accepted["confusion"]["known_defects"], accepted["confusion"]["normal_images"]
+    was = "" if accepted["decision_id"] == own else f"before the last change, id {accepted['decision_id']}, "
     return (
-        f"{accepted['date']}: of {total} known defects {counts['defective']} defective, {counts['review']} for review, "
-        f"{counts['normal']} missed"
+        f"{was}{accepted['date']}: of {len(accepted['known_defects'])} known defects {counts['defective']} defective, "
+        f"{counts['review']} for review, {counts['normal']} missed; of {len(accepted['normal_images'])} normal images "
+        f"{good['defective']} defective"
     )

@@ -104,7 +104,8 @@ def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Pat
     known.sort(key=lambda defect: defect.score)
     print(f"known defects: {sum(not one.is_missed for one in known)} of {len(known)} found, lowest scores first:")
     for one in known[:MOST_NORMAL]:
-        print(f"  {one.score:8.3f}  {'missed  ' if one.is_missed else ''}{one.name}")
+        decided = "missed" if one.is_missed else one.decision + (f", {one.reason}" if one.reason else "")
+        print(f"  {one.score:8.3f}  {one.name}: {decided}")
     detector.document["acceptance"] = acceptance(detector, known)
     return known
 
@@ -132,7 +133,7 @@ def save_detector(detector: FewShotDetector, file: Path, defects: Sequence[Known
         except UserError:  # no detector
             before = None
         if reason := worse_than(accepted, before):
-            raise UserError(f"{file} is not overwritten: {reason}; save to another file", options=("save", "force"))
+            raise UserError(f"{file} is not overwritten: {reason}", options=("defects", "save", "force"))
     detector.save(file)
     print(f"detector: {file}")
     if defects:
@@ -225,7 +226,7 @@ def _accept(detector: FewShotDetector, config: DetectorConfig, output: Path) -> 
     paths = list_inputs(config.accept, output)
     learned = accept(detector, paths, config.force)
     record_change(detector, f"{len(paths)} good images accepted", paths)
-    print(f"learned from {len(learned)} accepted images; scores before, and after without the image itself:")
+    print(f"learned from {len(learned)} accepted images; scores before, and after learning from the others alone:")
     for one in sorted(learned, key=lambda one: -one.after)[:MOST_NORMAL]:
         print(f"  {one.before:8.3f}  {one.after:8.3f}  {one.name}")
 

@@ -173,7 +173,7 @@ class Run:
             self._unless_full(lambda: self._refresh(seconds))
             self._summarise(is_whole)
             if self.rows:
-                print(f"{seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
+                print(f"scored in {seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
         self._require_images(self.rows)
         return is_whole
 

@@ -242,7 +242,7 @@ def _value(scores: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior | No
         return max(_bound(images, is_loo, rate, prior), largest)
     logs = np.log(scores[scores > 0].astype(np.float64))
     value = float(np.exp(logs.mean() + ndtri(1 - rate) * logs.std()))
-    return max((value, f"log-normal bound of {scores.size} views"), largest)
+    return max((value, f"extrapolated from {scores.size} views"), largest)
 
 
 def _bound(images: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior) -> tuple[float, str]:
@@ -254,7 +254,7 @@ def _bound(images: np.ndarray, is_loo: bool, rate: float, prior: ScorePrior) -> 
     spread = math.sqrt(squares / (prior.images + count - 1) * (1 + 1 / count))
     share = prior.loo_share if is_loo else prior.share
     shift = prior.lift - prior.bias / count if is_loo else 0.0
-    return math.exp(mean + shift + share * ndtri(1 - rate) * spread), f"bound from {count} scores and the prior"
+    return math.exp(mean + shift + share * ndtri(1 - rate) * spread), f"extrapolated from {count} scores"
 
 
 def check_calibration(count: int, rate: float, review_rate: float | None = None) -> None:

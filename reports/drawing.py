@@ -154,7 +154,9 @@ def sheet(
     drawn = Image.new("RGB", (width, row.height + 5 * line), "white")
     drawn.paste(row, (0, int(2.5 * line)))
     canvas, font, margin = ImageDraw.Draw(drawn), _font(round(0.65 * line)), line // 5
-    canvas.text((margin, line // 6), verdict, fill=colour, font=_font(round(0.8 * line)))
+    wanted = round(0.8 * line)
+    fits = int(wanted * (width - 2 * margin) / max(1.0, _font(wanted).getlength(verdict)))
+    canvas.text((margin, line // 6), verdict, fill=colour, font=_font(max(1, min(wanted, fits))))
     canvas.text((margin, int(1.4 * line)), _end_of(_one_line(name), font, width - 2 * margin), fill="black", font=font)
     _draw_scale(drawn, limits, threshold, int(2.8 * line) + row.height, line)
     drawn.info["comment"] = json.dumps([0, int(2.5 * line), row.width, int(2.5 * line) + row.height])

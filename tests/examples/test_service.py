@@ -149,7 +149,7 @@ def test_bad_requests_are_refused_with_a_sentence(server, images):
         (415, "not an image", {"body": b"hello"}),
         (415, "not an image", {"body": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"}),
         (415, "known formats: PNG, JPEG, BMP, TIFF, WEBP, GIF", {"body": encoded(Image.new("L", (8, 8)), "PPM")}),
-        (404, "no detector of screw; there are part", {"body": good, "path": "/score/screw"}),
+        (404, "no detector of screw, only of part", {"body": good, "path": "/score/screw"}),
         (413, "more than the 0.5 MB", {"body": many}),
         (413, "more than the 0.5 MB", {"body": iter([many] * 4)}),  # chunked: the size is not known before
         (413, "exceeds limit", {"body": png_of(50_000, 50_000)}),
@@ -259,7 +259,7 @@ def test_an_image_with_too_many_tiles_is_refused(two_parts):
 
 def test_without_a_part_the_parts_are_named(two_parts, images):
     reply = two_parts.send(images[0].read_bytes())
-    assert reply.status == 404 and "there are part, tiled" in reply.result["detail"]
+    assert reply.status == 404 and "only of part, tiled" in reply.result["detail"]
 
 
 def test_decisions_are_logged(two_parts, log, images):

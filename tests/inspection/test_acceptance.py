@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from scipy.stats import binomtest
 import predict
 from inspection.acceptance import CONFIDENCE, interval, propose, worse_than
 from inspection.detector import FewShotDetector, OtherPartError
+from inspection.document import as_text, describe
 from utils.errors import UserError
 from utils.files import sha256
 
@@ -75,6 +77,7 @@ def test_an_acceptance_is_written_and_kept(part, images, tmp_path, capsys):
     call(part, "--defects", *images["defect"], "--threshold", 0.5, "--save", target)
     printed = capsys.readouterr().out
     assert "threshold that separates best from 5 support images (leave-one-out):" in printed and "--adopt" in printed
+    assert re.search(r"\d  .+\.png: (defective|review, .)", printed)
     accepted = json.loads((tmp_path / "accepted.acceptance.json").read_text())
     detector = FewShotDetector.load(target, "cpu")
     assert detector.document["acceptance"] == accepted and detector.threshold.value == accepted["threshold"] == 0.5
@@ -85,7 +88,10 @@ def test_an_acceptance_is_written_and_kept(part, images, tmp_path, capsys):
     with pytest.raises(UserError, match=r"is not overwritten: .* this one was not compared with any"):
         call(part, "--threshold", 0.4, "--save", target)
     call(part, "--threshold", 0.4, "--save", target, "--force")
-    assert FewShotDetector.load(target, "cpu").threshold.value == 0.4
+    changed = FewShotDetector.load(target, "cpu")
+    assert changed.threshold.value == 0.4
+    assert f"before the last change, id {accepted['decision_id']}, " in as_text(describe(changed, target))
+    assert "before the last change" not in as_text(describe(detector, target))
 
 
 def test_a_threshold_is_adopted_on_request_only(part, images, tmp_path, capsys):

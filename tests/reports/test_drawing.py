@@ -74,6 +74,8 @@ def test_a_sheet_says_what_it_shows():
         assert not np.array_equal(plain, sheet(row, name, verdict, (0, 0, 0), limits, 2.0))
     long = sheet(row, "x" * 300 + "/end.png", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0)
     assert long.size == plain.size
+    long = sheet(row, "a.png", "REVIEW (darker, less sharp than the support images) score 1.47", (0, 0, 0), (1, 4), 2)
+    assert (np.asarray(long)[:20, -4:] == 255).all()  # the verdict ends inside
 
 
 @given(st.text(max_size=9))
