@@ -21,8 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits or loads the detector, writes the files, and compares them with PyTorch."""
     config = get_args_parser().parse_config(argv)
     from datasets.images import limit_pixels  # all of these are slow: they import torch
-    from inspection.export import WRITERS
-    from inspection.export_check import compare_files
+    from inspection.export import WRITERS, compare_files
     from inspection.fitting import known_defects, make_detector
     from inspection.inputs import list_inputs
     from utils.devices import command_device

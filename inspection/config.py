@@ -27,6 +27,7 @@ MAPS = ("none", "png", "npy")
 FORMATS = ("onnx", "pt2")
 FITTING_GROUPS = ("detector", "network", "images")  # a saved detector keeps all settings of these groups
 OF_SAVED = {"support", "detector", "scorer", "bits", "max_pixels"}  # except these
+_decision_flag = functools.partial(flag, group="decision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +35,36 @@ class DetectorConfig(NetworkConfig, ImageConfig):
     """How a detector is loaded or fitted, and how its threshold is set."""
 
     support: tuple[Path, ...] = flag(
-        "normal images: files or folders; this or --detector is needed", default=(), group="detector", metavar="PATH"
+        "normal images: files or folders; this or --detector is needed", default=(), metavar="PATH", group="detector"
     )
     detector: Path | None = flag(
         "from predict.py --save; replaces --support and all settings of fitting",
         default=None,
-        group="detector",
         metavar="FILE",
+        group="detector",
     )
     scorer: str | None = flag(
         f"{SCORER_HELP} (default: {DEFAULT_SCORER}; of test.py and train.py: {RELEASE_SCORER}, as released)",
         default=None,
-        group="detector",
         metavar="NAME",
         affects_results=True,
+        group="detector",
     )
     tile: int | str = flag(
         "off: score whole images; auto: cut those that would shrink more than 4 times; or the side of a tile in pixels",
         default=OFF,
-        group="detector",
         convert=tile_side,
         affects_results=True,
+        group="detector",
     )
     region: str | None = flag(
         "score only here: x,y,width,height, or a mask file (default: the whole image)",
         default=None,
-        group="detector",
         metavar="RECT|MASK",
+        group="detector",
     )
     ignore: Path | None = flag(
-        "mask file: do not score here (default: nothing is left out)", default=None, group="detector", metavar="MASK"
+        "mask file: do not score here (default: nothing is left out)", default=None, metavar="MASK", group="detector"
     )
     checkpoint: Path | None = flag(
         f"{CHECKPOINT_HELP} (default: weights without registration training)", default=None, group="network"
@@ -72,68 +73,52 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         f"{BACKBONE_HELP} (default: {LITE_BACKBONE}, with --checkpoint {RELEASE_BACKBONE}; of test.py and train.py: "
         f"{RELEASE_BACKBONE}, as released)",
         default=None,
-        group="network",
         affects_results=True,
+        group="network",
     )
     seed: int = flag(
         "for --weights none; everything else is deterministic",
         default=DEFAULT_SEED,
-        group="network",
         least=0,
         most=LARGEST_SEED,
+        group="network",
     )
-    false_positive_rate: float | None = flag(
+    false_positive_rate: float | None = _decision_flag(
         "accepted share of normal images above the threshold (default: 0.01)",
         default=None,
-        group="decision",
         aliases=("--false_alarm",),
         metavar="RATE",
     )
-    review_rate: float | None = flag(
+    review_rate: float | None = _decision_flag(
         "accepted share of normal images above the lower threshold; between both a person should look (default: 0.05)",
         default=None,
-        group="decision",
         metavar="RATE",
     )
-    calibrate: tuple[Path, ...] = flag(
-        "further normal images to set the threshold (default: the support images alone)",
-        default=(),
-        group="decision",
-        metavar="PATH",
+    calibrate: tuple[Path, ...] = _decision_flag(
+        "further normal images to set the threshold (default: the support images alone)", default=(), metavar="PATH"
     )
-    defects: tuple[Path, ...] = flag(
-        "known defective images to compare with the threshold (default: none)",
-        default=(),
-        group="decision",
-        metavar="PATH",
+    defects: tuple[Path, ...] = _decision_flag(
+        "known defective images to compare with the threshold (default: none)", default=(), metavar="PATH"
     )
-    threshold: float | None = flag(
-        "a fixed threshold (default: set from normal images)", default=None, group="decision"
-    )
-    adopt: bool = flag("adopt the threshold that separates --defects best", default=False, group="decision")
-    force: bool = flag(
+    threshold: float | None = _decision_flag("a fixed threshold (default: set from normal images)", default=None)
+    adopt: bool = _decision_flag("adopt the threshold that separates --defects best", default=False)
+    force: bool = _decision_flag(
         "calibrate although images are not like the support; save although known defects are missed, or more than by "
         "the detector that is replaced",
         default=False,
-        group="decision",
     )
-    accept: tuple[Path, ...] = flag(
-        "good images that the --detector rejected: it learns from them (default: none)",
-        default=(),
-        group="decision",
-        metavar="PATH",
+    accept: tuple[Path, ...] = _decision_flag(
+        "good images that the --detector rejected: it learns from them (default: none)", default=(), metavar="PATH"
     )
-    min_area: float | None = flag(
+    min_area: float | None = _decision_flag(
         "area of the smallest defect in pixels of the image, with --mm_per_pixel in square millimetres; smaller "
         "regions do not decide (default: all do)",
         default=None,
-        group="decision",
         least=0,
     )
-    mm_per_pixel: float | None = flag(
+    mm_per_pixel: float | None = _decision_flag(
         "side of a pixel of the image, for --min_area in square millimetres (default: --min_area is in pixels)",
         default=None,
-        group="decision",
         metavar="MM",
     )
     part: str | None = flag("name of the part, kept in the detector file (default: none)", default=None)
@@ -206,11 +191,7 @@ class PredictConfig(DetectorConfig):
     )
     jsonl: bool = flag("each result as a line of JSON on stdout, the rest on stderr", default=False)
     fail_on_defect: bool = flag("exit code 3 if an image is defective or for review", default=False)
-    min_images: int = flag(
-        "exit code 5 if fewer images are scored, with --watch on any whole day",
-        default=0,
-        least=0,
-    )
+    min_images: int = flag("exit code 5 if fewer images are scored, with --watch on any whole day", default=0, least=0)
     panels: str = flag(
         "image, heat map and outlines. joined: side by side in one file; separate: in a file each, without titles",
         default=PANELS[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,36 +14,19 @@ import torch
 from PIL import Image
 
 from datasets.images import FULL_BITS, TRANSPARENT, parts_of, reading_note, reading_summary, smallest_depth
-from inspection.detector_file import (
-    ID_LENGTH,
-    identity,
-    read_state,
-    stored_network,
-    stored_scorer,
-    tensors_sha256,
-    write_state,
-)
-from inspection.duplicates import digest, duplicate_notes, equal_images
-from inspection.images import (
-    Decoded,
-    ImageFile,
-    ImageInput,
-    as_pixels,
-    image_list,
-    image_names,
-    largest_grey_values,
-)
+from inspection.detector_file import HEADER, ID_LENGTH, identity, read_state, stored_network, stored_scorer
+from inspection.images import Decoded, ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
+from inspection.normal_images import MOST_FITTED, digest, duplicate_notes, equal_images, representatives
 from inspection.out_of_distribution import contrast
 from inspection.quality import QualityGate, measure, readable
-from inspection.representatives import MOST_FITTED, representatives
 from inspection.scoring import CHECK, ImageResult, ImageScoring
 from inspection.threshold import (
     NormalScores,
     Threshold,
     check_calibration,
     given_threshold,
+    is_order_statistic,
     left_out_scores,
-    needs_views,
     normal_threshold,
     scored_views,
 )
@@ -58,6 +41,7 @@ from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.choices import AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
 from utils.devices import resolve_device
 from utils.errors import UserError
+from utils.files import save_tensors
 from utils.progress import ProgressBar
 from utils.stages import StageClock
 
@@ -226,13 +210,24 @@ class FewShotDetector(ImageScoring):
         return representatives(CHECK.statistics(store.prepared[CHECK.name]), MOST_FITTED)
 
     def _fit_tiles(self, support: _Support, with_scores: bool, layouts: list[Layout | None]) -> NormalScores | None:
-        """Fits to the tiles of images that are cut; returns the images' leave-one-out scores if asked."""
+        """Fits to the tiles of images that are cut; returns the images' leave-one-out scores if asked.
+
+        Each image is left out with all its tiles. There are no scores of views: the score of an image is the maximum
+        over all its tiles, and the views of all tiles would take 22 times as long.
+        """
         prepared, contrasts, ends = self._tile_features(support, layouts)
         features = prepared[self.scorer.name]
         with self.clock(self.scorer.name):
             self.fitted = self.scorer.fit(features)
             self.check = CHECK.fit(prepared[CHECK.name], contrasts.to(self.clock.device))
-        return self._leave_one_out(support.images, features, ends) if with_scores else None
+        if not with_scores:
+            return None
+        found = []
+        for image, start, end in zip(support.images, [0, *ends], ends, strict=False):
+            with self.clock(self.scorer.name):
+                fitted = self.scorer.refit(self.fitted, without_images(features, int(start), int(end)))
+            found += self.results([image], fitted, only_pixels=True)
+        return self._as_normal(found, with_views=False)._replace(is_loo=True)
 
     def _support(self, images: list[ImageInput]) -> _Support:
         """The decoded support images, without duplicates."""
@@ -269,23 +264,15 @@ class FewShotDetector(ImageScoring):
         ends = np.cumsum([max(1, len(corners)) for corners in chosen])
         store, contrasts, number = FeatureStore([self.scorer, CHECK], int(ends[-1])), [], 0
         for image, square, layout, corners in zip(support.images, support.squares, layouts, chosen, strict=True):
-            for tiles in self._cut(image, layout, corners) if layout else [square[None]]:
+            if layout:
+                groups = layout.cut_groups(as_pixels(image, self.size, self.bits), corners, self.pass_images)
+            for _, tiles in groups if layout else [(None, square[None])]:
                 inputs = self.on_device(tiles)
                 with self.clock("network"):
                     store.write(number, self.fast_network.features(inputs))
                 contrasts.append(contrast(inputs))
                 number += len(inputs)
         return store.prepared, torch.cat(contrasts), ends
-
-    def _cut(self, image: ImageInput, layout: Layout, corners: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """The tiles (n, 3, S, S) uint8 of an image at `corners`, a few at a time."""
-        with self.clock("decode"):
-            decoded = as_pixels(image, self.size, self.bits)
-        size = self.pass_images
-        for start in range(0, len(corners), size):
-            with self.clock("decode"):
-                tiles = torch.stack([layout.cut(decoded, *corner) for corner in corners[start : start + size]])
-            yield tiles
 
     def _view_features(self, squares: list[torch.Tensor]) -> dict[str, Prepared]:
         """The features of all views of the support images."""
@@ -299,19 +286,6 @@ class FewShotDetector(ImageScoring):
                 numbers = range(start, start + len(some))
                 write_support_images(store, numbers, self.fast_network, self.on_device(some), views)
         return store.prepared
-
-    def _leave_one_out(self, images: Sequence[ImageInput], support: Prepared, ends: np.ndarray) -> NormalScores:
-        """Leave-one-out scores of support images that are cut: each is left out with all its tiles.
-
-        There are no scores of views: the score of an image is the maximum over all its tiles, and the views of all
-        tiles would take 22 times as long. ends: where the features of each image end in `support`.
-        """
-        found = []
-        for image, start, end in zip(images, [0, *ends], ends, strict=False):
-            with self.clock(self.scorer.name):
-                fitted = self.scorer.refit(self.fitted, without_images(support, int(start), int(end)))
-            found += self.results([image], fitted, only_pixels=True)
-        return NormalScores(np.array([[one.score] for one in found]), np.stack([one.map for one in found]), True)
 
     @property
     def warnings(self) -> list[str]:
@@ -370,8 +344,7 @@ class FewShotDetector(ImageScoring):
 
     def set_threshold(self, value: float, how: str = "given") -> Threshold:
         """Sets the threshold to a value. What is known of normal scores stays, with the lower threshold from them."""
-        moved = self.threshold.moved_to(value) if self.threshold else given_threshold(value)
-        self.threshold = moved._replace(how=how)
+        self.threshold = given_threshold(value, self.threshold, how)
         return self.threshold
 
     def _normal_scores(self, images: Sequence[ImageInput], rate: float, force: bool) -> NormalScores:
@@ -385,7 +358,7 @@ class FewShotDetector(ImageScoring):
         found = equal_images([one.square for one in results], self.support_digests)
         self._calibration_notes = duplicate_notes(names, found)
         chosen = [number for number in range(len(results)) if number not in found]
-        with_views = not are_cut and needs_views(len(chosen), rate, self.scorer)
+        with_views = self.scorer.prior is None and not are_cut and not is_order_statistic(len(chosen), rate)
         if not force:
             counted = (None if number in found else one for number, one in enumerate(results))
             require_this_part("normal images", names, counted, "calibrate")
@@ -458,10 +431,6 @@ class FewShotDetector(ImageScoring):
         limits = self.gate and [self.gate.mean.tolist(), self.gate.margin.tolist()]
         content = json.dumps([self.identity(), threshold, limits, self.min_area])
         return hashlib.sha256(content.encode()).hexdigest()[:ID_LENGTH]
-
-    def weights_sha256(self) -> str:
-        """SHA-256 of the network's weights, names and types, in hexadecimal."""
-        return tensors_sha256(self.network.state_dict())
 
     def state(self) -> dict:
         """Tensors and plain values, from which `from_state` makes the same detector.
@@ -543,7 +512,7 @@ class FewShotDetector(ImageScoring):
 
     def save(self, path: Path | str) -> None:
         """Writes `state` to one file; UserError as `state`, WriteError if the file cannot be written."""
-        write_state(Path(path), self.state())
+        save_tensors(Path(path), HEADER | self.state())
 
     @classmethod
     def load(

@@ -17,16 +17,11 @@ from scorers.base import Scorer
 from scorers.registry import SCORERS, make_scorer
 from utils.choices import RELEASE_BACKBONE
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import load_tensors
 
-FILE_FORMAT, FILE_VERSION = "RegAD detector", 4
-READABLE = (3, FILE_VERSION)  # 3: one threshold
+HEADER = {"format": "RegAD detector", "version": 4}
+READABLE = (3, 4)  # versions; 3: one threshold
 ID_LENGTH = 12  # hexadecimal digits of a detector's identity
-
-
-def write_state(path: Path, state: dict) -> None:
-    """Writes a detector's state; WriteError if the file cannot be written."""
-    save_tensors(path, {"format": FILE_FORMAT, "version": FILE_VERSION, **state})
 
 
 def read_state(path: Path) -> dict:
@@ -45,7 +40,7 @@ def read_state(path: Path) -> dict:
     if damaged:
         raise UserError(f"detector {path} is damaged or not a detector (checksum of {damaged})")
     state = load_tensors(path, "detector")
-    if not isinstance(state, dict) or state.get("format") != FILE_FORMAT:
+    if not isinstance(state, dict) or state.get("format") != HEADER["format"]:
         raise UserError(f"{path} is not a detector (a checkpoint or support set?)")
     if state.get("version") not in READABLE:
         raise UserError(f"detector {path} has version {state.get('version')}, this program supports {READABLE}")

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from inspection.detector import FewShotDetector
+from inspection.detector_file import tensors_sha256
+from inspection.threshold import NormalScores
 from inspection.tiles import describe_tiling
 from utils.files import sha256
 from utils.records import who_and_when
@@ -13,40 +15,48 @@ from utils.records import who_and_when
 MOST_LISTED = 20  # images of an entry that are printed
 
 
-def record_change(detector: FewShotDetector, change: str, images: Iterable[Path] = (), **facts: object) -> None:
+def record_change(detector: FewShotDetector, change: str, images: Iterable[Path] = ()) -> None:
     """Adds an entry to the history of a detector: who, when, with which versions, and the id that results."""
-    history = detector.document.setdefault("history", [])
     files = [{"path": str(path), "sha256": sha256(path)} for path in images]
     threshold = detector.threshold and detector.threshold._asdict()
-    entry = {"change": change, **who_and_when(), **facts, "threshold": threshold, "id": detector.decision_identity()}
-    history.append(entry | ({"images": files} if files else {}))
+    entry = {"change": change, **who_and_when(), "threshold": threshold, "id": detector.decision_identity()}
+    detector.document.setdefault("history", []).append(entry | ({"images": files} if files else {}))
 
 
-def describe(detector: FewShotDetector, file: Path) -> dict:
-    """All that a detector file holds but its tensors, for JSON."""
-    document, calibration = detector.document, detector.calibration
+def settings(detector: FewShotDetector) -> dict:
+    """How a detector scores and decides, for JSON: in a description and in scores.json."""
     return {
-        "file": str(file),
-        "part": document.get("part"),
-        "id": detector.decision_identity(),
-        "features_id": detector.identity(),
+        "part": detector.document.get("part"),
         "scorer": detector.scorer.name,
         "backbone": getattr(detector.network, "backbone", None),
-        "weights": detector.origin.get("network"),
-        "weights_sha256": detector.weights_sha256(),
         "img_size": detector.size,
         "bits": detector.bits,
         "tiles": describe_tiling(detector.tiling),
         "has_region": detector.region is not None,
-        "support": detector.origin.get("support", []),
-        "calibration": [{"path": name, "score": score} for name, score in calibration.by_score()]
-        if calibration
-        else [],
         "threshold": detector.threshold and detector.threshold._asdict(),
         "min_area": detector.min_area,
         "quality_limits": detector.gate and detector.gate.limits(),
-        "acceptance": document.get("acceptance"),
-        "history": document.get("history", []),
+    }
+
+
+def listed(normal: NormalScores | None) -> list[dict]:
+    """Path and score of each normal image, highest score first, for JSON."""
+    return [{"path": name, "score": score} for name, score in normal.by_score()] if normal else []
+
+
+def describe(detector: FewShotDetector, file: Path) -> dict:
+    """All that a detector file holds but its tensors, for JSON."""
+    return {
+        "file": str(file),
+        "id": detector.decision_identity(),
+        "features_id": detector.identity(),
+        **settings(detector),
+        "weights": detector.origin.get("network"),
+        "weights_sha256": tensors_sha256(detector.network.state_dict()),
+        "support": detector.origin.get("support", []),
+        "calibration": listed(detector.calibration),
+        "acceptance": detector.document.get("acceptance"),
+        "history": detector.document.get("history", []),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasets.images import FULL_BITS, ClippedWarning, smallest_depth
+from datasets.images import FULL_BITS, ClippedWarning
 from inspection.acceptance import KnownDefect, acceptance, propose, worse_than
 from inspection.config import DetectorConfig
 from inspection.detector import FewShotDetector, OtherPartError
@@ -175,23 +175,16 @@ def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
     network = scoring_network(backbone, config.stn_mode, size, config.checkpoint, config.weights)
     print(f"backbone: {backbone}, {_describe_weights(config)}, {size} x {size} pixels")
     print(f"fitting to {len(support)} normal image(s)")
-    bits = _bit_depth(config, support)
     region = None
     if config.region is not None or config.ignore is not None:
         region = read_region(config.region, config.ignore, [image.size for image in support])
-    origin = _describe_fit(config, support, {"bits": bits, "img_size": size, "backbone": backbone})
     scorer = config.scorer or DEFAULT_SCORER
-    detector = FewShotDetector(network, device, config.keep_aspect, scorer, bits, config.tile, region, origin)
-    return detector.fit(support)
-
-
-def _bit_depth(config: DetectorConfig, support: Sequence[ImageFile]) -> int:
-    """The bit depth asked for, or the smallest that holds the 16-bit support images; printed if there are any."""
-    values = [] if config.bits == FULL_BITS else largest_grey_values(support)
-    bits = smallest_depth(values) if config.bits == AUTO_BITS else config.bits
-    if values:
-        print(f"bits: {bits} ({len(values)} 16-bit image(s) of the support, largest value {max(values)})")
-    return bits
+    detector = FewShotDetector(network, device, config.keep_aspect, scorer, config.bits, config.tile, region)
+    detector.fit(support)
+    if config.bits != FULL_BITS and (values := largest_grey_values(support)):
+        print(f"bits: {detector.bits} ({len(values)} 16-bit image(s) of the support, largest value {max(values)})")
+    detector.origin = _describe_fit(config, support, {"bits": detector.bits, "img_size": size, "backbone": backbone})
+    return detector
 
 
 def _describe_weights(config: DetectorConfig) -> str:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from inspection.detector import FewShotDetector, require_this_part
-from inspection.duplicates import digest
 from inspection.images import ImageInput, image_list, image_names
+from inspection.normal_images import MOST_FITTED, digest
 from inspection.quality import measure
-from inspection.representatives import MOST_FITTED
+from inspection.scoring import ImageResult
 from scorers.base import Fitted, Prepared
 from scorers.left_out import left_out
 from utils.errors import UserError
@@ -51,48 +51,44 @@ def accept(detector: FewShotDetector, images: Sequence[ImageInput], force: bool 
     if detector.cuts_support:
         raise UserError("a detector of tiles cannot learn; fit a new one with these images, too", ("accept", "support"))
     images = image_list(images)
-    results = list(detector.results(images, detector.fitted))
-    names = image_names(images)
+    results, names = list(detector.results(images, detector.fitted)), image_names(images)
     if not force:
         require_this_part("images", names, results, "accept")
-    learned = detector.learned or {"base": detector.fitted, "names": [], "digests": [], "before": [], "features": None}
+    nothing = {"base": detector.fitted, "digests": [], "names": [], "before": [], "after": [], "features": []}
+    learned = detector.learned or nothing
     known, new = {*detector.support_digests, *learned["digests"]}, {}
     for name, one in zip(names, results, strict=True):
         if (found := digest(one.square)) not in known:
             new.setdefault(found, (name, one))
-    if not new:
-        return _table(detector)
     if len(learned["names"]) + len(new) > MOST_ACCEPTED:
         raise UserError(
             f"a detector learns from at most {MOST_ACCEPTED} images; fit a new one with these among its support images",
             options=("accept", "support"),
         )
-    squares = [one.square for _, one in new.values()]
-    features = detector.features(detector.on_device(squares))[detector.scorer.name]
-    detector.learned = _sorted(
-        {
-            "base": learned["base"],
-            "digests": [*learned["digests"], *new],
-            "names": [*learned["names"], *(name for name, _ in new.values())],
-            "before": [*learned["before"], *(float(one.score) for _, one in new.values())],
-            "features": _joined(learned["features"], [tensor.half().cpu() for tensor in features]),
-        }
-    )
-    if detector.gate:
-        detector.gate = detector.gate.extended(np.stack([measure(square) for square in squares]))
-    _learn(detector)
-    return _table(detector)
+    if new:
+        squares = [one.square for _, one in new.values()]
+        detector.learned = learned = _extended(detector, learned, new, squares)
+        if detector.gate:
+            detector.gate = detector.gate.extended(np.stack([measure(square) for square in squares]))
+        _learn(detector)
+    return [Learned(*row) for row in zip(learned["names"], learned["before"], learned["after"], strict=True)]
 
 
-def _joined(before: Prepared | None, new: Prepared) -> Prepared:
-    return new if before is None else [torch.cat(pair) for pair in zip(before, new, strict=True)]
-
-
-def _sorted(learned: dict) -> dict:
-    """The accepted images in the order of their digests."""
-    order = sorted(range(len(learned["digests"])), key=lambda number: learned["digests"][number])
-    lists = {name: [learned[name][number] for number in order] for name in ("digests", "names", "before")}
-    return learned | lists | {"features": [tensor[order] for tensor in learned["features"]]}
+def _extended(
+    detector: FewShotDetector, learned: dict, new: dict[str, tuple[str, ImageResult]], squares: list[torch.Tensor]
+) -> dict:
+    """The accepted images with new ones, by digest, in the order of all digests."""
+    features = [tensor.half().cpu() for tensor in detector.features(detector.on_device(squares))[detector.scorer.name]]
+    if learned["features"]:
+        features = [torch.cat(pair) for pair in zip(learned["features"], features, strict=True)]
+    lists = {
+        "digests": [*learned["digests"], *new],
+        "names": [*learned["names"], *(name for name, _ in new.values())],
+        "before": [*learned["before"], *(float(one.score) for _, one in new.values())],
+    }
+    order = np.argsort(lists["digests"]).tolist()
+    ordered = {name: [values[number] for number in order] for name, values in lists.items()}
+    return {"base": learned["base"], **ordered, "features": [tensor[order] for tensor in features]}
 
 
 def _learn(detector: FewShotDetector) -> None:
@@ -108,12 +104,3 @@ def _learn(detector: FewShotDetector) -> None:
     distances = left_out(features, 1, 1, lambda others, own: detector.scorer.distance_maps(extended(others), own))
     detector.fitted = extended(features)
     learned["after"] = detector.scores_of(distances).tolist()
-
-
-def _table(detector: FewShotDetector) -> list[Learned]:
-    learned = detector.learned
-    return (
-        [Learned(*row) for row in zip(learned["names"], learned["before"], learned["after"], strict=True)]
-        if learned
-        else []
-    )

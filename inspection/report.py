@@ -32,30 +32,27 @@ def report_page(
     detector: FewShotDetector,
     identity: str,
     file: Path | None,
-    results: Sequence[Prediction],
+    rows: Mapping[int, Prediction],
+    others: int,
     previews: Mapping[int, Preview],
     root: Path,
-    references: Sequence[Reference] = (),
 ) -> Page:
     """The page of a run, which names images relative to `root`.
 
-    It shows the results that were made with this detector and threshold, as the page has one threshold for all.
-
-    identity: of the detector. file: where the detector was loaded from or saved to. previews: by the number of the
-    result. references: from `known_images`.
+    identity: of the detector. file: where the detector was loaded from or saved to. rows: of this detector and its
+    threshold, by number, as are `previews`. others: the number of results that are not shown.
     """
-    threshold = detector.threshold
-    own = {number: row for number, row in enumerate(results) if is_made_with(row, identity, threshold)}
-    others = len(results) - len(own)
+    threshold, weights = detector.threshold, detector.origin.get("network", "unknown weights")
+    backbone = getattr(detector.network, "backbone", type(detector.network).__name__)
     facts = [
         ("Date", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")),
         ("Detector", f"{file or 'not saved'}, support images: {len(detector.origin.get('support', []))}"),
         ("Detector id", identity),
         ("Scorer", detector.scorer.name),
-        ("Network", _network(detector)),
+        ("Network", f"{backbone}, {weights}, {detector.size} x {detector.size} pixels"),
         ("Threshold", describe_threshold(threshold)),
     ]
-    doubts = [row.warning for row in own.values() if row.warning]
+    doubts = [row.warning for row in rows.values() if row.warning]
     more = len(doubts) - MOST_WARNINGS
     doubts = doubts[:MOST_WARNINGS] + ([f"{more} more images with a warning, see {SUMMARY}"] if more > 0 else [])
     return Page(
@@ -65,35 +62,25 @@ def report_page(
         adopt=f"python predict.py --detector {file} --threshold {{}} --save {file}" if file else "",
         sign_off=True,
         threshold=threshold and threshold.value,
-        rows=[_page_row(row, previews.get(number, NO_PREVIEW), root, threshold) for number, row in own.items()],
+        rows=[_page_row(row, previews.get(number, NO_PREVIEW), root, threshold) for number, row in rows.items()],
         facts=facts,
         warnings=[*detector.warnings, *doubts],
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
-        references=references,
         typical=threshold and threshold.typical,
         colours=threshold and colour_limits(threshold.value, threshold.typical),
         outlines=OUTLINES if threshold else (),
     )
 
 
-def is_made_with(row: Prediction, identity: str, threshold: Threshold | None) -> bool:
-    """Whether this detector and this threshold decided on the image."""
-    return (row.detector, row.threshold) == (identity, threshold and threshold.value)
-
-
 def choose_previews(
-    rows: Sequence[Prediction],
-    previews: Mapping[int, Preview],
-    folder: Path,
-    identity: str,
-    threshold: Threshold | None,
+    rows: Mapping[int, Prediction], previews: Mapping[int, Preview], folder: Path
 ) -> dict[int, Preview]:
-    """The previews of the PAGE_IMAGES rows of the page with the highest scores, by the number of the row.
+    """The previews of the PAGE_IMAGES rows with the highest scores, by the number of the row.
 
     Those that are missing in `previews`, such as those of earlier runs, are read from the files in `folder`.
     """
-    own = [n for n, row in enumerate(rows) if row.score is not None and is_made_with(row, identity, threshold)]
-    chosen = sorted(own, key=lambda number: -rows[number].score)[:PAGE_IMAGES]
+    scored = [number for number, row in rows.items() if row.score is not None]
+    chosen = sorted(scored, key=lambda number: -rows[number].score)[:PAGE_IMAGES]
     return {number: previews.get(number) or read_preview(folder, rows[number]) for number in chosen}
 
 
@@ -141,11 +128,6 @@ def _unchanged(name: str, digest: str | None, bits: int) -> Image.Image | None:
         return file.decode(bits) if digest in (None, file.sha256) else None
     except (ImageError, UnicodeError):  # the name is of another locale
         return None
-
-
-def _network(detector: FewShotDetector) -> str:
-    backbone = getattr(detector.network, "backbone", type(detector.network).__name__)
-    return f"{backbone}, {detector.origin.get('network', 'unknown weights')}, {detector.size} x {detector.size} pixels"
 
 
 def _page_row(row: Prediction, preview: Preview, root: Path, threshold: Threshold | None) -> PageRow:

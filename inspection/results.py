@@ -14,7 +14,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -97,6 +97,7 @@ class Prediction(NamedTuple):
 
 CSV_COLUMNS = Prediction._fields[: Prediction._fields.index("boxes")]
 BOX_COLUMNS = ("time", "path", *Box._fields)
+TABLES = {SCORES: CSV_COLUMNS, BOXES: BOX_COLUMNS}
 
 
 def decide(
@@ -183,7 +184,7 @@ class ResultFiles:
                 _remove_results(folder)
                 self._record.truncate(0)
             self.rows = self._read_record()
-            self._tables = [self._open_table(*table) for table in TABLES.items()]
+            self._tables = {name: self._open_table(name) for name in TABLES}
         except OSError as error:
             self.close()
             raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error
@@ -205,33 +206,41 @@ class ResultFiles:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.folder / RECORD} is not a record of predict.py", ("output",)) from error
 
-    def _open_table(self, name: str, table: CsvTable) -> TextIO:
+    def _open_table(self, name: str) -> TextIO:
         """Writes a table from the rows, as it may lack some after a kill, and opens it for more."""
         options = {"newline": "", "errors": "backslashreplace"}
-        first = "utf-8" if self._kind == CSV_KINDS[0] else "utf-8-sig"
-        with whole_file(self.folder / name) as aside, open(aside, "w", encoding=first, **options) as stream:
-            lines = (line for row in self.rows for line in self._lines(table, row))
-            self._writer(stream).writerows([[*self._more_columns, *table.columns], *lines])
+        is_plain = self._kind == CSV_KINDS[0]
+        with (
+            whole_file(self.folder / name) as aside,
+            open(aside, "w", encoding="utf-8" if is_plain else "utf-8-sig", **options) as stream,
+        ):
+            self._writer(stream).writerow([*(() if is_plain else EXCEL_COLUMNS), *TABLES[name]])
+            self._write(stream, name, self.rows)
         return self._open.enter_context((self.folder / name).open("a", encoding="utf-8", **options))
-
-    @property
-    def _more_columns(self) -> Sequence[str]:
-        return () if self._kind == CSV_KINDS[0] else EXCEL_COLUMNS
 
     def _writer(self, stream: TextIO) -> Any:  # noqa: ANN401, csv names no type for it
         return csv.writer(stream, delimiter=";" if self._kind == EXCEL_COMMA else ",")
 
-    def _lines(self, table: CsvTable, row: Prediction) -> list[Sequence]:
-        """The lines of a row in a table. For Excel, all times have one form, and numbers may have a decimal comma."""
-        if self._kind == CSV_KINDS[0]:
-            return table.lines(row)
-        more = self._part, re.split(r"[/\\]", row.path)[-1]
-        lines = [[_excel_time(value) for value in (*more, *line)] for line in table.lines(row)]
-        if self._kind != EXCEL_COMMA:
-            return lines
-        return [
-            [str(value).replace(".", ",") if isinstance(value, float) else value for value in line] for line in lines
-        ]
+    def _write(self, stream: TextIO, name: str, rows: Iterable[Prediction]) -> None:
+        """Writes the lines of rows. Numbers have all their digits, as in JSON; None is empty.
+
+        For Excel, all times have one form, and numbers may have a decimal comma.
+        """
+        for row in rows:
+            lines = [row[: len(CSV_COLUMNS)]] if name == SCORES else [(row.time, row.path, *box) for box in row.boxes]
+            if self._kind != CSV_KINDS[0]:
+                more = self._part, re.split(r"[/\\]", row.path)[-1]
+                lines = [[self._excel(value) for value in (*more, *line)] for line in lines]
+            self._writer(stream).writerows(lines)
+
+    def _excel(self, value: object) -> object:
+        """A value as Excel reads it: a time of a row in local time, a number with the comma that was asked for."""
+        if isinstance(value, float) and self._kind == EXCEL_COMMA:
+            return str(value).replace(".", ",")
+        if not (isinstance(value, str) and ISO_TIME.fullmatch(value)):
+            return value
+        moment = datetime.fromisoformat(re.sub(r"(\.\d{6})\d*", r"\1", value).replace("Z", "+00:00"))
+        return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
     def add(self, row: Prediction) -> None:
         """Appends a row to all tables. The caller holds back interruptions.
@@ -241,8 +250,8 @@ class ResultFiles:
         """
         try:
             write_line(self._record, json.dumps(row.plain(), allow_nan=False))
-            for stream, table in zip(self._tables, TABLES.values(), strict=True):
-                self._writer(stream).writerows(self._lines(table, row))
+            for name, stream in self._tables.items():
+                self._write(stream, name, [row])
                 stream.flush()
         except OSError as error:
             raise WriteError(error.errno, error.strerror, str(self.folder / RECORD)) from error
@@ -252,27 +261,6 @@ class ResultFiles:
 
     def close(self) -> None:
         self._open.close()
-
-
-def _excel_time(value: object) -> object:
-    """A time of a row as Excel reads it, in local time; any other value as it is."""
-    if not (isinstance(value, str) and ISO_TIME.fullmatch(value)):
-        return value
-    moment = datetime.fromisoformat(re.sub(r"(\.\d{6})\d*", r"\1", value).replace("Z", "+00:00"))
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-class CsvTable(NamedTuple):
-    """A CSV file: its columns, and the lines of a row. Numbers have all their digits, as in JSON; None is empty."""
-
-    columns: Sequence[str]
-    lines: Callable[[Prediction], list[tuple]]
-
-
-TABLES = {
-    SCORES: CsvTable(CSV_COLUMNS, lambda row: [row[: len(CSV_COLUMNS)]]),
-    BOXES: CsvTable(BOX_COLUMNS, lambda row: [(row.time, row.path, *box) for box in row.boxes]),
-}
 
 
 def _row(values: dict) -> Prediction:

@@ -16,11 +16,11 @@ from datasets.images import limit_pixels
 from datasets.listing import Listing, is_folder
 from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
-from inspection.document import as_text, describe
+from inspection.document import as_text, describe, listed, settings
 from inspection.fitting import KnownDefect, known_defects, make_detector, save_detector
 from inspection.inputs import POLL_SECONDS, Watcher, absolute, identify, list_inputs
 from inspection.predictions import Outputs, map_scale, predict
-from inspection.report import choose_previews, is_made_with, known_images, report_page
+from inspection.report import choose_previews, known_images, report_page
 from inspection.results import (
     DEFECTIVE,
     PAGE,
@@ -32,7 +32,6 @@ from inspection.results import (
     count_decisions,
     has_results,
 )
-from inspection.tiles import describe_tiling
 from reports.page import PAGE_IMAGES, Preview, write_page
 from utils.devices import command_device, reader_threads
 from utils.errors import UserError, WriteError
@@ -42,8 +41,7 @@ from utils.interrupts import Interrupts
 from utils.progress import ProgressBar
 from utils.records import peak_memory_mb, provenance
 
-# Exit codes; where several apply, the first of SOME_FLAGGED, SOME_UNDECIDED, CANNOT_WRITE, FOLDER_GONE, FEW_IMAGES and
-# SOME_FAILED
+# Exit codes; where several apply, see `Run.exit_code`
 SOME_FAILED = 1  # some images failed; all others are processed
 CANNOT_WRITE = 2  # as of every UserError
 SOME_FLAGGED = 3  # with --fail_on_defect: an image is defective or for review
@@ -72,13 +70,16 @@ def check_paths(config: PredictConfig) -> None:
 
 
 def command(config: PredictConfig, lines: TextIO | None) -> int:
-    """Fits or loads the detector, scores all images; returns the exit code. lines: see `run`.
+    """Fits or loads the detector, scores all images, or watches a folder; returns the exit code.
+
+    lines: where the rows also go as lines of JSON, or None.
 
     Raises:
-        UserError: the data, the detector or the output cannot be used.
+        UserError: the data, the detector or the output cannot be used, or its results are of another detector.
     """
     if config.describe:
-        _describe(config)
+        described = describe(FewShotDetector.load(config.detector, "cpu", config.scorer), config.detector)
+        print(as_text(described) if config.describe == "text" else json.dumps(described, indent=2))
         return 0
     check_paths(config)
     command_device(config.device)
@@ -89,45 +90,20 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
     defects = known_defects(detector, config, config.output)
     if config.save:
         save_detector(detector, config.save, defects, config.force)
-    code = run(config, detector, defects, paths, lines) if config.watch or config.input else 0
+    code = 0
+    if config.watch or config.input:
+        part = detector.document.get("part") or ""
+        with closing(ResultFiles(config.output, config.overwrite, config.csv, part)) as results:
+            run = Run(config, detector, defects, results, paths, lines)
+            with run.interrupts:
+                is_whole = run.watch() if config.watch else run.score_all(paths)
+        code = run.exit_code(is_whole)
     may_lack = listing.unreadable or (config.fail_on_defect and listing.is_partial)
     return code or (SOME_FAILED if may_lack else 0)
 
 
-def _describe(config: PredictConfig) -> None:
-    """Prints what the detector file says of itself."""
-    described = describe(FewShotDetector.load(config.detector, "cpu", config.scorer), config.detector)
-    print(as_text(described) if config.describe == "text" else json.dumps(described, indent=2))
-
-
-def run(
-    config: PredictConfig,
-    detector: FewShotDetector,
-    defects: Sequence[KnownDefect],
-    paths: Sequence[Path],
-    lines: TextIO | None,
-) -> int:
-    """Scores `paths`, or watches a folder; returns the exit code of the command.
-
-    lines: where the rows also go as lines of JSON, or None.
-
-    Raises:
-        UserError: the output cannot be written, or its results are of another detector.
-    """
-    places = [absolute(path).parent for path in paths] or [absolute(path) for path in config.input]
-    folder = config.watch or Path(os.path.commonpath(places))
-    part = detector.document.get("part") or ""
-    with closing(ResultFiles(config.output, config.overwrite, config.csv, part)) as results:
-        if config.input and results.rows and not config.append:  # another run has ended since `check_paths`
-            raise UserError(f"another run has written results into {config.output} meanwhile: give another --output")
-        current = Run(config, detector, defects, results, absolute(folder), lines)
-        with current.interrupts:
-            is_whole = current.watch() if config.watch else current.score_all(paths)
-    return current.exit_code(is_whole)
-
-
 class Run:
-    """One call of predict.py. root: the folder that images are named relative to. lines: see `run`."""
+    """One call of predict.py, of which `results` are open. Images are named relative to `root`."""
 
     def __init__(
         self,
@@ -135,9 +111,13 @@ class Run:
         detector: FewShotDetector,
         defects: Sequence[KnownDefect],
         results: ResultFiles,
-        root: Path,
+        paths: Sequence[Path],
         lines: TextIO | None,
     ) -> None:
+        if config.input and results.rows and not config.append:  # another run has ended since `check_paths`
+            raise UserError(f"another run has written results into {config.output} meanwhile: give another --output")
+        places = [absolute(path).parent for path in paths] or [absolute(path) for path in config.input]
+        root = absolute(config.watch or Path(os.path.commonpath(places)))
         self.config, self.detector, self.defects = config, detector, defects
         self.results, self.root, self.lines = results, root, lines
         self.interrupts = Interrupts()
@@ -145,8 +125,7 @@ class Run:
         self.next_refresh = 0.0
         self.first_day = self.day = _today()  # of the watch
         self.before_day = self.earlier  # rows
-        self.fault: WriteError | None = None  # why the output cannot be written
-        self.is_gone = self.has_few = False
+        self.codes: set[int] = set()  # exit codes that apply
         self.previews: dict[int, Preview] = {}  # by the number of the row
         panels = None if config.no_images else config.panels
         self.outputs = Outputs(config.output, root, panels, config.maps, detector.identity(), results.taken)
@@ -182,15 +161,15 @@ class Run:
         try:
             work()
         except WriteError as error:
-            self.fault = error
+            self.codes.add(CANNOT_WRITE)
             print(f"error: {error}", file=sys.stderr)
-        return self.fault is None
+        return CANNOT_WRITE not in self.codes
 
     def _require_images(self, rows: Sequence[Prediction]) -> None:
         """Says where fewer images than --min_images were scored."""
         scored, least = sum(row.score is not None for row in rows), self.config.min_images
         if scored < least:
-            self.has_few = True
+            self.codes.add(FEW_IMAGES)
             print(f"warning: {_images(scored)} scored, --min_images is {least}", file=sys.stderr, flush=True)
 
     def watch(self) -> bool:
@@ -217,7 +196,7 @@ class Run:
         with suppress(KeyboardInterrupt), self.interrupts.held():
             self._unless_full(self._refresh)
             self._summarise(False)
-        self.is_gone = watcher.is_gone
+        self.codes |= {FOLDER_GONE} if watcher.is_gone else set()
         if self.day == self.first_day:
             self._require_images(self.rows)
         return False
@@ -249,20 +228,16 @@ class Run:
 
     def exit_code(self, is_whole: bool) -> int:
         """The exit code of the command; 0 if nothing is to be said, also where only the user ended the run."""
-        rows = self.rows
-        found = {
-            SOME_FLAGGED: self.config.fail_on_defect and any(row.is_flagged for row in rows),
-            SOME_UNDECIDED: self.config.fail_on_defect and any(row.is_undecided for row in rows),
-            CANNOT_WRITE: self.fault is not None,
-            FOLDER_GONE: self.is_gone,
-            FEW_IMAGES: self.has_few,
-            SOME_FAILED: is_whole and any(row.error for row in rows),
-        }
-        return next((code for code, applies in found.items() if applies), 0)
+        if self.config.fail_on_defect:
+            self.codes |= {SOME_FLAGGED for row in self.rows if row.is_flagged}
+            self.codes |= {SOME_UNDECIDED for row in self.rows if row.is_undecided}
+        if is_whole and any(row.error for row in self.rows):
+            self.codes.add(SOME_FAILED)
+        order = (SOME_FLAGGED, SOME_UNDECIDED, CANNOT_WRITE, FOLDER_GONE, FEW_IMAGES, SOME_FAILED)
+        return next((code for code in order if code in self.codes), 0)
 
     def _mention_other_decisions(self) -> None:
-        own = self.outputs.detector, self.detector.threshold
-        others = sum(not is_made_with(row, *own) for row in self.results.rows)
+        others = sum(not self._is_own(row) for row in self.results.rows)
         if others:
             what = "1 result is" if others == 1 else f"{others} results are"
             print(f"{what} of another detector or threshold, not on the page; --overwrite scores all images again")
@@ -279,17 +254,13 @@ class Run:
                     if preview.thumbnail:
                         self.previews[len(self.results.rows)] = preview
                     self.results.add(row)
-                    self._print_line(row)
+                    if self.lines is not None:
+                        print(json.dumps(row.plain()), file=self.lines, flush=True)
                 if watcher:
                     _print_faults(row, f"{row.time} ")
                     if row.score is not None:
                         print(f"{row.time} {_outcome(row)}", flush=True)
                     self._refresh_if_due()
-
-    def _print_line(self, row: Prediction) -> None:
-        if self.lines is None:
-            return
-        print(json.dumps(row.plain()), file=self.lines, flush=True)
 
     def _refresh_if_due(self) -> None:
         begin = time.monotonic()
@@ -300,41 +271,37 @@ class Run:
 
     def _refresh(self, total_seconds: float | None = None) -> None:
         """Writes scores.json, with all rows, and report.html."""
-        rows, identity, threshold = self.results.rows, self.outputs.detector, self.detector.threshold
+        rows = {number: row for number, row in enumerate(self.results.rows) if self._is_own(row)}
         write_json(self.config.output / SUMMARY, self._summary(total_seconds))
         if not self.config.no_images:
-            self.previews = choose_previews(rows, self.previews, self.config.output, identity, threshold)
-        file = self.config.save or self.config.detector
-        page = report_page(self.detector, identity, file, rows, self.previews, self.root, self.known_images)
-        write_page(self.config.output / PAGE, page)
-        self.refreshed = len(rows)
+            self.previews = choose_previews(rows, self.previews, self.config.output)
+        file, others = self.config.save or self.config.detector, len(self.results.rows) - len(rows)
+        page = report_page(self.detector, self.outputs.detector, file, rows, others, self.previews, self.root)
+        write_page(self.config.output / PAGE, page._replace(references=self.known_images))
+        self.refreshed = len(self.results.rows)
+
+    def _is_own(self, row: Prediction) -> bool:
+        """Whether this detector and this threshold decided on the image: the page has one threshold for all."""
+        threshold = self.detector.threshold
+        return (row.detector, row.threshold) == (self.outputs.detector, threshold and threshold.value)
 
     def _summary(self, total_seconds: float | None) -> dict:
         """The content of scores.json."""
         detector, identity = self.detector, self.outputs.detector
-        threshold = None if detector.threshold is None else detector.threshold._asdict()
-        normal = {"leave_one_out": detector.loo_scores, "calibration": detector.calibration}
+        threshold = detector.threshold and detector.threshold.value
         return {
             "config": self.config.plain(),
             "resolved": {"bits": detector.bits, "img_size": detector.size, "device": str(detector.clock.device)},
-            "fingerprint": fingerprint({"threshold": threshold and threshold["value"]}, {"detector": identity}),
+            "fingerprint": fingerprint({"threshold": threshold}, {"detector": identity}),
             **provenance(detector.clock.device),
             "detector": detector.origin,
             "detector_id": identity,
             "decision_id": detector.decision_identity(),
-            "part": detector.document.get("part"),
-            "scorer": detector.scorer.name,
-            "backbone": getattr(detector.network, "backbone", None),
-            "img_size": detector.size,
-            "bits": detector.bits,
-            "tiles": describe_tiling(detector.tiling),
-            "has_region": detector.region is not None,
+            **settings(detector),
             "map_scale": map_scale(detector),
-            "threshold": threshold,
-            "quality_limits": detector.gate and detector.gate.limits(),
             "normal_images": {
-                name: [{"path": path, "score": score} for path, score in one.by_score()] if one else []
-                for name, one in normal.items()
+                "leave_one_out": listed(detector.loo_scores),
+                "calibration": listed(detector.calibration),
             },
             "known_defects": [defect._asdict() for defect in self.defects],
             "warnings": [*detector.warnings, *self._drift()],

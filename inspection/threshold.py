@@ -62,11 +62,6 @@ class NormalScores(NamedTuple):
     is_loo: bool
     names: tuple[str, ...] = ()
 
-    def keep(self, chosen: np.ndarray) -> NormalScores:
-        """The images where `chosen` (n,) bool is True."""
-        names = tuple(name for name, kept in zip(self.names, chosen, strict=True) if kept) if self.names else ()
-        return NormalScores(self.scores[chosen], self.maps[chosen], self.is_loo, names)
-
     def by_score(self) -> list[tuple[str, float]]:
         """Name and score of each image, highest score first."""
         names = self.names or tuple(f"image {n}" for n in range(1, len(self.scores) + 1))
@@ -156,12 +151,6 @@ class Threshold(NamedTuple):
         """Whether `typical` and `region` come from normal images."""
         return self.typical != self.region
 
-    def moved_to(self, value: float) -> Threshold:
-        """The threshold with a given value; what normal images have shown stays."""
-        if not self.knows_normal:
-            return given_threshold(value)
-        return self._replace(value=value, how="given", rate=None, review=min(self.review_value, value))
-
     @property
     def warnings(self) -> list[str]:
         """Limits of the threshold, as sentences."""
@@ -184,19 +173,16 @@ def expectation(count: int, is_loo: bool) -> str:
     )
 
 
-def given_threshold(value: float) -> Threshold:
-    """A threshold where no normal image is known."""
-    return Threshold(value, "given", value, value)
+def given_threshold(value: float, known: Threshold | None = None, how: str = "given") -> Threshold:
+    """A threshold of a given value. What normal images have shown, in `known`, stays."""
+    if known is None or not known.knows_normal:
+        return Threshold(value, how, value, value)
+    return known._replace(value=value, how=how, rate=None, review=min(known.review_value, value))
 
 
 def is_order_statistic(count: int, rate: float) -> bool:
     """Whether `count` normal images are enough for a threshold from their scores alone, without a distribution."""
     return _order(count, rate) <= count
-
-
-def needs_views(count: int, rate: float, scorer: Scorer) -> bool:
-    """Whether the rule needs the scores of all views of each normal image."""
-    return scorer.prior is None and not is_order_statistic(count, rate)
 
 
 def normal_threshold(
@@ -212,20 +198,19 @@ def normal_threshold(
     """
     review_rate = max(rate, REVIEW_RATE) if review_rate is None else review_rate
     check_calibration(len(normal.scores), rate, review_rate)
-    known = normal.scores[:, 0] <= 0  # duplicates of support images do not show how much images differ
-    source += f", {known.sum()} identical to others ignored" if known.any() else ""
-    normal = normal.keep(~known)
-    count = len(normal.scores)
+    differ = ~(normal.scores[:, 0] <= 0)  # duplicates of support images do not show how much images differ
+    source += "" if differ.all() else f", {(~differ).sum()} identical to others ignored"
+    scores, maps, count = normal.scores[differ], normal.maps[differ], int(differ.sum())
     if count < 2:
         raise UserError(
             "identical normal images give no threshold; give other images, or set the threshold",
             options=("calibrate", "threshold"),
         )
-    value, rule = _value(normal.scores, normal.is_loo, rate, prior)
-    region = value if not normal.maps.size else np.median(np.quantile(normal.maps.reshape(count, -1), 1 - rate, axis=1))
+    value, rule = _value(scores, normal.is_loo, rate, prior)
+    region = np.median(np.quantile(maps.reshape(count, -1), 1 - rate, axis=1)) if maps.size else value
     how = f"{rule} for a false-positive rate of {rate:g}, {source}"
-    typical = float(np.median(normal.scores[:, 0]))
-    review, _ = _value(normal.scores, normal.is_loo, review_rate, prior)
+    typical = float(np.median(scores[:, 0]))
+    review, _ = _value(scores, normal.is_loo, review_rate, prior)
     return Threshold(value, how, typical, float(region), rate, count, min(review, value), review_rate)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +134,14 @@ class Layout(NamedTuple):
         around = ((y0 - top, top + self.size - y1), (x0 - left, left + self.size - x1), (0, 0))
         return as_tensor(np.pad(part, around, mode="symmetric"))
 
+    def cut_groups(
+        self, image: Image.Image, corners: Sequence[tuple[int, int]], group: int
+    ) -> Iterator[tuple[Sequence[tuple[int, int]], torch.Tensor]]:
+        """`group` of the corners at a time, and their tiles (n, 3, S, S) uint8."""
+        for start in range(0, len(corners), group):
+            some = corners[start : start + group]
+            yield some, torch.stack([self.cut(image, *corner) for corner in some])
+
 
 def _places(length: int, size: int) -> list[int]:
     """Starts of tiles of length `size` that cover `length` evenly and overlap by OVERLAP at least."""
@@ -174,11 +182,8 @@ def joined_map(
     """
     total, weights = np.zeros((2, layout.down, layout.across), np.float32)
     fade = np.outer(cross_fade(layout.size), cross_fade(layout.size))
-    corners = layout.corners
-    for start in range(0, len(corners), group):
-        some = corners[start : start + group]
-        maps = maps_of(torch.stack([layout.cut(image, *corner) for corner in some]))
-        for (left, top), scores in zip(some, maps, strict=True):
+    for corners, tiles in layout.cut_groups(image, layout.corners, group):
+        for (left, top), scores in zip(corners, maps_of(tiles), strict=True):
             y0, x0 = max(top, 0), max(left, 0)
             onto = slice(y0, top + layout.size), slice(x0, left + layout.size)
             height, width = total[onto].shape

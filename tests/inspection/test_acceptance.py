@@ -87,7 +87,7 @@ def test_an_acceptance_is_written_and_kept(part, images, tmp_path, capsys):
     assert len(accepted["normal_images"]) == 5 and accepted["user"] and accepted["host"]
     with pytest.raises(UserError, match=r"is not overwritten: .* this one was not compared with any"):
         call(part, "--threshold", 0.4, "--save", target)
-    call(part, "--threshold", 0.4, "--save", target, "--force")
+    call(target, "--threshold", 0.4, "--save", target, "--force")
     changed = FewShotDetector.load(target, "cpu")
     assert changed.threshold.value == 0.4
     assert f"before the last change, id {accepted['decision_id']}, " in as_text(describe(changed, target))

@@ -22,8 +22,17 @@ import predict
 from benchmarks.reference import DATA, GOLDEN_CHECKPOINT
 from datasets.images import read_image
 from inspection.detector import FewShotDetector
-from inspection.export import METADATA_FILE, WRITERS, ExportedDetector, export_metadata
-from inspection.export_check import OPENERS, TOLERANCE, Runtime, compare_files, largest_difference
+from inspection.export import (
+    METADATA_FILE,
+    OPENERS,
+    TOLERANCE,
+    WRITERS,
+    ExportedDetector,
+    Runtime,
+    compare_files,
+    export_metadata,
+    largest_difference,
+)
 from inspection.images import as_tensor
 from inspection.inputs import list_inputs
 from inspection.threshold import Threshold
@@ -168,7 +177,7 @@ def test_metadata_say_where_a_file_comes_from(normal, tmp_path):
 
 
 def test_comparison_finds_a_file_of_another_detector(detector, network, normal, exported, opened, images, monkeypatch):
-    monkeypatch.setattr("inspection.export_check.OPENERS", {"pt2": lambda _: opened["pt2"]})
+    monkeypatch.setattr("inspection.export.OPENERS", {"pt2": lambda _: opened["pt2"]})
     assert largest_difference(detector, opened["pt2"], images) < TOLERANCE
     compare_files(detector, {"pt2": exported["pt2"]}, normal, are_support=False)
     other = FewShotDetector(network, "cpu").fit(normal[:2])

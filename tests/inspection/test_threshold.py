@@ -154,9 +154,9 @@ def test_the_lower_threshold_is_that_of_the_higher_rate(scores, rate, kind):
 
 def test_a_given_threshold_keeps_what_normal_images_have_shown():
     known = threshold_of([0.5, 0.6, 0.7], 0.01, PRIOR)
-    assert known.moved_to(9.0) == known._replace(value=9.0, how="given", rate=None)
-    assert known.moved_to(0.1).review == 0.1
-    assert given_threshold(0.9).moved_to(0.5) == given_threshold(0.5)  # no normal score is known
+    assert given_threshold(9.0, known) == known._replace(value=9.0, how="given", rate=None)
+    assert given_threshold(0.1, known).review == 0.1
+    assert given_threshold(0.5, given_threshold(0.9)) == given_threshold(0.5)  # no normal score is known
 
 
 def test_rates_that_exclude_each_other():

@@ -8,7 +8,7 @@ import torch
 
 from inspection import detector as module
 from inspection.detector import FewShotDetector
-from inspection.representatives import representatives
+from inspection.normal_images import representatives
 from models.networks import scoring_network
 from scorers.left_out import FOLDS, left_out
 
