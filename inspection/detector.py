@@ -45,7 +45,6 @@ from utils.files import save_tensors
 from utils.progress import ProgressBar
 from utils.stages import StageClock
 
-ALPHA_EXPECTED = "has no transparent parts, as support images have, and may not be comparable with them"
 MOST_OTHERS = 3  # images of other parts that an error names
 MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
 
@@ -197,7 +196,11 @@ class FewShotDetector(ImageScoring):
             return scores
         progress = ProgressBar("further support images", [support.squares[number] for number in others])
         results = list(self.results(progress, self.fitted, only_pixels=True))
-        return scores.joined(self._as_normal(results, with_views=scored_views(self.scorer) > 1), [*chosen, *others])
+        further, order = self._as_normal(results, scored_views(self.scorer) > 1), np.argsort([*chosen, *others])
+        return scores._replace(
+            scores=np.concatenate([scores.scores, further.scores])[order],
+            maps=np.concatenate([scores.maps, further.maps])[order],
+        )
 
     def _representatives(self, squares: list[torch.Tensor]) -> list[int]:
         """The support images to which the detector is fitted, by number."""
@@ -416,7 +419,8 @@ class FewShotDetector(ImageScoring):
         """
         found, has_alpha = [reading_note(image, name, self.bits)], TRANSPARENT in image.info
         if self.support_alpha not in (None, has_alpha):
-            found.append("the support images have none" if has_alpha else f"{name} {ALPHA_EXPECTED}")
+            lacks = f"{name} has no transparent parts, as support images have, and may not be comparable with them"
+            found.append("the support images have none" if has_alpha else lacks)
         if square is not None and digest(square) in self.support_digests:
             found.append(f"{name} has the same pixels as a support image, against which it is scored")
         return "; ".join(filter(None, found)) or None
@@ -491,16 +495,15 @@ class FewShotDetector(ImageScoring):
             None if region is None else region.numpy(),
             state["origin"],
         )
-        tiling, threshold = state.get("tiling"), state["threshold"]
-        detector.tiling = None if tiling is None else Tiling(*tiling)
-        detector.threshold = None if threshold is None else Threshold.from_state(threshold)
+        tiling, threshold, quality = state.get("tiling"), state["threshold"], state.get("quality")
+        detector.tiling = tiling and Tiling(*tiling)
+        detector.threshold = threshold and Threshold.from_state(threshold)
+        detector.gate = quality and QualityGate.from_state(quality)
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
         detector.min_area = float(state.get("min_area", 0.0))
         detector.document, detector.learned = dict(state.get("document", {})), dict(state.get("learned", {}))
-        quality = state.get("quality")
-        detector.gate = None if quality is None else QualityGate.from_state(quality)
         detector.support_digests = list(state.get("support_digests", ()))
         detector.support_alpha = state.get("support_alpha")
         on = detector.clock.device

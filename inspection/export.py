@@ -26,6 +26,7 @@ from utils.records import VERSION, git_commit
 ONNX_OPSET = 20
 ONNX_LIMIT = 2**31 - 1  # bytes, size limit of an ONNX file (protocol buffer)
 METADATA_FILE = "metadata.json"  # extra file inside a .pt2 file
+DYNAMIC_SHAPES = ({0: torch.export.Dim("batch")},)
 EXAMPLE_BATCH = 2  # with a batch of 1, the exporter would treat the batch size as constant
 # Largest difference of a pixel or score, relative to itself or to the threshold, whichever is larger: what lies far
 # below the threshold decides nothing. Measured with each scorer on bottles and transistors: ONNX Runtime, torch.export
@@ -122,7 +123,7 @@ def write_onnx(detector: FewShotDetector, path: Path) -> None:
     Raises:
         UserError: the detector is not fitted, or the file would exceed ONNX_LIMIT.
     """
-    module = ExportedDetector(detector).eval()
+    module, example = _module(detector)
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if size > ONNX_LIMIT:
         raise UserError(
@@ -131,12 +132,12 @@ def write_onnx(detector: FewShotDetector, path: Path) -> None:
             options=("img_size", "format"),
         )
     program = torch.onnx.export(
-        *(module, _example(detector)),
+        *(module, example),
         dynamo=True,
         opset_version=ONNX_OPSET,
         input_names=["image"],
         output_names=["map", "score"],
-        dynamic_shapes=_dynamic_batch(),
+        dynamic_shapes=DYNAMIC_SHAPES,
         verbose=False,
     )
     program.model.metadata_props.update(export_metadata(detector))
@@ -150,9 +151,9 @@ def write_pt2(detector: FewShotDetector, path: Path) -> None:
     Raises:
         UserError: the detector is not fitted.
     """
-    module = ExportedDetector(detector).eval()
+    module, example = _module(detector)
     with torch.no_grad():
-        program = torch.export.export(module, _example(detector), dynamic_shapes=_dynamic_batch())
+        program = torch.export.export(module, example, dynamic_shapes=DYNAMIC_SHAPES)
     save_program(path, program, {METADATA_FILE: json.dumps(export_metadata(detector))})
 
 
@@ -167,12 +168,10 @@ def save_program(path: Path, program: torch.export.ExportedProgram, extra_files:
 WRITERS = {"onnx": write_onnx, "pt2": write_pt2}
 
 
-def _example(detector: FewShotDetector) -> tuple[torch.Tensor]:
-    return (torch.zeros(EXAMPLE_BATCH, detector.size, detector.size, 3, dtype=torch.uint8),)
-
-
-def _dynamic_batch() -> tuple[dict]:
-    return ({0: torch.export.Dim("batch")},)
+def _module(detector: FewShotDetector) -> tuple[ExportedDetector, tuple[torch.Tensor]]:
+    """The module of a detector, and arguments to trace it with."""
+    example = torch.zeros(EXAMPLE_BATCH, detector.size, detector.size, 3, dtype=torch.uint8)
+    return ExportedDetector(detector).eval(), (example,)
 
 
 def compare_files(

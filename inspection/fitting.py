@@ -240,11 +240,9 @@ def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Pa
         try:
             detector.calibrate(rate or kept or DEFAULT_RATE, normal, review_rate, config.force)
             record_change(detector, "thresholds computed", normal or ())
-        except OtherPartError:
-            raise
-        except UserError:
-            if config.threshold is None:  # otherwise calibration only provides the colour scale
-                raise
+        except UserError as error:
+            if config.threshold is None or isinstance(error, OtherPartError):
+                raise  # otherwise calibration only provides the colour scale
     if config.threshold is not None:
         detector.set_threshold(config.threshold)
         record_change(detector, "threshold given")

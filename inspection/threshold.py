@@ -76,17 +76,6 @@ class NormalScores(NamedTuple):
         """The scores alone: maps would be most of a file."""
         return self._replace(maps=self.maps[:, :0, :0])
 
-    def joined(self, other: NormalScores, order: Sequence[int]) -> NormalScores:
-        """These images and others. order: the place of each image, of these first, in the result."""
-        places = np.argsort(order)
-        names = self.names + other.names
-        return NormalScores(
-            np.concatenate([self.scores, other.scores])[places],
-            np.concatenate([self.maps, other.maps])[places],
-            self.is_loo,
-            tuple(names[place] for place in places) if names else (),
-        )
-
     @staticmethod
     def from_state(state: dict) -> NormalScores:
         """The inverse of `state`."""

@@ -497,6 +497,20 @@ def test_images_to_look_at_are_printed_and_the_page_says_why(part, images, folde
     assert '"reason": "hardly any contrast"' in (out / "report.html").read_text()
 
 
+def test_a_lamp_that_fails_is_said_at_the_end(part, images, folder, tmp_path, capsys):
+    """With fewer images than a drift needs, nothing is said; images of earlier runs count."""
+    for number in range(20):
+        image = Image.open(io.BytesIO(images[number % len(images)])).convert("RGB")
+        image.point(lambda value: value * 0.6).save(folder / f"{number}.png")
+        if number in (18, 19):
+            assert call(part, "--input", folder, "--output", tmp_path / "out", "--append", "--no_images") == 0
+            is_said = (
+                "warning: the newest 20 images are darker than the support images: light" in capsys.readouterr().err
+            )
+            assert is_said == (number == 19)
+    assert any("darker" in said for said in json.loads((tmp_path / "out/scores.json").read_text())["warnings"])
+
+
 def test_json_lines(part, images, folder, tmp_path, capsys):
     for name in range(2):
         (folder / f"{name}.png").write_bytes(images[name])

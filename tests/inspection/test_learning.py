@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -101,10 +102,12 @@ def test_the_command_keeps_the_old_file(images, tmp_path, capsys):
     flags = ("--device", "cpu")
     support = map(str, images["train/good"][:3])
     predict.main(["--support", *support, "--weights", "none", "--img_size", str(SIZE), "--save", str(part), *flags])
+    assert "expect missed defects: with 2 support images, 0 to 81 % of the defects" in capsys.readouterr().out
     content = part.read_bytes()
     predict.main(["--detector", str(part), "--accept", str(images["test/good"][0]), "--save", str(new), *flags])
     printed = capsys.readouterr().out
     assert "learned from 1 accepted images" in printed
+    assert re.search(r"^ +\d\.\d{3} +\d\.\d{3}  \S.*\.png$", printed, re.MULTILINE)  # before and after
     assert part.read_bytes() == content
     history = FewShotDetector.load(new, "cpu").document["history"]
     assert history[-1]["change"] == "1 good images accepted" and len(history[-1]["images"]) == 1

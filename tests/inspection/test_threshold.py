@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from inspection.threshold import REVIEW_RATE, NormalScores, Threshold, given_threshold, normal_threshold
+from inspection.threshold import (
+    REVIEW_RATE,
+    NormalScores,
+    Threshold,
+    expectation,
+    given_threshold,
+    normal_threshold,
+)
 from scorers.base import ScorePrior
 from scorers.combined import Combined
 from scorers.neighbours import Neighbours
@@ -157,6 +164,19 @@ def test_a_given_threshold_keeps_what_normal_images_have_shown():
     assert given_threshold(9.0, known) == known._replace(value=9.0, how="given", rate=None)
     assert given_threshold(0.1, known).review == 0.1
     assert given_threshold(0.5, given_threshold(0.9)) == given_threshold(0.5)  # no normal score is known
+
+
+@pytest.mark.parametrize(
+    ("count", "is_loo", "expected"),
+    [
+        (2, True, "2 support images, 0 to 81 %"),
+        (7, True, "4 support images, 0 to 75 %"),
+        (320, True, "8 support images, 0 to 66 %"),
+        (30, False, "20 further normal images, 0 to 64 %"),
+    ],
+)
+def test_what_to_expect_is_said_of_no_more_images_than_there_are(count, is_loo, expected):
+    assert expectation(count, is_loo).startswith(f"expect missed defects: with {expected} of the defects")
 
 
 def test_rates_that_exclude_each_other():
