@@ -129,7 +129,7 @@ def test_a_watch_ends_with_a_summary(part, images, folder):
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                printed, errors = process.communicate(timeout=60)
+                printed, errors = process.communicate(timeout=300)  # a busy machine
             except subprocess.TimeoutExpired:
                 process.kill()  # otherwise, leaving the block would wait without end
                 raise

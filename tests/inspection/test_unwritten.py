@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from inspection.config import PredictConfig
 from inspection.inputs import full_name
 from inspection.results import Prediction, ResultFiles
-from inspection.run import check_paths, run
+from inspection.run import Run, check_paths
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
@@ -39,8 +39,11 @@ def test_results_of_a_run_that_ended_meanwhile_are_kept(tmp_path):
     results = ResultFiles(config.output)
     results.add(row("a", 1.0, None))
     results.close()
-    with pytest.raises(UserError, match="another run has written results"):
-        run(config, SimpleNamespace(document={}), [], [tmp_path / "x.png"], None)
+    with (
+        closing(ResultFiles(config.output)) as results,
+        pytest.raises(UserError, match="another run has written results"),
+    ):
+        Run(config, None, [], results, [tmp_path / "x.png"], None)
 
 
 def test_nothing_to_write_needs_no_output_folder(tmp_path):
