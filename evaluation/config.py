@@ -207,7 +207,9 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         metavar="ROUND",
     )
     save_maps: bool = flag("write the score maps of every round as .npz, float32", default=False)
-    save_tiff: bool = flag("write them as TIFF files too, 32-bit float, each at the size of its image", default=False)
+    save_tiff: bool = flag(
+        "write the score maps as TIFF files, 32-bit float, each at the size of its image", default=False
+    )
 
     def check(self) -> None:
         """Raises UserError where flags exclude each other."""

@@ -75,7 +75,7 @@ class TableConfig(Config):
         nargs="?",
         const=DEFAULT_SAVE_DIR,
     )
-    scoring_batch_size: int | None = flag("--batch_size of test.py", default=None, least=1)
+    scoring_batch_size: int | None = flag("--batch_size of test.py (default: its default)", default=None, least=1)
     output: Path = flag("records, tables, weights, logs", default=Path("./results/grid"))
     jobs: int | None = flag("parallel runs (default: the number of GPUs, or 1; slurm: all)", default=None, least=1)
     engine: str = flag("where the runs are executed", default="local", choices=("local", "slurm"))
