@@ -69,7 +69,9 @@ def pairs_of(results: Results, baseline: str, other: Results | None = None) -> l
     """
     source = other or results
     kinds, found = {key[2] for key in source.records}, []
-    candidates = [kind for kind in source.kinds if kind in kinds and baseline in (kind, *_parts(kind))]
+    candidates = [
+        kind for kind in source.kinds if kind in kinds and baseline in (kind, weights_of(kind), scorer_of(kind))
+    ]
     for kind in results.kinds:
         if any(key[2] == kind for key in results.records):
             part = weights_of if baseline not in map(weights_of, candidates) else scorer_of
@@ -77,10 +79,6 @@ def pairs_of(results: Results, baseline: str, other: Results | None = None) -> l
             if len(alike) == 1 and (other or alike[0] != kind):
                 found.append(Pair(source, alike[0], results, kind))
     return found
-
-
-def _parts(kind: str) -> tuple[str, str]:
-    return weights_of(kind), scorer_of(kind)
 
 
 def pairs_between(a: Results, b: Results, baseline: str | None = None) -> list[Pair]:

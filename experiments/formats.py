@@ -252,17 +252,13 @@ def escape_latex(text: str) -> str:
 
 def to_html(tables: Sequence[ResultsTable], results: Results) -> str:
     """A self-contained HTML page of the tables, with a figure for each table of a metric in all columns."""
+    figures = [table_figure([table]) if table.metric in TABLE_METRICS else None for table in tables]
     return get_template("tables.html").render(
         facts=[*header(results), *explanations(tables)],
-        tables=[(table, _svg(table) if table.metric in TABLE_METRICS else "") for table in tables],
+        tables=[(table, figure and as_svg(figure)) for table, figure in zip(tables, figures, strict=True)],
         format_row=format_row,
         missing=MISSING,
     )
-
-
-def _svg(table: ResultsTable) -> str:
-    figure = table_figure([table])
-    return as_svg(figure) if figure else ""
 
 
 FORMATS = {"md": to_markdown, "tex": to_latex, "csv": to_csv}

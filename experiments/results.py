@@ -64,7 +64,11 @@ class Results(NamedTuple):
         """
         known, asked = (self.categories, self.shots, self.kinds), (categories, shots, kinds)
         wanted = [list(given or every) for given, every in zip(asked, known, strict=True)]
-        records = {key: self.records[key] for key in self.records if all(map(_contains, wanted, key))}
+        records = {
+            key: record
+            for key, record in self.records.items()
+            if all(value in values for value, values in zip(key, wanted, strict=True))
+        }
         unknown = [repr(value) for values, every in zip(wanted, known, strict=True) for value in set(values) - {*every}]
         if unknown or not records:
             what = f"has no {unknown[0]}" if unknown else "has no record of this choice"
@@ -82,10 +86,6 @@ class Results(NamedTuple):
             scorers=[name for name in self.scorers if name in of_scorers],
             planned=wanted[2],
         )
-
-
-def _contains(values: Sequence, value: object) -> bool:
-    return value in values
 
 
 def kind_name(weights: str, scorer: str) -> str:

@@ -137,41 +137,34 @@ def over_images(
 def _image_table(
     results: Results, pairs: Sequence[Pair], metric: str, shot: int, varied: dict[tuple[Path, Key], dict]
 ) -> ResultsTable | None:
-    columns: dict[str, dict[str, Entry]] = {}
-    draws: dict[str, dict[str, np.ndarray]] = {}
+    def drawn(source: Results, key: Key) -> np.ndarray:
+        """The number of a record, then that of each drawn test set; empty where one of them is lacking."""
+        entry = known(entries_of(source, metric, key)).get(key[0])
+        deviating = varied.get((source.folder, key), {}).get(metric)
+        return np.empty(0) if entry is None or deviating is None else entry.mean + np.append(0, deviating)
 
-    def add(column: str, category: str, sides: Sequence[tuple[Results, Key]]) -> None:
-        """The last of `sides` minus the first, or the only one."""
-        entries = [known(entries_of(source, metric, key)).get(category) for source, key in sides]
-        deviating = [varied.get((source.folder, key), {}).get(metric) for source, key in sides]
-        if all(entries) and not any(one is None for one in deviating):
-            signs = (-1, 1)[-len(sides) :]
-            mean = sum(sign * entry.mean for sign, entry in zip(signs, entries, strict=True))
-            draws.setdefault(column, {})[category] = sum(sign * one for sign, one in zip(signs, deviating, strict=True))
-            columns.setdefault(column, {})[category] = _entry(mean, draws[column][category], len(sides) > 1)
-
+    columns: dict[str, dict[str, np.ndarray]] = {}
     for category in results.categories:
         for kind in results.kinds:
-            add(kind, category, [(results, (category, shot, kind))])
+            columns.setdefault(kind, {})[category] = drawn(results, (category, shot, kind))
         for pair in pairs:
-            one, two = pair.keys(category, shot)
-            add(pair.name, category, [(pair.baseline, one), (pair.results, two)])
-    if not columns:
+            one, two = map(drawn, (pair.baseline, pair.results), pair.keys(category, shot))
+            columns.setdefault(pair.name, {})[category] = two - one if len(one) == len(two) else np.empty(0)
+    found = {name: {category: values for category, values in of.items() if len(values)} for name, of in columns.items()}
+    found = {name: of for name, of in found.items() if of}
+    if not found:
         return None
 
     def mean(column: str, names: Sequence[str]) -> Entry:
-        of = columns[column]
-        return _entry(
-            float(np.mean([of[name].mean for name in names])),
-            np.mean([draws[column][name] for name in names], axis=0),
-            DIFFERENCE in column,
-        )
+        return _entry(np.mean([found[column][name] for name in names], axis=0), column)
 
+    entries = {name: {category: _entry(values, name) for category, values in of.items()} for name, of in found.items()}
     title = f"{METRIC_NAMES[metric]}, K = {shot}: over test images"
-    table = make_table(title, f"{metric}{OVER_IMAGES}", shot, results.categories, columns, mean=mean)
+    table = make_table(title, f"{metric}{OVER_IMAGES}", shot, results.categories, entries, mean=mean)
     return table._replace(intervals=True, rows={name: row for name, row in table.rows.items() if any(row)})
 
 
-def _entry(mean: float, draws: np.ndarray, is_difference: bool) -> Entry:
-    low, high = (mean + end for end in percentile_interval(draws))
-    return Entry(mean, interval=(low, high) if is_difference else (max(low, PERCENT[0]), min(high, PERCENT[1])))
+def _entry(values: np.ndarray, column: str) -> Entry:
+    low, high = percentile_interval(values[1:])
+    interval = (low, high) if DIFFERENCE in column else (max(low, PERCENT[0]), min(high, PERCENT[1]))
+    return Entry(float(values[0]), interval=interval)

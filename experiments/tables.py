@@ -100,7 +100,12 @@ def value_table(results: Results, metric: str, shot: int) -> list[ResultsTable]:
             columns[source] = {category: Entry(value) for category, value in numbers.items()}
     for source in PUBLISHED if "best" in columns else ():
         if source in columns:
-            columns[f"best{DIFFERENCE}{source}"] = _minus(columns["best"], columns[source])
+            published_by = columns[source]
+            columns[f"best{DIFFERENCE}{source}"] = {
+                category: Entry(ours.mean - published_by[category].mean)
+                for category, ours in columns["best"].items()
+                if category in published_by
+            }
     title = f"{METRIC_NAMES[metric]}, K = {shot}"
     return [make_table(title, metric, shot, results.categories, columns, notes)]
 
@@ -262,12 +267,6 @@ def seconds_table(results: Results, shot: int) -> list[ResultsTable]:
     shown = {name if name.startswith("training") else f"scoring, {name}": columns[name] for name in order}
     notes = ["Scoring with several scorers in one command counts for each of them."] if len(results.scorers) > 1 else []
     return [make_table(f"Seconds, K = {shot}", SECONDS, shot, results.categories, shown, notes)]
-
-
-def _minus(ours: dict[str, Entry], published: dict[str, Entry]) -> dict[str, Entry]:
-    return {
-        category: Entry(ours[category].mean - published[category].mean) for category in ours if category in published
-    }
 
 
 def _average_notes(source: str, printed: float | None, values: list[float], scored: int) -> list[str]:
