@@ -196,7 +196,7 @@ def _judge(
 
     scores = np.concatenate([score(part).scores[:, 0] for part in test.features.parts(args.scorer.name)])
     loo = left_out_scores(args.scorer, distances, args.img_size)
-    normal, defective = scores[~test.labels], scores[test.labels]
+    normal, defective = scores[~test.truth.labels], scores[test.truth.labels]
     row = {"normal": normal.tolist(), "defective": defective.tolist(), "loo_scores": loo.scores[:, 0].tolist()}
     for kind, seen in zip(KINDS, (loo, score(calibration)), strict=True):
         for rate in RATES:

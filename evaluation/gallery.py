@@ -85,8 +85,8 @@ class Scored(NamedTuple):
 def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
     """Scores the images by the maxima of their maps (B, S, S) and chooses a threshold on these images.
 
-    The threshold maximizes Youden's index, the true-positive rate minus the false-positive rate. It is chosen with the
-    test labels, so its error rates are optimistic estimates for new images. It is None where one class is missing.
+    The threshold maximizes Youden's index, the true-positive rate minus the false-positive rate. As it is chosen by the
+    test labels, its error rates are optimistic for new images. It is None if one class is missing.
     """
     scores, labels = maps.max(axis=(1, 2)), np.array([item.label for item in dataset.items], bool)
     if labels.all() or not labels.any():
@@ -98,20 +98,20 @@ def with_own_threshold(dataset: LabelledDataset, maps: np.ndarray) -> Scored:
 
 
 def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
-    """Sorted indices of `count` test images, taken in turn from each folder of `items`; -1: all."""
+    """Sorted indices of `count` test images, taken in turn from each defect type; -1: all."""
     if count < 0:
         return list(range(len(items)))
-    folders: dict[str, list[int]] = {}
+    by_type: dict[str, list[int]] = {}
     for index, item in enumerate(items):
-        folders.setdefault(item.defect, []).append(index)
-    in_turn = [index for turn in zip_longest(*folders.values()) for index in turn if index is not None]
+        by_type.setdefault(item.defect, []).append(index)
+    in_turn = [index for turn in zip_longest(*by_type.values()) for index in turn if index is not None]
     return sorted(in_turn[:count])
 
 
 def metric_tables(
     metrics: dict[str, dict | None], reasons: dict[str, str], defect_types: dict[str, dict], rounds: int
 ) -> list[PageTable]:
-    """The tables of the page on all rounds: every metric with its spread, and the metrics of each defect type.
+    """The page's tables for all rounds: every metric with its spread, and the metrics of each defect type.
 
     metrics, defect_types: from evaluation.statistics. reasons: why metrics are None.
     """
@@ -123,14 +123,14 @@ def metric_tables(
     if rounds > 1:
         spread = f"mean +- SD of {rounds} rounds"
         header, title = ("metric", spread, "95 % interval of the mean"), f"{title}, {spread}"
-    elif any(why for *_, why in rows):
+    elif any(reason for *_, reason in rows):
         header = (*header, "why not")
     tables = [PageTable("Metrics", header, [row[: len(header)] for row in rows])]
     if defect_types:
         names = [name for name in next(iter(defect_types.values())) if name in METRIC_NAMES]
         rows = [
-            (defect_type, str(of["images"]), *(format_summary(of[name]) for name in names))
-            for defect_type, of in defect_types.items()
+            (defect_type, str(entry["images"]), *(format_summary(entry[name]) for name in names))
+            for defect_type, entry in defect_types.items()
         ]
         header = ("defect type", "images", *(METRIC_NAMES[name] for name in names))
         tables.append(PageTable(title, header, rows))
@@ -144,17 +144,20 @@ def save_gallery(
 
     workers: threads that draw; 0 counts as 1. tables: for the page.
     """
-    worst = scored.worst_first().tolist()
-    written = set(choose_examples(scored.dataset.items, count))
-    shown, tiled = set(worst[:PAGE_IMAGES]), worst[:SHEET_IMAGES]
-    indices = sorted(written | shown | set(tiled))
-    draw = partial(_draw, folder, scored, written, shown, set(tiled))
-    drawn = dict(zip(indices, in_threads(draw, indices, max(1, workers)), strict=True))
+    items, worst = scored.dataset.items, scored.worst_first().tolist()
+    written, on_page, on_sheet = set(choose_examples(items, count)), set(worst[:PAGE_IMAGES]), worst[:SHEET_IMAGES]
+    indices = sorted(written | on_page | set(on_sheet))
+    draw = partial(_draw, folder, scored, written, on_page, set(on_sheet))
+    drawn = dict(zip(indices, in_threads(draw, indices, workers), strict=True))
     verdict = _verdict(scored)
-    sheet = _sheet([drawn[index].tile for index in tiled])
+    sheet = _sheet([drawn[index][1] for index in on_sheet])
     save_image(folder / "contact_sheet.jpg", captioned(sheet, f"{title}, worst first; {verdict}"))
     _save_curves(folder / "curves.png", scored)
-    rows = [_page_row(scored, index, drawn) for index in range(len(scored.scores))]
+    types = [item.defect if is_defective else "good" for item, is_defective in zip(items, scored.labels, strict=True)]
+    rows = [
+        PageRow(scored.name(index), float(score), defect_type, drawn.get(index, (NO_PREVIEW, None))[0])
+        for index, (score, defect_type) in enumerate(zip(scored.scores, types, strict=True))
+    ]
     page = Page(
         title=title,
         threshold=scored.threshold,
@@ -178,24 +181,19 @@ def _verdict(scored: Scored) -> str:
     return f"threshold {scored.threshold:.2f}, chosen on these test images by Youden's index: {errors}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-class _Drawn(NamedTuple):
-    """preview: for the page. tile: for the contact sheet, or None."""
+def _draw(
+    folder: Path, scored: Scored, written: set[int], on_page: set[int], on_sheet: set[int], index: int
+) -> tuple[Preview, Image.Image | None]:
+    """The preview of an image for the page, and its tile of the contact sheet or None; writes its panels.
 
-    preview: Preview
-    tile: Image.Image | None
-
-
-def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tiled: set[int], index: int) -> _Drawn:
-    """Draws an image for each set that holds its index.
-
-    written: its panels are written into a file. shown: the page gets a preview. tiled: the contact sheet gets a tile.
+    written, on_page, on_sheet: the indices of the images with a file of panels, with a preview, and with a tile.
     """
-    of_item = scored.dataset[index]
-    image, mask = Image.fromarray(of_item["image"].permute(1, 2, 0).numpy()), of_item["mask"].numpy()
+    item = scored.dataset[index]
+    image, mask = Image.fromarray(item["image"].permute(1, 2, 0).numpy()), item["mask"].numpy()
     limits = scored.limits
     truth, over = outline(image, mask, FLAGGED), overlay(image, scored.maps[index], limits)
     heat = heat_map(scored.maps[index], limits)
@@ -203,19 +201,11 @@ def _draw(folder: Path, scored: Scored, written: set[int], shown: set[int], tile
     caption, colour = scored.caption(index), WRONG_COLOUR if scored.wrong[index] else "black"
     if index in written:
         save_image(folder / f"{scored.name(index)}.jpg", captioned(hstack(add_titles(panels)), caption, colour))
-    tile = captioned(hstack([_small(truth), _small(over)]), caption, colour) if index in tiled else None
-    preview = make_preview(panels, "heat map over the input") if index in shown else NO_PREVIEW
-    return _Drawn(preview, tile)
-
-
-def _small(panel: Image.Image) -> Image.Image:
-    return panel.resize((TILE, TILE), Image.Resampling.LANCZOS)
-
-
-def _page_row(scored: Scored, index: int, drawn: dict[int, _Drawn]) -> PageRow:
-    kind = scored.dataset.items[index].defect if scored.labels[index] else "good"
-    preview = drawn[index].preview if index in drawn else NO_PREVIEW
-    return PageRow(scored.name(index), float(scored.scores[index]), kind, preview)
+    preview = make_preview(panels, "heat map over the input") if index in on_page else NO_PREVIEW
+    if index not in on_sheet:
+        return preview, None
+    small = [panel.resize((TILE, TILE), Image.Resampling.LANCZOS) for panel in (truth, over)]
+    return preview, captioned(hstack(small), caption, colour)
 
 
 def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:

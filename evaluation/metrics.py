@@ -27,7 +27,7 @@ class Ranking(NamedTuple):
     """The ranks of P positives among N negatives."""
 
     order: np.ndarray  # (P,) indices that sort the positives by ascending score; the counts have this order
-    found: np.ndarray  # (P,) number of true positives with each score as the threshold (score >= threshold)
+    detected: np.ndarray  # (P,) number of true positives with each score as the threshold (score >= threshold)
     above: np.ndarray  # (P,) number of negatives with a higher score
     ties: np.ndarray  # (P,) number of negatives with the same score
     negatives: int
@@ -54,8 +54,8 @@ def ascending(negatives: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """Sorts scores (N,). On the CPU, those below all `positives` are dropped; for pixels, this is often two thirds."""
     if negatives.device.type != "cpu":
         return negatives.sort().values
-    kept = negatives.numpy()[~(negatives < positives.min()).numpy()]
-    return torch.from_numpy(np.sort(kept))  # faster than torch, which also sorts the indices
+    not_below = negatives.numpy()[~(negatives < positives.min()).numpy()]
+    return torch.from_numpy(np.sort(not_below))  # faster than torch, which also sorts the indices
 
 
 class Counting:
@@ -76,22 +76,22 @@ class Counting:
             self.highest.append(part[-1].clone())  # a view would keep the part in memory
 
 
-def rankings(counted: Sequence[Counting]) -> list[Ranking]:
-    """The rankings of what was counted; a device is waited for once.
+def rankings(countings: Sequence[Counting]) -> list[Ranking]:
+    """The rankings of several countings; the host waits for the device once.
 
     Raises:
         ValueError: a score is NaN.
     """
     tensors = []
-    for one in counted:
-        lower = torch.searchsorted(one.values, one.values)
-        tensors += [torch.stack(one.highest), torch.stack([one.order, lower, one.above, one.ties])]
-    found = download(tuple(tensors)) if tensors else ()
-    if any(np.isnan(highest).any() for highest in found[::2]):
+    for counting in countings:
+        lower = torch.searchsorted(counting.values, counting.values)
+        tensors += [torch.stack(counting.highest), torch.stack([counting.order, lower, counting.above, counting.ties])]
+    arrays = download(tuple(tensors)) if tensors else ()
+    if any(np.isnan(highest).any() for highest in arrays[::2]):
         raise ValueError("a ranking of NaN scores is not defined")
     return [
-        Ranking(order, len(order) - lower, above, ties, one.negatives)
-        for (order, lower, above, ties), one in zip(found[1::2], counted, strict=True)
+        Ranking(order, len(order) - lower, above, ties, counting.negatives)
+        for (order, lower, above, ties), counting in zip(arrays[1::2], countings, strict=True)
     ]
 
 
@@ -100,13 +100,13 @@ def auroc(ranking: Ranking) -> float:
 
     The pairs are counted in integers and divided once.
     """
-    pairs = 2 * len(ranking.found) * ranking.negatives
+    pairs = 2 * len(ranking.order) * ranking.negatives
     return (pairs - 2 * int(ranking.above.sum()) - int(ranking.ties.sum())) / pairs
 
 
 def average_precision(ranking: Ranking) -> float:
     """Average precision, in [0, 1]: mean precision with each positive's score as the threshold (scikit-learn's AP)."""
-    return float(np.mean(ranking.found / (ranking.found + ranking.above + ranking.ties)))
+    return float(np.mean(ranking.detected / (ranking.detected + ranking.above + ranking.ties)))
 
 
 def f1_max(ranking: Ranking) -> float:
@@ -114,8 +114,8 @@ def f1_max(ranking: Ranking) -> float:
 
     Only the scores of positives are tried: other thresholds add false positives but no true positives.
     """
-    flagged = ranking.found + ranking.above + ranking.ties
-    return float(np.max(2 * ranking.found / (flagged + len(ranking.found))))
+    flagged = ranking.detected + ranking.above + ranking.ties
+    return float(np.max(2 * ranking.detected / (flagged + len(ranking.order))))
 
 
 def region_weights(masks: np.ndarray) -> np.ndarray:
@@ -123,8 +123,8 @@ def region_weights(masks: np.ndarray) -> np.ndarray:
 
     Regions are 8-connected within an image, as in the evaluation code of MVTec AD.
     """
-    of_pixel = label(masks, EIGHT_CONNECTED)[0][masks]
-    return 1 / np.bincount(of_pixel)[of_pixel]
+    region_of_pixel = label(masks, EIGHT_CONNECTED)[0][masks]
+    return 1 / np.bincount(region_of_pixel)[region_of_pixel]
 
 
 def pro(ranking: Ranking, weights: np.ndarray) -> float:
@@ -140,7 +140,7 @@ def pro(ranking: Ranking, weights: np.ndarray) -> float:
     """
     begin, length = ranking.above / ranking.negatives, ranking.ties / ranking.negatives
     inside = np.clip(PRO_FPR_LIMIT - begin, 0, None)
-    climbed = np.minimum(inside, length)  # width of the ramp below the limit: a triangle, then a rectangle
+    climbed = np.minimum(inside, length)  # width of the ramp's rise below the limit: a triangle, then a rectangle
     triangle = np.divide(climbed**2, 2 * length, out=np.zeros_like(length), where=length > 0)
     areas = triangle + inside - climbed
     return min(1.0, float(weights[ranking.order] @ areas / weights.sum() / PRO_FPR_LIMIT))  # 1 + 1e-15 is possible

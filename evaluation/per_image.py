@@ -24,7 +24,7 @@ from utils.files import whole_file
 from utils.text import read_table
 
 FILE, LABEL, DEFECT, ROUND = "file", "label", "defect", "round_"  # columns; ROUND is followed by the round's number
-LABELS = {"0": 0, "1": 1, "good": 0, "normal": 0, "defective": 1, "anomaly": 1}  # what column LABEL may hold
+LABELS = {"0": 0, "1": 1, "good": 0, "normal": 0, "defective": 1, "anomaly": 1}  # accepted values of column LABEL
 
 
 def image_name(item: LabelledImage) -> str:
@@ -47,8 +47,8 @@ def read_scores(path: Path, items: Sequence[LabelledImage], rounds: int) -> np.n
     Column LABEL or DEFECT may be missing, not both; other columns are ignored.
 
     Raises:
-        UserError: the file cannot be read, lacks a column, has another number of rounds, has a row twice, a row of no
-            image of `items` or with another label, lacks an image, or has a score that is no finite number.
+        UserError: the file cannot be read, lacks a column, or has another number of rounds; an image of `items` is
+            missing, repeated or has another label; a row names another image; or a score is not a finite number.
     """
     rows = _read_rows(path)
     columns = _columns(path, rows)
@@ -59,7 +59,7 @@ def read_scores(path: Path, items: Sequence[LabelledImage], rounds: int) -> np.n
 
 
 class LabelledScores(NamedTuple):
-    """What a CSV file of scores holds, sorted by name. labels: (B,) bool. scores: (rounds, B)."""
+    """The content of a CSV file of scores, sorted by name. labels: (B,) bool. scores: (rounds, B)."""
 
     names: list[str]
     labels: np.ndarray
@@ -67,10 +67,10 @@ class LabelledScores(NamedTuple):
 
 
 def read_labelled_scores(path: Path) -> LabelledScores:
-    """The scores in a CSV file without its data set.
+    """The scores in a CSV file whose data set is not needed.
 
     Raises:
-        UserError: the file cannot be read, lacks a column, or has a label or a score that is none.
+        UserError: the file cannot be read, lacks a column, or has an invalid label or score.
     """
     rows = sorted(_read_rows(path), key=lambda row: _short(row[FILE]))
     columns, labels = _columns(path, rows), [_label(row) for row in rows]
@@ -81,7 +81,7 @@ def read_labelled_scores(path: Path) -> LabelledScores:
 
 
 def _columns(path: Path, rows: Sequence[dict[str, str]]) -> list[str]:
-    """The columns of the rounds; UserError if they are not numbered from 0."""
+    """The names of the columns of the rounds; UserError if they are not numbered from 0."""
     columns = [name for name in rows[0] if name and name.startswith(ROUND)]
     if columns != [f"{ROUND}{number}" for number in range(len(columns))] or not columns:
         raise UserError(
@@ -103,7 +103,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _by_name(path: Path, rows: Sequence[dict[str, str]], items: Sequence[LabelledImage]) -> dict[str, dict[str, str]]:
-    """The rows by the name of their image; UserError unless there is one of each, with the label of the data."""
+    """The rows by the name of their image; UserError unless each image has one row, with the label of the data set."""
     labels = {image_name(item): item.label for item in items}
     names = [_short(row[FILE]) for row in rows]
     if unknown := [name for name in names if name not in labels]:
@@ -114,8 +114,8 @@ def _by_name(path: Path, rows: Sequence[dict[str, str]], items: Sequence[Labelle
     if missing := [name for name in labels if name not in set(names)]:
         raise UserError(f"{path} lacks {len(missing)} of {len(labels)} test images, the first is {missing[0]}")
     for name, row in zip(names, rows, strict=True):
-        if (given := _label(row)) != labels[name]:
-            raise UserError(f"{path}: {name} has the label {given!r}, by its folder it is {labels[name]}")
+        if (label := _label(row)) != labels[name]:
+            raise UserError(f"{path}: {name} has the label {label!r}, by its folder it is {labels[name]}")
     return dict(zip(names, rows, strict=True))
 
 
@@ -125,13 +125,14 @@ def _short(file: str | None) -> str:
 
 
 def _label(row: dict[str, str]) -> int | str | None:
-    """0 or 1 from the column LABEL, or DEFECT where there is none; the text itself where it is neither."""
+    """0 or 1 from column LABEL, or from DEFECT if LABEL is empty; an unknown label as it is; None without both."""
     if row.get(LABEL):
         return LABELS.get(row[LABEL].strip().lower(), row[LABEL])
     return int(row[DEFECT] != GOOD) if row.get(DEFECT) else None
 
 
 def _numbers(path: Path, row: dict[str, str], columns: Sequence[str]) -> list[float]:
+    """The scores of a row; UserError names the column of one that is not a finite number."""
     for column in columns:
         try:
             valid = math.isfinite(float(row[column]))

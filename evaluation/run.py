@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from datasets.check import list_test_items_with_notes, report_content
 from datasets.images import limit_pixels, read_header, resolve_bits, restore_map
 from datasets.mvtec import LabelledDataset, LabelledImage, category_folder, normal_images
 from datasets.support import SupportRounds, find_support_rounds
 from evaluation.config import ScoringConfig
-from evaluation.metrics import METRIC_NAMES
 from evaluation.per_image import image_name, write_scores
 from evaluation.saved_maps import save_maps, save_tiff
 from evaluation.scoring import RoundResult, Shared, TestFeatures, compute_test_features, score_rounds
@@ -43,14 +41,14 @@ from utils.stages import StageClock
 
 
 class Resolved(NamedTuple):
-    """What a run finds out: the bit depth of 16-bit images and the side of the network's input."""
+    """Values that follow from data and backbone: bit depth of 16-bit images, side of the network's input in pixels."""
 
     bits: int
     img_size: int
 
 
 class Weights(NamedTuple):
-    """The weights to score. kind: a key of experiments.results.WEIGHTS. file, sha256: None for an untrained network."""
+    """The weights to score. kind: a key of utils.choices.WEIGHTS. file, sha256: None for an untrained network."""
 
     file: Path | None
     sha256: str | None
@@ -58,12 +56,12 @@ class Weights(NamedTuple):
     epoch: int | None
 
     def record(self) -> dict | None:
-        """What a record says of the checkpoint; None for an untrained network."""
+        """The entry `checkpoint` of a record; None for an untrained network."""
         return None if self.file is None else {"path": str(self.file), "sha256": self.sha256}
 
 
 class Job(NamedTuple):
-    """One K and one scorer: the numbers of one record. config: the settings of these numbers alone."""
+    """The scoring of one K with one scorer, which gives one record. config: with this K and this scorer alone."""
 
     config: ScoringConfig
     scorer: str
@@ -107,8 +105,8 @@ def run(config: ScoringConfig, digests: FileDigests | None = None) -> None:
         dataset = LabelledDataset(plan.items, img_size, config.keep_aspect, bits, config.mask_orientation)
         report = functools.cache(partial(report_content, dataset, normal_images(folder), config.strict, digests))
         for weights, network in networks.items():
-            of_weights = [job for job in plan.jobs if job.weights == weights]
-            _score_weights(plan, of_weights, network.to(device), dataset, StageClock(device), replaced, report)
+            jobs = [job for job in plan.jobs if job.weights == weights]
+            _score_weights(plan, jobs, network.to(device), dataset, StageClock(device), replaced, report)
 
 
 def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDigests | None = None) -> Plan:
@@ -130,17 +128,17 @@ def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDi
     supports = {shot: _support(config, folder, shot, resolved) for shot in config.shot}
     for weights, shots in _find_weights(config, network).items():
         for shot in shots:
-            for given, scorer in zip(config.scorer, scorers, strict=True):
+            for spec, scorer in zip(config.scorer, scorers, strict=True):
                 inputs = {
-                    "scorer": digest_scorer(given, digests),
+                    "scorer": digest_scorer(spec, digests),
                     "weights": weights.sha256 or digest_weights(config.weights, config.seed, digests),
                     "support_images": digest_support(supports[shot]),
                     "test_images": test,
                 }
                 files = RecordFiles.of(config.output, record_name(config.obj, shot, network, weights.kind, scorer))
-                of_job = replace(config, shot=(shot,), scorer=(given,))
-                known = fingerprint({**settings, "shot": shot}, inputs)
-                jobs.append(Job(of_job, scorer, weights, supports[shot], files, known))
+                job_config = replace(config, shot=(shot,), scorer=(spec,))
+                job_fingerprint = fingerprint({**settings, "shot": shot}, inputs)
+                jobs.append(Job(job_config, scorer, weights, supports[shot], files, job_fingerprint))
     return Plan(config, resolved, items, jobs)
 
 
@@ -152,44 +150,40 @@ def digest_items(items: Sequence[LabelledImage], digests: FileDigests) -> str:
 
 def digest_support(support: SupportRounds) -> str:
     """SHA-256 of the support images of every round, in hexadecimal."""
-    return digest([digest_tensor(images) for images in support.images])
-
-
-def digest_tensor(images: torch.Tensor) -> str:
-    """SHA-256 of a tensor's shape and values, in hexadecimal."""
-    return digest([list(images.shape), hashlib.sha256(images.contiguous().numpy()).hexdigest()])
+    values = [hashlib.sha256(images.contiguous().numpy()).hexdigest() for images in support.images]
+    return digest([digest([list(images.shape), sha]) for images, sha in zip(support.images, values, strict=True)])
 
 
 def digest_weights(weights: str, seed: int, digests: FileDigests) -> str:
-    """What initial weights are: the SHA-256 of a file, else their name, with the seed of random ones."""
+    """Identifies initial weights: the SHA-256 of a file, `imagenet`, or `none` with the seed of random weights."""
     if Path(weights).is_file():
         return digests.of([Path(weights)])[0]
     return f"none, seed {seed}" if weights == "none" else weights
 
 
-def digest_scorer(given: str, digests: FileDigests) -> str:
-    """A scorer as given with --scorer: its name, with the SHA-256 of the file of a custom one."""
-    file, _, name = given.rpartition(":")
+def digest_scorer(spec: str, digests: FileDigests) -> str:
+    """Identifies a value of --scorer: its name, followed by the SHA-256 of the file of a custom scorer."""
+    file, _, name = spec.rpartition(":")
     return f"{name} {digests.of([Path(file)])[0]}" if file else name
 
 
-def difference(record: Path, known: dict) -> str | None:
-    """How an existing record differs from one with the fingerprint `known`, as a sentence; None if there is none."""
+def difference(record: Path, current: dict) -> str | None:
+    """A sentence on how an existing record's fingerprint differs from `current`; None if it does not, or no record."""
     if not record.is_file():
         return None
     try:
         earlier = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
     except (OSError, ValueError, AttributeError) as error:
         return f"{record} is not a record ({error})"
-    found = changes(earlier, known)
-    return f"{record} was made with other settings: {', '.join(found)}" if found else None
+    changed = changes(earlier, current)
+    return f"{record} was made with other settings: {', '.join(changed)}" if changed else None
 
 
 def _replaces(job: Job) -> bool:
     """Whether the job replaces a record of other settings.
 
     Raises:
-        UserError: it does, and --overwrite was not given; or a file of the record could not be written.
+        UserError: it does, and --overwrite was not given; or a file of the record cannot be written.
     """
     for file in (job.files.record, job.files.scores):
         require_writable(file, "--output")
@@ -210,8 +204,8 @@ def _folder(config: ScoringConfig) -> Path:
 
 
 def _support(config: ScoringConfig, folder: Path, shot: int, resolved: Resolved) -> SupportRounds:
-    how = resolved.img_size, config.keep_aspect, resolved.bits
-    return find_support_rounds(config.support_path, folder, shot, config.inferences, *how)
+    decoding = resolved.img_size, config.keep_aspect, resolved.bits
+    return find_support_rounds(config.support_path, folder, shot, config.inferences, *decoding)
 
 
 def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int]]:
@@ -222,7 +216,7 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
     """
     if config.untrained:
         return {Weights(None, None, "untrained", 0): list(config.shot)}
-    found: dict[str, tuple[Weights, list[int]]] = {}
+    by_digest: dict[str, tuple[Weights, list[int]]] = {}
     for shot in config.shot:
         files = CheckpointFiles.of(config.save_dir, network, shot, config.obj)
         file = local_file(config.checkpoint or stored(files.last if config.last else files.selected))
@@ -232,11 +226,11 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
                 f"--stn_mode {config.stn_mode} --data_path <data folder>. Or put the release's file there, give "
                 "another with --checkpoint FILE, or score the network before training with --untrained"
             )
-        known = sha256(file)
-        if known not in found:
-            found[known] = Weights(file, known, *selection(file)), []
-        found[known][1].append(shot)
-    return dict(found.values())
+        digest_of_file = sha256(file)
+        if digest_of_file not in by_digest:
+            by_digest[digest_of_file] = Weights(file, digest_of_file, *selection(file)), []
+        by_digest[digest_of_file][1].append(shot)
+    return dict(by_digest.values())
 
 
 def _load_network(plan: Plan, weights: Weights) -> FeatureNetwork:
@@ -255,16 +249,16 @@ def _score_weights(
     replaced: set[Path],
     report: Callable[[], None],
 ) -> None:
-    """Scores all K with the same weights; the features of the test images are computed once.
+    """Scores all jobs with the same weights; the features of the test images are computed once.
 
-    A round of every K follows on one of every K: drawn support sets and manifests are nested, so that the support
-    images of a small K are among those of the next one, and their features are computed once.
+    The K are scored in turns, round by round: drawn support sets and manifests are nested, so that the support images
+    of a small K are among those of the next one, and their features are computed once.
 
-    replaced: existing records of other settings. report: called when the test images were read.
+    replaced: existing records of other settings. report: called after the test images were read.
     """
     config, weights, network = plan.config, jobs[0].weights, fuse_conv_bn(network)
-    what = weights.file or f"untrained, weights {config.weights}"
-    print(f"scoring {config.obj}: {len(plan.items)} test images, {what}")
+    source = weights.file or f"untrained, weights {config.weights}"
+    print(f"scoring {config.obj}: {len(plan.items)} test images, {source}")
     labels, defect_types = [item.label for item in plan.items], [item.defect for item in plan.items]
     scorers, readers = make_scorers(config.scorer), reader_threads(config.num_workers, clock.device)
     test = compute_test_features(network, scorers, dataset, labels, clock, config.batch_size, readers, defect_types)
@@ -273,12 +267,12 @@ def _score_weights(
     shared = Shared(test, rounds, clock.device, config.metrics == "all")
     scored = []
     for shot in dict.fromkeys(job.shot for job in jobs):
-        of_shot, own_clock = [job for job in jobs if job.shot == shot], StageClock(clock.device)
-        own_clock.seconds.update(clock.seconds)
-        for job in of_shot:
+        shot_jobs, shot_clock = [job for job in jobs if job.shot == shot], StageClock(clock.device)
+        shot_clock.seconds.update(clock.seconds)
+        for job in shot_jobs:
             if job.files.record in replaced:
                 job.files.remove_extras()
-        scored.append(_score_shot(plan, of_shot, network, test, dataset, own_clock, shared))
+        scored.append(_score_shot(plan, shot_jobs, network, test, dataset, shot_clock, shared))
     for _ in itertools.zip_longest(*scored):
         pass
 
@@ -311,20 +305,20 @@ def _score_shot(
     for number in range(len(support.images)):
         _collect(plan, jobs, number, next(rounds), collected)  # other K follow: the maps are not kept
         yield
-    shown = [_write(plan, job, of_job, test, clock) for job, of_job in zip(jobs, collected, strict=True)]
+    metrics = [_write(plan, job, of_job, test, clock) for job, of_job in zip(jobs, collected, strict=True)]
     if config.save_images:
-        chosen = [choose_round(config.images_round, of_job.numbers) for of_job in collected]
-        for number in dict.fromkeys(chosen):  # scored again: to keep the maps of all rounds would take the memory
+        drawn_rounds = [choose_round(config.images_round, of_job.numbers) for of_job in collected]
+        for number in dict.fromkeys(drawn_rounds):  # scored again: to keep the maps of all rounds would take the memory
             by_scorer = next(score_rounds(network, test, [support.images[number]], clock, config.batch_size))
-            for job, metrics, of_job in zip(jobs, shown, chosen, strict=True):
-                if of_job == number:
-                    _save_images(plan, job, number, dataset, by_scorer[job.scorer].maps.cpu().numpy(), metrics)
+            for job, job_metrics, drawn_round in zip(jobs, metrics, drawn_rounds, strict=True):
+                if drawn_round == number:
+                    _save_images(plan, job, number, dataset, by_scorer[job.scorer].maps.cpu().numpy(), job_metrics)
 
 
 def _collect(
     plan: Plan, jobs: Sequence[Job], number: int, by_scorer: dict[str, RoundResult], collected: Sequence[Collected]
 ) -> None:
-    """Prints the metrics of a round and adds its results to those of each job; writes its maps where asked for."""
+    """Prints the metrics of a round and adds its results to those of each job; writes its maps if configured."""
     for job, of_job in zip(jobs, collected, strict=True):
         result = by_scorer[job.scorer]
         label = f"round {number}" + (f", K = {job.shot}" if len(plan.config.shot) > 1 else "")
@@ -337,16 +331,16 @@ def _collect(
             _save_maps(plan, job, number, result.maps.cpu().numpy())
 
 
-def choose_round(which: int | str, rounds: Sequence[dict]) -> int:
-    """The number of the round that `which` names: itself, or best, median or worst of `rounds` by image AUROC.
+def choose_round(rank: int | str, rounds: Sequence[dict]) -> int:
+    """The number of a round: `rank` itself, or the best, median or worst of `rounds` by image AUROC.
 
-    Of an even number of rounds, the median is the worse of the two in the middle. Where the image AUROC is not defined,
-    rounds count as equal.
+    Of an even number of rounds, the median is the worse of the two in the middle. Rounds without an image AUROC are
+    equal.
     """
-    if which not in ROUND_RANKS:
-        return int(which)
+    if rank not in ROUND_RANKS:
+        return int(rank)
     order = sorted(range(len(rounds)), key=lambda number: rounds[number]["image_auroc"] or 0)
-    return order[{"worst": 0, "median": (len(order) - 1) // 2, "best": -1}[which]]
+    return order[{"worst": 0, "median": (len(order) - 1) // 2, "best": -1}[rank]]
 
 
 def _save_maps(plan: Plan, job: Job, number: int, maps: np.ndarray) -> None:
@@ -360,21 +354,15 @@ def _save_maps(plan: Plan, job: Job, number: int, maps: np.ndarray) -> None:
             save_tiff(folder / Path(image_name(item)).with_suffix(".tiff"), restored)
 
 
-def _write(
-    plan: Plan,
-    job: Job,
-    collected: Collected,
-    test: TestFeatures,
-    clock: StageClock,
-) -> tuple:
-    """Prints the summaries of a job; writes its scores and its record. Returns what `gallery.metric_tables` takes."""
+def _write(plan: Plan, job: Job, collected: Collected, test: TestFeatures, clock: StageClock) -> tuple:
+    """Prints the summaries of a job; writes its scores and record. Returns the arguments of `gallery.metric_tables`."""
     reasons, type_reasons = test.truth.reasons()
     images = {name: int(members.sum()) for name, members in test.truth.members().items()}
     all_summaries = summaries(collected.numbers)
     defect_types = defect_type_summaries(collected.by_defect_type, images, type_reasons)
     label = "" if job.scorer == RELEASE_SCORER else f"{job.scorer}: "
     print(f"{label}mean +- SD of {len(collected.numbers)} rounds, and Student's 95 % interval of the mean:")
-    print(*format_summaries(all_summaries, reasons, defect_types, METRIC_NAMES), sep="\n")
+    print(*format_summaries(all_summaries, reasons, defect_types), sep="\n")
     content = {
         "command": "test.py",
         "config": job.config.plain() | {"shot": job.shot, "scorer": job.config.scorer[0]},
@@ -400,7 +388,7 @@ def _write(
 
 
 def support_record(support: SupportRounds) -> dict:
-    """What a record says of its support set."""
+    """The entry `support_set` of a record."""
     file = {} if support.file is None else {"path": str(support.file), "sha256": sha256(support.file)}
     return {"source": support.source, "names": support.names, **file}
 

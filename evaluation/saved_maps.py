@@ -19,8 +19,8 @@ from utils.naming import ROUND
 def save_maps(path: Path, items: Sequence[LabelledImage], maps: np.ndarray) -> None:
     """Writes the score maps of a round as .npz: `names` (B,), as in the CSV file, and `maps` (B, S, S).
 
-    The maps are float32, because float16 would merge neighbouring scores: metrics computed from the file are those of
-    the record. They are not compressed, which would save a tenth of the space and take seconds.
+    float32 keeps the metrics of the record; float16 would merge neighbouring scores. The file is not compressed:
+    compression would save a tenth of the space and take seconds.
     """
     with whole_file(path) as aside, open(aside, "wb") as stream:
         np.savez(stream, names=np.array([image_name(item) for item in items]), maps=maps)
@@ -30,7 +30,7 @@ def read_maps(path: Path, items: Sequence[LabelledImage]) -> np.ndarray:
     """The maps (B, S, S) of a round in the order of `items`.
 
     Raises:
-        UserError: the file cannot be read, lacks an image or has it twice, or its maps are not square or not finite.
+        UserError: the file cannot be read, an image is missing or repeated, or maps are not square or not finite.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -45,7 +45,7 @@ def read_maps(path: Path, items: Sequence[LabelledImage]) -> np.ndarray:
     place = {name: number for number, name in enumerate(names)}
     lacking = [image_name(item) for item in items if image_name(item) not in place]
     if lacking or len(names) != len(items):
-        first = lacking[0] if lacking else "a name is repeated or is no test image"
+        first = lacking[0] if lacking else "a name is repeated or not that of a test image"
         raise UserError(
             f"{path} has {len(names)} maps for {len(items)} test images; {'missing: ' if lacking else ''}{first}"
         )

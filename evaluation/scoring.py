@@ -41,24 +41,16 @@ class NotFinite(UserError):
 
 
 class TestFeatures(NamedTuple):
-    """Test features and ground truth of a category, used in all rounds."""
+    """Features and ground truth of the test images of a category, used in all rounds."""
 
     features: FeatureStore
-    labels: np.ndarray  # (B,) bool, True for defective
-    masks: np.ndarray | None  # (B, S, S) bool; None if no pixel is known to be defective: no pixel metrics
-    valid_mask: np.ndarray | None = None  # (B, S, S) bool, the pixels with known ground truth; None: all
-    defect_types: Sequence[str] | None = None  # of each image; None: no metrics by defect type
-
-    @property
-    def truth(self) -> GroundTruth:
-        """The ground truth alone."""
-        return GroundTruth(self.labels, self.masks, self.valid_mask, self.defect_types)
+    truth: GroundTruth
 
 
 class ScoreMaps:
-    """Score maps (B, S, S) that are computed from distance maps (`Scorer.distance_maps`) when they are asked for.
+    """Score maps (B, S, S) that are computed from distance maps (`Scorer.distance_maps`) on access.
 
-    Of many images, they would take the memory: 2 GB of 10,000 images of 224 pixels.
+    All maps of a large test set may not fit into memory: 10,000 images of 224 pixels need 2 GB.
     """
 
     def __init__(self, distances: torch.Tensor, size: int) -> None:
@@ -68,7 +60,7 @@ class ScoreMaps:
         return score_maps_at(self.distances[images], self.size)[1]
 
     def cpu(self) -> torch.Tensor:
-        """All maps, in a temporary file, as a tensor of the host."""
+        """All maps, as a tensor in host memory that is backed by a temporary file."""
         shape = (len(self.distances), self.size, self.size)
         default_cache_dir().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=default_cache_dir()) as file:
@@ -94,12 +86,12 @@ class RoundResult(NamedTuple):
 
     @property
     def image_auroc(self) -> float | None:
-        """Of all images."""
+        """The metric over all images; None if it is undefined."""
         return self.numbers["image_auroc"]
 
     @property
     def pixel_auroc(self) -> float | None:
-        """Of all pixels."""
+        """The metric over all pixels; None if it is undefined."""
         return self.numbers["pixel_auroc"]
 
 
@@ -186,8 +178,8 @@ def compute_test_features(
             images = unit_range(upload(batch["image"], clock.device))
             write = partial(_write_features, store, start, network, images)
             run_batch(write, len(images), "images per network pass")
-    known = masks if masks.any() else None
-    return TestFeatures(store, np.array(labels, dtype=bool), known, valid_mask, defect_types)
+    truth = GroundTruth(np.array(labels, dtype=bool), masks if masks.any() else None, valid_mask, defect_types)
+    return TestFeatures(store, truth)
 
 
 def _write_features(store: FeatureStore, start: int, network: FeatureNetwork, images: torch.Tensor, count: int) -> None:
@@ -232,12 +224,12 @@ def _score_round(
 ) -> RoundResult:
     distances = _distances(scorer, support[scorer.name], test.features, clock)
     with clock("smoothing"):
-        of_parts = []
+        scores = []
         for part in distances.split(IMAGES_AT_ONCE):
-            of_part, maps = score_maps_at(part, size, border_weight=scorer.border_weight)
-            of_parts.append(of_part)
-        maps = maps if len(of_parts) == 1 else ScoreMaps(distances, size)
-        image_scores = torch.cat(of_parts).cpu().numpy()
+            part_scores, maps = score_maps_at(part, size, border_weight=scorer.border_weight)
+            scores.append(part_scores)
+        maps = maps if len(scores) == 1 else ScoreMaps(distances, size)
+        image_scores = torch.cat(scores).cpu().numpy()
     if not np.isfinite(image_scores).all():
         raise NotFinite("scores are not finite: the checkpoint or the support set contains NaN or infinite values")
     with clock("metrics"):
@@ -245,7 +237,7 @@ def _score_round(
 
 
 def _distances(scorer: Scorer, support: Prepared, features: FeatureStore, clock: StageClock) -> torch.Tensor:
-    """Distance maps (B, H, H). Features in parts are read part by part and fitted to once."""
+    """Distance maps (B, H, H). If the test features are in parts, the scorer is fitted once for all of them."""
     if not features.is_in_parts:
         (prepared,) = features.parts(scorer.name)
         return scorer.measure(support, prepared, clock)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-SHARE = (0.0, 1.0)  # the range of every metric
+from evaluation.metrics import METRIC_NAMES
+
+SHARE = (0.0, 1.0)  # the range of a metric
 
 
 def summary(values: Sequence[float | None], limits: tuple[float, float] | None = None) -> dict | None:
@@ -27,7 +29,7 @@ def summary(values: Sequence[float | None], limits: tuple[float, float] | None =
 def crossed_summary(values: Sequence[Sequence[float]], limits: tuple[float, float] | None = None) -> dict:
     """The `summary` of several trainings (rows) that were scored on the same support sets (columns), at least 2 x 2.
 
-    sd: of the means of support sets. sd_trainings: of the means of trainings. The interval counts both, see
+    sd: of the means of support sets. sd_trainings: of the means of trainings. The interval includes both, see
     `standard_error`.
     """
     table = np.asarray(values, dtype=float)
@@ -39,8 +41,8 @@ def crossed_summary(values: Sequence[Sequence[float]], limits: tuple[float, floa
 def standard_error(values: Sequence) -> tuple[float, float]:
     """The standard error of the mean, and its degrees of freedom.
 
-    values: of rounds, at least 2; or of trainings (rows) by rounds (columns), at least 2 x 2. For the latter, the
-    variance of the mean is that of a two-way layout with random effects, and not below that of either effect alone; the
+    values: of rounds, at least 2; or of trainings (rows) by rounds (columns), at least 2 x 2. In the second case, the
+    variance of the mean is that of a two-way layout with random effects, but at least that of either effect alone; the
     degrees of freedom are Satterthwaite's.
     """
     table = np.asarray(values, dtype=float)
@@ -66,9 +68,9 @@ def _interval(values: Sequence, limits: tuple[float, float] | None) -> list[floa
 
 
 def p_value(differences: Sequence) -> float:
-    """The two-sided p-value of the paired t-test: how probable so large a mean is if the true mean is 0.
+    """The two-sided p-value of the paired t-test: the probability of such a large mean if the true mean is 0.
 
-    differences: as in `standard_error`. For equal differences it is 0, or 1 where they are 0.
+    differences: as the values of `standard_error`. If all are equal, it is 0, or 1 if all are 0.
     """
     mean, (error, freedom) = float(np.mean(differences)), standard_error(differences)
     if error == 0:
@@ -86,7 +88,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | None]:
-    """The `summary` of every metric, a share; rounds: one dict per round, metric -> value."""
+    """The `summary` of every metric. rounds: one dict per round, metric -> value in [0, 1]."""
     return {name: summary([numbers[name] for numbers in rounds], SHARE) for name in rounds[0]}
 
 
@@ -98,42 +100,35 @@ def defect_type_summaries(
     rounds: one dict per round, defect type -> metric -> value. images: their number by defect type. reasons: by defect
     type, why metrics are None, by metric; it becomes `not_available`.
     """
-    found = {}
-    for defect_type, numbers in (rounds[0] if rounds else {}).items():
-        values = {name: [of_round[defect_type][name] for of_round in rounds] for name in numbers}
-        summed = {name: summary(of_metric, SHARE) for name, of_metric in values.items()}
-        metrics = {name: numbers and numbers | {"rounds": values[name]} for name, numbers in summed.items()}
-        lacking = {name: reason for name, reason in reasons[defect_type].items() if name in metrics}
-        found[defect_type] = {"images": images[defect_type], **metrics, "not_available": lacking}
-    return found
+    by_type = {}
+    for defect_type, metrics in (rounds[0] if rounds else {}).items():
+        entry: dict[str, object] = {"images": images[defect_type]}
+        for name in metrics:
+            values = [of_round[defect_type][name] for of_round in rounds]
+            numbers = summary(values, SHARE)
+            entry[name] = numbers and numbers | {"rounds": values}
+        entry["not_available"] = {name: reason for name, reason in reasons[defect_type].items() if name in metrics}
+        by_type[defect_type] = entry
+    return by_type
 
 
 def format_summaries(
-    summaries_by_metric: dict[str, dict | None],
-    reasons: dict[str, str],
-    defect_types: dict[str, dict],
-    names: dict[str, str],
+    summaries_by_metric: dict[str, dict | None], reasons: dict[str, str], defect_types: dict[str, dict]
 ) -> list[str]:
     """The lines of all metrics with their intervals, then the table of the defect types, if there are any.
 
     summaries_by_metric: from `summaries`. reasons: why a metric is None. defect_types: from `defect_type_summaries`.
-    names: the display names by metric.
     """
     lines = []
     for name, numbers in summaries_by_metric.items():
         second = reasons.get(name) or format_interval(numbers)
-        lines.append(f"  {names[name]:14}{format_summary(numbers):20}{second}".rstrip())
-    if defect_types:
-        lines += ["each defect type against all normal images:", *format_defect_types(defect_types, names)]
-    return lines
-
-
-def format_defect_types(defect_types: dict[str, dict], names: dict[str, str]) -> list[str]:
-    """The lines of a table of `defect_type_summaries`: mean and standard deviation. names: the columns by metric."""
-    metrics = [name for name in next(iter(defect_types.values())) if name in names]
+        lines.append(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{second}".rstrip())
+    if not defect_types:
+        return lines
+    metrics = [name for name in next(iter(defect_types.values())) if name in METRIC_NAMES]
     width = max(map(len, (*defect_types, "defect type")))
-    heads = "".join(f"  {names[metric]:17}" for metric in metrics)
-    lines = [f"  {'defect type':{width}}  images{heads}".rstrip()]
+    heads = "".join(f"  {METRIC_NAMES[metric]:17}" for metric in metrics)
+    lines += ["each defect type against all normal images:", f"  {'defect type':{width}}  images{heads}".rstrip()]
     for defect_type, numbers in defect_types.items():
         cells = "".join(f"  {format_summary(numbers[metric]):17}" for metric in metrics)
         lines.append(f"  {defect_type:{width}}  {numbers['images']:6}{cells}".rstrip())

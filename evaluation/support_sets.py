@@ -30,7 +30,7 @@ def run(config: SupportSetConfig) -> None:
 
 
 def _draw(config: SupportSetConfig, category: str) -> None:
-    """Draws the largest set and writes every shot as a part of it, because draws are nested."""
+    """Draws the set with the largest K; sets with fewer images per round are parts of it."""
     folder = category_folder(config.data_path, config.data_type, category)
     drawn = with_hashes(draw_from_folder(folder, max(config.shots), config.rounds, config.seed), folder)
     images, bits = [], config.bits

@@ -92,7 +92,7 @@ def _fingerprint(config: ExperimentConfig, items: Sequence[LabelledImage], suppo
 
 def _print(record: dict, path: Path) -> None:
     found = {name: record[name] for name in record["rounds"][0]}
-    print(*format_summaries(found, record["not_available"], record["defects"], METRIC_NAMES), sep="\n")
+    print(*format_summaries(found, record["not_available"], record["defects"]), sep="\n")
     print(f"support: {record['support_set']['source']}; the method must have used these images")
     if lacking := [shown for name, shown in METRIC_NAMES.items() if name not in found]:
         print(f"not in the record, as there is no --maps: {', '.join(lacking)}")

@@ -90,9 +90,9 @@ def rounds(normal, scorer: str, demo_data, dataset=None) -> Callable[[], object]
     dataset = dataset or LabelledDataset(items, SIZE)
     labels = [item.label for item in items]
     test = compute_test_features(network, [make_scorer(scorer)], dataset, labels, clock, None, 0, kinds)
-    valid_mask = np.ones_like(test.masks)
+    valid_mask = np.ones_like(test.truth.masks)
     valid_mask[:, :3] = False
-    test = test._replace(valid_mask=valid_mask)
+    test = test._replace(truth=test.truth._replace(valid_mask=valid_mask))
     sets = [read_support_images(normal[at : at + 3], SIZE) for at in (0, 1, 2)]
     scored = score_rounds(network, test, sets, clock, all_metrics=True)
     return lambda: next(scored)

@@ -91,7 +91,7 @@ def scored():
         rounds = load_support_rounds(file, int(shot), len(recorded), 224)
         for number, result in enumerate(score_rounds(network, test, rounds, clock, 22)):
             found[shot, number] = result["gaussian"]
-    return found, test.labels
+    return found, test.truth.labels
 
 
 ROUNDS = [("2", 0), ("2", 1), ("4", 0), ("8", 0)]

@@ -13,6 +13,7 @@ from PIL import Image
 from datasets.images import decode_image, read_image
 from datasets.support import read_support_images
 from evaluation import scoring
+from evaluation.round_metrics import GroundTruth
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.threshold import NormalScores, normal_threshold
@@ -73,7 +74,7 @@ def test_same_maps_as_the_evaluation(detector, network, files):
     images = read_support_images(files[1], SIZE)
     store = FeatureStore([detector.scorer], len(images))
     store.write(0, fuse_conv_bn(network).features(images))
-    test = scoring.TestFeatures(store, np.arange(len(images)) > 2, None)
+    test = scoring.TestFeatures(store, GroundTruth(np.arange(len(images)) > 2, None))
     clock = StageClock(torch.device("cpu"))
     (results,) = scoring.score_rounds(fuse_conv_bn(network), test, [read_support_images(files[0], SIZE)], clock, 32)
     result = results[detector.scorer.name]
