@@ -14,7 +14,7 @@ from utils.naming import CheckpointFiles
 SELECTED_BY = {
     "best": "the test labels of the target, as in the published protocol: its numbers are optimistic",
     "source": "held-out source categories, without the target",
-    "last": "nothing: it is the last one",
+    "last": "no criterion: it is the last one",
 }
 
 
@@ -24,7 +24,7 @@ def model_card(
     """The card as Markdown, with the front matter of the Hugging Face hub. record: of train.py."""
     root = config.source_path or config.data_path
     images = ", ".join(f"{name} ({len(paths)})" for name, paths in sources.items())
-    chosen = record["selected_epoch"]
+    selected = record["selected_epoch"]
     settings = {**config.results_part(), "weights": config.weights, "seed": config.seed}
     settings |= {
         "METHOD_VERSION": record["fingerprint"]["method_version"],
@@ -34,7 +34,7 @@ def model_card(
     }
     rows = [
         (name, *(format_summary(entry[metric]) for metric in ("image_auroc", "pixel_auroc")))
-        for name, entry in outcomes(record["epochs"], chosen).items()
+        for name, entry in outcomes(record["epochs"], selected).items()
     ]
     command = f"python test.py --config {files.record.name} --checkpoint {files.portable[0].name}"
     return f"""---
@@ -54,7 +54,7 @@ and scores of anomalies.
 
 - Trained on the normal training images of: {images}; data set `{config.data_type}`.
 - Licence of the data: {data_licence(root, config)}.
-- The epoch ({chosen} of {config.epochs}) was selected by {SELECTED_BY[config.select]}.
+- The epoch ({selected} of {config.epochs}) was selected by {SELECTED_BY[config.select]}.
 
 ## Recipe
 
@@ -76,13 +76,11 @@ Record: `{files.record.name}`.
 
 
 def data_licence(root: Path, config: TrainingConfig) -> str:
-    """The licence of the training data, as far as it is known: of the data set, and files in its folder."""
-    known = None if config.source_path else DATA_LICENCES.get(config.data_type)
-    found = sorted(path.name for path in root.iterdir() if path.is_file() and path.name.lower().startswith("licen"))
-    files = f"see {', '.join(found)} in the data folder" if found else ""
-    return (
-        "; ".join(filter(None, [known, files])) or "not known to this program; state it before the weights are shared"
-    )
+    """The licence of the training data, as far as it is known: of the data set, and licence files in its folder."""
+    licence = None if config.source_path else DATA_LICENCES.get(config.data_type)
+    names = sorted(path.name for path in root.iterdir() if path.is_file() and path.name.lower().startswith("licen"))
+    files = f"see {', '.join(names)} in the data folder" if names else None
+    return "; ".join(filter(None, [licence, files])) or "unknown to this program; state it before you share the weights"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -76,21 +76,21 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
     )
     momentum: float = flag("momentum of SGD", default=0.9, group="training", least=0, affects_results=True)
     train: str = flag(
-        "what learns. all: as released; heads: all but the ResNet; stn: the spatial transformers alone",
+        "the trainable layers. all: as released; heads: all but the ResNet; stn: the spatial transformers alone",
         default=TRAIN[0],
         group="training",
         choices=TRAIN,
         affects_results=UNLESS_DEFAULT,
     )
     batch_norm: str = flag(
-        "batch norm of the ResNet. train: as released; frozen: statistics, scales and offsets stay those of --weights",
+        "batch norm of the ResNet. train: as released; frozen: keeps statistics, scales and offsets of --weights",
         default=BATCH_NORM[0],
         group="training",
         choices=BATCH_NORM,
         affects_results=UNLESS_DEFAULT,
     )
     support_target: str = flag(
-        "what a query is compared with. mean: of the registered support images, as released; each: every one of them",
+        "the support map that a query is compared with. mean: over the support images, as released; each: all in turn",
         default=SUPPORT_TARGET[0],
         group="training",
         choices=SUPPORT_TARGET,
@@ -108,7 +108,7 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
         affects_results=True,
     )
     select: str = flag(
-        "the epoch whose weights are kept. best: by the target's test labels; source: by a held-out source category, "
+        "the epoch whose weights are kept. best: by the target's test labels; source: by held-out source categories, "
         "without the target; last: the last",
         default="best",
         group=SELECTION,
@@ -116,8 +116,8 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
         affects_results=True,
     )
     held_out: tuple[str, ...] | None = flag(
-        "source categories that are not trained on, but select an epoch; with --select best, further weights are kept "
-        "for it (default: with --select source the next category after the target by name)",
+        "source categories that select an epoch instead of being trained on; with --select best, they select further "
+        "weights (default: with --select source the next category after the target by name)",
         default=None,
         group=SELECTION,
         convert=category_name,

@@ -1,4 +1,4 @@
-"""A training run as a plot, and as event files of TensorBoard."""
+"""Plots a training run, and writes it as event files of TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reports.figures import save_figure
 
 
 def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
-    """Plots the loss and of image and pixel AUROC against the epoch.
+    """Plots the loss, and image and pixel AUROC, against the epoch.
 
     AUROCs are means over rounds, with a band of one standard deviation.
 
@@ -21,7 +21,7 @@ def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
         target: the PNG file; PDF and SVG are written next to it.
         history: one entry per epoch: "epoch", "loss" (None before training) and, if the epoch was scored, "image_auroc"
             and "pixel_auroc" as given by evaluation.statistics.summary.
-        scored: the data of the AUROCs, for the label of the axis.
+        scored: the names of the scored categories, for the label of the axis.
     """
     figure = Figure(figsize=(7.2, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -41,9 +41,9 @@ def save_curve(target: Path, history: Sequence[dict], scored: str) -> None:
 
 
 class Events:
-    """Losses of steps and scores of epochs as event files in `folder`. Their step counts all training steps.
+    """Writes losses of steps and metrics of epochs as event files in `folder`, by the number of training steps so far.
 
-    history: the entries of the epochs that are finished; events of later ones in the folder are void.
+    history: the entries of the finished epochs; later events in the folder are purged.
     """
 
     def __init__(self, folder: Path, history: Sequence[dict]) -> None:

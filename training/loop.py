@@ -1,4 +1,4 @@
-"""The training step, the training epoch, and the state of a run that is saved and resumed."""
+"""The training step, the training epoch, and saving and restoring the state of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.files import save_tensors
 from utils.progress import ProgressBar
 from utils.stages import StageClock
 
-REPORT_SECONDS = 1.0  # shortest time between two fetches of losses, which make the host wait for the device
+REPORT_SECONDS = 1.0  # least time between two downloads of losses, which make the host wait for the device
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
@@ -38,9 +38,9 @@ def count_images(episode: Episode) -> int:
 
 @contextmanager
 def _tf32(enabled: bool) -> Iterator[None]:
-    """CUDA's convolutions in TF32, for training steps only: epochs are scored as test.py scores.
+    """Computes convolutions on CUDA in TF32. Only for training steps: scoring is that of test.py.
 
-    Matrix products stay in float32: they are the heads', whose warps would lose 13 bits of their coordinates.
+    Matrix products stay in float32: in TF32, the warps of the heads would lose 13 bits of their coordinates.
     """
     before = torch.backends.cudnn.allow_tf32
     try:
@@ -52,14 +52,14 @@ def _tf32(enabled: bool) -> Iterator[None]:
 
 @dataclass
 class Progress:
-    """The progress of a run: `step` of `epoch` is next. Epoch 0 is the scoring of the untrained network."""
+    """The progress of a run. `step` of `epoch` is next; epoch 0 is the scoring of the untrained network."""
 
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of the finished steps of the current epoch
     history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see train.py
     selected: int = 0  # the epoch of the selected weights
-    source: int = 0  # the epoch of the weights that held-out categories selected beside them
+    source: int = 0  # the epoch of the further weights, selected by held-out categories
 
 
 class Trainer:
@@ -67,7 +67,7 @@ class Trainer:
 
     train, batch_norm, support_target: the recipe, see the flags of train.py.
     selected: the checkpoint of the selected epoch, see `models.regad.checkpoint`; None until an epoch is selected.
-    source: the same for the epoch that held-out categories select beside it.
+    source: the same for the further weights, selected by held-out categories.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Trainer:
     ) -> None:
         weight = next(model.parameters())
         self.device = weight.device
-        of_library = torch.bfloat16 if bf16 or tf32 else weight.dtype  # TF32 uses the same units
-        self.model = model.to(memory_format=layout(self.device, of_library))
+        dtype = torch.bfloat16 if bf16 or tf32 else weight.dtype  # TF32 runs on the same units as bfloat16
+        self.model = model.to(memory_format=layout(self.device, dtype))
         self.frozen = frozen_layers(model, train, batch_norm)
         self.each = support_target == "each"
         freeze(self.frozen)
-        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(learning, lr=lr, momentum=momentum, fused=True)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(trainable, lr=lr, momentum=momentum, fused=True)
         self.lr, self.bf16, self.tf32 = lr, bf16, tf32
         self.loss = torch.compile(model) if compiled else model
         self.progress = Progress()
@@ -100,8 +100,8 @@ class Trainer:
     def step(self, query: torch.Tensor, support: torch.Tensor, clock: StageClock) -> torch.Tensor:
         """One update from `query` (B, 3, S, S) and `support` (B, K, 3, S, S), values in [0, 1].
 
-        Returns the loss before the update, a scalar on the device. On the CPU, a loss that is not finite causes no
-        update: there, torch's gradient of grid_sample reads outside its memory where positions are not finite.
+        Returns the loss before the update, a scalar on the device. On the CPU, the update is skipped if the loss is not
+        finite, because torch's gradient of grid_sample then reads outside its memory.
         """
         with _tf32(self.tf32):
             with clock("forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -130,8 +130,8 @@ class Trainer:
         """Trains the current epoch from `progress.step` on, and calls `save` every `save_every` seconds.
 
         Raises:
-            UserError: a loss, or afterwards a weight, is not finite; the message names loss, epoch and step. Or the
-                memory does not suffice.
+            UserError: a loss, or afterwards a weight, is not finite (the message names loss, epoch and step), or there
+                is not enough memory.
         """
         progress, pending = self.progress, []
         self.model.train()
@@ -139,10 +139,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.lr, progress.epoch, epochs)
         reported = saved = time.monotonic()
-        todo = episodes[progress.step :]
-        what = f"epoch {progress.epoch}/{epochs}, lr {self.optimizer.param_groups[0]['lr']:.1e}"
-        with ProgressBar(what, total=sum(map(count_images, todo))) as bar:
-            for episode in todo:
+        remaining = episodes[progress.step :]
+        title = f"epoch {progress.epoch}/{epochs}, lr {self.optimizer.param_groups[0]['lr']:.1e}"
+        with ProgressBar(title, total=sum(map(count_images, remaining))) as bar:
+            for episode in remaining:
                 with clock("batch"):
                     query, support = images.episode(episode)
                 step = partial(self._step_of, query, support, clock)
@@ -182,7 +182,7 @@ class Trainer:
         return f"the loss was {progress.losses[-1]:.4f} in epoch {progress.epoch}, step {progress.step - 1}"
 
     def diverged(self, what: str) -> UserError:
-        """The error of a training whose numbers are no longer finite; `what`: where that was seen."""
+        """The error of a training with non-finite numbers; `what`: which numbers, a clause."""
         return UserError(
             f"{what}. The training diverged: start a new run in its place with a learning rate below {self.lr:g}",
             ("lr", "overwrite"),
@@ -199,9 +199,9 @@ class Trainer:
         progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
 
     def save(self, path: Path, fingerprint: dict) -> None:
-        """Writes the state of the run: all that its other files are made of, so that they can follow it.
+        """Writes the state of the run, from which its other files can be written.
 
-        A resumed run ends with the same bits as an undisturbed one on the CPU.
+        On the CPU, a resumed run ends with the same bits as an uninterrupted one.
         """
         content = {
             "fingerprint": fingerprint,

@@ -1,4 +1,4 @@
-"""Recipes: which parts of the networks registration training changes."""
+"""Recipes: which layers registration training changes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from models.regad import TRUNK_LAYERS, RegAD
 
 
 def frozen_layers(model: RegAD, train: str, batch_norm: str) -> list[nn.Module]:
-    """The layers that training leaves as they are: weights, and the statistics of batch norm.
+    """The layers whose weights and batch-norm statistics stay fixed.
 
-    train: `all`, none; `heads`, the trunk, the layers of the ResNet; `stn`, also encoder and predictor. batch_norm:
-    `frozen`, the batch norm of the trunk.
+    train: `all` fixes none; `heads` the trunk, which is the layers of the ResNet; `stn` also encoder and predictor.
+    batch_norm: `frozen` fixes the batch norm of the trunk.
     """
     trunk = [getattr(model.stn, name) for name in TRUNK_LAYERS]
     if train != "all":
@@ -24,6 +24,6 @@ def frozen_layers(model: RegAD, train: str, batch_norm: str) -> list[nn.Module]:
 
 
 def freeze(layers: Sequence[nn.Module]) -> None:
-    """Keeps layers as they are. To be called after each `train()` of a model that holds them, which undoes it."""
+    """Fixes weights and batch-norm statistics of `layers`. Each `train()` of their model undoes it."""
     for layer in layers:
         layer.eval().requires_grad_(False)

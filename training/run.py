@@ -1,9 +1,9 @@
-"""Implements train.py: trains, scores and saves epoch by epoch, and can be killed and resumed at any point."""
+"""Implements train.py: trains, scores and saves epoch by epoch. A run can be killed and resumed at any point."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +46,12 @@ from utils.naming import CheckpointFiles
 from utils.records import provenance
 from utils.stages import StageClock
 
-MIN_IMG_SIZE = 64  # smaller images leave the batch norm of the last warp head one value per channel
+MIN_IMG_SIZE = 64  # with smaller images, the batch norm of the last warp head has one value per channel
 CURVE_SECONDS = 60.0  # the curve is drawn at most this often, and at the end
 
 
 class Target(NamedTuple):
-    """A category to score: the target, or one that is held out. bits: of its 16-bit images."""
+    """A category to score: the target, or a held-out source category. bits: depth of its 16-bit images."""
 
     category: str
     folder: Path
@@ -61,22 +61,22 @@ class Target(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All that a run reads, and what it finds out about it.
+    """The inputs of a run.
 
-    sources: training images by category. scored: what the AUROCs are of, the target or with --select source the
-    held-out categories; empty with --eval_every 0. beside: held-out categories that select further weights. resolved:
-    for records. fingerprint: see utils/fingerprint.py.
+    sources: training images by category. scored: the categories whose AUROCs select the epoch, which are the target or,
+    with --select source, the held-out categories; empty with --eval_every 0. further: held-out categories that select
+    further weights. resolved: values that follow from data and backbone. fingerprint: see utils/fingerprint.py.
     """
 
     sources: dict[str, list[Path]]
     scored: list[Target]
-    beside: list[Target]
+    further: list[Target]
     resolved: dict
     fingerprint: dict
 
     @property
     def scored_names(self) -> str:
-        """The categories of the AUROCs."""
+        """The names of the categories in `scored`, as text."""
         return ", ".join(target.category for target in self.scored) or "no category"
 
     @property
@@ -103,42 +103,35 @@ def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigest
     sources = list_source_images(config.data_path, config.data_type, config.obj, config.sources, config.source_path)
     held_out = _held_out(config, sources)
     sources = {name: paths for name, paths in sources.items() if name not in held_out}
-    every = [path for paths in sources.values() for path in paths]
+    images = [path for paths in sources.values() for path in paths]
     resolved = {
-        "bits": resolve_bits(config.bits, every, "the categories to train on"),
+        "bits": resolve_bits(config.bits, images, "the categories to train on"),
         "img_size": resolve_img_size(config.backbone, config.img_size, MIN_IMG_SIZE),
         "held_out": (held_out[0] if len(held_out) == 1 else held_out) if held_out else None,
     }
-    how = resolved["img_size"], check
-    held = [_target(config, name, *_place(config), *how) for name in held_out]
-    of_source = config.select == "source" or not config.eval_every
-    scored = held if of_source else [_target(config, config.obj, config.data_path, config.data_type, *how)]
-    beside = [] if of_source else held
+    target = partial(_target, config, img_size=resolved["img_size"], check=check)
+    root, data_type = (config.source_path, "folder") if config.source_path else (config.data_path, config.data_type)
+    scored, further = [target(name, root, data_type) for name in held_out], []
+    if config.select != "source" and config.eval_every:
+        scored, further = [target(config.obj, config.data_path, config.data_type)], scored
     inputs = {
-        "sources": digest_sources(sources, digests),
+        "sources": {name: digests.together(paths) for name, paths in sources.items()},
         "weights": digest_weights(config.weights, config.seed, digests),
         "episodes": digests.of([config.episodes])[0] if config.episodes else None,
-        "scorers": [digest_scorer(given, digests) for given in config.scorer] if scored else [],
+        "scorers": [digest_scorer(spec, digests) for spec in config.scorer] if scored else [],
     }
-    every = [*scored, *beside]
-    for first in every[:1]:
-        resolved["scored_bits"] = first.bits
-        inputs |= {"test_images": digest_items(first.items, digests), "support_images": digest_support(first.support)}
-    if more := {
-        of.category: [of.bits, digest_items(of.items, digests), digest_support(of.support)] for of in every[1:]
-    }:
-        inputs["further_scored"] = more
+    targets = [*scored, *further]
+    digested = [[of.bits, digest_items(of.items, digests), digest_support(of.support)] for of in targets]
+    if targets:
+        resolved["scored_bits"], inputs["test_images"], inputs["support_images"] = digested[0]
+    if targets[1:]:
+        inputs["further_scored"] = {of.category: digest for of, digest in zip(targets[1:], digested[1:], strict=True)}
     settings = config.results_part() | resolved | {"seed": config.seed}
-    return Inputs(sources, scored, beside, resolved, fingerprint(settings, inputs))
-
-
-def digest_sources(sources: Mapping[str, Sequence[Path]], digests: FileDigests) -> dict[str, str]:
-    """SHA-256 of the names and content of the training images, in hexadecimal, by category."""
-    return {name: digests.together(paths) for name, paths in sources.items()}
+    return Inputs(sources, scored, further, resolved, fingerprint(settings, inputs))
 
 
 def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> list[str]:
-    """The categories that select an epoch, which are excluded from training; none where none does."""
+    """The categories that select an epoch and are excluded from training; empty if the epoch is selected otherwise."""
     if config.select != "source" and not config.held_out:
         return []
     if len(sources) < 2:
@@ -153,18 +146,13 @@ def _held_out(config: TrainingConfig, sources: dict[str, list[Path]]) -> list[st
     return held_out
 
 
-def _place(config: TrainingConfig) -> tuple[Path, str]:
-    """The folder and the layout of the sources."""
-    return (config.source_path, "folder") if config.source_path else (config.data_path, config.data_type)
-
-
 def _target(config: TrainingConfig, category: str, root: Path, data_type: str, img_size: int, check: bool) -> Target:
-    """A category to score as test.py reads it, with a bit depth of its own where --bits is auto."""
+    """A category to score, read as by test.py: --bits auto is resolved from its own training images."""
     folder = category_folder(root, data_type, category)
     items = (list_test_items_with_notes if check else list_test_items)(folder, config.strict)
     bits = resolve_bits(config.bits, normal_images(folder), f"{category}/train")
-    how = img_size, config.keep_aspect, bits
-    support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, *how)
+    decoding = img_size, config.keep_aspect, bits
+    support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, *decoding)
     return Target(category, folder, items, bits, support)
 
 
@@ -197,8 +185,8 @@ def _run(
         history, selected = (earlier.content[key] for key in ("epochs", "selected_epoch"))
         print(f"already finished: {files.record}\n{_format_outcomes(history, selected)}")
         return
-    replayed = _read_episodes(config, inputs.names) if config.episodes else None
-    scorings = [Scoring(config, targets, device, digests) for targets in (inputs.scored, inputs.beside) if targets]
+    fixed_episodes = _read_episodes(config, inputs.names) if config.episodes else None
+    scorings = [Scoring(config, targets, device, digests) for targets in (inputs.scored, inputs.further) if targets]
     seed_everything(config.seed)  # after all other uses of random numbers: epoch 0 equals test.py --untrained
     trainer = _make_trainer(config, inputs, device, new=earlier is None)
     images = _read_sources(config, inputs, device, digests)
@@ -209,10 +197,10 @@ def _run(
     elif config.resume:
         print(f"nothing to resume at {files.state}: a new run")
     _announce(config, inputs)
-    described = {"command": "train.py", "config": config.plain(), "resolved": inputs.resolved}
-    described |= {"fingerprint": inputs.fingerprint, **provenance(device)}
-    _train(config, files, trainer, inputs, images, replayed, scorings, described)
-    _finish(config, files, trainer, described, inputs)
+    description = {"command": "train.py", "config": config.plain(), "resolved": inputs.resolved}
+    description |= {"fingerprint": inputs.fingerprint, **provenance(device)}
+    _train(config, files, trainer, inputs, images, fixed_episodes, scorings, description)
+    _finish(config, files, trainer, description, inputs)
 
 
 def _train(
@@ -221,11 +209,14 @@ def _train(
     trainer: Trainer,
     inputs: Inputs,
     images: SourceImages,
-    replayed: list[Episode] | None,
+    fixed_episodes: list[Episode] | None,
     scorings: Sequence[Scoring],
-    described: dict,
+    description: dict,
 ) -> None:
-    """The remaining epochs: train, score, select, save. Epoch 0 is the untrained network."""
+    """The remaining epochs: train, score, select, save. Epoch 0 is the untrained network.
+
+    description: the entries of records that are the same for all epochs.
+    """
     progress, started = trainer.progress, time.perf_counter()
     drawn = started
     save = partial(trainer.save, files.state, inputs.fingerprint)
@@ -234,7 +225,7 @@ def _train(
         clock = StageClock()  # on CUDA, host time only: synchronisation would slow down training
         entry = {"epoch": epoch, "loss": None, "lr": None, "steps": 0, "seconds": {}}
         if epoch:
-            episodes = replayed or draw_episodes(inputs.names, config.shot, config.batch_size, config.seed, epoch)
+            episodes = fixed_episodes or draw_episodes(inputs.names, config.shot, config.batch_size, config.seed, epoch)
             episodes = episodes[: config.steps]
             trainer.train_epoch(episodes, images, config.epochs, clock, save, config.save_every)
             loss = sum(progress.losses) / len(progress.losses)
@@ -242,15 +233,15 @@ def _train(
             entry |= {"loss": loss, "lr": lr, "steps": len(episodes), "seconds": clock.seconds}
         if scorings and (epoch % config.eval_every == 0 or epoch == config.epochs):
             entry |= scorings[0].score(trainer)
-            if inputs.beside:
+            if inputs.further:
                 entry["held_out"] = scorings[1].score(trainer)
         entry["elapsed_seconds"] = time.perf_counter() - started  # includes saving the previous epoch
         started = time.perf_counter()
         selected = is_selected(entry, progress.history, progress.selected, config.select)
-        source = bool(inputs.beside) and _selected_beside(entry, progress)
+        source = bool(inputs.further) and _is_selected_by_sources(entry, progress)
         if events:
             events.add(entry, progress.losses)
-        trainer.finish_epoch(entry, selected, source, {**described, **entry})
+        trainer.finish_epoch(entry, selected, source, {**description, **entry})
         save()  # from here on the epoch counts; the other files follow
         _publish(files, trainer, selected or source)
         if started - drawn > CURVE_SECONDS:
@@ -259,16 +250,16 @@ def _train(
         print(_format_entry(entry, config.epochs, selected) + _time_left(progress.history, config.epochs), flush=True)
 
 
-def _selected_beside(entry: dict, progress: Progress) -> bool:
-    """Whether the held-out categories beside the target select the weights of an epoch."""
-    histories = [one.get("held_out", {}) for one in progress.history]
-    return is_selected(entry.get("held_out", {}), histories, progress.source, "source")
+def _is_selected_by_sources(entry: dict, progress: Progress) -> bool:
+    """Whether the held-out categories, scored in addition to the target, select the weights of an epoch."""
+    history = [earlier.get("held_out", {}) for earlier in progress.history]
+    return is_selected(entry.get("held_out", {}), history, progress.source, "source")
 
 
 def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> None:
-    """Makes the files next to the state from what the state holds, and removes those of a run that this one replaces.
+    """Writes the files that follow from the state, and removes those of a run that this one replaces.
 
-    new_weights: the selected weights are not those in their file.
+    new_weights: whether the selected weights differ from those in their file.
     """
     for file in (files.record, files.last, files.card, *files.portable):  # written when the run is finished
         file.unlink(missing_ok=True)
@@ -280,17 +271,19 @@ def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> Non
     save_history(files, trainer.progress.history)
 
 
-def _finish(config: TrainingConfig, files: CheckpointFiles, trainer: Trainer, described: dict, inputs: Inputs) -> None:
+def _finish(
+    config: TrainingConfig, files: CheckpointFiles, trainer: Trainer, description: dict, inputs: Inputs
+) -> None:
     """Writes the last weights and all other files, the record last; removes the state and prints the results."""
     history, selected = trainer.progress.history, trainer.progress.selected
-    last = checkpoint(trainer.model, {**described, **history[-1]})
+    last = checkpoint(trainer.model, {**description, **history[-1]})
     save_tensors(files.last, last)
     for file, content in zip(files.portable, (trainer.selected, trainer.source, last), strict=True):
         if content:
             save_portable(file, content)
     save_curve(files.curve, history, inputs.scored_names)
-    described = described | ({"source_epoch": trainer.progress.source} if inputs.beside else {})
-    record = {**described, "selected_epoch": selected, "outcomes": outcomes(history, selected), "epochs": history}
+    record = description | ({"source_epoch": trainer.progress.source} if inputs.further else {})
+    record |= {"selected_epoch": selected, "outcomes": outcomes(history, selected), "epochs": history}
     with whole_file(files.card) as aside:
         aside.write_text(model_card(config, files, inputs.sources, record), encoding="utf-8")
     write_json(files.record, record)
@@ -320,9 +313,9 @@ def _read_episodes(config: TrainingConfig, names: dict[str, list[str]]) -> list[
         UserError: the file cannot be used, or has another number of support images than --shot.
     """
     episodes = read_episodes(config.episodes, names)
-    found = sorted({len(support) for episode in episodes for support in episode.support})
-    if found != [config.shot]:
-        numbers = " and ".join(map(str, found))
+    shots = sorted({len(support) for episode in episodes for support in episode.support})
+    if shots != [config.shot]:
+        numbers = " and ".join(map(str, shots))
         raise UserError(f"{config.episodes} has {numbers} support images per query, not --shot {config.shot}")
     return episodes
 
@@ -341,16 +334,16 @@ def _read_sources(config: TrainingConfig, inputs: Inputs, device: torch.device, 
 
 
 def _make_trainer(config: TrainingConfig, inputs: Inputs, device: torch.device, new: bool) -> Trainer:
-    """The networks before training. Unless the run is `new`, their weights are going to be replaced."""
+    """The networks before training. A resumed run (not `new`) replaces their weights, so none are read."""
     weights = config.weights if new else "none"
     model = untrained(weights, config.stn_mode, inputs.resolved["img_size"], config.backbone).to(device)
-    how = {"bf16": config.amp == "bf16", "tf32": config.tf32, "compiled": config.compile}
+    precision = {"bf16": config.amp == "bf16", "tf32": config.tf32, "compiled": config.compile}
     recipe = {"train": config.train, "batch_norm": config.batch_norm, "support_target": config.support_target}
-    return Trainer(model, config.lr, config.momentum, **how, **recipe)
+    return Trainer(model, config.lr, config.momentum, **precision, **recipe)
 
 
 class Scoring:
-    """Scores categories after an epoch, with images that are decoded once.
+    """Scores categories after an epoch. Their images are decoded once and kept.
 
     Raises:
         UserError: an image or mask cannot be read.
@@ -363,34 +356,31 @@ class Scoring:
         for target in targets:
             print(f"support: {target.support.source}")
             size = target.support.images[0].shape[-1]
-            how = config.keep_aspect, target.bits, config.mask_orientation
-            dataset = LabelledDataset(target.items, size, *how)
+            dataset = LabelledDataset(target.items, size, config.keep_aspect, target.bits, config.mask_orientation)
             dataset.load(reader_threads(config.num_workers, device))
             report_content(dataset, normal_images(target.folder), config.strict, digests)
             self.data[target.category] = dataset, [item.label for item in target.items], target.support.images
         self.scorers: list[Scorer] = make_scorers(config.scorer)
 
     def score(self, trainer: Trainer) -> dict:
-        """The metrics of the current weights: of the first scorer, and of every scorer if several.
+        """The metrics of the current weights with the first scorer; with several, "scorers" has those of each.
 
-        Of several categories, they are means over the categories, round by round, and each has its own beside them.
+        With several categories, the metrics are means over the categories, round by round, and "categories" has those
+        of each.
 
         Raises:
             UserError: a score is not finite; after training, the message names the loss.
         """
-        clock, by_category = StageClock(trainer.device), {}
-        for category, data in self.data.items():
-            scored = self._score_category(trainer, data, clock)
-            by_category[category] = {
-                scorer.name: [results[scorer.name].numbers for results in scored] for scorer in self.scorers
-            }
-        by_scorer = {}
+        clock, by_scorer = StageClock(trainer.device), {}
+        scored = {category: self._score_category(trainer, data, clock) for category, data in self.data.items()}
         for scorer in self.scorers:
-            of_scorer = {category: numbers[scorer.name] for category, numbers in by_category.items()}
-            rounds = mean_rounds(list(of_scorer.values()))
-            by_scorer[scorer.name] = {**summaries(rounds), "rounds": rounds}
-            if len(of_scorer) > 1:
-                by_scorer[scorer.name]["categories"] = {name: summaries(own) for name, own in of_scorer.items()}
+            categories = {
+                category: [results[scorer.name].numbers for results in rounds] for category, rounds in scored.items()
+            }
+            mean = mean_rounds(list(categories.values()))
+            by_scorer[scorer.name] = {**summaries(mean), "rounds": mean}
+            if len(categories) > 1:
+                by_scorer[scorer.name]["categories"] = {name: summaries(rounds) for name, rounds in categories.items()}
         entry = {**next(iter(by_scorer.values())), "scoring_seconds": clock.seconds}
         return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
 
@@ -398,25 +388,23 @@ class Scoring:
         try:
             return list(score_category(trainer.model.stn, self.scorers, *data, clock))
         except NotFinite as error:
-            if not trainer.progress.epoch:  # the weights that were given
+            if not trainer.progress.epoch:  # the initial weights cause it, not the training
                 raise
             raise trainer.diverged(f"scores are not finite; {trainer.last_loss()}") from error
 
 
 def mean_rounds(categories: Sequence[Sequence[dict[str, float | None]]]) -> list[dict[str, float | None]]:
-    """The mean over categories of each round's metrics, of the categories that have the metric; one dict per round."""
-    found = []
-    for of_round in zip(*categories, strict=True):
-        values = {name: [own[name] for own in of_round if own[name] is not None] for name in of_round[0]}
-        found.append({name: sum(known) / len(known) if known else None for name, known in values.items()})
-    return found
+    """The metrics of each round, averaged over the categories that have the metric; one dict per round."""
+    means = []
+    for metrics in zip(*categories, strict=True):  # of a round, one dict per category
+        values = {name: [of[name] for of in metrics if of[name] is not None] for name in metrics[0]}
+        means.append({name: sum(defined) / len(defined) if defined else None for name, defined in values.items()})
+    return means
 
 
 def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
-    text = f"epoch {entry['epoch']}/{epochs}: "
-    text += (
-        "untrained" if entry["loss"] is None else f"loss {entry['loss']:.4f}, {sum(entry['seconds'].values()):.0f} s"
-    )
+    loss, seconds = entry["loss"], sum(entry["seconds"].values())
+    text = f"epoch {entry['epoch']}/{epochs}: {'untrained' if loss is None else f'loss {loss:.4f}, {seconds:.0f} s'}"
     if entry.get("image_auroc"):
         text += f"; image AUROC {format_summary(entry['image_auroc'])}, pixel {format_summary(entry['pixel_auroc'])}"
         text += f" ({sum(entry['scoring_seconds'].values()):.0f} s)"
@@ -424,7 +412,7 @@ def _format_entry(entry: dict, epochs: int, is_selected: bool) -> str:
 
 
 def _time_left(history: Sequence[dict], epochs: int) -> str:
-    """A phrase on the time until the last epoch, at the mean of the epochs so far; empty where none was trained."""
+    """A phrase on the time until the last epoch, from the mean time of the trained epochs; empty without any."""
     trained = [entry["elapsed_seconds"] for entry in history if entry["epoch"]]
     left = epochs - history[-1]["epoch"]
     return f", about {format_elapsed(sum(trained) / len(trained) * left)} left" if trained and left else ""

@@ -219,7 +219,7 @@ def test_a_run_leaves_safetensors_files_and_a_model_card(undisturbed):
         assert all(torch.equal(value, of_both[1][name]) for name, value in of_both[0].items())
     card, record = found.card.read_text(encoding="utf-8"), json.loads(found.record.read_text())
     assert re.search(r"images of: (\w+ \(\d+\), )*weave \(5\)", card) and "ring (" not in card
-    assert "Licence of the data: not known to this program" in card and f"Record: `{found.record.name}`" in card
+    assert "Licence of the data: unknown to this program" in card and f"Record: `{found.record.name}`" in card
     assert f"| torch | {record['versions']['torch']} |" in card and "| lr | 0.01 |" in card
     for name, entry in record["outcomes"].items():
         assert f"| {name} | {entry['image_auroc']['mean']:.4f}" in card
