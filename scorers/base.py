@@ -25,13 +25,14 @@ Fitted = dict[str, torch.Tensor]
 
 
 class ScorePrior(NamedTuple):
-    """What is known of the image scores of normal images before any is seen, for inspection/threshold.py.
+    """Prior knowledge of the image scores of normal images, for inspection/threshold.py.
 
     typical: a high score of normal images of any part. pull: the weight of its logarithm against n scores is pull / n,
-    at most 1. spread: the standard deviation of the logarithms of a part's scores. images: how many images `spread`
-    counts for. share, loo_share: of the normal quantile, for scores of further images and leave-one-out scores. bias:
-    the logarithms of leave-one-out scores of n images are too high by bias / n. lift: added to the logarithm of a
-    threshold from leave-one-out scores, as further images differ from the support more than it does in itself.
+    at most 1. spread: the standard deviation of the logarithms of a part's scores. images: the number of images that
+    `spread` counts as. share, loo_share: factors of the normal quantile, for scores of further images and leave-one-out
+    scores. bias: the logarithms of leave-one-out scores of n images are too high by bias / n. lift: added to the
+    logarithm of a threshold from leave-one-out scores, as further images differ more from the support images than
+    those do from each other.
     """
 
     typical: float
@@ -47,20 +48,19 @@ class ScorePrior(NamedTuple):
 class Scorer(ABC):
     """Measures the distance between the features of a test image and those of the support views.
 
-    An instance has no state. `fit` returns everything it learns as tensors. Detector files and exported files store
-    these tensors.
+    An instance has no state: `fit` returns what it learns as tensors, which detector files and exported files store.
 
     name: the name in --scorer, records and file names. views: the support views that the scorer uses.
     """
 
     name: str
-    largest: float | None = None  # no distance is larger; None: there is no bound
-    prior: ScorePrior | None = None  # of the image scores of normal images; None: not known
-    border_weight: float = 1.0  # of the border of a score map where the image score is taken
-    views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # indices of `support_views`, ascending; 0: the image
+    largest: float | None = None  # upper bound of the distances; None: there is none
+    prior: ScorePrior | None = None  # of the image scores of normal images; None: unknown
+    border_weight: float = 1.0  # weight of the border of a score map in the image score
+    views: tuple[int, ...] = tuple(range(VIEWS_PER_IMAGE))  # ascending indices of `support_views`; 0: the image itself
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
-        """Features to keep of N images: any number of tensors (N, ...). The default returns the maps unchanged."""
+        """The features of N images to store: any number of tensors (N, ...). By default the maps, unchanged."""
         return list(maps)
 
     @abstractmethod
@@ -71,15 +71,15 @@ class Scorer(ABC):
         """
 
     def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
-        """A fit to other views whose distances are comparable with those of `fitted`."""
-        del fitted  # without a scale of their own, distances are comparable
+        """A fit to other views, with distances comparable to those of `fitted`."""
+        del fitted  # by default, distances have no scale that depends on the fit
         return self.fit(support)
 
     def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
         """A fit that has also learned from further normal images, with distances comparable to those of `fitted`.
 
-        accepted: prepared features of the images as they are. known: the number of support views behind `fitted`. The
-        order of the images does not matter.
+        accepted: prepared features of the images, without augmented views. known: the number of support views behind
+        `fitted`. The order of the images does not matter.
         """
         del fitted, accepted, known
         raise UserError(f"the scorer {self.name} cannot learn from further images; fit a new detector", ("support",))
@@ -88,11 +88,11 @@ class Scorer(ABC):
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Distance maps (B, H, H) of B test images. Values are at least 0 and grow with the distance to the support.
 
-        (B, 2, H, H): the maps of the score map, and others from which the image score is taken.
+        Or (B, 2, H, H): the first of an image gives its score map, the second its image score.
         """
 
     def measure(self, support: Prepared, test: Prepared, clock: StageClock, like: Fitted | None = None) -> torch.Tensor:
-        """Fits on `support` and returns `distance_maps` of `test`; the fit is not kept. like: of `refit`.
+        """Fits on `support` and returns `distance_maps` of `test`. like: `fitted` of `refit`; None: a new fit.
 
         The clock records the stages `self.name` (fitting) and `distance`.
         """
@@ -102,9 +102,9 @@ class Scorer(ABC):
             return self.distance_maps(fitted, test)
 
     def cross_fit(self, support: Prepared, clock: StageClock, scored: int = 1) -> tuple[Fitted, torch.Tensor]:
-        """A fit to all views, and the distance maps of the first `scored` views of each image by fits without it.
+        """A fit to all views, and the distance maps of the first `scored` views of each image from fits without it.
 
-        See `left_out`; the maps of the views of an image are consecutive.
+        See `left_out`. The maps of the views of an image are consecutive.
         """
         with clock(self.name):
             fitted = self.fit(support)

@@ -1,21 +1,21 @@
-"""Scorers made of scorers: the weighted geometric mean of their distances, each on the scale of the support itself.
+"""Combinations of scorers: the weighted geometric mean of their distances, each on a scale from the support images.
 
 Each distance map is divided by its mean over support images that were left out of the fit, so 1 is the distance of a
 region of a new normal image. With weights w that add up to 1, the result is the product of the d ** w.
 
-`combined` joins `neighbours`, which finds what no support image shows anywhere, and `positions`, which finds what none
-shows there. Where support images agree position by position, the left-out distance of `positions` is small, and a
-deviation from the position counts much. Where parts lie anywhere, it is large, and `neighbours` decides. The score map
-weights `positions` more, whose maps are sharper, and the image score weights `neighbours` more, which confuses fewer
-normal images with defective ones.
+`combined` joins `neighbours`, which finds appearances that no support image has anywhere, and `positions`, which finds
+appearances that none has at the same position. If support images agree position by position, the left-out distance of
+`positions` is small, and a deviation at a position has a large effect. If parts lie anywhere in the image, it is large,
+and `neighbours` dominates. The score map gives `positions` the larger weight, as its maps are sharper; the image score
+gives it to `neighbours`, which confuses fewer normal images with defective ones.
 
 With several backbones (models/several.py), each backbone has scorers of its own.
 
-Features at the border of an image differ from others, whatever it shows. The image score of `combined` therefore counts
-the border less (`border_weight`, scorers/maps.py); the maps are not changed. The local averages of `neighbours` count
-no zeros beyond the border here.
+At the border of an image, features differ from others, whatever the image shows. In the image score of `combined`, the
+border therefore has a smaller weight (`border_weight`, scorers/maps.py), and the local averages of `neighbours` do not
+include zeros beyond the border.
 
-benchmarks/scorers.py measures the choices.
+benchmarks/scorers.py measures these choices.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from utils.stages import StageClock
 
 MAP_WEIGHT, SCORE_WEIGHT = 0.35, 0.65  # of `neighbours` in the score map and in the image score
 BORDER_WEIGHT = 0.9
-EPS = 1e-12  # the least scale: images can be equal
+EPS = 1e-12  # least scale, for support images that are equal
 
 
 class Part(NamedTuple):
-    """A scorer in a mean. layers: the feature maps that it sees. weights: in the score map and in the image score."""
+    """A scorer in a mean. layers: the feature maps that it gets. weights: in the score map and in the image score."""
 
     scorer: Scorer
     layers: slice
@@ -55,84 +55,88 @@ class GeometricMean(Scorer):
     def __init__(self, name: str, parts: Sequence[Part]) -> None:
         self.name, self.parts = name, list(parts)
         self.views = self.parts[0].scorer.views
-        self.kept: list[int] = []  # prepared tensors of each part: the same for all images of a network
+        self.counts: list[int] = []  # numbers of prepared tensors of the parts, set by `prepare`
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
         """The prepared features of all parts."""
         prepared = [part.scorer.prepare(maps[part.layers]) for part in self.parts]
-        self.kept = [len(tensors) for tensors in prepared]
+        self.counts = [len(tensors) for tensors in prepared]
         return [tensor for tensors in prepared for tensor in tensors]
 
     def fit(self, support: Prepared) -> Fitted:
-        """What all parts learn, their names preceded by the part's, and `scale`, the mean distance of each."""
+        """The tensors of all parts, with a prefix for each part, and `scale`, the mean distance of each part."""
         return self._cross_fit(support, 1)[0]
 
     def cross_fit(self, support: Prepared, clock: StageClock, scored: int = 1) -> tuple[Fitted, torch.Tensor]:
         """As `Scorer.cross_fit`, but the fits that set the scale also give the distance maps."""
         with clock(self.name):
-            fitted, found = self._cross_fit(support, scored)
-            return fitted, self._means(found, fitted["scale"])
+            fitted, distances = self._cross_fit(support, scored)
+            return fitted, self._means(distances, fitted["scale"])
 
     def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
         """A fit to other views, with the scale of `fitted`."""
-        learned = {
-            f"{prefix}{name}": tensor
-            for prefix, part, own in zip(self._prefixes(), self.parts, self._split(support), strict=True)
-            for name, tensor in part.scorer.fit(own).items()
-        }
-        return learned | {"scale": fitted["scale"]}
+        refitted = {"scale": fitted["scale"]}
+        for prefix, scorer, own in self._split(support):
+            refitted |= {f"{prefix}{name}": tensor for name, tensor in scorer.fit(own).items()}
+        return refitted
 
     def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
-        """What all parts learn from further images; the scale stays."""
-        learned = {"scale": fitted["scale"]}
-        for prefix, part, own in zip(self._prefixes(), self.parts, self._split(accepted), strict=True):
-            of_part = {name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)}
-            learned |= {f"{prefix}{name}": tensor for name, tensor in part.scorer.extend(of_part, own, known).items()}
-        return learned
+        """The parts, extended with further images; the scale stays."""
+        extended = {"scale": fitted["scale"]}
+        for prefix, scorer, own in self._split(accepted):
+            part = scorer.extend(_tensors_of(fitted, prefix), own, known)
+            extended |= {f"{prefix}{name}": tensor for name, tensor in part.items()}
+        return extended
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
-        """Geometric means, about 1 for normal regions: (B, 2, H, H), of the score map and of the image score."""
-        found = []
-        for prefix, part, own in zip(self._prefixes(), self.parts, self._split(test), strict=True):
-            learned = {name.removeprefix(prefix): fitted[name] for name in fitted if name.startswith(prefix)}
-            found.append(part.scorer.distance_maps(learned, own))
-        return self._means(found, fitted["scale"])
+        """Geometric means, about 1 for normal regions: (B, 2, H, H), for the score map and for the image score."""
+        distances = [
+            scorer.distance_maps(_tensors_of(fitted, prefix), own) for prefix, scorer, own in self._split(test)
+        ]
+        return self._means(distances, fitted["scale"])
 
-    def _means(self, found: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
-        """Geometric means (B, 2, H, H) of the distance maps of all parts."""
-        side = max(one.shape[-1] for one in found)
+    def _means(self, distances: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+        """Geometric means (B, 2, H, H) of the distance maps of all parts, on the finest of their grids."""
+        side = max(maps.shape[-1] for maps in distances)
         means = 1.0
-        for one, typical, part in zip(found, scale, self.parts, strict=True):
-            if one.shape[-1] < side:
-                one = F.interpolate(one[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-            means = means * torch.stack([(one / typical) ** weight for weight in part.weights], dim=1)
+        for maps, typical, part in zip(distances, scale, self.parts, strict=True):
+            if maps.shape[-1] < side:
+                maps = F.interpolate(maps[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+            means = means * torch.stack([(maps / typical) ** weight for weight in part.weights], dim=1)
         return means
 
     def _cross_fit(self, support: Prepared, scored: int) -> tuple[Fitted, list[torch.Tensor]]:
-        """The fit, and the distance maps of each part of the first `scored` views of left-out support images.
+        """The fit, and the distance maps of each part for the first `scored` views of left-out support images.
 
-        A single image has no others: its first view is compared with the rest of its views.
+        With a single image, its first view is compared with the rest of its views.
         """
-        views, found = len(self.views), []
-        for part, own in zip(self.parts, self._split(support), strict=True):
-            measure = partial(_fit_and_measure, part.scorer)
+        views, distances = len(self.views), []
+        for _, scorer, own in self._split(support):
+            measure = partial(_fit_and_measure, scorer)
             if len(own[0]) > views:
-                found.append(left_out(own, views, scored, measure))
+                distances.append(left_out(own, views, scored, measure))
             else:
-                found.append(measure(without_images(own, 0, 1), [tensor[:1] for tensor in own]))
-        scale = torch.stack([one[::scored].mean() for one in found]).clamp(min=EPS)
-        return self.refit({"scale": scale}, support), found
+                distances.append(measure(without_images(own, 0, 1), [tensor[:1] for tensor in own]))
+        scale = torch.stack([maps[::scored].mean() for maps in distances]).clamp(min=EPS)
+        return self.refit({"scale": scale}, support), distances
 
-    def _prefixes(self) -> list[str]:
-        """Of the names of tensors, one per part: the scorer's name; several parts with one scorer are numbered."""
-        names = [part.scorer.name for part in self.parts]
-        counts = [names[:number].count(name) for number, name in enumerate(names)]
-        return [f"{name}{count or ''}_" for name, count in zip(names, counts, strict=True)]
+    def _split(self, prepared: Prepared) -> list[tuple[str, Scorer, Prepared]]:
+        """For each part, the prefix of the names of its fitted tensors, its scorer and its prepared features.
 
-    def _split(self, prepared: Prepared) -> list[Prepared]:
-        """The tensors of each part."""
-        ends = [sum(self.kept[: number + 1]) for number in range(len(self.kept))]
-        return [prepared[end - count : end] for end, count in zip(ends, self.kept, strict=True)]
+        The prefix is the scorer's name; several parts with the same scorer are numbered.
+        """
+        names, split, start = [], [], 0
+        for part, count in zip(self.parts, self.counts, strict=True):
+            prefix = f"{part.scorer.name}{names.count(part.scorer.name) or ''}_"
+            split.append((prefix, part.scorer, prepared[start : start + count]))
+            names.append(part.scorer.name)
+            start += count
+        return split
+
+
+def _tensors_of(fitted: Fitted, prefix: str) -> Fitted:
+    """The fitted tensors of one part, without the prefix of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in fitted.items() if name.startswith(prefix)}
 
 
 def _fit_and_measure(scorer: Scorer, support: Prepared, test: Prepared) -> torch.Tensor:
@@ -163,7 +167,7 @@ class Combined(GeometricMean):
 
 
 def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
-    """`scorer` for a network of several backbones, applied to each of them; the results are averaged.
+    """A scorer that applies `scorer` to each of several backbones and averages the results geometrically.
 
     layers: the number of feature maps of each backbone. With at most one backbone, the scorer itself.
     """
@@ -175,7 +179,7 @@ def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
             weights = tuple(weight / len(layers) for weight in part.weights)
             parts.append(Part(part.scorer, slice(start, start + count), weights))
         start += count
-    found = GeometricMean(scorer.name, parts)
-    found.border_weight = scorer.border_weight
-    found.prior = scorer.prior if isinstance(scorer, GeometricMean) else None  # the others have another scale now
-    return found
+    mean = GeometricMean(scorer.name, parts)
+    mean.border_weight = scorer.border_weight
+    mean.prior = scorer.prior if isinstance(scorer, GeometricMean) else None  # other scorers had another scale
+    return mean

@@ -1,8 +1,8 @@
-"""Patch embeddings of several layers on one grid, in coordinates in which distances are meaningful.
+"""Patch embeddings of several layers on one grid, scaled, projected and damped so that they can be compared.
 
-Each layer is scaled to the same total variance. The embeddings of the support determine the principal directions, of
-which the first are kept, each divided by a power of its standard deviation. Damping then turns x into
-x / sqrt(|x|^2 + mean |x|^2 of the support), so a distance lies between the Euclidean and the cosine distance.
+Each layer is scaled to the same total variance. The first principal directions of the support embeddings are kept, each
+divided by a power of its standard deviation. Damping then turns x into x / sqrt(|x|^2 + mean |x|^2 of the support), so
+a distance lies between the Euclidean and the cosine distance.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def principal_directions(
 def eigenvalues(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) of symmetric matrices (..., n, n).
 
-    On the CPU one thread computes them: several wait for each other after every step, which takes far longer for many
-    small matrices, most of all where other processes are busy.
+    On the CPU one thread computes them: for many small matrices, several threads take far longer, as they wait for each
+    other after every step.
     """
     if matrices.device.type != "cpu":
         return torch.linalg.eigh(matrices)

@@ -17,9 +17,9 @@ from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
 from utils.devices import free_memory, upload
 from utils.errors import UserError
 
-MOST_BYTES, PART_BYTES = 2**30, 128 * 2**20  # of features in the host's memory, and at once of those in a file
-CUDA_SHARE = 0.5  # of CUDA's free memory, for a network pass, and for features; distances need the rest
-CUDA_IMAGES = 64  # of a network pass at most; not measured
+MOST_BYTES, PART_BYTES = 2**30, 128 * 2**20  # largest size of features in host memory; of a part of those in a file
+CUDA_SHARE = 0.5  # share of CUDA's free memory for a network pass, and for features; distances need the rest
+CUDA_IMAGES = 64  # largest number of images per network pass; not measured
 
 
 class FeatureNetwork(Protocol):
@@ -34,7 +34,7 @@ class FeatureNetwork(Protocol):
 def images_per_pass(network: FeatureNetwork, device: torch.device, on_cpu: int) -> int:
     """Images per network pass: `on_cpu` on the CPU; on CUDA as many as fit into CUDA_SHARE of the free memory.
 
-    At most CUDA_IMAGES. The memory of an image is measured in a pass of one.
+    On CUDA at most CUDA_IMAGES. The memory per image is measured by passing one.
     """
     if device.type == "cpu":
         return on_cpu
@@ -42,18 +42,18 @@ def images_per_pass(network: FeatureNetwork, device: torch.device, on_cpu: int) 
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     network.features(image)
-    of_image = torch.cuda.max_memory_allocated(device) - before
-    return max(1, min(CUDA_IMAGES, int(CUDA_SHARE * free_memory(device)) // max(1, of_image)))
+    per_image = torch.cuda.max_memory_allocated(device) - before
+    return max(1, min(CUDA_IMAGES, int(CUDA_SHARE * free_memory(device)) // max(1, per_image)))
 
 
 class FeatureStore:
     """Prepared features of a fixed number of images for several scorers, filled batch by batch.
 
-    images: number of images. with_views: store each scorer's own `views` of every image; otherwise the image alone.
-    folder: where features lie in a file that exceed MOST_BYTES on the CPU, or CUDA_SHARE of the free memory on CUDA;
-    None: all stay in memory.
+    images: number of images. with_views: store the `views` of each scorer for every image; otherwise the image alone.
+    folder: features that exceed MOST_BYTES on the CPU, or CUDA_SHARE of the free memory on CUDA, are stored in a
+    temporary file in this folder; None: all stay in memory.
 
-    prepared: by scorer, of all images, or of the last part of them if there is a file.
+    prepared: features by scorer, of all images, or of the last part of them if there is a file.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class FeatureStore:
         self.scorers, self.images = scorers, images
         self.per_image = {scorer.name: len(scorer.views) if with_views else 1 for scorer in scorers}
         self.prepared: dict[str, Prepared] = {}
-        self.folder, self.at_once = folder, images  # images in a part
+        self.folder, self.at_once = folder, images  # at_once: images per part
         self._file: BinaryIO | None = None
-        self._filed = 0  # parts in the file
+        self._filed = 0  # number of parts in the file
 
     def write(self, start: int, maps: FeatureMaps) -> None:
         """Prepares and stores the feature maps of consecutive images, the first at index `start`.
@@ -84,11 +84,11 @@ class FeatureStore:
     def _divide(self, first: dict[str, Prepared], folder: Path) -> None:
         """Chooses the size of a part from the first batch, and opens the file if there are several."""
         tensors = [tensor for prepared in first.values() for tensor in prepared]
-        batch, of_image = len(tensors[0]), sum(tensor[0].nbytes for tensor in tensors)
-        needed, device = of_image * self.images, tensors[0].device
+        batch, per_image = len(tensors[0]), sum(tensor[0].nbytes for tensor in tensors)
+        needed, device = per_image * self.images, tensors[0].device
         if needed <= (MOST_BYTES if device.type == "cpu" else CUDA_SHARE * free_memory(device)):
             return
-        self.at_once = max(1, PART_BYTES // (of_image * batch)) * batch
+        self.at_once = max(1, PART_BYTES // (per_image * batch)) * batch
         try:
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
@@ -103,27 +103,27 @@ class FeatureStore:
             weakref.finalize(self, self._file.close)
         except OSError as error:
             raise UserError(f"cannot write features to {folder}: {error.strerror}") from error
-        print(f"the features of {self.images} images, {needed / 2**30:.1f} GB, lie in a temporary file in {folder}")
+        print(f"storing the features of {self.images} images, {needed / 2**30:.1f} GB, in a temporary file in {folder}")
 
     @property
     def is_in_parts(self) -> bool:
-        """Whether there is a file."""
+        """Whether features are in a file, part by part."""
         return self._file is not None
 
     def parts(self, name: str) -> Iterator[Prepared]:
         """The features of a scorer for consecutive images; all images at once unless there is a file."""
         tensors = self._tensors()
         sizes = [tensor.nbytes for tensor in tensors]
-        own = [number for number, tensor in enumerate(tensors) if any(tensor is one for one in self.prepared[name])]
         for part in range(self._filed):
-            found = []
-            for number in own:
-                like = tensors[number]
-                of_host = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+            read = []
+            for number, like in enumerate(tensors):
+                if not any(like is tensor for tensor in self.prepared[name]):
+                    continue
+                host = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
                 self._file.seek(part * sum(sizes) + sum(sizes[:number]))
-                self._file.readinto(_in_memory_order(of_host).numpy())
-                found.append(upload(of_host, like.device))
-            yield found
+                self._file.readinto(_in_memory_order(host).numpy())
+                read.append(upload(host, like.device))
+            yield read
         rows = (self.images - self._filed * self.at_once) * self.per_image[name]
         yield [tensor[:rows] for tensor in self.prepared[name]]
 
@@ -163,7 +163,10 @@ def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_memory(needed: int, device: torch.device, images: int) -> None:
-    """Raises UserError unless `needed` bytes are free on `device`: the system would kill the process without a word."""
+    """Raises UserError unless `needed` bytes are free on `device`; the system would kill the process without a message.
+
+    images: their number, for the message.
+    """
     free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(
@@ -178,10 +181,10 @@ def write_support_images(
 ) -> None:
     """Computes and stores the features of the support views of images.
 
-    A view that several scorers need goes through the network once. On the CPU, each image has network passes of its
-    own, so its features do not depend on the others. On CUDA, passes are filled with the views of several images.
+    A view that several scorers need passes through the network once. On the CPU, a network pass has views of one image
+    only, so that features do not depend on other images. On CUDA, a pass has views of several images.
 
-    numbers: their indices in the store. images: (K, 3, S, S) in [0, 1]. batch_size: views per network pass.
+    numbers: the indices of the images in the store. images: (K, 3, S, S) in [0, 1]. batch_size: views per network pass.
     """
     needed = sorted({view for scorer in store.scorers for view in scorer.views})
     at_once = 1 if images.device.type == "cpu" else max(1, batch_size // len(needed))
@@ -198,10 +201,10 @@ def _write_together(
     needed: Sequence[int],
     batch_size: int,
 ) -> None:
-    """`write_support_images` for images that share network passes; each pass holds some views of all of them.
+    """`write_support_images` for images that share network passes; each pass has some views of all of them.
 
     For a grey image on the CPU, the features of the image are reused for its grey view; both are equal up to rounding.
-    On CUDA, the comparison would make the host wait.
+    Not on CUDA, where the host would wait for the comparison.
     """
     count = len(images)
     views = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, count))
@@ -211,11 +214,14 @@ def _write_together(
     for batch in (computed[at : at + step] for at in range(0, len(computed), step)):
         maps = network.features(torch.stack([views[view] for view in batch], dim=1).flatten(0, 1))
         for scorer in store.scorers:
-            own = [place for place, view in enumerate(batch) if view in scorer.views]
-            if own:
-                prepared = scorer.prepare([_pick(layer, own, len(batch)) for layer in maps])
-                first = scorer.views.index(batch[own[0]])
-                _write_views(store, scorer, numbers, first, prepared)
+            places = [place for place, view in enumerate(batch) if view in scorer.views]
+            if places:
+                prepared = scorer.prepare([_pick(layer, places, len(batch)) for layer in maps])
+                first = scorer.views.index(batch[places[0]])
+                for image, number in zip(range(count), numbers, strict=True):
+                    rows = slice(image * len(places), (image + 1) * len(places))
+                    start = number * len(scorer.views) + first
+                    store.write_rows(scorer.name, start, [tensor[rows] for tensor in prepared])
     for scorer in store.scorers:
         if is_grey and GREY_VIEW in scorer.views:
             start = numbers[0] * len(scorer.views)
@@ -224,9 +230,9 @@ def _write_together(
 
 
 def _pick(layer: torch.Tensor, places: Sequence[int], views: int) -> torch.Tensor:
-    """The rows at `places` of each image in `layer` (images * views, ...), images first; copies nothing if all are.
+    """The rows at `places` of each image in `layer` (images * views, ...); `layer` itself if these are all rows.
 
-    Runs of places are sliced: a list of indices would be copied to the device.
+    Consecutive places are sliced, because a list of indices would have to be copied to the device.
     """
     if len(places) == views:
         return layer
@@ -235,13 +241,4 @@ def _pick(layer: torch.Tensor, places: Sequence[int], views: int) -> torch.Tenso
         if place > runs[-1][1] + 1:
             runs.append([place, place])
         runs[-1][1] = place
-    of_images = layer.split(views)
-    return torch.cat([of_image[first : last + 1] for of_image in of_images for first, last in runs])
-
-
-def _write_views(store: FeatureStore, scorer: Scorer, numbers: Sequence[int], first: int, prepared: Prepared) -> None:
-    """Stores prepared features of some views of images, images first; `first`: of the scorer's views."""
-    rows = len(prepared[0]) // len(numbers)
-    for place, number in enumerate(numbers):
-        of_image = [tensor[place * rows : (place + 1) * rows] for tensor in prepared]
-        store.write_rows(scorer.name, number * len(scorer.views) + first, of_image)
+    return torch.cat([image[first : last + 1] for image in layer.split(views) for first, last in runs])

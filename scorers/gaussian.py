@@ -34,8 +34,8 @@ COVARIANCE_EPS = 0.01  # added to the covariance's diagonal, as in the release a
 # allocator reuses them. CUDA: a few large kernels are fastest.
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 8}
 # The images of a batch are padded to a multiple of this. The result for an image then does not depend on its batch:
-# matrix products treat the columns beyond the last full vector register differently. An image alone is not padded,
-# which takes a third of the time: its distances differ by rounding, 1e-7 of the largest.
+# matrix products treat the columns beyond the last full vector register differently. A single image is not padded,
+# which saves two thirds of the time; its distances differ by rounding, 1e-7 of the largest.
 IMAGE_GROUP = 32
 
 Layers = Sequence[torch.Tensor]
@@ -44,7 +44,7 @@ Layers = Sequence[torch.Tensor]
 class Gaussian(Scorer):
     """The scorer of the release: one Gaussian per position, and the Mahalanobis distance to it.
 
-    Prepared features are per layer (N, H_l, W_l, C_l). In memory, the positions come first.
+    Prepared features are per layer (N, H_l, W_l, C_l), stored with the positions first.
     """
 
     name = "gaussian"
@@ -69,26 +69,26 @@ class Gaussian(Scorer):
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Mahalanobis distances (B, H, W): at least 0, without a unit."""
         layers = _positions_first(test)
-        if torch.compiler.is_compiling():  # the number of images is unknown here
+        if torch.compiler.is_compiling():  # the number of images is unknown when a detector is exported
             return _squared_distances(fitted, layers).sqrt().permute(2, 0, 1)
         count = layers[0].shape[2]
         padding = (0, 0, 0, 0 if count == 1 else -count % IMAGE_GROUP)
-        of_fitted = _in_rows(fitted.values(), layers[-1])
+        fitted_rows = _in_rows(fitted.values(), layers[-1])
         squared = [
-            _squared_distances(dict(zip(fitted, statistics, strict=True)), [F.pad(layer, padding) for layer in part])
-            for statistics, part in zip(of_fitted, _in_rows(layers, layers[-1]), strict=True)
+            _squared_distances(dict(zip(fitted, statistics, strict=True)), [F.pad(layer, padding) for layer in rows])
+            for statistics, rows in zip(fitted_rows, _in_rows(layers, layers[-1]), strict=True)
         ]
         return torch.cat(squared)[..., :count].sqrt().permute(2, 0, 1)
 
     def measure(self, support: Prepared, test: Prepared, clock: StageClock, like: Fitted | None = None) -> torch.Tensor:
-        """Fits and scores some rows of the grid at a time. The statistics of all positions are never in memory."""
-        del like  # the distances have no scale of their own
+        """Fits and scores a few rows of the grid at a time, to save the memory of the statistics of all positions."""
+        del like  # the distances have no scale that depends on the fit
         squared, views, images = [], _positions_first(support), _positions_first(test)
-        for of_support, of_test in zip(_in_rows(views, views[-1]), _in_rows(images, images[-1]), strict=True):
+        for view_rows, image_rows in zip(_in_rows(views, views[-1]), _in_rows(images, images[-1]), strict=True):
             with clock(self.name):
-                statistics = _statistics(of_support)
+                statistics = _statistics(view_rows)
             with clock("distance"):
-                squared.append(_squared_distances(statistics, of_test))
+                squared.append(_squared_distances(statistics, image_rows))
         return torch.cat(squared).sqrt().permute(2, 0, 1)
 
 
@@ -97,7 +97,7 @@ def _positions_first(prepared: Prepared) -> list[torch.Tensor]:
 
 
 def _in_rows(tensors: Iterable[torch.Tensor], coarsest: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yields the parts of `tensors` (H_l, ...) that cover the same ROWS_AT_ONCE rows of the grid of `coarsest`."""
+    """Yields the parts of `tensors` (H_l, ...) that cover ROWS_AT_ONCE rows of the grid of `coarsest`, in order."""
     at_once = ROWS_AT_ONCE.get(coarsest.device.type, ROWS_AT_ONCE["cpu"])
     return zip(*(tensor.split(at_once * len(tensor) // len(coarsest)) for tensor in tensors), strict=True)
 

@@ -1,4 +1,4 @@
-"""Prepared features without those of some images: for scores of support images by fits that have not seen them."""
+"""Leaves images out of prepared features, so that support images can be scored by fits without them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from utils.progress import ProgressBar
 
-Rows = list[torch.Tensor]  # prepared features, see scorers/base.py
+Rows = list[torch.Tensor]  # prepared features, as scorers.base.Prepared
 FOLDS = 8  # groups of support images that are left out in turn
 
 
@@ -33,14 +33,16 @@ def without_images(prepared: Rows, start: int, end: int) -> Rows:
 def left_out(support: Rows, views: int, scored: int, measure: Callable[[Rows, Rows], torch.Tensor]) -> torch.Tensor:
     """`measure` of the first `scored` views of each image, given all views of other images: (K * scored, ...).
 
-    At most FOLDS images are left out one at a time. More are left out in FOLDS groups of consecutive images, so that
-    the number of fits does not grow with the number of images. measure: of (others, own).
+    Up to FOLDS images are left out one at a time. More are left out in FOLDS groups of consecutive images, so that the
+    number of fits does not grow with the number of images.
+
+    measure: a function of the features of the other images and of those that are left out.
     """
     images = len(support[0]) // views
     count = min(images, FOLDS)
     edges = itertools.pairwise(images * fold // count * views for fold in range(count + 1))
-    found = []
+    measured = []
     for start, end in ProgressBar("cross-fitting", edges, count, "folds"):
-        own = [tensor[start:end].unflatten(0, (-1, views))[:, :scored].flatten(0, 1) for tensor in support]
-        found.append(measure(without_images(support, start, end), own))
-    return torch.cat(found)
+        fold = [tensor[start:end].unflatten(0, (-1, views))[:, :scored].flatten(0, 1) for tensor in support]
+        measured.append(measure(without_images(support, start, end), fold))
+    return torch.cat(measured)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-BORDER_GRID = 16  # the border of a map is one of so many parts of its side
+BORDER_GRID = 16  # the border of a map is as wide as its side divided by this
 SMOOTHING_SIGMA = 4.0  # pixels of the score map; as in the release, with scipy's truncate 4, mode "reflect"
 
 
@@ -21,7 +21,7 @@ def score_maps(
     """Image scores (B,) and score maps (B, S, S) of distance maps (B, H, H).
 
     An image's score is the maximum of its score map (release behaviour), multiplied by `weights` (S, S) if given.
-    With distance maps (B, 2, H, H), the score map is made of the first and the image score of the second of each image.
+    With distance maps (B, 2, H, H), the first of an image gives its score map and the second its image score.
     matrix: from `score_map_matrix`. inside: (S, S) or (B, S, S) bool; the maps are 0 where it is False.
     """
     distances = distances if distances.dim() == 4 else distances[:, None]
@@ -44,7 +44,7 @@ def score_maps_at(
 def border_weights(size: int, border_weight: float, device: torch.device | str = "cpu") -> torch.Tensor | None:
     """Weights (size, size) of a score map for the image score: 1 inside, about `border_weight` at the border.
 
-    The outermost BORDER_GRID-th of each side has the weight, enlarged and smoothed as the maps are. None: all are 1.
+    The edges are enlarged and smoothed as score maps are. None: all weights are 1.
     """
     if border_weight == 1:
         return None

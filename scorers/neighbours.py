@@ -14,8 +14,8 @@ After PatchCore (Roth et al., CVPR 2022, section 3), adapted to a few support im
    product.
 
 The position of a region does not matter, so parts may lie anywhere in the image. The translated and the grey views are
-not used: they add embeddings and network passes, and hardly any accuracy. benchmarks/scorers.py measures what each
-choice gives, and whether the choice would also have been made without the category it is judged on.
+not used: they add embeddings and network passes, and hardly any accuracy. benchmarks/scorers.py measures the effect of
+each choice, and whether the other categories would have led to the same choice.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from scorers.views import GREY_VIEW, TRANSLATED_VIEWS, VIEWS_PER_IMAGE
 from utils.devices import upload
 
 CUDA_TABLE_BYTES = 512 * 2**20  # largest table of distances between test patch embeddings and the memory bank
-ROUNDING = 1e-5  # smaller squared distances count as 0: the float32 error of |q|^2 + |m|^2 - 2 q m
-ACCEPTED_ROWS = 4096  # patch embeddings of accepted images in the memory, at most
+ROUNDING = 1e-5  # smaller squared distances are set to 0: the float32 error of |q|^2 + |m|^2 - 2 q m
+ACCEPTED_ROWS = 4096  # largest number of patch embeddings that `extend` adds to the memory bank
 SUBSET_SEED = 0  # for the random subset of patch embeddings, if there are more than `bank_size`
 
 
@@ -43,9 +43,9 @@ class NeighboursConfig(NamedTuple):
     layers: number of layers, counted from the coarsest. window: side of the averaging window in positions. finer: grid
     positions per position of the coarsest layer, along one side. components: number of principal directions, None for
     the features without step 2. whitening: exponent of the standard deviation that each direction is divided by; 0 is
-    none, 1 is full whitening. damped: whether step 3 is applied. zero_padding: whether the averages count zeros beyond
-    the border, which damps the border, where the features of all views are alike. bank_size: largest number of patch
-    embeddings in the memory bank; a random subset is kept if there are more.
+    none, 1 is full whitening. damped: whether step 3 is applied. zero_padding: whether the averages include zeros from
+    beyond the border, which damps the border, where the features of all views are similar. bank_size: largest number of
+    patch embeddings in the memory bank; a random subset is kept if there are more.
     """
 
     layers: int = 2
@@ -93,8 +93,8 @@ class Neighbours(Scorer):
         embeddings = torch.cat(support, dim=2).flatten(0, 1)  # (N P, C)
         components, whitening = self.config.components, self.config.whitening
         if components is None:
-            like = embeddings[0]
-            directions, offset = torch.eye(len(like), dtype=like.dtype, device=like.device), torch.zeros_like(like)
+            offset = torch.zeros_like(embeddings[0])
+            directions = torch.eye(len(offset), dtype=offset.dtype, device=offset.device)
         else:
             channels = [layer.shape[2] for layer in support]
             directions, offset = principal_directions(embeddings, channels, components, whitening)
@@ -109,10 +109,10 @@ class Neighbours(Scorer):
         return {"directions": directions, "offset": offset, "damping": damping, "memory": memory}
 
     def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
-        """Adds the patch embeddings of further images to the memory: the ACCEPTED_ROWS that are farthest from it."""
-        del known  # the memory has a limit of its own
+        """Adds patch embeddings of further images to the memory bank: the ACCEPTED_ROWS that are farthest from it."""
+        del known  # the embeddings of an image count once, not relative to the views
         embeddings = torch.cat(accepted, dim=2)
-        distances = torch.cat([self._squared_distances(fitted, one[None]) for one in embeddings]).flatten()
+        distances = torch.cat([self._squared_distances(fitted, image[None]) for image in embeddings]).flatten()
         farthest = distances.topk(min(ACCEPTED_ROWS, len(distances))).indices
         rows = torch.addmm(fitted["offset"], embeddings.flatten(0, 1)[farthest], fitted["directions"])
         if self.config.damped:
@@ -124,7 +124,7 @@ class Neighbours(Scorer):
         """Distances (B, H, H) to the memory bank: at least 0, at most 2 with damping, without a unit."""
         images, positions = test[0].shape[:2]
         embeddings = torch.cat(test, dim=2)
-        if torch.compiler.is_compiling():  # no parts: their size depends on the number of images, unknown here
+        if torch.compiler.is_compiling():  # the number of images, and so of parts, is unknown when exporting
             squared = self._squared_distances(fitted, embeddings)
         else:
             parts = embeddings.split(self._images_at_once(fitted["memory"], positions))
@@ -143,8 +143,8 @@ class Neighbours(Scorer):
     def _images_at_once(self, memory: torch.Tensor, positions: int) -> int:
         """Number of images that share a table of distances.
 
-        CPU: one. Its table fits into the caches, and the result for an image does not depend on the batch. CUDA: as
-        many as CUDA_TABLE_BYTES allows.
+        CPU: one, so that the table fits into the caches and the result does not depend on the batch. CUDA: as many as
+        CUDA_TABLE_BYTES allows.
         """
         if memory.device.type == "cpu":
             return 1

@@ -1,16 +1,16 @@
 """The positions scorer: the distance of each region to the support's regions at the same position.
 
-One Gaussian per position of a fine grid, as the release's scorer, in coordinates that are fixed for the whole part:
+One Gaussian per position of a fine grid, as in the release's scorer, but in coordinates that all positions share:
 1. Patch embeddings of the three finest layers are resampled to one grid, joined, and mapped to D coordinates
    as those of `neighbours` (scorers/coordinates.py).
-2. At each position, m and S are mean and covariance over the support views, S divided by n - 1. S is replaced by its
+2. At each position, m and S are mean and covariance over the n support views, S divided by n - 1. S is replaced by its
    `RANK` largest principal components plus e times the identity, with e the variance of a coordinate within positions,
-   averaged over all of them. So a direction that the few views do not show is not taken for impossible.
+   averaged over all of them. So directions in which the few views do not vary keep a variance above 0.
 3. The distance is sqrt((q - m)^T S^-1 (q - m)).
 
 Each component v with variance l gives a column v sqrt(l / (l + e)) of the factors F. With d = q - m,
 distance^2 = (|d|^2 - |F^T d|^2) / e.
-The size of what is fitted does not depend on the number of support images.
+The size of the fitted tensors does not depend on the number of support images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYERS = 3  # of the network, counted from the coarsest
 FINER = 2  # grid positions per position of the coarsest layer, along one side
 COMPONENTS, WHITENING = 128, 0.5  # D, and the exponent, as in `neighbours`
 RANK = 16  # principal components per position; bounds size and time
-CUDA_IMAGES = 32  # whose products with the factors are in memory together
+CUDA_IMAGES = 32  # images whose products with the factors are in memory together
 EPS = 1e-12  # avoids division by 0 where all views are equal
 
 
@@ -67,9 +67,9 @@ class Positions(Scorer):
         return coordinates | {"mean": mean, "factors": _factors(centred, ridge), "ridge": ridge}
 
     def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
-        """Updates mean and covariance of each position; an image counts as much as the views of a support image.
+        """Updates mean and covariance of each position; an image has the weight of all views of a support image.
 
-        The covariance of the support is what its factors say, without the directions that they leave out.
+        The covariance of the support is restored from its factors, without the components that they leave out.
         """
         weight, ridge, mean = len(self.views), fitted["ridge"], fitted["mean"]
         embeddings = torch.cat(accepted, dim=2)
@@ -89,7 +89,7 @@ class Positions(Scorer):
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Mahalanobis distances (B, H, H): at least 0, without a unit."""
         embeddings = torch.cat(test, dim=2)
-        at_once = 1 if embeddings.device.type == "cpu" else CUDA_IMAGES  # one: an image's result is that of any batch
+        at_once = 1 if embeddings.device.type == "cpu" else CUDA_IMAGES  # 1: results do not depend on the batch
         parts = [embeddings] if torch.compiler.is_compiling() else embeddings.split(at_once)
         squared = torch.cat([_squared_distances(fitted, part) for part in parts])
         side = math.isqrt(squared.shape[1])

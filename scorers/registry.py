@@ -17,14 +17,14 @@ from utils.choices import BACKBONE_NAMES
 from utils.errors import UserError
 
 SCORERS: dict[str, type[Scorer]] = {scorer.name: scorer for scorer in (Gaussian, Neighbours, Positions, Combined)}
-TAKEN_NAMES = {*SCORERS, *BACKBONE_NAMES, "untrained", "last", "source", "best"}  # other parts of the names of records
+TAKEN_NAMES = {*SCORERS, *BACKBONE_NAMES, "untrained", "last", "source", "best"}  # used in file names of records
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a scorer's name becomes part of file names
 
 
 def make_scorer(name: str) -> Scorer:
-    """The scorer called `name`, or an instance of the class given as `FILE.py:CLASS`.
+    """The scorer with this name, or an instance of a class given as `FILE.py:CLASS`.
 
-    The file is imported: its code is executed.
+    The file is imported, which executes its code.
 
     Raises:
         UserError: the scorer, file or class does not exist, or the class is not a Scorer.
@@ -37,15 +37,15 @@ def make_scorer(name: str) -> Scorer:
 
 
 def make_scorers(names: Sequence[str]) -> list[Scorer]:
-    """The scorers called `names`, see `make_scorer`.
+    """The scorers with these names, see `make_scorer`.
 
     Raises:
         UserError: as for `make_scorer`, or two scorers have the same name.
     """
     scorers = [make_scorer(name) for name in names]
-    found = [scorer.name for scorer in scorers]
-    if len(set(found)) < len(found):
-        raise UserError(f"--scorer needs different names, got {', '.join(found)}")
+    used = [scorer.name for scorer in scorers]
+    if len(set(used)) < len(used):
+        raise UserError(f"--scorer needs different names, got {', '.join(used)}")
     return scorers
 
 
@@ -61,21 +61,17 @@ def _from_file(file: str, name: str) -> Scorer:
         spec.loader.exec_module(module)
     except Exception as error:  # importing a user's file can raise any exception
         raise UserError(f"the scorer's file {path} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, Scorer)):
+    custom = getattr(module, name, None)
+    if not (isinstance(custom, type) and issubclass(custom, Scorer)):
         raise UserError(f"{path} has no class {name} derived from scorers.base.Scorer (docs/extend.md)")
     try:
-        scorer = found()
-    except Exception as error:  # abstract methods missing, arguments wanted, or whatever the class raises
+        scorer = custom()
+    except Exception as error:  # a missing abstract method, a required argument, or any error of the class
         raise UserError(f"{name} in {path} cannot be made without arguments: {error}") from error
     if not SAFE_NAME.fullmatch(str(getattr(scorer, "name", ""))) or scorer.name in TAKEN_NAMES:
-        raise UserError(f"{name} in {path} needs a `name` of its own, of letters, digits, - and _")
-    _check_views(scorer, f"{name} in {path}")
-    return scorer
-
-
-def _check_views(scorer: Scorer, where: str) -> None:
-    """Raises UserError unless `views` are numbers of support views in ascending order, the image itself first."""
+        raise UserError(f"{name} in {path} needs a `name` of letters, digits, - and _ that is not in use")
     views = list(scorer.views)
     if not views or views[0] != 0 or views != sorted(set(views)) or views[-1] >= VIEWS_PER_IMAGE:
-        raise UserError(f"{where}: `views` must be ascending indices from 0 on, below {VIEWS_PER_IMAGE}; got {views}")
+        expected = f"ascending indices that start with 0, below {VIEWS_PER_IMAGE}"
+        raise UserError(f"{name} in {path}: `views` must be {expected}; got {views}")
+    return scorer

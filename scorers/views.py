@@ -24,9 +24,9 @@ TURNED_VIEWS = range(GREY_VIEW - 3, GREY_VIEW)  # by 90, 180 and 270 degrees
 def support_views(images: torch.Tensor) -> torch.Tensor:
     """The 22 views of each support image (RegAD section 3.3): (K, 3, S, S) in [0, 1] -> (22 K, 3, S, S).
 
-    The views are grouped by kind. Each group holds all K images. The kinds in order: the image itself; 8 rotations;
-    8 translations; flipped left to right; rotated by 90, 180 and 270 degrees; grey. The release shuffles the views,
-    which does not change the statistics.
+    The views are grouped by kind, each group with all K images: the image itself; 8 rotations; 8 translations; flipped
+    left to right; rotated by 90, 180 and 270 degrees; grey. The release shuffles the views, which does not change the
+    statistics.
 
     Convention: matrices map output to input coordinates (normalised, align_corners=False), with reflection outside.
         - Rotations by `ROTATION_ANGLES` use [cos -sin 0; sin cos 0].
