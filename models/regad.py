@@ -23,7 +23,7 @@ from utils.hub import local_file
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
 WEIGHTS_URL = "https://download.pytorch.org/models/"  # of torchvision
-REASON_LETTERS = 200  # of why a checkpoint does not fit
+REASON_LETTERS = 200  # largest length of torch's reason why a checkpoint does not fit
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of a ResNet in the backbone
 
 
@@ -42,8 +42,8 @@ class RegAD(nn.Module):
         """The registration loss, a scalar in [-1, 1] (RegAD section 3.2).
 
         `query` (B, 3, S, S) and `support` (B, K, 3, S, S) are images with values in [0, 1]. Queries and support images
-        pass through the backbone separately, with batch-norm statistics of their own. The registered maps of the K
-        support images of a query are averaged (release behaviour), or with `each` every one is compared with the query.
+        pass through the backbone separately, with separate batch-norm statistics. The query is compared with the mean
+        of the registered maps of its K support images (release behaviour), or with `each` with every one of them.
         """
         query_map = self.stn(query).maps[-1]
         support_map = self.stn(support.flatten(0, 1)).maps[-1]  # (B K, C, H, W)
@@ -52,12 +52,12 @@ class RegAD(nn.Module):
         z_query, z_support = self.encoder(query_map), self.encoder(support_map)
         p_query, p_support = self.predictor(z_query), self.predictor(z_support)
         if each:
-            p_query, z_query = (one.repeat_interleave(support.shape[1], dim=0) for one in (p_query, z_query))
+            p_query, z_query = (maps.repeat_interleave(support.shape[1], dim=0) for maps in (p_query, z_query))
         return registration_loss(p_query, z_query, p_support, z_support)
 
 
 def checkpoint(model: RegAD, recipe: dict) -> dict:
-    """A checkpoint in the release's format, with `recipe` as a further entry: plain values on the training.
+    """A checkpoint in the release's format, with the further entry `recipe`: plain values that describe the training.
 
     The weights are copies on the CPU: further training does not change them.
     """
@@ -69,13 +69,13 @@ def checkpoint(model: RegAD, recipe: dict) -> dict:
 
 
 def save_portable(path: Path, content: dict) -> None:
-    """Writes what `checkpoint` returned as a safetensors file: tensors named STN.conv1.weight and so on."""
+    """Writes the result of `checkpoint` as a safetensors file, with tensors named STN.conv1.weight and so on."""
     tensors = {f"{part}.{name}": value for part in CHECKPOINT_PARTS for name, value in content[part].items()}
     save_safetensors(path, tensors, content[RECIPE])
 
 
 def read_checkpoint(path: Path) -> object:
-    """The content of a checkpoint file, as `checkpoint` returns it, if it is one; it may also be a safetensors file.
+    """The content of a .pt or .safetensors file; of a checkpoint, as `checkpoint` returns it.
 
     Raises:
         UserError: the file cannot be read.
@@ -96,9 +96,9 @@ def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
 
 
 def selection(path: Path) -> tuple[str, int | None]:
-    """The rule that selected the weights of a checkpoint (`select` of train.py), and their epoch, None if unknown.
+    """The rule that selected the weights of a checkpoint (`--select` of train.py), and their epoch, None if unknown.
 
-    The release selects by the target's test labels: `best`.
+    The rule of the release's checkpoints is `best`, by the target's test labels.
 
     Raises:
         UserError: the file cannot be read.
@@ -106,28 +106,29 @@ def selection(path: Path) -> tuple[str, int | None]:
     content = read_checkpoint(path)
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
     recipe = recipe if isinstance(recipe, dict) else {}
-    endings = {"last", "source"} & {path.stem.rpartition("_")[2]}
-    rule = endings.pop() if endings else recorded(recipe).get("select", "best")
+    ending = path.stem.rpartition("_")[2]
+    rule = ending if ending in ("last", "source") else recorded(recipe).get("select", "best")
     return rule, recipe.get("epoch")
 
 
 def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RELEASE_BACKBONE) -> RegAD:
     """The networks of a checkpoint in the release's format, {'STN', 'ENC', 'PRED'}. All names and shapes must match.
 
+    path: a .pt or .safetensors file, or an address on the hub (`utils.hub`).
+
     Raises:
         UserError: the file is missing, damaged or no checkpoint, or has another backbone, STN mode or image size.
-
-    path: a .pt or .safetensors file, or an address on the hub (`utils.hub`).
     """
     path = local_file(path)
     content = read_checkpoint(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
         raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
     recipe = content.get(RECIPE)
-    trained = {**recorded(content), **_resolved(recipe)}
-    for name, asked in (("stn_mode", stn_mode), ("img_size", img_size)):
-        if trained.get(name) not in (asked, None):
-            raise UserError(f"checkpoint {path} was trained with {name} {trained[name]}, not {asked}", (name,))
+    resolved = recipe.get("resolved") if isinstance(recipe, dict) else None
+    trained = recorded(content) | (resolved if isinstance(resolved, dict) else {})
+    for name, requested in (("stn_mode", stn_mode), ("img_size", img_size)):
+        if trained.get(name) not in (requested, None):
+            raise UserError(f"checkpoint {path} was trained with {name} {trained[name]}, not {requested}", (name,))
     content |= {part: _without_wrapper(content[part]) for part in CHECKPOINT_PARTS}
     _reject_other_backbone(path, content["STN"], backbone)
     _reject_other_mode(path, content["STN"], stn_mode)
@@ -144,11 +145,6 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     return model
 
 
-def _resolved(recipe: object) -> dict:
-    found = recipe.get("resolved") if isinstance(recipe, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
 def _without_wrapper(state: dict) -> dict:
     """A state dict without the prefix that torch's DataParallel puts before all names."""
     prefix = "module."
@@ -158,33 +154,37 @@ def _without_wrapper(state: dict) -> dict:
 
 
 def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:
-    """Raises UserError where the layers in a checkpoint are those of another backbone."""
-    layers = {name: shape for name, shape in _shapes(stn).items() if name.split(".")[0] in TRUNK_LAYERS}
-    found = [name for name in BACKBONES if _layer_shapes(name) == layers]
-    if found and backbone not in found:
-        raise UserError(f"checkpoint {path} has the backbone {found[0]}, not {backbone}", ("backbone",))
+    """Raises UserError if the layers in a checkpoint are those of another backbone."""
+    matching = [name for name in BACKBONES if _layer_shapes(name) == _trunk_shapes(stn)]
+    if matching and backbone not in matching:
+        raise UserError(f"checkpoint {path} has the backbone {matching[0]}, not {backbone}", ("backbone",))
 
 
 @functools.cache
 def _layer_shapes(backbone: str) -> dict[str, torch.Size]:
     """Names and shapes of the layers of a backbone, without the STNs. On the meta device nothing is allocated."""
     with torch.device("meta"):
-        state = BACKBONES[backbone].build().state_dict()
-    return {name: shape for name, shape in _shapes(state).items() if name.split(".")[0] in TRUNK_LAYERS}
+        return _trunk_shapes(BACKBONES[backbone].build().state_dict())
 
 
-def _shapes(state: dict) -> dict[str, torch.Size]:
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {name: value.shape for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+def _trunk_shapes(state: dict) -> dict[str, torch.Size]:
+    """Names and shapes of the ResNet's tensors in a state dict."""
+    return {
+        name: value.shape
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+        and name.split(".")[0] in TRUNK_LAYERS
+        and not name.endswith("num_batches_tracked")
+    }
 
 
 def _reject_other_mode(path: Path, stn: dict, stn_mode: str) -> None:
-    """Raises UserError where a checkpoint belongs to another STN mode, as far as this can be inferred.
+    """Raises UserError if a checkpoint belongs to another STN mode, as far as this can be inferred.
 
     The release does not store the mode, and modes with equally many warp parameters load without an error. Three signs
     are checked: the mode in the file's name, the number of warp parameters, and the last bias of the first STN, which
     starts as the identity of its mode and stays near it. Translation and shear have the same identity and cannot be
-    told from each other.
+    distinguished.
     """
     named = re.fullmatch(
         rf".+_\d+_({'|'.join(STN_MODES)})(?:_(?:{'|'.join(BACKBONES)}))?_(?:model|last)\.(?:pt|safetensors)", path.name
@@ -226,8 +226,8 @@ def untrained(
     model = RegAD(stn_mode, img_size, backbone)
     if weights != "none":
         state = _imagenet_state(backbone) if weights == "imagenet" else load_state_dict(Path(weights))
-        needed = _layer_shapes(backbone)
-        other = [name for name, shape in needed.items() if _shapes(state).get(name) != shape]
+        shapes = _trunk_shapes(state)
+        other = [name for name, shape in _layer_shapes(backbone).items() if shapes.get(name) != shape]
         if other:
             raise UserError(f"weights {weights} are not those of a {backbone}: {len(other)} differ, e.g. {other[0]}")
         trunk = {name: value for name, value in state.items() if name.split(".")[0] in TRUNK_LAYERS}
@@ -241,8 +241,7 @@ def _imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
         return load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, no disk space, or another hash
         raise UserError(
-            f"torchvision's ImageNet {backbone} cannot be downloaded ({error}); download "
-            f"{url} on another machine and give the file, or start from random "
-            "weights (none)",
+            f"torchvision's ImageNet {backbone} cannot be downloaded ({error}); download {url} on another machine and "
+            "give the file, or start from random weights (none)",
             ("weights",),
         ) from error

@@ -1,6 +1,7 @@
-"""ResNets with the layers, names and random initial weights of torchvision's, whose import takes longer than torch's.
+"""ResNets with torchvision's layers, names and random initial weights.
 
-The names are part of the checkpoint format. tests/models/test_backbones.py compares with torchvision.
+torchvision itself takes longer to import than torch. The names are part of the checkpoint format.
+tests/models/test_backbones.py compares with torchvision.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions of 3 x 3 beside the input."""
+    """Two convolutions of 3 x 3 with a shortcut."""
 
     expansion = 1
 
@@ -34,7 +35,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1 x 1, 3 x 3 with the stride, and 1 x 1 beside the input."""
+    """Convolutions of 1 x 1, 3 x 3 with the stride, and 1 x 1, with a shortcut."""
 
     expansion = 4
 
@@ -61,9 +62,9 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A whole ResNet. Only its layers are used, so it has no `forward`.
 
-    layer4 and fc are made because they draw random numbers: a seed gives the weights that it gives in torchvision.
+    layer4 and fc are created because they draw random numbers: with the same seed, torchvision gives the same weights.
 
-    blocks: number of blocks of each layer. wide: widens the 3 x 3 convolutions of bottlenecks.
+    blocks: number of blocks of each layer. wide: factor of the channels of the 3 x 3 convolutions of bottlenecks.
     """
 
     def __init__(self, block: type[BasicBlock | Bottleneck], blocks: Sequence[int], wide: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Networks around networks that are not trained here: a normalised input, and several backbones side by side."""
+"""Wrappers of networks that are not trained here: a normalised input, and several backbones side by side."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of
 
 
 class NormalisedInput(nn.Module):
-    """The feature maps of a network whose input is normalised as when its ImageNet weights were trained.
+    """The feature maps of a network with the input normalisation of its ImageNet training.
 
-    The release does not normalise: its networks see images in [0, 1].
+    The release does not normalise: the input of its networks is images in [0, 1].
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -36,7 +36,7 @@ class NormalisedInput(nn.Module):
 class SeveralBackbones(nn.Module):
     """The feature maps of several networks for the same images, those of the first network first.
 
-    backbone_layers: the number of maps of each network; `scorers.combined.over_backbones` needs it.
+    backbone_layers: the number of maps of each network, for `scorers.combined.over_backbones`.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:

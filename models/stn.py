@@ -28,7 +28,7 @@ SIZE_DIVISOR = FEATURE_STRIDES[-1]  # the three grids are joined, so each must d
 
 
 def check_img_size(size: int, smallest: int = SIZE_DIVISOR) -> None:
-    """Raises UserError where an image size is not a multiple of SIZE_DIVISOR, or is below `smallest`."""
+    """Raises UserError if an image size is not a multiple of SIZE_DIVISOR, or is below `smallest`."""
     if size % SIZE_DIVISOR or size < smallest:
         least = "" if smallest == SIZE_DIVISOR else f" from {smallest} on"
         raise UserError(f"the image size must be a multiple of {SIZE_DIVISOR}{least}, got {size}", ("img_size",))
@@ -139,7 +139,7 @@ BACKBONES = {
 class Registered(NamedTuple):
     """The outputs of the backbone for layer1, layer2, layer3: warped maps (B, C, H, W) and warps (B, 2, 3).
 
-    A warp is None where the network has no spatial transformer; see `without_identity_heads`.
+    A warp is None for a layer without a spatial transformer; see `without_identity_heads`.
     """
 
     maps: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -154,7 +154,7 @@ class STNResNet(nn.Module):
     """
 
     registered_frame = False  # of `features`; True in the network of test.py --frame registered
-    bn_follows_conv = True  # among the children of each module: batch-norm can be fused
+    bn_follows_conv = True  # each batch norm is the child after its convolution, so that both can be fused
 
     def __init__(self, stn_mode: str = "rotation_scale", img_size: int = 224, backbone: str = RELEASE_BACKBONE) -> None:
         super().__init__()
@@ -184,8 +184,8 @@ class STNResNet(nn.Module):
         """Registered maps of images `x` (B, 3, S, S) in [0, 1], warped back to the frame of the image; no gradient.
 
         Map i passed through the warps of layers 1..i. Their inverses are applied to it in reverse order, each with a
-        resampling of its own (release behaviour). Shapes are those of `forward`. With `registered_frame` the maps are
-        not warped back.
+        separate resampling (release behaviour). Shapes are those of `forward`. With `registered_frame` the maps are not
+        warped back.
         """
         with torch.no_grad():
             registered = self(x)
@@ -201,11 +201,10 @@ class STNResNet(nn.Module):
 
 
 def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """`convolution` of images `x` (B, 3, S, S). Where all are grey, one channel is convolved with the summed weights.
+    """`convolution` of images `x` (B, 3, S, S). If all are grey, one channel is convolved with the summed weights.
 
-    On the CPU this halves the time; values and gradients are the same up to rounding, and the comparison costs a
-    twentieth. On CUDA the comparison would make the host wait. Compiled and exported networks must not depend on
-    values.
+    On the CPU this halves the time, and the comparison takes a twentieth; values and gradients are the same up to
+    rounding. On CUDA the host would wait for the comparison. Compiled and exported networks must not depend on values.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and (x[:, 1:] == x[:, :1]).all():
         weight = convolution.weight.sum(dim=1, keepdim=True)
@@ -215,44 +214,44 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def fuse_conv_bn(network: nn.Module) -> nn.Module:
-    """A copy of `network` for inference with the same features up to rounding, in less time.
+    """A copy of `network` for faster inference, with the same features up to rounding.
 
-    See `without_batch_norm`; memory is laid out as `layout` says. A network that is not a STNResNet is only put into
-    eval mode.
+    See `without_batch_norm` and `layout`. A network that is not a STNResNet is only put into eval mode.
     """
     weight = next(network.parameters(), torch.empty(0))
     return without_batch_norm(network).to(memory_format=layout(weight.device, weight.dtype))
 
 
 def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """The faster memory format of a network on `device`, whose convolutions have the type `dtype`."""
+    """The fastest memory format of a network on `device` with convolutions in `dtype`."""
     return LAYOUTS.get((device.type, dtype), torch.channels_last)
 
 
 def without_identity_heads(network: nn.Module) -> nn.Module:
-    """`network` without the spatial transformers that warp nothing. It shares its other modules with `network`.
+    """`network` without the spatial transformers whose warp is the identity. The other modules are shared.
 
-    Sampling at the identity gives the map itself up to rounding. Untrained networks thus skip 3 warps and 6 un-warps
-    and their files lack the heads' weights. A network that is not a STNResNet, or is trained, is returned as it is.
+    Sampling at the identity gives the map itself up to rounding. Untrained networks thus skip 3 warps and 6 inverse
+    warps, and their files lack the heads' weights. A network that is not a STNResNet, or is trained, is returned as it
+    is.
     """
     heads = HEADS if isinstance(network, STNResNet) else ()
-    found = [name for name in heads if getattr(network, name) is not None and getattr(network, name).is_identity()]
-    if not found:
+    identical = [name for name in heads if getattr(network, name) is not None and getattr(network, name).is_identity()]
+    if not identical:
         return network
     shared = copy.copy(network)
-    shared._modules = {name: None if name in found else module for name, module in network._modules.items()}
+    shared._modules = {name: None if name in identical else module for name, module in network._modules.items()}
     return shared
 
 
 def drop_heads(network: STNResNet, state: Mapping[str, torch.Tensor]) -> None:
-    """Removes the spatial transformers that the state dict of a network `without_identity_heads` lacks."""
+    """Removes the spatial transformers without weights in `state`, the state dict of a `without_identity_heads`."""
     for name in HEADS:
         if not any(key.startswith(f"{name}.") for key in state):
             setattr(network, name, None)
 
 
 def without_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy of `network` in eval mode, `without_identity_heads`; batch-norm is fused where `bn_follows_conv`."""
+    """A copy of `network` in eval mode, `without_identity_heads`; batch norm is fused if it has `bn_follows_conv`."""
     network = copy.deepcopy(without_identity_heads(network)).eval().requires_grad_(False)
     if not getattr(network, "bn_follows_conv", False):
         return network

@@ -1,10 +1,10 @@
 """Feature maps of any model of the timm library (an optional package), without registration or training.
 
 A convolutional network has the maps of strides 4, 8 and 16. A vision transformer has one map, the patch tokens of its
-last block; or those of several blocks, each of which is compared on its own, as if it were a backbone of its own:
-NAME@upper, the blocks of the upper half; NAME@spread, four blocks; or NAME@3,5,8,10, counted from 0. Class and register
-tokens are left out. Normalisation and default input size are those of the model. A vision transformer takes any size
-that is a multiple of its patches; the position embeddings of its weights are resampled.
+last block, or the maps of several blocks, which are scored as separate backbones: NAME@upper, the upper half of the
+blocks; NAME@spread, four blocks; or NAME@3,5,8,10, counted from 0. Class and register tokens are omitted. Normalisation
+and default input size are those of the model. A vision transformer accepts any size that is a multiple of its patches;
+the position embeddings of its weights are resampled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from utils.errors import UserError
 from utils.files import load_state_dict
 
 STRIDES = (4, 8, 16)  # as layer1 to layer3 of a ResNet
-BLOCKS, UPPER, SPREAD = "@", "upper", "spread"  # behind the name of a vision transformer: which blocks
-SPREAD_BLOCKS = {12: (3, 5, 8, 10), 24: (5, 11, 17, 23)}  # by depth, as published few-shot methods choose them
+BLOCKS, UPPER, SPREAD = "@", "upper", "spread"  # after the name of a vision transformer: the blocks
+SPREAD_BLOCKS = {12: (3, 5, 8, 10), 24: (5, 11, 17, 23)}  # by depth, as in published few-shot methods
 
 
 class TimmFeatures(nn.Module):
@@ -56,7 +56,7 @@ class TimmFeatures(nn.Module):
         """Raises UserError unless the maps cover the image, each half as wide as the one before."""
         try:
             sides = [tuple(layer.shape[2:]) for layer in self.features(torch.zeros(1, 3, self.img_size, self.img_size))]
-        except Exception as error:  # whatever a model raises at a size it cannot take
+        except Exception as error:  # models raise errors of any type at sizes that they do not accept
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the timm model {name} does not run at {self.img_size} pixels: {reason}") from error
         factor = 1 if hasattr(self, "backbone_layers") else 2
@@ -79,7 +79,7 @@ class TimmFeatures(nn.Module):
                 options |= {"out_indices": chosen, "img_size": self.img_size}
                 self.backbone_layers = (1,) * len(chosen)
             elif blocks:
-                raise UserError(f"{name} is no vision transformer: leave out {BLOCKS}{blocks}")
+                raise UserError(f"{name} is not a vision transformer: leave out {BLOCKS}{blocks}")
             else:
                 options["out_indices"] = tuple(i for i, stride in enumerate(reductions) if stride in STRIDES)
             net = timm.create_model(name, **options)
@@ -99,21 +99,21 @@ class TimmFeatures(nn.Module):
 
 
 def _load(net: nn.Module, path: Path) -> None:
-    """Loads a state dict with timm's names. It may hold the classifier, which is not used."""
+    """Loads a state dict with timm's names. Further tensors, such as the classifier's, are ignored."""
     state = load_state_dict(path)
-    if hasattr(net, "model") and hasattr(net.model, "patch_embed"):  # a vision transformer: resamples its positions
+    if hasattr(net, "model") and hasattr(net.model, "patch_embed"):  # a vision transformer: resample its positions
         state = sys.modules[type(net.model).__module__].checkpoint_filter_fn(state, net.model)
-    own = net.state_dict()
-    names = {name: _timm_name(name, state) for name in own}
-    found = {name: state[given] for name, given in names.items() if given in state}
-    missing = sorted(set(own) - set(found))
+    names = {name: _timm_name(name, state) for name in net.state_dict()}
+    missing = sorted(name for name, timm_name in names.items() if timm_name not in state)
     if missing:
         raise UserError(f"weights {path} are those of another model: {len(missing)} are missing, e.g. {missing[0]}")
-    net.load_state_dict(found)
+    net.load_state_dict({name: state[timm_name] for name, timm_name in names.items()})
 
 
 def _block_indices(blocks: str, depth: int) -> tuple[int, ...]:
-    """The blocks of a vision transformer of `depth` blocks that the text names; "": the last one.
+    """The indices of the blocks that the text after BLOCKS names, for a vision transformer of `depth` blocks.
+
+    An empty text names the last block.
 
     Raises:
         UserError: the text is neither UPPER nor SPREAD nor numbers of blocks.
@@ -124,16 +124,16 @@ def _block_indices(blocks: str, depth: int) -> tuple[int, ...]:
         return tuple(range(depth // 2, depth))
     if blocks == SPREAD:
         return SPREAD_BLOCKS.get(depth) or tuple(dict.fromkeys(depth * block // 12 for block in SPREAD_BLOCKS[12]))
-    found = tuple(int(number) if number.isdecimal() else depth for number in blocks.split(","))
-    if max(found) >= depth or list(found) != sorted(set(found)):
+    indices = tuple(int(number) if number.isdecimal() else depth for number in blocks.split(","))
+    if max(indices) >= depth or list(indices) != sorted(set(indices)):
         raise UserError(
             f"no blocks {blocks!r}: give {UPPER}, {SPREAD}, or ascending numbers from 0 to {depth - 1}, as in 3,5,8"
         )
-    return found
+    return indices
 
 
 def _timm_name(name: str, state: dict) -> str:
-    """The name that a tensor of a features-only model has in a state dict of the whole one."""
+    """The name of a features-only model's tensor in a state dict of the whole model; `name` if it is not there."""
     plain = name.removeprefix("model.")
     first, dot, rest = plain.partition(".")
     split = re.sub(r"_(\d+)", r".\1", first) + dot + rest  # stages_0.blocks is stages.0.blocks there

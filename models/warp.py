@@ -24,12 +24,12 @@ def warp(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
 
 
 def sampling_grid(theta: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The positions (B, H, W, 2) that `warp` samples, as F.affine_grid up to rounding.
+    """The positions (B, H, W, 2) that `warp` samples; as F.affine_grid, up to rounding.
 
-    By sums, not by a batched matrix product: CUDA may compute that in TF32, with 10 bits of the coordinates.
+    Computed by sums, because CUDA may compute a batched matrix product in TF32, with 10 bits of the coordinates.
     """
     x, y = (_centres(side, theta) for side in (width, height))
-    a, b, c = theta[:, None, None].unbind(-1)  # (B, 1, 1, 2): of both coordinates
+    a, b, c = theta[:, None, None].unbind(-1)  # (B, 1, 1, 2) each, for both coordinates
     return x[:, None] * a + y[:, None, None] * b + c
 
 
