@@ -32,7 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from datasets.images import ImageError, eight_bit, read_pixels
 from examples.judge import Judge, Judgement
-from utils.files import append_line
+from utils.files import write_line
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")  # Pillow's others may start programs
 READ_AND_DROPPED = 10  # times the limit: so much of a body that is too large is read, so that the client is answered
@@ -163,7 +163,8 @@ class Service:
         digest = hashlib.sha256(upload.body).hexdigest()
         row = {"time": now, "client": upload.client, "part": upload.part, "sha256": digest, **judgement.plain()}
         try:
-            append_line(self.log, json.dumps(row))
+            with open(self.log, "ab", buffering=0) as stream:
+                write_line(stream, json.dumps(row))
         except OSError as error:
             raise HTTPException(507, f"the decision cannot be recorded in {self.log}: {error.strerror}") from error
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """N(p, z) in [-1, 1]: the negative cosine over the channels of maps (B, C, H, W), averaged over B, H and W."""
-    precise = torch.promote_types(p.dtype, torch.float32)  # the outputs of bfloat16 heads are compared in float32
+    precise = torch.promote_types(p.dtype, torch.float32)  # float32 also for the outputs of bfloat16 heads
     return -F.cosine_similarity(p.to(precise), z.to(precise), dim=1).mean()
 
 

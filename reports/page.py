@@ -15,9 +15,9 @@ from reports.render import get_template
 from utils.files import whole_file
 
 PAGE_IMAGES = 500  # rows with a preview in one page: 17 to 29 MB with the images of six categories, 92 MB with noise
-KNOWN_PANELS = 100  # calibration images with panels
+KNOWN_PANELS = 100  # largest number of calibration images with panels
 PANEL_SIDE = 400  # pixels of the longer side of a panel in the enlarged view
-THUMBNAIL_SIDE = 128  # the same of a thumbnail
+THUMBNAIL_SIDE = 128  # pixels of the longer side of a thumbnail
 PREVIEW_QUALITY = 75  # of JPEG
 
 
@@ -34,10 +34,10 @@ NO_PREVIEW = Preview()
 class PageRow(NamedTuple):
     """One image of the page.
 
-    score: None if the image could not be scored; `error` says why. defect_type: "good" or the name of a defect, None
-    without labels. decision: "normal", "review" or "defective", where it holds whatever the score; None: by the
-    thresholds of the page, which the reader moves. reason: why it holds. boxes: regions above the threshold as (x, y,
-    width, height, area, peak), in pixels of the image; peak is a score. time: ISO 8601; days are shown one by one.
+    score: None if the image could not be scored; `error` has the reason. defect_type: "good" or the name of a defect,
+    None without labels. decision: "normal", "review" or "defective" if it does not depend on the score; None: by the
+    thresholds of the page, which the reader moves. reason: of `decision`. boxes: regions above the threshold as (x, y,
+    width, height, area, peak), in pixels of the image; peak is a score. time: ISO 8601; days are shown separately.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Reference(NamedTuple):
     """A normal image that was used for fitting or calibration, or an image with a known defect.
 
     role: "support" (score: leave-one-out), "calibration" or "known defect". score: None if there is none. decision,
-    reason: as of `PageRow`.
+    reason: as in `PageRow`.
     """
 
     name: str
@@ -75,14 +75,14 @@ class PageTable(NamedTuple):
 
 
 class Page(NamedTuple):
-    """All that a page shows.
+    """The content of a page.
 
-    subtitle: below the title. threshold: above it, an image is defective; None: the reader sets one. review: above it,
-    an image is for review; None: only where `PageRow.decision` says so. adopt: the command that adopts a threshold,
-    with {} in its place. sign_off: whether a printed page has a line to sign. warnings: sentences, shown first.
-    facts: name and value, such as date and detector. typical: a typical score of a normal image; scores are also shown
-    as its multiples. colours: the scores of the first and the last colour of all heat maps; None if each has its own.
-    outlines: CSS colour and meaning of each outline.
+    subtitle: below the title. threshold: an image with a higher score is defective; None: the reader sets one. review:
+    an image with a higher score is for review; None: only by `PageRow.decision`. adopt: the command that adopts a
+    threshold, with {} in its place. sign_off: whether a printed page has a line to sign. warnings: sentences, shown
+    first. facts: name and value, such as date and detector. typical: a typical score of a normal image; scores are also
+    shown as its multiples. colours: the scores of the first and the last colour of all heat maps; None if each heat map
+    has its own. outlines: CSS colour and meaning of each outline.
     """
 
     title: str
@@ -105,8 +105,8 @@ class Page(NamedTuple):
 def write_page(path: Path, page: Page) -> None:
     """Writes a page with a histogram of the scores, a threshold slider and a sortable table of the rows.
 
-    With labels, the page also has a ROC curve and a table by defect type. Rows are written one by one, because all
-    previews together are large.
+    With labels, the page also has a ROC curve and a table by defect type. Rows are written one by one, as all previews
+    may not fit into memory.
 
     Raises:
         ValueError: a score or the threshold is NaN or infinite.
@@ -118,7 +118,7 @@ def write_page(path: Path, page: Page) -> None:
         "gradient": ", ".join(colour_stops()),
         "mark": place(page.threshold, page.colours) if page.colours and page.threshold else None,
     }
-    with whole_file(path) as aside:  # file names may hold any bytes
+    with whole_file(path) as aside:  # file names may contain any bytes
         get_template("page.html").stream(values).dump(str(aside), encoding="utf-8", errors="backslashreplace")
 
 

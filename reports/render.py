@@ -14,10 +14,8 @@ def get_template(name: str) -> Template:
     """A template of reports/templates.
 
     Every value is escaped, and an undefined value is an error. In templates, `source("page.css")` inserts a file of the
-    same folder unescaped, and the filter `tojson` gives JSON that cannot end a script element. It refuses NaN.
-
-    Raises:
-        jinja2.TemplateNotFound: no such file.
+    same folder unescaped, and the filter `tojson` gives JSON that cannot end a script element, and raises an error for
+    NaN.
     """
     return _environment.get_template(name)
 

@@ -1,6 +1,6 @@
-"""Names and defaults that command lines offer. Nothing heavy is imported here: `--help` must not wait for torch.
+"""Names and defaults of flags. This module does not import torch, so that `--help` is fast.
 
-The modules that implement the choices import them from here, or are compared with them by tests/utils/test_choices.py.
+The modules that implement the choices import them from here, or tests/utils/test_choices.py compares both.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import os
 import tempfile
 from pathlib import Path
 
-MAX_PIXELS = 178_956_970  # Pillow's limit, against files of a few KB that decode to more than the memory
+MAX_PIXELS = 178_956_970  # Pillow's limit: files of a few KB can decode to more than the memory
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras whose images are stored in 16-bit grey files
-MASK_ORIENTATIONS = ("upright", "stored")  # what a mask without EXIF orientation was drawn on
+MASK_ORIENTATIONS = ("upright", "stored")  # the image on which a mask without EXIF orientation was drawn
 AUTO_BITS = "auto"  # the smallest of BIT_DEPTHS that holds the values of the images
 CATEGORIES = {
     "mvtec": (
@@ -35,12 +35,12 @@ STN_MODE_NAMES = (
 RELEASE_BACKBONE = "resnet18"
 BACKBONE_NAMES = (RELEASE_BACKBONE, "resnet34", "resnet50", "wide_resnet50_2")
 LITE_BACKBONE = "efficientnet_lite2"  # the default of predict.py and export.py
-PREFIX = "timm:"  # of the names of the backbones of timm
-NORMALISED = "_normalised"  # behind the name of a ResNet: its input is normalised as for ImageNet
+PREFIX = "timm:"  # of the names of timm's backbones
+NORMALISED = "_normalised"  # after the name of a ResNet: its input is normalised as for ImageNet
 SEVERAL = "+"  # between the names of backbones that are used side by side
 BACKBONE_HELP = (
     f"{', '.join(BACKBONE_NAMES)}; without registration training: {LITE_BACKBONE} (its ImageNet weights are installed "
-    f"with this project), or {PREFIX}NAME for any model of the timm library; a ResNet with {NORMALISED} behind its "
+    f"with this project), or {PREFIX}NAME for any model of the timm library; a ResNet with {NORMALISED} after its "
     f"name has a normalised input; names joined by {SEVERAL} are used side by side"
 )
 RELEASE_SCORER = "gaussian"  # the scorer of the release; default of train.py and test.py
@@ -55,11 +55,11 @@ LARGEST_SEED = 2**32 - 1  # of NumPy
 DEFAULT_SEED = 668  # as in the release
 DRAW_SEED = 0  # of support sets that are not given
 DEFAULT_SUPPORT_PATH = Path("./support_set")
-MIN_TILE = 16  # pixels; smaller tiles are enlarged beyond any use
+MIN_TILE = 16  # pixels; smaller tiles would be enlarged too much
 AUTO, OFF = "auto", "off"
 Tile = int | str  # AUTO, OFF, or the side of a tile in pixels of the image
 SAFETENSORS = ".safetensors"  # the suffix of such files
-WEIGHTS = {  # the weights of a record, in the order of the columns: how they were selected
+WEIGHTS = {  # kinds of weights of a record, in the order of the tables' columns, with their selection
     "untrained": "before registration training",
     "last": "the last epoch, without selection",
     "source": "selected on held-out source categories; no image of the target category is read",
@@ -74,10 +74,10 @@ def is_trainable(backbone: str) -> bool:
 
 
 def category_name(text: str) -> str:
-    """The name of a category as a flag gives it. `ring/` and `./ring`, as tab completion writes them, are `ring`.
+    """The category that the text of a flag names; `ring/` and `./ring`, as from tab completion, are `ring`.
 
     Raises:
-        argparse.ArgumentTypeError: not the name of a folder directly in the data folder.
+        argparse.ArgumentTypeError: the text has further folders or is no name.
     """
     name = os.path.normpath(text) if text else ""
     if name in ("", ".", "..") or Path(name).name != name:
@@ -86,7 +86,7 @@ def category_name(text: str) -> str:
 
 
 def round_choice(text: str) -> int | str:
-    """The number of a round, or one of ROUND_RANKS, as flags name it.
+    """The number of a round, or one of ROUND_RANKS, from the text of a flag.
 
     Raises:
         ValueError: neither.

@@ -4,9 +4,10 @@
     class DrawConfig(Config):
         rounds: int = flag("rounds per support set", default=10, least=1, affects_results=True)
 
-A field is declared once: name, type, default, help and limits. `Parser` makes the command line of it. A configuration
-is checked when it is made and never changed; `dataclasses.replace` makes another one. `--config FILE` of every command
-takes the values of a JSON file, of a record, of a checkpoint or of a detector file; flags on the command line win.
+A field declares name, type, default, help and limits; `Parser` builds the command line from the fields. A configuration
+is validated on creation and never changed; `dataclasses.replace` returns a changed copy. With `--config FILE`, every
+command takes values from a JSON file, a record, a checkpoint or a detector file; flags on the command line take
+precedence.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from typing import Any, Generic, NoReturn, TypeVar
 from utils.choices import SAFETENSORS
 from utils.errors import UserError
 
-CONFIG_KEYS = ("config", "arguments")  # where records hold the configuration; "arguments": until version 0.1
+CONFIG_KEYS = ("config", "arguments")  # entries of records with the configuration; "arguments": until version 0.1
 LARGEST_INTEGER = 2**63 - 1  # of torch and NumPy
-CHECKPOINT_KEYS = ("recipe", "origin")  # where checkpoints and detector files hold their record
+CHECKPOINT_KEYS = ("recipe", "origin")  # entries of checkpoints and detector files with their record
 
-UNLESS_DEFAULT = "unless default"  # affects_results of a flag that earlier versions lacked: their fingerprints stay
+# `affects_results` of flags that were added later: with the default, fingerprints of earlier versions remain valid
+UNLESS_DEFAULT = "unless default"
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -51,11 +53,11 @@ def flag(
 ) -> Any:  # noqa: ANN401, the type of the field
     """A field of a `Config`, and with it the flag of the same name.
 
-    text: the help. default: without one, the flag is required. group: of the help page. affects_results: the value is
-    part of the fingerprint of a run; UNLESS_DEFAULT: where it is not the default. least: smallest value of a number, or
-    of each number of a tuple. convert: makes the value of a text; by default the type of the field. options: further
-    arguments of `add_argument` (metavar, nargs, const), `spelling`, the flag where it is not the name of the field, and
-    `aliases`, other flags and names in files of --config, which the help does not show.
+    text: the help. default: without one, the flag is required. group: of the help page. affects_results: whether the
+    value is part of the fingerprint of a run; UNLESS_DEFAULT: only if it is not the default. least, most: limits of a
+    number, or of each number of a tuple. convert: converts text to a value; by default the type of the field. options:
+    further arguments of `add_argument` (metavar, nargs, const); `spelling`, the flag if it is not the name of the
+    field; and `aliases`, further flags and names in files of --config, which the help omits.
     """
     metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least, "most": most}
     metadata |= {"choices": choices, "convert": convert, "options": options}
@@ -66,10 +68,10 @@ def flag(
 class Config:
     """The base of all configurations.
 
-    given: the names that the command line or --config set, as opposed to defaults. It is no flag and not compared.
+    given: the names that the command line or --config set. It is not a flag and not compared.
 
     Raises:
-        UserError: a value is not among the choices or below the least, a number is not finite, or `check` fails.
+        UserError: a value is not among the choices or outside the limits, a number is not finite, or `check` fails.
     """
 
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False, repr=False)
@@ -82,7 +84,7 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError where values contradict each other. Subclasses override it."""
+        """Raises UserError if values contradict each other. Subclasses override it."""
 
     def plain(self) -> dict[str, object]:
         """All values for JSON: paths as text, tuples as lists."""
@@ -90,50 +92,50 @@ class Config:
 
     def results_part(self) -> dict[str, object]:
         """The plain values that affect results, for the fingerprint of a run."""
-        plain, found = self.plain(), {}
+        plain, affecting = self.plain(), {}
         for field in flags_of(type(self)):
             affects = field.metadata["affects_results"]
             if affects and (affects != UNLESS_DEFAULT or plain[field.name] != _plain(field.default)):
-                found[field.name] = plain[field.name]
-        return found
+                affecting[field.name] = plain[field.name]
+        return affecting
 
     @classmethod
     def from_plain(cls: type[AnyConfig], values: Mapping[str, object]) -> AnyConfig:
-        """The configuration of plain values, as `plain` returns them; names that are missing have their default.
+        """The configuration of plain values, as `plain` returns them; missing names get their default.
 
         Raises:
             UserError: a name is unknown, a value has another type, or a required one is missing.
         """
-        known = {field.name: field for field in flags_of(cls)}
-        if unknown := [name for name in values if name not in known]:
-            raise UserError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
-        found = {name: _from_plain(cls, known[name], value) for name, value in values.items()}
-        for name, field in known.items():
-            if field.default is MISSING and name not in found:
+        fields = {field.name: field for field in flags_of(cls)}
+        if unknown := [name for name in values if name not in fields]:
+            raise UserError(f"no such setting: {', '.join(unknown)}; there are {', '.join(fields)}")
+        for name, field in fields.items():
+            if field.default is MISSING and name not in values:
                 raise UserError(f"--{name} is required: {field.metadata['text']}")
-        return cls(**found, given=frozenset(found))
+        converted = {name: _from_plain(cls, fields[name], value) for name, value in values.items()}
+        return cls(**converted, given=frozenset(converted))
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help pages on which every flag has its default, unless its text says it."""
+    """Help pages on which every flag has its default, unless its text mentions the default."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        """Adds a flag; without a text of its own, its default is the text."""
-        action.help = action.help or f"default: {_shown(action.default)}"
+        """Adds a flag. Without a text, its default is the text."""
+        action.help = action.help or f"default: {_default_text(action.default)}"
         super().add_argument(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text, default = action.help or "", getattr(action, "shown", action.default)
+        text, default = action.help or "", getattr(action, "field_default", action.default)
         if "default" in text or isinstance(action, argparse._HelpAction):
             return text
         if action.required or default is MISSING:
             return f"{text} (required)"
-        if default is None and action.nargs in ("?", "*"):  # the flag alone has a meaning
+        if default is None and action.nargs in ("?", "*"):  # the flag may be given without a value
             return f"{text} (default: off)"
-        return f"{text} (default: {_shown(default)})"
+        return f"{text} (default: {_default_text(default)})"
 
 
-def _shown(default: object) -> str:
+def _default_text(default: object) -> str:
     if default in (None, ()) or default is argparse.SUPPRESS:
         return "not set"
     if isinstance(default, bool):
@@ -163,7 +165,7 @@ class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
             type=Path,
             metavar="FILE",
             help="take the flags from a JSON file, or those of an earlier run from its record, checkpoint or detector; "
-            "flags on the command line win",
+            "flags on the command line take precedence",
         )
         groups: dict[str, argparse._ArgumentGroup] = {}
         for field in sorted(flags_of(kind), key=lambda field: (field.default is not MISSING, _place(kind, field.name))):
@@ -185,7 +187,7 @@ class Parser(argparse.ArgumentParser, Generic[AnyConfig]):
         given = vars(self.parse_args(argv))
         file = given.pop("config", None)
         values = {} if file is None else read_config(file, self.kind)
-        # what argparse converted already is converted again: the same rule holds for files and command lines
+        # values that argparse has converted are converted again, so that files and command lines have the same rules
         return self.kind.from_plain(values | {name: _plain(value) for name, value in given.items()})
 
 
@@ -196,7 +198,7 @@ def script_parser(docstring: str) -> argparse.ArgumentParser:
 
 
 def _program() -> str | None:
-    """How the running script is started, where that is `python -m`; None: by its file's name, as argparse shows it."""
+    """The command that starts the running script, if it is `python -m ...`; otherwise None, argparse's default."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else None
 
@@ -207,21 +209,20 @@ def flags_of(kind: type[Config]) -> list[dataclasses.Field]:
 
 
 def recorded(record: Mapping) -> dict[str, object]:
-    """The configuration in a record, a checkpoint or the description of a detector; empty if it holds none."""
+    """The configuration in a record, a checkpoint or the description of a detector; empty if there is none."""
     for key in CHECKPOINT_KEYS:
         if isinstance(record.get(key), Mapping):
             return recorded(record[key])
-    found = [record[key] for key in CONFIG_KEYS if isinstance(record.get(key), Mapping)]
-    return dict(found[0]) if found else {}
+    return next((dict(record[key]) for key in CONFIG_KEYS if isinstance(record.get(key), Mapping)), {})
 
 
 def read_config(file: Path, kind: type[Config]) -> dict[str, object]:
     """The values of a configuration in a JSON file, a record, a checkpoint or a detector file.
 
-    Values of other commands in a record are left out, which is printed; in a JSON file of values alone they are errors.
+    Settings of other commands in a record are ignored, with a note; in a plain JSON file of settings they are errors.
 
     Raises:
-        UserError: the file cannot be read, holds no configuration, or names something unknown.
+        UserError: the file cannot be read, has no configuration, or has an unknown setting.
     """
     names, content = {field.name for field in flags_of(kind)}, _read(file)
     values = recorded(content)
@@ -235,16 +236,18 @@ def read_config(file: Path, kind: type[Config]) -> dict[str, object]:
     values = _renamed(values, kind)
     if others := sorted(set(values) - names):
         print(f"{file}: not settings of this command, ignored: {', '.join(others)}", file=sys.stderr)
-    defaults = {field.name: _plain(field.default) for field in flags_of(kind)}  # a record holds them, nobody gave them
+    defaults = {
+        field.name: _plain(field.default) for field in flags_of(kind)
+    }  # records hold values that were not given
     return {name: value for name, value in values.items() if name in names and value != defaults[name]}
 
 
 def _renamed(values: Mapping, kind: type[Config]) -> dict[str, object]:
-    """The values under the names of the fields, where they are under an alias."""
-    own = {
+    """The values, with aliases replaced by the names of their fields."""
+    fields = {
         alias.removeprefix("--"): f.name for f in flags_of(kind) for alias in f.metadata["options"].get("aliases", ())
     }
-    return {own.get(name, name): value for name, value in values.items()}
+    return {fields.get(name, name): value for name, value in values.items()}
 
 
 def _read(file: Path) -> Mapping:
@@ -255,20 +258,20 @@ def _read(file: Path) -> Mapping:
     if content[:4] == b"PK\x03\x04" or file.suffix == SAFETENSORS:  # a torch file, or one of tensors alone
         from utils.files import load_tensors  # imports torch
 
-        found = load_tensors(file, "file")
+        values = load_tensors(file, "file")
     else:
         try:
-            found = json.loads(content.decode("utf-8-sig"))
+            values = json.loads(content.decode("utf-8-sig"))
         except ValueError as error:
             raise UserError(f"{file} is not a JSON, checkpoint or detector file: {error}") from error
-    if not isinstance(found, Mapping):
-        raise UserError(f"{file} holds no configuration but {type(found).__name__}")
-    return found
+    if not isinstance(values, Mapping):
+        raise UserError(f"{file} holds no configuration but {type(values).__name__}")
+    return values
 
 
 def _place(kind: type[Config], name: str) -> tuple[int, int]:
-    """Where a field is declared: how far up the classes, and its number there. A command's own flags come first."""
-    declared = [list(inspect.get_annotations(one)) for one in kind.__mro__]
+    """The sort key of a field on the help page: depth of its class in the hierarchy, and its number in the class."""
+    declared = [list(inspect.get_annotations(base)) for base in kind.__mro__]
     depth = next(depth for depth, names in enumerate(declared) if name in names)
     return depth, declared[depth].index(name)
 
@@ -285,18 +288,18 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
         if is_tuple:
             options.setdefault("nargs", "+")
     action = group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
-    action.shown = field.default
+    action.field_default = field.default
     for alias in names[1:]:
         group.add_argument(alias, dest=field.name, **options | {"help": argparse.SUPPRESS})
 
 
 def _base_type(kind: type[Config], field: dataclasses.Field) -> tuple[Callable, bool]:
     """The type of a value of the field, without None, and whether the field is a tuple of them."""
-    found = _type_hints(kind)[field.name]
-    if isinstance(found, types.UnionType) or typing.get_origin(found) is typing.Union:
-        found = next(part for part in typing.get_args(found) if part is not type(None))
-    is_tuple = typing.get_origin(found) is tuple
-    return (typing.get_args(found)[0] if is_tuple else found), is_tuple
+    hint = _type_hints(kind)[field.name]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    is_tuple = typing.get_origin(hint) is tuple
+    return (typing.get_args(hint)[0] if is_tuple else hint), is_tuple
 
 
 _type_hints = functools.cache(typing.get_type_hints)

@@ -1,4 +1,4 @@
-"""The device, the seed, and settings that hold for the whole process."""
+"""The device, the seed, and settings of the whole process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import torch
 
 from utils.errors import UserError, lack_of_memory
 
-SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, have never been tried
+SUPPORTED_DEVICES = ("cpu", "cuda")  # others, such as mps and xpu, are untested
 MEMORY_FILE = Path("/proc/meminfo")  # of Linux
 GPU_FILES = ("/dev/nvidia[0-9]*", "/dev/dxg")  # of the NVIDIA driver; of Windows' GPUs in WSL
 GLIBC_M_TRIM_THRESHOLD, GLIBC_M_MMAP_MAX = -1, -4  # malloc.h
 CPU = torch.device("cpu")
-CPU_READERS, MOST_READERS = 2, 16  # threads that decode images: where the network needs the cores, and at most
+CPU_READERS, MOST_READERS = 2, 16  # threads that decode images: if the network uses the CPU; the largest number
 
 Result = TypeVar("Result")
 
@@ -63,7 +63,7 @@ def command_device(name: str) -> torch.device:
 
     On CUDA, convolutions and matrix products use full float32 and deterministic algorithms (cuDNN's default is TF32,
     with 10 bits of mantissa; common containers switch it on for matrix products). On the CPU, freed memory is kept; see
-    `_keep_freed_memory`. The device is printed, and a warning where `auto` passes over a GPU.
+    `_keep_freed_memory`. Prints the device, and a warning if `auto` does not use an existing GPU.
 
     Raises:
         UserError: as `resolve_device`.
@@ -88,10 +88,7 @@ def describe_device(device: torch.device) -> str:
 
 @functools.cache
 def _why_no_cuda() -> str:
-    """Why a GPU that has a device file is not used; empty if there is none, or if this PyTorch is not built for CUDA.
-
-    Cached, so that a process asks once.
-    """
+    """Why an existing GPU is not used; empty if there is none, or if this PyTorch is not built for CUDA."""
     if torch.version.cuda is None or not any(map(glob.glob, GPU_FILES)) or torch.cuda.is_available():
         return ""
     try:
@@ -104,7 +101,7 @@ def _why_no_cuda() -> str:
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`. Host memory is pinned for a copy to CUDA, so that the host does not wait for the device."""
+    """`tensor` on `device`. Host memory is pinned before a copy to CUDA, so that the host does not wait."""
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -113,7 +110,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def reader_threads(asked: int | None, device: torch.device = CPU) -> int:
     """Threads that decode images: `asked`, or CPU_READERS, or on CUDA one per core, at most MOST_READERS.
 
-    The cores are those of PyTorch: the jobs of reproduce.py, which sets OMP_NUM_THREADS, share those of the machine.
+    The number of cores is that of PyTorch's threads: reproduce.py divides the machine's cores among its jobs.
     """
     if asked is not None:
         return asked
@@ -121,10 +118,10 @@ def reader_threads(asked: int | None, device: torch.device = CPU) -> int:
 
 
 def free_memory(device: torch.device = CPU) -> int | None:
-    """Bytes that can be allocated on a device. On the CPU without swapping, and None where the system does not say."""
+    """Bytes that can be allocated on a device, on the CPU without swapping; None if the system does not report it."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for later
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch's allocator
+        return torch.cuda.mem_get_info(device)[0] + cached
     with suppress(OSError, ValueError, IndexError):
         for line in MEMORY_FILE.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -133,12 +130,13 @@ def free_memory(device: torch.device = CPU) -> int | None:
 
 
 def run_batch(work: Callable[[int], Result], count: int, what: str) -> Result:
-    """`work(count)` for a batch of `count` items, called `what`.
+    """`work(count)` for a batch of `count` items.
 
-    work: processes the first items of the batch, as many as it is given. It may be repeated.
+    work: processes as many of the first items of the batch as its argument says; may be called again. what: the items,
+    for messages.
 
     Raises:
-        UserError: the memory does not suffice; it names the largest half, quarter and so on for which it does.
+        UserError: not enough memory; the message has the largest half, quarter and so on of `count` that fits.
     """
     try:
         return work(count)
@@ -153,11 +151,11 @@ def run_batch(work: Callable[[int], Result], count: int, what: str) -> Result:
             _require_lack(error)
         fits //= 2
     advice = f"{fits} would fit" if fits else "not even one fits: take smaller images"
-    raise UserError(f"the memory does not suffice for {count} {what} ({reason}); {advice}", ("batch_size", "img_size"))
+    raise UserError(f"not enough memory for {count} {what} ({reason}); {advice}", ("batch_size", "img_size"))
 
 
 def _require_lack(error: Exception) -> str:
-    """What could not be allocated; other errors are raised again. Frees the tensors of the frames that have failed."""
+    """The reason of an out-of-memory error; raises other errors again. Frees the tensors of the failed frames."""
     reason = lack_of_memory(error)
     if not reason:
         raise error
@@ -176,8 +174,8 @@ def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
 def _keep_freed_memory() -> None:
     """Makes glibc keep large freed blocks for the next request; without glibc, does nothing.
 
-    By default glibc returns them to the kernel at once, and each page of the next block causes a page fault. Every pass
-    of the network requests the same blocks, so this costs a tenth of its time.
+    By default glibc returns them to the kernel at once, and each page of the next block causes a page fault. Network
+    passes request the same blocks again, and would lose a tenth of their time.
     """
     with suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")

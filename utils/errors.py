@@ -1,4 +1,4 @@
-"""How every command runs: errors of the user are one line and exit code 2; at the end, the elapsed time is printed."""
+"""Runs a command: user errors give one line and exit code 2; at the end, the elapsed time is printed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from importlib.util import find_spec
 
 from utils.text import Stream
 
-DID_WORK = (1, 3, 4, 5, 6)  # exit codes: some items failed; those of predict.py, see docs/inspection.md
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # met while writing, wherever that is
+DID_WORK = (1, 3, 4, 5, 6)  # exit codes after some work: 1, some items failed; the others see docs/inspection.md
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # of any write
 
 
 class UserError(Exception):
     """An error that the user can correct. The message says what was expected and where.
 
-    options: names of the settings that correct it. A command that has flags of these names adds them to the message, so
-    that code which serves several commands, or none, names no flags.
+    options: names of the settings that correct it. A command adds its flags of these names to the message, so that
+    library code does not name flags.
     """
 
     def __init__(self, message: str, options: Sequence[str] = ()) -> None:
@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 class WriteError(OSError):
-    """A file could not be written: the disk is full, the permission is lost. Has errno, strerror and filename."""
+    """A file cannot be written, for example because the disk is full. Has errno, strerror and filename."""
 
     def __str__(self) -> str:
         return f"cannot write {self.filename}: {self.strerror}"
@@ -42,14 +42,14 @@ def run_command(
 ) -> None:
     """Runs a command's `main`. Ctrl-C ends it with one line and exit code 130.
 
-    A UserError, or a file that cannot be written, ends it with one line and exit code 2. get_parser: makes the parser
-    of the command, whose flags are added to the message of a UserError that names them in its `options`.
+    A UserError, or a file that cannot be written, ends it with one line and exit code 2. get_parser: creates the parser
+    of the command, for the flags in the message of a UserError with `options`.
 
-    A command that did its work, in whole or in part (DID_WORK), ends with the time it took. The line goes to
-    stderr, so that redirected output holds the results only. The start of Python is not included.
+    After a command that did its work, at least in part (DID_WORK), the elapsed time is printed, without the start of
+    Python. It goes to stderr, so that redirected output has the results only.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # on odd files that Pillow reads all the same
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may hold characters that the terminal cannot show
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about unusual files that Pillow can read
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may contain characters that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     output = Stream(sys.stdout)
     with redirect_stderr(Stream(sys.stderr)), redirect_stdout(output):
@@ -64,7 +64,7 @@ def _run(main: Callable[[Sequence[str] | None], None], get_parser: Callable | No
     try:
         main(None)
     except Exception as error:
-        message = _sentence(error, get_parser)
+        message = _message(error, get_parser)
         if message is None:
             raise
         sys.exit(_complain(message, 2))
@@ -77,10 +77,10 @@ def _run(main: Callable[[Sequence[str] | None], None], get_parser: Callable | No
     _print_elapsed(started)
 
 
-def _sentence(error: Exception, get_parser: Callable[[], argparse.ArgumentParser] | None) -> str | None:
-    """What went wrong, for people; None for an error of the program."""
+def _message(error: Exception, get_parser: Callable[[], argparse.ArgumentParser] | None) -> str | None:
+    """The message of an error that the user can correct; None for other errors."""
     if isinstance(error, UserError):
-        return f"{error}{_advice(error, get_parser)}"
+        return f"{error}{_advice(error.options, get_parser)}"
     if isinstance(error, WriteError):
         return str(error)
     if isinstance(error, PermissionError):
@@ -88,16 +88,13 @@ def _sentence(error: Exception, get_parser: Callable[[], argparse.ArgumentParser
     if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return f"cannot write {error.filename or 'a file'}: {error.strerror}"
     if reason := lack_of_memory(error):
-        options = UserError("", ("batch_size", "img_size", "num_workers", "device"))
-        return f"the memory does not suffice: {reason}; take smaller batches or images{_advice(options, get_parser)}"
+        advice = _advice(("batch_size", "img_size", "num_workers", "device"), get_parser)
+        return f"not enough memory: {reason}; take smaller batches or images{advice}"
     return None
 
 
 def lack_of_memory(error: BaseException) -> str:
-    """What could not be allocated, on a device of PyTorch or on the host; "" for another error.
-
-    PyTorch is not imported for it.
-    """
+    """The reason of an out-of-memory error of PyTorch or of the host; "" for another error. Does not import PyTorch."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if not names & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in str(error):
         return ""
@@ -105,7 +102,7 @@ def lack_of_memory(error: BaseException) -> str:
 
 
 def _print_elapsed(started: float) -> None:
-    sys.stdout.flush()  # where both go to one file, this line comes last
+    sys.stdout.flush()  # so that this line is the last if both streams go to one file
     print(f"finished in {format_elapsed(time.perf_counter() - started)}", file=sys.stderr)
 
 
@@ -119,10 +116,10 @@ def format_elapsed(seconds: float) -> str:
     return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
-def _advice(error: UserError, get_parser: Callable[[], argparse.ArgumentParser] | None) -> str:
-    """The flags of the command that correct an error, as ` (see --bits)`; empty if there are none."""
-    known = {action.dest for action in get_parser()._actions} if get_parser and error.options else set()
-    flags = [f"--{name}" for name in error.options if name in known]
+def _advice(options: Sequence[str], get_parser: Callable[[], argparse.ArgumentParser] | None) -> str:
+    """Those of the options that the command has as flags, as ` (see --bits)`; empty if there are none."""
+    names = {action.dest for action in get_parser()._actions} if get_parser and options else set()
+    flags = [f"--{name}" for name in options if name in names]
     return f" (see {', '.join(flags)})" if flags else ""
 
 
@@ -132,12 +129,12 @@ def _complain(message: object, code: int) -> int:
 
 
 def require_packages(*names: str, requirements: str | None = "requirements-export.txt") -> None:
-    """Checks that the optional packages `names` are installed; `requirements`: the file that lists them, if one does.
+    """Checks that the optional packages `names` are installed. requirements: the file that lists them, or None.
 
     Raises:
         UserError: a package is missing.
     """
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        what = f"-r {requirements}" if requirements else " ".join(missing)
-        raise UserError(f"no package {' and '.join(missing)}: run pip install {what}")
+        arguments = f"-r {requirements}" if requirements else " ".join(missing)
+        raise UserError(f"no package {' and '.join(missing)}: run pip install {arguments}")

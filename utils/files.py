@@ -1,4 +1,4 @@
-"""Files that are complete or absent, tensor files read without running code, digests, and the project's folder."""
+"""Atomic writes, tensor files that are read without running code, digests, and the project's folder."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from safetensors.torch import save
 from utils.choices import SAFETENSORS
 from utils.errors import UserError, WriteError
 
-NAME_LETTERS = 40  # of a file's name in that of its temporary file, which must not be longer than names may be
+NAME_LETTERS = 40  # letters of a file's name in that of its temporary file; file systems limit the length
 TEMPORARY = re.compile(r"\..*\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the names that `temporary_name` gives
-LEFTOVER_SECONDS = 24 * 3600  # no file is written for longer
+LEFTOVER_SECONDS = 24 * 3600  # temporary files of this age are leftovers: no file takes so long to write
 _tidied: set[Path] = set()  # the folders in which this process has looked for leftovers
-METADATA = "recipe"  # the entry of the metadata of a safetensors file that is ours
+METADATA = "recipe"  # this project's entry in the metadata of a safetensors file
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def require_writable(path: Path, flag: str, folder: bool = False) -> None:
     """Checks that the file `path`, or with `folder` a file in the folder `path`, can be written. Creates nothing.
 
-    flag: the argument that gives the path, for the message. A command calls this before its work starts.
+    flag: the flag that sets the path, for the message. A command calls this before its work starts.
 
     Raises:
-        UserError: permission is missing, the file system is read-only, or something else is in the place of the file
-            or of a folder on the way to it.
+        UserError: permission is missing, the file system is read-only, or the path or its parent is of another type.
     """
     try:
         _try_to_write(path, folder)
@@ -46,19 +45,19 @@ def require_writable(path: Path, flag: str, folder: bool = False) -> None:
 
 def _try_to_write(path: Path, folder: bool) -> None:
     if not folder and _is_there(path) and not path.is_file():
-        raise OSError("something else than a file is there")
+        raise OSError("it exists and is not a file")
     place = path if folder else path.parent
     while not _is_there(place):
         place = place.parent
     if not place.is_dir():
         raise OSError(f"{place} is not a folder")
-    trial = place / temporary_name(path)  # as root, access rights say nothing: /proc, read-only file systems
+    trial = place / temporary_name(path)  # os.access is not enough: root, /proc, read-only file systems
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     trial.unlink()
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is anything, also a link to nothing. Raises OSError where nothing can be, as for too long names."""
+    """Whether the path exists, also as a dangling link. Raises OSError if it cannot exist, as with too long names."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -75,12 +74,12 @@ def temporary_name(path: Path) -> str:
 def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path next to `path`. The file is renamed to `path` once it is complete and on the disk.
 
-    After a fault, `path` is what it was before, and there is no temporary file. A killed process leaves one, which the
-    next process removes that writes into the folder, a day later or more. durable: wait until the disk has the content;
-    without it, a file that was just written can be empty after a power failure.
+    After an error, `path` is unchanged and the temporary file is removed. If the process is killed, a process that
+    writes into the folder a day later or more removes it. durable: wait until the content is on the disk; otherwise the
+    file can be empty after a power failure.
 
     Raises:
-        WriteError: the disk is full, a permission is missing, or the like.
+        WriteError: the file cannot be written, for example because the disk is full.
     """
     temporary = path.with_name(temporary_name(path))
     try:
@@ -97,14 +96,14 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
             raise
         raise WriteError(fault.errno, fault.strerror, str(path)) from error
     finally:
-        with suppress(OSError):  # it may never have been there
+        with suppress(OSError):  # it may not exist
             temporary.unlink()
 
 
 def _remove_leftovers(written: Path) -> None:
-    """Removes the temporary files next to `written` that are LEFTOVER_SECONDS older; once per folder and process.
+    """Removes temporary files next to `written` that are older by LEFTOVER_SECONDS; once per folder and process.
 
-    All times are of the file system's clock, which other machines share. Process ids would say nothing there.
+    All times come from the clock of the file system, which other machines, with other process ids, may share.
     """
     if written.parent in _tidied:
         return
@@ -119,9 +118,9 @@ def _remove_leftovers(written: Path) -> None:
 
 
 def _fault(error: BaseException | None, places: set[str | None]) -> OSError | None:
-    """The fault of writing to one of `places` that led to `error`; None if it has another cause.
+    """The error of writing to one of `places` that caused `error`; None if it has another cause.
 
-    torch reports that its stream failed as a RuntimeError, whose context is what the stream raised.
+    If a stream fails, torch raises a RuntimeError whose context is the error of the stream.
     """
     while isinstance(error, RuntimeError):
         error = error.__context__
@@ -130,35 +129,26 @@ def _fault(error: BaseException | None, places: set[str | None]) -> OSError | No
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which are not valid JSON."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file that several processes may share, in one write. OSError where it cannot be written."""
-    with open(path, "ab", buffering=0) as stream:
-        write_line(stream, line)
-
-
 def write_line(stream: FileIO, line: str) -> None:
-    """Writes a line to an unbuffered file in one write. OSError where it cannot be written, also where a part is."""
+    """Writes a line to an unbuffered file, which processes may share, in one write. OSError if it is not complete."""
     content = line.encode() + b"\n"
     if stream.write(content) < len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(stream.name))
 
 
 def save_tensors(path: Path, content: object) -> None:
-    """Writes tensors and plain values as a torch file, whole or not at all."""
-    with (
-        whole_file(path) as temporary,
-        open(temporary, "wb") as stream,
-    ):  # torch hides why a path failed
+    """Writes tensors and plain values as a torch file."""
+    with whole_file(path) as temporary, open(temporary, "wb") as stream:  # with a path, torch hides the error
         torch.save(content, stream)
 
 
 def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], recipe: dict) -> None:
-    """Writes tensors as a safetensors file, with `recipe`, plain values, as JSON in its metadata."""
+    """Writes tensors as a safetensors file, with the plain values `recipe` as JSON in its metadata."""
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         temporary.write_bytes(save(content, {"format": "pt", METADATA: json.dumps(recipe)}))
@@ -167,10 +157,11 @@ def save_safetensors(path: Path, tensors: dict[str, torch.Tensor], recipe: dict)
 def load_tensors(path: Path, what: str) -> object:
     """The tensors and plain values of a torch file or a .safetensors file, on the CPU. No code in the file is run.
 
-    Of a safetensors file: its tensors by name, and under METADATA what `save_safetensors` was given.
+    Of a safetensors file: the tensors by name, and under METADATA the `recipe` of `save_safetensors`. what: the kind of
+    file, for messages.
 
     Raises:
-        UserError: the file is damaged, no torch file, or holds anything else than tensors and plain values.
+        UserError: the file is damaged, not a torch file, or has objects other than tensors and plain values.
     """
     if path.suffix == SAFETENSORS:
         try:
@@ -183,8 +174,8 @@ def load_tensors(path: Path, what: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        objects = f": {named[1]}" if named else ""
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        objects = f": {unsafe[1]}" if unsafe else ""
         raise UserError(
             f"{what} {path} cannot be read as a torch file of tensors: it is damaged, not a torch file (a saved web "
             f"page?), or holds objects that could run code{objects} ({type(error).__name__})"
@@ -195,7 +186,7 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a weights file.
 
     Raises:
-        UserError: the file is missing, damaged, or something else.
+        UserError: the file is missing, damaged, or not a state dict.
     """
     if not path.is_file():
         raise UserError(

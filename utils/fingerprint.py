@@ -1,7 +1,7 @@
-"""The fingerprint of a run: everything that its numbers depend on. Runs with equal fingerprints need not be repeated.
+"""The fingerprint of a run, which identifies its results. Runs with equal fingerprints need not be repeated.
 
-A fingerprint holds the settings that affect results, the SHA-256 of the content of all inputs, and METHOD_VERSION. It
-does not depend on where files are, nor on the text of the code.
+A fingerprint contains the settings that affect results, the SHA-256 of all inputs, and METHOD_VERSION. It does not
+depend on the paths of files, nor on the text of the code.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.files import sha256
 
-# Raised by hand whenever a change of the code changes results. tests/test_fixture.py fails when it was forgotten.
-# 2: `combined` is a geometric mean, efficientnet_lite2 has 320 pixels; of 16-bit colours all bits are read, transparent
-# parts lie on black.
+# Raised by hand when a change of the code changes results; otherwise tests/test_fixture.py fails.
+# 2: `combined` is a geometric mean; efficientnet_lite2 has 320 pixels; 16-bit colours are read with all bits;
+# transparent parts are laid on black.
 METHOD_VERSION = 2
-DIGEST_LETTERS = 64  # of a SHA-256 in hexadecimal
+DIGEST_LETTERS = 64  # length of a SHA-256 in hexadecimal
 
 
 def fingerprint(settings: Mapping[str, object], inputs: Mapping[str, object]) -> dict:
-    """What the numbers of a run depend on, for its record.
+    """The fingerprint of a run, for its record.
 
-    settings: plain values, see `utils.config.Config.results_part`, with what was resolved in place of `auto` or None.
+    settings: plain values, see `utils.config.Config.results_part`, with resolved values in place of `auto` or None.
     inputs: names of inputs (test images, weights, ...) and the digests of their content.
     """
     return {"method_version": METHOD_VERSION, "settings": dict(settings), "inputs": dict(inputs)}
 
 
 def changes(stored: object, current: Mapping) -> list[str]:
-    """How the fingerprint `stored` in a record differs from the current one, a phrase for each entry; [] if equal.
+    """Phrases on the entries in which the fingerprint `stored` in a record differs from the current one; [] if equal.
 
     A record without a fingerprint, as of version 0.1, differs.
     """
@@ -51,8 +51,8 @@ def _changes(before: Mapping, now: Mapping) -> list[str]:
 
 
 def _change(name: str, before: object, now: object) -> str:
-    shown = [value for value in (before, now) if not isinstance(value, dict) and len(str(value)) < DIGEST_LETTERS]
-    return f"{name} {before}, now {now}" if len(shown) == 2 else f"other {name.replace('_', ' ')}"
+    are_short = all(not isinstance(value, dict) and len(str(value)) < DIGEST_LETTERS for value in (before, now))
+    return f"{name} {before}, now {now}" if are_short else f"other {name.replace('_', ' ')}"
 
 
 def digest(content: object) -> str:
@@ -61,7 +61,7 @@ def digest(content: object) -> str:
 
 
 class FileDigests:
-    """SHA-256 of files by content. Each file is read once per object, several at a time."""
+    """SHA-256 of files. An object reads each file once, several at a time."""
 
     def __init__(self) -> None:
         self._known: dict[Path, str] = {}
@@ -82,5 +82,5 @@ class FileDigests:
 def _sha256(file: Path) -> str:
     try:
         return sha256(file)
-    except OSError as error:  # a folder, a dangling link, no permission
+    except OSError as error:  # a folder, a dangling link, a missing permission
         raise UserError(f"cannot read the file {file}: {error.strerror}") from error

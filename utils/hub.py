@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub, by addresses such as hf:owner/name or hf:owner/name@revision."""
+"""Checkpoints on the Hugging Face hub, with addresses such as hf:owner/name or hf:owner/name@revision."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ HUB_FILE = "model.safetensors"  # in each repository
 
 
 def local_file(address: Path) -> Path:
-    """The file at a path, or that of an address on the hub: from the cache of huggingface_hub, else downloaded.
+    """The path itself, or the file of an address on the hub, which huggingface_hub downloads and caches.
 
     Raises:
-        UserError: the address is malformed, there is no package huggingface_hub, or the file cannot be downloaded.
+        UserError: the address is malformed, huggingface_hub is not installed, or the file cannot be downloaded.
     """
     text = address.as_posix()
     if not text.startswith("hf:"):
         return address
     match = ADDRESS.fullmatch(text)
     if match is None:
-        raise UserError(f"{text} is no address on the hub: hf:OWNER/NAME or hf:OWNER/NAME@REVISION", ("checkpoint",))
+        raise UserError(f"{text} is not an address on the hub: hf:OWNER/NAME[@REVISION]", ("checkpoint",))
     require_packages("huggingface_hub", requirements=None)
     from huggingface_hub import hf_hub_download  # slow to import
     from huggingface_hub.errors import HfHubHTTPError

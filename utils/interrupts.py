@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one way to end a long run, held back while files are written."""
+"""Handles Ctrl-C and SIGTERM alike, and defers them while files are written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from types import FrameType
 
 
 class Interrupts:
-    """Within it, SIGINT and SIGTERM raise KeyboardInterrupt, but never inside `with interrupts.held():`.
+    """A context in which SIGINT and SIGTERM raise KeyboardInterrupt, but not inside `with interrupts.held():`.
 
-    A signal that the process ignores, as background jobs of a shell do with SIGINT, stays ignored.
+    A signal that the process ignores, as background jobs of a shell ignore SIGINT, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: set by a library in C
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: a handler of a C library
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -37,7 +37,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A signal that comes inside is raised as KeyboardInterrupt at the end, unless there is another error."""
+        """Defers a signal: KeyboardInterrupt is raised at the end of the block, unless another error is."""
         self._is_held = True
         try:
             yield

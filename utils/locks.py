@@ -14,12 +14,12 @@ from utils.naming import lock_file
 
 @contextmanager
 def locked(files: Sequence[Path], waiting: str | None = None) -> Iterator[None]:
-    """Holds the locks of `files`, in one order for all processes. The lock files remain; a killed process holds none.
+    """Holds the locks of `files`, acquired in the same order by all processes. The lock files remain.
 
-    waiting: printed if another process holds one of them, which is then waited for; None: that is an error.
+    waiting: if another process holds a lock, print this and wait; None: raise an error.
 
     Raises:
-        UserError: another process holds one of them, or the file system has no locks.
+        UserError: another process holds a lock, or the file system has no locks.
     """
     with ExitStack() as stack:
         for file in sorted(files):

@@ -1,6 +1,6 @@
-"""Names of the files that runs write: checkpoints and what belongs to them, records, scores, maps, images, locks.
+"""Names of the files that runs write: checkpoints and their records, records of scores, maps, images, locks.
 
-A name omits what is the release's: the selection `best` and the scorer `gaussian`.
+Names omit the release's selection `best` and its scorer `gaussian`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from utils.choices import SAFETENSORS
 DEFAULT_SAVE_DIR = Path("./save_checkpoints")
 RELEASE_PARTS = ("best", "gaussian")  # selection of the epoch and scorer that names omit
 ROUND = "round_"  # followed by the number of the round: columns of scores, files of maps
-STATE = "state.pt"  # how the name of a training state ends
+STATE = "state.pt"  # end of the name of a training state
 
 
 class CheckpointFiles(NamedTuple):
-    """The files of one training, in one folder. The run is unfinished while `state` exists; then `record` follows."""
+    """The files of one training, in one folder. While the run is unfinished, `state` exists; afterwards `record`."""
 
     selected: Path
-    source: Path  # with --held_out beside --select best
+    source: Path  # with --held_out and --select best
     last: Path
     state: Path
     epochs: Path
@@ -36,7 +36,7 @@ class CheckpointFiles(NamedTuple):
 
     @property
     def portable(self) -> list[Path]:
-        """The weights as safetensors files, of `selected`, `source` and `last`."""
+        """The safetensors files of the weights `selected`, `source` and `last`."""
         return [file.with_suffix(SAFETENSORS) for file in (self.selected, self.source, self.last)]
 
     @property
@@ -82,11 +82,11 @@ def round_maps(folder: Path, number: int) -> Path:
 
 
 def stored(weights: Path) -> Path:
-    """The file of weights, or the safetensors file beside it where only that exists."""
+    """The file of weights, or its safetensors file if only that exists."""
     portable = weights.with_suffix(SAFETENSORS)
     return portable if portable.is_file() and not weights.is_file() else weights
 
 
 def lock_file(file: Path) -> Path:
-    """The file that is locked while a process writes `file` and what belongs to it."""
+    """The file that is locked while a process writes `file` and the files that belong to it."""
     return file.with_name(f".{file.name}.lock")

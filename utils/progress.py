@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, a line per minute with the time left anywhere else."""
+"""Shows the progress of long work on stderr: a bar on a terminal, otherwise a line per minute with the time left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BAR_SECONDS = 1.0  # shorter work has no bar
 
 
 class ProgressBar(Generic[Item]):
-    """Iterates over items, or counts what `advance` is told.
+    """Iterates over items, or counts the units of `advance`.
 
-    what: what is done, for people. total: how many units there are; by default the number of items. unit: their name.
+    what: the title. total: number of units, by default of items. unit: the name of a unit, in the plural.
     """
 
     def __init__(self, what: str, items: Iterable[Item] = (), total: int | None = None, unit: str = "images") -> None:
@@ -46,7 +46,7 @@ class ProgressBar(Generic[Item]):
                 self.advance(1)
 
     def advance(self, count: int, note: str = "") -> None:
-        """Counts further units as done. note: a phrase on the last of them; empty: the one before remains."""
+        """Counts further units as done. note: a phrase to show; empty: keep the previous one."""
         self.done, self.note = self.done + count, note or self.note
         if self.bar is not None:
             self.bar.set_postfix_str(self.note, refresh=False)

@@ -1,4 +1,4 @@
-"""The description of a run in its record: arguments, versions, commit, machine, memory."""
+"""The description of a run in its record: versions, commit, machine, memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "
 
 
 def peak_memory_mb() -> float | None:
-    """The highest resident memory of this process so far, in MB (2**20 bytes); None where the system does not say."""
+    """The highest resident memory of this process so far, in MB (2**20 bytes); None where it is not reported."""
     if resource is None:
         return None
     scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
@@ -48,7 +48,7 @@ def who_and_when() -> dict:
     """Date, user, host, version and commit, as entries of a document."""
     try:
         user = getpass.getuser()
-    except (ImportError, KeyError, OSError):  # no such user in a container, no users as on Unix
+    except (ImportError, KeyError, OSError):  # an unknown user id, as in containers, or Windows
         user = None
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -64,14 +64,14 @@ def who_and_when() -> dict:
 def git_commit() -> str | None:
     """The commit of the project, with "+changes" if tracked files differ from it; None outside a git checkout.
 
-    That of the first call: the code in use does not change with the files.
+    Cached, because later changes of the files do not affect the running code.
     """
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+changes" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:
-    if not (PROJECT_ROOT / ".git").exists():  # unpacked inside another repository, whose commit says nothing
+    if not (PROJECT_ROOT / ".git").exists():  # otherwise git could find another repository around the project
         return None
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
@@ -83,10 +83,10 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def _package_versions() -> dict[str, str | None]:
-    found = {}
+    versions = {}
     for name in RECORDED_PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions

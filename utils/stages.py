@@ -1,4 +1,4 @@
-"""Stages of work: the seconds of each stage, and threads that prepare items ahead."""
+"""Measures the seconds of each stage of the work, and processes items in threads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ In, Out = TypeVar("In"), TypeVar("Out")
 class StageClock:
     """Seconds per stage: `with clock("network"): ...`.
 
-    On CUDA, a stage lasts from the moment when the device has done all earlier work until it has done that of the
-    stage; the host is not made to wait. Work of the host counts as far as the device waits for it. Threads may share a
-    clock; their seconds add up.
+    On CUDA, a stage lasts from the end of all earlier work of the device to the end of the stage's; the host does not
+    wait. Work of the host is included while the device waits for it. Threads may share a clock; their seconds add up.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -37,7 +36,7 @@ class StageClock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage. On CUDA, waits for the device. The caller may clear it."""
+        """Seconds by stage. On CUDA, waits for the device. The caller may clear the dict."""
         self._collect(wait=True)
         return self._seconds
 
@@ -58,7 +57,7 @@ class StageClock:
             self._add(stage, time.perf_counter() - begin)
 
     def _collect(self, wait: bool) -> None:
-        """Adds the stages that the device has finished; with `wait`, all."""
+        """Adds the stages that the device has finished; with `wait`, waits for all of them."""
         with self._lock:
             if wait and self._under_way:
                 self._under_way[-1][2].synchronize()

@@ -1,4 +1,4 @@
-"""Text files that people and spreadsheets wrote, and the standard streams of a command."""
+"""Text and CSV files in several encodings, and the standard streams of a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-MARKS = {  # how a file of another encoding than UTF-8 begins; that of UTF-32 contains that of UTF-16
+MARKS = {  # byte-order marks of other encodings than UTF-8; that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -37,9 +37,9 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
-    """The rows of a CSV file by column, without spaces around values. The separator is the commonest of the head.
+    """The rows of a CSV file by column, without spaces around values. The header's most frequent separator is used.
 
-    Rows without any value do not count, nor does a line such as `sep=;` above the head, by which Excel is told.
+    Empty rows are ignored, and so is a line such as `sep=;` above the header, which Excel reads.
 
     Raises:
         OSError, ValueError: as `read_text`; ValueError also for a row with more or fewer values than columns.
@@ -68,9 +68,9 @@ def text_path(text: str) -> str:
 
 
 class Stream:
-    """A standard stream that never ends the work: where it is closed, broken or full, the text is lost.
+    """A standard stream that raises no errors: if it is closed, broken or full, the text is lost.
 
-    fault: what went wrong first, or None.
+    fault: the first error, or None.
     """
 
     def __init__(self, stream: io.TextIOBase | None) -> None:
@@ -91,7 +91,7 @@ class Stream:
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        """Later text goes nowhere, also what Python flushes at its end."""
+        """Discards all later text, also that which Python flushes at its end."""
         self.fault = self.fault or (error if isinstance(error, OSError) else OSError(None, str(error)))
         nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, for the rest of the process
         try:

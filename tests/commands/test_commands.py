@@ -199,7 +199,7 @@ def test_pictures_that_cannot_be_written_cost_no_number(arguments, monkeypatch):
 @pytest.mark.parametrize("name", ["ring_2_affine.json", "ring_2_affine.csv"])
 def test_what_is_in_the_place_of_a_record(name, arguments):
     (Path(arguments["--output"]) / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"cannot write the file .*{name} \(--output\): something else than a file"):
+    with pytest.raises(UserError, match=rf"cannot write the file .*{name} \(--output\): it exists and is not a file"):
         call(arguments)
 
 

@@ -53,11 +53,16 @@ def test_the_same_flag_has_the_same_default_or_names_the_commands_where_it_diffe
     differing = {
         flag: of_commands
         for flag, of_commands in found.items()
-        if len({str(action.shown) for action in of_commands.values() if action.shown is not MISSING}) > 1
+        if len({str(action.field_default) for action in of_commands.values() if action.field_default is not MISSING})
+        > 1
     }
     assert {flag for flag in differing if flag not in OF_EACH} == {"--backbone", "--scorer", "--seed", "--shots"}
     for flag in ("--backbone", "--scorer", "--shots"):
         for name, action in differing[flag].items():
-            others = [other for other in differing[flag] if str(differing[flag][other].shown) != str(action.shown)]
+            others = [
+                other
+                for other in differing[flag]
+                if str(differing[flag][other].field_default) != str(action.field_default)
+            ]
             assert any(f"{other}.py" in action.help for other in others), f"{name}.py {flag}"
     assert "test.py" in differing["--seed"]["make_support"].help

@@ -338,7 +338,7 @@ INVALID = {
     "--detector nowhere --input in": "no detector file nowhere",
     "--detector x --input in --keep_aspect --img_size 512 --checkpoint x": "--checkpoint, --img_size, --keep_aspect: a",
     "--support in --save out.regad --checkpoint x": "x",
-    "--support in --save in": "cannot write the file in (--save): something else than a file is there",
+    "--support in --save in": "cannot write the file in (--save): it exists and is not a file",
     "--support in --input in --device tpu9": "device 'tpu9' cannot be used",
 }
 

@@ -50,7 +50,7 @@ def test_a_batch_that_does_not_fit_names_one_that_does():
     with pytest.raises(UserError) as error:
         run_batch(lambda count: lack(10, count), 32, "queries")
     assert str(error.value) == (
-        "the memory does not suffice for 32 queries (CUDA out of memory. Tried to allocate 32 GiB); 8 would fit"
+        "not enough memory for 32 queries (CUDA out of memory. Tried to allocate 32 GiB); 8 would fit"
     )
     assert "batch_size" in error.value.options
     with pytest.raises(UserError, match="not even one fits"):
@@ -65,7 +65,7 @@ def test_a_training_step_that_does_not_fit(monkeypatch):
     pixels = torch.rand(6, 3, SIZE, SIZE)
     images = SimpleNamespace(episode=lambda episode: (pixels, pixels[:, None]))
     episode = Episode("weave", tuple("abcdef"), tuple((name,) for name in "bcdefa"))
-    with pytest.raises(UserError, match=r"does not suffice for 6 queries per step .*; 1 would fit"):
+    with pytest.raises(UserError, match=r"not enough memory for 6 queries per step .*; 1 would fit"):
         trainer.train_epoch([episode], images, 1, StageClock(), lambda: None, 1e9)
 
 

@@ -147,7 +147,7 @@ def test_blocks_of_a_vision_transformer_are_those_of_timm(blocks, indices, size,
 )
 def test_blocks_that_do_not_exist(backbone):
     pytest.importorskip("timm")
-    with pytest.raises(UserError, match=r"no blocks|no vision transformer"):
+    with pytest.raises(UserError, match=r"no blocks|not a vision transformer"):
         scoring_network(backbone, "affine", 160, None, "none")
 
 

@@ -96,7 +96,7 @@ def test_what_is_not_in_the_cache_and_cannot_be_downloaded_is_one_sentence(addre
 
 @pytest.mark.parametrize("address", ["hf:", "hf:name", "hf:owner/name@", "hf:a/b/c", "hf:owner/name@a b"])
 def test_malformed_addresses(address):
-    with pytest.raises(UserError, match="is no address on the hub: hf:OWNER/NAME or"):
+    with pytest.raises(UserError, match="is not an address on the hub: hf:OWNER/NAME"):
         local_file(Path(address))
 
 

@@ -128,7 +128,7 @@ def test_lack_of_memory_is_one_sentence(error, capsys):
     with pytest.raises(SystemExit) as caught:
         run_command(main, test_command.get_args_parser)
     printed = capsys.readouterr().err
-    assert caught.value.code == 2 and printed.startswith("error: the memory does not suffice: ")
+    assert caught.value.code == 2 and printed.startswith("error: not enough memory: ")
     assert printed.count("\n") == 1 and "(see --batch_size, --img_size, --num_workers, --device)" in printed
 
 
