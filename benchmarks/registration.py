@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
-from evaluation.statistics import crossed_summary, summary
+from evaluation.statistics import summary
 from experiments.results import Results, kind_name, read_results
 from experiments.tables import column_of, known
 from utils.choices import WEIGHTS
@@ -41,7 +41,7 @@ def differences(results: Results, metric: str, weights: str, scorer: str) -> dic
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and 95 % interval of (trainings, rounds)."""
-    found = crossed_summary(values) if len(values) > 1 else summary(values[0].tolist())
+    found = summary(values if len(values) > 1 else values[0])
     return found["mean"], *(found["interval95"] or (np.nan, np.nan))
 
 

@@ -1,4 +1,4 @@
-"""The configuration of test.py, and the groups of settings that it shares with other commands."""
+"""The configuration of test.py and make_support.py, and groups of settings that commands share."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bit_depth(text: str) -> int | str:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Which data set."""
+    """The data set."""
 
     data_type: str = flag(
         "the data set; folder: categories of any name, in any layout that docs/reproduce.md lists",
@@ -58,10 +58,10 @@ class DataConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SupportConfig(Config):
-    """Which support sets."""
+    """The support sets."""
 
     inferences: int = flag(
-        "rounds, each with a support set of its own",
+        "number of rounds, each with another support set",
         default=10,
         group="data",
         least=1,
@@ -75,18 +75,18 @@ class SupportConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class MaxPixelsConfig(Config):
-    """Which images are rejected."""
+    """The limit of image sizes."""
 
-    max_pixels: int = flag("images of more pixels are rejected", default=MAX_PIXELS, group="images", least=1)
+    max_pixels: int = flag("images with more pixels are rejected", default=MAX_PIXELS, group="images", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig(Config):
-    """How masks are read."""
+    """The decoding of masks."""
 
     mask_orientation: str = flag(
-        "how masks without an EXIF orientation were drawn where their image has one. upright: on the image as it is "
-        "shown; stored: on its pixels as they are stored",
+        "for masks without an EXIF orientation whose image has one. upright: they were drawn on the upright image; "
+        "stored: on the stored pixels",
         default=MASK_ORIENTATIONS[0],
         group="images",
         choices=MASK_ORIENTATIONS,
@@ -96,7 +96,7 @@ class MaskConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(MaxPixelsConfig):
-    """How images are decoded."""
+    """The decoding of images."""
 
     keep_aspect: bool = flag(
         "pad images by reflection instead of stretching them to a square",
@@ -116,7 +116,7 @@ class ImageConfig(MaxPixelsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Config):
-    """What the network is, and its initial weights."""
+    """The network and its initial weights."""
 
     stn_mode: str = flag(
         f"transformations that the spatial transformers may use: {', '.join(STN_MODE_NAMES)}",
@@ -146,14 +146,14 @@ class NetworkConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """Where the command runs."""
+    """The device, the threads and the seed of a command."""
 
     device: str = flag("auto, cpu, cuda, cuda:1, ...", default="auto")
     num_workers: int | None = flag(
         "threads that decode images (default: 2, on CUDA one per core, at most 16)", default=None, least=0
     )
     seed: int = flag(
-        "of all random numbers; the same seed gives the same results", default=DEFAULT_SEED, least=0, most=LARGEST_SEED
+        "seed of all random numbers; determines the results", default=DEFAULT_SEED, least=0, most=LARGEST_SEED
     )
 
 
@@ -167,8 +167,8 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         "reject a test set with missing masks or other findings of check_data.py", default=False, group="images"
     )
     frame: str = flag(
-        "where features are compared. image: at their place in the image, as released; registered: where the spatial "
-        "transformers moved them, by which score maps and pixel metrics are off",
+        "frame in which features are compared. image: at their position in the image, as released; registered: at the "
+        "position after the spatial transformers, which displaces score maps and pixel metrics",
         default="image",
         group="network",
         choices=("image", "registered"),
@@ -207,12 +207,10 @@ class ScoringConfig(RunConfig, NetworkConfig, MaskConfig, ImageConfig, SupportCo
         metavar="ROUND",
     )
     save_maps: bool = flag("write the score maps of every round as .npz, float32", default=False)
-    save_tiff: bool = flag(
-        "write the score maps as TIFF files, 32-bit float, each at the size of its image", default=False
-    )
+    save_tiff: bool = flag("write the score maps as 32-bit float TIFF, each at the size of its image", default=False)
 
     def check(self) -> None:
-        """Raises UserError where flags exclude each other."""
+        """Raises UserError if flags exclude each other."""
         if not is_trainable(self.backbone) and not self.untrained:
             raise UserError(f"{self.backbone} is not trained here: give --untrained")
         if not is_trainable(self.backbone) and self.frame != "image":
@@ -237,20 +235,18 @@ class SupportSetConfig(ImageConfig, DataConfig):
         metavar="CATEGORY",
     )
     shots: tuple[int, ...] = flag(
-        "images per round; reproduce.py takes 2 4 8 if none are given", default=(2,), group=TASK, least=1, metavar="K"
+        "images per round; without it, reproduce.py uses 2 4 8", default=(2,), group=TASK, least=1, metavar="K"
     )
     rounds: int = flag("rounds per support set (--inferences of test.py)", default=10, group=TASK, least=1)
-    seed: int = flag("of the draw alone; --seed of test.py and train.py is another one", default=DRAW_SEED, group=TASK)
-    names_only: bool = flag("write manifests only; test.py reads both", default=False, group=TASK)
-    from_pt: Path | None = flag(
-        "find the training images that a .pt file was made of", default=None, group=TASK, metavar="FILE"
-    )
+    seed: int = flag("seed of the draw, unlike --seed of test.py and train.py", default=DRAW_SEED, group=TASK)
+    names_only: bool = flag("write manifests only, without tensors; test.py reads both", default=False, group=TASK)
+    from_pt: Path | None = flag("identify the training images in a .pt file", default=None, group=TASK, metavar="FILE")
     verify: tuple[Path, ...] = flag("check manifests against the data", default=(), group=TASK, metavar="MANIFEST")
-    write_hashes: bool = flag("with --verify: write the SHA-256 into manifests that fit", default=False, group=TASK)
+    write_hashes: bool = flag("with --verify: add the SHA-256 to valid manifests", default=False, group=TASK)
     support_path: Path = flag("folder to write to", default=DEFAULT_SUPPORT_PATH, group="data")
     img_size: int = flag("side of the stored images in pixels", default=224, group="data", least=1)
 
     def check(self) -> None:
-        """Raises UserError unless the flags give one task."""
+        """Raises UserError unless the flags select one task."""
         if sum(map(bool, (self.obj and not self.from_pt, self.from_pt, self.verify))) != 1:
             raise UserError("give one task: --obj CATEGORY ..., --from_pt FILE or --verify MANIFEST ...")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
@@ -210,12 +209,11 @@ def _draw(
 
 def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
     """Tiles of equal size, row by row."""
-    width, height = tiles[0].width + GAP, tiles[0].height
-    rows = math.ceil(len(tiles) / SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * width - GAP, rows * height), "white")
-    for number, tile in enumerate(tiles):
-        row, column = divmod(number, SHEET_COLUMNS)
-        sheet.paste(tile, (column * width, row * height))
+    width, height = tiles[0].size
+    rows = [hstack(tiles[at : at + SHEET_COLUMNS]) for at in range(0, len(tiles), SHEET_COLUMNS)]
+    sheet = Image.new("RGB", (SHEET_COLUMNS * (width + GAP) - GAP, len(rows) * height), "white")
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * height))
     return sheet
 
 

@@ -344,7 +344,7 @@ def choose_round(rank: int | str, rounds: Sequence[dict]) -> int:
 
 
 def _save_maps(plan: Plan, job: Job, number: int, maps: np.ndarray) -> None:
-    """Writes the score maps (B, S, S) of a round in the formats that were asked for."""
+    """Writes the score maps (B, S, S) of a round as .npz and TIFF files, as configured."""
     if plan.config.save_maps:
         save_maps(round_maps(job.files.maps, number), plan.items, maps)
     if plan.config.save_tiff:

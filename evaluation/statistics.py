@@ -12,30 +12,28 @@ from evaluation.metrics import METRIC_NAMES
 SHARE = (0.0, 1.0)  # the range of a metric
 
 
-def summary(values: Sequence[float | None], limits: tuple[float, float] | None = None) -> dict | None:
-    """Mean, sample standard deviation and 95 % interval over rounds; None if a value is None.
+def summary(values: Sequence, limits: tuple[float, float] | None = None) -> dict | None:
+    """Mean, sample standard deviation and 95 % interval; None if a value is None.
 
-    The interval [low, high] is Student's t confidence interval of the mean, clipped to `limits`, the range that the
-    values can have. With a single round, standard deviation and interval are None.
+    values: of rounds; or of several trainings (rows) that were scored on the same support sets (columns), at least
+    2 x 2. Then "sd" is that of the means of support sets, and "sd_trainings" that of the means of trainings.
+
+    The interval [low, high] is Student's t confidence interval of the mean, clipped to `limits`, the range of the
+    values; see `standard_error`. With a single round, standard deviation and interval are None.
     """
     if any(value is None for value in values):
         return None
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return {"mean": mean, "sd": None, "interval95": None}
-    return {"mean": mean, "sd": float(np.std(values, ddof=1)), "interval95": _interval(values, limits)}
-
-
-def crossed_summary(values: Sequence[Sequence[float]], limits: tuple[float, float] | None = None) -> dict:
-    """The `summary` of several trainings (rows) that were scored on the same support sets (columns), at least 2 x 2.
-
-    sd: of the means of support sets. sd_trainings: of the means of trainings. The interval includes both, see
-    `standard_error`.
-    """
     table = np.asarray(values, dtype=float)
-    of_training, of_support = table.mean(axis=1), table.mean(axis=0)
-    spreads = {"sd": float(of_support.std(ddof=1)), "sd_trainings": float(of_training.std(ddof=1))}
-    return {"mean": float(table.mean()), **spreads, "interval95": _interval(table, limits)}
+    mean = float(table.mean())
+    if table.size == 1:
+        return {"mean": mean, "sd": None, "interval95": None}
+    numbers = {"mean": mean, "sd": float(np.std(table if table.ndim == 1 else table.mean(axis=0), ddof=1))}
+    if table.ndim == 2:
+        numbers["sd_trainings"] = float(np.std(table.mean(axis=1), ddof=1))
+    error, freedom = standard_error(table)
+    reach = float(stdtrit(freedom, 0.975)) * error
+    low, high = limits or (-np.inf, np.inf)
+    return numbers | {"interval95": [min(max(end, low), high) for end in (mean - reach, mean + reach)]}
 
 
 def standard_error(values: Sequence) -> tuple[float, float]:
@@ -57,14 +55,6 @@ def standard_error(values: Sequence) -> tuple[float, float]:
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
     of_squares = sum(square**2 / free for square, free in zip(squares, freedom, strict=True))
     return float(total / table.size) ** 0.5, total**2 / of_squares if total else 1.0
-
-
-def _interval(values: Sequence, limits: tuple[float, float] | None) -> list[float]:
-    """Student's 95 % interval of the mean, clipped to `limits`."""
-    mean, (error, freedom) = float(np.mean(values)), standard_error(values)
-    reach = float(stdtrit(freedom, 0.975)) * error
-    low, high = limits or (-np.inf, np.inf)
-    return [min(max(end, low), high) for end in (mean - reach, mean + reach)]
 
 
 def p_value(differences: Sequence) -> float:

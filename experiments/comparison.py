@@ -1,4 +1,4 @@
-"""Paired differences between columns of results: of one folder, or of two. They are tables as those of tables.py.
+"""Tables of paired differences between columns of results of one folder or two.
 
 Two columns are paired round by round, as their rounds have the same support sets. A difference has Student's 95 %
 interval over support sets (and trainings) and the p-value of the paired t-test, corrected by Holm's method.
@@ -32,8 +32,8 @@ from experiments.tables import (
 from utils.choices import RELEASE_SCORER
 from utils.errors import UserError
 
-DEFAULT_BASELINES = (RELEASE_SCORER, "untrained")  # of the tables of one folder
-OVER_CATEGORIES = "over categories"  # a row of means
+DEFAULT_BASELINES = (RELEASE_SCORER, "untrained")  # for the tables of one folder
+OVER_CATEGORIES = "over categories"  # title of a row of means
 
 
 class Pair(NamedTuple):
@@ -63,32 +63,32 @@ class Pair(NamedTuple):
 def pairs_of(results: Results, baseline: str, other: Results | None = None) -> list[Pair]:
     """Every column of `results` with its baseline.
 
-    baseline: a column, or the scorer, method or kind of weights of one. A column is paired with the baseline of the
-    same weights, or of the same scorer if the baseline is a kind of weights; where there is none and the baseline is a
-    single column, with that one. other: the folder that holds the baseline, if it is another one.
+    baseline: a column, or the scorer, method or kind of weights of columns. A column is paired with the baseline column
+    of the same weights, or of the same scorer if the baseline is a kind of weights. Without such a column, it is paired
+    with the only baseline column, if there is one. other: the results with the baseline, if not `results`.
     """
     source = other or results
-    kinds, found = {key[2] for key in source.records}, []
+    kinds, pairs = {key[2] for key in source.records}, []
     candidates = [
         kind for kind in source.kinds if kind in kinds and baseline in (kind, weights_of(kind), scorer_of(kind))
     ]
+    part = scorer_of if baseline in map(weights_of, candidates) else weights_of
     for kind in results.kinds:
         if any(key[2] == kind for key in results.records):
-            part = weights_of if baseline not in map(weights_of, candidates) else scorer_of
-            alike = [one for one in candidates if part(one) == part(kind)] or candidates
-            if len(alike) == 1 and (other or alike[0] != kind):
-                found.append(Pair(source, alike[0], results, kind))
-    return found
+            matching = [candidate for candidate in candidates if part(candidate) == part(kind)] or candidates
+            if len(matching) == 1 and (other or matching[0] != kind):
+                pairs.append(Pair(source, matching[0], results, kind))
+    return pairs
 
 
 def pairs_between(a: Results, b: Results, baseline: str | None = None) -> list[Pair]:
-    """The pairs of columns of two folders, B - A, that have records in common.
+    """The pairs of columns of two folders, B - A, with records of the same categories and shots.
 
-    baseline: a column of A for every column of B, see `pairs_of`. Without it, columns of the same name are paired, and
-    those that only one folder has with the release's scorer of the same weights in the other one.
+    baseline: a column of A for every column of B, see `pairs_of`. Without it, columns of the same name are paired. A
+    column without a namesake is paired with the release's scorer of the same weights in the other folder.
 
     Raises:
-        UserError: no record in common, or different support sets.
+        UserError: there are no such records, or their support sets differ.
     """
     common = []
     for pair in pairs_of(b, baseline, a) if baseline else _common_pairs(a, b):

@@ -19,7 +19,7 @@ from utils.naming import DEFAULT_SAVE_DIR
 
 SLURM_TEXTS = ("partition", "account", "qos", "constraint", "mem", "setup")  # setup: may be given several times
 SLURM_NUMBERS = {"minutes": 1440, "gpus": 1, "cpus": 4, "requeue": 3}  # with their defaults
-# Set by the plan, run by run: which category and weights, and where their files are.
+# Settings that the plan sets for each run: its category, its weights, and their files.
 SET_BY_THE_PLAN = ("obj", "shot", "select", "save_dir", "checkpoint", "last", "untrained", "resume", "overwrite")
 OF_EXTERNAL_RESULTS = ("name", "obj", "shot", "maps", "overwrite")
 TABLE, EXTERNAL = "results of earlier runs", "another method's scores in the tables, see docs/extend.md"
@@ -29,8 +29,8 @@ def slurm_option(text: str) -> str:
     """One KEY=VALUE of --slurm.
 
     Raises:
-        argparse.ArgumentTypeError: an unknown key, a number out of range, or a control character: the value becomes
-            part of a job's script, in which a second line would be a command of its own.
+        argparse.ArgumentTypeError: an unknown key, a number out of range, or a control character. (The value becomes
+            part of a job's script, in which a second line would be executed as a command.)
     """
     key, sign, value = text.partition("=")
     if not sign or not value or key not in (*SLURM_TEXTS, *SLURM_NUMBERS):
@@ -51,7 +51,7 @@ class TableConfig(Config):
         "all, or categories", default=("all",), group="data", convert=category_name, metavar="CATEGORY"
     )
     shots: tuple[int, ...] = flag(
-        "support images per round; make_support.py takes 2 if none are given",
+        "support images per round; without it, make_support.py uses 2",
         default=(2, 4, 8),
         group="data",
         least=1,
@@ -59,7 +59,8 @@ class TableConfig(Config):
         nargs="+",
     )
     select: tuple[str, ...] = flag(
-        "source: an epoch selected without the target, by a second training per run; with --held_out by the same one",
+        "best: by the target's test labels; source: without the target, by a second training per run, or with "
+        "--held_out by the same training",
         default=("best",),
         group="training",
         choices=("best", "source"),
@@ -94,8 +95,8 @@ class TableConfig(Config):
         "with --report: also insert the tables in FILE", default=None, group=TABLE, metavar="FILE"
     )
     baseline: str | None = flag(
-        "with --report or --compare: what all columns are compared with: a scorer, a kind of weights, a method of "
-        "--import, a column, or a results folder (default: gaussian, and untrained)",
+        "with --report or --compare: the baseline of all columns: a scorer, a kind of weights, a method of --import, "
+        "a column, or a results folder (default: gaussian, and untrained)",
         default=None,
         group=TABLE,
         metavar="NAME",
@@ -163,7 +164,7 @@ class TableConfig(Config):
     kind: str = flag("how its weights were chosen", default="last", group=EXTERNAL, choices=tuple(WEIGHTS))
 
     def check(self) -> None:
-        """Raises UserError where flags contradict each other."""
+        """Raises UserError if flags contradict each other."""
         if self.eval_only and not is_trainable(self.backbone):
             raise UserError(f"{self.backbone} is not trained here, so there is nothing for --eval_only to score")
         self._check_report()
@@ -195,14 +196,14 @@ class TableConfig(Config):
 
 def _settings_of_runs() -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """The fields of train.py and test.py that a table shares among its runs, with their types."""
-    own, found = {field.name for field in flags_of(TableConfig)}, {}
+    table, settings = {field.name for field in flags_of(TableConfig)}, {}
     for kind in (TrainingConfig, ScoringConfig):
         hints = typing.get_type_hints(kind)
         for field in flags_of(kind):
-            if field.name not in {*own, *SET_BY_THE_PLAN}:
+            if field.name not in {*table, *SET_BY_THE_PLAN}:
                 copied = dataclasses.field(default=field.default, metadata=field.metadata)
-                found.setdefault(field.name, (field.name, hints[field.name], copied))
-    yield from found.values()
+                settings.setdefault(field.name, (field.name, hints[field.name], copied))
+    yield from settings.values()
 
 
 _RunSettings = dataclasses.make_dataclass(

@@ -1,6 +1,6 @@
-"""Records of another method, made from its scores of every test image and, where there are any, its score maps.
+"""Records of another method, from its image scores and optionally its score maps.
 
-The scores are a CSV file as test.py writes it, see evaluation/per_image.py. The maps are a folder with a file
+The scores are a CSV file in the format of test.py, see evaluation/per_image.py. The maps are a folder with a file
 round_<number>.npz per round, as `test.py --save_maps` writes them: `names` (B,) as in the CSV file, `maps` (B, S, S).
 """
 
@@ -34,11 +34,11 @@ KEPT_SETTINGS = ("obj", "shot", "data_type", "data_path", "inferences", "support
 
 
 def import_record(config: ExperimentConfig) -> Path:
-    """Makes the record that the arguments of reproduce.py ask for, prints its metrics and returns its file.
+    """Writes the record of the scores in `config`, prints its metrics and returns its path.
 
     Raises:
-        UserError: a name that cannot be one, wrong scores or maps, data or a support set that cannot be read, or
-            without --overwrite an existing record that was made of something else.
+        UserError: the name, the scores or the maps are invalid, data or a support set cannot be read, or without
+            --overwrite there is a record of other inputs.
     """
     if not SAFE_NAME.fullmatch(config.name or "") or config.name in TAKEN_NAMES:
         raise UserError(
@@ -52,17 +52,17 @@ def import_record(config: ExperimentConfig) -> Path:
     size = resolve_img_size(config.backbone, config.img_size)
     support = find_support_rounds(config.support_path, folder, config.shot, config.inferences, size)
     path = config.output / f"{config.obj}_{config.shot}_{config.kind}_{config.name}.json"
-    known = _fingerprint(config, items, support)
-    if not config.overwrite and (replaced := difference(path, known)):
+    current = _fingerprint(config, items, support)
+    if not config.overwrite and (replaced := difference(path, current)):
         raise UserError(f"{replaced}; give another --name or --output to keep it, or --overwrite to replace it")
     plain = config.plain()
     record = {
         "command": "reproduce.py",
         "config": {name: plain[name] for name in KEPT_SETTINGS} | {"scorer": config.name},
-        "fingerprint": known,
+        "fingerprint": current,
         **{"commit": None, "device": "not given", "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")},
         **{"weights": config.kind, "epoch": None, "checkpoint": None, "scorer": config.name},
-        "external": {"path": str(config.import_scores), "sha256": known["inputs"]["scores"]},
+        "external": {"path": str(config.import_scores), "sha256": current["inputs"]["scores"]},
         "support_set": support_record(support),
         "test_images": len(items),
         **_metrics(config, items, scores),
@@ -74,7 +74,7 @@ def import_record(config: ExperimentConfig) -> Path:
 
 
 def _fingerprint(config: ExperimentConfig, items: Sequence[LabelledImage], support: SupportRounds) -> dict:
-    """What the record depends on, by content and not by path."""
+    """The fingerprint of the record's inputs."""
     digests = FileDigests()
     maps = [
         path
@@ -91,29 +91,29 @@ def _fingerprint(config: ExperimentConfig, items: Sequence[LabelledImage], suppo
 
 
 def _print(record: dict, path: Path) -> None:
-    found = {name: record[name] for name in record["rounds"][0]}
-    print(*format_summaries(found, record["not_available"], record["defects"]), sep="\n")
+    metrics = {name: record[name] for name in record["rounds"][0]}
+    print(*format_summaries(metrics, record["not_available"], record["defects"]), sep="\n")
     print(f"support: {record['support_set']['source']}; the method must have used these images")
-    if lacking := [shown for name, shown in METRIC_NAMES.items() if name not in found]:
+    if lacking := [title for name, title in METRIC_NAMES.items() if name not in metrics]:
         print(f"not in the record, as there is no --maps: {', '.join(lacking)}")
     print(f"record: {path}")
 
 
 def _metrics(config: ExperimentConfig, items: Sequence[LabelledImage], scores: np.ndarray) -> dict:
-    """The entries of the record that say how good the scores (rounds, B) are, as in those of test.py."""
+    """The entries of the record with the metrics of the scores (rounds, B), as in records of test.py."""
     labels, defect_types = np.array([item.label for item in items], dtype=bool), [item.defect for item in items]
     truth, names = GroundTruth(labels, None, None, defect_types), IMAGE_METRICS
     if config.maps:
         size = read_maps(round_maps(config.maps, 0), items).shape[-1]
         truth, names = GroundTruth(labels, *read_masks(items, size), defect_types), tuple(METRIC_NAMES)
     metrics = RoundMetrics(truth, torch.device("cpu"), names)
-    found = []
+    computed = []
     for number, of_round in enumerate(scores):
         maps = read_maps(round_maps(config.maps, number), items) if config.maps else None
         if maps is not None and maps.shape[-1] != size:
             raise UserError(f"{config.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
-        found.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
-    rounds, by_defect_type = zip(*found, strict=True)
+        computed.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
+    rounds, by_defect_type = zip(*computed, strict=True)
     reasons, type_reasons = truth.reasons()
     images = {name: int(members.sum()) for name, members in truth.members().items()}
     return {

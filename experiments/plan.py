@@ -36,12 +36,12 @@ class Plan:
         self.network = network_name(config.backbone, config.stn_mode)
 
     def runs(self) -> list[Run]:
-        """The runs in their order: one untrained run per category, then the trained ones.
+        """The runs in order: one untrained run per category, then the trained ones.
 
-        With --eval_only, the runs of the checkpoints that exist.
+        With --eval_only, the scorings of existing checkpoints.
 
         Raises:
-            UserError: --eval_only finds no checkpoint, or settings that train.py or test.py refuse.
+            UserError: --eval_only finds no checkpoint, or train.py or test.py refuses the settings.
         """
         if self.config.eval_only:
             runs = [run for name in self.categories for run in self._found_runs(name)]
@@ -64,7 +64,7 @@ class Plan:
         return [*untrained, *trained]
 
     def asked(self, runs: Sequence[Run]) -> dict:
-        """What `runs` will give: categories, shots, and the kinds of columns, for results.GRID_FILE."""
+        """The categories, shots and columns of the table of `runs`, for results.GRID_FILE."""
         weights = {scoring.weights for run in runs for scoring in run.scorings}
         kinds = [kind_name(name, scorer) for scorer in self.scorers for name in WEIGHTS if name in weights]
         return {"objs": self.categories, "shots": list(self.config.shots), "kinds": kinds}
@@ -78,7 +78,7 @@ class Plan:
         return to_do
 
     def _scoring(self, weights: str, category: str, shots: Sequence[int], **settings: object) -> Scoring:
-        """How one kind of weights is scored. settings: of test.py, which weights these are."""
+        """The scoring of one kind of weights. settings: of test.py, which identify the weights."""
         config = self.config.part(
             ScoringConfig,
             obj=category,
@@ -95,7 +95,7 @@ class Plan:
         return Run(name, None, (self._scoring("untrained", category, self.config.shots, untrained=True),))
 
     def _trained_run(self, category: str, shot: int, select: str, number: int = 0) -> Run:
-        """number: of the training, counted from 0; those after the first have a folder of their own."""
+        """A training and its scorings. number: of the training, from 0; later ones are in separate folders."""
         config, ending = self.config, "" if select == "best" else "_source"
         seed = config.seed + number
         output = config.output / f"{SEED_FOLDER}{seed}" if number else config.output
@@ -122,11 +122,11 @@ class Plan:
         return Run(f"{category}_{shot}_{self.network}{ending}", training, tuple(scorings))
 
     def _one_training(self) -> bool:
-        """Whether one training selects by test labels and by held-out categories, which are not trained on."""
+        """Whether one training selects epochs both by test labels and by held-out categories."""
         return bool(self.config.held_out) and {"best", "source"} <= set(self.config.select)
 
     def _held_out(self, category: str, select: str) -> tuple[str, ...] | None:
-        """--held_out of train.py, without the target."""
+        """The value of --held_out of train.py, without the target."""
         if not self.config.held_out or not (select == "source" or self._one_training()):
             return None
         names = tuple(name for name in self.config.held_out if name != category)
@@ -135,7 +135,7 @@ class Plan:
         return names or None  # None: the next category by name
 
     def _sources(self, category: str) -> tuple[str, ...] | None:
-        """--sources of train.py where it was given, without the target."""
+        """The value of --sources of train.py, without the target; None if it was not given."""
         config = self.config
         if not config.sources or self._other_source_path():
             return config.sources
@@ -150,18 +150,18 @@ class Plan:
 
     def _found_runs(self, category: str) -> list[Run]:
         """The runs of a category's existing checkpoints. A run covers all K, so that equal files are scored once."""
-        folder, found = self.config.eval_only, {}  # (how the weights were chosen, --last of test.py) -> shots
+        folder, shots_of = self.config.eval_only, {}  # (rule of selection, --last of test.py) -> shots
         for last in (True, False):
             for shot in self.config.shots:
                 files = CheckpointFiles.of(folder, self.network, shot, category)
                 file = stored(files.last if last else files.selected)
                 rule = selection(file)[0] if file.is_file() else None
-                if rule and shot not in found.get((rule, True), ()):
-                    found.setdefault((rule, last), []).append(shot)
+                if rule and shot not in shots_of.get((rule, True), ()):
+                    shots_of.setdefault((rule, last), []).append(shot)
                 elif not rule and not last:
                     print(f"no checkpoint {file}: the table will show the run as missing")
         runs = []
-        for (rule, last), shots in found.items():
+        for (rule, last), shots in shots_of.items():
             name = f"{category}_{'-'.join(map(str, shots))}_{self.network}_{rule}{'_last' if last else ''}_eval"
             runs.append(Run(name, None, (self._scoring(rule, category, shots, save_dir=folder, last=last),)))
         return runs

@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import TYPE_METRICS
-from evaluation.statistics import crossed_summary, p_value, summary
+from evaluation.statistics import p_value, summary
 from experiments.results import Results, described, kind_name, weights_of
 
 PUBLISHED_FILES = "published_{}.csv"  # in this folder, by data type; there is none for MPDD
@@ -169,7 +169,7 @@ def make_entry(trainings: Sequence[Sequence[float]] | np.ndarray, paired: bool =
     table, limits = np.asarray(trainings, dtype=float), None if paired else PERCENT
     crossed = min(table.shape) > 1
     rounds = table.mean(axis=0)
-    numbers = crossed_summary(table, limits) if crossed else summary(rounds.tolist(), limits)
+    numbers = summary(table if crossed else rounds, limits)
     p = p_value(table if crossed else rounds) if paired and len(rounds) > 1 else None
     each = tuple(map(tuple, table.tolist())) if crossed else ()
     interval = numbers["interval95"] and tuple(numbers["interval95"])

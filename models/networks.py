@@ -10,7 +10,7 @@ from torch import nn
 from models.efficientnet_lite import LITE_IMG_SIZE, EfficientNetLite
 from models.regad import load_checkpoint, untrained
 from models.several import NormalisedInput, SeveralBackbones
-from models.stn import BACKBONES, check_img_size
+from models.stn import BACKBONES, SIZE_DIVISOR, check_img_size
 from models.timm_features import TimmFeatures, own_img_size
 from utils.choices import LITE_BACKBONE, NORMALISED, PREFIX, RELEASE_BACKBONE, SEVERAL, is_trainable
 from utils.errors import UserError
@@ -18,10 +18,10 @@ from utils.errors import UserError
 RELEASE_IMG_SIZE = 224
 
 
-def resolve_img_size(backbone: str, img_size: int | None, smallest: int | None = None) -> int:
+def resolve_img_size(backbone: str, img_size: int | None, smallest: int = SIZE_DIVISOR) -> int:
     """The side of the network's input in pixels: `img_size`, or the default of the backbone if it is None.
 
-    smallest: least side for ResNet backbones; None: the default of `check_img_size`.
+    smallest: least side for ResNet backbones.
 
     Raises:
         UserError: the backbone does not exist, or does not accept the size.
@@ -36,7 +36,7 @@ def resolve_img_size(backbone: str, img_size: int | None, smallest: int | None =
         return img_size or own_img_size(backbone.removeprefix(PREFIX))
     if backbone not in BACKBONES:
         raise UserError(f"no backbone {backbone!r}; give {', '.join(BACKBONES)}, {LITE_BACKBONE} or timm:NAME")
-    check_img_size(img_size or RELEASE_IMG_SIZE, *([smallest] if smallest else []))
+    check_img_size(img_size or RELEASE_IMG_SIZE, smallest)
     return img_size or RELEASE_IMG_SIZE
 
 

@@ -13,7 +13,7 @@ import torch
 
 from scorers.base import FeatureMaps, Prepared, Scorer
 from scorers.left_out import allocate
-from scorers.views import GREY_VIEW, VIEWS_PER_IMAGE, support_views
+from scorers.views import VIEWS_PER_IMAGE, support_views
 from utils.devices import free_memory, upload
 from utils.errors import UserError
 
@@ -201,32 +201,19 @@ def _write_together(
     needed: Sequence[int],
     batch_size: int,
 ) -> None:
-    """`write_support_images` for images that share network passes; each pass has some views of all of them.
-
-    For a grey image on the CPU, the features of the image are reused for its grey view; both are equal up to rounding.
-    Not on CUDA, where the host would wait for the comparison.
-    """
-    count = len(images)
-    views = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, count))
-    may_compare = GREY_VIEW in needed and count == 1 and images.device.type == "cpu"
-    is_grey = may_compare and bool((images == images[:, :1]).all())
-    computed, step = needed[: len(needed) - is_grey], max(1, batch_size // count)
-    for batch in (computed[at : at + step] for at in range(0, len(computed), step)):
+    """`write_support_images` for images that share network passes. needed: the views; a pass has some of all images."""
+    views = support_views(images).unflatten(0, (VIEWS_PER_IMAGE, len(images)))
+    step = max(1, batch_size // len(images))
+    for batch in (needed[at : at + step] for at in range(0, len(needed), step)):
         maps = network.features(torch.stack([views[view] for view in batch], dim=1).flatten(0, 1))
         for scorer in store.scorers:
             places = [place for place, view in enumerate(batch) if view in scorer.views]
             if places:
                 prepared = scorer.prepare([_pick(layer, places, len(batch)) for layer in maps])
-                first = scorer.views.index(batch[places[0]])
-                for image, number in zip(range(count), numbers, strict=True):
-                    rows = slice(image * len(places), (image + 1) * len(places))
-                    start = number * len(scorer.views) + first
-                    store.write_rows(scorer.name, start, [tensor[rows] for tensor in prepared])
-    for scorer in store.scorers:
-        if is_grey and GREY_VIEW in scorer.views:
-            start = numbers[0] * len(scorer.views)
-            original = [tensor[start : start + 1] for tensor in store.prepared[scorer.name]]
-            store.write_rows(scorer.name, start + scorer.views.index(GREY_VIEW), original)
+                first, count = scorer.views.index(batch[places[0]]), len(places)
+                for image, number in enumerate(numbers):
+                    rows = [tensor[image * count : (image + 1) * count] for tensor in prepared]
+                    store.write_rows(scorer.name, number * len(scorer.views) + first, rows)
 
 
 def _pick(layer: torch.Tensor, places: Sequence[int], views: int) -> torch.Tensor:

@@ -141,7 +141,7 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
     compile: bool = flag("compile the networks with torch.compile", default=False, affects_results=True)
 
     def check(self) -> None:
-        """Raises UserError where flags contradict each other."""
+        """Raises UserError if flags contradict each other."""
         if self.backbone not in BACKBONE_NAMES:
             raise UserError(f"--backbone {self.backbone} cannot be trained; choose from {', '.join(BACKBONE_NAMES)}")
         if self.select != "last" and not self.eval_every:

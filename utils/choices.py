@@ -77,7 +77,7 @@ def category_name(text: str) -> str:
     """The category that the text of a flag names; `ring/` and `./ring`, as from tab completion, are `ring`.
 
     Raises:
-        argparse.ArgumentTypeError: the text has further folders or is no name.
+        argparse.ArgumentTypeError: the text is not the name of a folder, or has several.
     """
     name = os.path.normpath(text) if text else ""
     if name in ("", ".", "..") or Path(name).name != name:

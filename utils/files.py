@@ -167,7 +167,7 @@ def load_tensors(path: Path, what: str) -> object:
         try:
             with safe_open(path, "pt") as file:
                 recipe = (file.metadata() or {}).get(METADATA)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
             return tensors | ({METADATA: json.loads(recipe)} if recipe else {})
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{what} {path} cannot be read as a safetensors file: {error}") from error

@@ -48,7 +48,7 @@ def test_the_same_flag_has_the_same_default_or_names_the_commands_where_it_diffe
     found: dict[str, dict[str, argparse.Action]] = defaultdict(dict)
     for name in COMMANDS:
         for action in flags(command_parser(["python", f"{name}.py"])[0]):
-            if hasattr(action, "shown"):
+            if hasattr(action, "field_default"):
                 found[action.option_strings[0]][name] = action
     differing = {
         flag: of_commands

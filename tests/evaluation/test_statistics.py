@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evaluation.statistics import SHARE, crossed_summary, format_interval, holm, p_value, summaries, summary
+from evaluation.statistics import SHARE, format_interval, holm, p_value, summaries, summary
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=10))
@@ -45,15 +45,15 @@ def test_trainings_and_support_sets_in_loops():
     assert total > max(squares_rows, squares_columns)
     freedom = total**2 / (squares_rows**2 / 1 + squares_columns**2 / 2 + rest**2 / 2)
     reach = stats.t.ppf(0.975, freedom) * (total / 6) ** 0.5
-    found = crossed_summary(table)
+    found = summary(table)
     assert found["mean"] == pytest.approx(mean)
     assert found["interval95"] == pytest.approx([mean - reach, mean + reach])
     assert found["sd"] == pytest.approx((squares_columns / rows) ** 0.5)
     assert found["sd_trainings"] == pytest.approx((squares_rows / columns) ** 0.5)
-    same = crossed_summary([table[0], table[0]])
+    same = summary([table[0], table[0]])
     assert same["sd_trainings"] == 0 and same["sd"] == pytest.approx(summary(table[0])["sd"])
     assert same["interval95"] == pytest.approx([0.92 - 4.303 * 0.02 / 3**0.5, 0.92 + 4.303 * 0.02 / 3**0.5], abs=1e-4)
-    assert crossed_summary([[1.0, 1.0], [1.0, 1.0]], (0.0, 1.0))["interval95"] == [1.0, 1.0]
+    assert summary([[1.0, 1.0], [1.0, 1.0]], (0.0, 1.0))["interval95"] == [1.0, 1.0]
 
 
 def test_the_interval_of_trainings_covers():
@@ -62,7 +62,7 @@ def test_the_interval_of_trainings_covers():
     held = 0
     for _ in range(1000):
         effects = generator.normal(0, 1, (3, 1)), generator.normal(0, 1, (1, 10)), generator.normal(0, 0.5, (3, 10))
-        low, high = crossed_summary(sum(effects))["interval95"]
+        low, high = summary(sum(effects))["interval95"]
         held += low <= 0 <= high
     assert 900 <= held <= 990
 
@@ -77,7 +77,7 @@ def test_p_values_against_scipy(values):
 def test_the_p_value_of_trainings_fits_their_interval():
     """It is 0.05 where the interval ends at 0."""
     table = np.array([[0.90, 0.94, 0.92], [0.86, 0.89, 0.91]])
-    low, high = crossed_summary(table)["interval95"]
+    low, high = summary(table)["interval95"]
     assert p_value(table - low) == pytest.approx(0.05) and p_value(table - high) == pytest.approx(0.05)
     assert p_value(table - (low + high) / 2) == pytest.approx(1)
 
