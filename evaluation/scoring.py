@@ -166,14 +166,15 @@ def compute_test_features(
     for start in ProgressBar("features of test images", range(0, len(labels), batch_size), unit="batches"):
         with clock("decode"):
             batch = next(batches)
-            own, valid = batch["mask"].numpy(), batch["valid_mask"].numpy()
+            mask, valid = batch["mask"].numpy(), batch["valid_mask"].numpy()
+            rows = slice(start, start + len(mask))
             if masks is None:
-                masks = np.zeros((len(labels), *own.shape[1:]), bool)
-            masks[start : start + len(own)] = own
+                masks = np.zeros((len(labels), *mask.shape[1:]), bool)
+            masks[rows] = mask
             if valid_mask is None and not valid.all():
                 valid_mask = np.ones_like(masks)
             if valid_mask is not None:
-                valid_mask[start : start + len(own)] = valid
+                valid_mask[rows] = valid
         with clock("network"):
             images = unit_range(upload(batch["image"], clock.device))
             write = partial(_write_features, store, start, network, images)

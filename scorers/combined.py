@@ -9,7 +9,7 @@ appearances that none has at the same position. If support images agree position
 and `neighbours` dominates. The score map gives `positions` the larger weight, as its maps are sharper; the image score
 gives it to `neighbours`, which confuses fewer normal images with defective ones.
 
-With several backbones (models/several.py), each backbone has scorers of its own.
+With several backbones (models/several.py), each backbone has separate scorers.
 
 At the border of an image, features differ from others, whatever the image shows. In the image score of `combined`, the
 border therefore has a smaller weight (`border_weight`, scorers/maps.py), and the local averages of `neighbours` do not
@@ -75,23 +75,24 @@ class GeometricMean(Scorer):
 
     def refit(self, fitted: Fitted, support: Prepared) -> Fitted:
         """A fit to other views, with the scale of `fitted`."""
-        refitted = {"scale": fitted["scale"]}
-        for prefix, scorer, own in self._split(support):
-            refitted |= {f"{prefix}{name}": tensor for name, tensor in scorer.fit(own).items()}
-        return refitted
+        refitted = {}
+        for prefix, scorer, features in self._split(support):
+            refitted |= {f"{prefix}{name}": tensor for name, tensor in scorer.fit(features).items()}
+        return refitted | {"scale": fitted["scale"]}
 
     def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
         """The parts, extended with further images; the scale stays."""
         extended = {"scale": fitted["scale"]}
-        for prefix, scorer, own in self._split(accepted):
-            part = scorer.extend(_tensors_of(fitted, prefix), own, known)
+        for prefix, scorer, features in self._split(accepted):
+            part = scorer.extend(_tensors_of(fitted, prefix), features, known)
             extended |= {f"{prefix}{name}": tensor for name, tensor in part.items()}
         return extended
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Geometric means, about 1 for normal regions: (B, 2, H, H), for the score map and for the image score."""
         distances = [
-            scorer.distance_maps(_tensors_of(fitted, prefix), own) for prefix, scorer, own in self._split(test)
+            scorer.distance_maps(_tensors_of(fitted, prefix), features)
+            for prefix, scorer, features in self._split(test)
         ]
         return self._means(distances, fitted["scale"])
 
@@ -111,12 +112,12 @@ class GeometricMean(Scorer):
         With a single image, its first view is compared with the rest of its views.
         """
         views, distances = len(self.views), []
-        for _, scorer, own in self._split(support):
+        for _, scorer, features in self._split(support):
             measure = partial(_fit_and_measure, scorer)
-            if len(own[0]) > views:
-                distances.append(left_out(own, views, scored, measure))
+            if len(features[0]) > views:
+                distances.append(left_out(features, views, scored, measure))
             else:
-                distances.append(measure(without_images(own, 0, 1), [tensor[:1] for tensor in own]))
+                distances.append(measure(without_images(features, 0, 1), [tensor[:1] for tensor in features]))
         scale = torch.stack([maps[::scored].mean() for maps in distances]).clamp(min=EPS)
         return self.refit({"scale": scale}, support), distances
 

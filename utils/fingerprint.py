@@ -39,10 +39,10 @@ def changes(stored: object, current: Mapping) -> list[str]:
     """
     if not isinstance(stored, Mapping) or not isinstance(stored.get("settings"), Mapping):
         return ["no fingerprint"]
-    found = _changes({"method_version": stored.get("method_version")}, {"method_version": current["method_version"]})
+    phrases = _changes({"method_version": stored.get("method_version")}, {"method_version": current["method_version"]})
     for part in ("settings", "inputs"):
-        found += _changes(stored.get(part, {}), current[part])
-    return found
+        phrases += _changes(stored.get(part, {}), current[part])
+    return phrases
 
 
 def _changes(before: Mapping, now: Mapping) -> list[str]:
