@@ -258,7 +258,10 @@ class VisA(Listed):
         file = self.tests(category)
         try:
             table = [{column.lower(): value for column, value in row.items()} for row in read_table(file)]
-            rows = [row for row in table if (row["object"], row["split"].lower()) == (category.name, split)]
+            rows = [row for row in table if row["object"] == category.name]
+            if others := {row["split"] for row in rows if row["split"].lower() not in ("train", "test")}:
+                raise ValueError(f"the splits are train and test, not {', '.join(sorted(others))}")
+            rows = [row for row in rows if row["split"].lower() == split]
             named = [(row["image"], row["mask"], VISA_LABELS[row["label"].lower()]) for row in rows]
         except KeyError as error:
             needed = "the columns object, split, label, image, mask, and the labels normal and anomaly"

@@ -115,7 +115,7 @@ def verify(manifest: Manifest, category: Path) -> list[str]:
     changed = [
         f"{path} has changed: its SHA-256 is not the one in the manifest"
         for name, path in files.items()
-        if name in manifest.sha256 and sha256(path) != manifest.sha256[name]
+        if name in manifest.sha256 and sha256(path) != manifest.sha256[name].lower()
     ]
     return other + missing + changed
 

@@ -44,7 +44,7 @@ def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
     Raises:
         OSError, ValueError: as `read_text`; ValueError also for a row with more or fewer values than columns.
     """
-    text = re.sub(r"\Asep=.\r?\n", "", read_text(path, errors))
+    text = re.sub(r'\A"?sep=."?\r?\n', "", read_text(path, errors), flags=re.IGNORECASE)
     head = text.partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=head.count), skipinitialspace=True)
     try:

@@ -95,6 +95,7 @@ WRONG_SPLITS = {
     "a short row": (VISA_HEAD + "candle,test\n", "cannot read VisA's splits"),
     "out of the folder": (VISA_HEAD + "candle,test,normal,../a.JPG,\n", r"names \.\./a\.JPG, which is not below"),
     "an absolute path": (VISA_HEAD + "candle,test,normal,/etc/passwd,\n", "names /etc/passwd, which is not below"),
+    "another split": (VISA_HEAD + "candle,val,normal,a.JPG,\n", "the splits are train and test, not val"),
     "no training images": (VISA_HEAD + "pcb1,train,normal,a.JPG,\n", "has no training images of candle"),
 }
 

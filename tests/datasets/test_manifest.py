@@ -133,7 +133,8 @@ def category(demo_data, tmp_path) -> Path:
 
 def test_verify(category):
     manifest = with_hashes(draw_from_folder(category, 3, 2, 0), category)
-    assert verify(manifest, category) == []
+    capitals = {name: digest.upper() for name, digest in manifest.sha256.items()}  # as of Windows
+    assert verify(manifest, category) == [] == verify(manifest._replace(sha256=capitals), category)
     first, second = (category / "train/good" / name for name in manifest.names()[:2])
     first.unlink()
     second.write_bytes(second.read_bytes() + b"x")

@@ -39,11 +39,11 @@ WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
     st.lists(st.tuples(WORDS, WORDS), max_size=4),
     st.sampled_from([[], [""], ["", "  "], [None]]),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from([None, "sep={}", '"SEP={}"']),
 )
-def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows, blank, is_quoted, is_told):
-    """blank: lines at the end, as spreadsheets leave them; None: of separators alone. is_told: a line for Excel."""
-    lines = [f"sep={separator[0]}"] if is_told else []
+def test_tables_in_every_encoding_with_every_separator(encoding, separator, end, rows, blank, is_quoted, told):
+    """blank: lines at the end, as spreadsheets leave them; None: of separators alone. told: a line for Excel."""
+    lines = [told.format(separator[0])] if told else []
     lines += [
         separator.join(f'"{word}"' if is_quoted else word for word in row) for row in [("object", "label"), *rows]
     ]
