@@ -16,9 +16,8 @@ from evaluation.per_image import image_name
 from evaluation.run import choose_round
 from evaluation.saved_maps import read_maps
 from experiments.results import Results, rounds_of
-from experiments.saved_scores import decoding, folder_of, maps_folder, test_items
+from experiments.saved_scores import decoding, folder_of, maps_file, test_items
 from utils.errors import UserError
-from utils.naming import round_maps
 
 SHOWN, MOST = 8, 15  # test images of all categories: by default; that fit a page
 
@@ -83,7 +82,7 @@ def _of_category(
         return None
     columns = {}
     for key, record in records.items():
-        file = round_maps(maps_folder(results.files[key][0], record), number)
+        file = maps_file(results.files[key][0], record, number)
         if not file.is_file():
             raise UserError(f"no saved maps {file} of {key[2]}; score again with: python test.py --save_maps")
         columns[key[2]] = _relative(read_maps(file, items), items)[chosen]

@@ -34,11 +34,11 @@ from utils.naming import RecordFiles, round_maps
 Key = tuple[str, int, str]  # of a record: category, shot, kind
 
 
-def maps_folder(file: Path, record: dict) -> Path:
-    """The folder of the saved maps of a record: beside it, or where an imported method's maps were."""
+def maps_file(file: Path, record: dict, number: int) -> Path:
+    """The saved maps of a round: beside the record, or where an imported method's maps were."""
     beside = RecordFiles.of(file.parent, file.stem).maps
     given = record["config"].get("maps")
-    return Path(given) if given and not beside.is_dir() else beside
+    return round_maps(Path(given) if given and not beside.is_dir() else beside, number)
 
 
 def folder_of(record: dict, data_path: Path | None = None) -> Path:
@@ -79,7 +79,7 @@ def deviations(results: Results, key: Key, data_path: Path | None = None) -> dic
     copies = draw_copies(labels, seed=[*key[0].encode()])  # the same for all methods, another one for each category
     found = resample((count_images(of, labels) for one in read for of in one.scores), copies, "image")
     maps = [
-        round_maps(maps_folder(file, record), number)
+        maps_file(file, record, number)
         for file, record in zip(files, records, strict=True)
         for number in range(len(record["rounds"]))
     ]
