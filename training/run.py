@@ -374,9 +374,7 @@ class Scoring:
         clock, by_scorer = StageClock(trainer.device), {}
         scored = {category: self._score_category(trainer, data, clock) for category, data in self.data.items()}
         for scorer in self.scorers:
-            categories = {
-                category: [results[scorer.name].numbers for results in rounds] for category, rounds in scored.items()
-            }
+            categories = {category: [by_name[scorer.name] for by_name in rounds] for category, rounds in scored.items()}
             mean = mean_rounds(list(categories.values()))
             by_scorer[scorer.name] = {**summaries(mean), "rounds": mean}
             if len(categories) > 1:
@@ -385,8 +383,10 @@ class Scoring:
         return entry if len(by_scorer) == 1 else entry | {"scorers": by_scorer}
 
     def _score_category(self, trainer: Trainer, data: tuple, clock: StageClock) -> list[dict]:
+        """The metrics of each round, by the name of the scorer."""
         try:
-            return list(score_category(trainer.model.stn, self.scorers, *data, clock))
+            rounds = score_category(trainer.model.stn, self.scorers, *data, clock)
+            return [{name: result.numbers for name, result in by_name.items()} for by_name in rounds]
         except NotFinite as error:
             if not trainer.progress.epoch:  # the initial weights cause it, not the training
                 raise
