@@ -97,7 +97,7 @@ def whole_table(demo_data, tmp_path_factory):
         called = run_in_process(patch)
         patch.setattr("training.run.save_curve", lambda *_: called.append("curve"))
         patch.setattr("training.run.CURVE_SECONDS", math.inf)
-        patch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # as some containers
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in some containers; each command sets it back
         reproduced(settings)
         assert not torch.backends.cuda.matmul.allow_tf32
     return Path(settings["output"]), called, printed.getvalue()
