@@ -173,7 +173,7 @@ def _prepare_training(run: Run, current: dict) -> None:
     """Removes the records and moves the weights aside of a training that cannot be resumed with the fingerprint."""
     files = checkpoint_files(run.training)
     with suppress(UserError):  # there is another one, or one that cannot be read
-        earlier = earlier_run(files, resume=True, overwrite=False, known=current)
+        earlier = earlier_run(files, True, False, current)
         if earlier and not earlier.finished:
             return
     for record in run.records:
