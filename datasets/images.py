@@ -303,8 +303,10 @@ def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
     pixel is. Larger values become 255; the largest is kept in the result's `info` for `clipping_note`.
 
     Raises:
-        ValueError: its values have no fixed range or do not fit 16 bits.
+        ValueError: it has no pixels, or its values have no fixed range or do not fit 16 bits.
     """
+    if not all(image.size):
+        raise ValueError(f"it is {image.width}x{image.height} pixels, which are none")
     if image.mode == "F":
         raise ValueError("floating-point images have no fixed value range; save it with 8 or 16 bits")
     values, alpha = deep_values(image), _alpha(image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -146,7 +147,7 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
         try:
             return row, _write(detector, row, places, item.image, restored, number < previews)
         except OSError as error:  # disk full, or too wide for a JPEG; the score is kept
-            written = [name for name, place in zip(row.files, places, strict=True) if place.is_file()]
+            written = [name for name, place in zip(row.files, places, strict=True) if os.path.isfile(place)]
             fault = f"scored, but its files cannot be written: {item.path} ({error})"
             return row._replace(files=written, error=fault), NO_PREVIEW
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -307,15 +308,17 @@ def test_own_output_is_not_scored(support, demo_data, tmp_path):
 
 
 def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/000.png.jpg").mkdir()  # blocks the output file
+    """Something is in the place of one; the name of the other is longer than the system allows."""
+    images = Path(shutil.copytree(demo_data / "ring/test/good", tmp_path / "in"))
+    (images / "002.png").rename(images / f"{'x' * 250}.png")
+    (tmp_path / "out/images/000.png.jpg").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
-        run(support, [demo_data / "ring/test/good"], tmp_path)
-    rows = json.loads((tmp_path / "scores.json").read_text())["images"]
+        run(support, [images], tmp_path / "out")
+    rows = json.loads((tmp_path / "out/scores.json").read_text())["images"]
     assert ended.value.code == 1 and all(row["score"] > 0 for row in rows)
-    assert [bool(row["error"]) for row in rows] == [True, False, False]
+    assert [bool(row["error"]) for row in rows] == [True, False, True]
     said = capsys.readouterr()
-    assert "files cannot be written" in said.err and "3 images scored" in said.out and "1 failed" in said.out
+    assert "files cannot be written" in said.err and "3 images scored" in said.out and "2 failed" in said.out
 
 
 INVALID = {

@@ -69,6 +69,11 @@ def test_other_arrays_are_one_sentence(case):
         as_pixels(image, 32)
 
 
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="it is 0x5 pixels"):
+        as_pixels(Image.new("L", (0, 5)), 32)
+
+
 @pytest.mark.parametrize("single", [COLOUR, GREY, torch.zeros(3, 4, 4), "x.png", b"x", Image.new("L", (4, 4)), 3, None])
 def test_a_single_image_is_no_list(single):
     with pytest.raises(TypeError, match="a list of images"):
