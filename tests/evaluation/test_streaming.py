@@ -51,10 +51,11 @@ def scored(demo_data):
     """Scores the ring with every scorer; returns the results by scorer, and whether the features were in parts."""
     seed_everything(0)
     network = fuse_conv_bn(untrained("none", img_size=SIZE).stn.eval())
-    scorers, items = make_scorers(["gaussian", "neighbours", "combined"]), list_test_items(demo_data / "ring")
+    scorers, ring = make_scorers(["gaussian", "neighbours", "combined"]), list_test_items(demo_data / "ring")
     support = [read_support_images(sorted((demo_data / "ring/train/good").iterdir())[:2], SIZE)]
 
-    def score(keep_aspect: bool):
+    def score(keep_aspect: bool, images: int):
+        items = (ring * images)[:images]
         dataset, labels, kinds = (
             LabelledDataset(items, SIZE),
             [one.label for one in items],
@@ -70,19 +71,24 @@ def scored(demo_data):
     return score
 
 
-@pytest.mark.parametrize("keep_aspect", [False, True])
-def test_numbers_of_parts_are_those_of_all_at_once(keep_aspect, scored, streamed, tmp_path):
-    expected, in_parts = scored(keep_aspect)
+@pytest.mark.parametrize(
+    ("keep_aspect", "images"), [(False, 9), (True, 9), pytest.param(False, 400, marks=pytest.mark.slow)]
+)
+def test_numbers_of_parts_are_those_of_all_at_once(keep_aspect, images, scored, streamed, tmp_path):
+    within = 1e-4 if images == 9 else 1e-3  # copies of an image are equal up to rounding, which ranks them
+    expected, in_parts = scored(keep_aspect, images)
     assert not in_parts and all(isinstance(one.maps, torch.Tensor) for one in expected.values())
     streamed()
-    found, in_parts = scored(keep_aspect)
+    found, in_parts = scored(keep_aspect, images)
     assert in_parts and not list(tmp_path.rglob("*.*"))  # the file has no name
     for name, one in expected.items():
         other = found[name]
         np.testing.assert_allclose(other.image_scores, one.image_scores, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(other.maps.cpu().numpy(), one.maps.numpy(), rtol=1e-3, atol=1e-6)
-        assert other.numbers == pytest.approx(one.numbers, abs=1e-4)
-        assert other.by_defect_type == {kind: pytest.approx(own, abs=1e-4) for kind, own in one.by_defect_type.items()}
+        assert other.numbers == pytest.approx(one.numbers, abs=within)
+        assert other.by_defect_type == {
+            kind: pytest.approx(own, abs=within) for kind, own in one.by_defect_type.items()
+        }
 
 
 @given(rounds(), st.integers(1, 3))
