@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from functools import partial
 
@@ -14,10 +13,16 @@ from utils.errors import run_command
 
 
 def main() -> None:
-    """Calls the pickled function on the standard input while the file that the first argument names is locked."""
-    run_command(_perform, partial(Parser, ExperimentConfig, __doc__))
+    """Performs the run on the standard input while the file that the first argument names is locked."""
+    run_command(_locked, partial(Parser, ExperimentConfig, __doc__))
 
 
-def _perform(_argv: object) -> None:
+def _locked(_argv: object) -> None:
     with FileLock(sys.argv[1], mode=0o666):
-        pickle.load(sys.stdin.buffer)()
+        _perform(sys.stdin.buffer.read().decode())
+
+
+def _perform(run: str) -> None:
+    from experiments.runs import from_json, perform
+
+    perform(from_json(run))

@@ -13,12 +13,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,12 +94,31 @@ def execute(output: Path, run: Run, environment: Mapping[str, str], wait: bool =
             file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=-1 if wait else 0, mode=0o666):
             pass  # the process locks it again, and waits where another one was faster
-        code = _start([str(lock), str(output), run.name], _pickled(run), log, environment)
+        code = _start([str(lock), str(output), run.name], to_json(run), log, environment)
     except Timeout:
         return BUSY
     except (OSError, NotImplementedError) as error:  # only this run fails
         return f"{error} ({log})"
     return f"ended with code {code}: {_last_line(log)} ({log})" if code else None
+
+
+def to_json(run: Run) -> str:
+    """A run as text, for its process."""
+    scorings = [(one.weights, one.config.plain(), [str(record) for record in one.records]) for one in run.scorings]
+    return json.dumps([run.name, run.training and run.training.plain(), scorings])
+
+
+def from_json(text: str) -> Run:
+    """The inverse of `to_json`."""
+    name, training, scorings = json.loads(text)
+    return Run(
+        name,
+        training and TrainingConfig.from_plain(training),
+        tuple(
+            Scoring(weights, ScoringConfig.from_plain(config), tuple(map(Path, records)))
+            for weights, config, records in scorings
+        ),
+    )
 
 
 def perform(run: Run) -> None:
@@ -185,13 +202,11 @@ def _prepare_training(run: Run, current: dict) -> None:
         os.rename(folder, aside)
 
 
-def _pickled(run: Run) -> bytes:
-    """What the process of a run calls."""
-    return pickle.dumps(partial(perform, run))
+def _start(words: list[str], run: str, log: Path, environment: Mapping[str, str]) -> int:
+    """The exit code of a process of job.py, whose output is added to `log`.
 
-
-def _start(words: list[str], work: bytes, log: Path, environment: Mapping[str, str]) -> int:
-    """The exit code of a process of job.py, whose output is added to `log`. words: its arguments, shown by `ps`."""
+    words: its arguments, shown by `ps`. run: from `to_json`.
+    """
     code = PROCESS.format(path=sys.path, package=__package__)
     with (
         open(log, "ab") as stream,
@@ -204,7 +219,7 @@ def _start(words: list[str], work: bytes, log: Path, environment: Mapping[str, s
         ) as process,
     ):
         try:
-            process.communicate(work)
+            process.communicate(run.encode())
         except BaseException:  # Ctrl-C, or the end of a cluster's job
             process.kill()
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import pickle
 import re
 import shlex
 import shutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import reproduce
+from experiments import runs
 from experiments.examples import read_examples
 from experiments.formats import to_markdown
 from experiments.report import compare, make_tables
@@ -205,7 +205,7 @@ def test_from_scores_to_a_paper(demo_data, tmp_path, monkeypatch):
     lines = re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1].replace("\\\n", " ").splitlines()
     score, report, part = (shlex.split(line)[2:] for line in lines if "results/paper" in line)
     # in this process, which has imported everything
-    monkeypatch.setattr("experiments.runs._start", lambda words, work, *_: pickle.loads(work)())
+    monkeypatch.setattr(runs, "_start", lambda words, run, *_: runs.perform(runs.from_json(run)))
     small = "--inferences 2 --img_size 32 --weights none --num_workers 0 --device cpu"
     reproduce.main([*score, *shlex.split(small)])
     reproduce.main(report)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 
@@ -35,8 +34,21 @@ def play() -> None:
     """Lets the runs of this process be played; a run is finished when its records exist."""
     from experiments import runs  # slow: imports torch
 
-    runs._pickled = lambda run: pickle.dumps(partial(work, run.records[0], run.scorings[0].config.weights))
+    runs.PROCESS = "import sys; sys.path[:] = {path}; from tests.experiments.played import main; main()"
     runs._outdated = lambda scoring, digests: [record for record in scoring.records if not record.is_file()]
+
+
+def main() -> None:
+    """The process of a run that is played."""
+    from experiments import job
+
+    job._perform = _perform
+    job.main()
+
+
+def _perform(run: str) -> None:
+    ((_, config, (record,)),) = json.loads(run)[2]
+    work(Path(record), config["weights"])
 
 
 def make_run(output: Path, name: str, how: str = "works"):

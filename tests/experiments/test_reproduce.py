@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -71,9 +70,9 @@ def run_in_process(patch):
     def counted(name, original):
         return lambda *arguments: called.append(name) or original(*arguments)
 
-    def start(words, work, log, environment):
+    def start(words, run, log, environment):
         try:
-            pickle.loads(work)()
+            runs.perform(runs.from_json(run))
         except UserError as error:
             log.write_text(f"error: {error}\n")
             return 2

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    for name in ("_pickled", "_outdated"):
+    for name in ("PROCESS", "_outdated"):
         monkeypatch.setattr(runs, name, getattr(runs, name))
     play()
     return tmp_path
