@@ -127,6 +127,14 @@ def region_weights(masks: np.ndarray) -> np.ndarray:
     return 1 / np.bincount(region_of_pixel)[region_of_pixel]
 
 
+def ramp_areas(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The areas, up to PRO_FPR_LIMIT, below ramps that rise from 0 at `begin` to 1 at `begin` + `length`."""
+    inside = np.clip(PRO_FPR_LIMIT - begin, 0, None)
+    rise = np.minimum(inside, length)  # width of the ramp's rise below the limit: a triangle, then a rectangle
+    triangle = np.divide(rise**2, 2 * length, out=np.zeros_like(length), where=length > 0)
+    return triangle + inside - rise
+
+
 def pro(ranking: Ranking, weights: np.ndarray) -> float:
     """Area under the per-region-overlap (PRO) curve up to PRO_FPR_LIMIT, divided by that limit; in [0, 1].
 
@@ -138,9 +146,5 @@ def pro(ranking: Ranking, weights: np.ndarray) -> float:
 
     weights: (P,) from `region_weights`, in the order of the positives.
     """
-    begin, length = ranking.above / ranking.negatives, ranking.ties / ranking.negatives
-    inside = np.clip(PRO_FPR_LIMIT - begin, 0, None)
-    climbed = np.minimum(inside, length)  # width of the ramp's rise below the limit: a triangle, then a rectangle
-    triangle = np.divide(climbed**2, 2 * length, out=np.zeros_like(length), where=length > 0)
-    areas = triangle + inside - climbed
+    areas = ramp_areas(ranking.above / ranking.negatives, ranking.ties / ranking.negatives)
     return min(1.0, float(weights[ranking.order] @ areas / weights.sum() / PRO_FPR_LIMIT))  # 1 + 1e-15 is possible

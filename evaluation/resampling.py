@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.metrics import PRO_FPR_LIMIT
+from evaluation.metrics import PRO_FPR_LIMIT, ramp_areas
 
 DRAWS = 1000  # test sets; the error of the ends of a 95 % interval is then about 5 % of its width
 PIXEL_BINS = 512  # on bottle, K = 2, AP changes by 1.2e-3 (its interval is 0.12 wide), other metrics by 1e-4
@@ -98,11 +98,8 @@ def metrics_of(counts: Counts, copies: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _pro(regions: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The area of the ramps of evaluation.metrics.pro; all (draws, bins)."""
-    inside = np.clip(PRO_FPR_LIMIT - begin, 0, None)
-    climbed = np.minimum(inside, length)
-    triangle = climbed**2 / np.maximum(2 * length, 1e-30)
-    return (regions * (triangle + inside - climbed)).sum(axis=1) / regions.sum(axis=1) / PRO_FPR_LIMIT
+    """PRO as in evaluation.metrics.pro; all (draws, bins)."""
+    return (regions * ramp_areas(begin, length)).sum(axis=1) / regions.sum(axis=1) / PRO_FPR_LIMIT
 
 
 def resample(rounds: Iterable[Counts], copies: np.ndarray, level: str) -> dict[str, np.ndarray]:
