@@ -106,7 +106,7 @@ def assert_same_weights(first: dict, second: dict) -> None:
 
 def assert_same_run(expected: CheckpointFiles, found: CheckpointFiles) -> None:
     """All files are those of an undisturbed run, and there are no others."""
-    curves = [found.curve.with_suffix(f".{kind}") for kind in METADATA]
+    curves = [found.curve.with_suffix(suffix) for suffix in METADATA]
     portable = [file.with_suffix(".safetensors") for file in (found.selected, found.last)]
     own = [found.selected, found.last, found.epochs, found.record, found.card, *portable, *curves]
     assert sorted(found.state.parent.iterdir()) == sorted([*own, lock_file(found.state)])
