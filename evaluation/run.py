@@ -307,12 +307,14 @@ def _score_shot(
         yield
     metrics = [_write(plan, job, of_job, test, clock) for job, of_job in zip(jobs, collected, strict=True)]
     if config.save_images:
+        workers = reader_threads(config.num_workers, clock.device)
         drawn_rounds = [choose_round(config.images_round, of_job.numbers) for of_job in collected]
         for number in dict.fromkeys(drawn_rounds):  # scored again: to keep the maps of all rounds would take the memory
             by_scorer = next(score_rounds(network, test, [support.images[number]], clock, config.batch_size))
             for job, job_metrics, drawn_round in zip(jobs, metrics, drawn_rounds, strict=True):
                 if drawn_round == number:
-                    _save_images(plan, job, number, dataset, by_scorer[job.scorer].maps.cpu().numpy(), job_metrics)
+                    maps = by_scorer[job.scorer].maps.cpu().numpy()
+                    _save_images(plan, job, number, dataset, maps, job_metrics, workers)
 
 
 def _collect(
@@ -393,8 +395,13 @@ def support_record(support: SupportRounds) -> dict:
     return {"source": support.source, "names": support.names, **file}
 
 
-def _save_images(plan: Plan, job: Job, number: int, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple) -> None:
-    """Draws images of a round and the report. metrics: the arguments of evaluation.gallery.metric_tables."""
+def _save_images(
+    plan: Plan, job: Job, number: int, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple, workers: int
+) -> None:
+    """Draws images of a round and the report.
+
+    metrics: the arguments of evaluation.gallery.metric_tables. workers: threads that draw.
+    """
     from evaluation import gallery  # slow: imports matplotlib
 
     folder, config = job.files.images, plan.config
@@ -402,7 +409,7 @@ def _save_images(plan: Plan, job: Job, number: int, dataset: LabelledDataset, ma
         scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(*metrics)
         rank = f", the {config.images_round} by image AUROC" if config.images_round in ROUND_RANKS else ""
         title = f"{folder.name}, round {number}{rank}"
-        gallery.save_gallery(folder, title, scored, config.save_images, reader_threads(config.num_workers), tables)
+        gallery.save_gallery(folder, title, scored, config.save_images, workers, tables)
     except OSError as error:
         raise UserError(f"the record is written, but the images in {folder} cannot be: {error}") from error
     print(f"images: {folder}, with contact_sheet.jpg, curves.png and report.html")

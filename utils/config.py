@@ -236,9 +236,8 @@ def read_config(file: Path, kind: type[Config]) -> dict[str, object]:
     values = _renamed(values, kind)
     if others := sorted(set(values) - names):
         print(f"{file}: not settings of this command, ignored: {', '.join(others)}", file=sys.stderr)
-    defaults = {
-        field.name: _plain(field.default) for field in flags_of(kind)
-    }  # records hold values that were not given
+    # records hold values that were not given
+    defaults = {field.name: _plain(field.default) for field in flags_of(kind)}
     return {name: value for name, value in values.items() if name in names and value != defaults[name]}
 
 

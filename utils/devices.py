@@ -107,7 +107,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def reader_threads(asked: int | None, device: torch.device = CPU) -> int:
+def reader_threads(asked: int | None, device: torch.device) -> int:
     """Threads that decode images: `asked`, or CPU_READERS, or on CUDA one per core, at most MOST_READERS.
 
     The number of cores is that of PyTorch's threads: reproduce.py divides the machine's cores among its jobs.

@@ -218,7 +218,8 @@ def test_sixteen_bits_that_pillow_misreads_are_refused(case, tmp_path):
 @pytest.mark.parametrize("content", [b"P6 1 1 255 abc", b"P3 1 1 255 1 2 3", b"P5 1 1 65535 ab", jpeg_2000(8), sgi(8)])
 def test_eight_bits_and_grey_of_the_same_file_types_are_read(content, tmp_path):
     (tmp_path / "x.tif").write_bytes(content)
-    decode_image(tmp_path / "x.tif")
+    with Image.open(io.BytesIO(content)) as stored:
+        assert decode_image(tmp_path / "x.tif").size == stored.size
 
 
 @given(st.sampled_from(range(1, 9)), st.sampled_from(["png", "jpg", "tif", "webp"]))
