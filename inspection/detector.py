@@ -365,7 +365,7 @@ class FewShotDetector(ImageScoring):
         if not force:
             counted = (None if number in found else one for number, one in enumerate(results))
             require_this_part("normal images", names, counted, "calibrate")
-        self.gate = self.gate and self.gate.with_images([results[number].square for number in chosen])
+        self.gate = self.gate and self.gate.with_further([results[number].square for number in chosen])
         scores = self._as_normal([results[number] for number in chosen], with_views)
         return scores._replace(names=tuple(names[number] for number in chosen))
 

@@ -22,7 +22,6 @@ import torch
 from inspection.detector import FewShotDetector, require_this_part
 from inspection.images import ImageInput, image_list, image_names
 from inspection.normal_images import MOST_FITTED, digest
-from inspection.quality import measure
 from inspection.scoring import ImageResult
 from scorers.base import Fitted, Prepared
 from scorers.left_out import left_out
@@ -69,7 +68,7 @@ def accept(detector: FewShotDetector, images: Sequence[ImageInput], force: bool 
         squares = [one.square for _, one in new.values()]
         detector.learned = learned = _extended(detector, learned, new, squares)
         if detector.gate:
-            detector.gate = detector.gate.extended(np.stack([measure(square) for square in squares]))
+            detector.gate = detector.gate.with_support(squares)
         _learn(detector)
     return [Learned(*row) for row in zip(learned["names"], learned["before"], learned["after"], strict=True)]
 

@@ -124,9 +124,13 @@ class QualityGate:
         """The gate of normal images, given as network inputs (3, S, S)."""
         return cls(np.stack([measure(square) for square in squares]))
 
-    def with_images(self, squares: Sequence[torch.Tensor]) -> QualityGate:
-        """The gate of the support images and further normal images, given as network inputs."""
+    def with_further(self, squares: Sequence[torch.Tensor]) -> QualityGate:
+        """The gate with these further normal images, given as network inputs, in place of earlier further ones."""
         return QualityGate(self.support, np.stack([measure(square) for square in squares]) if squares else None)
+
+    def with_support(self, squares: Sequence[torch.Tensor]) -> QualityGate:
+        """The gate with more support images, given as network inputs."""
+        return QualityGate(np.concatenate([self.support, [measure(square) for square in squares]]), self.further)
 
     def drift(self, measured: Sequence[Mapping[str, float]]) -> list[str]:
         """Sentences on measures whose median over the newest images is more than DRIFT of the way to a limit.
@@ -148,10 +152,6 @@ class QualityGate:
                     f"{limits['typical']:.3g}, limit {limit:.3g}"
                 )
         return found
-
-    def extended(self, values: np.ndarray) -> QualityGate:
-        """The gate of all images so far and of further ones, given by their measures (n, M)."""
-        return QualityGate(self.support, values if self.further is None else np.concatenate([self.further, values]))
 
     def state(self) -> dict:
         """Tensors for a file; `from_state` reads them."""

@@ -45,9 +45,11 @@ def test_what_is_accepted_is_normal_then_and_the_thresholds_stay(fitted, images)
         row.name == str(path) and row.before == pytest.approx(before) and row.after == pytest.approx(before, rel=0.02)
     )
     assert after < 0.8 * before
-    assert detector.threshold == fitted.threshold and len(detector.gate.further) == 1
+    assert detector.threshold == fitted.threshold and len(detector.gate.support) == 4
     assert detector.identity() != fitted.identity() and len(fitted.learned) == 0
     assert accept(detector, [path, images["train/good"][0]]) == [row]  # known already
+    detector.calibrate(0.01, images["test/good"])
+    assert len(detector.gate.support) == 4 and len(detector.gate.further) == len(images["test/good"])
 
 
 def test_neither_order_nor_number_of_calls_matters(fitted, images, tmp_path):
