@@ -35,8 +35,7 @@ def differences(results: Results, metric: str, weights: str, scorer: str) -> dic
     before, after = (
         known(column_of(results, metric, shot, kind_name(name, scorer))) for name in ("untrained", weights)
     )
-    trained = {name: np.array(entry.trainings or [entry.rounds]) for name, entry in after.items() if name in before}
-    return {name: values - np.array(before[name].rounds) for name, values in trained.items()}
+    return {name: np.array(entry.trainings) - before[name].rounds for name, entry in after.items() if name in before}
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -99,7 +98,7 @@ def table(recipes: dict[str, Results], metric: str, categories: Sequence[str]) -
 def provenance(recipe: str, results: Results, folder: Path) -> str:
     """A line on how a recipe was run. The records of train.py are in `folder`/training."""
     commits = sorted(
-        {(record["commit"] or "none")[:7] for key, record in results.records.items() if key[2] != "untrained"}
+        {(record["commit"] or "none")[:7] for key, (record, *_) in results.records.items() if key.kind != "untrained"}
     )
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("training/*.json"))]
     seconds = [sum(entry["elapsed_seconds"] for entry in record["epochs"]) for record in records]

@@ -14,7 +14,7 @@ import numpy as np
 from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import TYPE_METRICS
 from evaluation.statistics import holm
-from experiments.results import Results, rounds_of, scorer_of, weights_of
+from experiments.results import RecordKey, Results, rounds_of, scorer_of, weights_of
 from experiments.tables import (
     DIFFERENCE,
     NO_TRUTH,
@@ -27,7 +27,6 @@ from experiments.tables import (
     make_entry,
     make_table,
     mean_of,
-    trainings_of,
 )
 from utils.choices import RELEASE_SCORER
 from utils.errors import UserError
@@ -49,15 +48,22 @@ class Pair(NamedTuple):
         """The name of the column of differences."""
         if self.baseline is self.results:
             return f"{self.kind}{DIFFERENCE}{self.baseline_kind}"
-        one, two = self.baseline.folder, self.results.folder
-        names = (one.name, two.name) if one.name != two.name else (str(one), str(two))
+        folders = self.baseline.folder, self.results.folder
+        a, b = map(str, folders) if folders[0].name == folders[1].name else (folder.name for folder in folders)
         if self.kind == self.baseline_kind:
-            return f"{self.kind}: {names[1]}{DIFFERENCE}{names[0]}"
-        return f"{names[1]}: {self.kind}{DIFFERENCE}{names[0]}: {self.baseline_kind}"
+            return f"{self.kind}: {b}{DIFFERENCE}{a}"
+        return f"{b}: {self.kind}{DIFFERENCE}{a}: {self.baseline_kind}"
 
-    def keys(self, category: str, shot: int) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
-        """The keys of the two records."""
-        return (category, shot, self.baseline_kind), (category, shot, self.kind)
+    def keys(self, category: str, shot: int) -> tuple[RecordKey, RecordKey]:
+        """The keys of the records of the baseline and of the column."""
+        return RecordKey(category, shot, self.baseline_kind), RecordKey(category, shot, self.kind)
+
+    def records(self, category: str, shot: int) -> tuple[dict, dict] | None:
+        """The records of the baseline and of the column, with the first seed; None where one is missing."""
+        before, after = self.keys(category, shot)
+        if before not in self.baseline.records or after not in self.results.records:
+            return None
+        return self.baseline.records[before][0], self.results.records[after][0]
 
 
 def pairs_of(results: Results, baseline: str, other: Results | None = None) -> list[Pair]:
@@ -67,18 +73,20 @@ def pairs_of(results: Results, baseline: str, other: Results | None = None) -> l
     of the same weights, or of the same scorer if the baseline is a kind of weights. Without such a column, it is paired
     with the only baseline column, if there is one. other: the results with the baseline, if not `results`.
     """
-    source = other or results
-    kinds, pairs = {key[2] for key in source.records}, []
-    candidates = [
-        kind for kind in source.kinds if kind in kinds and baseline in (kind, weights_of(kind), scorer_of(kind))
-    ]
-    part = scorer_of if baseline in map(weights_of, candidates) else weights_of
-    for kind in results.kinds:
-        if any(key[2] == kind for key in results.records):
-            matching = [candidate for candidate in candidates if part(candidate) == part(kind)] or candidates
-            if len(matching) == 1 and (other or matching[0] != kind):
-                pairs.append(Pair(source, matching[0], results, kind))
+    source, pairs = other or results, []
+    candidates = [kind for kind in _scored(source) if baseline in (kind, weights_of(kind), scorer_of(kind))]
+    shared = scorer_of if baseline in map(weights_of, candidates) else weights_of
+    for kind in _scored(results):
+        matching = [candidate for candidate in candidates if shared(candidate) == shared(kind)] or candidates
+        if len(matching) == 1 and (other or matching[0] != kind):
+            pairs.append(Pair(source, matching[0], results, kind))
     return pairs
+
+
+def _scored(results: Results) -> list[str]:
+    """The columns that have a record."""
+    kinds = {key.kind for key in results.records}
+    return [kind for kind in results.kinds if kind in kinds]
 
 
 def pairs_between(a: Results, b: Results, baseline: str | None = None) -> list[Pair]:
@@ -92,29 +100,29 @@ def pairs_between(a: Results, b: Results, baseline: str | None = None) -> list[P
     """
     common = []
     for pair in pairs_of(b, baseline, a) if baseline else _common_pairs(a, b):
-        keys = [pair.keys(category, shot) for category, shot, kind in b.records if kind == pair.kind]
-        keys = [key for key in keys if key[0] in a.records]
-        for one, two in keys:
-            names = rounds_of(a.records[one]), rounds_of(b.records[two])
-            if names[0] != names[1]:
-                sets = [f"{name}, {rounds} rounds" if names[0][0] == names[1][0] else name for name, rounds in names]
-                raise UserError(f"{one[0]}, K = {one[1]} was scored on different support sets: {' and '.join(sets)}")
-        common += [pair] if keys else []
+        places = [key[:2] for key in b.records if key.kind == pair.kind and pair.records(*key[:2])]
+        for category, shot in places:
+            support_sets = [rounds_of(record) for record in pair.records(category, shot)]
+            if support_sets[0] != support_sets[1]:
+                with_rounds = support_sets[0][0] == support_sets[1][0]
+                sets = [f"{name}, {rounds} rounds" if with_rounds else name for name, rounds in support_sets]
+                raise UserError(f"{category}, K = {shot} was scored on different support sets: {' and '.join(sets)}")
+        common += [pair] if places else []
     if not common:
-        has = (", ".join(sorted({key[2] for key in results.records})) for results in (a, b))
+        kinds_a, kinds_b = (", ".join(sorted({key.kind for key in results.records})) for results in (a, b))
         what = f"{baseline} and another column" if baseline else "category, shot and kind of weights"
         raise UserError(
-            f"the two results folders have no {what} in common: {a.folder} has {next(has)}, {b.folder} has {next(has)}"
+            f"the two results folders have no {what} in common: {a.folder} has {kinds_a}, {b.folder} has {kinds_b}"
         )
     return common
 
 
 def _common_pairs(a: Results, b: Results) -> list[Pair]:
-    ours, theirs = ({key[2] for key in results.records} for results in (a, b))
-    pairs = [(kind, kind) for kind in b.kinds if kind in ours & theirs]
-    pairs += [(weights_of(kind), kind) for kind in b.kinds if kind in theirs - ours and weights_of(kind) in ours]
-    pairs += [(kind, weights_of(kind)) for kind in a.kinds if kind in ours - theirs and weights_of(kind) in theirs]
-    return [Pair(a, one, b, two) for one, two in pairs]
+    kinds_a, kinds_b = _scored(a), _scored(b)
+    pairs = [(kind, kind) for kind in kinds_b if kind in kinds_a]
+    pairs += [(weights_of(kind), kind) for kind in kinds_b if kind not in kinds_a and weights_of(kind) in kinds_a]
+    pairs += [(kind, weights_of(kind)) for kind in kinds_a if kind not in kinds_b and weights_of(kind) in kinds_b]
+    return [Pair(a, kind_a, b, kind_b) for kind_a, kind_b in pairs]
 
 
 def paired_tables(title: str, pairs: Sequence[Pair], brief: bool = False) -> list[ResultsTable]:
@@ -124,20 +132,20 @@ def paired_tables(title: str, pairs: Sequence[Pair], brief: bool = False) -> lis
     """
     metrics, of_defects = (TABLE_METRICS, ()) if brief else (METRIC_NAMES, TYPE_METRICS)
     shots = pairs[0].results.shots if pairs else []
-    found = [_paired_table(title, pairs, metric, shot) for metric in metrics for shot in shots]
-    found += [_paired_table(title, pairs, metric, shot, True) for metric in of_defects for shot in shots]
-    return [table for table in found if table]
+    tables = [_paired_table(title, pairs, metric, shot) for metric in metrics for shot in shots]
+    tables += [_paired_table(title, pairs, metric, shot, True) for metric in of_defects for shot in shots]
+    return [table for table in tables if table]
 
 
 def _paired_table(
     title: str, pairs: Sequence[Pair], metric: str, shot: int, by_defect: bool = False
 ) -> ResultsTable | None:
-    columns = {pair.name: _paired(pair, metric, shot, by_defect) for pair in pairs}
+    columns = {pair.name: _differences(pair, metric, shot, by_defect) for pair in pairs}
     columns = {name: column for name, column in columns.items() if known(column)}
     if not columns:
         return None
-    found = dict.fromkeys(name for column in columns.values() for name in column)
-    names = list(found) if by_defect else pairs[0].results.categories
+    rows = dict.fromkeys(row for column in columns.values() for row in column)
+    names = list(rows) if by_defect else pairs[0].results.categories
     title = f"{METRIC_NAMES[metric]}{' by defect type' if by_defect else ''}, K = {shot}: {title}, paired"
 
     def mean(column: str, names: Sequence[str]) -> Entry:
@@ -145,30 +153,29 @@ def _paired_table(
 
     table = make_table(title, f"{metric}{PAIRED}", shot, names, columns, mean=mean)
     means = {} if by_defect else table.means | _over_categories(columns)
-    means = {name: _holm({name: entries})[name] for name, entries in means.items()}
-    notes = table.notes if means else []
+    better = {name: [entry.mean > 0 for entry in known(column).values()] for name, column in columns.items()}
+    note = "; ".join(f"{name} in {sum(higher)} of {len(higher)}" for name, higher in better.items())
     return table._replace(
         intervals=True,
-        rows=_holm({name: table.rows[name] for name in names if name in found}),
-        means=means,
-        notes=[*_notes(columns), *notes],
+        rows=_holm({name: table.rows[name] for name in names if name in rows}),
+        means={name: _holm({name: entries})[name] for name, entries in means.items()},
+        notes=[f"Higher: {note}.", *(table.notes if means else [])],
     )
 
 
-def _paired(pair: Pair, metric: str, shot: int, by_defect: bool) -> dict[str, Entry]:
+def _differences(pair: Pair, metric: str, shot: int, by_defect: bool) -> dict[str, Entry]:
     """Row -> the differences, where both columns were scored on the same support sets."""
     column: dict[str, Entry] = {}
     for category in pair.results.categories:
-        keys, sources = pair.keys(category, shot), (pair.baseline, pair.results)
-        records = [results.records.get(key) for results, key in zip(sources, keys, strict=True)]
-        if None in records or rounds_of(records[0]) != rounds_of(records[1]):
+        records = pair.records(category, shot)
+        if not records or rounds_of(records[0]) != rounds_of(records[1]):
             continue
         if pair.baseline is pair.results and not _same_weights(*records):
             continue
-        one, two = (entries_of(results, metric, key, by_defect) for results, key in zip(sources, keys, strict=True))
-        for row in one:
-            if row in two:
-                column[row] = _difference(one[row], two[row])
+        key_before, key_after = pair.keys(category, shot)
+        before = entries_of(pair.baseline, metric, key_before, by_defect)
+        after = entries_of(pair.results, metric, key_after, by_defect)
+        column |= {row: _difference(entry, after[row]) for row, entry in before.items() if row in after}
     return column
 
 
@@ -176,9 +183,9 @@ def _difference(baseline: Entry, entry: Entry) -> Entry:
     """The rounds of an entry minus those of its baseline. A single training is paired with each of several."""
     if NO_TRUTH in (baseline, entry):
         return NO_TRUTH
-    one, other = trainings_of(baseline), trainings_of(entry)
-    both = min(len(one), len(other)) if 1 not in (len(one), len(other)) else None
-    return make_entry(other[:both] - one[:both], paired=True)
+    before, after = np.array(baseline.trainings), np.array(entry.trainings)
+    both = min(len(before), len(after)) if 1 not in (len(before), len(after)) else None
+    return make_entry(after[:both] - before[:both], paired=True)
 
 
 def _same_weights(one: dict, other: dict) -> bool:
@@ -193,7 +200,7 @@ def _same_weights(one: dict, other: dict) -> bool:
 def _over_categories(columns: dict[str, dict[str, Entry]]) -> dict[str, list[Entry | None]]:
     """A row: the mean over categories, with the interval and p-value over categories instead of support sets."""
     means = [np.array([[entry.mean for entry in known(column).values()]]) for column in columns.values()]
-    row = [make_entry(values, paired=True)._replace(rounds=()) if values.size > 1 else None for values in means]
+    row = [make_entry(values, paired=True)._replace(trainings=()) if values.size > 1 else None for values in means]
     return {OVER_CATEGORIES: row} if any(row) else {}
 
 
@@ -205,8 +212,3 @@ def _holm(rows: dict[str, list[Entry | None]]) -> dict[str, list[Entry | None]]:
         name: [entry._replace(p_holm=next(corrected)) if entry and entry.p is not None else entry for entry in entries]
         for name, entries in rows.items()
     }
-
-
-def _notes(columns: dict[str, dict[str, Entry]]) -> list[str]:
-    better = {name: [entry.mean > 0 for entry in known(column).values()] for name, column in columns.items()}
-    return [f"Higher: {'; '.join(f'{name} in {sum(of)} of {len(of)}' for name, of in better.items())}."]

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from skimage.util import montage
 
 from datasets.layouts import LabelledImage
 from datasets.mvtec import LabelledDataset, list_train_images
@@ -15,11 +19,14 @@ from evaluation.gallery import choose_examples
 from evaluation.per_image import image_name
 from evaluation.run import choose_round
 from evaluation.saved_maps import read_maps
-from experiments.results import Results, rounds_of
+from experiments.figures import FONT, FRAME_INCHES, PAGE_INCHES
+from experiments.results import RecordKey, Results, rounds_of
 from experiments.saved_scores import decoding, folder_of, maps_file, test_items
+from reports.drawing import COLOUR_MAP, SPAN
 from utils.errors import UserError
 
 SHOWN, MOST = 8, 15  # test images of all categories: by default; that fit a page
+LABEL_INCHES = 0.9  # for the names of the rows
 
 
 class CategoryExamples(NamedTuple):
@@ -54,22 +61,26 @@ def read_examples(
     if len(results.shots) > 1:
         shots = ", ".join(map(str, results.shots))
         raise UserError(f"example images are of one number of shots, not of K = {shots}; choose one", ("shots",))
-    found = [_of_category(results, category, which, names, data_path) for category in results.categories]
-    if lacking := set(names or ()) - {name for of in found if of for name in of.names}:
+    examples = [_of_category(results, category, which, names, data_path) for category in results.categories]
+    examples = [category for category in examples if category]
+    shown = [name for category in examples for name in category.names]
+    if lacking := set(names or ()) - set(shown):
         raise UserError(f"no test image {min(lacking)} in {', '.join(results.categories)}", ("images",))
-    if (count := sum(len(of.names) for of in found if of)) > MOST:
-        raise UserError(f"{count} test images do not fit a page, at most {MOST} do; choose some", ("objs", "images"))
-    return [of for of in found if of]
+    if len(shown) > MOST:
+        raise UserError(
+            f"{len(shown)} test images do not fit a page, at most {MOST} do; choose some", ("objs", "images")
+        )
+    return examples
 
 
 def _of_category(
     results: Results, category: str, which: int | str, names: Sequence[str] | None, data_path: Path | None
 ) -> CategoryExamples | None:
-    keys = [(category, results.shots[0], kind) for kind in results.kinds]
-    records = {key: results.records[key] for key in keys if key in results.records}
+    keys = [RecordKey(category, results.shots[0], kind) for kind in results.kinds]
+    records = {key.kind: results.records[key][0] for key in keys if key in results.records}
     if not records:
         return None
-    if len({rounds_of(record) for record in records.values()}) > 1:
+    if len(set(map(rounds_of, records.values()))) > 1:
         raise UserError(f"the columns of {category} were scored on different support sets", ("columns",))
     first = next(iter(records.values()))
     number, items = choose_round(which, first["rounds"]), test_items(first, data_path)
@@ -81,18 +92,21 @@ def _of_category(
     if not chosen:
         return None
     columns = {}
-    for key, record in records.items():
-        file = maps_file(results.files[key][0], record, number)
+    for kind, record in records.items():
+        file = maps_file(record, number)
         if not file.is_file():
-            raise UserError(f"no saved maps {file} of {key[2]}; score again with: python test.py --save_maps")
-        columns[key[2]] = _relative(read_maps(file, items), items)[chosen]
+            raise UserError(f"no saved maps {file} of {kind}; score again with: python test.py --save_maps")
+        columns[kind] = _relative(read_maps(file, items), items)[chosen]
     size = next(iter(columns.values())).shape[-1]
     shown = [items[index] for index in chosen]
     read = list(LabelledDataset(shown, size, **decoding(first, "keep_aspect", "bits", "mask_orientation")))
-    images = np.stack([one["image"].permute(1, 2, 0).numpy() for one in read])
-    masks = np.stack([one["mask"].numpy() for one in read])
     return CategoryExamples(
-        category, [*map(image_name, shown)], _support(first, number, size, data_path), images, masks, columns
+        category,
+        [*map(image_name, shown)],
+        _support(first, number, size, data_path),
+        np.stack([item["image"].permute(1, 2, 0).numpy() for item in read]),
+        np.stack([item["mask"].numpy() for item in read]),
+        columns,
     )
 
 
@@ -127,3 +141,44 @@ def _support(record: dict, number: int, size: int, data_path: Path | None) -> np
             [files[name] for name in names[number]], size, **decoding(record, "keep_aspect", "bits")
         )
     return (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def examples_figure(categories: Sequence[CategoryExamples]) -> Figure:
+    """A row per test image: support images, the test image, its ground truth, and the heat map of each column.
+
+    It fits a page. The K support images are beside the rows of their category. One colour bar holds for all heat maps,
+    as their scores are relative, see CategoryExamples.
+    """
+    columns = list(dict.fromkeys(name for category in categories for name in category.columns))
+    titles = ["support", "test image", "ground truth", *columns]
+    count = sum(len(category.names) for category in categories)
+    cell = min((PAGE_INCHES[0] - LABEL_INCHES) / len(titles), (PAGE_INCHES[1] - FRAME_INCHES) / count)
+    figure = Figure((PAGE_INCHES[0], count * cell + FRAME_INCHES), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.04, wspace=0, hspace=0)
+    grid = figure.subplots(count, len(titles), squeeze=False)
+    norm = LogNorm(1 / SPAN, SPAN)
+    for axis in grid.flat:
+        axis.set(xticks=[], yticks=[], box_aspect=1)
+        axis.spines[:].set_visible(False)
+    for axis, title in zip(grid[0], titles, strict=True):
+        axis.set_title(title.replace(", ", ",\n"), fontsize=FONT)
+    rows = iter(grid)
+    for category in categories:
+        support = np.array_split(category.support, len(category.names))
+        for number, name in enumerate(category.names):
+            row = next(rows)
+            label = f"{category.category}\n{name.split('/')[0]}"
+            row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT)
+            support_grid = montage(support[number], fill=[255] * 3, channel_axis=-1) if len(support[number]) else None
+            shown = [support_grid, category.images[number], category.masks[number]]
+            for axis, panel in zip(row, shown, strict=False):
+                if panel is not None:
+                    axis.imshow(panel, cmap="gray", vmin=0, vmax=1)
+            for axis, column in zip(row[len(shown) :], columns, strict=True):
+                if column in category.columns:
+                    axis.imshow(category.columns[column][number], cmap=COLOUR_MAP, norm=norm)
+    bar = figure.colorbar(ScalarMappable(norm, COLOUR_MAP), ax=grid, location="bottom", shrink=0.5, aspect=40)
+    bar.set_ticks((1 / SPAN, 1, SPAN), labels=(f"1/{SPAN:g}", "1", f"{SPAN:g}"), fontsize=FONT)
+    bar.minorticks_off()
+    bar.set_label("score / median image score of the normal test images", fontsize=FONT)
+    return figure

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 from evaluation.resampling import DRAWS
 from experiments.figures import table_figure
@@ -54,7 +55,7 @@ CSV_COLUMNS += ("sd_trainings", "p", "p_holm")
 
 def header(results: Results) -> list[tuple[str, str]]:
     """(name, value) pairs that describe the records: commit, dates, device, arguments, support sets, weights."""
-    records = list(results.records.values())
+    records = [first for first, *_ in results.records.values()]
     lines = [("commit", _distinct(record["commit"] or "not given" for record in records))]
     dates = sorted(record["date"] for record in records)
     lines.append(("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"))
@@ -66,26 +67,27 @@ def header(results: Results) -> list[tuple[str, str]]:
     lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
     lines.append(("support sets", _support_sets(results)))
     spread = "mean ± sample standard deviation over rounds (one support set each), in percent"
-    if results.repeats:
-        spread += f"; then ± that over up to {1 + max(map(len, results.repeats.values()))} trainings"
+    if (trainings := max(map(len, results.records.values()))) > 1:
+        spread += f"; then ± that over up to {trainings} trainings"
     lines.append(("spread", spread))
-    shown = [name for name in WEIGHTS if any(weights_of(key[2]) == name for key in results.records)]
-    lines += [(name, f"{_epochs(results, name)}{WEIGHTS[name]}.") for name in shown]
+    for weights, explanation in WEIGHTS.items():
+        of_weights = [record for key, (record, *_) in results.records.items() if weights_of(key.kind) == weights]
+        if of_weights:
+            lines.append((weights, f"{_epochs(of_weights) if weights != 'untrained' else ''}{explanation}."))
     return lines
 
 
 def _support_sets(results: Results) -> str:
     """The number of support sets, their origin, and one SHA-256 over all of them."""
-    names = {key[:2]: support_name(record) for key, record in sorted(results.records.items())}
+    names = {key[:2]: support_name(record) for key, (record, *_) in sorted(results.records.items(), key=itemgetter(0))}
     digest = hashlib.sha256(json.dumps(list(names.values())).encode()).hexdigest()[:DIGEST_LETTERS]
-    kinds = _distinct(name.split()[0] for name in names.values())
-    return f"{len(names)} ({kinds}), SHA-256 {digest}..."
+    origins = _distinct(name.split()[0] for name in names.values())
+    return f"{len(names)} ({origins}), SHA-256 {digest}..."
 
 
-def _epochs(results: Results, weights: str) -> str:
-    epochs = {record.get("epoch") for key, record in results.records.items() if weights_of(key[2]) == weights}
-    epochs -= {None}
-    if not epochs or weights == "untrained":
+def _epochs(records: Sequence[dict]) -> str:
+    epochs = {record.get("epoch") for record in records} - {None}
+    if not epochs:
         return ""
     return f"epoch {min(epochs)}: " if len(epochs) == 1 else f"epochs {min(epochs)} to {max(epochs)}: "
 
@@ -98,7 +100,7 @@ def _distinct(values: Iterable[object]) -> str:
 def format_row(table: ResultsTable, entries: Sequence[Entry | None]) -> list[str]:
     """The texts of one row of `table`, see format_entry. The cells of means that no column has are empty."""
     texts = [format_entry(entry, name, table.intervals) for entry, name in zip(entries, table.columns, strict=True)]
-    is_mean = any(entries is of for of in table.means.values())
+    is_mean = any(entries is mean for mean in table.means.values())
     return ["" if (table.metric == SECONDS or is_mean) and text == MISSING else text for text in texts]
 
 

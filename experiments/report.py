@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.comparison import DEFAULT_BASELINES, Pair, paired_tables, pairs_between, pairs_of
 from experiments.config import ExperimentConfig
-from experiments.figures import examples_figure, table_figure
+from experiments.figures import table_figure
 from experiments.formats import FORMATS, to_csv, to_html, to_latex, to_markdown
 from experiments.results import Results, read_results
 from experiments.saved_scores import over_images
@@ -34,20 +34,22 @@ def make_tables(results: Results, baseline: str | None = None, data_path: Path |
         UserError: there is no such baseline.
     """
     groups = _comparisons(results, baseline)
-    pairs = list({pair.name: pair for _, of in groups for pair in of}.values())
-    every = [value_table(results, metric, shot) for metric in TABLE_METRICS for shot in results.shots]
-    every += [other_tables(results, shot) for shot in results.shots]
-    every += [paired_tables(title, of, brief=baseline is None) for title, of in groups]
-    every += [over_images(results, pairs, data_path, brief=baseline is None)]
-    every += [seconds_table(results, shot) for shot in results.shots]
-    return [table for tables in every for table in tables]
+    every_pair = list({pair.name: pair for _, pairs in groups for pair in pairs}.values())
+    brief = baseline is None
+    return [
+        *(table for metric in TABLE_METRICS for shot in results.shots for table in value_table(results, metric, shot)),
+        *(table for shot in results.shots for table in other_tables(results, shot)),
+        *(table for title, pairs in groups for table in paired_tables(title, pairs, brief)),
+        *over_images(results, every_pair, data_path, brief),
+        *(table for shot in results.shots for table in seconds_table(results, shot)),
+    ]
 
 
 def _comparisons(results: Results, baseline: str | None) -> list[tuple[str, list[Pair]]]:
     """The pairs of each baseline, with a title."""
     if baseline is None:
-        found = [(f"differences from {name}", pairs_of(results, name)) for name in DEFAULT_BASELINES]
-        return [(title, pairs) for title, pairs in found if pairs]
+        groups = [(f"differences from {name}", pairs_of(results, name)) for name in DEFAULT_BASELINES]
+        return [(title, pairs) for title, pairs in groups if pairs]
     if pairs := pairs_of(results, baseline):
         return [(f"differences from {baseline}", pairs)]
     if Path(baseline).is_dir():
@@ -62,7 +64,7 @@ def _comparisons(results: Results, baseline: str | None) -> list[tuple[str, list
 def compare(a: Results, b: Results, baseline: str | None = None, data_path: Path | None = None) -> list[ResultsTable]:
     """Tables of the differences B - A in all metrics, paired by category and support set; see `pairs_between`."""
     pairs = pairs_between(a, b, baseline)
-    only_pairs = b.part()._replace(planned=[], scorers=[])
+    only_pairs = b._replace(kinds=[])
     return paired_tables(f"{b.folder.name} minus {a.folder.name}", pairs) + over_images(only_pairs, pairs, data_path)
 
 
@@ -91,7 +93,7 @@ def print_report(config: ExperimentConfig) -> None:
         save_as(config.figure, figure)
         print(f"figure: {config.figure}")
     if config.examples:
-        from experiments.examples import read_examples  # slow: imports scikit-learn
+        from experiments.examples import examples_figure, read_examples  # slow: imports scikit-learn
 
         examples = read_examples(results, config.images_round, config.images, _data_path(config))
         save_as(config.examples, examples_figure(examples))

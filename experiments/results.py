@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import textwrap
 from collections.abc import Sequence
@@ -24,31 +25,36 @@ SHOWN_PROBLEMS, SHOWN_LETTERS = 3, 100  # of what is wrong with a record
 DIGEST_LETTERS = 8  # of a support set's SHA-256, enough to distinguish support sets
 
 
-class Results(NamedTuple):
-    """The records of a folder by (category, shot, kind), with the categories, shots and scorers of its tables.
+class RecordKey(NamedTuple):
+    """What a record is of. kind: its weights, and its scorer where it is not that of the release, see kind_name."""
 
-    A kind is a key of WEIGHTS, followed by the scorer where it is not the release's, see `kind_name`. planned: the
-    kinds that were asked for, so that they are shown also where they are missing. training: the seconds of the training
-    behind a record, where they are known. repeats: further records of the same kind, of trainings with other seeds.
-    files: of a record and of its repeats. folder: of the files.
+    category: str
+    shot: int
+    kind: str
+
+
+class Results(NamedTuple):
+    """The records of a folder, and the categories, shots and kinds (columns) of its tables.
+
+    records: one for each training, those of other seeds last; its entry "file" is where it was read. categories, shots,
+    kinds: also those that were asked for, so that they are shown where they are missing.
     """
 
-    records: dict[tuple[str, int, str], dict]
+    folder: Path
+    records: dict[RecordKey, list[dict]]
     categories: list[str]
     shots: list[int]
-    data_type: str
-    scorers: list[str]
-    planned: list[str]
-    training: dict[tuple[str, int, str], float]
-    repeats: dict[tuple[str, int, str], list[dict]]
-    files: dict[tuple[str, int, str], list[Path]]
-    folder: Path
+    kinds: list[str]
 
     @property
-    def kinds(self) -> list[str]:
-        """The columns: every combination of weights and scorer that was planned or has records."""
-        found = {key[2] for key in self.records} | set(self.planned)
-        return [kind for scorer in self.scorers for name in WEIGHTS if (kind := kind_name(name, scorer)) in found]
+    def data_type(self) -> str:
+        """The data set, a key of CATEGORIES."""
+        return next(iter(self.records.values()))[0]["config"]["data_type"]
+
+    @property
+    def scorers(self) -> list[str]:
+        """The scorers of the columns."""
+        return list(dict.fromkeys(map(scorer_of, self.kinds)))
 
     def part(
         self,
@@ -57,7 +63,9 @@ class Results(NamedTuple):
         kinds: Sequence[str] | None = None,
         only_scored: bool = False,
     ) -> Results:
-        """The results of some categories, shots and columns, in this order; None: all. only_scored: that have records.
+        """The results of some categories, shots and columns; None: all. only_scored: that have records.
+
+        Categories and shots are in the given order.
 
         Raises:
             UserError: there is no record of them.
@@ -65,8 +73,8 @@ class Results(NamedTuple):
         known, asked = (self.categories, self.shots, self.kinds), (categories, shots, kinds)
         wanted = [list(given or every) for given, every in zip(asked, known, strict=True)]
         records = {
-            key: record
-            for key, record in self.records.items()
+            key: records
+            for key, records in self.records.items()
             if all(value in values for value, values in zip(key, wanted, strict=True))
         }
         unknown = [repr(value) for values, every in zip(wanted, known, strict=True) for value in set(values) - {*every}]
@@ -76,16 +84,11 @@ class Results(NamedTuple):
                 f"{self.folder} {what}; it has {', '.join(known[0])}; K = {', '.join(map(str, known[1]))}; "
                 f"the columns {' | '.join(known[2])}"
             )
-        for place, values in enumerate(wanted) if only_scored else ():
-            values[:] = [value for value in values if value in {key[place] for key in records}]
-        of_scorers = [scorer_of(kind) for kind in wanted[2]]
-        return self._replace(
-            records=records,
-            categories=wanted[0],
-            shots=wanted[1],
-            scorers=[name for name in self.scorers if name in of_scorers],
-            planned=wanted[2],
-        )
+        if only_scored:
+            scored = [set(values) for values in zip(*records, strict=True)]
+            wanted = [[value for value in values if value in some] for values, some in zip(wanted, scored, strict=True)]
+        columns = [kind for kind in self.kinds if kind in wanted[2]]
+        return Results(self.folder, records, *wanted[:2], columns)
 
 
 def kind_name(weights: str, scorer: str) -> str:
@@ -111,7 +114,7 @@ def described(kind: str) -> str:
 
 
 def read_results(folder: Path) -> Results:
-    """Reads all records in `folder`, and the further trainings in its folders of --seeds.
+    """Reads all records in `folder`, and those of further trainings in its folders of --seeds.
 
     Raises:
         UserError: no folder, no record, a damaged record, or records of several data types, STN modes or image sizes,
@@ -119,54 +122,47 @@ def read_results(folder: Path) -> Results:
     """
     if not folder.is_dir():
         raise UserError(f"no results folder {folder}; create it with python reproduce.py --output {folder}")
-    (records, files), repeats = _read_records(folder, needed=True), {}
+    records = {key: [record] for key, record in _read_records(folder, needed=True).items()}
     for further in sorted(folder.glob(f"{SEED_FOLDER}*")):
-        again, again_files = _read_records(further)
-        for key, record in again.items():
-            if key in records and rounds_of(record) != rounds_of(records[key]):
+        for key, record in _read_records(further).items():
+            if key not in records:
+                continue
+            if rounds_of(record) != rounds_of(records[key][0]):
                 raise UserError(f"{further} and {folder} have {key[0]}, K = {key[1]} with different support sets")
-            repeats.setdefault(key, []).append(record)
-            files.setdefault(key, []).append(again_files[key][0])
-    _refuse_mixture(folder, [*records.values(), *(record for some in repeats.values() for record in some)])
+            records[key].append(record)
+    _refuse_mixture(folder, list(itertools.chain(*records.values())))
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"kinds": []}
-    data_type = next(iter(records.values()))["config"]["data_type"]
-    found = {category for category, _, _ in records} | set(asked.get("objs", []))
-    order = CATEGORIES.get(data_type) or ()
-    others = {record.get("scorer", RELEASE_SCORER) for record in records.values()} - {RELEASE_SCORER}
-    return Results(
-        records,
-        [*order, *sorted(found - set(order))],
-        sorted({shot for _, shot, _ in records} | set(asked.get("shots", []))),
-        data_type,
-        [RELEASE_SCORER, *sorted(others)],
-        asked.get("kinds", ["untrained", "last", "best"]),  # folders of earlier versions do not name them
-        {key: seconds for key, record in records.items() if (seconds := _training_seconds(folder, record))},
-        repeats,
-        files,
+    scored, shots, kinds = (set(values) for values in zip(*records, strict=True))
+    scorers = (RELEASE_SCORER, *sorted({scorer_of(kind) for kind in kinds} - {RELEASE_SCORER}))
+    kinds |= set(asked.get("kinds", ["untrained", "last", "best"]))  # folders of earlier versions do not name them
+    results = Results(
         folder,
+        records,
+        sorted(scored | set(asked.get("objs", []))),
+        sorted(shots | set(asked.get("shots", []))),
+        [kind for scorer in scorers for weights in WEIGHTS if (kind := kind_name(weights, scorer)) in kinds],
     )
+    order = CATEGORIES.get(results.data_type) or ()
+    return results._replace(categories=[*order, *(name for name in results.categories if name not in order)])
 
 
-def _read_records(folder: Path, needed: bool = False) -> tuple[dict, dict]:
-    """The records in `folder` and their files, by (category, shot, kind). needed: at least one.
-
-    Sub-folders are not searched.
-    """
-    records, files, foreign = {}, {}, []
+def _read_records(folder: Path, needed: bool = False) -> dict[RecordKey, dict]:
+    """The records in `folder`, without those in sub-folders. needed: at least one."""
+    records, foreign = {}, []
     for path in sorted(folder.glob("*.json")):
-        if path.name != GRID_FILE and not _may_be_record(path):
-            foreign.append(path)
-        elif path.name != GRID_FILE:
-            record = _read_record(path)
+        content = {} if path.name == GRID_FILE else _read_json(path)
+        if {*CONFIG_KEYS, "rounds", "fingerprint"} & set(content):
+            record = _checked(path, content)
             kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
-            key = record["config"]["obj"], record["config"]["shot"], kind
-            records[key], files[key] = record, [path]
+            records[RecordKey(record["config"]["obj"], record["config"]["shot"], kind)] = record
+        elif path.name != GRID_FILE:
+            foreign.append(path)  # JSON of another program has no entry in common with a record
     if needed and not records:
         what = f"; {foreign[0]} is not a record" if foreign else ""
         raise UserError(f"no records of test.py in {folder}{what}")
     if foreign:
         print(f"note: {len(foreign)} JSON file(s) are no records and left out, e.g. {foreign[0]}")
-    return records, files
+    return records
 
 
 def rounds_of(record: dict) -> tuple[str, int]:
@@ -174,24 +170,17 @@ def rounds_of(record: dict) -> tuple[str, int]:
     return support_name(record), len(record["rounds"])
 
 
-def _may_be_record(path: Path) -> bool:
-    """Whether a file is a record, also a damaged one; JSON of other programs has no entry in common with it."""
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError):
-        return True
-    return isinstance(content, dict) and bool({*CONFIG_KEYS, "rounds", "fingerprint"} & set(content))
-
-
-def _read_record(path: Path) -> dict:
-    """A record with all that tables need; UserError names what it lacks.
+def _checked(path: Path, record: dict) -> dict:
+    """A record with all that tables need, and its file as "file"; UserError names what it lacks.
 
     Its "config" holds the resolved values too. Records until version 0.1 have "arguments" in its place.
     """
-    record = _read_json(path)
     record["config"] = {**recorded(record), **record.get("resolved", {})}
     validator = Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
-    problems = [_phrase(error.json_path, error.message) for error in validator.iter_errors(record)]
+    problems = []
+    for error in validator.iter_errors(record):
+        place = error.json_path.removeprefix("$").lstrip(".")
+        problems.append(textwrap.shorten(f"{place}: {error.message}".removeprefix(": "), SHOWN_LETTERS))
     problems = problems or _contradictions(record)
     if problems:
         more = f" and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
@@ -201,21 +190,16 @@ def _read_record(path: Path) -> dict:
         )
     if isinstance(shots := record["config"]["shot"], list):
         (record["config"]["shot"],) = shots
-    return record
-
-
-def _phrase(place: str, message: str) -> str:
-    return textwrap.shorten(f"{place.removeprefix('$').lstrip('.')}: {message}".removeprefix(": "), SHOWN_LETTERS)
+    return record | {"file": path}
 
 
 def _read_json(path: Path) -> dict:
+    """The object in a JSON file; empty if it holds another value."""
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the record {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a record of test.py")
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _contradictions(record: dict) -> list[str]:
@@ -235,26 +219,27 @@ def _contradictions(record: dict) -> list[str]:
 
 def _refuse_mixture(folder: Path, records: list[dict]) -> None:
     """Raises UserError for several data types, and for several settings of the project's own network."""
+    configs = [record["config"] for record in records]
     own = [record["config"] for record in records if record.get("scorer", RELEASE_SCORER) in SCORERS]
-    everything = [record["config"] for record in records]
-    for name, configs in (("data_type", everything), *((name, own) for name in ("stn_mode", "img_size", "backbone"))):
-        found = {config.get(name, RELEASE_BACKBONE) for config in configs}
-        if len(found) > 1:
-            raise UserError(f"{folder} has records with different {name}: {' and '.join(map(str, sorted(found)))}")
+    for name in ("data_type", "stn_mode", "img_size", "backbone"):
+        values = {config.get(name, RELEASE_BACKBONE) for config in (configs if name == "data_type" else own)}
+        if len(values) > 1:
+            raise UserError(f"{folder} has records with different {name}: {' and '.join(map(str, sorted(values)))}")
 
 
-def _training_seconds(folder: Path, record: dict) -> float | None:
+def training_seconds(record: dict) -> float | None:
     """The seconds of all epochs, from the record of train.py in the folder of the checkpoint; None where there is none.
 
-    The checkpoint is looked for where it was, and at the same place below `folder`, which may have been moved.
+    The checkpoint is looked for where it was, and at the same place below the results folder, which may have been
+    moved.
     """
-    checkpoint = record.get("checkpoint")
-    if not checkpoint:
+    if not record.get("checkpoint"):
         return None
-    file = Path(checkpoint["path"])
+    file = Path(record["checkpoint"]["path"])
     for ending in ("_model.pt", "_last.pt"):
         file = file.with_name(file.name.replace(ending, "_record.json"))
-    for place in (file, folder.joinpath(*file.parts[-5:])):  # save_checkpoints/<mode>/<shot>/<category>/<file>
+    # the parts of save_checkpoints/<mode>/<shot>/<category>/<file>
+    for place in (file, record["file"].parent.joinpath(*file.parts[-5:])):
         if place.suffix == ".json" and place.is_file():
             epochs = _read_json(place).get("epochs", [])
             return sum(entry.get("elapsed_seconds", 0) for entry in epochs) or None

@@ -15,7 +15,7 @@ from evaluation.per_image import image_name, read_labelled_scores
 from evaluation.resampling import count_images, count_pixels, draw_copies, percentile_interval, resample
 from evaluation.saved_maps import read_maps
 from experiments.comparison import Pair
-from experiments.results import Results
+from experiments.results import RecordKey, Results
 from experiments.tables import (
     DIFFERENCE,
     OVER_IMAGES,
@@ -31,12 +31,10 @@ from utils.choices import AUTO_BITS
 from utils.errors import UserError
 from utils.naming import RecordFiles, round_maps
 
-Key = tuple[str, int, str]  # of a record: category, shot, kind
 
-
-def maps_file(file: Path, record: dict, number: int) -> Path:
+def maps_file(record: dict, number: int) -> Path:
     """The saved maps of a round: beside the record, or where an imported method's maps were."""
-    beside = RecordFiles.of(file.parent, file.stem).maps
+    beside = RecordFiles.of(record["file"].parent, record["file"].stem).maps
     given = record["config"].get("maps")
     return round_maps(Path(given) if given and not beside.is_dir() else beside, number)
 
@@ -62,30 +60,27 @@ def decoding(record: dict, *names: str) -> dict[str, bool | int | str]:
     return {name: config[name] for name in names if config.get(name) not in (None, AUTO_BITS)}
 
 
-def deviations(results: Results, key: Key, data_path: Path | None = None) -> dict[str, np.ndarray]:
+def deviations(results: Results, key: RecordKey, data_path: Path | None = None) -> dict[str, np.ndarray]:
     """How far each metric of a record, its mean over rounds, is from it for each drawn test set, (draws,) in percent.
 
     The image metrics are there if the scores lie beside the record, the pixel metrics if the maps of all rounds and
     the data do. Of several trainings, the rounds of all are counted.
     """
-    files, records = results.files[key], [results.records[key], *results.repeats.get(key, [])]
-    scores = [file.with_suffix(".csv") for file in files]
-    if not all(file.is_file() for file in scores):
+    records = results.records[key]
+    files = [record["file"].with_suffix(".csv") for record in records]
+    if not all(file.is_file() for file in files):
         return {}
-    read = [read_labelled_scores(file) for file in scores]
-    labels = read[0].labels
+    trainings = [read_labelled_scores(file) for file in files]
+    names, labels, _ = trainings[0]
     if labels.all() or not labels.any():
         return {}
-    copies = draw_copies(labels, seed=[*key[0].encode()])  # the same for all methods, another one for each category
-    found = resample((count_images(of, labels) for one in read for of in one.scores), copies, "image")
-    maps = [
-        maps_file(file, record, number)
-        for file, record in zip(files, records, strict=True)
-        for number in range(len(record["rounds"]))
-    ]
+    copies = draw_copies(labels, seed=[*key.category.encode()])  # the same for all methods, others for each category
+    counts = (count_images(scores, labels) for training in trainings for scores in training.scores)
+    metrics = resample(counts, copies, "image")
+    maps = [maps_file(record, number) for record in records for number in range(len(record["rounds"]))]
     if all(file.is_file() for file in maps):
-        found |= _of_maps(records[0], maps, read[0].names, copies, data_path)
-    return {name: 100 * values for name, values in found.items()}
+        metrics |= _of_maps(records[0], maps, names, copies, data_path)
+    return {name: 100 * values for name, values in metrics.items()}
 
 
 def _of_maps(
@@ -124,41 +119,45 @@ def over_images(
         for folder, source in sources.items()
         for category in source.categories
         for key in source.records
-        if key[0] == category
+        if key.category == category
     }
-    found = [
+    tables = [
         _image_table(results, pairs, metric, shot, varied)
         for metric in (TABLE_METRICS if brief else METRIC_NAMES)
         for shot in results.shots
     ]
-    return [table for table in found if table]
+    return [table for table in tables if table]
 
 
 def _image_table(
-    results: Results, pairs: Sequence[Pair], metric: str, shot: int, varied: dict[tuple[Path, Key], dict]
+    results: Results, pairs: Sequence[Pair], metric: str, shot: int, varied: dict[tuple[Path, RecordKey], dict]
 ) -> ResultsTable | None:
-    def drawn(source: Results, key: Key) -> np.ndarray:
-        """The number of a record, then that of each drawn test set; empty where one of them is lacking."""
-        entry = known(entries_of(source, metric, key)).get(key[0])
+    def drawn(source: Results, key: RecordKey) -> np.ndarray | None:
+        """The number of a record, then that of each drawn test set; None where one of them is lacking."""
+        entry = known(entries_of(source, metric, key)).get(key.category)
         deviating = varied.get((source.folder, key), {}).get(metric)
-        return np.empty(0) if entry is None or deviating is None else entry.mean + np.append(0, deviating)
+        return None if entry is None or deviating is None else entry.mean + np.append(0, deviating)
 
-    columns: dict[str, dict[str, np.ndarray]] = {}
+    columns: dict[str, dict[str, np.ndarray]] = {name: {} for name in (*results.kinds, *(pair.name for pair in pairs))}
     for category in results.categories:
         for kind in results.kinds:
-            columns.setdefault(kind, {})[category] = drawn(results, (category, shot, kind))
+            if (values := drawn(results, RecordKey(category, shot, kind))) is not None:
+                columns[kind][category] = values
         for pair in pairs:
-            one, two = map(drawn, (pair.baseline, pair.results), pair.keys(category, shot))
-            columns.setdefault(pair.name, {})[category] = two - one if len(one) == len(two) else np.empty(0)
-    found = {name: {category: values for category, values in of.items() if len(values)} for name, of in columns.items()}
-    found = {name: of for name, of in found.items() if of}
-    if not found:
+            before, after = map(drawn, (pair.baseline, pair.results), pair.keys(category, shot))
+            if before is not None and after is not None:
+                columns[pair.name][category] = after - before
+    columns = {name: column for name, column in columns.items() if column}
+    if not columns:
         return None
 
     def mean(column: str, names: Sequence[str]) -> Entry:
-        return _entry(np.mean([found[column][name] for name in names], axis=0), column)
+        return _entry(np.mean([columns[column][name] for name in names], axis=0), column)
 
-    entries = {name: {category: _entry(values, name) for category, values in of.items()} for name, of in found.items()}
+    entries = {
+        name: {category: _entry(values, name) for category, values in column.items()}
+        for name, column in columns.items()
+    }
     title = f"{METRIC_NAMES[metric]}, K = {shot}: over test images"
     table = make_table(title, f"{metric}{OVER_IMAGES}", shot, results.categories, entries, mean=mean)
     return table._replace(intervals=True, rows={name: row for name, row in table.rows.items() if any(row)})

@@ -17,9 +17,8 @@ import numpy as np
 from evaluation.metrics import METRIC_NAMES
 from evaluation.round_metrics import TYPE_METRICS
 from evaluation.statistics import p_value, summary
-from experiments.results import Results, described, kind_name, weights_of
+from experiments.results import RecordKey, Results, described, kind_name, training_seconds, weights_of
 
-PUBLISHED_FILES = "published_{}.csv"  # in this folder, by data type; there is none for MPDD
 PUBLISHED = ("paper", "release")
 PRINTED_DIGITS = 0.05  # published averages are rounded to one decimal
 TABLE_METRICS = ("image_auroc", "pixel_auroc", "pro")  # each has a table of all columns
@@ -35,19 +34,22 @@ class Entry(NamedTuple):
     """One table cell, in percent or seconds.
 
     sd: sample standard deviation over `rounds`, None for a single round. interval: 95 % interval, by default over
-    rounds. rounds: empty for a published number. trainings: the rounds of each training, where there are several;
-    `rounds` are then their means. sd_trainings: standard deviation over the trainings' means. p, p_holm: of a paired
-    difference, see experiments.comparison.
+    rounds. trainings: the rounds of each training; empty for a published number. sd_trainings: standard deviation over
+    the trainings' means. p, p_holm: of a paired difference, see experiments.comparison.
     """
 
     mean: float
     sd: float | None = None
     interval: tuple[float, float] | None = None
-    rounds: tuple[float, ...] = ()
     trainings: tuple[tuple[float, ...], ...] = ()
     sd_trainings: float | None = None
     p: float | None = None
     p_holm: float | None = None
+
+    @property
+    def rounds(self) -> list[float]:
+        """The means of the trainings."""
+        return np.mean(self.trainings, axis=0).tolist() if self.trainings else []
 
 
 NO_TRUTH = Entry(math.nan)  # scored, but the metric is not in the record or undefined: images without ground truth
@@ -73,7 +75,7 @@ class ResultsTable(NamedTuple):
 
 def read_published(data_type: str = "mvtec") -> dict[tuple[str, str, int], dict[str, float]]:
     """The published numbers in percent: (source, metric, shot) -> category -> value, with the printed "average"."""
-    file = Path(__file__).with_name(PUBLISHED_FILES.format(data_type))
+    file = Path(__file__).with_name(f"published_{data_type}.csv")  # there is none for MPDD
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     lines, rows = [line for line in lines if not line.startswith("#")], {}
     for row in csv.DictReader(lines):
@@ -155,9 +157,9 @@ def mean_rows(
 
 def mean_of(entries: Sequence[Entry], paired: bool = False) -> Entry:
     """The mean of categories. Its spread is that of the rounds' means; without one if the numbers of rounds differ."""
-    shapes = {trainings_of(entry).shape for entry in entries}
-    if len(shapes) == 1 and entries[0].rounds:
-        return make_entry(np.mean([trainings_of(entry) for entry in entries], axis=0), paired)
+    trainings = [entry.trainings for entry in entries]
+    if trainings[0] and len(set(map(np.shape, trainings))) == 1:
+        return make_entry(np.mean(trainings, axis=0), paired)
     return Entry(float(np.mean([entry.mean for entry in entries])))
 
 
@@ -166,47 +168,46 @@ def make_entry(trainings: Sequence[Sequence[float]] | np.ndarray, paired: bool =
 
     trainings: the rounds of each training; of one, where there are no others. paired: they are differences.
     """
-    table, limits = np.asarray(trainings, dtype=float), None if paired else PERCENT
-    crossed = min(table.shape) > 1
-    rounds = table.mean(axis=0)
-    numbers = summary(table if crossed else rounds, limits)
-    p = p_value(table if crossed else rounds) if paired and len(rounds) > 1 else None
-    each = tuple(map(tuple, table.tolist())) if crossed else ()
-    interval = numbers["interval95"] and tuple(numbers["interval95"])
-    rounds = tuple(rounds.tolist())
-    return Entry(numbers["mean"], numbers["sd"], interval, rounds, each, numbers.get("sd_trainings"), p)
-
-
-def trainings_of(entry: Entry) -> np.ndarray:
-    """The rounds of each training (trainings, rounds); where there is one, in one row."""
-    return np.array(entry.trainings or [entry.rounds])
+    table = np.asarray(trainings, dtype=float)
+    if 1 in table.shape:  # one training or one round: the means over trainings are the sample
+        table = table.mean(axis=0, keepdims=True)
+    sample = table if len(table) > 1 else table[0]
+    numbers = summary(sample, None if paired else PERCENT)
+    return Entry(
+        numbers["mean"],
+        numbers["sd"],
+        numbers["interval95"] and tuple(numbers["interval95"]),
+        tuple(map(tuple, table.tolist())),
+        numbers.get("sd_trainings"),
+        p_value(sample) if paired and sample.size > 1 else None,
+    )
 
 
 def column_of(results: Results, metric: str, shot: int, kind: str, by_defect: bool = False) -> dict[str, Entry]:
     """Row -> the metric in the records of one shot and kind. The rows are categories, or their defect types."""
     column: dict[str, Entry] = {}
     for category in results.categories:
-        column |= entries_of(results, metric, (category, shot, kind), by_defect)
+        column |= entries_of(results, metric, RecordKey(category, shot, kind), by_defect)
     return column
 
 
-def entries_of(results: Results, metric: str, key: tuple[str, int, str], by_defect: bool = False) -> dict[str, Entry]:
-    """`column_of` of one category; key: of its record."""
-    record = results.records.get(key)
-    if record is None:
+def entries_of(results: Results, metric: str, key: RecordKey, by_defect: bool = False) -> dict[str, Entry]:
+    """`column_of` of one category; key: of its records."""
+    if key not in results.records:
         return {}
-    every = [record, *results.repeats.get(key, [])]
-    values = {key[0]: [[numbers.get(metric) for numbers in one["rounds"]] for one in every]}
+    records = results.records[key]
+    values = {key.category: [[numbers.get(metric) for numbers in record["rounds"]] for record in records]}
     if by_defect:
         values = {
-            f"{key[0]}, {defect}": [
-                ((one.get("defects") or {}).get(defect, {}).get(metric) or {}).get("rounds", [None]) for one in every
+            f"{key.category}, {defect}": [
+                ((record.get("defects") or {}).get(defect, {}).get(metric) or {}).get("rounds", [None])
+                for record in records
             ]
-            for defect in record.get("defects", {})
+            for defect in records[0].get("defects", {})
         }
     return {
-        row: NO_TRUTH if any(None in rounds for rounds in of_row) else make_entry(100 * np.array(of_row))
-        for row, of_row in values.items()
+        row: NO_TRUTH if any(None in rounds for rounds in trainings) else make_entry(100 * np.array(trainings))
+        for row, trainings in values.items()
     }
 
 
@@ -217,7 +218,7 @@ def known(column: dict[str, Entry]) -> dict[str, Entry]:
 
 def _lacking_note(results: Results, metric: str, shot: int, kind: str) -> list[str]:
     """A sentence on the records of this kind without the metric; none if all have it."""
-    records = {key[0]: record for key, record in results.records.items() if key[1:] == (shot, kind)}
+    records = {key.category: record for key, (record, *_) in results.records.items() if key[1:] == (shot, kind)}
     lacking = [category for category, record in records.items() if metric not in record["rounds"][0]]
     if not lacking:
         return []
@@ -254,13 +255,13 @@ def _defects_table(results: Results, shot: int, kind: str) -> list[ResultsTable]
 def seconds_table(results: Results, shot: int) -> list[ResultsTable]:
     """The seconds of scoring for each kind of weights, and those of training before them where they are known."""
     columns: dict[str, dict[str, Entry]] = {}
-    for (category, of_shot, kind), record in results.records.items():
-        if of_shot == shot:
-            trained = "training, source" if weights_of(kind) == "source" else "training"
-            if (category, shot, kind) in results.training:
-                columns.setdefault(trained, {})[category] = Entry(results.training[category, shot, kind])
+    for key, (record, *_) in results.records.items():
+        if key.shot == shot:
+            if seconds := training_seconds(record):
+                trained = "training, source" if weights_of(key.kind) == "source" else "training"
+                columns.setdefault(trained, {})[key.category] = Entry(seconds)
             if record.get("seconds"):
-                columns.setdefault(kind, {})[category] = Entry(sum(record["seconds"].values()))
+                columns.setdefault(key.kind, {})[key.category] = Entry(sum(record["seconds"].values()))
     order = [name for name in ("training", "training, source", *results.kinds) if name in columns]
     if not order:
         return []

@@ -71,7 +71,7 @@ def test_tables_show_a_record(tmp_path):
     shutil.copy(DATA / "record.json", tmp_path)
     found = read_results(tmp_path)
     assert list(found.records) == [("ring", 1, "untrained")]
-    assert found.records["ring", 1, "untrained"]["config"]["img_size"] == 64
+    assert found.records["ring", 1, "untrained"][0]["config"]["img_size"] == 64
 
 
 @pytest.mark.parametrize("name", ["record", "state"])

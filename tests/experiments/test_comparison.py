@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def rounds(folder, category, kind, metric="image_auroc"):
-    record = read_results(folder).records[category, 2, kind]
+    record = read_results(folder).records[category, 2, kind][0]
     return 100 * np.array([numbers[metric] for numbers in record["rounds"]])
 
 
@@ -82,7 +82,7 @@ def test_differences_by_defect_type(folder):
     )
     records = read_results(folder).records
     one, two = (
-        records["bottle", 2, kind]["defects"]["scratch"]["pro"]["rounds"] for kind in ("last", "last, neighbours")
+        records["bottle", 2, kind][0]["defects"]["scratch"]["pro"]["rounds"] for kind in ("last", "last, neighbours")
     )
     found = entry(made, "bottle, scratch", "last, neighbours - last")
     assert found.p == pytest.approx(stats.ttest_rel(two, one).pvalue) and not made.means

@@ -167,7 +167,7 @@ def test_paired_with_records_of_this_project(command, tmp_path, capsys):
     (out / "ring_1_last.json").write_text(json.dumps(ours))
     reproduce.main(["--report", str(out)])
     text = capsys.readouterr().out
-    half = 100 * read_results(out).records["ring", 1, "last"]["rounds"][0]["image_auroc"]
+    half = 100 * read_results(out).records["ring", 1, "last"][0]["rounds"][0]["image_auroc"]
     assert "### image AUROC, K = 1: differences from gaussian, paired" in text
     assert "last, mine: pixel AUROC is not in any record (n/a)." in text
     assert "last, mine $-$ last" in (out / "tables.tex").read_text()

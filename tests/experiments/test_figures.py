@@ -10,8 +10,8 @@ from datasets.images import read_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.per_image import image_name, write_scores
 from evaluation.saved_maps import save_maps
-from experiments.examples import read_examples
-from experiments.figures import examples_figure, table_figure
+from experiments.examples import examples_figure, read_examples
+from experiments.figures import table_figure
 from experiments.report import make_tables
 from experiments.results import read_results
 from experiments.saved_scores import over_images
@@ -101,7 +101,7 @@ def test_examples_are_the_saved_maps(folder, demo_data, tmp_path):
     for number, one in enumerate(dataset):
         np.testing.assert_array_equal(examples.masks[number], one["mask"].numpy())
         np.testing.assert_array_equal(examples.images[number], one["image"].permute(1, 2, 0).numpy())
-    (name,) = results.records["ring", 1, "untrained, one"]["support_set"]["names"][1]
+    (name,) = results.records["ring", 1, "untrained, one"][0]["support_set"]["names"][1]
     np.testing.assert_array_equal(examples.support, read_image(demo_data / "ring/train/good" / name, SIZE)[None])
     figure = examples_figure([examples])
     assert len(figure.axes) == 2 * 5 + 1 and len(figure.axes[0].images) == 1 and not figure.axes[5].images

@@ -128,7 +128,7 @@ def test_only_what_was_scored(folder):
     """Rows and columns without records are left out; a part can be chosen; the published mean follows."""
     (folder / GRID_FILE).write_text(json.dumps({"objs": ["cable"], "shots": [2, 8], "kinds": ["source"]}))
     results = read_results(folder).part(only_scored=True)
-    assert (results.categories, results.shots, results.planned) == (["bottle", "screw"], [8], list(results.kinds))
+    assert (results.categories, results.shots) == (["bottle", "screw"], [8])
     made = make_tables(results)[0]
     assert list(made.rows) == ["bottle", "screw"] and "missing" in to_markdown([made])  # screw has no last weights
     assert list(made.means) == ["mean", "mean of 1 of 2"] and "source" not in made.columns
@@ -171,7 +171,7 @@ def test_images_without_ground_truth(tmp_path):
     write_record(tmp_path, "solar", 2, "best", [(0.9, None)], data_type="folder")
     results = read_results(tmp_path)
     made = table(tmp_path, "pixel AUROC, K = 2")
-    assert entry(made, "mean of 1 of 2", "best") == Entry(80, rounds=(80.0,))
+    assert entry(made, "mean of 1 of 2", "best") == Entry(80, trainings=((80.0,),))
     assert "| solar | n/a |" in to_markdown([made], results)
     assert "nan" not in to_html([made], results) and "nan" not in to_latex([made], results)
     assert "solar,best,n/a,,,," in to_csv([made])
