@@ -23,6 +23,7 @@ from utils.choices import (
     RELEASE_SCORER,
     ROUND_RANKS,
     SCORER_NAMES,
+    SEVERAL,
     STN_MODE_NAMES,
     category_name,
     is_trainable,
@@ -130,6 +131,7 @@ class NetworkConfig(Config):
         f"{BACKBONE_HELP}; predict.py and export.py take {LITE_BACKBONE} if none is given",
         default=RELEASE_BACKBONE,
         group="network",
+        joined_by=SEVERAL,
         affects_results=True,
     )
     img_size: int | None = flag(

@@ -16,6 +16,7 @@ from utils.choices import (
     OFF,
     RELEASE_BACKBONE,
     RELEASE_SCORER,
+    SEVERAL,
     tile_side,
 )
 from utils.config import flag, flags_of
@@ -73,6 +74,7 @@ class DetectorConfig(NetworkConfig, ImageConfig):
         f"{BACKBONE_HELP} (default: {LITE_BACKBONE}, with --checkpoint {RELEASE_BACKBONE}; of test.py and train.py: "
         f"{RELEASE_BACKBONE}, as released)",
         default=None,
+        joined_by=SEVERAL,
         affects_results=True,
         group="network",
     )

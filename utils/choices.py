@@ -41,7 +41,7 @@ SEVERAL = "+"  # between the names of backbones that are used side by side
 BACKBONE_HELP = (
     f"{', '.join(BACKBONE_NAMES)}; without registration training: {LITE_BACKBONE} (its ImageNet weights are installed "
     f"with this project), or {PREFIX}NAME for any model of the timm library; a ResNet with {NORMALISED} after its "
-    f"name has a normalised input; names joined by {SEVERAL} are used side by side"
+    f"name has a normalised input; several names, or names joined by {SEVERAL}, are used side by side"
 )
 RELEASE_SCORER = "gaussian"  # the scorer of the release; default of train.py and test.py
 SCORER_NAMES = (RELEASE_SCORER, "neighbours", "positions", "combined")

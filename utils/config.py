@@ -49,18 +49,20 @@ def flag(
     most: float | None = None,
     choices: Sequence[object] | None = None,
     convert: Callable[[str], object] | None = None,
+    joined_by: str | None = None,
     **options: object,
 ) -> Any:  # noqa: ANN401, the type of the field
     """A field of a `Config`, and with it the flag of the same name.
 
     text: the help. default: without one, the flag is required. group: of the help page. affects_results: whether the
     value is part of the fingerprint of a run; UNLESS_DEFAULT: only if it is not the default. least, most: limits of a
-    number, or of each number of a tuple. convert: converts text to a value; by default the type of the field. options:
-    further arguments of `add_argument` (metavar, nargs, const); `spelling`, the flag if it is not the name of the
-    field; and `aliases`, further flags and names in files of --config, which the help omits.
+    number, or of each number of a tuple. convert: converts text to a value; by default the type of the field.
+    joined_by: several words may be given, which this text joins to one value. options: further arguments of
+    `add_argument` (metavar, nargs, const); `spelling`, the flag if it is not the name of the field; and `aliases`,
+    further flags and names in files of --config, which the help omits.
     """
     metadata = {"text": text, "group": group, "affects_results": affects_results, "least": least, "most": most}
-    metadata |= {"choices": choices, "convert": convert, "options": options}
+    metadata |= {"choices": choices, "convert": convert, "joined_by": joined_by, "options": options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -284,7 +286,7 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
         options["action"] = "store_true"
     else:
         options |= {"type": field.metadata["convert"] or base, "choices": field.metadata["choices"]}
-        if is_tuple:
+        if is_tuple or field.metadata["joined_by"]:
             options.setdefault("nargs", "+")
     action = group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
     action.field_default = field.default
@@ -317,6 +319,8 @@ def _from_plain(kind: type[Config], field: dataclasses.Field, value: object) -> 
     if is_tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(field, base, item) for item in items)
+    if field.metadata["joined_by"] and isinstance(value, list):
+        value = field.metadata["joined_by"].join(map(str, value))
     return _convert(field, base, value)
 
 

@@ -24,6 +24,7 @@ class Draw(Config):
     mode: str = flag("how", default="fast", choices=("fast", "slow"))
     folder: Path | None = flag("where", default=None)
     strict: bool = flag("refuse more", default=False, aliases=("--severe",))
+    nets: str = flag("networks", default="a", joined_by="+")
 
     def check(self):
         if self.strict and self.mode == "fast":
@@ -32,6 +33,13 @@ class Draw(Config):
 
 def parse(*argv):
     return Parser(Draw, "Draws.").parse_config([str(word) for word in argv])
+
+
+@pytest.mark.parametrize("words", [["b"], ["b", "c"], ["b+c", "d"]])
+def test_several_words_are_joined(words, tmp_path):
+    (tmp_path / "draw.json").write_text(json.dumps({"nets": words}))
+    for argv in (["--nets", *words], ["--config", tmp_path / "draw.json"]):
+        assert parse("--obj", "ring", *argv).nets == "+".join(words)
 
 
 def test_flags_are_fields():
