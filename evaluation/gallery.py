@@ -107,20 +107,19 @@ def choose_examples(items: Sequence[LabelledImage], count: int) -> list[int]:
     return sorted(in_turn[:count])
 
 
-def metric_tables(
-    metrics: dict[str, dict | None], reasons: dict[str, str], defect_types: dict[str, dict], rounds: int
-) -> list[PageTable]:
+def metric_tables(entries: dict) -> list[PageTable]:
     """The page's tables for all rounds: every metric with its spread, and the metrics of each defect type.
 
-    metrics, defect_types: from evaluation.statistics. reasons: why metrics are None.
+    entries: those of evaluation.statistics.metric_entries, such as a record.
     """
+    missing, rounds, defect_types = entries["not_available"], entries["rounds"], entries["defects"]
     rows = [
-        (METRIC_NAMES[name], format_summary(numbers), reasons.get(name) or format_interval(numbers))
-        for name, numbers in metrics.items()
+        (METRIC_NAMES[name], format_summary(entries[name]), missing.get(name) or format_interval(entries[name]))
+        for name in rounds[0]
     ]
     header, title = ("metric", "one round"), "Each defect type against all normal images"
-    if rounds > 1:
-        spread = f"mean +- SD of {rounds} rounds"
+    if len(rounds) > 1:
+        spread = f"mean +- SD of {len(rounds)} rounds"
         header, title = ("metric", spread, "95 % interval of the mean"), f"{title}, {spread}"
     elif any(reason for *_, reason in rows):
         header = (*header, "why not")

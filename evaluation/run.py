@@ -22,7 +22,7 @@ from evaluation.config import ScoringConfig
 from evaluation.per_image import image_name, write_scores
 from evaluation.saved_maps import save_maps, save_tiff
 from evaluation.scoring import RoundResult, Shared, TestFeatures, compute_test_features, score_rounds
-from evaluation.statistics import defect_type_summaries, format_aurocs, format_summaries, summaries
+from evaluation.statistics import format_aurocs, format_summaries, metric_entries
 from models.networks import network_name, resolve_img_size, scoring_network
 from models.regad import selection
 from models.stn import fuse_conv_bn
@@ -277,14 +277,6 @@ def _score_weights(
         pass
 
 
-class Collected(NamedTuple):
-    """All rounds of a job: metrics, metrics of each defect type, and image scores (B,)."""
-
-    numbers: list[dict]
-    by_defect_type: list[dict]
-    image_scores: list[np.ndarray]
-
-
 def _score_shot(
     plan: Plan,
     jobs: Sequence[Job],
@@ -300,35 +292,33 @@ def _score_shot(
     """
     config, support = plan.config, jobs[0].support
     print(f"support: {support.source}")
-    collected = [Collected([], [], []) for _ in jobs]
+    results: dict[str, list[RoundResult]] = {job.scorer: [] for job in jobs}
     rounds = score_rounds(network, test, support.images, clock, config.batch_size, shared=shared)
     for number in range(len(support.images)):
-        _collect(plan, jobs, number, next(rounds), collected)  # other K follow: the maps are not kept
+        _collect(plan, jobs, number, next(rounds), results)  # other K follow: the maps are not kept
         yield
-    metrics = [_write(plan, job, of_job, test, clock) for job, of_job in zip(jobs, collected, strict=True)]
+    records = [_write(plan, job, results[job.scorer], test, clock) for job in jobs]
     if config.save_images:
         workers = reader_threads(config.num_workers, clock.device)
-        drawn_rounds = [choose_round(config.images_round, of_job.numbers) for of_job in collected]
+        drawn_rounds = [choose_round(config.images_round, record["rounds"]) for record in records]
         for number in dict.fromkeys(drawn_rounds):  # scored again: to keep the maps of all rounds would take the memory
             by_scorer = next(score_rounds(network, test, [support.images[number]], clock, config.batch_size))
-            for job, job_metrics, drawn_round in zip(jobs, metrics, drawn_rounds, strict=True):
+            for job, record, drawn_round in zip(jobs, records, drawn_rounds, strict=True):
                 if drawn_round == number:
                     maps = by_scorer[job.scorer].maps.cpu().numpy()
-                    _save_images(plan, job, number, dataset, maps, job_metrics, workers)
+                    _save_images(plan, job, number, dataset, maps, record, workers)
 
 
 def _collect(
-    plan: Plan, jobs: Sequence[Job], number: int, by_scorer: dict[str, RoundResult], collected: Sequence[Collected]
+    plan: Plan, jobs: Sequence[Job], number: int, by_scorer: dict[str, RoundResult], results: dict[str, list]
 ) -> None:
-    """Prints the metrics of a round and adds its results to those of each job; writes its maps if configured."""
-    for job, of_job in zip(jobs, collected, strict=True):
+    """Prints the metrics of a round and adds its results, without maps, to `results`; writes its maps if configured."""
+    for job in jobs:
         result = by_scorer[job.scorer]
         label = f"round {number}" + (f", K = {job.shot}" if len(plan.config.shot) > 1 else "")
         label += f", {job.scorer}" if len(jobs) > 1 else ""
         print(f"{label}: {format_aurocs(result.numbers)}", flush=True)
-        of_job.numbers.append(result.numbers)
-        of_job.by_defect_type.append(result.by_defect_type)
-        of_job.image_scores.append(result.image_scores)
+        results[job.scorer].append(result._replace(maps=None, distances=None))
         if plan.config.save_maps or plan.config.save_tiff:
             _save_maps(plan, job, number, result.maps.cpu().numpy())
 
@@ -356,16 +346,13 @@ def _save_maps(plan: Plan, job: Job, number: int, maps: np.ndarray) -> None:
             save_tiff(folder / Path(image_name(item)).with_suffix(".tiff"), restored)
 
 
-def _write(plan: Plan, job: Job, collected: Collected, test: TestFeatures, clock: StageClock) -> tuple:
-    """Prints the summaries of a job; writes its scores and record. Returns the arguments of `gallery.metric_tables`."""
-    reasons, type_reasons = test.truth.reasons()
-    images = {name: int(members.sum()) for name, members in test.truth.members().items()}
-    all_summaries = summaries(collected.numbers)
-    defect_types = defect_type_summaries(collected.by_defect_type, images, type_reasons)
+def _write(plan: Plan, job: Job, results: Sequence[RoundResult], test: TestFeatures, clock: StageClock) -> dict:
+    """Prints the summaries of a job; writes its scores and its record, which is returned."""
+    entries = metric_entries(test.truth, [(result.numbers, result.by_defect_type) for result in results])
     label = "" if job.scorer == RELEASE_SCORER else f"{job.scorer}: "
-    print(f"{label}mean +- SD of {len(collected.numbers)} rounds, and Student's 95 % interval of the mean:")
-    print(*format_summaries(all_summaries, reasons, defect_types), sep="\n")
-    content = {
+    print(f"{label}mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
+    print(*format_summaries(entries), sep="\n")
+    record = {
         "command": "test.py",
         "config": job.config.plain() | {"shot": job.shot, "scorer": job.config.scorer[0]},
         "resolved": plan.resolved._asdict(),
@@ -375,18 +362,15 @@ def _write(plan: Plan, job: Job, collected: Collected, test: TestFeatures, clock
         "scorer": job.scorer,
         "support_set": support_record(job.support),
         "test_images": len(plan.items),
-        "rounds": collected.numbers,
-        **all_summaries,
-        "not_available": {name: reason for name, reason in reasons.items() if name in all_summaries},
-        "defects": defect_types,
+        **entries,
         "seconds": clock.seconds,
         "peak_memory_mb": peak_memory_mb(),
     }
-    write_scores(job.files.scores, plan.items, collected.image_scores)
-    write_json(job.files.record, content)
+    write_scores(job.files.scores, plan.items, [result.image_scores for result in results])
+    write_json(job.files.record, record)
     maps = f", maps: {job.files.maps}" if job.config.save_maps or job.config.save_tiff else ""
     print(f"record: {job.files.record}, scores: {job.files.scores}{maps}")
-    return all_summaries, reasons, defect_types, len(collected.numbers)
+    return record
 
 
 def support_record(support: SupportRounds) -> dict:
@@ -396,17 +380,14 @@ def support_record(support: SupportRounds) -> dict:
 
 
 def _save_images(
-    plan: Plan, job: Job, number: int, dataset: LabelledDataset, maps: np.ndarray, metrics: tuple, workers: int
+    plan: Plan, job: Job, number: int, dataset: LabelledDataset, maps: np.ndarray, record: dict, workers: int
 ) -> None:
-    """Draws images of a round and the report.
-
-    metrics: the arguments of evaluation.gallery.metric_tables. workers: threads that draw.
-    """
+    """Draws images of a round and the report. workers: threads that draw."""
     from evaluation import gallery  # slow: imports matplotlib
 
     folder, config = job.files.images, plan.config
     try:
-        scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(*metrics)
+        scored, tables = gallery.with_own_threshold(dataset, maps), gallery.metric_tables(record)
         rank = f", the {config.images_round} by image AUROC" if config.images_round in ROUND_RANKS else ""
         title = f"{folder.name}, round {number}{rank}"
         gallery.save_gallery(folder, title, scored, config.save_images, workers, tables)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from evaluation.metrics import METRIC_NAMES
+from evaluation.round_metrics import GroundTruth, Numbers
 
 SHARE = (0.0, 1.0)  # the range of a metric
 
@@ -82,44 +83,48 @@ def summaries(rounds: Sequence[dict[str, float | None]]) -> dict[str, dict | Non
     return {name: summary([numbers[name] for numbers in rounds], SHARE) for name in rounds[0]}
 
 
-def defect_type_summaries(
-    rounds: Sequence[dict[str, dict[str, float | None]]], images: dict[str, int], reasons: dict[str, dict[str, str]]
-) -> dict[str, dict]:
-    """For each defect type: `images`, and per metric the summary with the values of all `rounds`, or None.
+def metric_entries(truth: GroundTruth, rounds: Sequence[tuple[Numbers, dict[str, Numbers]]]) -> dict:
+    """The entries of a record with its metrics: of each round, their `summary`, and those of each defect type.
 
-    rounds: one dict per round, defect type -> metric -> value. images: their number by defect type. reasons: by defect
-    type, why metrics are None, by metric; it becomes `not_available`.
+    A metric that cannot be computed is None, and `not_available` has the reason. rounds: from RoundMetrics.of_round.
     """
-    by_type = {}
-    for defect_type, metrics in (rounds[0] if rounds else {}).items():
-        entry: dict[str, object] = {"images": images[defect_type]}
+    overall, by_type = zip(*rounds, strict=True)
+    reasons, type_reasons = truth.reasons()
+    defects = {}
+    for defect_type, images in truth.members().items():
+        entry: dict[str, object] = {"images": int(images.sum())}
+        metrics = by_type[0][defect_type]
         for name in metrics:
-            values = [of_round[defect_type][name] for of_round in rounds]
-            numbers = summary(values, SHARE)
-            entry[name] = numbers and numbers | {"rounds": values}
-        entry["not_available"] = {name: reason for name, reason in reasons[defect_type].items() if name in metrics}
-        by_type[defect_type] = entry
-    return by_type
+            values = [numbers[defect_type][name] for numbers in by_type]
+            spread = summary(values, SHARE)
+            entry[name] = spread and spread | {"rounds": values}
+        missing = type_reasons[defect_type]
+        entry["not_available"] = {name: reason for name, reason in missing.items() if name in metrics}
+        defects[defect_type] = entry
+    return {
+        "rounds": list(overall),
+        **summaries(overall),
+        "not_available": {name: reason for name, reason in reasons.items() if name in overall[0]},
+        "defects": defects,
+    }
 
 
-def format_summaries(
-    summaries_by_metric: dict[str, dict | None], reasons: dict[str, str], defect_types: dict[str, dict]
-) -> list[str]:
+def format_summaries(entries: dict) -> list[str]:
     """The lines of all metrics with their intervals, then the table of the defect types, if there are any.
 
-    summaries_by_metric: from `summaries`. reasons: why a metric is None. defect_types: from `defect_type_summaries`.
+    entries: those of `metric_entries`, such as a record.
     """
-    lines = []
-    for name, numbers in summaries_by_metric.items():
-        second = reasons.get(name) or format_interval(numbers)
-        lines.append(f"  {METRIC_NAMES[name]:14}{format_summary(numbers):20}{second}".rstrip())
-    if not defect_types:
+    lines, defects = [], entries["defects"]
+    for name in entries["rounds"][0]:
+        second = entries["not_available"].get(name) or format_interval(entries[name])
+        lines.append(f"  {METRIC_NAMES[name]:14}{format_summary(entries[name]):20}{second}".rstrip())
+    if not defects:
         return lines
-    metrics = [name for name in next(iter(defect_types.values())) if name in METRIC_NAMES]
-    width = max(map(len, (*defect_types, "defect type")))
+    metrics = [name for name in next(iter(defects.values())) if name in METRIC_NAMES]
+    width = max(map(len, (*defects, "defect type")))
     heads = "".join(f"  {METRIC_NAMES[metric]:17}" for metric in metrics)
     lines += ["each defect type against all normal images:", f"  {'defect type':{width}}  images{heads}".rstrip()]
-    for defect_type, numbers in defect_types.items():
+    for defect_type, numbers in defects.items():
         cells = "".join(f"  {format_summary(numbers[metric]):17}" for metric in metrics)
         lines.append(f"  {defect_type:{width}}  {numbers['images']:6}{cells}".rstrip())
     return lines

@@ -6,11 +6,10 @@ import os
 import queue
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +22,7 @@ from utils.fingerprint import FileDigests
 if TYPE_CHECKING:
     import submitit
 
+SLURM = "slurm"  # submitit's name of the cluster
 POLL_SECONDS = 10  # between queries of the cluster's queue
 
 
@@ -42,11 +42,6 @@ def cores_per_job(jobs: int) -> int:
     return max(1, cores // jobs)
 
 
-def job_environment(cores: int, gpu: str | None) -> dict[str, str]:
-    """The environment variables of a job: its threads, and its GPU as in CUDA_VISIBLE_DEVICES."""
-    return {"OMP_NUM_THREADS": str(cores)} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-
-
 def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str], report: Report) -> None:
     """Executes the runs, `jobs` at a time. Each has its share of the cores, and its own GPU if there are enough.
 
@@ -54,7 +49,8 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
     """
     slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for number in range(jobs):
-        slots.put(job_environment(cores_per_job(jobs), gpus[number % len(gpus)] if gpus else None))
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
+        slots.put({"OMP_NUM_THREADS": str(cores_per_job(jobs)), **gpu})
 
     def execute_in_slot(run: Run, wait: bool) -> str | None:
         environment = slots.get()
@@ -79,29 +75,6 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
             raise
 
 
-class Cluster(NamedTuple):
-    """What is requested from the cluster. `name` is submitit's: `slurm`, or `local` for tests on this machine.
-
-    texts: further parameters of submitit, such as `account`. setup: shell lines that a job runs first, as they are.
-    """
-
-    name: str
-    minutes: int
-    gpus: int
-    cpus: int
-    requeue: int
-    texts: Mapping[str, str] = MappingProxyType({})
-    setup: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, name: str, options: Sequence[str]) -> Cluster:
-        """The cluster of the values of --slurm, see experiments.config.slurm_option."""
-        pairs = [option.split("=", 1) for option in options]
-        numbers = {**SLURM_NUMBERS, **{key: int(value) for key, value in pairs if key in SLURM_NUMBERS}}
-        texts = {key: value for key, value in pairs if key not in SLURM_NUMBERS and key != "setup"}
-        return cls(name, **numbers, texts=texts, setup=tuple(value for key, value in pairs if key == "setup"))
-
-
 class _OnNode:
     """A run as submitit pickles it. A job that exceeds its time limit is queued again and resumes."""
 
@@ -117,58 +90,69 @@ class _OnNode:
         return DelayedSubmission(self)
 
 
-def run_on_cluster(output: Path, runs: Sequence[Run], jobs: int, cluster: Cluster, report: Report) -> None:
+def run_on_cluster(
+    output: Path, runs: Sequence[Run], jobs: int, options: Sequence[str], report: Report, cluster: str = SLURM
+) -> None:
     """Submits the runs as one job array with at most `jobs` at a time, and waits for them.
 
     Runs that are still in the queue from an earlier call are not submitted again.
 
+    options: the values of --slurm, see experiments.config.slurm_option. cluster: the name that submitit has for it;
+    tests use "local".
+
     Raises:
         UserError: submitit or the cluster's commands are missing.
     """
-    executor = _executor(output, jobs, cluster)
-    queued = _queued_ids() if cluster.name == "slurm" else set()
-    waiting = {run: kept for run in runs if (kept := _read_id(output, run)) in queued}
+    executor = _executor(output, jobs, options, cluster)
+    queued = _queued_ids() if cluster == SLURM else set()
+    id_files = {run: output / "jobs" / f"{run.name}.slurm" for run in runs}
+    waiting = {
+        run: job_id for run, file in id_files.items() if file.is_file() and (job_id := file.read_text()) in queued
+    }
     fresh = [run for run in runs if run not in waiting]
     submitted = executor.submit_array([_OnNode(output, run) for run in fresh]) if fresh else []
     handles = dict(zip(fresh, submitted, strict=True))
     for run, job in handles.items():
-        with whole_file(_id_file(output, run)) as aside:
+        with whole_file(id_files[run]) as aside:
             aside.write_text(job.job_id)
         waiting[run] = job.job_id
     print(f"{len(fresh)} submitted, {len(waiting) - len(fresh)} in the queue from before", flush=True)
     while waiting:
-        time.sleep(POLL_SECONDS if cluster.name == "slurm" else 1)
+        time.sleep(POLL_SECONDS if cluster == SLURM else 1)
         queued = (
-            _queued_ids()
-            if cluster.name == "slurm"
-            else {handles[run].job_id for run in waiting if not handles[run].done()}
+            _queued_ids() if cluster == SLURM else {handles[run].job_id for run in waiting if not handles[run].done()}
         )
         for run in [run for run, job_id in waiting.items() if job_id not in queued]:
-            job_id = waiting.pop(run)
-            report(run, None if is_finished(run, FileDigests()) else _what_happened(output, run, job_id))
+            logs = f"{log_file(output, run)}, and {output / 'slurm'} for the job's own log"
+            unfinished = f"job {waiting.pop(run)} left it unfinished ({logs})"
+            report(run, None if is_finished(run, FileDigests()) else unfinished)
 
 
-def _executor(output: Path, jobs: int, cluster: Cluster) -> submitit.AutoExecutor:
+def _executor(output: Path, jobs: int, options: Sequence[str], cluster: str) -> submitit.AutoExecutor:
     try:
         import submitit
     except ImportError as error:
         raise UserError("--engine slurm needs submitit: pip install -r requirements-cluster.txt") from error
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # jobs import this module from any folder
+    pairs = [option.split("=", 1) for option in options]
+    numbers = SLURM_NUMBERS | {key: int(value) for key, value in pairs if key in SLURM_NUMBERS}
+    texts = {f"slurm_{key}": value for key, value in pairs if key not in SLURM_NUMBERS and key != "setup"}
+    setup = [value for key, value in pairs if key == "setup"]
     try:
-        executor = submitit.AutoExecutor(output / "slurm", cluster=cluster.name, slurm_max_num_timeout=cluster.requeue)
+        executor = submitit.AutoExecutor(output / "slurm", cluster=cluster, slurm_max_num_timeout=numbers["requeue"])
     except RuntimeError as error:
         raise UserError(
             f"no Slurm on this machine ({error}); submit from a login node, or use --engine local"
         ) from error
     executor.update_parameters(
         name="regad",
-        timeout_min=cluster.minutes,
-        cpus_per_task=cluster.cpus,
+        timeout_min=numbers["minutes"],
+        cpus_per_task=numbers["cpus"],
         slurm_array_parallelism=jobs,
-        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
-        **{f"slurm_{name}": value for name, value in cluster.texts.items()},
-        **({"slurm_setup": list(cluster.setup)} if cluster.setup else {}),
+        **({"gpus_per_node": numbers["gpus"]} if numbers["gpus"] else {}),
+        **texts,
+        **({"slurm_setup": setup} if setup else {}),
     )
     return executor
 
@@ -182,16 +166,3 @@ def _queued_ids() -> set[str]:
             return set(done.stdout.split())
         time.sleep(POLL_SECONDS * attempt)
     raise UserError(f"squeue fails ({done.stderr.strip()}); the jobs continue, run the same command again later")
-
-
-def _id_file(output: Path, run: Run) -> Path:
-    return output / "jobs" / f"{run.name}.slurm"
-
-
-def _read_id(output: Path, run: Run) -> str | None:
-    file = _id_file(output, run)
-    return file.read_text() if file.is_file() else None
-
-
-def _what_happened(output: Path, run: Run, job_id: str) -> str:
-    return f"job {job_id} left it unfinished ({log_file(output, run)}, and {output / 'slurm'} for the job's own log)"

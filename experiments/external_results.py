@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from evaluation.per_image import read_scores, write_scores
 from evaluation.round_metrics import IMAGE_METRICS, GroundTruth, RoundMetrics
 from evaluation.run import difference, digest_items, support_record
 from evaluation.saved_maps import read_maps
-from evaluation.statistics import defect_type_summaries, format_summaries, summaries
+from evaluation.statistics import format_summaries, metric_entries
 from experiments.config import ExperimentConfig
 from models.networks import resolve_img_size
 from scorers.registry import SAFE_NAME, TAKEN_NAMES
@@ -33,8 +32,8 @@ from utils.naming import round_maps
 KEPT_SETTINGS = ("obj", "shot", "data_type", "data_path", "inferences", "support_path", "import_scores", "maps", "name")
 
 
-def import_record(config: ExperimentConfig) -> Path:
-    """Writes the record of the scores in `config`, prints its metrics and returns its path.
+def import_record(config: ExperimentConfig) -> None:
+    """Writes the record of the scores in `config` and prints its metrics.
 
     Raises:
         UserError: the name, the scores or the maps are invalid, data or a support set cannot be read, or without
@@ -69,34 +68,24 @@ def import_record(config: ExperimentConfig) -> Path:
     }
     write_scores(path.with_suffix(".csv"), items, scores)
     write_json(path, record)
-    _print(record, path)
-    return path
+    print(*format_summaries(record), sep="\n")
+    print(f"support: {record['support_set']['source']}; the method must have used these images")
+    if lacking := [title for name, title in METRIC_NAMES.items() if name not in record["rounds"][0]]:
+        print(f"not in the record, as there is no --maps: {', '.join(lacking)}")
+    print(f"record: {path}")
 
 
 def _fingerprint(config: ExperimentConfig, items: Sequence[LabelledImage], support: SupportRounds) -> dict:
     """The fingerprint of the record's inputs."""
     digests = FileDigests()
-    maps = [
-        path
-        for number in range(config.inferences)
-        if config.maps and (path := round_maps(config.maps, number)).is_file()
-    ]
+    maps = [round_maps(config.maps, number) for number in range(config.inferences if config.maps else 0)]
     inputs = {
         "scores": digests.of([config.import_scores])[0],
-        "maps": digest(digests.of(maps)),
+        "maps": digest(digests.of(path for path in maps if path.is_file())),
         "support_images": digest([support.names, support.file and digests.of([support.file])]),
         "test_images": digest_items(items, digests),
     }
     return fingerprint({}, inputs)
-
-
-def _print(record: dict, path: Path) -> None:
-    metrics = {name: record[name] for name in record["rounds"][0]}
-    print(*format_summaries(metrics, record["not_available"], record["defects"]), sep="\n")
-    print(f"support: {record['support_set']['source']}; the method must have used these images")
-    if lacking := [title for name, title in METRIC_NAMES.items() if name not in metrics]:
-        print(f"not in the record, as there is no --maps: {', '.join(lacking)}")
-    print(f"record: {path}")
 
 
 def _metrics(config: ExperimentConfig, items: Sequence[LabelledImage], scores: np.ndarray) -> dict:
@@ -106,19 +95,10 @@ def _metrics(config: ExperimentConfig, items: Sequence[LabelledImage], scores: n
     if config.maps:
         size = read_maps(round_maps(config.maps, 0), items).shape[-1]
         truth, names = GroundTruth(labels, *read_masks(items, size), defect_types), tuple(METRIC_NAMES)
-    metrics = RoundMetrics(truth, torch.device("cpu"), names)
-    computed = []
-    for number, of_round in enumerate(scores):
+    metrics, rounds = RoundMetrics(truth, torch.device("cpu"), names), []
+    for number, round_scores in enumerate(scores):
         maps = read_maps(round_maps(config.maps, number), items) if config.maps else None
         if maps is not None and maps.shape[-1] != size:
             raise UserError(f"{config.maps} has maps of {size} and of {maps.shape[-1]} pixels a side")
-        computed.append(metrics.of_round(of_round, None if maps is None else torch.from_numpy(maps)))
-    rounds, by_defect_type = zip(*computed, strict=True)
-    reasons, type_reasons = truth.reasons()
-    images = {name: int(members.sum()) for name, members in truth.members().items()}
-    return {
-        "rounds": list(rounds),
-        **summaries(rounds),
-        "not_available": {name: reason for name, reason in reasons.items() if name in names},
-        "defects": defect_type_summaries(by_defect_type, images, type_reasons),
-    }
+        rounds.append(metrics.of_round(round_scores, None if maps is None else torch.from_numpy(maps)))
+    return metric_entries(truth, rounds)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from datasets.mvtec import category_folder, category_names, list_test_items
 from evaluation.config import ScoringConfig
 from experiments.config import ExperimentConfig
-from experiments.engines import visible_gpus
 from experiments.results import SEED_FOLDER, kind_name
-from experiments.runs import Run, Scoring, is_begun, is_finished
+from experiments.runs import Run, Scoring, is_finished
 from models.networks import is_trainable, network_name
 from models.regad import selection
 from scorers.registry import make_scorers
 from training.config import TrainingConfig
+from training.run import checkpoint_files
 from utils.choices import CATEGORIES, WEIGHTS
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
@@ -73,7 +73,8 @@ class Plan:
         """Prints one line per run. Returns the runs that are not finished."""
         to_do = [run for run in runs if not is_finished(run, self.digests)]
         for run in runs:
-            print(f"  {'finished' if run not in to_do else 'resume' if is_begun(run) else 'new':9} {run.name}")
+            is_begun = run.training and checkpoint_files(run.training).state.is_file()
+            print(f"  {'finished' if run not in to_do else 'resume' if is_begun else 'new':9} {run.name}")
         print(f"{len(runs)} runs, {len(runs) - len(to_do)} finished, {len(to_do)} to do")
         return to_do
 
@@ -136,17 +137,13 @@ class Plan:
 
     def _sources(self, category: str) -> tuple[str, ...] | None:
         """The value of --sources of train.py, without the target; None if it was not given."""
-        config = self.config
-        if not config.sources or self._other_source_path():
-            return config.sources
-        names = tuple(name for name in config.sources if name != category)
+        sources, path = self.config.sources, self.config.source_path
+        if not sources or (path is not None and path.resolve() != self.config.data_path.resolve()):
+            return sources
+        names = tuple(name for name in sources if name != category)
         if not names:
             raise UserError(f"--sources names {category} alone, which is a target: it must not be trained on")
         return names
-
-    def _other_source_path(self) -> bool:
-        path = self.config.source_path
-        return path is not None and path.resolve() != self.config.data_path.resolve()
 
     def _found_runs(self, category: str) -> list[Run]:
         """The runs of a category's existing checkpoints. A run covers all K, so that equal files are scored once."""
@@ -174,8 +171,3 @@ def _categories(config: ExperimentConfig) -> list[str]:
         return list(CATEGORIES[config.data_type])
     names = category_names(config.data_path, config.data_type)
     return [name for name in names if (config.data_path / name / "test").is_dir()]
-
-
-def count_jobs(config: ExperimentConfig) -> int:
-    """Number of parallel runs on this machine."""
-    return config.jobs or max(1, len(visible_gpus(config.device)))

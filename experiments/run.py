@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config import ExperimentConfig
-from experiments.engines import Cluster, run_local, run_on_cluster, visible_gpus
+from experiments.engines import run_local, run_on_cluster, visible_gpus
 from experiments.external_results import import_record
-from experiments.plan import Plan, count_jobs
+from experiments.plan import Plan
 from experiments.report import print_comparison, print_report, write_tables
 from experiments.results import GRID_FILE, read_results
 from experiments.runs import Run, require_locks
 from utils.errors import format_elapsed
 from utils.files import require_writable, write_json
-
-SLURM_CLUSTER = "slurm"  # name of the submitit executor; tests use "local"
 
 
 def run(config: ExperimentConfig) -> None:
@@ -81,7 +79,8 @@ def _execute(plan: Plan, runs: Sequence[Run]) -> dict[str, str]:
 
     require_locks(config.output)
     if config.engine == "local":
-        run_local(config.output, runs, count_jobs(config), visible_gpus(config.device), report)
+        gpus = visible_gpus(config.device)
+        run_local(config.output, runs, config.jobs or max(1, len(gpus)), gpus, report)
     else:
-        run_on_cluster(config.output, runs, config.jobs or len(runs), Cluster.of(SLURM_CLUSTER, config.slurm), report)
+        run_on_cluster(config.output, runs, config.jobs or len(runs), config.slurm, report)
     return failed

@@ -78,11 +78,6 @@ def is_finished(run: Run, digests: FileDigests) -> bool:
     return not any(_outdated(scoring, digests) for scoring in run.scorings)
 
 
-def is_begun(run: Run) -> bool:
-    """Whether there is the state of an interrupted training to resume from."""
-    return run.training is not None and checkpoint_files(run.training).state.is_file()
-
-
 def execute(output: Path, run: Run, environment: Mapping[str, str], wait: bool = True) -> str | None:
     """Executes what is not finished of a run, in a process. Returns None when it is finished, else why it is not.
 

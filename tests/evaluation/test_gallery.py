@@ -12,7 +12,8 @@ from datasets.images import decode_image
 from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation import gallery
 from evaluation.gallery import SHEET_COLUMNS, TILE, Scored, choose_examples, save_gallery, with_own_threshold
-from evaluation.statistics import defect_type_summaries, summaries
+from evaluation.round_metrics import NO_MASK, GroundTruth
+from evaluation.statistics import metric_entries, summaries
 from reports.drawing import CAPTION_HEIGHT, GAP
 from reports.page import PageTable
 
@@ -91,23 +92,24 @@ def test_panels_show_truth_and_heat(scored, tmp_path):
 
 def test_page_shows_all_metrics_with_their_spread(scored, tmp_path):
     """Of all rounds, and of each defect type; what cannot be computed with its reason."""
-    rounds = [{"image_auroc": 0.5, "pixel_auroc": None}, {"image_auroc": 0.7, "pixel_auroc": None}]
-    by_kind = defect_type_summaries(
-        [{"rust": numbers} for numbers in rounds], {"rust": 3}, {"rust": {"pixel_auroc": "no"}}
-    )
-    tables = gallery.metric_tables(summaries(rounds), {"pixel_auroc": "no masks"}, by_kind, 2)
+    rounds = [{"image_auroc": auroc, "pixel_auroc": None} for auroc in (0.5, 0.7)]
+    truth = GroundTruth(scored.labels, None, None, np.where(scored.labels, "rust", "good"))
+    tables = gallery.metric_tables(metric_entries(truth, [(numbers, {"rust": numbers}) for numbers in rounds]))
     save_gallery(tmp_path, "ring", scored, 0, 1, tables)
     page = re.sub(r"<[^>]*>", "|", (tmp_path / "report.html").read_text())
     page = re.sub(r"[|\s]*\|[|\s]*", "|", page)
-    assert "|image AUROC|0.6000 +- 0.1414|0.0000 to 1.0000|" in page and "|pixel AUROC|n/a|no masks|" in page
-    assert "|defect type|images|image AUROC|pixel AUROC|" in page and "|rust|3|0.6000 +- 0.1414|n/a|" in page
+    assert "|image AUROC|0.6000 +- 0.1414|0.0000 to 1.0000|" in page and f"|pixel AUROC|n/a|{NO_MASK}|" in page
+    assert (
+        "|defect type|images|image AUROC|pixel AUROC|" in page
+        and f"|rust|{scored.labels.sum()}|0.6000 +- 0.1414|n/a|" in page
+    )
 
 
 def test_one_round_has_no_spread():
     """Neither an empty column nor the word."""
-    table, types = gallery.metric_tables(
-        summaries([{"image_auroc": 0.5}]), {}, {"rust": {"images": 3, "image_auroc": None}}, 1
-    )
+    rounds, defects = [{"image_auroc": 0.5}], {"rust": {"images": 3, "image_auroc": None}}
+    entries = {"rounds": rounds, **summaries(rounds), "not_available": {}, "defects": defects}
+    table, types = gallery.metric_tables(entries)
     assert table == PageTable("Metrics", ("metric", "one round"), [("image AUROC", "0.5000")])
     assert types.title == "Each defect type against all normal images"
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import jsonschema
@@ -27,6 +28,7 @@ import reproduce
 from experiments import plan as plan_module
 from experiments import runs
 from experiments.config import SET_BY_THE_PLAN, ExperimentConfig
+from experiments.engines import run_on_cluster
 from experiments.report import make_tables
 from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
 from experiments.runs import is_finished
@@ -511,7 +513,7 @@ def test_cluster_gives_the_same(settings, tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(experiments_run, "SLURM_CLUSTER", "local")
+    monkeypatch.setattr(experiments_run, "run_on_cluster", partial(run_on_cluster, cluster="local"))
     reproduced(settings | {"engine": "slurm", "output": str(tmp_path / "cluster")})
     reproduced(settings | {"jobs": 2})
     assert records(tmp_path / "cluster") == records(settings["output"])

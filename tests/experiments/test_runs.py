@@ -18,7 +18,7 @@ import pytest
 
 from experiments import engines, runs
 from experiments.config import ExperimentConfig, slurm_option
-from experiments.engines import Cluster, run_local, run_on_cluster
+from experiments.engines import run_local, run_on_cluster
 from experiments.runs import BUSY, execute, is_finished, log_file, require_locks
 from tests.experiments.played import make_run, play
 from utils.errors import UserError
@@ -181,7 +181,8 @@ def test_on_a_cluster(output, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setattr(engines, "_OnNode", OnNode)
     two, said = [make_run(output, name, how) for name, how in (("a", "works"), ("b", "fails"))], {}
-    run_on_cluster(output, two, 2, Cluster("local", 5, 0, 1, 0), lambda run, reason: said.update({run.name: reason}))
+    options = ["minutes=5", "gpus=0", "cpus=1", "requeue=0"]
+    run_on_cluster(output, two, 2, options, lambda run, reason: said.update({run.name: reason}), "local")
     assert said["a"] is None and finished(two[0])
     assert f"left it unfinished ({output}/logs/b.log" in said["b"]
 
@@ -190,7 +191,7 @@ def test_without_slurm(output, monkeypatch):
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="no Slurm on this machine"):
-        run_on_cluster(output, [make_run(output, "a")], 1, Cluster("slurm", 5, 0, 1, 0), lambda *_: None)
+        run_on_cluster(output, [make_run(output, "a")], 1, [], lambda *_: None)
 
 
 def test_runs_in_the_queue_are_not_submitted_again(output, monkeypatch):
@@ -204,7 +205,7 @@ def test_runs_in_the_queue_are_not_submitted_again(output, monkeypatch):
     monkeypatch.setattr(engines, "POLL_SECONDS", 0)
     monkeypatch.setattr(engines, "_executor", lambda *_: None)  # nothing may be submitted
     said = {}
-    run_on_cluster(output, [run], 1, Cluster("slurm", 5, 0, 1, 0), lambda run, reason: said.update({run: reason}))
+    run_on_cluster(output, [run], 1, [], lambda run, reason: said.update({run: reason}))
     assert "job 12_0 left it unfinished" in said[run]
     assert Path(output / "jobs" / "a.slurm").read_text() == "12_0"
 
@@ -229,12 +230,11 @@ def test_what_the_cluster_is_asked_for(output, monkeypatch):
     setup = ["module load 'cuda/12'", 'source "$HOME/venv/bin/activate"']
     options = ["account=lab; rm -rf x", "qos=high", "constraint=a100|h100", "mem=32G", "minutes=5", "cpus=2"]
     config = ExperimentConfig.from_plain({"slurm": [*options, *(f"setup={line}" for line in setup)]})
-    cluster = Cluster.of("slurm", config.slurm)
-    assert cluster[1:5] == (5, 1, 2, 3)
-    run_on_cluster(output, [make_run(output, "a")], 1, cluster, lambda *_: None)
+    run_on_cluster(output, [make_run(output, "a")], 1, config.slurm, lambda *_: None)
     lines = (output / "script.sh").read_text().splitlines()
     assert "#SBATCH --account='lab; rm -rf x'" in lines and "#SBATCH --constraint='a100|h100'" in lines
-    assert {"#SBATCH --qos=high", "#SBATCH --mem=32G", "#SBATCH --gpus-per-node=1", *setup} <= set(lines)
+    asked = {"--qos=high", "--mem=32G", "--gpus-per-node=1", "--time=5", "--cpus-per-task=2"}
+    assert {*(f"#SBATCH {option}" for option in asked), *setup} <= set(lines)
     assert not any("partition" in line for line in lines)
 
 
