@@ -30,8 +30,7 @@ from benchmarks.scoring import RESULTS, command_line
 from datasets.mvtec import LabelledDataset, category_folder, list_test_items
 from datasets.support import find_support_rounds
 from evaluation.round_metrics import GroundTruth, RoundMetrics
-from models.networks import resolve_img_size, scoring_network
-from models.several import IMAGENET_MEAN, IMAGENET_STD
+from models.networks import IMAGENET_MEAN, IMAGENET_STD, resolve_img_size, scoring_network
 from models.stn import fuse_conv_bn, without_identity_heads
 from scorers.base import Scorer
 from scorers.features import FeatureStore, write_support_images

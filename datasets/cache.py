@@ -24,9 +24,8 @@ from datasets.images import FULL_BITS, read_image, unit_range
 from datasets.layouts import short_name
 from utils.devices import free_memory, upload
 from utils.errors import UserError
-from utils.files import whole_file
+from utils.files import locked, whole_file
 from utils.fingerprint import METHOD_VERSION, FileDigests, digest
-from utils.locks import locked
 from utils.naming import lock_file
 from utils.progress import ProgressBar
 from utils.stages import in_threads

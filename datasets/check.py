@@ -89,8 +89,14 @@ def content_findings(
             if path in masks and item.image in images:
                 found += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
     found += mask_notes(list({path: masks[path] for item in test for path in item.masks if path in masks}.items()))
-    for what, some in (("training images", train), ("test images", [item.image for item in test])):
-        found += reading_summary([(str(path), images[path].parts) for path in some if path in images], len(some), what)
+    for what, paths in (("training images", train), ("test images", [item.image for item in test])):
+        facts = {path: images[path] for path in paths if path in images}
+        found += reading_summary([(str(path), known.parts) for path, known in facts.items()], len(paths), what)
+        grey, coloured = ([path for path, known in facts.items() if known.is_grey is value] for value in (True, False))
+        if grey and coloured:
+            found.append(
+                f"{len(grey)} of {len(paths)} {what} are grey, e.g. {grey[0]}; others are coloured, e.g. {coloured[0]}"
+            )
     values = [(str(item.image), images[item.image].largest) for item in test if item.image in images]
     return found + clipping_summary(values, bits)
 
@@ -106,7 +112,12 @@ def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool
     twins = [path for path in {*train, *tests} if sizes[path.stat().st_size] > 1]
     of_file = dict(zip(twins, digests.of(twins), strict=True))
     known = {of_file[path]: dataset.images[path] for path in tests if path in of_file}
-    images = {path: known.get(of_file[path]) or _file_facts(of_file[path]) for path in train if path in of_file}
+    not_decoded = ImageFacts((0, 0), "", b"", 1, (), 0, None)
+    images = {
+        path: known.get(of_file[path]) or not_decoded._replace(pixels=of_file[path].encode())
+        for path in train
+        if path in of_file
+    }
     with ThreadPoolExecutor() as pool:
         images |= {path: facts for path, facts in zip(train, pool.map(_odd_facts, train), strict=True) if facts}
     found = content_findings(train, dataset.items, images | dataset.images, dataset.masks, dataset.bits)
@@ -118,15 +129,10 @@ def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool
 def _odd_facts(path: Path) -> ImageFacts | None:
     """The facts of an image to which HOW_READ may apply; None of others, and of damaged ones."""
     try:
-        has_parts = read_odd_header(path, path.stat().st_mtime_ns).has_parts
+        has_parts = read_odd_header(path)[1]
         return read_pixels(path, with_facts)[1] if has_parts else None
     except Exception:  # as in read_pixels
         return None
-
-
-def _file_facts(digest: str) -> ImageFacts:
-    """What is known of an image that was not decoded."""
-    return ImageFacts((0, 0), "", digest.encode(), 1, (), 0)
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -152,8 +158,7 @@ def check_category(
     data_path: Path, data_type: str, name: str, mask_orientation: str = MASK_ORIENTATIONS[0]
 ) -> CategoryReport:
     """Reads every image and mask of a category, on all cores. Problems are listed in the report, never raised."""
-    problems: list[str] = []
-    train, test = _list_files(data_path, data_type, name, problems)
+    train, test, problems = _list_files(data_path, data_type, name)
     paths = [*train, *(item.image for item in test)]
     mask_paths = [mask for item in test for mask in item.masks]
     images = _read_all(paths, lambda path: read_pixels(path, with_facts)[1], name, problems)
@@ -178,34 +183,25 @@ def check_category(
     )
 
 
-def _list_files(
-    data_path: Path, data_type: str, name: str, problems: list[str]
-) -> tuple[list[Path], list[LabelledImage]]:
-    """Training and test images of a category; what cannot be listed is added to `problems`.
-
-    There may be no folder of test images at all.
-    """
-
-    def listed(list_files: Callable[[], list]) -> list:
+def _list_files(data_path: Path, data_type: str, name: str) -> tuple[list[Path], list[LabelledImage], list[str]]:
+    """Training and test images of a category, and what cannot be listed. There may be no test images at all."""
+    try:
+        folder = category_folder(data_path, data_type, name)
+        layout = layout_of(folder)
+    except UserError as error:
+        return [], [], [str(error)]
+    train, test, problems, tests = [], [], [], layout.tests(folder)
+    try:
+        train = layout.list_train(folder)
+    except UserError as error:
+        problems.append(str(error))
+    if tests.exists():
         try:
-            return list_files()
+            test, without_images = layout.list_test(folder)
+            problems += without_images or ([] if test else [f"{tests} has no images to score"])
         except UserError as error:
             problems.append(str(error))
-            return []
-
-    found = listed(lambda: [layout_of(category_folder(data_path, data_type, name))])
-    if not found:
-        return [], []
-    folder, (layout,) = data_path / name, found
-    train, tests = listed(lambda: layout.list_train(folder)), layout.tests(folder)
-    if not tests.exists():
-        return train, []
-    before = len(problems)
-    test, empty = listed(lambda: list(layout.list_test(folder))) or ([], [])
-    problems += empty
-    if not test and len(problems) == before:
-        problems.append(f"{tests} has no images to score")
-    return train, test
+    return train, test, problems
 
 
 def _read_all(
@@ -220,10 +216,9 @@ def _read_all(
             return error
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes without the interpreter lock
-        found = ProgressBar(name, pool.map(attempt, paths), len(paths), "files")
-        found = dict(zip(paths, found, strict=True))
-    problems += [str(one) for one in found.values() if isinstance(one, ImageError)]
-    return {path: one for path, one in found.items() if not isinstance(one, ImageError)}
+        results = list(ProgressBar(name, pool.map(attempt, paths), len(paths), "files"))
+    problems += [str(result) for result in results if isinstance(result, ImageError)]
+    return {path: result for path, result in zip(paths, results, strict=True) if not isinstance(result, ImageError)}
 
 
 def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], images: Mapping[Path, ImageFacts]) -> list[str]:

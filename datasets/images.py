@@ -17,7 +17,8 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base as Tag
 from torch.utils.data import Dataset, default_collate
 
 from utils.choices import AUTO_BITS, BIT_DEPTHS
@@ -32,8 +33,8 @@ TRANSPARENT, SEVERAL = "transparent parts", "several pages or frames"
 HOW_READ = {TRANSPARENT: "they are laid on black", SEVERAL: "only the first is read"}
 RAW_16_BITS = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")  # Pillow's names, without the order of the bytes
 SHALLOW = {"L;2": 85, "L;4": 17}  # by how much Pillow multiplies the values, but not a transparent one
-BITS_PER_SAMPLE, WHITE_OR_BLACK, PLANES, TIFF_SIZE = 258, 262, 284, (256, 257)  # tags of TIFF
 TURNED = "EXIF orientation by which it was turned"
+CODESTREAM = b"\xff\x4f\xff\x51"  # how the image begins in a JPEG 2000 file
 PNG_EXIF = (b"eXIf", b"Raw profile type")  # how EXIF begins in a PNG
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
@@ -122,8 +123,6 @@ def _low_bytes(path: Path | BinaryIO, image: Image.Image) -> Image.Image | None:
     raw = _deep_mode(image)
     if raw is None:
         return None
-    if not isinstance(path, Path):
-        path.seek(0)
     is_little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
     other = "RGBA" if raw.startswith("LA") else f"{raw[:-1]}{'B' if is_little else 'L'}"
     with Image.open(path, formats=[image.format]) as low:
@@ -149,12 +148,12 @@ def _deep_mode(image: Image.Image) -> str | None:
     """
     raw, tags = _raw_mode(image), getattr(image, "tag_v2", {})
     is_known, is_grey = raw[:-1] in RAW_16_BITS, image.mode[0] in "IF"
-    if _bits_per_value(image) > 8 and not is_grey and not (is_known and tags.get(PLANES, 1) == 1):
+    if _bits_per_value(image) > 8 and not is_grey and not (is_known and tags.get(Tag.PlanarConfiguration, 1) == 1):
         raise ValueError(
             "16-bit colours in planes, CMYK, with premultiplied alpha or in another file type than PNG and TIFF; save "
             "it as plain 16-bit RGB"
         )
-    if is_grey and tags.get(WHITE_OR_BLACK) == 0:
+    if is_grey and tags.get(Tag.PhotometricInterpretation) == 0:
         raise ValueError("16-bit grey values of which 0 is white; save it with 0 as black")
     return raw if is_known else None
 
@@ -168,9 +167,11 @@ def _bits_per_value(image: Image.Image) -> int:
         return 16 if image.tile[0][0] == "SGI16" or args[-1] == 2 else 8
     if image.format == "JPEG2000":
         image.fp.seek(0)
-        head = image.fp.read().partition(b"\xff\x4f\xff\x51")[2]
-        return (head[38] & 127) + 1
-    return max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))
+        head = b""
+        while CODESTREAM not in head and (block := image.fp.read(2**16)):
+            head += block
+        return ((head + image.fp.read(99)).partition(CODESTREAM)[2][38] & 127) + 1
+    return max(getattr(image, "tag_v2", {}).get(Tag.BitsPerSample, (8,)))
 
 
 def _with_info(image: Image.Image, **info: object) -> Image.Image:
@@ -263,10 +264,10 @@ def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) ->
 
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image turned by its EXIF orientation, which its `info` says."""
-    before = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)  # Pillow turns a TIFF when it decodes it
+    before = getattr(image, "tag_v2", {}).get(Tag.Orientation, 1)  # Pillow turns a TIFF when it decodes it
     image.load()
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, before)
+        orientation = image.getexif().get(Tag.Orientation, before)
         return _with_info(
             ImageOps.exif_transpose(image), **({TURNED: orientation} if orientation in range(2, 9) else {})
         )
@@ -277,7 +278,7 @@ def upright(image: Image.Image) -> Image.Image:
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """(H, W) bool turned as `upright` turns an image of this EXIF orientation."""
     image = Image.fromarray(pixels.astype(np.uint8))
-    image.getexif()[ExifTags.Base.Orientation] = orientation
+    image.getexif()[Tag.Orientation] = orientation
     return np.asarray(upright(image)).astype(bool)
 
 
@@ -287,8 +288,8 @@ def read_header(path: Path) -> tuple[tuple[int, int], int]:
     with Image.open(path) as image:
         if image.format == "PNG" and not any(mark in path.read_bytes() for mark in PNG_EXIF):
             return image.size, 1  # Pillow decodes a PNG before it says that there is no EXIF
-        orientation, tags = image.getexif().get(ExifTags.Base.Orientation, 1), getattr(image, "tag_v2", {})
-        stored = tuple(tags.get(tag, side) for tag, side in zip(TIFF_SIZE, image.size, strict=True))
+        orientation, tags = image.getexif().get(Tag.Orientation, 1), getattr(image, "tag_v2", {})
+        stored = tags.get(Tag.ImageWidth, image.width), tags.get(Tag.ImageLength, image.height)
         return stored[::-1] if orientation in range(5, 9) else stored, orientation
 
 
@@ -333,6 +334,7 @@ class ImageFacts(NamedTuple):
     orientation: int  # in EXIF, by which it was turned; 1: it was not
     parts: tuple[str, ...]  # the keys of HOW_READ that apply
     largest: int  # of 16-bit values; 0 for other images
+    is_grey: bool | None  # whether all pixels are grey; None: not known
 
 
 def with_facts(image: Image.Image, bits: int = FULL_BITS) -> tuple[Image.Image, ImageFacts]:
@@ -343,8 +345,14 @@ def with_facts(image: Image.Image, bits: int = FULL_BITS) -> tuple[Image.Image, 
     digest.update(np.ascontiguousarray(pixels))
     mode = image.mode if deep is None or deep.ndim == 2 else f"{image.mode};16"
     largest = 0 if deep is None else int(deep.max())
-    facts = image.size, mode, digest.digest(), image.info.get(TURNED, 1), parts_of(read), largest
+    is_grey = read.mode == "L" or (_is_grey(pixels[::8, ::8]) and _is_grey(pixels))  # the last is slow
+    facts = image.size, mode, digest.digest(), image.info.get(TURNED, 1), parts_of(read), largest, is_grey
     return read, ImageFacts(*facts)
+
+
+def _is_grey(colours: np.ndarray) -> bool:
+    """Whether (H, W, 3) values are equal in all channels."""
+    return bool((colours[..., :1] == colours[..., 1:]).all())
 
 
 def scale_to_8_bits(values: np.ndarray, bits: int) -> tuple[np.ndarray, dict[str, int]]:
@@ -433,39 +441,31 @@ def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]
     return [(name, value) for name, value in found if value <= full_scale(FULL_BITS)]
 
 
-def _largest_value(image: Path | Image.Image) -> tuple[str, int] | None:
+def _largest_value(image: Path | BinaryIO | Image.Image) -> tuple[str, int] | None:
     try:
         if isinstance(image, Image.Image):
-            values = deep_values(image)
-            return None if values is None else ("an image", int(values.max()))
-        if not isinstance(image, Path):
-            with Image.open(image) as opened:
-                header = _header_of(opened)
-            image.seek(0)
+            values, name = deep_values(image), "an image"
         else:
-            header = read_odd_header(image, image.stat().st_mtime_ns)
-        return (str(image), int(read_pixels(image, deep_values).max())) if header.is_deep else None
+            is_deep, _ = read_odd_header(image)
+            values, name = read_pixels(image, deep_values) if is_deep else None, str(image)
+        return None if values is None else (name, int(values.max()))
     except Exception:  # as in read_pixels
         return None
 
 
-class OddHeader(NamedTuple):
-    """What the header of a file says: values of 16 bits; whether HOW_READ may apply."""
-
-    is_deep: bool
-    has_parts: bool
+def read_odd_header(file: Path | BinaryIO) -> tuple[bool, bool]:
+    """What a header says: whether there are values of 16 bits, and whether HOW_READ may apply; any error of Pillow."""
+    if isinstance(file, Path):
+        return _read_odd_header(file, file.stat().st_mtime_ns)
+    with Image.open(file) as image:
+        is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
+        return is_deep, image.has_transparency_data or _has_several(image)
 
 
 @functools.lru_cache(maxsize=2**16)
-def read_odd_header(path: Path, changed: int) -> OddHeader:  # noqa: ARG001, a file that was replaced is read again
-    """What the header of a file says, which was changed last at `changed`; any error of Pillow."""
-    with Image.open(path) as image:
-        return _header_of(image)
-
-
-def _header_of(image: Image.Image) -> OddHeader:
-    is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
-    return OddHeader(is_deep, image.has_transparency_data or _has_several(image))
+def _read_odd_header(path: Path, changed: int) -> tuple[bool, bool]:  # noqa: ARG001, a replaced file is read again
+    with open(path, "rb") as stream:
+        return read_odd_header(stream)
 
 
 def smallest_depth(values: Iterable[int]) -> int:

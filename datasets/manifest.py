@@ -17,6 +17,7 @@ from typing import NamedTuple
 from datasets.images import FULL_BITS
 from datasets.layouts import short_name
 from datasets.mvtec import list_train_images
+from utils.choices import BIT_DEPTHS
 from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.records import VERSION
@@ -145,7 +146,10 @@ def load_manifest(path: Path) -> Manifest:
             f"{', '.join(Manifest._field_defaults)}"
         ) from error
     if not _is_sound(manifest):
-        raise UserError(f"manifest {path} needs a list of file names per round, and a `sha256` of names to digests")
+        raise UserError(
+            f"manifest {path} needs a list of file names per round, the number `shot`, and where they are given "
+            f"`sha256` of names to digests, `bits` ({', '.join(map(str, BIT_DEPTHS))}) and `keep_aspect` (true, false)"
+        )
     for number, names in enumerate(manifest.rounds):
         if len(names) != manifest.shot:
             raise UserError(f"manifest {path} has {manifest.shot} shots, but its round {number} has {len(names)}")
@@ -160,7 +164,9 @@ def _is_sound(manifest: Manifest) -> bool:
     rounds, hashes = manifest.rounds, manifest.sha256
     if not (isinstance(rounds, list) and rounds and all(isinstance(names, list) for names in rounds)):
         return False
-    if not (isinstance(hashes, dict) and isinstance(manifest.shot, int) and manifest.shot > 0):
+    if not (isinstance(hashes, dict) and type(manifest.shot) is int and manifest.shot > 0):  # not a bool
+        return False
+    if manifest.bits not in BIT_DEPTHS or manifest.keep_aspect not in (None, False, True):
         return False
     names = [name for of_round in rounds for name in of_round]
     return all(isinstance(text, str) for text in (*names, *hashes.values(), manifest.category)) and all(

@@ -24,17 +24,15 @@ from evaluation.saved_maps import save_maps, save_tiff
 from evaluation.scoring import RoundResult, Shared, TestFeatures, compute_test_features, score_rounds
 from evaluation.statistics import format_aurocs, format_summaries, metric_entries
 from models.networks import network_name, resolve_img_size, scoring_network
-from models.regad import selection
+from models.regad import local_file, selection
 from models.stn import fuse_conv_bn
 from scorers.features import FeatureNetwork
 from scorers.registry import make_scorers
 from utils.choices import RELEASE_SCORER, ROUND_RANKS
 from utils.devices import command_device, reader_threads, seed_everything
 from utils.errors import UserError
-from utils.files import require_writable, sha256, write_json
+from utils.files import locked, require_writable, sha256, write_json
 from utils.fingerprint import FileDigests, changes, digest, fingerprint
-from utils.hub import local_file
-from utils.locks import locked
 from utils.naming import CheckpointFiles, RecordFiles, record_name, round_maps, stored
 from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock

@@ -22,12 +22,12 @@ from inspection.results import decide
 from inspection.threshold import Threshold, expectation
 from inspection.tiles import describe_tiling
 from models.networks import resolve_img_size, scoring_network
+from models.regad import local_file
 from utils.choices import AUTO_BITS, DEFAULT_SCORER, LITE_BACKBONE, RELEASE_BACKBONE
 from utils.devices import seed_everything
 from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.fingerprint import fingerprint
-from utils.hub import local_file
 
 DEFAULT_RATE = 0.01  # false-positive rate
 MOST_NORMAL = 5  # normal images and known defects that are printed

@@ -99,7 +99,7 @@ def largest_grey_values(images: Sequence[ImageInput]) -> list[int]:
     """The largest value of each 16-bit grey image among files and PIL images."""
     opened = (io.BytesIO(image.content) if isinstance(image, ImageFile) else image for image in images)
     arrays = (image for image in images if isinstance(image, np.ndarray | torch.Tensor))
-    deep = [int(np.asarray(array).max()) for array in arrays if str(array.dtype).endswith("uint16")]
+    deep = [int(np.asarray(array).max()) for array in arrays if str(array.dtype).endswith(("uint16", "u2"))]
     return [value for _, value in largest_values(i for i in opened if isinstance(i, io.BytesIO | Image.Image))] + deep
 
 
@@ -152,7 +152,7 @@ def array_image(
         values = values[..., 0] if values.shape[-1] == 1 else values
     if bgr and values.ndim == 3:
         values = values[..., [2, 1, 0, 3][: values.shape[-1]]]
-    if values.dtype == np.uint16:
+    if values.dtype.newbyteorder("=") == np.uint16:
         values, note = scale_to_8_bits(values, bits)
     else:
         values, note = _eight_bit_values(values), {}

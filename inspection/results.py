@@ -30,8 +30,7 @@ from inspection.config import CSV_KINDS
 from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
 from utils.errors import UserError, WriteError
-from utils.files import whole_file, write_line
-from utils.locks import locked
+from utils.files import locked, whole_file, write_line
 from utils.text import path_text, text_path
 
 NORMAL, REVIEW, DEFECTIVE = DECISIONS = ("normal", "review", "defective")

@@ -8,23 +8,75 @@ import textwrap
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.hub import load_state_dict_from_url
 
-from losses.norm_loss import registration_loss
-from models.siamese import Encoder, Predictor
 from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE, SAFETENSORS
 from utils.config import recorded
-from utils.errors import UserError
+from utils.errors import UserError, require_packages
 from utils.files import load_state_dict, load_tensors, save_safetensors, save_tensors
-from utils.hub import local_file
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
+HUB_ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # repository, and branch, tag or commit
+HUB_FILE = "model.safetensors"  # in each repository
 WEIGHTS_URL = "https://download.pytorch.org/models/"  # of torchvision
 REASON_LETTERS = 200  # largest length of torch's reason why a checkpoint does not fit
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of a ResNet in the backbone
+
+
+class Encoder(nn.Module):
+    """Three 1x1 convolutions: registered maps (B, C, H, W) -> z (B, C, H, W), the last one without ReLU.
+
+    C, the channels of layer3 of the backbone, is 256 in the release.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)  # not used; the release's checkpoints hold it, and they load strictly
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """z (B, C, H, W) of registered maps `x` (B, C, H, W)."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        return self.conv3(x)
+
+
+class Predictor(nn.Module):
+    """Two 1x1 convolutions: z (B, C, H, W) -> p (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """p (B, C, H, W) of `z` (B, C, H, W)."""
+        return self.conv2(torch.relu(self.bn1(self.conv1(z))))
+
+
+def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """N(p, z) in [-1, 1]: the negative cosine over the channels of maps (B, C, H, W), averaged over B, H and W."""
+    precise = torch.promote_types(p.dtype, torch.float32)  # float32 also for the outputs of bfloat16 heads
+    return -F.cosine_similarity(p.to(precise), z.to(precise), dim=1).mean()
+
+
+def registration_loss(
+    p_query: torch.Tensor, z_query: torch.Tensor, p_support: torch.Tensor, z_support: torch.Tensor
+) -> torch.Tensor:
+    """1/2 N(p_query, stop(z_support)) + 1/2 N(p_support, stop(z_query)), a scalar in [-1, 1] (after SimSiam).
+
+    All maps are (B, C, H, W), p = predictor(z). No gradient passes through stop().
+    """
+    return (negative_cosine(p_query, z_support.detach()) + negative_cosine(p_support, z_query.detach())) / 2
 
 
 class RegAD(nn.Module):
@@ -111,10 +163,33 @@ def selection(path: Path) -> tuple[str, int | None]:
     return rule, recipe.get("epoch")
 
 
+def local_file(address: Path) -> Path:
+    """The path itself, or the file of an address on the hub, which huggingface_hub downloads and caches.
+
+    Raises:
+        UserError: the address is malformed, huggingface_hub is not installed, or the file cannot be downloaded.
+    """
+    text = address.as_posix()
+    if not text.startswith("hf:"):
+        return address
+    match = HUB_ADDRESS.fullmatch(text)
+    if match is None:
+        raise UserError(f"{text} is not an address on the hub: hf:OWNER/NAME[@REVISION]", ("checkpoint",))
+    require_packages("huggingface_hub", requirements=None)
+    from huggingface_hub import hf_hub_download  # slow to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(match[1], HUB_FILE, revision=match[2]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot get {HUB_FILE} of {text} from the hub: {reason}", ("checkpoint",)) from error
+
+
 def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RELEASE_BACKBONE) -> RegAD:
     """The networks of a checkpoint in the release's format, {'STN', 'ENC', 'PRED'}. All names and shapes must match.
 
-    path: a .pt or .safetensors file, or an address on the hub (`utils.hub`).
+    path: a .pt or .safetensors file, or an address on the hub, see `local_file`.
 
     Raises:
         UserError: the file is missing, damaged or no checkpoint, or has another backbone, STN mode or image size.

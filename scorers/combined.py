@@ -9,7 +9,7 @@ appearances that none has at the same position. If support images agree position
 and `neighbours` dominates. The score map gives `positions` the larger weight, as its maps are sharper; the image score
 gives it to `neighbours`, which confuses fewer normal images with defective ones.
 
-With several backbones (models/several.py), each backbone has separate scorers.
+With several backbones (models/networks.py), each backbone has separate scorers.
 
 At the border of an image, features differ from others, whatever the image shows. In the image score of `combined`, the
 border therefore has a smaller weight (`border_weight`, scorers/maps.py), and the local averages of `neighbours` do not

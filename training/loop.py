@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from datasets.cache import SourceImages
 from datasets.episodes import Episode
-from models.regad import RegAD, checkpoint
+from models.regad import TRUNK_LAYERS, RegAD, checkpoint
 from models.stn import layout
-from training.recipe import freeze, frozen_layers
 from utils.devices import run_batch
 from utils.errors import UserError
 from utils.files import save_tensors
@@ -48,6 +48,26 @@ def _tf32(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def frozen_layers(model: RegAD, train: str, batch_norm: str) -> list[nn.Module]:
+    """The layers whose weights and batch-norm statistics stay fixed.
+
+    train: `all` fixes none; `heads` the trunk, which is the layers of the ResNet; `stn` also encoder and predictor.
+    batch_norm: `frozen` fixes the batch norm of the trunk.
+    """
+    trunk = [getattr(model.stn, name) for name in TRUNK_LAYERS]
+    if train != "all":
+        return trunk if train == "heads" else [*trunk, model.encoder, model.predictor]
+    if batch_norm == "train":
+        return []
+    return [layer for part in trunk for layer in part.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def freeze(layers: Sequence[nn.Module]) -> None:
+    """Fixes weights and batch-norm statistics of `layers`. Each `train()` of their model undoes it."""
+    for layer in layers:
+        layer.eval().requires_grad_(False)
 
 
 @dataclass

@@ -39,9 +39,8 @@ from training.loop import Progress, Trainer, learning_rate
 from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
 from utils.devices import command_device, reader_threads, seed_everything
 from utils.errors import UserError, format_elapsed, require_packages
-from utils.files import require_writable, save_tensors, whole_file, write_json
+from utils.files import locked, require_writable, save_tensors, whole_file, write_json
 from utils.fingerprint import FileDigests, fingerprint
-from utils.locks import locked
 from utils.naming import CheckpointFiles
 from utils.records import provenance
 from utils.stages import StageClock

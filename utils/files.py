@@ -1,4 +1,4 @@
-"""Atomic writes, tensor files that are read without running code, digests, and the project's folder."""
+"""Atomic writes, locks, tensor files that are read without running code, digests, and the project's folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from utils.choices import SAFETENSORS
 from utils.errors import UserError, WriteError
+from utils.naming import lock_file
 
 NAME_LETTERS = 40  # letters of a file's name in that of its temporary file; file systems limit the length
 TEMPORARY = re.compile(r"\..*\.[0-9]+\.[0-9a-f]{8}\.tmp")  # the names that `temporary_name` gives
@@ -205,3 +207,29 @@ def sha256(file: Path) -> str:
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def locked(files: Sequence[Path], waiting: str | None = None) -> Iterator[None]:
+    """Holds the locks of `files`, acquired in the same order by all processes. The lock files remain.
+
+    waiting: if another process holds a lock, print this and wait; None: raise an error.
+
+    Raises:
+        UserError: another process holds a lock, or the file system has no locks.
+    """
+    with ExitStack() as stack:
+        for file in sorted(files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(lock_file(file), mode=0o666)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                if waiting is None:
+                    raise UserError(f"another process writes {file}") from error
+                print(waiting, flush=True)
+                lock.acquire()
+            except (OSError, NotImplementedError) as error:
+                raise UserError(f"files in {file.parent} cannot be locked ({error}); give another folder") from error
+            stack.callback(lock.release)
+        yield

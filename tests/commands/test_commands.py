@@ -274,7 +274,9 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=PROJECT_ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [("test.py", "--obj", "bottle"), ("make_support.py", "--obj", "bottle")])
+@pytest.mark.parametrize(
+    "command", [("test.py", "--obj", "bottle"), ("make_support.py", "--obj", "bottle"), ("check_data.py",)]
+)
 def test_exit_code_2_and_no_traceback(command, tmp_path):
     done = run(*command, "--data_path", str(tmp_path / "missing"))
     assert done.returncode == 2

@@ -17,14 +17,12 @@ from PIL import Image, ImageFile
 import make_support
 import predict
 import train
-from datasets.cache import decoded_images
 from datasets.images import (
     ClippedWarning,
     clipping_note,
     eight_bit,
     full_scale,
     largest_values,
-    read_image,
     resolve_bits,
     smallest_depth,
 )
@@ -123,21 +121,9 @@ def test_only_16_bit_files_are_decoded_to_find_the_depth(tmp_path, monkeypatch, 
     assert warning.startswith(f"warning: {tmp_path / 'c.png'} has values up to 4095, above the 1023 of 10 bits")
 
 
-def test_the_cache_distinguishes_depths(tmp_path):
-    folder = tmp_path / "part/train/good"
-    folder.mkdir(parents=True)
-    values = np.arange(256).reshape(16, 16)
-    stored(values, 12).save(folder / "a.png")
-    for bits in (12, 16, 12):
-        (found,) = decoded_images([folder / "a.png"], 16, tmp_path / "cache", 0, bits=bits)
-        assert (found == read_image(folder / "a.png", 16, bits=bits)).all()
-    assert (found[..., 0] == values).all()
-
-
-@pytest.mark.parametrize("bits", [10, 12])
-def test_commands_give_the_numbers_of_8_bit_files(bits, demo_data, tmp_path, capsys):
+def test_commands_give_the_numbers_of_8_bit_files(demo_data, tmp_path, capsys):
     """Training, support set and scoring; the depth is in the records."""
-    records, losses = {}, {}
+    bits, records, losses = 10, {}, {}
     for depth in (None, bits):
         data, out = grey_copy(demo_data, tmp_path / f"data {depth}", depth), tmp_path / f"out {depth}"
         common = ["--obj", "ring", "--data_path", str(data), *RUN]
@@ -214,16 +200,15 @@ def greys(demo_data, tmp_path_factory) -> dict[int | None, tuple[list[Path], lis
     return found
 
 
-@pytest.mark.parametrize("kind", ["files", "PIL images"])
-@pytest.mark.parametrize("bits", BIT_DEPTHS)
-def test_the_detector_s_scores_are_those_of_8_bit_files(bits, kind, network, greys):
+def test_the_detector_s_scores_are_those_of_8_bit_files(network, greys):
+    """For each depth, of files and of PIL images."""
     expected, _ = FewShotDetector(network, "cpu").fit(greys[None][0], False).score(greys[None][1])
-    support, images = greys[bits]
-    if kind == "PIL images":
-        support, images = [list(map(Image.open, paths)) for paths in (support, images)]
-    detector = FewShotDetector(network, "cpu").fit(support, False)
-    assert detector.bits == bits
-    assert (detector.score(images)[0] == expected).all()
+    for bits in BIT_DEPTHS:
+        detector = FewShotDetector(network, "cpu").fit(greys[bits][0], False)
+        opened = FewShotDetector(network, "cpu").fit(list(map(Image.open, greys[bits][0])), False)
+        assert detector.bits == opened.bits == bits
+        assert (detector.score(greys[bits][1])[0] == expected).all()
+        assert (opened.score(list(map(Image.open, greys[bits][1])))[0] == expected).all()
 
 
 def test_the_depth_is_stored_with_the_detector(network, greys, tmp_path):

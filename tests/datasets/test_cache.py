@@ -62,8 +62,6 @@ def change_content(paths: list[Path]) -> None:
 
 def change_content_but_neither_size_nor_time(paths: list[Path]) -> None:
     before = paths[2].stat()
-    for file, extra in zip(paths[1:3], (b"", b""), strict=True):
-        file.write_bytes(file.read_bytes() + extra)
     paths[2].write_bytes(paths[1].read_bytes().ljust(before.st_size, b"x")[: before.st_size])
     os.utime(paths[2], ns=(before.st_atime_ns, before.st_mtime_ns))
 
@@ -83,6 +81,15 @@ def test_a_changed_image_renews_the_cache(change, paths, tmp_path):
     assert [file.name for file in (tmp_path / "cache").glob(".*")] == [f".{new.name}.lock"]
 
 
+@pytest.mark.parametrize("damage", [b"", b"x" * 500, None])
+def test_a_damaged_cache_is_made_again(damage, paths, tmp_path, capsys):
+    decoded_images(paths, SIZE, tmp_path / "cache", 1)
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    file.write_bytes(file.read_bytes()[:300] if damage is None else damage)
+    np.testing.assert_array_equal(decoded_images(paths, SIZE, tmp_path / "cache", 1), expected(paths))
+    assert "is damaged; it is made again" in capsys.readouterr().out
+
+
 def test_another_method_decodes_again(paths, tmp_path, monkeypatch):
     """METHOD_VERSION is raised where images are read differently; records hold it in their fingerprint."""
     decoded_images(paths, SIZE, tmp_path / "cache", 0)
@@ -92,10 +99,12 @@ def test_another_method_decodes_again(paths, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
 
 
-def test_each_size_has_its_own_file(paths, tmp_path):
-    for size in (SIZE, 16):
-        decoded_images(paths, size, tmp_path / "cache", 0)
-    assert decoded_images(paths, SIZE, tmp_path / "cache", 0).shape == (6, SIZE, SIZE, 3)
+def test_each_size_has_its_own_file_of_the_last_depth(paths, tmp_path):
+    for path in paths:
+        Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(40, 30)).save(path)
+    for size, bits in [(SIZE, 10), (16, 10), (SIZE, 12)] * 2:
+        found = decoded_images(paths, size, tmp_path / "cache", 0, bits=bits)
+        assert all((image == read_image(path, size, bits=bits)).all() for image, path in zip(found, paths, strict=True))
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
 
 

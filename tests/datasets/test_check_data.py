@@ -101,7 +101,7 @@ def test_every_kind_of_image_and_name_works_in_training_and_scoring(data, tmp_pa
             (data / place / name).write_bytes(list(FINE.values())[number]())
     assert check(data) == 1
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    expected = "has the same pixels as the", *(f"have {part}" for part in images.HOW_READ)
+    expected = "has the same pixels as the", "images are grey, e.g. ", *(f"have {part}" for part in images.HOW_READ)
     assert len(problems) >= 9 and all(any(words in line for words in expected) for line in problems)
     run_all(data, tmp_path)
 
@@ -113,8 +113,11 @@ def run_all(data: Path, tmp_path: Path) -> None:
     test_command.main([*common, "--save_dir", str(tmp_path / "save"), "--output", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("place", ["weave/train/good/000.png", "ring/test/rust/000.png", "ring/train/good/001.png"])
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [(kind, "ring/test/rust/000.png") for kind in BROKEN]
+    + [("text", place) for place in ("weave/train/good/000.png", "ring/train/good/001.png")],
+)
 def test_every_command_names_a_broken_image_first(kind, place, data, tmp_path, capsys):
     path = data / place
     path.write_bytes(BROKEN[kind]())
@@ -148,7 +151,7 @@ def test_folders_and_dangling_links_are_named(spoil, data, tmp_path, capsys):
 
 def test_bombs_and_their_limit(data, capsys, monkeypatch):
     monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", images.Image.MAX_IMAGE_PIXELS)  # restored after the test
-    (data / "ring/test/good/000.png").write_bytes(big((400, 400)))
+    coloured().resize((400, 400)).save(data / "ring/test/good/000.png")
     assert check(data, "--max_pixels", "100000") == 1
     assert "exceeds limit of 100000 pixels" in capsys.readouterr().out
     assert check(data, "--max_pixels", "160000") == 0
@@ -163,21 +166,9 @@ FAULTS = {
         lambda d: Image.new("L", (9, 7), 255).save(d / "ring/ground_truth/rust/001_mask.png"),
         "001_mask.png is 9x7 pixels instead of the 64x64 of its image",
     ),
-    "empty mask": (
-        lambda d: Image.new("L", (64, 64)).save(d / "ring/ground_truth/rust/001_mask.png"),
-        "001_mask.png marks no pixel",
-    ),
     "mask of nothing": (
         lambda d: shutil.copy(d / "ring/ground_truth/rust/001_mask.png", d / "ring/ground_truth/rust/7_mask.png"),
         "are the mask of no image, e.g. ",
-    ),
-    "two of a name": (
-        lambda d: Image.new("RGB", (64, 64)).save(d / "ring/test/rust/001.jpg"),
-        "rust has 2 images named 001",
-    ),
-    "one image": (
-        lambda d: [p.unlink() for p in sorted((d / "ring/train/good").iterdir())[1:]],
-        "ring/train/good has one image; training needs at least two",
     ),
     "two equal training images": (
         lambda d: Image.open(d / "ring/train/good/001.png").save(d / "ring/train/good/9.tif"),
@@ -187,13 +178,12 @@ FAULTS = {
         lambda d: Image.open(d / "ring/train/good/001.png").convert("RGBA").save(d / "ring/test/rust/001.png"),
         "ring/test/rust/001.png has the same pixels as the training image",
     ),
-    "a normal image among the defective ones": (
-        lambda d: shutil.copy(d / "ring/test/good/001.png", d / "ring/test/rust/001.png"),
-        "ring/test/rust/001.png has the same pixels as the normal test image",
+    "one image": (
+        lambda d: [p.unlink() for p in sorted((d / "ring/train/good").iterdir())[1:]],
+        "ring/train/good has one image; training needs at least two",
     ),
     "no images": (lambda d: [p.unlink() for p in (d / "ring/train/good").iterdir()], "no images (.bmp"),
     "an empty kind": (lambda d: (d / "ring/test/dent").mkdir(), "ring/test/dent"),
-    "no normal test images": (lambda d: shutil.rmtree(d / "ring/test/good"), "ring/test has no normal images"),
 }
 
 
@@ -292,13 +282,6 @@ def test_support_sets_are_checked(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "77.png is not among the training images" in printed and "2_1.pt cannot be read" in printed
     assert "two.pt is not named <shot>_<rounds>.pt" in printed and "3 problem(s)" in printed
-
-
-def test_wrong_arguments_give_exit_code_2():
-    done = subprocess.run(
-        [sys.executable, "check_data.py", "--data_path", "/nowhere"], cwd=PROJECT_ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: no data folder /nowhere")
 
 
 def test_nothing_is_written_to_the_data_folder(data, tmp_path):

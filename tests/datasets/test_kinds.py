@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import struct
 import tempfile
@@ -21,7 +20,6 @@ from PIL import ExifTags, Image, ImageOps
 
 import check_data
 import predict
-from datasets.cache import decoded_images
 from datasets.images import (
     BIT_DEPTHS,
     SEVERAL,
@@ -32,11 +30,10 @@ from datasets.images import (
     parts_of,
     read_header,
     read_pixels,
-    resolve_bits,
     with_facts,
 )
 from datasets.mvtec import LabelledDataset, list_test_items
-from inspection.images import ImageFile, as_pixels
+from inspection.images import ImageFile, as_pixels, largest_grey_values
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import exif
 from utils.errors import UserError
@@ -93,12 +90,6 @@ def test_sixteen_bits_are_read_whole(bits, kind, orientation, data):
         assert (np.asarray(read_pixels(io.BytesIO(path.read_bytes()), lambda image: image.copy(), "x")) >= 0).all()
 
 
-def test_the_depth_of_colours_is_found_and_said(tmp_path, capsys):
-    (tmp_path / "x.png").write_bytes(png(np.full((4, 4, 3), 1000)))
-    assert resolve_bits("auto", [tmp_path / "x.png"], "test") == 10
-    assert "bits: 10 (1 16-bit image(s) of test, largest value 1000)" in capsys.readouterr().out
-
-
 @given(st.sampled_from(["LA", "RGBA", "PA"]), st.sampled_from(["png", "tif", "webp"]), st.integers(0, 255))
 def test_what_lies_under_transparent_parts_does_not_matter(mode, suffix, under):
     hidden = np.zeros((8, 8), bool)
@@ -151,6 +142,13 @@ def test_every_form_of_transparency_is_the_same_picture(form, kind):
             found, other = decode_image(path), as_pixels(ImageFile(path), 32)
             assert np.array_equal(found, other) and parts_of(other) == parts_of(found)
     assert np.array_equal(np.asarray(found.convert("L")), np.where(hidden, 0, grey)) and TRANSPARENT in found.info
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_arrays_of_16_bits_in_any_byte_order(order):
+    values = np.arange(0, 4096, 16, dtype=f"{order}u2").reshape(16, 16)
+    assert largest_grey_values([values]) == [4080]
+    assert (np.asarray(as_pixels(values, 16, bits=12)) == np.rint(values.astype(int) * (255 / 4095))).all()
 
 
 @given(st.sampled_from([1, 3]), st.integers(0, 255))
@@ -317,6 +315,10 @@ FINDINGS = {
         "ring: left out: 1 .heic",
     ),
     "no normal images": (lambda ring: shutil.rmtree(ring / "test/good"), "test has no normal images to score"),
+    "grey among coloured": (
+        lambda ring: edit(defect(ring)[0], lambda image: image.convert("L").convert("RGB")),
+        "1 of 9 test images are grey, e.g. ",
+    ),
     "pages": (
         lambda ring: edit(defect(ring)[0], Image.Image.copy, save_all=True, append_images=[Image.new("RGB", (64, 64))]),
         "1 of 9 test images have several pages or frames",
@@ -330,11 +332,11 @@ FINDINGS = {
     ),
     "training image": (
         lambda ring: shutil.copy(ring / "train/good/000.png", ring / "test/good/001.png"),
-        "as the training image",
+        "test/good/001.png has the same pixels as the training image",
     ),
     "training images": (
-        lambda ring: shutil.copy(ring / "train/good/000.png", ring / "train/good/001.png"),
-        "as the training image",
+        lambda ring: shutil.copy(ring / "train/good/000.png", ring / "train/good/9.png"),
+        "train/good/9.png has the same pixels as the training image",
     ),
     "both classes": (lambda ring: shutil.copy(ring / "test/good/000.png", defect(ring)[0]), "as the normal test image"),
     "16 bits": (sixteen_bits, "above the 4095 of 12 bits; they are clipped"),
@@ -347,7 +349,7 @@ def test_both_commands_say_the_same_and_strict_refuses_it(finding, ring, said):
     spoil, sentence = FINDINGS[finding]
     spoil(ring)
     check, test = said()
-    assert check == test and any(sentence in one for one in check)
+    assert check == test and len(check) == 1 and sentence in min(check)
     with pytest.raises(UserError) as caught:
         said("--strict")
     assert str(caught.value) in check and "strict" in caught.value.options
@@ -389,26 +391,3 @@ def test_masks_drawn_on_stored_pixels(orientation, ring, said):
 def with_orientation(image: Image.Image, orientation: int) -> Image.Image:
     image.getexif()[ExifTags.Base.Orientation] = orientation
     return image
-
-
-def test_a_replaced_image_of_equal_size_and_time_is_decoded_again(tmp_path):
-    path = tmp_path / "c/train/good/a.bmp"
-    path.parent.mkdir(parents=True)
-    found = []
-    for value in (10, 200):
-        Image.new("L", (16, 16), value).save(path)
-        os.utime(path, (1e9, 1e9))
-        found.append(int(decoded_images([path], 16, tmp_path / "cache", 1)[0, 0, 0, 0]))
-    assert found == [10, 200]
-
-
-@pytest.mark.parametrize("damage", [b"", b"x" * 500, None])
-def test_a_damaged_cache_is_made_again(damage, tmp_path, capsys):
-    path = tmp_path / "c/train/good/a.bmp"
-    path.parent.mkdir(parents=True)
-    Image.new("L", (16, 16), 7).save(path)
-    decoded_images([path], 16, tmp_path / "cache", 1)
-    (cache,) = (tmp_path / "cache").glob("*.npy")
-    cache.write_bytes(cache.read_bytes()[:300] if damage is None else damage)
-    assert (decoded_images([path], 16, tmp_path / "cache", 1) == 7).all()
-    assert "is damaged; it is made again" in capsys.readouterr().out

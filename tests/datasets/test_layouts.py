@@ -126,8 +126,9 @@ def category(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ending", ["_mask.png", ".png", "_mask.bmp", ".TIF", "_mask.PNG"])
-@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize(
+    ("ending", "mode"), [("_mask.png", "L"), (".png", "1"), ("_mask.bmp", "RGB"), (".TIF", "P"), ("_mask.PNG", "RGBA")]
+)
 def test_masks_are_found_under_any_usual_name_and_mode(ending, mode, category):
     mask(category / f"ground_truth/dent/e{ending}", mode=mode)
     (item,) = [item for item in list_test_items(category) if item.image.name == "e.tif"]

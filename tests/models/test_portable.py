@@ -11,13 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models.networks import scoring_network
-from models.regad import RegAD, checkpoint, load_checkpoint, save_portable, selection
+from models.regad import RegAD, checkpoint, load_checkpoint, local_file, save_portable, selection
 from training.config import TrainingConfig
 from utils import errors, files
 from utils.config import read_config
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
-from utils.hub import local_file
 from utils.naming import stored
 
 MODE, SIZE = "affine", 64
