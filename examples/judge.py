@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import CLIPPED_FROM
-from inspection.boxes import Box, find_boxes
 from inspection.detector import FewShotDetector
 from inspection.predictions import HEAT_PANEL, draw_panels
-from inspection.results import as_far_as_read, decide, relative_score
+from inspection.results import Box, as_far_as_read, decide, find_boxes, relative_score
 from inspection.tiles import shrink_warning
 from utils.config import Config, flag
 

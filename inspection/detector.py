@@ -13,13 +13,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.images import FULL_BITS, TRANSPARENT, parts_of, reading_note, reading_summary, smallest_depth
+from datasets.images import FULL_BITS, TRANSPARENT, reading_note, smallest_depth
 from inspection.detector_file import HEADER, ID_LENGTH, identity, read_state, stored_network, stored_scorer
 from inspection.images import Decoded, ImageFile, ImageInput, as_pixels, image_list, image_names, largest_grey_values
-from inspection.normal_images import MOST_FITTED, digest, duplicate_notes, equal_images, representatives
 from inspection.out_of_distribution import contrast
 from inspection.quality import QualityGate, measure, readable
 from inspection.scoring import CHECK, ImageResult, ImageScoring
+from inspection.support import (
+    MOST_FITTED,
+    Support,
+    digest,
+    duplicate_notes,
+    equal_images,
+    read_support,
+    representatives,
+)
 from inspection.threshold import (
     NormalScores,
     Threshold,
@@ -46,7 +54,6 @@ from utils.progress import ProgressBar
 from utils.stages import StageClock
 
 MOST_OTHERS = 3  # images of other parts that an error names
-MOST_LABELS, PHOTO_LEVELS = 4, 64  # different grey values of a label file at most, of a photo at least
 
 
 class OtherPartError(UserError):
@@ -58,7 +65,9 @@ def require_this_part(what: str, names: Sequence[str], results: Iterable[ImageRe
 
     what, option: what the images are, and the flag that gives them. results: None for an image that does not count.
     """
-    others = [f"{name} ({one.reason})" for name, one in zip(names, results, strict=True) if one and one.reason]
+    others = [
+        f"{name} ({result.reason})" for name, result in zip(names, results, strict=True) if result and result.reason
+    ]
     if others:
         more = f" and {len(others) - MOST_OTHERS} more" if len(others) > MOST_OTHERS else ""
         raise OtherPartError(
@@ -79,15 +88,6 @@ class Inspection(NamedTuple):
     maps: np.ndarray | list[np.ndarray]
     reasons: list[str]
     quality: list[dict[str, float]]
-
-
-class _Support(NamedTuple):
-    """Support images of a fit: as given, by name, as network inputs, and their sizes (width, height)."""
-
-    images: list[ImageInput]
-    names: list[str]
-    squares: list[torch.Tensor]
-    sizes: list[tuple[int, int]]
 
 
 class FewShotDetector(ImageScoring):
@@ -160,47 +160,62 @@ class FewShotDetector(ImageScoring):
             raise UserError("no support images: at least one normal image is needed")
         self.network = without_identity_heads(self.network)  # here and not before: loaded files keep their identity
         self.threshold = self.loo_scores = self.calibration = None
-        self.learned = {}
-        self._calibration_notes = []
+        self.learned, self._calibration_notes = {}, []
         with self.clock("decode"):
             if self.measures_bits:
                 self.bits = smallest_depth(largest_grey_values(images))
-            support = self._support(images)
+            support = read_support(images, self.decode)
+        self.support_digests, self.support_alpha = list(map(digest, support.squares)), support.has_alpha
+        self._support_notes = support.notes
         self.gate = QualityGate.of(support.squares)
         self.tiling = resolve_tiling(self.tile, support.sizes, self.size, self.keep_aspect)
         layouts = [self.layout_of(*size) for size in support.sizes]
-        fit = partial(self._fit_tiles, layouts=layouts) if any(layouts) else self._fit_whole
-        scores = fit(support, with_scores=for_threshold and len(support.names) > 1)
-        self.loo_scores = scores and scores._replace(names=tuple(support.names))
+        are_cut, with_scores = any(layouts), for_threshold and len(support.names) > 1
+        if are_cut:
+            prepared, contrasts, ends = self._tile_features(support, layouts)
+        else:
+            chosen = self._representatives(support.squares)
+            prepared, contrasts = self._view_features([support.squares[number] for number in chosen])
+        features = prepared[self.scorer.name]
+        with self.clock(self.scorer.name):
+            self.check = CHECK.fit(prepared[CHECK.name], contrasts)
+            if are_cut or not with_scores:
+                self.fitted = self.scorer.fit(features)
+        if with_scores:
+            get_scores = partial(self._tile_scores, ends=ends) if are_cut else partial(self._cross_fit, chosen=chosen)
+            self.loo_scores = get_scores(support, features)._replace(names=tuple(support.names))
         return self
 
-    def _fit_whole(self, support: _Support, with_scores: bool) -> NormalScores | None:
-        """Fits to images that are not cut, to MOST_FITTED of them if there are more; returns their scores if asked.
+    def _cross_fit(self, support: Support, features: Prepared, chosen: list[int]) -> NormalScores:
+        """Fits to the features of the images `chosen`, which are not cut; returns the scores of all images.
 
         Each image is scored by a fit without it; those that are not among the fitted ones are further normal images.
         """
-        chosen = self._representatives(support.squares)
-        squares = [support.squares[number] for number in chosen]
-        prepared = self._view_features(squares)
-        with self.clock(self.scorer.name):
-            self.check = CHECK.fit(prepared[CHECK.name], contrast(self.on_device(squares)))
-        features = prepared[self.scorer.name]
-        if not with_scores:
-            with self.clock(self.scorer.name):
-                self.fitted = self.scorer.fit(features)
-            return None
         self.fitted, distances = self.scorer.cross_fit(features, self.clock, scored_views(self.scorer))
         scores = left_out_scores(self.scorer, distances, self.size, self.inside_views)
         others = [number for number in range(len(support.squares)) if number not in set(chosen)]
         if not others:
             return scores
         progress = ProgressBar("further support images", [support.squares[number] for number in others])
-        results = list(self.results(progress, self.fitted, only_pixels=True))
-        further, order = self._as_normal(results, scored_views(self.scorer) > 1), np.argsort([*chosen, *others])
+        further = self._as_normal(self.reduced_results(progress, self.fitted), scored_views(self.scorer) > 1)
+        order = np.argsort([*chosen, *others])
         return scores._replace(
             scores=np.concatenate([scores.scores, further.scores])[order],
             maps=np.concatenate([scores.maps, further.maps])[order],
         )
+
+    def _tile_scores(self, support: Support, features: Prepared, ends: np.ndarray) -> NormalScores:
+        """The leave-one-out scores of images that are cut, whose tiles end at `ends`.
+
+        Each image is left out with all its tiles. There are no scores of views: the score of an image is the maximum
+        over all its tiles, and the views of all tiles would take 22 times as long.
+        """
+        results = []
+        for image, start, end in zip(support.images, [0, *ends], ends, strict=False):
+            with self.clock(self.scorer.name):
+                fitted = self.scorer.refit(self.fitted, without_images(features, int(start), int(end)))
+            results += self.reduced_results([image], fitted)
+        return self._as_normal(results, with_views=False)._replace(is_loo=True)
 
     def _representatives(self, squares: list[torch.Tensor]) -> list[int]:
         """The support images to which the detector is fitted, by number."""
@@ -212,7 +227,7 @@ class FewShotDetector(ImageScoring):
                 store.write(start, self.fast_network.features(self.on_device(squares[start : start + size])))
         return representatives(CHECK.statistics(store.prepared[CHECK.name]), MOST_FITTED)
 
-    def _fit_tiles(self, support: _Support, with_scores: bool, layouts: list[Layout | None]) -> NormalScores | None:
+    def _fit_tiles(self, support: Support, with_scores: bool, layouts: list[Layout | None]) -> NormalScores | None:
         """Fits to the tiles of images that are cut; returns the images' leave-one-out scores if asked.
 
         Each image is left out with all its tiles. There are no scores of views: the score of an image is the maximum
@@ -232,32 +247,8 @@ class FewShotDetector(ImageScoring):
             found += self.results([image], fitted, only_pixels=True)
         return self._as_normal(found, with_views=False)._replace(is_loo=True)
 
-    def _support(self, images: list[ImageInput]) -> _Support:
-        """The decoded support images, without duplicates."""
-        squares, sizes, levels, parts, names = [], [], [], [], image_names(images)
-        for name, image in zip(names, images, strict=True):
-            decoded, square = self.decode(image)
-            if decoded:
-                levels.append((sum(map(bool, decoded.convert("L").histogram())), name))
-                parts.append((name, parts_of(decoded)))
-            squares.append(square)
-            sizes.append(decoded.size if decoded else (self.size, self.size))
-        flat = [name for count, name in levels if count <= MOST_LABELS]
-        if flat and max(levels)[0] >= PHOTO_LEVELS:
-            raise UserError(
-                f"{len(flat)} of {len(images)} support images have at most {MOST_LABELS} grey values, as label files "
-                f"and black images have, e.g. {flat[0]}: give normal images alone"
-            )
-        found = equal_images(squares)
-        self._support_notes = duplicate_notes(names, found) + reading_summary(parts, len(images), "support images")
-        kept = [number for number in range(len(images)) if number not in found]
-        support = _Support(*([part[number] for number in kept] for part in (images, names, squares, sizes)))
-        self.support_digests = [digest(square) for square in support.squares]
-        self.support_alpha = any(TRANSPARENT in of_image for _, of_image in parts)
-        return support
-
     def _tile_features(
-        self, support: _Support, layouts: list[Layout | None]
+        self, support: Support, layouts: list[Layout | None]
     ) -> tuple[dict[str, Prepared], torch.Tensor, np.ndarray]:
         """Features and contrasts of the tiles of the support images, and where the tiles of each image end.
 
@@ -277,28 +268,23 @@ class FewShotDetector(ImageScoring):
                 number += len(inputs)
         return store.prepared, torch.cat(contrasts), ends
 
-    def _view_features(self, squares: list[torch.Tensor]) -> dict[str, Prepared]:
-        """The features of all views of the support images."""
+    def _view_features(self, squares: list[torch.Tensor]) -> tuple[dict[str, Prepared], torch.Tensor]:
+        """The features of all views of support images, and the contrasts of the images."""
         store = FeatureStore([self.scorer, CHECK], len(squares), with_views=True)
         views = VIEWS_PER_IMAGE if self.clock.device.type == "cpu" else self.pass_images  # per network pass
         group = max(1, views // VIEWS_PER_IMAGE)
-        starts = range(0, len(squares), group)
-        for start in ProgressBar("support views", starts, unit="batches"):
-            some = squares[start : start + group]
+        for start in ProgressBar("support views", range(0, len(squares), group), unit="batches"):
+            batch = squares[start : start + group]
             with self.clock("network"):
-                numbers = range(start, start + len(some))
-                write_support_images(store, numbers, self.fast_network, self.on_device(some), views)
-        return store.prepared
+                numbers = range(start, start + len(batch))
+                write_support_images(store, numbers, self.fast_network, self.on_device(batch), views)
+        return store.prepared, contrast(self.on_device(squares))
 
     @property
     def warnings(self) -> list[str]:
         """Warnings about the normal images and the threshold, as sentences."""
-        return [*self.duplicates, *(self.threshold.warnings if self.threshold else ())]
-
-    @property
-    def duplicates(self) -> list[str]:
-        """Sentences on the images that `fit` and `calibrate` ignored, because they are duplicates of others."""
-        return [*self._support_notes, *self._calibration_notes]
+        of_threshold = self.threshold.warnings if self.threshold else []
+        return [*self._support_notes, *self._calibration_notes, *of_threshold]
 
     def calibrate(
         self,
@@ -322,14 +308,7 @@ class FewShotDetector(ImageScoring):
         check_calibration(2 if normal is None else len(normal), false_positive_rate, review_rate)
         self.calibration, self._calibration_notes = None, []
         if normal is not None:
-            seen = self._normal_scores(normal, false_positive_rate, force)
-            if len(seen.scores) < 2:
-                raise UserError(
-                    f"of {len(normal)} normal images, {len(normal) - len(seen.scores)} are duplicates of each other or "
-                    "of support images; a threshold needs two others",
-                    options=("calibrate", "threshold"),
-                )
-            self.calibration = seen
+            seen = self.calibration = self._normal_scores(normal, false_positive_rate, force)
             source = f"{len(seen.scores)} further normal images"
         elif self.loo_scores is not None:
             seen, source = self.loo_scores, f"leave-one-out over {len(self.loo_scores.scores)} support images"
@@ -339,8 +318,8 @@ class FewShotDetector(ImageScoring):
                 "further normal images, or set the threshold",
                 options=("calibrate", "threshold"),
             )
-        known, prior = self.threshold, self.scorer.prior
-        self.threshold = normal_threshold(seen, false_positive_rate, prior, source, review_rate)
+        known = self.threshold
+        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source, review_rate)
         if known is not None and not seen.maps.size:  # of a file, without the maps that `region` comes from
             self.threshold = self.threshold._replace(region=known.region)
         return self.threshold
@@ -355,29 +334,34 @@ class FewShotDetector(ImageScoring):
 
         Duplicates of each other and of support images are ignored.
         """
-        results = list(self.results(images, self.fitted, only_pixels=True))
-        _check_finite([one.score for one in results])
-        are_cut, names = any(one.is_cut for one in results), image_names(images)
-        found = equal_images([one.square for one in results], self.support_digests)
-        self._calibration_notes = duplicate_notes(names, found)
-        chosen = [number for number in range(len(results)) if number not in found]
-        with_views = self.scorer.prior is None and not are_cut and not is_order_statistic(len(chosen), rate)
+        results, names = self.reduced_results(images, self.fitted), image_names(images)
+        _check_finite([result.score for result in results])
+        duplicates = equal_images([result.square for result in results], self.support_digests)
+        self._calibration_notes = duplicate_notes(names, duplicates)
+        kept = [number for number in range(len(results)) if number not in duplicates]
         if not force:
-            counted = (None if number in found else one for number, one in enumerate(results))
+            counted = (None if number in duplicates else result for number, result in enumerate(results))
             require_this_part("normal images", names, counted, "calibrate")
-        self.gate = self.gate and self.gate.with_further([results[number].square for number in chosen])
-        scores = self._as_normal([results[number] for number in chosen], with_views)
-        return scores._replace(names=tuple(names[number] for number in chosen))
+        if len(kept) < 2:
+            raise UserError(
+                f"of {len(images)} normal images, {len(duplicates)} are duplicates of each other or of support images; "
+                "a threshold needs two others",
+                options=("calibrate", "threshold"),
+            )
+        are_cut = any(result.is_cut for result in results)
+        results = [results[number] for number in kept]
+        self.gate = self.gate and self.gate.with_further([result.square for result in results])
+        with_views = self.scorer.prior is None and not are_cut and not is_order_statistic(len(kept), rate)
+        return self._as_normal(results, with_views)._replace(names=tuple(names[number] for number in kept))
 
     def _as_normal(self, results: Sequence[ImageResult], with_views: bool) -> NormalScores:
         """The scores of results as those of normal images, in all views of the scorer if asked."""
         if with_views:
-            views = (support_views(self.on_device([one.square]))[list(self.scorer.views)] for one in results)
+            views = (support_views(self.on_device([result.square]))[list(self.scorer.views)] for result in results)
             scores = [self.score_squares(of_image, self.fitted, self.inside_views)[0] for of_image in views]
         else:
-            scores = [[one.score] for one in results]
-        maps = np.stack([one.map for one in results]) if results else np.empty((0, self.size, self.size))
-        return NormalScores(np.array(scores), maps, is_loo=False)
+            scores = [[result.score] for result in results]
+        return NormalScores(np.array(scores), np.stack([result.map for result in results]), is_loo=False)
 
     def score(self, images: Sequence[ImageInput]) -> tuple[np.ndarray, np.ndarray | list[np.ndarray]]:
         """Image scores (B,) and score maps (B, S, S), float32, at least 0.
@@ -408,7 +392,7 @@ class FewShotDetector(ImageScoring):
             reasons.append(result.reason or (self.gate.reason(measured) if self.gate else ""))
             quality.append(readable(measured))
         _check_finite(scores)
-        if all(one.shape == (self.size, self.size) for one in maps):
+        if all(scored.shape == (self.size, self.size) for scored in maps):
             maps = np.stack(maps) if maps else np.empty((0, self.size, self.size), np.float32)
         return Inspection(np.array(scores, np.float32), maps, reasons, quality)
 
@@ -417,13 +401,13 @@ class FewShotDetector(ImageScoring):
 
         square: its network input (3, S, S), to find out whether it is a support image; None: that is not said.
         """
-        found, has_alpha = [reading_note(image, name, self.bits)], TRANSPARENT in image.info
+        notes, has_alpha = [reading_note(image, name, self.bits)], TRANSPARENT in image.info
         if self.support_alpha not in (None, has_alpha):
             lacks = f"{name} has no transparent parts, as support images have, and may not be comparable with them"
-            found.append("the support images have none" if has_alpha else lacks)
+            notes.append("the support images have none" if has_alpha else lacks)
         if square is not None and digest(square) in self.support_digests:
-            found.append(f"{name} has the same pixels as a support image, against which it is scored")
-        return "; ".join(filter(None, found)) or None
+            notes.append(f"{name} has the same pixels as a support image, against which it is scored")
+        return "; ".join(filter(None, notes)) or None
 
     def identity(self) -> str:
         """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""

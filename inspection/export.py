@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from datasets.images import read_image
-from datasets.masks import to_square_mask
 from inspection.detector import FewShotDetector
 from inspection.images import Decoded, as_tensor
 from inspection.tiles import OVERLAP
@@ -61,10 +60,7 @@ class ExportedDetector(nn.Module):
             raise UserError(
                 "an exported file scores single tiles: fit the detector without a region", ("region", "ignore")
             )
-        inside = None
-        if detector.region is not None:
-            inside = torch.from_numpy(to_square_mask(detector.region, detector.size, detector.keep_aspect))
-        self.register_buffer("inside", inside)
+        self.register_buffer("inside", None if detector.region is None else detector.inside.cpu())
         self.register_buffer("weights", border_weights(detector.size, self.scorer.border_weight))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets.images import FULL_BITS, ClippedWarning
-from inspection.acceptance import KnownDefect, acceptance, propose, worse_than
 from inspection.config import DetectorConfig
 from inspection.detector import FewShotDetector, OtherPartError
 from inspection.detector_file import read_state
-from inspection.document import record_change
+from inspection.document import KnownDefect, acceptance, propose, record_change, worse_than
 from inspection.images import ImageFile, largest_grey_values
 from inspection.inputs import list_inputs
 from inspection.learning import accept

@@ -21,8 +21,8 @@ import torch
 
 from inspection.detector import FewShotDetector, require_this_part
 from inspection.images import ImageInput, image_list, image_names
-from inspection.normal_images import MOST_FITTED, digest
 from inspection.scoring import ImageResult
+from inspection.support import MOST_FITTED, digest
 from scorers.base import Fitted, Prepared
 from scorers.left_out import left_out
 from utils.errors import UserError

@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from inspection.boxes import Box, find_boxes
 from inspection.config import PANELS
 from inspection.detector import FewShotDetector
 from inspection.images import Decoded
 from inspection.inputs import InputImage, absolute, full_name, read_inputs
-from inspection.results import Prediction, as_far_as_read, decide, relative_score
+from inspection.results import Box, Prediction, as_far_as_read, decide, find_boxes, now, relative_score
 from inspection.threshold import Threshold
 from inspection.tiles import shrink_warning
 from reports.drawing import (
@@ -131,18 +129,28 @@ def _groups(detector: FewShotDetector, inputs: Iterable[tuple[int, InputImage]])
 def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: tuple) -> tuple[Prediction, Preview]:
     """Writes the files of an image and returns its row and preview."""
     number, item, result = scored
+    threshold = detector.threshold
+    name, size, modified = item.identity or (full_name(item.path), None, None)
+    limits = {"threshold": threshold and threshold.value, "review_threshold": threshold and threshold.review_value}
+    unknown = dict.fromkeys(("score", "relative", "decision", "reason"))
+    row = Prediction(now(), name, size, modified, **unknown, **limits, detector=outputs.detector, error=item.error)
     if result is None:
-        return _row(item, None, (None, None), detector.threshold, outputs.detector), NO_PREVIEW
+        return row, NO_PREVIEW
     score, scores, reason, quality = result
     with detector.clock.on_host()("drawing"):
         restored = detector.restore(scores, *item.image.size)
-        decided = decide(float(score), detector.threshold, reason, restored, detector.min_area)
-        decided = as_far_as_read(item.image, decided)
-        row = _row(item, float(score), decided, detector.threshold, outputs.detector)
-        row = row._replace(warning=detector.doubts(item.image, item.square, item.path))
-        boxes = [] if row.threshold is None else find_boxes(restored, row.threshold)
-        files = outputs.names(item.path, panel_titles(detector.threshold))
-        row = row._replace(boxes=boxes, files=files, quality=quality)
+        decided = decide(float(score), threshold, reason, restored, detector.min_area)
+        decision, reason = as_far_as_read(item.image, decided)
+        row = row._replace(
+            score=float(score),
+            relative=relative_score(float(score), threshold),
+            decision=decision,
+            reason=reason,
+            warning=detector.doubts(item.image, item.square, item.path),
+            boxes=[] if threshold is None else find_boxes(restored, threshold.value),
+            files=outputs.names(item.path, panel_titles(threshold)),
+            quality=quality,
+        )
         places = [outputs.folder / name for name in row.files]
         try:
             return row, _write(detector, row, places, item.image, restored, number < previews)
@@ -150,21 +158,6 @@ def _finish(detector: FewShotDetector, outputs: Outputs, previews: int, scored: 
             written = [name for name, place in zip(row.files, places, strict=True) if os.path.isfile(place)]
             fault = f"scored, but its files cannot be written: {item.path} ({error})"
             return row._replace(files=written, error=fault), NO_PREVIEW
-
-
-def _row(
-    item: InputImage,
-    score: float | None,
-    decided: tuple[str | None, str | None],
-    threshold: Threshold | None,
-    detector: str,
-) -> Prediction:
-    """The row of an image before anything is written. decided: from `decide`."""
-    name, size, modified = item.identity or (full_name(item.path), None, None)
-    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-    limit, lower = (None, None) if threshold is None else (threshold.value, threshold.review_value)
-    relative = None if score is None else relative_score(score, threshold)
-    return Prediction(now, name, size, modified, score, relative, *decided, limit, detector, item.error, None, lower)
 
 
 def _write(
@@ -214,14 +207,14 @@ def read_preview(folder: Path, row: Prediction) -> Preview:
     """The preview of a row from the panels in the output folder; empty if they are not there."""
     places = [folder / name for name in row.files if name.endswith(PANELS_SUFFIX)]
     titles = panel_titles(row.threshold)
+    in_each = len(titles) if len(places) == 1 else 1
     try:
-        each = len(titles) if len(places) == 1 else 1
-        panels = [panel for place in places for panel in split_panels(place, each, PANEL_SIDE)]
+        panels = [panel for place in places for panel in split_panels(place, in_each, PANEL_SIDE)]
     except (OSError, Image.DecompressionBombError):
+        panels = []
+    if len(panels) != len(titles):
         return NO_PREVIEW
-    return (
-        make_preview(dict(zip(titles, panels, strict=True)), HEAT_PANEL) if len(panels) == len(titles) else NO_PREVIEW
-    )
+    return make_preview(dict(zip(titles, panels, strict=True)), HEAT_PANEL)
 
 
 def panel_titles(threshold: Threshold | float | None) -> tuple[str, ...]:

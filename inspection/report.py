@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import ImageError, decode_image
-from inspection.boxes import find_boxes
 from inspection.detector import FewShotDetector
-from inspection.fitting import KnownDefect, describe_threshold
+from inspection.document import KnownDefect
+from inspection.fitting import describe_threshold
 from inspection.images import ImageFile
 from inspection.inputs import full_name
 from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
-from inspection.results import SUMMARY, Prediction, decide
+from inspection.results import SUMMARY, Prediction, decide, find_boxes
 from inspection.threshold import Threshold
 from reports.drawing import ELEVATED, FLAGGED, colour_limits, css_colour
 from reports.page import KNOWN_PANELS, NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview

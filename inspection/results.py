@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from PIL import Image
+from skimage.measure import label, regionprops
 
 from datasets.images import HOW_READ, SEVERAL
-from inspection.boxes import Box, largest_area
 from inspection.config import CSV_KINDS
 from inspection.inputs import Identity, current_name
 from inspection.threshold import Threshold
@@ -39,6 +39,36 @@ EXCEL_COMMA = CSV_KINDS[-1]  # decimal commas, between semicolons
 EXCEL_COLUMNS = ("part", "file")
 ISO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 RECORD, SCORES, BOXES, SUMMARY, PAGE = "results.jsonl", "scores.csv", "boxes.csv", "scores.json", "report.html"
+MOST_BOXES = 100  # of an image; those with the highest peaks
+
+
+class Box(NamedTuple):
+    """The smallest upright rectangle around one region of a score map above the threshold.
+
+    area: pixels of the region itself, at most width * height. peak: its highest score.
+
+    Convention: pixels of the image as it is displayed (after its EXIF orientation), origin at the top left, x to the
+    right and y down. The box covers the columns x .. x + width - 1 and the rows y .. y + height - 1.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+
+
+def find_boxes(scores: np.ndarray, limit: float) -> list[Box]:
+    """The boxes of the regions of a score map (H, W) above `limit`, highest peak first, at most MOST_BOXES.
+
+    A region is a set of pixels with scores above `limit` that touch each other at a side or a corner.
+    """
+    boxes = []
+    for region in regionprops(label(scores > limit, connectivity=2), intensity_image=scores):
+        top, left, bottom, right = region.bbox
+        boxes.append(Box(left, top, right - left, bottom - top, int(region.area), float(region.intensity_max)))
+    return sorted(boxes, key=lambda box: -box.peak)[:MOST_BOXES]  # equal peaks: from top to bottom
 
 
 class Prediction(NamedTuple):
@@ -94,6 +124,11 @@ class Prediction(NamedTuple):
         }
 
 
+def now() -> str:
+    """The time as it stands in rows and printed lines."""
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
 CSV_COLUMNS = Prediction._fields[: Prediction._fields.index("boxes")]
 BOX_COLUMNS = ("time", "path", *Box._fields)
 TABLES = {SCORES: CSV_COLUMNS, BOXES: BOX_COLUMNS}
@@ -117,7 +152,8 @@ def decide(
     if threshold is None:
         return None, None
     if score > threshold.review_value and min_area and scores is not None:
-        area = largest_area(scores, threshold.review_value)
+        regions = label(scores > threshold.review_value, connectivity=2)
+        area = np.bincount(regions.ravel())[1:].max(initial=0)
         if 0 < area < min_area:  # 0: the score lies above the highest value of the map
             return NORMAL, f"largest region above the lower threshold: {area} of at least {min_area:.0f} pixels"
     if score > threshold.value:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import TextIO
 
@@ -16,8 +16,8 @@ from datasets.images import limit_pixels
 from datasets.listing import Listing, is_folder
 from inspection.config import PredictConfig
 from inspection.detector import FewShotDetector
-from inspection.document import as_text, describe, listed, settings
-from inspection.fitting import KnownDefect, known_defects, make_detector, save_detector
+from inspection.document import KnownDefect, as_text, describe, listed, settings
+from inspection.fitting import known_defects, make_detector, save_detector
 from inspection.inputs import POLL_SECONDS, Watcher, absolute, identify, list_inputs
 from inspection.predictions import Outputs, map_scale, predict
 from inspection.report import choose_previews, known_images, report_page
@@ -31,6 +31,7 @@ from inspection.results import (
     ResultFiles,
     count_decisions,
     has_results,
+    now,
 )
 from reports.page import PAGE_IMAGES, Preview, write_page
 from utils.devices import command_device, reader_threads
@@ -142,18 +143,26 @@ class Run:
         new = [path for path in paths if identify(path) not in self.results.done]
         if len(new) < len(paths):
             print(f"{len(paths) - len(new)} of {len(paths)} images have results in {self.config.output} already")
-            self._mention_other_decisions()
+            others = sum(not self._is_own(row) for row in self.results.rows)
+            what = "1 result is" if others == 1 else f"{others} results are"
+            if others:
+                print(f"{what} of another detector or threshold, not on the page; --overwrite scores all images again")
         begin = time.perf_counter()
+        is_whole = self._with_summary(lambda: self._score(ProgressBar("scoring", new)), begin)
+        self._require_images(self.rows)
+        return is_whole
+
+    def _with_summary(self, work: Callable[[], None], begin: float | None = None) -> bool:
+        """Whether `work` ended by itself; writes and prints the summary, with the time since `begin`, in any case."""
         is_whole = False
         with suppress(KeyboardInterrupt):
-            is_whole = self._unless_full(lambda: self._score(ProgressBar("scoring", new)))
+            is_whole = self._unless_full(work)
         with suppress(KeyboardInterrupt), self.interrupts.held():
-            seconds = time.perf_counter() - begin
+            seconds = None if begin is None else time.perf_counter() - begin
             self._unless_full(lambda: self._refresh(seconds))
             self._summarise(is_whole)
-            if self.rows:
+            if seconds is not None and self.rows:
                 print(f"scored in {seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
-        self._require_images(self.rows)
         return is_whole
 
     def _unless_full(self, work: Callable[[], None]) -> bool:
@@ -190,28 +199,24 @@ class Run:
         earlier = f"; {self.earlier} results before" if self.earlier else ""
         print(f"watching {self.config.watch}; press Ctrl-C to stop{earlier}", flush=True)
         watcher = Watcher(self.config.watch, output, self.results.done)
-        with suppress(KeyboardInterrupt):
-            while self._unless_full(lambda: self._watch_once(watcher)):
-                pass
-        with suppress(KeyboardInterrupt), self.interrupts.held():
-            self._unless_full(self._refresh)
-            self._summarise(False)
+        self._with_summary(lambda: self._follow(watcher))
         self.codes |= {FOLDER_GONE} if watcher.is_gone else set()
         if self.day == self.first_day:
             self._require_images(self.rows)
         return False
 
-    def _watch_once(self, watcher: Watcher) -> None:
-        """Scores what has arrived, or waits for a moment."""
-        count = len(self.results.rows)
-        arrived = watcher.scan()
-        for note in watcher.notes:
-            print(f"{_now()} warning: {note}", file=sys.stderr, flush=True)
-        self._score(arrived, watcher)
-        self._refresh_if_due()
-        self._end_day()
-        if len(self.results.rows) == count:
-            time.sleep(POLL_SECONDS)
+    def _follow(self, watcher: Watcher) -> None:
+        """Scores what has arrived, or waits for a moment, again and again."""
+        while True:
+            count = len(self.results.rows)
+            arrived = watcher.scan()
+            for note in watcher.notes:
+                print(f"{now()} warning: {note}", file=sys.stderr, flush=True)
+            self._score(arrived, watcher)
+            self._refresh_if_due()
+            self._end_day()
+            if len(self.results.rows) == count:
+                time.sleep(POLL_SECONDS)
 
     def _end_day(self) -> None:
         """At the first look of a new day, prints a line for the day before, also where no image came.
@@ -221,7 +226,7 @@ class Run:
         if (today := _today()) == self.day:
             return
         rows = self.results.rows[self.before_day :]
-        print(f"{_now()} {self.day}: {self._counts(rows)}", flush=True)
+        print(f"{now()} {self.day}: {self._counts(rows)}", flush=True)
         if self.day != self.first_day:
             self._require_images(rows)
         self.day, self.before_day = today, len(self.results.rows)
@@ -235,12 +240,6 @@ class Run:
             self.codes.add(SOME_FAILED)
         order = (SOME_FLAGGED, SOME_UNDECIDED, CANNOT_WRITE, FOLDER_GONE, FEW_IMAGES, SOME_FAILED)
         return next((code for code in order if code in self.codes), 0)
-
-    def _mention_other_decisions(self) -> None:
-        others = sum(not self._is_own(row) for row in self.results.rows)
-        if others:
-            what = "1 result is" if others == 1 else f"{others} results are"
-            print(f"{what} of another detector or threshold, not on the page; --overwrite scores all images again")
 
     def _score(self, paths: Iterable[Path], watcher: Watcher | None = None) -> None:
         """Scores images and adds their rows. With a watcher, images that may become readable are left out."""
@@ -331,7 +330,7 @@ class Run:
             print(f"warning: {sentence}", file=sys.stderr)
         in_all = f" ({len(self.results.rows)} results in all)" if self.earlier else ""
         stopped = "" if is_whole else "stopped: "
-        print(f"{_now()} {stopped}{self._counts(self.rows)}: {self.config.output}{in_all}")
+        print(f"{now()} {stopped}{self._counts(self.rows)}: {self.config.output}{in_all}")
 
     def _counts(self, rows: Sequence[Prediction]) -> str:
         """The numbers of decisions as text."""
@@ -344,13 +343,8 @@ class Run:
         return ", ".join(parts)
 
 
-def _now() -> str:
-    """The time as it stands in rows."""
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")
-
-
 def _today() -> date:
-    return datetime.now().date()
+    return date.today()
 
 
 def _images(count: int) -> str:

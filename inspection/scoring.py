@@ -85,10 +85,8 @@ class ImageScoring:
         """A score map at the size of its image, (height, width) float32; see `datasets.images.restore_map`."""
         return restore_map(scores, width, height, self.keep_aspect and self.layout_of(width, height) is None)
 
-    def results(
-        self, images: Iterable[ImageInput | Decoded], fitted: Fitted, only_pixels: bool = False
-    ) -> Iterator[ImageResult]:
-        """The results of images, in order. only_pixels: `inspection.region.pixels` of each map, (S, S)."""
+    def results(self, images: Iterable[ImageInput | Decoded], fitted: Fitted) -> Iterator[ImageResult]:
+        """The results of images, in order."""
         squares: list[torch.Tensor] = []
         for image in images:
             with self.clock("decode"):
@@ -97,26 +95,28 @@ class ImageScoring:
             if layout is None:
                 squares.append(square)
             if layout is not None or len(squares) == self.group_images:
-                yield from self._whole_results(squares, fitted, only_pixels)
+                yield from self._whole_results(squares, fitted)
                 squares = []
             if layout is not None:
-                yield self._cut_result(decoded, square, layout, fitted, only_pixels)
-        yield from self._whole_results(squares, fitted, only_pixels)
+                yield self._cut_result(decoded, square, layout, fitted)
+        yield from self._whole_results(squares, fitted)
 
-    def _whole_results(self, squares: list[torch.Tensor], fitted: Fitted, only_pixels: bool) -> Iterator[ImageResult]:
+    def reduced_results(self, images: Iterable[ImageInput], fitted: Fitted) -> list[ImageResult]:
+        """The results of images, with S x S values of each map in place of it (`inspection.region.pixels`)."""
+        reduced = []
+        for result in self.results(images, fitted):
+            inside = inside_map(self.region, *result.map.shape[::-1]) if result.is_cut else self.square_region
+            reduced.append(result._replace(map=pixels(result.map, inside, self.size)))
+        return reduced
+
+    def _whole_results(self, squares: list[torch.Tensor], fitted: Fitted) -> Iterator[ImageResult]:
         """The results of at most `group_images` images that are not cut."""
-        if not squares:
-            return
-        scores, maps, reasons = self.score_squares(self.on_device(squares), fitted, self.inside)
-        if only_pixels and self.region is not None:
-            inside = to_square_mask(self.region, self.size, self.keep_aspect)
-            maps = [pixels(one, inside, self.size) for one in maps]
-        for result in zip(scores, maps, reasons, squares, strict=True):
-            yield ImageResult(*result, is_cut=False)
+        if squares:
+            scored = self.score_squares(self.on_device(squares), fitted, self.inside)
+            for result in zip(*scored, squares, strict=True):
+                yield ImageResult(*result, is_cut=False)
 
-    def _cut_result(
-        self, image: Image.Image, square: torch.Tensor, layout: Layout, fitted: Fitted, only_pixels: bool
-    ) -> ImageResult:
+    def _cut_result(self, image: Image.Image, square: torch.Tensor, layout: Layout, fitted: Fitted) -> ImageResult:
         """The result of an image that is cut. It has a reason if most of its tiles have one."""
         reasons: list[str] = []
 
@@ -128,10 +128,9 @@ class ImageScoring:
         scores = joined_map(image, layout, maps_of, self.pass_images)
         inside = inside_map(self.region, layout.across, layout.down)
         scores = scores if inside is None else scores * inside
-        found = [reason for reason in reasons if reason]
-        reason = f"most tiles: {found[0]}" if 2 * len(found) > len(reasons) else ""
-        kept_map = pixels(scores, inside, self.size) if only_pixels else scores
-        return ImageResult(scores.max(), kept_map, reason, square, is_cut=True)
+        unlike = [reason for reason in reasons if reason]
+        reason = f"most tiles: {unlike[0]}" if 2 * len(unlike) > len(reasons) else ""
+        return ImageResult(scores.max(), scores, reason, square, is_cut=True)
 
     def score_squares(
         self, inputs: torch.Tensor, fitted: Fitted, inside: torch.Tensor | None
@@ -159,11 +158,14 @@ class ImageScoring:
         return torch.cat(parts).cpu().numpy()
 
     @property
-    def inside(self) -> torch.Tensor | None:
+    def square_region(self) -> np.ndarray | None:
         """The region in the network's input, (S, S) bool."""
-        if self.region is None:
-            return None
-        return upload(torch.from_numpy(to_square_mask(self.region, self.size, self.keep_aspect)), self.clock.device)
+        return None if self.region is None else to_square_mask(self.region, self.size, self.keep_aspect)
+
+    @property
+    def inside(self) -> torch.Tensor | None:
+        """`square_region` on the device."""
+        return None if self.region is None else upload(torch.from_numpy(self.square_region), self.clock.device)
 
     @property
     def inside_views(self) -> torch.Tensor | None:

@@ -15,9 +15,8 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import predict
-from inspection.acceptance import CONFIDENCE, interval, propose, worse_than
 from inspection.detector import FewShotDetector, OtherPartError
-from inspection.document import as_text, describe
+from inspection.document import CONFIDENCE, as_text, describe, interval, propose, worse_than
 from utils.errors import UserError
 from utils.files import sha256
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from inspection.boxes import MOST_BOXES, Box, find_boxes
+from inspection.results import MOST_BOXES, Box, find_boxes
 
 
 def test_a_map_drawn_by_hand():

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.images import SEVERAL
-from inspection.boxes import Box
 from inspection.results import (
     CSV_COLUMNS,
     DECISIONS,
     DEFECTIVE,
     NORMAL,
     REVIEW,
+    Box,
     Prediction,
     ResultFiles,
     as_far_as_read,

@@ -8,7 +8,7 @@ import torch
 
 from inspection import detector as module
 from inspection.detector import FewShotDetector
-from inspection.normal_images import representatives
+from inspection.support import read_support, representatives
 from models.networks import scoring_network
 from scorers.left_out import FOLDS, left_out
 
@@ -45,7 +45,7 @@ def test_further_images_are_scored_and_not_fitted(demo_data, monkeypatch, tmp_pa
     network = scoring_network("efficientnet_lite2", "rotation_scale", SIZE, None, "none")
     detector = FewShotDetector(network, "cpu").fit(paths)
     assert detector.loo_scores.names == tuple(map(str, paths)) and detector.loo_scores.maps.shape == (5, SIZE, SIZE)
-    chosen = detector._representatives(detector._support(paths).squares)
+    chosen = detector._representatives(read_support(paths, detector.decode).squares)
     others = [number for number in range(5) if number not in chosen]
     scores, maps = detector.score([paths[number] for number in others])
     assert len(chosen) == 3 and detector.loo_scores.scores[others, 0] == pytest.approx(scores, rel=1e-5)
