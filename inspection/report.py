@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,26 @@ from inspection.fitting import describe_threshold
 from inspection.images import ImageFile
 from inspection.inputs import full_name
 from inspection.predictions import HEAT_PANEL, draw_panels, read_preview
+from inspection.quality import LEAST_IMAGES, MEASURES, QualityGate
 from inspection.results import SUMMARY, Prediction, decide, find_boxes
 from inspection.threshold import Threshold
 from reports.drawing import ELEVATED, FLAGGED, colour_limits, css_colour
-from reports.page import KNOWN_PANELS, NO_PREVIEW, PAGE_IMAGES, Page, PageRow, Preview, Reference, make_preview
+from reports.page import (
+    KNOWN_PANELS,
+    NO_PREVIEW,
+    PAGE_IMAGES,
+    Chart,
+    Page,
+    PageRow,
+    PageTable,
+    Preview,
+    Reference,
+    make_preview,
+)
 
 MOST_WARNINGS = 10
+CHART_VALUES = 120  # of a chart, at most about so many
+DAY = len("2026-01-31")  # of a time in ISO 8601
 OUTLINES = [
     (css_colour(FLAGGED), "above the threshold, with numbered frames, the highest score first"),
     (css_colour(ELEVATED), "above the highest scores of a typical normal image; normal images have such regions too"),
@@ -52,6 +67,8 @@ def report_page(
         ("Network", f"{backbone}, {weights}, {detector.size} x {detector.size} pixels"),
         ("Threshold", describe_threshold(threshold)),
     ]
+    measured = [row for row in rows.values() if row.quality]
+    drift = detector.gate.drift([row.quality for row in measured]) if detector.gate else []
     doubts = [row.warning for row in rows.values() if row.warning]
     more = len(doubts) - MOST_WARNINGS
     doubts = doubts[:MOST_WARNINGS] + ([f"{more} more images with a warning, see {SUMMARY}"] if more > 0 else [])
@@ -64,12 +81,41 @@ def report_page(
         threshold=threshold and threshold.value,
         rows=[_page_row(row, previews.get(number, NO_PREVIEW), root, threshold) for number, row in rows.items()],
         facts=facts,
-        warnings=[*detector.warnings, *doubts],
+        warnings=[*detector.warnings, *drift, *doubts],
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
+        tables=_accepted_table(detector.learned),
+        charts=quality_charts(detector.gate, measured) if detector.gate else (),
         typical=threshold and threshold.typical,
         colours=threshold and colour_limits(threshold.value, threshold.typical),
         outlines=OUTLINES if threshold else (),
     )
+
+
+def _accepted_table(learned: Mapping) -> list[PageTable]:
+    """The images that `--accept` added, with their scores before and after; no table without any."""
+    if not learned:
+        return []
+    header = ["Name", "Score before", "Score after, learned from the others"]
+    names = [Path(name).name for name in learned["names"]]
+    scores = ([f"{score:.3f}" for score in learned[key]] for key in ("before", "after"))
+    return [PageTable("Accepted images", header, list(zip(names, *scores, strict=True)))]
+
+
+def quality_charts(gate: QualityGate, rows: Sequence[Prediction]) -> list[Chart]:
+    """A chart of each measure of quality in the order of time; a value is the median of consecutive images of a day."""
+    rows = [row for row in rows if row.quality.keys() >= MEASURES.keys()]
+    if len(rows) < LEAST_IMAGES:
+        return []
+    per_value = -(-len(rows) // CHART_VALUES)
+    by_day = [list(of_day) for _, of_day in groupby(rows, key=lambda row: row.time[:DAY])]
+    groups = [[of_day[at : at + per_value] for at in range(0, len(of_day), per_value)] for of_day in by_day]
+    days = list(accumulate(map(len, groups)))[:-1]
+    charts = []
+    for name, limits in gate.limits().items():
+        values = [float(np.median([row.quality[name] for row in some])) for of_day in groups for some in of_day]
+        title = f"{name} {values[-1]:.3g} ({limits['low']:.3g} to {limits['high']:.3g})"
+        charts.append(Chart(title, values, limits["low"], limits["high"], days))
+    return charts
 
 
 def choose_previews(

@@ -19,6 +19,7 @@ KNOWN_PANELS = 100  # largest number of calibration images with panels
 PANEL_SIDE = 400  # pixels of the longer side of a panel in the enlarged view
 THUMBNAIL_SIDE = 128  # pixels of the longer side of a thumbnail
 PREVIEW_QUALITY = 75  # of JPEG
+CHART_WIDTH, CHART_HEIGHT = 240, 64  # pixels
 
 
 class Preview(NamedTuple):
@@ -74,6 +75,33 @@ class PageTable(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Chart(NamedTuple):
+    """A measure of the images in the order of time, drawn as a line between its limits.
+
+    values: at least two, the first the oldest. days: the numbers of the values with which a new day begins.
+    """
+
+    title: str
+    values: Sequence[float]
+    low: float
+    high: float
+    days: Sequence[int] = ()
+
+    def x(self, number: int) -> float:
+        """The horizontal place of a value in a drawing CHART_WIDTH wide."""
+        return round(CHART_WIDTH * number / (len(self.values) - 1), 1)
+
+    def y(self, value: float) -> float:
+        """The vertical place of a value: `high` and `low` are drawn at a quarter and three quarters of CHART_HEIGHT."""
+        share = (self.high - value) / (self.high - self.low)
+        return round(CHART_HEIGHT * min(1.0, max(0.0, 0.25 + 0.5 * share)), 1)
+
+    @property
+    def points(self) -> str:
+        """The line as points of SVG."""
+        return " ".join(f"{self.x(number)},{self.y(value)}" for number, value in enumerate(self.values))
+
+
 class Page(NamedTuple):
     """The content of a page.
 
@@ -93,6 +121,7 @@ class Page(NamedTuple):
     notes: Sequence[str] = ()
     references: Sequence[Reference] = ()
     tables: Sequence[PageTable] = ()
+    charts: Sequence[Chart] = ()
     typical: float | None = None
     colours: tuple[float, float] | None = None
     outlines: Sequence[tuple[str, str]] = ()
@@ -115,6 +144,7 @@ def write_page(path: Path, page: Page) -> None:
         **page._asdict(),
         "references": [_plain(reference) for reference in page.references],
         "rows": map(_plain, page.rows),
+        "chart_size": (CHART_WIDTH, CHART_HEIGHT),
         "gradient": ", ".join(colour_stops()),
         "mark": place(page.threshold, page.colours) if page.colours and page.threshold else None,
     }

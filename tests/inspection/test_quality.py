@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,10 @@ from scipy.stats import t
 from benchmarks.changes import CHANGES
 from benchmarks.reference import DATA, draw_support_images
 from datasets.images import decode_image, to_square
+from inspection import report
 from inspection.images import as_tensor
 from inspection.quality import MEASURES, SPREAD, QualityGate, measure, readable
+from reports.page import CHART_HEIGHT, CHART_WIDTH
 
 SIZE = 128
 NAMES = list(MEASURES)
@@ -96,6 +100,28 @@ def test_a_drift_is_said_before_the_limit_is_reached(gate):
     assert gate.drift(rows[:19]) == gate.drift(rows[:50]) == gate.drift([{}] * 99) == []
     (sentence,) = gate.drift(rows)
     assert sentence.startswith("the newest 50 images are darker than the support images: light ")
+
+
+def test_charts_of_quality_show_medians_in_the_order_of_time(gate, monkeypatch):
+    """Two days of 30 images in at most 15 values a day; the light falls to the lower limit."""
+    monkeypatch.setattr(report, "CHART_VALUES", 30)
+    light = gate.mean[0] - np.linspace(0, 1, 60) * gate.margin[0]
+    rows = [
+        SimpleNamespace(time=f"2026-01-0{1 + number // 30}T02:00", quality=readable(np.array([value, *gate.mean[1:]])))
+        for number, value in enumerate(light)
+    ]
+    assert report.quality_charts(gate, rows[:19]) == []
+    charts = report.quality_charts(gate, rows)
+    assert [chart.title.split()[0] for chart in charts] == NAMES
+    falling = charts[0]
+    assert falling.days == [15] and falling.values == [
+        pytest.approx((rows[n].quality["light"] + rows[n + 1].quality["light"]) / 2) for n in range(0, 60, 2)
+    ]
+    assert falling.y(falling.high) == CHART_HEIGHT / 4 and falling.y(falling.low) == 3 * CHART_HEIGHT / 4
+    points = [[float(number) for number in point.split(",")] for point in falling.points.split()]
+    assert points[0][0] == 0 and points[-1][0] == CHART_WIDTH
+    assert [y for _, y in points] == sorted(y for _, y in points)
+    assert points[-1][1] == pytest.approx(3 * CHART_HEIGHT / 4, abs=1)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared")
