@@ -155,7 +155,7 @@ def _time_fast(
     dataset, labels = LabelledDataset(items, args.img_size), [item.label for item in items]
     test = compute_test_features(fast, [make_scorer(scorer)], dataset, labels, clock, args.batch_size, args.num_workers)
     scored = [results[scorer] for results in score_rounds(fast, test, rounds, clock, args.batch_size)]
-    results = [(result.image_auroc, result.pixel_auroc) for result in scored]
+    results = [(result.numbers["image_auroc"], result.numbers["pixel_auroc"]) for result in scored]
     total = time.perf_counter() - begin
     return {"total": total, "seconds": clock.seconds, "peak_memory_mb": peak_memory_mb(), "aurocs": results}
 

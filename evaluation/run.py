@@ -53,10 +53,6 @@ class Weights(NamedTuple):
     kind: str
     epoch: int | None
 
-    def record(self) -> dict | None:
-        """The entry `checkpoint` of a record; None for an untrained network."""
-        return None if self.file is None else {"path": str(self.file), "sha256": self.sha256}
-
 
 class Job(NamedTuple):
     """The scoring of one K with one scorer, which gives one record. config: with this K and this scorer alone."""
@@ -123,7 +119,11 @@ def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDi
     settings = config.results_part() | resolved._asdict()
     test, scorers = digest_items(items, digests), [scorer.name for scorer in make_scorers(config.scorer)]
     network, jobs = network_name(config.backbone, config.stn_mode), []
-    supports = {shot: _support(config, folder, shot, resolved) for shot in config.shot}
+    decoding = resolved.img_size, config.keep_aspect, resolved.bits
+    supports = {
+        shot: find_support_rounds(config.support_path, folder, shot, config.inferences, *decoding)
+        for shot in config.shot
+    }
     for weights, shots in _find_weights(config, network).items():
         for shot in shots:
             for spec, scorer in zip(config.scorer, scorers, strict=True):
@@ -199,11 +199,6 @@ def _replaces(job: Job) -> bool:
 
 def _folder(config: ScoringConfig) -> Path:
     return category_folder(config.data_path, config.data_type, config.obj)
-
-
-def _support(config: ScoringConfig, folder: Path, shot: int, resolved: Resolved) -> SupportRounds:
-    decoding = resolved.img_size, config.keep_aspect, resolved.bits
-    return find_support_rounds(config.support_path, folder, shot, config.inferences, *decoding)
 
 
 def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int]]:
@@ -350,13 +345,15 @@ def _write(plan: Plan, job: Job, results: Sequence[RoundResult], test: TestFeatu
     label = "" if job.scorer == RELEASE_SCORER else f"{job.scorer}: "
     print(f"{label}mean +- SD of {len(results)} rounds, and Student's 95 % interval of the mean:")
     print(*format_summaries(entries), sep="\n")
+    file, sha256_of_file, kind, epoch = job.weights
     record = {
         "command": "test.py",
         "config": job.config.plain() | {"shot": job.shot, "scorer": job.config.scorer[0]},
         "resolved": plan.resolved._asdict(),
         "fingerprint": job.fingerprint,
         **provenance(clock.device),
-        **{"weights": job.weights.kind, "epoch": job.weights.epoch, "checkpoint": job.weights.record()},
+        **{"weights": kind, "epoch": epoch},
+        "checkpoint": None if file is None else {"path": str(file), "sha256": sha256_of_file},
         "scorer": job.scorer,
         "support_set": support_record(job.support),
         "test_images": len(plan.items),

@@ -84,16 +84,6 @@ class RoundResult(NamedTuple):
     numbers: Numbers
     by_defect_type: dict[str, Numbers]
 
-    @property
-    def image_auroc(self) -> float | None:
-        """The metric over all images; None if it is undefined."""
-        return self.numbers["image_auroc"]
-
-    @property
-    def pixel_auroc(self) -> float | None:
-        """The metric over all pixels; None if it is undefined."""
-        return self.numbers["pixel_auroc"]
-
 
 class Shared:
     """What rounds share, also those of several K: metrics, and features of support images that occur again.

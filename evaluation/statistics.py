@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from evaluation.metrics import METRIC_NAMES
-from evaluation.round_metrics import GroundTruth, Numbers
+from evaluation.round_metrics import AUROCS, GroundTruth, Numbers
 
 SHARE = (0.0, 1.0)  # the range of a metric
 
@@ -139,11 +139,8 @@ def format_summary(numbers: dict | None) -> str:
 
 def format_aurocs(numbers: dict[str, float | None]) -> str:
     """The AUROCs of a round as text: `image AUROC 0.6596, pixel AUROC n/a`."""
-    image, pixel = (
-        "n/a" if numbers[f"{level}_auroc"] is None else f"{numbers[f'{level}_auroc']:.4f}"
-        for level in ("image", "pixel")
-    )
-    return f"image AUROC {image}, pixel AUROC {pixel}"
+    texts = {name: "n/a" if numbers[name] is None else f"{numbers[name]:.4f}" for name in AUROCS}
+    return ", ".join(f"{METRIC_NAMES[name]} {text}" for name, text in texts.items())
 
 
 def format_interval(numbers: dict | None) -> str:

@@ -10,7 +10,6 @@ The process of a killed driver goes on, and the next driver waits for it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -99,7 +98,7 @@ def execute(output: Path, run: Run, environment: Mapping[str, str], wait: bool =
 
 def to_json(run: Run) -> str:
     """A run as text, for its process."""
-    scorings = [(one.weights, one.config.plain(), [str(record) for record in one.records]) for one in run.scorings]
+    scorings = [(kind, config.plain(), [str(record) for record in records]) for kind, config, records in run.scorings]
     return json.dumps([run.name, run.training and run.training.plain(), scorings])
 
 
@@ -128,12 +127,12 @@ def perform(run: Run) -> None:
         if not _is_trained(run.training, current):
             _prepare_training(run, current)
             training.run.run(run.training, digests)
-    outdated = {scoring: _outdated(scoring, digests) for scoring in run.scorings}
-    for record in itertools.chain(*outdated.values()):
-        record.unlink(missing_ok=True)  # else a table would show it if this run fails
-    for scoring in run.scorings:
-        if outdated[scoring]:
-            evaluation.run.run(scoring.config, digests)
+    outdated = [(scoring, records) for scoring in run.scorings if (records := _outdated(scoring, digests))]
+    for _, records in outdated:
+        for record in records:
+            record.unlink(missing_ok=True)  # else a table would show it if this run fails
+    for scoring, _ in outdated:
+        evaluation.run.run(scoring.config, digests)
 
 
 def require_locks(output: Path) -> None:
@@ -153,21 +152,12 @@ def require_locks(output: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> dict:
-    """A JSON file; empty if there is none or it is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _is_trained(config: TrainingConfig, current: dict) -> bool:
     """Whether the training with the fingerprint `current` is finished, with all its files."""
     files = checkpoint_files(config)
     needed = [files.selected, files.last, *([files.source] if config.held_out and config.select == "best" else [])]
     whole = all(file.is_file() for file in needed) and not files.state.is_file()
-    return whole and _read(files.record).get("fingerprint") == current
+    return whole and _is_current(files.record, current)
 
 
 def _outdated(scoring: Scoring, digests: FileDigests) -> list[Path]:
@@ -178,7 +168,11 @@ def _outdated(scoring: Scoring, digests: FileDigests) -> list[Path]:
         current = {job.files.record: job.fingerprint for job in evaluation.run.make_plan(config, items, digests).jobs}
     except UserError:  # no checkpoint yet; where there is another reason, test.py gives it
         return list(scoring.records)
-    return [file for file in scoring.records if file not in current or _read(file).get("fingerprint") != current[file]]
+    return [file for file in scoring.records if file not in current or not _is_current(file, current[file])]
+
+
+def _is_current(record: Path, fingerprint: dict) -> bool:
+    return record.is_file() and evaluation.run.difference(record, fingerprint) is None
 
 
 def _prepare_training(run: Run, current: dict) -> None:

@@ -101,7 +101,9 @@ def test_scores_of_a_round(shot, fixture):
     assert relative(found.distances.numpy(), fixture[f"distances_{shot}"]) < 1e-5
     assert relative(found.maps.numpy()[:, ::4, ::4], fixture[f"maps_{shot}"]) < 1e-5
     assert found.maps.numpy().max(axis=(1, 2)) == pytest.approx(fixture[f"image_scores_{shot}"], rel=1e-5)
-    assert [found.image_auroc, found.pixel_auroc] == pytest.approx(fixture[f"aurocs_{shot}"], abs=1e-5)
+    assert [found.numbers["image_auroc"], found.numbers["pixel_auroc"]] == pytest.approx(
+        fixture[f"aurocs_{shot}"], abs=1e-5
+    )
 
 
 def check_numbers(fixture, scorer: str) -> None:

@@ -16,8 +16,8 @@ import reproduce
 from experiments import runs
 from experiments.examples import read_examples
 from experiments.formats import to_markdown
-from experiments.report import compare, make_tables
 from experiments.results import read_results
+from experiments.run import compare, make_tables
 from inspection.results import BOX_COLUMNS, CSV_COLUMNS
 from scorers.views import VIEWS_PER_IMAGE
 from utils.files import PROJECT_ROOT

@@ -19,8 +19,8 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from evaluation.metrics import METRIC_NAMES, auroc, rank
 from evaluation.per_image import image_name, read_scores
 from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL
-from experiments.report import write_tables
 from experiments.results import read_results
+from experiments.run import write_tables
 from tests.commands.test_commands import test_command
 from utils.errors import UserError
 from utils.naming import lock_file

@@ -111,8 +111,8 @@ def test_distance_maps_and_scores(scored, shot, number):
 def test_aurocs(scored, shot, number):
     recorded = golden_rounds()[shot][number]
     result = scored[0][shot, number]
-    assert result.image_auroc == pytest.approx(recorded["image_auroc"], abs=1e-6)
-    assert result.pixel_auroc == pytest.approx(recorded["pixel_auroc"], abs=1e-6)
+    assert result.numbers["image_auroc"] == pytest.approx(recorded["image_auroc"], abs=1e-6)
+    assert result.numbers["pixel_auroc"] == pytest.approx(recorded["pixel_auroc"], abs=1e-6)
 
 
 def test_our_ranking_of_the_release_s_scores(scored):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import numpy as np
 import pytest
 from scipy import stats
 
 import reproduce
+from evaluation.metrics import METRIC_NAMES
+from evaluation.round_metrics import TYPE_METRICS
 from experiments.comparison import pairs_of
 from experiments.formats import FORMATS, format_p, to_latex, to_markdown
-from experiments.report import compare, make_tables
 from experiments.results import read_results
-from tests.experiments.test_tables import entry, table, with_scorer, write_record
+from experiments.run import compare, make_tables
+from tests.experiments.test_tables import entry, table, write_record
 from utils.errors import UserError
 
 PAIRED = "image AUROC, K = 2: {}, paired"
@@ -31,15 +32,10 @@ def folder(tmp_path):
     for category in ("bottle", "cable"):
         for scorer in ("gaussian", "neighbours", "mine"):
             for weights in ("untrained", "last")[: 1 if scorer == "mine" else 2]:
-                record = write_record(tmp_path, category, 2, weights, [(0.9, 0.9)] * 3)
-                names = ("image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "pro")
-                record["rounds"] = [dict(zip(names, generator.random(7), strict=True)) for _ in range(3)]
-                scratch = {
-                    name: {"rounds": generator.random(3).tolist()} for name in ("image_auroc", "pixel_auroc", "pro")
-                }
-                record |= {"scorer": scorer, "defects": {"scratch": scratch}}
-                (tmp_path / f"{category}_{weights}_{scorer}.json").write_text(json.dumps(record))
-                (tmp_path / f"{category}_2_affine_{weights}.json").unlink()
+                rounds = [dict(zip(METRIC_NAMES, generator.random(7).tolist(), strict=True)) for _ in range(3)]
+                scratch = {name: {"rounds": generator.random(3).tolist()} for name in TYPE_METRICS}
+                changes = {"scorer": scorer, "defects": {"scratch": scratch}}
+                write_record(tmp_path, category, 2, weights, rounds, **changes)
     return tmp_path
 
 
@@ -206,15 +202,13 @@ def test_another_method_against_the_release_s_scorer(with_another_method):
 def test_another_method_and_the_project_s_own_records(tmp_path):
     """Its settings are its own: no STN mode, another size."""
     write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95), (0.95, 0.93)])
-    with_scorer(tmp_path, "bottle_2_affine_untrained.json", "mine", stn_mode="none", img_size=320)
+    write_record(tmp_path, "bottle", 2, "untrained", [(0.98, 0.95), (0.96, 0.93)], stn_mode="none", scorer="mine")
     paired = table(tmp_path, PAIRED.format("differences from gaussian"))
     assert entry(paired, "bottle", "untrained, mine - untrained").mean == pytest.approx(1)
 
 
 def test_scorers_are_compared_on_the_same_weights_only(tmp_path):
-    record = write_record(tmp_path, "bottle", 2, "last", [(0.97, 0.95), (0.95, 0.93)])
-    name = "bottle_2_affine_last.json"
-    (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "a"}}))
-    with_scorer(tmp_path, name, "neighbours")
-    (tmp_path / name).write_text(json.dumps(record | {"checkpoint": {"path": "a.pt", "sha256": "b"}}))
+    for scorer, digest in (("gaussian", "b"), ("neighbours", "a")):
+        changes = {"scorer": scorer, "checkpoint": {"path": "a.pt", "sha256": digest}}
+        write_record(tmp_path, "bottle", 2, "last", [(0.97, 0.95), (0.95, 0.93)], **changes)
     assert not [table for table in make_tables(read_results(tmp_path)) if table.title.endswith("paired")]

@@ -12,8 +12,8 @@ from evaluation.per_image import image_name, write_scores
 from evaluation.saved_maps import save_maps
 from experiments.examples import examples_figure, read_examples
 from experiments.figures import table_figure
-from experiments.report import make_tables
 from experiments.results import read_results
+from experiments.run import make_tables
 from experiments.saved_scores import over_images
 from experiments.tables import value_table
 from tests.experiments.test_tables import entry

@@ -18,7 +18,6 @@ from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 
@@ -29,8 +28,8 @@ from experiments import plan as plan_module
 from experiments import runs
 from experiments.config import SET_BY_THE_PLAN, ExperimentConfig
 from experiments.engines import run_on_cluster
-from experiments.report import make_tables
-from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
+from experiments.results import GRID_FILE, read_results
+from experiments.run import make_tables
 from experiments.runs import is_finished
 from experiments.tables import SECONDS
 from utils import fingerprint
@@ -140,35 +139,33 @@ def records(folder):
     return {name: (content["rounds"], content["epoch"], content["weights"]) for name, content in contents.items()}
 
 
-def test_dry_run_leaves_nothing(settings, capsys):
+def test_the_plan(settings, capsys):
+    """A dry run leaves nothing; every run has a name of its own, and only what is planned is a column."""
     reproduced(settings, "--dry_run")
     printed = capsys.readouterr().out
-    assert "new       ring_1_rotation_scale\n" in printed
-    assert "4 runs, 0 finished, 4 to do\n" in printed
+    assert "new       ring_1_rotation_scale\n" in printed and "4 runs, 0 finished, 4 to do\n" in printed
     assert not Path(settings["output"]).exists()
-
-
-def test_the_runs(settings):
     names = [run.name for run in plan(settings | {"shots": [1, 2], "select": ["best", "source"]}).runs()]
     assert len(set(names)) == len(names) == 2 + 2 * 2 * 2
     assert "ring_1-2_rotation_scale_untrained" in names and "weave_2_rotation_scale_source" in names
     assert plan(settings | {"objs": ["all"]}).categories == ["ring", "weave"]
+    for change, kinds in (
+        ({}, ["untrained", "last", "best"]),
+        (
+            {"select": ["source"], "scorer": ["gaussian", "neighbours"]},
+            ["untrained", "source", "untrained, neighbours", "source, neighbours"],
+        ),
+    ):
+        planned = plan(settings | change)
+        assert planned.asked(planned.runs())["kinds"] == kinds
 
 
 def test_every_setting_of_the_commands_reaches_them(settings):
     """Each flag of train.py and test.py is one of reproduce.py, and its value is that of the runs."""
     given = {"keep_aspect": True, "strict": True, "tf32": True, "compile": True, "max_pixels": 10**6, "bits": 12}
     given |= {"metrics": "auroc", "save_maps": True, "amp": "bf16", "lr": 0.5, "momentum": 0.5, "save_every": 7.0}
-    given |= {
-        "scorer": ["gaussian", "neighbours"],
-        "seed": 5,
-        "select": ["source"],
-        "held_out": ("weave",),
-        "train": "heads",
-        "batch_norm": "frozen",
-        "steps": 3,
-        "eval_every": 2,
-    }
+    given |= {"scorer": ["gaussian", "neighbours"], "seed": 5, "select": ["source"], "held_out": ("weave",)}
+    given |= {"train": "heads", "batch_norm": "frozen", "steps": 3, "eval_every": 2}
     run = run_called(settings | given, "ring_1_rotation_scale_source")
     for config in (run.training, run.scorings[0].config):
         shared = {field.name for field in flags_of(type(config))}
@@ -276,17 +273,23 @@ def four_categories(demo_data, tmp_path):
     return tmp_path / "four"
 
 
-def test_sources(settings, four_categories):
+def test_sources(settings, four_categories, demo_data, tmp_path):
     """Each run without its own category; in another data set, a category of the target's name is a source."""
-    settings |= {"data_path": str(four_categories), "select": ["best", "source"]}
-    some = settings | {"sources": ["weave", "ring", "bolt"]}
+    in_four = settings | {"data_path": str(four_categories), "select": ["best", "source"]}
+    some = in_four | {"sources": ["weave", "ring", "bolt"]}
     assert run_called(some, "ring_1_rotation_scale").training.sources == ("weave", "bolt")
     assert run_called(some, "weave_1_rotation_scale_source").training.sources == ("ring", "bolt")
-    assert run_called(settings, "ring_1_rotation_scale").training.sources is None
+    assert run_called(in_four, "ring_1_rotation_scale").training.sources is None
     with pytest.raises(UserError, match="--sources names ring alone, which is a target"):
-        plan(settings | {"sources": ["ring"]}).runs()
+        plan(in_four | {"sources": ["ring"]}).runs()
     with pytest.raises(UserError, match="needs two source categories, one is held out"):
-        reproduced(settings | {"sources": ["ring", "nut"], "objs": ["ring"]}, "--dry_run")
+        reproduced(in_four | {"sources": ["ring", "nut"], "objs": ["ring"]}, "--dry_run")
+    other = settings | {"source_path": str(four_categories), "sources": ["ring", "nut"]}
+    training = run_called(other, "ring_1_rotation_scale").training
+    assert training.source_path == four_categories and training.sources == ("ring", "nut")
+    (tmp_path / "link").symlink_to(demo_data)  # the data set of the targets is no other one
+    other = settings | {"source_path": str(tmp_path / "link"), "sources": ["ring", "weave"]}
+    assert run_called(other, "ring_1_rotation_scale").training.sources == ("weave",)
 
 
 def test_seeds_are_further_trainings(made, in_process):
@@ -323,15 +326,6 @@ def test_one_training_for_both_selections(settings, four_categories):
         plan(settings | {"objs": ["weave"], "held_out": ["weave"]}).runs()
 
 
-def test_sources_of_another_data_set(settings, four_categories, demo_data, tmp_path):
-    other = settings | {"source_path": str(four_categories), "sources": ["ring", "nut"]}
-    training = run_called(other, "ring_1_rotation_scale").training
-    assert training.source_path == four_categories and training.sources == ("ring", "nut")
-    (tmp_path / "link").symlink_to(demo_data)  # the data set of the targets is no other one
-    other = settings | {"source_path": str(tmp_path / "link"), "sources": ["ring", "weave"]}
-    assert run_called(other, "ring_1_rotation_scale").training.sources == ("weave",)
-
-
 def test_end_to_end(whole_table, made, in_process, capsys):
     """All kinds of weights, tables in four formats, nothing twice; `best` is what train.py's own scores say."""
     _, called, printed = whole_table
@@ -361,25 +355,6 @@ def test_end_to_end(whole_table, made, in_process, capsys):
     assert not in_process and "4 finished, 0 to do" in capsys.readouterr().out
     reproduce.main(["--report", str(output)])
     assert "| mean |" in capsys.readouterr().out and not in_process
-
-
-def test_the_records_of_test_py_keep_to_the_schema(made, in_process):
-    settings = made | {"objs": ["ring"], "scorer": ["gaussian", "neighbours"]}
-    reproduced(settings)
-    output = Path(settings["output"])
-    files = [file for file in output.glob("ring_*.json") if file.name != GRID_FILE]
-    assert len(files) == 6
-    for file in files:
-        jsonschema.validate(json.loads(file.read_text()), json.loads(SCHEMA_FILE.read_text()))
-
-
-def test_only_what_was_planned_is_a_column(settings):
-    """A backbone that is not trained has no column of missing trained weights."""
-    planned = plan(settings)
-    assert planned.asked(planned.runs())["kinds"] == ["untrained", "last", "best"]
-    source = plan(settings | {"select": ["source"], "scorer": ["gaussian", "neighbours"]})
-    kinds = ["untrained", "source", "untrained, neighbours", "source, neighbours"]
-    assert source.asked(source.runs())["kinds"] == kinds
 
 
 def test_weights_that_are_there(whole_table, settings, in_process, tmp_path, monkeypatch, capsys):
@@ -419,10 +394,8 @@ def test_a_failed_run_gives_exit_code_1(settings, in_process, monkeypatch, capsy
 
 
 def test_readme_section(tmp_path):
-    output, readme = (
-        shutil.copytree(PROJECT_ROOT / "results/published/registration", tmp_path / "out"),
-        tmp_path / "a.md",
-    )
+    output = shutil.copytree(PROJECT_ROOT / "results/published/registration", tmp_path / "out")
+    readme = tmp_path / "a.md"
     readme.write_text("before\n<!-- results: begin -->\noutdated\n<!-- results: end -->\nafter\n")
     for _ in range(2):
         reproduce.main(["--report", str(output), "--readme", str(readme)])
@@ -461,11 +434,8 @@ def workers(output) -> list[int]:
     """The processes of runs of this results folder."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode().split("\0") if entry.name.isdecimal() else []
             if "-c" in words and output in words:
                 found.append(int(entry.name))
     return found

@@ -15,8 +15,8 @@ import pytest
 from benchmarks.reference import REFERENCE
 from evaluation.metrics import METRIC_NAMES
 from experiments.formats import format_entry, to_csv, to_html, to_latex, to_markdown
-from experiments.report import make_tables
 from experiments.results import GRID_FILE, SCHEMA_FILE, read_results
+from experiments.run import make_tables
 from experiments.tables import NO_TRUTH, Entry, read_published
 from utils.choices import CATEGORIES
 from utils.errors import UserError
@@ -26,19 +26,30 @@ PUBLISHED_CELLS = REFERENCE / "reference" / "published_mvtec.csv"
 
 
 def write_record(
-    folder, category, shot, weights, rounds, data_type="mvtec", support="0" * 64, stn_mode="affine", names=None
+    folder,
+    category,
+    shot,
+    weights,
+    rounds,
+    data_type="mvtec",
+    stn_mode="affine",
+    names=None,
+    support="0" * 64,
+    **changes,
 ):
-    """Writes a record as test.py does. rounds: (image AUROC, pixel AUROC) pairs."""
-    numbers = [{"image_auroc": image, "pixel_auroc": pixel} for image, pixel in rounds]
+    """Writes a record as test.py does. rounds: pairs of image and pixel AUROC, or dicts. changes: of its entries."""
+    numbers = [pair if isinstance(pair, dict) else {"image_auroc": pair[0], "pixel_auroc": pair[1]} for pair in rounds]
     record = {
         "arguments": {"obj": category, "shot": shot, "data_type": data_type, "stn_mode": stn_mode}
         | {"img_size": 224, "seed": 668},
         **{"weights": weights, "epoch": {"last": 50, "best": 7}.get(weights), "commit": "abc", "device": "cpu"},
         **{"date": "2026-01-01T00:00:00+0000", "rounds": numbers},
         "support_set": {"source": "", "names": names} | ({} if names else {"path": "s/2_2.pt", "sha256": support}),
+        **changes,
     }
     folder.mkdir(exist_ok=True)
-    (folder / f"{category}_{shot}_{stn_mode}_{weights}.json").write_text(json.dumps(record))
+    scorer = f"_{changes['scorer']}" if "scorer" in changes else ""
+    (folder / f"{category}_{shot}_{stn_mode}_{weights}{scorer}.json").write_text(json.dumps(record))
     return record
 
 
@@ -159,10 +170,15 @@ def test_two_trainings_by_hand(folder):
         read_results(folder)
 
 
-def test_other_data_have_no_published_columns(tmp_path):
-    write_record(tmp_path, "screw", 2, "best", [(0.9, None)], data_type="folder")
+@pytest.mark.parametrize(
+    ("data_type", "category", "mean"), [("folder", "screw", "mean"), ("mpdd", "tubes", "mean of 1 of 6")]
+)
+def test_data_without_published_numbers(data_type, category, mean, tmp_path):
+    """A folder has the rows of its records; MPDD the paper's six, and no source for its figures was found."""
+    write_record(tmp_path, category, 2, "best", [(0.9, None)], data_type)
     made = table(tmp_path, "image AUROC, K = 2")
-    assert made.columns == ["best"] and list(made.rows | made.means) == ["screw", "mean"]
+    assert made.columns == ["best"] and list(made.rows) == list(CATEGORIES[data_type] or ["screw"])
+    assert list(made.means) == [mean]
 
 
 def test_images_without_ground_truth(tmp_path):
@@ -184,36 +200,26 @@ def test_what_was_asked_for_and_failed_is_shown(tmp_path):
     results = read_results(tmp_path)
     assert results.categories == ["ring", "weave"] and results.shots == [2, 4]
     assert "| weave | missing | missing |" in to_markdown(make_tables(results), results)
+    assert [format_entry(None, column) for column in ("last", "paper", "best - paper")] == ["missing", "", ""]
     (tmp_path / GRID_FILE).write_text(json.dumps({"objs": ["ring", "weave"], "shots": [2]}))  # of earlier versions
     assert table(tmp_path, "image AUROC, K = 2").columns == ["untrained", "last", "best"]
 
 
 def test_kinds_of_defects(tmp_path):
-    record = write_record(tmp_path, "ring", 2, "last", [(0.9, 0.9), (0.8, 0.9)], data_type="folder")
     scratch = {"images": 3, "image_auroc": {"mean": 0.6, "rounds": [0.5, 0.7]}, "pixel_auroc": None, "pro": None}
-    (tmp_path / "ring_2_affine_last.json").write_text(json.dumps(record | {"defects": {"scratch": scratch}}))
-    write_record(tmp_path, "weave", 2, "last", [(0.9, 0.9)], data_type="folder")
+    write_record(tmp_path, "ring", 2, "last", [(0.9, 0.9), (0.8, 0.9)], "folder", defects={"scratch": scratch})
+    write_record(tmp_path, "weave", 2, "last", [(0.9, 0.9)], "folder")
     made = table(tmp_path, "By defect type, K = 2: last weights, scorer gaussian")
     assert list(made.rows) == ["ring, scratch"] and entry(made, "ring, scratch", "PRO") is NO_TRUTH
     assert "| ring, scratch | 60.0 ± 14.1 | n/a | n/a |" in to_markdown([made])
 
 
-def test_mpdd_has_a_table_of_its_own(tmp_path):
-    """The paper's six categories, and no published column, as no source for its figures was found."""
-    write_record(tmp_path, "tubes", 2, "last", [(0.9, 0.9)], data_type="mpdd")
-    made = table(tmp_path, "image AUROC, K = 2")
-    assert list(made.rows) == list(CATEGORIES["mpdd"]) and len(made.rows) == 6
-    assert made.columns == ["last"] and list(made.means) == ["mean of 1 of 6"]
-
-
 def test_seconds(tmp_path):
     """Of scoring from the records, of training from the record of train.py, also after the folder was moved."""
     for category in ("ring", "weave"):
-        record = write_record(tmp_path, category, 2, "last", [(0.9, 0.9)], data_type="folder")
-        place = f"save_checkpoints/affine/2/{category}"
-        record |= {"seconds": {"network": 3.0, "metrics": 1.5}, "epoch": 2}
-        record["checkpoint"] = {"path": f"/elsewhere/{place}/{category}_2_affine_last.pt", "sha256": "a"}
-        (tmp_path / f"{category}_2_affine_last.json").write_text(json.dumps(record))
+        checkpoint = f"/elsewhere/save_checkpoints/affine/2/{category}/{category}_2_affine_last.pt"
+        changes = {"seconds": {"network": 3.0, "metrics": 1.5}, "checkpoint": {"path": checkpoint, "sha256": "a"}}
+        write_record(tmp_path, category, 2, "last", [(0.9, 0.9)], "folder", **changes)
     (tmp_path / "save_checkpoints/affine/2/ring").mkdir(parents=True)
     trained = {"epochs": [{"elapsed_seconds": 10.0}, {"elapsed_seconds": 20.5}]}
     (tmp_path / "save_checkpoints/affine/2/ring/ring_2_affine_record.json").write_text(json.dumps(trained))
@@ -228,25 +234,10 @@ def test_seconds(tmp_path):
     assert "2,seconds,ring,training,,,,,,30.5" in to_csv(tables)
 
 
-def test_intervals_in_the_csv_stay_within_percents(tmp_path):
-    write_record(tmp_path, "ring", 2, "last", [(0.9, 0.1), (1.0, 0.0)], data_type="folder")
-    text = to_csv(make_tables(read_results(tmp_path)))
-    rows = {row["metric"]: row for row in csv.DictReader(text.splitlines())}
-    assert float(rows["image_auroc"]["high95"]) == 100 and float(rows["pixel_auroc"]["low95"]) == 0
-
-
-def test_source_column_only_where_it_was_run(folder):
-    write_record(folder, "bottle", 8, "source", [(0.975, 0.9), (0.955, 0.9)])
-    made = table(folder, "image AUROC, K = 8")
-    assert made.columns[:4] == ["untrained", "last", "source", "best"]
-    assert entry(made, "bottle", "source").mean == pytest.approx(96.5)
-
-
 def test_other_metrics_come_from_the_last_weights(tmp_path):
     for weights, value in (("last", 0.5), ("best", 0.6)):
-        record = write_record(tmp_path, "ring", 2, weights, [(0.9, 0.9)], data_type="folder")
-        record["rounds"][0] |= {"image_ap": value, "image_f1_max": value, "pixel_ap": None, "pro": value}
-        (tmp_path / f"ring_2_affine_{weights}.json").write_text(json.dumps(record))
+        numbers = {"image_auroc": 0.9, "pixel_auroc": 0.9, "image_ap": value, "image_f1_max": value}
+        write_record(tmp_path, "ring", 2, weights, [numbers | {"pixel_ap": None, "pro": value}], "folder")
     made = table(tmp_path, "Other metrics, K = 2: last weights, scorer gaussian")
     assert entry(made, "ring", "image AP").mean == 50 and entry(made, "ring", "pixel AP") is NO_TRUTH
     assert entry(table(tmp_path, "PRO, K = 2"), "ring", "last").mean == 50
@@ -285,14 +276,16 @@ def test_latex(folder):
     assert "screw & 53.0 $\\pm$ 4.2 & -- & 55.0" not in text and "screw & 53.0 $\\pm$ 4.2 & -- & " in text
 
 
-def test_csv(folder):
-    rows = list(csv.DictReader(to_csv(make_tables(read_results(folder))).splitlines()))
-    (bottle,) = (
-        row for row in rows if row["category"] == "bottle" and row["column"] == "best" and "image" in row["metric"]
-    )
+def test_csv(folder, tmp_path):
+    """Also: intervals stay within percents."""
+    write_record(folder, "wood", 8, "best", [(0.9, 0.1), (1.0, 0.0)])
+    rows = csv.DictReader(to_csv(make_tables(read_results(folder))).splitlines())
+    cells = {(row["metric"], row["category"]): row for row in rows if row["column"] == "best"}
+    bottle = cells["image_auroc", "bottle"]
     assert [float(value) for value in bottle["rounds"].split()] == pytest.approx([99, 97])
     assert float(bottle["sd"]) == pytest.approx(np.sqrt(2)) and bottle["shot"] == "8"
     assert float(bottle["low95"]) == pytest.approx(98 - 12.7062 * 1, abs=1e-3)  # t of one degree, times SD / sqrt(2)
+    assert float(cells["image_auroc", "wood"]["high95"]) == 100 and float(cells["pixel_auroc", "wood"]["low95"]) == 0
 
 
 def test_html_is_whole_and_escapes_names(tmp_path):
@@ -309,30 +302,20 @@ def test_html_is_whole_and_escapes_names(tmp_path):
     assert "85.0 ± 7.1" in page and page == to_html(make_tables(results), results)
 
 
-@pytest.mark.parametrize(
-    ("column", "text"),
-    [("last", "missing"), ("paper", ""), ("best - paper", "")],
-)
-def test_no_entry(column, text):
-    assert format_entry(None, column) == text
-
-
-def test_folders_without_records(tmp_path):
+def test_refused_folders(tmp_path):
     with pytest.raises(UserError, match="no results folder"):
         read_results(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"no records of test\.py"):
-        read_results(tmp_path)
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read the record"):
-        read_results(tmp_path)
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a record"):
-        read_results(tmp_path)
-
-
-def test_a_mixed_folder_is_refused(tmp_path):
-    write_record(tmp_path, "bottle", 2, "best", [(0.9, 0.9)])
-    write_record(tmp_path, "cable", 2, "best", [(0.9, 0.9)], stn_mode="scale")
+    for content, words in (
+        (None, r"no records of test\.py"),
+        ("{", "cannot read the record"),
+        ("{}", "is not a record"),
+    ):
+        if content:
+            (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UserError, match=words):
+            read_results(tmp_path)
+    for category, stn_mode in (("bottle", "affine"), ("cable", "scale")):
+        write_record(tmp_path, category, 2, "best", [(0.9, 0.9)], stn_mode=stn_mode)
     with pytest.raises(UserError, match="different stn_mode: affine and scale"):
         read_results(tmp_path)
 
@@ -342,7 +325,8 @@ def test_what_a_record_lacks_is_named(with_another_method):
     made = table(folder, "pixel AUROC, K = 2")
     assert made.notes[0] == "last, mine: pixel AUROC is not in any record (n/a)."
     assert entry(made, "bottle", "last, mine") is NO_TRUTH
-    record = json.loads((folder / "mine.json").read_text())
+    (file,) = folder.iterdir()
+    record = json.loads(file.read_text())
     for change, words in (
         ({"date": None}, "date: None is not of type .string."),
         ({"weights": "first"}, "weights: .first. is not one of"),
@@ -355,10 +339,10 @@ def test_what_a_record_lacks_is_named(with_another_method):
         ({"support_set": {"names": None}}, "it lacks support_set.sha256"),
         ({"arguments": {"obj": "bottle"}}, "config: .shot. is a required property; config: .data_type. is"),
     ):
-        (folder / "mine.json").write_text(json.dumps(record | change))
+        file.write_text(json.dumps(record | change))
         with pytest.raises(UserError, match=words):
             read_results(folder)
-    (folder / "mine.json").write_text(json.dumps({"arguments": record["arguments"]}))
+    file.write_text(json.dumps({"arguments": record["arguments"]}))
     with pytest.raises(UserError, match=r".commit. is a required property; .date. is .* and 3 more"):
         read_results(folder)
 
@@ -374,22 +358,16 @@ def test_the_schema_and_the_committed_records():
         jsonschema.validate(json.loads(file.read_text()), schema)
 
 
-def with_scorer(folder, name, scorer, **arguments):
-    """The record `name` in `folder` as another scorer would have written it, a percent better."""
-    record = json.loads((folder / name).read_text())
-    record |= {"scorer": scorer, "arguments": record["arguments"] | arguments}
-    for numbers in record["rounds"]:
-        numbers["image_auroc"] += 0.01
-    (folder / name.replace(".json", f"_{scorer}.json")).write_text(json.dumps(record))
-
-
-def test_only_another_scorer_and_the_published_numbers(tmp_path):
-    write_record(tmp_path, "bottle", 2, "untrained", [(0.97, 0.95)])
-    with_scorer(tmp_path, "bottle_2_affine_untrained.json", "neighbours")
-    (tmp_path / "bottle_2_affine_untrained.json").unlink()
-    found = table(tmp_path, "image AUROC, K = 2")
-    assert found.columns == ["untrained, neighbours", "paper", "release"]
-    assert entry(found, "bottle", "untrained, neighbours").mean == pytest.approx(98)
+def test_columns_are_what_was_scored(folder, tmp_path):
+    """Of another scorer alone, without the release's; selection by a source category where it was run."""
+    write_record(folder, "bottle", 8, "source", [(0.975, 0.9), (0.955, 0.9)])
+    made = table(folder, "image AUROC, K = 8")
+    assert made.columns[:4] == ["untrained", "last", "source", "best"]
+    assert entry(made, "bottle", "source").mean == pytest.approx(96.5)
+    write_record(tmp_path / "other", "bottle", 2, "untrained", [(0.98, 0.95)], scorer="neighbours")
+    made = table(tmp_path / "other", "image AUROC, K = 2")
+    assert made.columns == ["untrained, neighbours", "paper", "release"]
+    assert entry(made, "bottle", "untrained, neighbours").mean == pytest.approx(98)
 
 
 def test_a_record_of_version_0_1(tmp_path):

@@ -19,8 +19,8 @@ from datasets.layouts import VISA_SPLIT, LabelledImage
 from datasets.manifest import draw_manifest, load_manifest
 from datasets.mvtec import list_test_items
 from evaluation.config import RunConfig, ScoringConfig
-from experiments.report import write_tables
 from experiments.results import read_results
+from experiments.run import write_tables
 from inspection.config import ExportConfig, PredictConfig
 from models.regad import load_checkpoint, save_checkpoint, untrained
 from utils.errors import UserError

@@ -31,8 +31,8 @@ from evaluation.per_image import write_scores
 from evaluation.run import save_maps, save_tiff
 from examples.demo_data import write_dataset
 from examples.demo_figure import Example, save_figure
-from experiments.report import write_tables
 from experiments.results import read_results
+from experiments.run import write_tables
 from inspection.detector import FewShotDetector
 from inspection.export import save_program
 from models.regad import RegAD, save_checkpoint
