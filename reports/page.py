@@ -121,7 +121,6 @@ class Page(NamedTuple):
     notes: Sequence[str] = ()
     references: Sequence[Reference] = ()
     tables: Sequence[PageTable] = ()
-    charts: Sequence[Chart] = ()
     typical: float | None = None
     colours: tuple[float, float] | None = None
     outlines: Sequence[tuple[str, str]] = ()
@@ -129,6 +128,7 @@ class Page(NamedTuple):
     review: float | None = None
     adopt: str = ""
     sign_off: bool = False
+    charts: Sequence[Chart] = ()
 
 
 def write_page(path: Path, page: Page) -> None:
