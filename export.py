@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command_device("cpu")
     limit_pixels(config.max_pixels)
     images = None if config.compare is None else list_inputs(config.compare or config.support)
-    detector = make_detector(config, "cpu", config.output)
-    known_defects(detector, config, config.output)
+    detector = make_detector(config, "cpu")
+    known_defects(detector, config)
     for kind, path in files.items():
         WRITERS[kind](detector, path)
         print(f"{kind}: {path} ({path.stat().st_size / 2**20:.0f} MB)")

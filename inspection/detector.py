@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,8 @@ from utils.files import save_tensors
 from utils.progress import ProgressBar
 from utils.stages import StageClock
 
+# Attributes that a file holds as they are; those of earlier versions lack some
+STORED = ("origin", "support_digests", "min_area", "document", "learned", "support_alpha")
 MOST_OTHERS = 3  # images of other parts that an error names
 
 
@@ -227,26 +230,6 @@ class FewShotDetector(ImageScoring):
                 store.write(start, self.fast_network.features(self.on_device(squares[start : start + size])))
         return representatives(CHECK.statistics(store.prepared[CHECK.name]), MOST_FITTED)
 
-    def _fit_tiles(self, support: Support, with_scores: bool, layouts: list[Layout | None]) -> NormalScores | None:
-        """Fits to the tiles of images that are cut; returns the images' leave-one-out scores if asked.
-
-        Each image is left out with all its tiles. There are no scores of views: the score of an image is the maximum
-        over all its tiles, and the views of all tiles would take 22 times as long.
-        """
-        prepared, contrasts, ends = self._tile_features(support, layouts)
-        features = prepared[self.scorer.name]
-        with self.clock(self.scorer.name):
-            self.fitted = self.scorer.fit(features)
-            self.check = CHECK.fit(prepared[CHECK.name], contrasts.to(self.clock.device))
-        if not with_scores:
-            return None
-        found = []
-        for image, start, end in zip(support.images, [0, *ends], ends, strict=False):
-            with self.clock(self.scorer.name):
-                fitted = self.scorer.refit(self.fitted, without_images(features, int(start), int(end)))
-            found += self.results([image], fitted, only_pixels=True)
-        return self._as_normal(found, with_views=False)._replace(is_loo=True)
-
     def _tile_features(
         self, support: Support, layouts: list[Layout | None]
     ) -> tuple[dict[str, Prepared], torch.Tensor, np.ndarray]:
@@ -279,6 +262,11 @@ class FewShotDetector(ImageScoring):
                 numbers = range(start, start + len(batch))
                 write_support_images(store, numbers, self.fast_network, self.on_device(batch), views)
         return store.prepared, contrast(self.on_device(squares))
+
+    @property
+    def normal_scores(self) -> NormalScores | None:
+        """The scores that `calibrate` used: of further normal images if it was given any, else leave-one-out."""
+        return self.calibration or self.loo_scores
 
     @property
     def warnings(self) -> list[str]:
@@ -436,14 +424,9 @@ class FewShotDetector(ImageScoring):
         if loo and len(loo.scores) > MOST_FITTED:
             loo = loo.without_maps()
         return self._scoring_state() | {
-            "threshold": None if self.threshold is None else self.threshold._asdict(),
-            "origin": self.origin,
-            "support_digests": self.support_digests,
-            "min_area": self.min_area,
-            "document": self.document,
-            "learned": self.learned,
+            **{name: getattr(self, name) for name in STORED},
+            "threshold": self.threshold and self.threshold._asdict(),
             "quality": self.gate and self.gate.state(),
-            "support_alpha": self.support_alpha,
             "left_out": loo and loo.state(),
             "calibration": calibration and calibration.without_maps().state(),
         }
@@ -477,8 +460,8 @@ class FewShotDetector(ImageScoring):
             bits or state.get("bits", FULL_BITS),
             state.get("tile", OFF),
             None if region is None else region.numpy(),
-            state["origin"],
         )
+        vars(detector).update({name: copy(state[name]) for name in STORED if name in state})
         tiling, threshold, quality = state.get("tiling"), state["threshold"], state.get("quality")
         detector.tiling = tiling and Tiling(*tiling)
         detector.threshold = threshold and Threshold.from_state(threshold)
@@ -486,10 +469,6 @@ class FewShotDetector(ImageScoring):
         loo_scores, calibration = state.get("left_out"), state.get("calibration")
         detector.loo_scores = loo_scores and NormalScores.from_state(loo_scores)
         detector.calibration = calibration and NormalScores.from_state(calibration)
-        detector.min_area = float(state.get("min_area", 0.0))
-        detector.document, detector.learned = dict(state.get("document", {})), dict(state.get("learned", {}))
-        detector.support_digests = list(state.get("support_digests", ()))
-        detector.support_alpha = state.get("support_alpha")
         on = detector.clock.device
         detector.fitted = {key: value.to(on) for key, value in state["fitted"].items()}
         if isinstance(detector.scorer, Gaussian):

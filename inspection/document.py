@@ -84,7 +84,7 @@ def acceptance(detector: FewShotDetector, defects: Sequence[KnownDefect]) -> dic
     Leave-one-out scores stand for new normal images where the detector was not calibrated with further ones.
     """
     threshold = detector.threshold
-    seen = detector.calibration or detector.loo_scores
+    seen = detector.normal_scores
     normal = [
         {"name": name, "score": score, "decision": decide(score, threshold)[0]}
         for name, score in (seen.by_score() if seen else ())

@@ -203,12 +203,12 @@ def largest_difference(detector: FewShotDetector, runtime: Runtime, images: np.n
     scores, maps = detector.score([Decoded(None, as_tensor(square)) for square in images])
     limit = detector.threshold.value if detector.threshold else 0.0
     least = limit if limit > 0 else float(scores.max()) or 1.0
-    found = []
+    differences = []
     for size in CHECK_BATCHES:
         batches = [runtime(images[start : start + size]) for start in range(0, len(images), size)]
         for parts, reference in zip(zip(*batches, strict=True), (maps, scores), strict=True):
-            found.append((np.abs(np.concatenate(parts) - reference) / np.maximum(reference, least)).max())
-    return float(np.nan_to_num(np.max(found), nan=np.inf))
+            differences.append((np.abs(np.concatenate(parts) - reference) / np.maximum(reference, least)).max())
+    return float(np.nan_to_num(np.max(differences), nan=np.inf))
 
 
 def open_onnx(path: Path) -> Runtime:

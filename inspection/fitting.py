@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasets.images import FULL_BITS, ClippedWarning
-from inspection.config import DetectorConfig
+from inspection.config import DetectorConfig, ExportConfig, PredictConfig
 from inspection.detector import FewShotDetector, OtherPartError
 from inspection.detector_file import read_state
 from inspection.document import KnownDefect, acceptance, propose, record_change, worse_than
@@ -28,15 +28,16 @@ from utils.errors import UserError
 from utils.files import sha256, write_json
 from utils.fingerprint import fingerprint
 
+CommandConfig = PredictConfig | ExportConfig
 DEFAULT_RATE = 0.01  # false-positive rate
 MOST_NORMAL = 5  # normal images and known defects that are printed
 
 
-def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
+def make_detector(config: CommandConfig, device: str) -> FewShotDetector:
     """Loads or fits the detector of `config` on `device`, and sets its threshold.
 
     Prints the scorer, the tiles, the threshold and, where 16-bit images are among the support images, their bit depth.
-    output: a folder in which no images are looked for.
+    No images are looked for in the output of the command.
 
     Raises:
         UserError: a file or folder is missing or unsuitable.
@@ -47,7 +48,7 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
             bits = None if config.bits == AUTO_BITS else config.bits
             detector = FewShotDetector.load(config.detector, device, config.scorer, bits)
         else:
-            detector = _fit(config, device, output)
+            detector = _fit(config, device)
             record_change(detector, "fitted")
         print(f"scorer: {detector.scorer.name}")
         print(f"tiles: {describe_tiling(detector.tiling)}")
@@ -56,10 +57,10 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
         if config.min_area is not None:
             detector.min_area = config.min_area / (config.mm_per_pixel or 1.0) ** 2
             record_change(detector, f"smallest defect set to {detector.min_area:.1f} pixels")
-        _set_threshold(detector, config, output)
+        _set_threshold(detector, config)
         if config.accept:
-            _accept(detector, config, output)
-    normal, threshold = detector.calibration or detector.loo_scores, detector.threshold
+            _accept(detector, config)
+    normal, threshold = detector.normal_scores, detector.threshold
     print(f"threshold: {describe_threshold(threshold)}")
     if normal is not None and threshold is not None:
         print(f"{len(normal.scores)} normal images, highest scores first:")
@@ -72,18 +73,17 @@ def make_detector(config: DetectorConfig, device: str, output: Path) -> FewShotD
     return detector
 
 
-def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Path) -> list[KnownDefect]:
+def known_defects(detector: FewShotDetector, config: CommandConfig) -> list[KnownDefect]:
     """Compares the known defects of `config`, lowest score first, and keeps the acceptance in the detector.
 
     Prints which are found, and the threshold that separates them best from the normal images; --adopt takes it.
     """
     if not config.defects:
         return []
-    paths = list_inputs(config.defects, output)
+    paths = list_inputs(config.defects, config.output)
     with _printed_warnings():
         scores, maps, reasons, _ = detector.inspect(paths)
-    normal = detector.calibration or detector.loo_scores
-    if normal is not None:
+    if (normal := detector.normal_scores) is not None:
         proposal = propose(normal.scores[:, 0], scores)
         kind = "normal images" if detector.calibration else "support images (leave-one-out)"
         print(f"threshold that separates best from {len(normal.scores)} {kind}: {proposal}")
@@ -96,15 +96,15 @@ def known_defects(detector: FewShotDetector, config: DetectorConfig, output: Pat
     elif config.adopt:
         raise UserError("--adopt needs the scores of normal images: give two support images or more, or --calibrate")
     known = []
-    for path, score, scores_of_path, reason in zip(paths, scores.tolist(), maps, reasons, strict=True):
-        restored = detector.restore(scores_of_path, *ImageFile(path).size) if detector.min_area else None
+    for path, score, score_map, reason in zip(paths, scores.tolist(), maps, reasons, strict=True):
+        restored = detector.restore(score_map, *ImageFile(path).size) if detector.min_area else None
         decided = decide(score, detector.threshold, reason, restored, detector.min_area)
         known.append(KnownDefect(str(path), score, *decided))
     known.sort(key=lambda defect: defect.score)
-    print(f"known defects: {sum(not one.is_missed for one in known)} of {len(known)} found, lowest scores first:")
-    for one in known[:MOST_NORMAL]:
-        decided = "missed" if one.is_missed else one.decision + (f", {one.reason}" if one.reason else "")
-        print(f"  {one.score:8.3f}  {one.name}: {decided}")
+    print(f"known defects: {sum(not defect.is_missed for defect in known)} of {len(known)} found, lowest scores first:")
+    for defect in known[:MOST_NORMAL]:
+        decided = "missed" if defect.is_missed else ", ".join(filter(None, (defect.decision, defect.reason)))
+        print(f"  {defect.score:8.3f}  {defect.name}: {decided}")
     detector.document["acceptance"] = acceptance(detector, known)
     return known
 
@@ -116,7 +116,7 @@ def save_detector(detector: FewShotDetector, file: Path, defects: Sequence[Known
         UserError: known defects are missed, or the file holds a detector that was accepted and misses fewer; not with
             `force`.
     """
-    missed = [one.name for one in defects if one.is_missed]
+    missed = [defect.name for defect in defects if defect.is_missed]
     if missed and detector.threshold is not None and not force:
         raise UserError(
             f"not saved: {len(missed)} of {len(defects)} known defects are below the threshold and called normal, e.g. "
@@ -157,18 +157,18 @@ def _printed_warnings() -> Iterator[None]:
         for kind in kinds:
             warnings.simplefilter("always", kind)
         yield
-    for other in (one for one in raised if one.category not in kinds):
+    for other in (warning for warning in raised if warning.category not in kinds):
         warnings.showwarning(other.message, other.category, other.filename, other.lineno)
     for kind in kinds:
-        sentences = list(dict.fromkeys(str(one.message) for one in raised if one.category is kind))
+        sentences = list(dict.fromkeys(str(warning.message) for warning in raised if warning.category is kind))
         more = f" (and {len(sentences) - 1} more images)" if len(sentences) > 1 else ""
         if sentences:
             print(f"warning: {sentences[0]}{more}")
 
 
-def _fit(config: DetectorConfig, device: str, output: Path) -> FewShotDetector:
+def _fit(config: CommandConfig, device: str) -> FewShotDetector:
     """Fits a detector to the support images, each of which is opened once."""
-    support = [ImageFile(path) for path in list_inputs(config.support, output)]
+    support = [ImageFile(path) for path in list_inputs(config.support, config.output)]
     backbone = config.backbone or (RELEASE_BACKBONE if config.checkpoint else LITE_BACKBONE)
     size = resolve_img_size(backbone, config.img_size)
     network = scoring_network(backbone, config.stn_mode, size, config.checkpoint, config.weights)
@@ -213,20 +213,20 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
     }
 
 
-def _accept(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
+def _accept(detector: FewShotDetector, config: CommandConfig) -> None:
     """Makes the detector learn from the good images of --accept, and prints what has changed."""
-    paths = list_inputs(config.accept, output)
+    paths = list_inputs(config.accept, config.output)
     learned = accept(detector, paths, config.force)
     record_change(detector, f"{len(paths)} good images accepted", paths)
     print(f"learned from {len(learned)} accepted images; scores before, and after learning from the others alone:")
-    for one in sorted(learned, key=lambda one: -one.after)[:MOST_NORMAL]:
-        print(f"  {one.before:8.3f}  {one.after:8.3f}  {one.name}")
+    for image in sorted(learned, key=lambda image: -image.after)[:MOST_NORMAL]:
+        print(f"  {image.before:8.3f}  {image.after:8.3f}  {image.name}")
 
 
-def _set_threshold(detector: FewShotDetector, config: DetectorConfig, output: Path) -> None:
+def _set_threshold(detector: FewShotDetector, config: CommandConfig) -> None:
     """Sets the threshold: --threshold, else --calibrate, else leave-one-out. Without flags, a saved one is kept."""
     rate, review_rate = config.false_positive_rate, config.review_rate
-    normal = list_inputs(config.calibrate, output) if config.calibrate else None
+    normal = list_inputs(config.calibrate, config.output) if config.calibrate else None
     is_fresh = detector.threshold is None and detector.loo_scores is not None
     asks_rate = rate is not None or review_rate is not None
     if detector.calibration is not None and asks_rate and not normal:

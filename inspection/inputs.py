@@ -63,24 +63,24 @@ def list_inputs(
         UserError: a source is missing, no image is found unless `may_be_empty`, or, without `listing`, a folder cannot
             be listed or label files lie beside the images.
     """
-    found: dict[Path, Path] = {}
+    images: dict[Path, Path] = {}  # by absolute path
     is_strict, listing = listing is None, listing or Listing(output)
     for source in sources:
         if not is_folder(source) and not source.exists():
             raise UserError(f"no such file or folder: {source}")
         for path in listing.images_below(source) if is_folder(source) else require_no_pipes([source]):
-            found.setdefault(absolute(path), path)
-    if listing.unreadable and (is_strict or not found):
+            images.setdefault(absolute(path), path)
+    if listing.unreadable and (is_strict or not images):
         raise UserError(counted(listing.unreadable, "folder"))
     print(*(f"{note}\n" for note in listing.notes()), sep="", end="")
-    if not found and not may_be_empty:
+    if not images and not may_be_empty:
         raise UserError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, sources))}")
-    if labels := counted(label_files(found), "image"):
+    if labels := counted(label_files(images), "image"):
         labels += ": named like label files of the images beside them"
         if is_strict:
             raise UserError(f"{labels}; give the images alone")
         print(f"note: {labels}, but scored as images")
-    return list(found.values())
+    return list(images.values())
 
 
 def absolute(path: Path) -> Path:
@@ -176,13 +176,13 @@ class Watcher:
         before, self._entered = self._entered, listing.entered
         gone = {place for place, of_place in before.items() if listing.entered.get(place) != of_place}
         self.is_gone |= os.path.realpath(self.folder) in gone
-        found = [f"the folder {place} is gone or was replaced" for place in sorted(gone)]
-        found = [note for note, place in zip(found, sorted(gone), strict=True) if os.path.dirname(place) not in gone]
-        is_back = bool(listing.entered) and not before and self._was_there
+        outermost = sorted(place for place in gone if os.path.dirname(place) not in gone)
+        self.notes = [f"the folder {place} is gone or was replaced" for place in outermost]
+        if listing.entered and not before and self._was_there:
+            self.notes.append(f"the folder {self.folder} is there again")
+        self.notes += [note for note in listing.unreadable if note not in self._unreadable]
         self._was_there |= bool(listing.entered)
-        new = [note for note in listing.unreadable if note not in self._unreadable]
         self._unreadable = listing.unreadable
-        self.notes = [*found, *([f"the folder {self.folder} is there again"] if is_back else []), *new]
 
     def gives_up(self, identity: Identity) -> bool:
         """Whether an unreadable image has not changed for GIVE_UP_SECONDS."""

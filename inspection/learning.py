@@ -56,16 +56,16 @@ def accept(detector: FewShotDetector, images: Sequence[ImageInput], force: bool 
     nothing = {"base": detector.fitted, "digests": [], "names": [], "before": [], "after": [], "features": []}
     learned = detector.learned or nothing
     known, new = {*detector.support_digests, *learned["digests"]}, {}
-    for name, one in zip(names, results, strict=True):
-        if (found := digest(one.square)) not in known:
-            new.setdefault(found, (name, one))
+    for name, result in zip(names, results, strict=True):
+        if (key := digest(result.square)) not in known:
+            new.setdefault(key, (name, result))
     if len(learned["names"]) + len(new) > MOST_ACCEPTED:
         raise UserError(
             f"a detector learns from at most {MOST_ACCEPTED} images; fit a new one with these among its support images",
             options=("accept", "support"),
         )
     if new:
-        squares = [one.square for _, one in new.values()]
+        squares = [result.square for _, result in new.values()]
         detector.learned = learned = _extended(detector, learned, new, squares)
         if detector.gate:
             detector.gate = detector.gate.with_support(squares)
@@ -83,7 +83,7 @@ def _extended(
     lists = {
         "digests": [*learned["digests"], *new],
         "names": [*learned["names"], *(name for name, _ in new.values())],
-        "before": [*learned["before"], *(float(one.score) for _, one in new.values())],
+        "before": [*learned["before"], *(float(result.score) for _, result in new.values())],
     }
     order = np.argsort(lists["digests"]).tolist()
     ordered = {name: [values[number] for number in order] for name, values in lists.items()}

@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from datasets.masks import decode_mask
-from scorers.views import support_views
 from utils.errors import UserError
 
 LONGEST_SIDE = 1024  # of a stored region; finer ones are reduced: score maps are coarser
@@ -95,11 +93,6 @@ def inside_map(inside: np.ndarray | None, across: int, down: int) -> np.ndarray 
     if inside is None:
         return None
     return np.asarray(Image.fromarray(inside).resize((across, down), Image.Resampling.NEAREST))
-
-
-def inside_views(square: torch.Tensor, views: Sequence[int]) -> torch.Tensor:
-    """The region (S, S) of a square, moved with each of the support views `views`, (views, S, S) bool."""
-    return support_views(square.float().expand(1, 3, *square.shape))[list(views), 0] > 0.5
 
 
 def pixels(scores: np.ndarray, inside: np.ndarray | None, size: int) -> np.ndarray:

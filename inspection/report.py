@@ -138,18 +138,18 @@ def known_images(
     The KNOWN_PANELS with the highest scores have panels if `with_panels`, where their files are still there, unchanged.
     """
     digests = {entry["path"]: entry["sha256"] for entry in detector.origin.get("support", [])}
-    found = [] if detector.loo_scores else [Reference(Path(path).name, "support", None) for path in digests]
+    images = [] if detector.loo_scores else [Reference(Path(path).name, "support", None) for path in digests]
     for role, normal in (("support", detector.loo_scores), ("calibration", detector.calibration)):
         shown = {name for name, _ in normal.by_score()[:KNOWN_PANELS]} if normal and with_panels else set()
         for number, name in enumerate(normal.names if normal else ()):
             image = _unchanged(name, digests.get(name), detector.bits) if name in shown else None
             preview = _preview(detector, image, normal.maps[number]) if image else NO_PREVIEW
-            found.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
+            images.append(Reference(Path(name).name, role, float(normal.scores[number, 0]), preview))
     for defect in defects:
         preview = _input(decode_image(Path(defect.name), detector.bits)) if with_panels else NO_PREVIEW
         name = Path(defect.name).name
-        found.append(Reference(name, "known defect", defect.score, preview, *_fixed(defect, detector.threshold)))
-    return found
+        images.append(Reference(name, "known defect", defect.score, preview, *_fixed(defect, detector.threshold)))
+    return images
 
 
 def _preview(detector: FewShotDetector, image: Image.Image, scores: np.ndarray) -> Preview:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from PIL import Image
@@ -249,24 +249,22 @@ class ResultFiles:
             whole_file(self.folder / name) as aside,
             open(aside, "w", encoding="utf-8" if is_plain else "utf-8-sig", **options) as stream,
         ):
-            self._writer(stream).writerow([*(() if is_plain else EXCEL_COLUMNS), *TABLES[name]])
-            self._write(stream, name, self.rows)
+            self._write(stream, name, self.rows, header=[*(() if is_plain else EXCEL_COLUMNS), *TABLES[name]])
         return self._open.enter_context((self.folder / name).open("a", encoding="utf-8", **options))
 
-    def _writer(self, stream: TextIO) -> Any:  # noqa: ANN401, csv names no type for it
-        return csv.writer(stream, delimiter=";" if self._kind == EXCEL_COMMA else ",")
-
-    def _write(self, stream: TextIO, name: str, rows: Iterable[Prediction]) -> None:
+    def _write(self, stream: TextIO, name: str, rows: Iterable[Prediction], header: Sequence[str] = ()) -> None:
         """Writes the lines of rows. Numbers have all their digits, as in JSON; None is empty.
 
         For Excel, all times have one form, and numbers may have a decimal comma.
         """
+        writer = csv.writer(stream, delimiter=";" if self._kind == EXCEL_COMMA else ",")
+        writer.writerows([header] if header else [])
         for row in rows:
             lines = [row[: len(CSV_COLUMNS)]] if name == SCORES else [(row.time, row.path, *box) for box in row.boxes]
             if self._kind != CSV_KINDS[0]:
                 more = self._part, re.split(r"[/\\]", row.path)[-1]
                 lines = [[self._excel(value) for value in (*more, *line)] for line in lines]
-            self._writer(stream).writerows(lines)
+            writer.writerows(lines)
 
     def _excel(self, value: object) -> object:
         """A value as Excel reads it: a time of a row in local time, a number with the comma that was asked for."""

@@ -87,8 +87,8 @@ def command(config: PredictConfig, lines: TextIO | None) -> int:
     limit_pixels(config.max_pixels)
     listing = Listing(config.output)
     paths = list_inputs(config.input, listing=listing, may_be_empty=config.append) if config.input else []
-    detector = make_detector(config, config.device, config.output)
-    defects = known_defects(detector, config, config.output)
+    detector = make_detector(config, config.device)
+    defects = known_defects(detector, config)
     if config.save:
         save_detector(detector, config.save, defects, config.force)
     code = 0

@@ -15,13 +15,13 @@ from datasets.masks import to_square_mask
 from inspection.images import Decoded, ImageInput, as_pixels, as_tensor
 from inspection.out_of_distribution import OutOfDistributionCheck, contrast
 from inspection.region import inside_map, pixels
-from inspection.region import inside_views as views_of_region
 from inspection.tiles import Layout, Tiling, joined_map
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.base import Fitted, Prepared, Scorer
 from scorers.combined import over_backbones
 from scorers.features import FeatureStore, images_per_pass
 from scorers.maps import score_maps_at
+from scorers.views import support_views
 from utils.devices import upload
 from utils.stages import StageClock
 
@@ -154,7 +154,9 @@ class ImageScoring:
 
     def scores_of(self, distances: torch.Tensor) -> np.ndarray:
         """Image scores (B,) of distance maps of images that are not cut."""
-        parts = [score_maps_at(one, self.size, self.inside, self.scorer.border_weight)[0] for one in distances.split(1)]
+        parts = [
+            score_maps_at(maps, self.size, self.inside, self.scorer.border_weight)[0] for maps in distances.split(1)
+        ]
         return torch.cat(parts).cpu().numpy()
 
     @property
@@ -169,8 +171,10 @@ class ImageScoring:
 
     @property
     def inside_views(self) -> torch.Tensor | None:
-        """The region in each support view that the scorer uses, (views, S, S) bool."""
-        return None if self.region is None else views_of_region(self.inside, self.scorer.views)
+        """The region moved with each support view that the scorer uses, (views, S, S) bool."""
+        if self.region is None:
+            return None
+        return support_views(self.inside.float().expand(1, 3, -1, -1))[list(self.scorer.views), 0] > 0.5
 
     def features(self, inputs: torch.Tensor) -> dict[str, Prepared]:
         """Prepared features of inputs (B, 3, S, S) in [0, 1], for the scorer and for CHECK, by name."""

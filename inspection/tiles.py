@@ -139,8 +139,8 @@ class Layout(NamedTuple):
     ) -> Iterator[tuple[Sequence[tuple[int, int]], torch.Tensor]]:
         """`group` of the corners at a time, and their tiles (n, 3, S, S) uint8."""
         for start in range(0, len(corners), group):
-            some = corners[start : start + group]
-            yield some, torch.stack([self.cut(image, *corner) for corner in some])
+            chosen = corners[start : start + group]
+            yield chosen, torch.stack([self.cut(image, *corner) for corner in chosen])
 
 
 def _places(length: int, size: int) -> list[int]:
