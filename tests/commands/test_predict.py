@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import sys
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from utils.errors import UserError
 SIZE = 64
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def support(demo_data) -> list[Path]:
     return sorted((demo_data / "ring/train/good").iterdir())[:3]
 
@@ -44,8 +47,15 @@ def run(support: list[Path], inputs: list[Path], output: Path, *flags: str) -> d
     return json.loads((output / "scores.json").read_text())
 
 
-def test_scores_are_the_detector_s(support, demo_data, tmp_path):
-    record = run(support, [demo_data / "ring/test"], tmp_path)
+@pytest.fixture(scope="module")
+def plain(support, demo_data, tmp_path_factory) -> tuple[dict, Path]:
+    """The record and the output folder of a run without further flags over nine images."""
+    output = tmp_path_factory.mktemp("plain")
+    return run(support, [demo_data / "ring/test"], output), output
+
+
+def test_scores_are_the_detector_s(plain, support):
+    record, output = plain
     seed_everything(668)
     detector = FewShotDetector(EfficientNetLite("none", SIZE), "cpu").fit(support)
     paths = [row["path"] for row in record["images"]]
@@ -53,11 +63,11 @@ def test_scores_are_the_detector_s(support, demo_data, tmp_path):
     scores, maps = detector.score(paths)
     assert [row["score"] for row in record["images"]] == scores.tolist()
     np.testing.assert_allclose(detector.score(paths[4:5])[1][0], maps[4], rtol=1e-4, atol=1e-6)  # not batch-dependent
-    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
     assert [np.float32(row["score"]) for row in rows] == scores.tolist()
     limit = record["threshold"]["value"]
     assert [row["decision"] for row in rows] == ["defective" if score > limit else "normal" for score in scores]
-    assert len(list((tmp_path / "images").rglob("*.jpg"))) == 9 and (tmp_path / "report.html").stat().st_size > 10000
+    assert len(list((output / "images").rglob("*.jpg"))) == 9 and (output / "report.html").stat().st_size > 10000
 
 
 def test_maps_have_the_size_of_their_image(support, demo_data, tmp_path):
@@ -73,10 +83,14 @@ def test_maps_have_the_size_of_their_image(support, demo_data, tmp_path):
 
 
 @pytest.mark.parametrize(("images", "titles"), [(1, ["heat_map", "input"]), (3, ["heat_map", "input", "outlines"])])
-def test_a_file_for_each_panel(images, titles, support, demo_data, tmp_path):
+def test_a_file_for_each_panel(images, titles, support, demo_data, tmp_path, capsys):
     """They have the image's own size; a single support image gives no threshold, so that there are no outlines."""
     source = demo_data / "ring/test/chip/000.png"
     record = run(support[:images], [source], tmp_path, "--panels", "separate")
+    printed = capsys.readouterr().out
+    for sentence in ("images are not classified; give two support images or more", "scored, not classified, 0 failed"):
+        assert (sentence in printed) == (record["threshold"] is None) == (images == 1)
+    assert (record["images"][0]["decision"] is None) == (images == 1)
     names = [f"images/000.png.{title}.jpg" for title in titles]
     assert sorted(record["images"][0]["files"]) == names
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [Path(name).name for name in names]
@@ -87,50 +101,19 @@ def test_a_file_for_each_panel(images, titles, support, demo_data, tmp_path):
     assert np.abs(own - expected).mean() < 5 < np.abs(heat - expected).mean()  # JPEG
 
 
-def test_broken_inputs_do_not_stop_the_run(support, demo_data, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes(b"broken")
-    (tmp_path / "in/b.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
-    with pytest.raises(SystemExit) as ended:
-        run(support, [tmp_path / "in"], tmp_path / "out")
-    assert ended.value.code == 1
-    assert f"failed: cannot read the image {tmp_path}/in/a.png" in capsys.readouterr().err
-    rows = json.loads((tmp_path / "out/scores.json").read_text())["images"]
-    assert rows[0]["score"] is None and rows[1]["score"] > 0
-
-
-def test_saved_detector_gives_the_same_bits(support, demo_data, tmp_path):
-    inputs = [demo_data / "ring/test/rust"]
-    first = run(support, inputs, tmp_path / "a", "--save", str(tmp_path / "part.regad"))
-    predict.main(
-        ["--detector", str(tmp_path / "part.regad"), "--input", *map(str, inputs), "--output", str(tmp_path / "b")]
-        + ["--device", "cpu"]
-    )
-    second = json.loads((tmp_path / "b/scores.json").read_text())
-    when = [row.pop("time") for row in first["images"] + second["images"]]
-    assert second["images"] == first["images"] and second["threshold"] == first["threshold"]
-    assert len(when) == 4 and all(datetime.fromisoformat(time).utcoffset() is not None for time in when)
-
-
-def test_a_run_is_repeated_from_its_record_and_a_fit_from_the_detector(support, demo_data, tmp_path):
-    inputs = demo_data / "ring/test/rust"
-    first = run(support, [inputs], tmp_path / "a", "--save", str(tmp_path / "part.regad"), "--keep_aspect")
-    predict.main(["--config", str(tmp_path / "a/scores.json"), "--output", str(tmp_path / "b")])
-    fitted = ["--config", str(tmp_path / "part.regad"), "--input", str(inputs), "--device", "cpu"]
-    predict.main([*fitted, "--output", str(tmp_path / "c")])
-    for name in "bc":
-        again = json.loads((tmp_path / name / "scores.json").read_text())
-        assert [row["score"] for row in again["images"]] == [row["score"] for row in first["images"]]
+def test_a_run_is_repeated_from_detector_or_record_and_a_fit_from_the_detector(support, demo_data, tmp_path):
+    """With the same bits."""
+    inputs, part = demo_data / "ring/test/rust", str(tmp_path / "part.regad")
+    first = run(support, [inputs], tmp_path / "a", "--save", part, "--keep_aspect")
+    new = ["--input", str(inputs), "--device", "cpu"]
+    for flags in (["--detector", part, *new], ["--config", str(tmp_path / "a/scores.json")], ["--config", part, *new]):
+        predict.main([*flags, "--output", str(tmp_path / "again"), "--overwrite"])
+        again = json.loads((tmp_path / "again/scores.json").read_text())
+        for before, row in zip(first["images"], again["images"], strict=True):
+            assert row == before | {"time": row["time"]} and datetime.fromisoformat(row["time"]).utcoffset() is not None
+        assert again["threshold"] == first["threshold"] and again["fingerprint"] == first["fingerprint"]
         assert again["detector"]["fingerprint"] == first["detector"]["fingerprint"]
-        assert again["fingerprint"] == first["fingerprint"] and again["resolved"]["bits"] == 16
-
-
-def test_one_support_image_gives_no_threshold(support, demo_data, tmp_path, capsys):
-    record = run(support[:1], [demo_data / "ring/test/good"], tmp_path)
-    assert record["threshold"] is None and {row["decision"] for row in record["images"]} == {None}
-    printed = capsys.readouterr().out
-    assert "images are not classified; give two support images or more" in printed
-    assert "images scored, not classified, 0 failed" in printed
+        assert again["resolved"]["bits"] == 16
 
 
 def test_every_image_has_its_own_files(support, demo_data, tmp_path):
@@ -181,11 +164,7 @@ def test_heat_maps_are_seen(support, demo_data, tmp_path):
     record = run(support, [demo_data / "ring/test"], tmp_path, "--false_alarm", "1e-9")
     assert all(row["decision"] != "defective" for row in record["images"])
     for row in record["images"]:
-        with Image.open(
-            tmp_path
-            / "images"
-            / Path(row["path"]).relative_to(demo_data / "ring/test").with_name(Path(row["path"]).name + ".jpg")
-        ) as image:
+        with Image.open(tmp_path / row["files"][0]) as image:
             panels = np.asarray(image.crop(json.loads(image.info["comment"]))).astype(int)[CAPTION_HEIGHT:]
         with Image.open(row["path"]) as image:
             width = image.width
@@ -253,14 +232,11 @@ def test_support_images_without_any_difference_are_one_image(tmp_path, capsys):
     assert record["images"][0]["decision"] == "normal"
 
 
-def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_threshold(
-    support, demo_data, tmp_path, capsys
-):
+def test_known_defects_are_listed_and_leave_the_threshold(plain, support, demo_data, tmp_path, capsys):
     defects = sorted((demo_data / "ring/test/chip").iterdir())
-    plain = run(support, defects[:1], tmp_path / "a")
-    record = run(support, defects[:1], tmp_path / "b", "--defects", *map(str, defects))
+    record = run(support, defects[:1], tmp_path, "--defects", *map(str, defects))
     printed = capsys.readouterr().out
-    assert record["threshold"] == plain["threshold"] and plain["known_defects"] == []
+    assert record["threshold"] == plain[0]["threshold"] and plain[0]["known_defects"] == []
     assert [row["name"] for row in record["known_defects"]] == sorted(
         map(str, defects), key={row["name"]: row["score"] for row in record["known_defects"]}.get
     )
@@ -269,24 +245,15 @@ def test_known_defects_and_unusual_normal_images_are_listed_and_leave_the_thresh
     assert {row["path"] for row in listed} == set(map(str, support))
     assert [row["score"] for row in listed] == sorted((row["score"] for row in listed), reverse=True)
     assert "normal images, highest scores first" in printed and "normal images are too few" in record["warnings"][0]
-    assert "known defect" in (tmp_path / "b/report.html").read_text()
+    assert "known defect" in (tmp_path / "report.html").read_text()
 
 
-def test_own_drawings_are_no_support(support, demo_data, tmp_path, capsys):
-    for path in support:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    for _ in range(2):
-        run([tmp_path], [tmp_path], tmp_path / "out", "--overwrite")
-        assert "fitting to 3 normal image(s)" in capsys.readouterr().out
-
-
-def test_thresholds_of_further_images_and_of_another_rate(support, demo_data, tmp_path):
+def test_thresholds_of_further_images_and_of_another_rate(plain, support, demo_data, tmp_path):
     normal = sorted((demo_data / "ring/test/good").iterdir())
     record = run(support, normal, tmp_path / "a", "--calibrate", *map(str, normal), "--save", str(tmp_path / "x.regad"))
     assert "3 further normal images" in record["threshold"]["how"] and "0.01" in record["threshold"]["how"]
     assert record["threshold"]["typical"] == sorted(row["score"] for row in record["images"])[1]
-    loose = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"]
-    strict = run(support, normal, tmp_path / "c", "--false_alarm", "0.02")["threshold"]
+    loose, strict = run(support, normal, tmp_path / "b", "--false_alarm", "0.2")["threshold"], plain[0]["threshold"]
     assert loose["value"] < strict["value"] and "leave-one-out over 3" in strict["how"]
     with pytest.raises(UserError, match=r"comes from 3 calibration images.*--calibrate"):
         predict.main(["--detector", str(tmp_path / "x.regad"), "--false_alarm", "0.2", "--save", str(tmp_path / "y")])
@@ -297,14 +264,14 @@ def test_thresholds_of_further_images_and_of_another_rate(support, demo_data, tm
     assert json.loads((tmp_path / "d/scores.json").read_text())["threshold"]["value"] == 5
 
 
-def test_own_output_is_not_scored(support, demo_data, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.png").write_bytes((demo_data / "ring/test/good/000.png").read_bytes())
+def test_own_output_is_neither_scored_nor_support(support, tmp_path, capsys):
+    images = Path(shutil.copytree(support[0].parent, tmp_path / "in"))
     for _ in range(2):
-        assert len(run(support, [tmp_path / "in"], tmp_path / "in/out", "--overwrite")["images"]) == 1
-    (tmp_path / "out/in").mkdir(parents=True)
-    (tmp_path / "in/a.png").rename(tmp_path / "out/in/a.png")
-    assert len(run(support, [tmp_path / "out/in"], tmp_path / "out")["images"]) == 1  # allowed: above inputs
+        assert len(run([images], [images], images / "out", "--overwrite")["images"]) == 5
+        assert "fitting to 5 normal image(s)" in capsys.readouterr().out
+    (tmp_path / "out").mkdir()
+    images = images.rename(tmp_path / "out/in")
+    assert len(run(support, [images], tmp_path / "out")["images"]) == 5  # allowed: above inputs
 
 
 def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path, capsys):
@@ -319,6 +286,40 @@ def test_files_that_cannot_be_written_cost_no_score(support, demo_data, tmp_path
     assert [bool(row["error"]) for row in rows] == [True, False, True]
     said = capsys.readouterr()
     assert "files cannot be written" in said.err and "3 images scored" in said.out and "2 failed" in said.out
+
+
+_counts: Counter[str] | None = None
+
+
+def _count(event: str, arguments: tuple) -> None:
+    if event == "open" and _counts is not None and isinstance(arguments[0], str | bytes | os.PathLike):
+        _counts[os.path.basename(os.fsdecode(arguments[0]))] += 1
+
+
+sys.addaudithook(_count)  # it stays for the life of the process, and counts for the fixture only
+
+
+@pytest.fixture
+def openings():
+    """How often each file is opened, by name."""
+    global _counts
+    _counts = Counter()
+    yield _counts
+    _counts = None
+
+
+@pytest.mark.parametrize("flags", [[], ["--calibrate"], ["--region", "0,0,0.5,1", "--tile", "48", "--calibrate"]])
+def test_support_images_are_opened_at_most_twice(flags, openings, tmp_path):
+    """Once for the fit and once for the page."""
+    images = [tmp_path / f"{name}.png" for name in "abcdef"]
+    for seed, image in enumerate(images):
+        values = np.random.default_rng(seed).integers(0, 256, (70, 100, 3), dtype=np.uint8)
+        Image.fromarray(values).save(image)
+    flags = [*flags, *map(str, images[3:])] if "--calibrate" in flags else flags
+    openings.clear()
+    run(images[:3], images[3:4], tmp_path / "out", "--save", str(tmp_path / "part.regad"), *flags)
+    assert [openings[name] for name in ("a.png", "b.png", "c.png")] == [2, 2, 2]
+    assert openings["e.png"] <= 3 and openings["d.png"] <= 4  # once for its SHA-256; d.png is an input as well
 
 
 INVALID = {
@@ -349,15 +350,12 @@ INVALID = {
 @pytest.mark.parametrize(("flags", "sentence"), INVALID.items())
 def test_invalid_arguments_are_one_sentence(flags, sentence, demo_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    image = (demo_data / "ring/test/good/000.png").read_bytes()
     for folder in ("in", "in2", "empty"):
         Path(folder).mkdir()
-    Path("in/a.png").write_bytes(image)
-    Path("in2/b.png").write_bytes(image)
+    for name in ("in/a.png", "in2/b.png"):
+        shutil.copy(demo_data / "ring/test/good/000.png", name)
     Path("broken.png").write_bytes(b"broken")
-    fitting = [] if "--detector" in flags else ["--weights", "none"]
-    fitting += [] if "--img_size" in flags or "--detector" in flags else ["--img_size", str(SIZE)]
-    device = [] if "--device" in flags else ["--device", "cpu"]
+    fitting = [] if "--detector" in flags else ["--weights", "none", "--img_size", str(SIZE)]
     with pytest.raises(UserError) as caught:
-        predict.main([*flags.split(), *fitting, *device])
+        predict.main([*fitting, "--device", "cpu", *flags.split()])
     assert sentence in str(caught.value) and "\n" not in str(caught.value)

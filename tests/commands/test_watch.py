@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -62,17 +63,28 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
+def put(folder, images) -> Callable[..., None]:
+    """Writes images into `folder`, by number: 0.png, 1.png and so on, or one under a name."""
+
+    def put_images(*numbers: int, name: str = "") -> None:
+        for number in numbers:
+            (folder / (name or f"{number}.png")).write_bytes(images[number])
+
+    return put_images
+
+
+@pytest.fixture
 def watch(part, folder, tmp_path, monkeypatch) -> Callable[..., int]:
     """Watches `folder` with the output in out/; each time there is nothing to do, the next step is taken."""
 
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
     def watch_steps(*steps: Callable[[], object], flags: tuple = ()) -> int:
-        todo = iter([*steps, lambda: None, lambda: None])  # two more scans after the last step
+        todo = iter([*steps, lambda: None, lambda: None, interrupt])  # two more scans after the last step
 
         def sleep(_: float) -> None:
-            step = next(todo, None)
-            if step is None:
-                raise KeyboardInterrupt
-            step()
+            next(todo)()
 
         monkeypatch.setattr("inspection.run.time.sleep", sleep)
         return call(part, "--watch", folder, "--output", tmp_path / "out", *flags)
@@ -134,19 +146,20 @@ def test_a_watch_ends_with_a_summary(part, images, folder):
                 process.kill()  # otherwise, leaving the block would wait without end
                 raise
     assert process.returncode == 0 and printed == b""
-    assert "stopped: 2 images scored, 2 defective, 0 failed" in errors.decode() and "Traceback" not in errors.decode()
+    said = errors.decode()
+    assert "threshold: " in said and "stopped: 2 images scored, 2 defective, 0 failed" in said
+    assert "Traceback" not in said
     assert rows_of(output) == lines
     assert [Path(row["path"]).name for row in lines] == ["0.png", "1.png"]
     assert len(list((output / "images").iterdir())) == 2 and [len(row["boxes"]) > 0 for row in lines] == [True, True]
 
 
-def test_a_camera_that_reuses_a_name(watch, part, images, folder, tmp_path):
+def test_a_camera_that_reuses_a_name(watch, put, part, images, folder, tmp_path):
     """Each image is a new row with its own files, also one that came while nobody watched."""
-    target = folder / "latest.png"
-    target.write_bytes(images[0])
-    assert watch(lambda: None, lambda: target.write_bytes(images[1])) == 0
+    put(0, name="latest.png")
+    assert watch(lambda: None, lambda: put(1, name="latest.png")) == 0
     assert len(rows_of(tmp_path / "out")) == 2
-    target.write_bytes(images[2])
+    put(2, name="latest.png")
     assert watch() == 0
     rows = rows_of(tmp_path / "out")
     assert watch() == 0
@@ -154,7 +167,7 @@ def test_a_camera_that_reuses_a_name(watch, part, images, folder, tmp_path):
     assert [row["files"] for row in rows] == [[f"images/latest.png{n}.jpg"] for n in ("", ".2", ".3")]
     expected = FewShotDetector.load(part, "cpu").score([Image.open(io.BytesIO(image)) for image in images[:3]])[0]
     assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-5)
-    assert len({row["modified"] for row in rows}) == 3 and {row["path"] for row in rows} == {str(target)}
+    assert len({row["modified"] for row in rows}) == 3 and {row["path"] for row in rows} == {f"{folder}/latest.png"}
 
 
 def test_a_slow_upload_is_scored_once_and_whole(watch, images, folder, tmp_path, capsys):
@@ -173,7 +186,7 @@ def test_what_stays_unreadable_has_failed(watch, images, folder, tmp_path, monke
     (folder / "broken.png").write_bytes(images[0][:200])
     (folder / "empty.png").write_bytes(b"")
     watch()
-    assert rows_of_nothing(tmp_path / "out")
+    assert rows_of(tmp_path / "out") == []
     now = time.monotonic()
     monkeypatch.setattr("inspection.inputs.time.monotonic", lambda: now)
 
@@ -182,7 +195,7 @@ def test_what_stays_unreadable_has_failed(watch, images, folder, tmp_path, monke
         now += seconds
 
     watch(*[lambda: wait(14.9)] * 2)
-    assert rows_of_nothing(tmp_path / "out")
+    assert rows_of(tmp_path / "out") == []
     for _ in range(2):  # the second time, both have failed before
         watch(*[lambda: wait(15.1)] * 3)
         rows = rows_of(tmp_path / "out")
@@ -190,10 +203,6 @@ def test_what_stays_unreadable_has_failed(watch, images, folder, tmp_path, monke
     (folder / "broken.png").write_bytes(images[0])  # whole at last
     watch()
     assert [row["score"] is None for row in rows_of(tmp_path / "out")] == [True, True, False]
-
-
-def rows_of_nothing(output: Path) -> bool:
-    return (output / "results.jsonl").read_bytes() == b""
 
 
 def test_a_vanished_folder_does_not_end_the_watch(watch, images, folder, tmp_path):
@@ -214,21 +223,22 @@ def test_a_vanished_folder_does_not_end_the_watch(watch, images, folder, tmp_pat
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "out")] == ["0.png", "gone.png", "sub.png"]
 
 
-def test_a_restart_with_another_threshold(watch, images, folder, tmp_path):
+def test_a_restart_with_another_threshold(watch, put, tmp_path):
     """Earlier rows keep the threshold, the decision and the boxes that they were made with, in all files."""
-    (folder / "0.png").write_bytes(images[0])
+    put(0)
     watch(flags=("--threshold", 0.001))
-    (folder / "1.png").write_bytes(images[0])
+    put(0, name="1.png")
     watch(flags=("--threshold", 1000))
     rows = rows_of(tmp_path / "out")
     assert [(row["threshold"], row["decision"]) for row in rows] == [(0.001, "defective"), (1000, "normal")]
     assert rows[0]["boxes"] and not rows[1]["boxes"] and rows[0]["detector"] == rows[1]["detector"]
 
 
-def test_undecodable_names_and_other_working_directories(watch, images, folder, tmp_path, monkeypatch):
+def test_undecodable_names_and_other_working_directories(watch, put, folder, tmp_path, monkeypatch):
+    """An earlier version wrote such names in another form; the image is not scored again, its row is not changed."""
     monkeypatch.chdir(folder)
     try:
-        (folder / os.fsdecode(b"2\xe9.png")).write_bytes(images[0])
+        put(0, name=os.fsdecode(b"2\xe9.png"))
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
     watch()
@@ -236,37 +246,27 @@ def test_undecodable_names_and_other_working_directories(watch, images, folder, 
     watch(flags=("--watch", "../in"))
     (row,) = rows_of(tmp_path / "out")
     assert row["path"] == f"{folder}/2\\xe9.png" and (tmp_path / "out" / row["files"][0]).is_file()
-    call_overwrite = watch(flags=("--overwrite",))
-    assert call_overwrite == 0 and len(list((tmp_path / "out/images").iterdir())) == 1
-
-
-def test_undecodable_names_of_an_earlier_version(watch, images, folder, tmp_path):
-    """It wrote them in another form; such an image is not scored again, and its row is not changed."""
-    try:
-        (folder / os.fsdecode(b"2\xe9.png")).write_bytes(images[0])
-    except OSError:
-        pytest.skip("this file system takes only UTF-8 names")
-    watch()
     record = tmp_path / "out/results.jsonl"
     record.write_text(record.read_text().replace("\\\\xe9", "\\\\udce9"))
     watch()
     (row,) = rows_of(tmp_path / "out")
     assert row["path"] == f"{folder}/2\\udce9.png"
+    assert watch(flags=("--overwrite",)) == 0 and len(list((tmp_path / "out/images").iterdir())) == 1
 
 
-def test_own_output_is_not_watched_through_a_link(part, images, folder, tmp_path, watch):
+def test_own_output_is_not_watched_through_a_link(put, folder, tmp_path, watch):
     (folder / "out").mkdir()
-    for name in ("a.png", "out/b.png"):
-        (folder / name).write_bytes(images[0])
+    put(0, name="a.png")
+    put(0, name="out/b.png")
     (tmp_path / "alias").symlink_to(folder)
     watch(flags=("--watch", tmp_path / "alias", "--output", folder / "out"))
     assert len(rows_of(folder / "out")) == 1
 
 
-def test_a_watch_is_not_resumed_with_another_detector(watch, images, folder, tmp_path, part):
-    (folder / "0.png").write_bytes(images[0])
+def test_a_watch_is_not_resumed_with_another_detector(watch, put, tmp_path):
+    put(0)
     watch()
-    (folder / "1.png").write_bytes(images[1])
+    put(1)
     with pytest.raises(UserError, match=r"results of another detector \([0-9a-f]{12}, this one is [0-9a-f]{12}\)"):
         watch(flags=("--bits", "12"))
     watch(flags=("--bits", "12", "--append"))
@@ -274,10 +274,9 @@ def test_a_watch_is_not_resumed_with_another_detector(watch, images, folder, tmp
     assert len(rows) == 2 and rows[0]["detector"] != rows[1]["detector"]
 
 
-def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_path, monkeypatch, capsys):
+def test_an_earlier_run_is_not_overwritten_in_silence(part, put, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    for number in range(2):
-        (folder / f"{number}.png").write_bytes(images[number])
+    put(0, 1)
     flags = ("--input", folder, "--output", out, "--maps", "npy")
     assert call(part, *flags) == 0
     first = rows_of(out)
@@ -287,7 +286,7 @@ def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_
         with pytest.raises(UserError, match=r"holds results of an earlier run: give --append, --overwrite or another"):
             call(part, *flags)
     assert rows_of(out) == first
-    (folder / "2.png").write_bytes(images[2])
+    put(2)
     assert call(part, *flags, "--append") == 0
     assert rows_of(out)[:2] == first and len(rows_of(out)) == 3
     assert "2 of 3 images have results" in capsys.readouterr().out
@@ -302,8 +301,8 @@ def test_an_earlier_run_is_not_overwritten_in_silence(part, images, folder, tmp_
     assert sorted(path.name for path in (out / "maps").iterdir()) == ["1.png.npy", "2.png.npy"]
 
 
-def test_results_of_an_earlier_version(part, images, folder, tmp_path):
-    (folder / "0.png").write_bytes(images[0])
+def test_results_of_an_earlier_version(part, put, folder, tmp_path):
+    put(0)
     out = tmp_path / "out"
     out.mkdir()
     (out / "scores.csv").write_text("path,score,decision,error\nx,1,normal,\n")
@@ -316,7 +315,7 @@ def test_results_of_an_earlier_version(part, images, folder, tmp_path):
     assert call(part, *flags, "--overwrite") == 0 and len(rows_of(out)) == 1
 
 
-def test_exit_codes(part, images, folder, tmp_path, demo_data, capsys):
+def test_exit_codes(part, put, folder, tmp_path, capsys):
     """Those of the table in docs/inspection.md, which has no others; 2 is that of every UserError."""
     text = (PROJECT_ROOT / "docs/inspection.md").read_text(encoding="utf-8")
     table = re.search(r"\| exit code \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text)[1]
@@ -324,19 +323,21 @@ def test_exit_codes(part, images, folder, tmp_path, demo_data, capsys):
     codes = (run.SOME_FAILED, run.CANNOT_WRITE, run.SOME_FLAGGED, run.SOME_UNDECIDED, run.FEW_IMAGES, run.FOLDER_GONE)
     assert list(meanings) == [0, *codes] and set(codes) <= {2, *DID_WORK}
     assert "images failed" in meanings[1] and "`--fail_on_defect`" in meanings[3] and "`--min_images`" in meanings[5]
-    (folder / "0.png").write_bytes(images[0])
+    put(0)
     flags = ("--input", folder, "--output", tmp_path / "out", "--overwrite")
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 0
     assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect") == 3
     assert call(part, *flags, "--threshold", 0.001) == 0
-    (folder / "1.heic").write_bytes(images[0])  # left out: it may be an image
+    put(0, name="1.heic")  # left out: it may be an image
     assert call(part, *flags, "--threshold", 1000) == 0
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 1
     (folder / "1.heic").unlink()
     (folder / "1.png").write_bytes(b"broken")
     assert call(part, *flags, "--threshold", 1000, "--fail_on_defect") == 1
     assert call(part, *flags, "--threshold", 1000, "--min_images", 2) == 5
-    assert "warning: 1 image scored, --min_images is 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: 1 image scored, --min_images is 2" in said
+    assert said.count(f"failed: cannot read the image {folder}/1.png") == 2
     assert call(part, *flags, "--threshold", 0.001, "--fail_on_defect", "--min_images", 2) == 3
     assert call(part, *flags[:-1], "--append", "--fail_on_defect") == 0  # only this call's rows count
     without = FewShotDetector.load(part, "cpu")
@@ -362,7 +363,7 @@ def test_a_night_without_images(part, folder, tmp_path, capsys):
         call(part, *flags, "--append")
 
 
-def test_a_watch_has_a_line_for_every_day(watch, images, folder, monkeypatch, capsys):
+def test_a_watch_has_a_line_for_every_day(watch, put, monkeypatch, capsys):
     """Also for a day without images; only whole days need --min_images."""
     today = date(2026, 11, 27)
     monkeypatch.setattr(run, "_today", lambda: today)
@@ -371,25 +372,24 @@ def test_a_watch_has_a_line_for_every_day(watch, images, folder, monkeypatch, ca
         nonlocal today
         today += timedelta(days=1)
 
-    def arrive() -> None:
-        (folder / "0.png").write_bytes(images[0])
-
-    threshold = ("--threshold", 0.001)
-    assert watch(arrive, lambda: None, next_day, lambda: None, flags=(*threshold, "--min_images", 1)) == 0
+    flags = ("--threshold", 0.001, "--min_images", 1)
+    assert watch(lambda: put(0), lambda: None, next_day, lambda: None, flags=flags) == 0
     assert " 2026-11-27: 1 image scored, 1 defective, 0 failed\n" in capsys.readouterr().out
-    assert watch(next_day, next_day, flags=(*threshold, "--min_images", 1)) == 5
+    assert watch(next_day, next_day, flags=flags) == 5
     said = capsys.readouterr()
     assert " 2026-11-28: 0 images scored" in said.out and " 2026-11-29: 0 images scored" in said.out
     assert said.err.count("0 images scored, --min_images is 1") == 1
 
 
-def test_a_watched_folder_that_is_gone_or_replaced(watch, images, folder, capsys):
+def test_a_watched_folder_that_is_gone_or_replaced(watch, put, folder, capsys):
     assert watch(lambda: folder.rmdir()) == 6
     assert re.search(r"^\d{4}-\d\d-\d\dT\S+ warning: the folder \S+ is gone", capsys.readouterr().err, re.MULTILINE)
     folder.mkdir()
     moved = folder.with_name("moved")
-    back = lambda: (folder / "0.png").write_bytes(images[0])  # noqa: E731
-    assert watch(lambda: folder.rename(moved), lambda: moved.rename(folder), back, lambda: None) == 0
+    steps = [lambda: folder.rename(moved), lambda: None, lambda: moved.rename(folder), lambda: put(0), lambda: None]
+    assert watch(*steps) == 0
+    said = re.findall(r" warning: the folder (.*)", capsys.readouterr().err)
+    assert said == [f"{folder} is gone or was replaced", f"{folder} is there again"]
 
 
 UNMOUNT = """
@@ -418,10 +418,9 @@ def test_a_folder_that_is_unmounted(tmp_path):
     assert done.stdout.splitlines() == ["True True", "True False"], done.stderr
 
 
-def test_a_full_disk_ends_with_the_summary(part, images, folder, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_ends_with_the_summary(part, put, folder, tmp_path, capsys, monkeypatch):
     """The file is named, what was found so far is said, and decides on the exit code."""
-    for number in range(2):
-        (folder / f"{number}.png").write_bytes(images[number])
+    put(0, 1)
     flags = ("--input", folder, "--output", tmp_path / "out", "--threshold", 0.001)
     write, rows = ResultFiles.add, []
 
@@ -441,10 +440,9 @@ def test_a_full_disk_ends_with_the_summary(part, images, folder, tmp_path, capsy
     assert call(part, *flags, "--append") == 0 and len(rows_of(tmp_path / "out")) == 2
 
 
-def test_a_second_run_into_the_same_output_is_refused(part, images, folder, tmp_path, monkeypatch):
+def test_a_second_run_into_the_same_output_is_refused(part, put, folder, tmp_path, monkeypatch):
     """It starts when the first has scored its first image."""
-    for number in range(2):
-        (folder / f"{number}.png").write_bytes(images[number])
+    put(0, 1)
     flags, add, refused = ("--input", folder, "--output", tmp_path / "out"), ResultFiles.add, []
 
     def start_another(self, row) -> None:
@@ -461,10 +459,9 @@ def test_a_second_run_into_the_same_output_is_refused(part, images, folder, tmp_
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupted_run_keeps_its_rows_and_goes_on(part, images, folder, tmp_path, monkeypatch, capsys, number):
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(part, put, folder, tmp_path, monkeypatch, capsys, number):
     """The signal comes while a row is written: the row is whole in all files."""
-    for name in range(3):
-        (folder / f"{name}.png").write_bytes(images[name])
+    put(0, 1, 2)
     flags = ("--input", folder, "--output", tmp_path / "out")
     add = ResultFiles.add
 
@@ -480,10 +477,9 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(part, images, folder, tmp
     assert [Path(row["path"]).name for row in rows_of(tmp_path / "out")] == ["0.png", "1.png", "2.png"]
 
 
-def test_images_to_look_at_are_printed_and_the_page_says_why(part, images, folder, tmp_path, monkeypatch, capsys):
+def test_images_to_look_at_are_printed_and_the_page_says_why(part, put, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "MOST_FLAGGED", 2)
-    for number in range(2):
-        (folder / f"{number}.png").write_bytes(images[number])
+    put(0, 1)
     Image.new("L", (80, 60)).save(folder / "black.png")
     out = tmp_path / "out"
     assert call(part, "--input", folder, "--output", out, "--threshold", 0.001) == 0
@@ -504,26 +500,13 @@ def test_a_lamp_that_fails_is_said_at_the_end(part, images, folder, tmp_path, ca
         image.point(lambda value: value * 0.6).save(folder / f"{number}.png")
         if number in (18, 19):
             assert call(part, "--input", folder, "--output", tmp_path / "out", "--append", "--no_images") == 0
-            is_said = (
-                "warning: the newest 20 images are darker than the support images: light" in capsys.readouterr().err
-            )
-            assert is_said == (number == 19)
+            sentence = "warning: the newest 20 images are darker than the support images: light"
+            assert (sentence in capsys.readouterr().err) == (number == 19)
     assert any("darker" in said for said in json.loads((tmp_path / "out/scores.json").read_text())["warnings"])
 
 
-def test_json_lines(part, images, folder, tmp_path, capsys):
-    for name in range(2):
-        (folder / f"{name}.png").write_bytes(images[name])
-    capsys.readouterr()
-    call(part, "--input", folder, "--output", tmp_path / "out", "--jsonl")
-    printed = capsys.readouterr()
-    assert [json.loads(line) for line in printed.out.splitlines()] == rows_of(tmp_path / "out")
-    assert "threshold: " in printed.err and "2 images scored" in printed.err
-
-
-def test_the_reader_of_the_lines_goes_away(part, images, folder, tmp_path):
-    for name in range(2):
-        (folder / f"{name}.png").write_bytes(images[name])
+def test_the_reader_of_the_lines_goes_away(part, put, folder, tmp_path):
+    put(0, 1)
     flags = ["--detector", str(part), "--device", "cpu", "--input", str(folder), "--output", str(tmp_path / "out")]
     command = [sys.executable, "predict.py", *flags, "--jsonl"]
     with subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -533,12 +516,11 @@ def test_the_reader_of_the_lines_goes_away(part, images, folder, tmp_path):
     assert "Exception ignored" not in errors and len(rows_of(tmp_path / "out")) == 2
 
 
-def test_a_page_is_not_written_at_every_arrival(watch, images, folder, tmp_path, monkeypatch):
+def test_a_page_is_not_written_at_every_arrival(watch, put, tmp_path, monkeypatch):
     """Rows are appended one by one; scores.json and the page follow at intervals and at the end."""
     written = []
     monkeypatch.setattr("inspection.run.write_page", lambda *content: written.append(content))
-    arrivals = [lambda n=n: (folder / f"{n}.png").write_bytes(images[n]) for n in range(4)]
-    watch(*(step for arrival in arrivals for step in (arrival, lambda: None)))
+    watch(*(step for number in range(4) for step in (lambda number=number: put(number), lambda: None)))
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 4 and len(written) == 2
 
 
@@ -566,8 +548,8 @@ def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
         Path(name).parent.mkdir(exist_ok=True)
         Path(f"{name}.png").write_bytes(images[number])
     for step in [*steps, nightly]:
-        pause = iter([None])
-        monkeypatch.setattr("inspection.run.time.sleep", lambda _, pause=pause: _next_or_interrupt(pause))
+        pauses = mock.Mock(side_effect=[None, KeyboardInterrupt])
+        monkeypatch.setattr("inspection.run.time.sleep", pauses)
         fresh = ["--weights", "none", "--img_size", "64"] if "--support" in step else []
         capsys.readouterr()
         with suppress(SystemExit):
@@ -576,8 +558,3 @@ def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
     assert [len(rows_of(Path(name))) for name in ("out", "nightly", "arrived")] == [1, 1, 1]
     how = json.loads(Path("nightly/scores.json").read_text())["threshold"]["how"]
     assert "2 further normal images" in how
-
-
-def _next_or_interrupt(pause: Iterator) -> None:
-    if next(pause, "end") == "end":
-        raise KeyboardInterrupt

@@ -54,16 +54,10 @@ def test_what_is_worse():
 
 
 @pytest.fixture(scope="module")
-def images(demo_data) -> dict[str, list[Path]]:
-    kinds = {"support": "train/good", "good": "test/good", "defect": "test/chip"}
-    return {kind: sorted((demo_data / "ring" / place).iterdir()) for kind, place in kinds.items()}
-
-
-@pytest.fixture(scope="module")
-def part(images, tmp_path_factory) -> Path:
+def part(rings, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("part") / "part.regad"
     flags = ["--weights", "none", "--img_size", "64", "--part", "ring 7", "--save", str(file), *FLAGS]
-    predict.main(["--support", *map(str, images["support"]), *flags])
+    predict.main(["--support", *map(str, rings["support"]), *flags])
     return file
 
 
@@ -71,18 +65,18 @@ def call(part: Path, *flags: object) -> None:
     predict.main(["--detector", str(part), *map(str, flags), *FLAGS])
 
 
-def test_an_acceptance_is_written_and_kept(part, images, tmp_path, capsys):
+def test_an_acceptance_is_written_and_kept(part, rings, tmp_path, capsys):
     target = tmp_path / "accepted.regad"
-    call(part, "--defects", *images["defect"], "--threshold", 0.5, "--save", target)
+    call(part, "--defects", *rings["defect"], "--threshold", 0.5, "--save", target)
     printed = capsys.readouterr().out
     assert "threshold that separates best from 5 support images (leave-one-out):" in printed and "--adopt" in printed
     assert re.search(r"\d  .+\.png: (defective|review, .)", printed)
     accepted = json.loads((tmp_path / "accepted.acceptance.json").read_text())
     detector = FewShotDetector.load(target, "cpu")
     assert detector.document["acceptance"] == accepted and detector.threshold.value == accepted["threshold"] == 0.5
-    assert {row["sha256"] for row in accepted["known_defects"]} == {sha256(path) for path in images["defect"]}
+    assert {row["sha256"] for row in accepted["known_defects"]} == {sha256(path) for path in rings["defect"]}
     counts = accepted["confusion"]["known_defects"]
-    assert counts["normal"] == 0 and counts["missed_interval"] == list(interval(0, len(images["defect"])))
+    assert counts["normal"] == 0 and counts["missed_interval"] == list(interval(0, len(rings["defect"])))
     assert len(accepted["normal_images"]) == 5 and accepted["user"] and accepted["host"]
     with pytest.raises(UserError, match=r"is not overwritten: .* this one was not compared with any"):
         call(part, "--threshold", 0.4, "--save", target)
@@ -93,18 +87,18 @@ def test_an_acceptance_is_written_and_kept(part, images, tmp_path, capsys):
     assert "before the last change" not in as_text(describe(detector, target))
 
 
-def test_a_threshold_is_adopted_on_request_only(part, images, tmp_path, capsys):
+def test_a_threshold_is_adopted_on_request_only(part, rings, tmp_path, capsys):
     before = FewShotDetector.load(part, "cpu")
-    call(part, "--defects", *images["defect"], "--adopt", "--save", tmp_path / "part.regad")
+    call(part, "--defects", *rings["defect"], "--adopt", "--save", tmp_path / "part.regad")
     detector = FewShotDetector.load(tmp_path / "part.regad", "cpu")
-    scores = detector.score(images["defect"])[0]
+    scores = detector.score(rings["defect"])[0]
     assert detector.threshold.value == propose(before.loo_scores.scores[:, 0], scores).threshold
     assert detector.threshold.how == "separates known defects best"
     assert detector.identity() == before.identity() and detector.decision_identity() != before.decision_identity()
     assert f"{detector.threshold.value:.3f}" in capsys.readouterr().out
 
 
-def test_a_threshold_above_known_defects_is_not_saved(part, images, tmp_path):
+def test_a_threshold_above_known_defects_is_not_saved(part, rings, tmp_path):
     """The lower threshold is raised, too: nobody would look at the defects."""
     strict = tmp_path / "strict.regad"
     detector = FewShotDetector.load(part, "cpu")
@@ -112,17 +106,17 @@ def test_a_threshold_above_known_defects_is_not_saved(part, images, tmp_path):
     detector.save(strict)
     target = tmp_path / "new.regad"
     with pytest.raises(UserError, match="known defects are below the threshold"):
-        call(strict, "--defects", *images["defect"], "--save", target)
+        call(strict, "--defects", *rings["defect"], "--save", target)
     assert not target.exists()
-    call(strict, "--defects", *images["defect"], "--save", target, "--force")
+    call(strict, "--defects", *rings["defect"], "--save", target, "--force")
     assert target.exists()
 
 
-def test_the_smallest_defect_is_kept_and_decides(part, images, tmp_path):
+def test_the_smallest_defect_is_kept_and_decides(part, rings, tmp_path):
     """In square millimetres of pixels of half a millimetre: 1,100 mm2 are 4,400 pixels, more than the image has."""
     target, out = tmp_path / "part.regad", tmp_path / "out"
     smallest = ("--min_area", 1100, "--mm_per_pixel", 0.5)
-    inputs = ("--input", *images["defect"], "--output", out, "--no_images")
+    inputs = ("--input", *rings["defect"], "--output", out, "--no_images")
     call(part, *smallest, "--threshold", 0.9, *inputs, "--save", target)
     detector = FewShotDetector.load(target, "cpu")
     assert detector.min_area == 4400
@@ -133,11 +127,11 @@ def test_the_smallest_defect_is_kept_and_decides(part, images, tmp_path):
         call(part, "--mm_per_pixel", 0.5, "--save", target)
 
 
-def test_calibration_with_another_part_is_refused(part, images, tmp_path):
+def test_calibration_with_another_part_is_refused(part, rings, tmp_path):
     """A grey frame among right images; the detector and its file stay as they are."""
     folder = tmp_path / "normal"
     folder.mkdir()
-    for path in images["good"]:
+    for path in rings["good"]:
         shutil.copy(path, folder)
     Image.new("RGB", (64, 64), (90, 90, 90)).save(folder / "other.png")
     content = part.read_bytes()
@@ -152,19 +146,19 @@ def test_calibration_with_another_part_is_refused(part, images, tmp_path):
     assert len(detector.calibration.scores) == 4 and len(detector.gate.further) == 4
 
 
-def test_a_file_describes_itself(part, images, tmp_path, capsys):
+def test_a_file_describes_itself(part, rings, tmp_path, capsys):
     target = tmp_path / "calibrated.regad"
-    call(part, "--calibrate", *images["good"], "--defects", *images["defect"], "--threshold", 0.5, "--save", target)
+    call(part, "--calibrate", *rings["good"], "--defects", *rings["defect"], "--threshold", 0.5, "--save", target)
     capsys.readouterr()
     call(target, "--describe", "json")
     found = json.loads(capsys.readouterr().out)
     detector = FewShotDetector.load(target, "cpu")
     assert found["part"] == "ring 7" and found["id"] == detector.decision_identity() != found["features_id"]
-    assert [one["sha256"] for one in found["support"]] == [sha256(path) for path in images["support"]]
+    assert [one["sha256"] for one in found["support"]] == [sha256(path) for path in rings["support"]]
     assert len(found["weights_sha256"]) == 64 and found["threshold"]["value"] == 0.5
     changes = [(entry["change"], len(entry.get("images", ()))) for entry in found["history"]]
     assert changes == [("fitted", 0), ("thresholds computed", 0), ("thresholds computed", 3), ("threshold given", 0)]
-    assert found["history"][2]["images"][0]["sha256"] == sha256(images["good"][0])
+    assert found["history"][2]["images"][0]["sha256"] == sha256(rings["good"][0])
     assert all(entry["user"] and entry["date"] and entry["versions"]["torch"] for entry in found["history"])
     assert found["history"][-1]["id"] == found["id"] and found["acceptance"]["decision_id"] == found["id"]
     call(target, "--describe")

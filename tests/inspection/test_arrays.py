@@ -80,10 +80,6 @@ def test_a_single_image_is_no_list(single):
         image_list(single)
 
 
-def test_generators_and_batches_are_lists():
-    assert len(image_list(image for image in [GREY, GREY])) == 2 == len(image_list(np.zeros((2, 4, 4, 3), np.uint8)))
-
-
 def test_a_turned_photo_in_memory_is_turned_like_its_file(tmp_path):
     Image.fromarray(COLOUR).save(tmp_path / "x.png", exif=exif(6))
     with Image.open(tmp_path / "x.png") as image:

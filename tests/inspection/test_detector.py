@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.reference import DATA
 from datasets.images import decode_image, read_image
 from datasets.support import read_support_images
 from evaluation import scoring
@@ -17,10 +19,13 @@ from evaluation.round_metrics import GroundTruth
 from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.threshold import NormalScores, normal_threshold
-from models.regad import RegAD, save_checkpoint
+from models.efficientnet_lite import EfficientNetLite
+from models.regad import RegAD, save_checkpoint, untrained
 from models.stn import fuse_conv_bn
 from scorers.features import FeatureStore
 from scorers.views import support_views
+from tests.reference import needs_reference
+from utils.devices import seed_everything
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 from utils.stages import StageClock
@@ -53,14 +58,18 @@ def detector(network, files):
 
 def test_an_untrained_detector_keeps_no_heads(files, tmp_path):
     """Its file lacks them, is read again, and scores as with them; the network given stays as it is."""
-    untrained = RegAD("affine", SIZE).stn.eval()
-    detector = FewShotDetector(untrained, "cpu").fit(files[0])
+    untrained, origin = RegAD("affine", SIZE).stn.eval(), {"support": [path.name for path in files[0]]}
+    detector = FewShotDetector(untrained, "cpu", origin=origin).fit(files[0])
+    detector.calibrate(0.05)
     detector.save(tmp_path / "part.regad")
     loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
+    assert loaded.threshold == detector.threshold and loaded.origin == origin
     assert untrained.stn1 is not None and loaded.network.stn1 is None and loaded.identity() == detector.identity()
-    own, whole = (sum(value.nbytes for value in one.state_dict().values()) for one in (loaded.network, untrained))
-    assert own < 0.9 * whole
-    quick, _ = loaded.score(files[1])
+    sizes = [sum(value.nbytes for value in network.state_dict().values()) for network in (loaded.network, untrained)]
+    assert sizes[0] < 0.9 * sizes[1]
+    quick, maps = loaded.score(files[1])
+    for found, own in zip((quick, maps), detector.score(files[1]), strict=True):
+        assert (found == own).all()
     detector.fast_network = untrained  # warps and un-warps at the identity
     slow, _ = detector.score(files[1])
     np.testing.assert_allclose(quick, slow, atol=1e-5 * slow.max())
@@ -108,10 +117,6 @@ def test_kinds_of_images_agree(detector, files):
     scores, _ = detector.score(kinds)
     np.testing.assert_allclose(scores, scores[0], rtol=1e-5)
     np.testing.assert_allclose(detector.score(torch.stack([tensor, tensor]))[0], scores[:2], rtol=1e-5)
-    with pytest.raises(TypeError, match="a list of images"):
-        detector.score(path)
-    with pytest.raises(TypeError, match="uint8"):
-        detector.score([array.astype(np.int64)])
     assert detector.score([])[1].shape == (0, SIZE, SIZE)
 
 
@@ -133,17 +138,6 @@ def test_one_support_image(network, files):
     with pytest.raises(UserError, match=r"scores of two normal images"):
         detector.calibrate(0.05)
     assert detector.calibrate(0.05, files[0][1:]).value > 0
-
-
-def test_saved_and_loaded(network, files, tmp_path):
-    origin = {"support": [path.name for path in files[0]]}
-    detector = FewShotDetector(network, "cpu", origin=origin).fit(files[0])
-    detector.calibrate(0.05)
-    detector.save(tmp_path / "part.regad")
-    loaded = FewShotDetector.load(tmp_path / "part.regad", "cpu")
-    assert loaded.threshold == detector.threshold and loaded.origin == detector.origin
-    for one, other in zip(loaded.score(files[1][:2]), detector.score(files[1][:2]), strict=True):
-        assert (one == other).all()
 
 
 def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
@@ -205,3 +199,37 @@ def test_the_readme_s_python(files, tmp_path, monkeypatch):
     exec(block, names)
     assert names["scores"].shape == (1,) and names["maps"].shape == (1, 320, 320)
     assert names["detector"].threshold.value > 0
+
+
+def test_the_identity_of_a_detector(demo_data):
+    """It depends on everything that scores depend on, and on nothing else; fitting again gives the same one."""
+    support = sorted((demo_data / "ring/train/good").iterdir())[:3]
+
+    def fitted(images, seed=0, **options) -> FewShotDetector:
+        seed_everything(seed)
+        return FewShotDetector(untrained("none", img_size=64).stn.eval(), "cpu", **options).fit(images, False)
+
+    first = fitted(support)
+    own = first.identity()
+    first.set_threshold(1.0)
+    assert first.identity() == own == fitted(support).identity()
+    others = [fitted(support[:2]), fitted(support, seed=1), fitted(support, keep_aspect=True)]
+    others += [fitted(support, scorer="gaussian"), fitted(support, bits=12), fitted(support, tile="auto")]
+    others += [fitted(support, region=np.tri(64, dtype=bool))]
+    assert len({own, *(other.identity() for other in others)}) == 8
+
+
+@needs_reference
+def test_eight_good_tiles_and_the_default_rate():
+    """Real images at 160 pixels. It used to call 11 % of the normal tiles defective, and to find 6 of 30 defects."""
+
+    def tiles(folder: str, count: int) -> list[Path]:
+        return sorted((DATA / "magnetic_tile" / folder).glob("*.jpg"))[:count]
+
+    detector = FewShotDetector(EfficientNetLite(img_size=160), "cpu").fit(tiles("train/good", 8))
+    normal = detector.score(tiles("test/good", 40))[0]
+    defective = detector.score([path for kind in ("blowhole", "break") for path in tiles(f"test/{kind}", 10)])[0]
+    threshold = detector.calibrate(0.01)
+    above = [(kind > threshold.review).mean() for kind in (normal, defective)]
+    assert (normal > threshold.value).mean() <= 0.05 and above[0] <= 0.05 and above[1] >= 0.1, above
+    assert "8 normal images are too few" in threshold.warnings[0]

@@ -61,8 +61,8 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def normal(demo_data) -> list[Path]:
-    return sorted((demo_data / "ring/train/good").iterdir())
+def normal(rings) -> list[Path]:
+    return rings["support"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from inspection.inputs import identify, read_inputs
+from inspection.predictions import Outputs, predict
+from inspection.scoring import SCORE_GROUP
+from inspection.threshold import Threshold
 from utils.stages import StageClock
 
 
@@ -66,3 +71,39 @@ def test_no_worker_thread_waits_for_the_device(tmp_path, monkeypatch):
     clock = StageClock(torch.device("cuda"))
     (item,) = read_inputs([tmp_path / "a.png"], 16, False, 1, clock)
     assert item.error is None and clock.seconds["decode"] > 0
+
+
+def test_the_next_group_is_read_while_the_device_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a host stage waited for the device"))
+    decoded, when_scored = [], []
+
+    def decode(path, bits):
+        decoded.append(path)
+        return Image.new("L", (16, 16))
+
+    def inspect(images):
+        end = time.monotonic() + 5
+        while not when_scored and len(decoded) < 2 * SCORE_GROUP - 1 and time.monotonic() < end:
+            time.sleep(0.01)  # the device works
+        when_scored.append(len(decoded))
+        shape = len(images), 16, 16
+        return np.ones(len(images), np.float32), np.ones(shape, np.float32), [""] * len(images), [{}] * len(images)
+
+    monkeypatch.setattr("inspection.inputs.decode_image", decode)
+    detector = SimpleNamespace(
+        clock=StageClock(torch.device("cuda")),
+        threshold=Threshold(0.5, "", 0.25, 0.5),
+        min_area=0,
+        layout_of=lambda *_: None,
+        restore=lambda scores, *_: scores,
+        doubts=lambda *_: None,
+        inspect=inspect,
+        group_images=SCORE_GROUP,
+        **{"size": 16, "keep_aspect": False, "bits": 16},
+    )
+    paths = [tmp_path / f"{number}.png" for number in range(3 * SCORE_GROUP)]
+    outputs = Outputs(tmp_path / "out", tmp_path, None, "none", "id")
+    rows = [row for row, _ in predict(detector, paths, outputs, 2, 0)]
+    assert len(rows) == len(paths) and when_scored[0] == 2 * SCORE_GROUP - 1
+    assert {(row.decision, row.relative, len(row.boxes)) for row in rows} == {("defective", 4.0, 1)}
+    assert detector.clock.seconds.keys() == {"decode", "drawing"}

@@ -23,23 +23,18 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def images(demo_data) -> dict:
-    return {kind: sorted((demo_data / "ring" / kind).iterdir()) for kind in ("train/good", "test/good", "test/chip")}
-
-
-@pytest.fixture(scope="module")
-def fitted(images) -> FewShotDetector:
+def fitted(rings) -> FewShotDetector:
     seed_everything(0)
     network = scoring_network("efficientnet_lite2", "rotation_scale", SIZE, None, "none")
-    detector = FewShotDetector(network, "cpu").fit(images["train/good"][:3])
+    detector = FewShotDetector(network, "cpu").fit(rings["support"][:3])
     detector.calibrate(0.01)
     return detector
 
 
-def test_what_is_accepted_is_normal_then_and_the_thresholds_stay(fitted, images):
+def test_what_is_accepted_is_normal_then_and_the_thresholds_stay(fitted, rings):
     """A chipped ring stands for a rejected good part: similar images score lower, others hardly change."""
     detector = copy.copy(fitted)
-    (row, *_), path = accept(detector, images["test/chip"][:1]), images["test/chip"][0]
+    (row, *_), path = accept(detector, rings["defect"][:1]), rings["defect"][0]
     (before,), (after,) = fitted.score([path])[0], detector.score([path])[0]
     assert (
         row.name == str(path) and row.before == pytest.approx(before) and row.after == pytest.approx(before, rel=0.02)
@@ -47,13 +42,13 @@ def test_what_is_accepted_is_normal_then_and_the_thresholds_stay(fitted, images)
     assert after < 0.8 * before
     assert detector.threshold == fitted.threshold and len(detector.gate.support) == 4
     assert detector.identity() != fitted.identity() and len(fitted.learned) == 0
-    assert accept(detector, [path, images["train/good"][0]]) == [row]  # known already
-    detector.calibrate(0.01, images["test/good"])
-    assert len(detector.gate.support) == 4 and len(detector.gate.further) == len(images["test/good"])
+    assert accept(detector, [path, rings["support"][0]]) == [row]  # known already
+    detector.calibrate(0.01, rings["good"])
+    assert len(detector.gate.support) == 4 and len(detector.gate.further) == len(rings["good"])
 
 
-def test_neither_order_nor_number_of_calls_matters(fitted, images, tmp_path):
-    paths = [*images["test/chip"], *images["test/good"]]
+def test_neither_order_nor_number_of_calls_matters(fitted, rings, tmp_path):
+    paths = [*rings["defect"], *rings["good"]]
     at_once, one_by_one = copy.copy(fitted), copy.copy(fitted)
     accept(at_once, paths, force=True)
     for number, path in enumerate(reversed(paths)):
@@ -66,16 +61,16 @@ def test_neither_order_nor_number_of_calls_matters(fitted, images, tmp_path):
     assert one_by_one.gate.mean == pytest.approx(at_once.gate.mean)
 
 
-def test_limits(fitted, images, monkeypatch):
+def test_limits(fitted, rings, monkeypatch):
     detector = copy.copy(fitted)
     with pytest.raises(OtherPartError, match="1 of 1 images are not like the support images"):
         accept(detector, [Image.new("RGB", (SIZE, SIZE), (90, 90, 90))])
     monkeypatch.setattr(learning, "MOST_ACCEPTED", 1)
     with pytest.raises(UserError, match="at most 1 images"):
-        accept(detector, images["test/good"])
-    detector = FewShotDetector(fitted.network, "cpu", scorer="gaussian").fit(images["train/good"][:2])
+        accept(detector, rings["good"])
+    detector = FewShotDetector(fitted.network, "cpu", scorer="gaussian").fit(rings["support"][:2])
     with pytest.raises(UserError, match="gaussian cannot learn"):
-        accept(detector, images["test/good"][:1])
+        accept(detector, rings["good"][:1])
 
 
 def test_positions_learn_mean_and_covariance():
@@ -99,14 +94,14 @@ def test_positions_learn_mean_and_covariance():
     assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-4)
 
 
-def test_the_command_keeps_the_old_file(images, tmp_path, capsys):
+def test_the_command_keeps_the_old_file(rings, tmp_path, capsys):
     part, new = tmp_path / "part.regad", tmp_path / "new.regad"
     flags = ("--device", "cpu")
-    support = map(str, images["train/good"][:3])
+    support = map(str, rings["support"][:3])
     predict.main(["--support", *support, "--weights", "none", "--img_size", str(SIZE), "--save", str(part), *flags])
     assert "expect missed defects: with 2 support images, 0 to 81 % of the defects" in capsys.readouterr().out
     content = part.read_bytes()
-    predict.main(["--detector", str(part), "--accept", str(images["test/good"][0]), "--save", str(new), *flags])
+    predict.main(["--detector", str(part), "--accept", str(rings["good"][0]), "--save", str(new), *flags])
     printed = capsys.readouterr().out
     assert "learned from 1 accepted images" in printed
     assert re.search(r"^ +\d\.\d{3} +\d\.\d{3}  \S.*\.png$", printed, re.MULTILINE)  # before and after

@@ -114,28 +114,19 @@ def test_linked_folders_are_entered_once(tmp_path):
     with pytest.raises(UserError, match="root/g: it is a link to nothing"):
         list_inputs([root])  # images may lie there once it is mounted
     (root / "g").unlink()
+    assert list_inputs([root / "b/up/b"]) == [root / "b/up/b/real.png"]  # by name, whatever it is a link to
     assert list_inputs([root / "b", root]) == [root / name for name in ("b/real.png", *below(root)[1:])]
 
 
 def test_pipes_and_folders_named_like_images_are_no_images(tmp_path):
+    """Pipes that are named, or in a data set, are refused: they may block their reader for ever."""
     os.mkfifo(tmp_path / "a.png")
     image(tmp_path / "b.png/c.png")
     assert below(tmp_path) == ["b.png/c.png"]
-
-
-def test_pipes_that_are_named_or_in_a_data_set_are_refused(tmp_path):
-    """They may block their reader for ever."""
-    os.mkfifo(tmp_path / "a.png")
     sentence = f"{tmp_path}/a.png is a pipe or device, not an image file"
     for listed in (lambda: list_inputs([tmp_path / "a.png"]), lambda: list_images(tmp_path)):
         with pytest.raises(UserError, match=sentence):
             listed()
-
-
-def test_a_link_to_the_folder_it_lies_in_is_entered_by_name(tmp_path):
-    image(tmp_path / "a.png")
-    (tmp_path / "self").symlink_to(tmp_path)
-    assert list_inputs([tmp_path / "self"]) == [tmp_path / "self/a.png"]
 
 
 def test_the_output_is_not_entered_unless_asked_for(tmp_path):
@@ -144,13 +135,6 @@ def test_the_output_is_not_entered_unless_asked_for(tmp_path):
     (tmp_path / "in/z").symlink_to(tmp_path / "in/out/images")
     assert below(tmp_path / "in", output=tmp_path / "in/out") == ["a.png"]
     assert below(tmp_path / "in/out/images", output=tmp_path / "in/out") == ["a.jpg"]
-
-
-def arrivals(folder: Path) -> list[Path]:
-    """What a watch of `folder` finds: files that two scans see the same."""
-    watcher = Watcher(folder, folder / "out", set())
-    assert watcher.scan() == []
-    return watcher.scan()
 
 
 def test_a_sub_folder_that_vanishes_does_not_end_a_watch(tmp_path, monkeypatch):
@@ -165,7 +149,8 @@ def test_a_sub_folder_that_vanishes_does_not_end_a_watch(tmp_path, monkeypatch):
         return scan(place)
 
     monkeypatch.setattr(os, "scandir", vanish)
-    assert arrivals(tmp_path) == [tmp_path / "a/x.png", tmp_path / "z/x.png"]
+    watcher = Watcher(tmp_path, tmp_path / "out", set())
+    assert [watcher.scan(), watcher.scan()] == [[], [tmp_path / "a/x.png", tmp_path / "z/x.png"]]
     assert str(tmp_path / "gone") in scanned
 
 
@@ -253,23 +238,6 @@ def test_what_may_be_an_image_makes_a_listing_partial(left_out, is_partial, tmp_
     listing = Listing()
     listing.images_below(tmp_path)
     assert listing.is_partial == is_partial
-
-
-def test_a_watched_folder_that_vanishes_is_said(tmp_path):
-    image(tmp_path / "in/sub/a.png")
-    watcher = Watcher(tmp_path / "in", tmp_path / "out", set())
-    said = []
-    for change in (None, None, "vanish", None, "return", None):
-        if change == "vanish":
-            (tmp_path / "in").rename(tmp_path / "away")
-        elif change == "return":
-            (tmp_path / "away").rename(tmp_path / "in")
-        watcher.scan()
-        said += watcher.notes
-    assert said == [
-        f"the folder {tmp_path / 'in'} is gone or was replaced",
-        f"the folder {tmp_path / 'in'} is there again",
-    ]
 
 
 @pytest.mark.parametrize("place", ["run1", "deep/run1", "."])

@@ -1,9 +1,12 @@
-"""Result files: every row comes back, a torn end is repaired, nothing else is removed."""
+"""Decisions, boxes, and result files: every row comes back, a torn end is repaired, nothing else is removed."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from datetime import datetime, timezone
@@ -16,10 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.images import SEVERAL
+from inspection.config import PredictConfig
+from inspection.inputs import full_name
 from inspection.results import (
     CSV_COLUMNS,
     DECISIONS,
     DEFECTIVE,
+    MOST_BOXES,
     NORMAL,
     REVIEW,
     Box,
@@ -28,10 +34,13 @@ from inspection.results import (
     as_far_as_read,
     count_decisions,
     decide,
+    find_boxes,
     relative_score,
 )
+from inspection.run import Run, check_paths
 from inspection.threshold import Threshold, given_threshold
 from utils.errors import UserError
+from utils.files import PROJECT_ROOT
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(['a,"b"', "x\r\ny", "größe\n"])
 SCORES = st.floats(0, 100, width=32)
@@ -109,15 +118,6 @@ def test_only_listed_files_inside_the_folder_are_removed(tmp_path):
     ResultFiles(out, overwrite=True).close()
     assert outside.is_file() and [path.name for path in (out / "images").iterdir()] == ["b.jpg"]
     assert (out / "results.jsonl").read_bytes() == b"" and len(read_csv(out / "scores.csv")) == 1
-
-
-def test_one_process_at_a_time(tmp_path):
-    pytest.importorskip("fcntl")
-    first = ResultFiles(tmp_path)
-    with pytest.raises(UserError, match=r"another process writes .*results\.jsonl"):
-        ResultFiles(tmp_path)
-    first.close()
-    ResultFiles(tmp_path).close()
 
 
 def test_a_foreign_record_is_not_touched(tmp_path):
@@ -201,3 +201,68 @@ def test_an_image_of_several_pages_is_not_normal(part, decision):
     found = as_far_as_read(image, (decision, None))
     expected = (REVIEW, "several pages or frames: only the first is read")
     assert found == (expected if (part, decision) == (SEVERAL, NORMAL) else (decision, None))
+
+
+def test_a_map_drawn_by_hand():
+    """Columns count from the left and rows from the top; pixels that touch at a corner are one region."""
+    scores = np.zeros((5, 8), np.float32)
+    scores[1, 2] = scores[2, 3] = 0.5
+    scores[4, 5:8] = [0.25, 0.75, 0.5]
+    assert find_boxes(scores, 0.2) == [Box(5, 4, 3, 1, 3, 0.75), Box(2, 1, 2, 2, 2, 0.5)]
+    assert find_boxes(scores, 0.5) == [Box(6, 4, 1, 1, 1, 0.75)]
+    assert find_boxes(scores, 0.75) == []
+
+
+def test_the_highest_peaks_are_kept():
+    scores = np.zeros((40, 40), np.float32)
+    scores[::2, ::2] = 1 + np.arange(400).reshape(20, 20)
+    boxes = find_boxes(scores, 0.5)
+    assert [box.peak for box in boxes] == list(range(400, 400 - MOST_BOXES, -1))
+    assert boxes[0] == Box(38, 38, 1, 1, 1, 400.0)
+
+
+def test_results_of_a_run_that_ended_meanwhile_are_kept(tmp_path):
+    config = PredictConfig(support=(tmp_path,), input=(tmp_path / "x.png",), output=tmp_path / "out")
+    check_paths(config)
+    results = ResultFiles(config.output)
+    results.add(row_with())
+    results.close()
+    with (
+        closing(ResultFiles(config.output)) as results,
+        pytest.raises(UserError, match="another run has written results"),
+    ):
+        Run(config, None, [], results, [tmp_path / "x.png"], None)
+
+
+def test_nothing_to_write_needs_no_output_folder(tmp_path):
+    (tmp_path / "file").touch()
+    check_paths(PredictConfig(support=(tmp_path,), save=tmp_path / "x.regad", output=tmp_path / "file/out"))
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.png", "gr\u00fcn.png".encode(), b"gr\xfcn.png"])
+def test_names_are_the_same_text_in_every_locale(name):
+    path = Path(os.fsdecode(b"/x/" + name))
+    assert full_name(path) == "/x/" + name.decode(errors="backslashreplace")
+
+
+FOUND = """
+import sys; from pathlib import Path; from inspection.results import ResultFiles
+folder = Path(sys.argv[1])
+for overwrite in (False, True):
+    results = ResultFiles(folder, overwrite)
+    print([(folder / name).is_file() for row in results.rows for name in row.files])
+    results.close()
+"""
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_files_of_rows_are_found_in_every_locale(tmp_path):
+    results, names = ResultFiles(tmp_path), ["gr\u00fcn.png", os.fsdecode(b"gr\xfcn.png")]
+    results.add(row_with(*names))
+    results.close()
+    for name in names:
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", FOUND, str(tmp_path)]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, env=os.environ | ASCII, capture_output=True, text=True)
+    assert done.stdout == "[True, True]\n[]\n", done.stderr
+    assert not any((tmp_path / name).exists() for name in names)

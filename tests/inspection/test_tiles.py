@@ -231,13 +231,6 @@ def test_only_the_region_is_scored(network, tile):
         assert (maps[:, :, SIZE // 2 :] == 0).all() and (scores == maps.flatten(1).amax(1)).all()
 
 
-def _saved(images, folder):
-    paths = [folder / f"{number}.png" for number in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        image.save(path)
-    return paths
-
-
 def test_rectangles_and_masks(tmp_path):
     sizes = [(160, 112)] * 2
     rectangle = read_region("16,14,80,56", None, sizes)
@@ -249,18 +242,17 @@ def test_rectangles_and_masks(tmp_path):
     assert (read_region(None, mask, sizes) == ~read_region(str(mask), None, sizes)).all()
     both = read_region("0,0,60,112", mask, sizes)
     assert both[:, :14].all() and not both[:, 60:].any() and not both[30:60, 20:].any()
-    with pytest.raises(UserError, match="excludes all 160x112 pixels"):
-        read_region(str(mask), mask, sizes)
-    with pytest.raises(UserError, match="the region excludes all"):
-        read_region("500,500,10,10", None, sizes)
-    for text in ("0,0,0,10", "-1,0,5,5"):
-        with pytest.raises(UserError, match="not a rectangle"):
-            read_region(text, None, sizes)
-    with pytest.raises(UserError, match=r"no mask file nowhere\.png"):
-        read_region("nowhere.png", None, sizes)
-    with pytest.raises(UserError, match="cannot read the image"):
-        (tmp_path / "broken.png").write_text("no image")
-        read_region(None, tmp_path / "broken.png", sizes)
+    (tmp_path / "broken.png").write_text("no image")
+    for region, ignore, sentence in (
+        (str(mask), mask, "excludes all 160x112 pixels"),
+        ("500,500,10,10", None, "the region excludes all"),
+        ("0,0,0,10", None, "not a rectangle"),
+        ("-1,0,5,5", None, "not a rectangle"),
+        ("nowhere.png", None, r"no mask file nowhere\.png"),
+        (None, tmp_path / "broken.png", "cannot read the image"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read_region(region, ignore, sizes)
     Image.fromarray(np.full((50, 50), 255, np.uint8)).save(tmp_path / "square.png")
     with pytest.warns(RegionWarning, match="50x50 pixels is stretched to images of 160x112"):
         assert read_region(str(tmp_path / "square.png"), None, sizes).all()
@@ -270,13 +262,13 @@ def test_rectangles_and_masks(tmp_path):
 
 def test_predict_says_how_images_are_cut(tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    support = _saved([surface(0, 300, 200), surface(1, 300, 200)], tmp_path)
-    with_spot(surface(2, 300, 200), 240, 140, 16).save(tmp_path / "in" / "spot.png")
-    surface(3, 300, 200).save(tmp_path / "in" / "clean.png")
+    for name, image in {"0": surface(0, 300, 200), "1": surface(1, 300, 200), "in/clean": surface(3, 300, 200)}.items():
+        image.save(tmp_path / f"{name}.png")
+    with_spot(surface(2, 300, 200), 240, 140, 16).save(tmp_path / "in/spot.png")
     flags = ["--weights", "none", "--img_size", str(SIZE), "--device", "cpu", "--maps", "npy"]
-    flags += ["--backbone", "resnet18", "--scorer", "neighbours"]
-    flags += ["--support", *map(str, support), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    predict.main([*flags, "--tile", "auto", "--save", str(tmp_path / "part.regad")])
+    flags += ["--backbone", "resnet18", "--scorer", "neighbours", "--input", str(tmp_path / "in")]
+    flags += ["--support", str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--output"]
+    predict.main([*flags, str(tmp_path / "out"), "--tile", "auto", "--save", str(tmp_path / "part.regad")])
     printed = capsys.readouterr()
     assert "above 256 pixels are cut into tiles of 64 x 64" in printed.out
     assert printed.err.count("tiles: 300 x 200 pixels in 6 x 4 = 24 tiles") == 1
@@ -285,8 +277,7 @@ def test_predict_says_how_images_are_cut(tmp_path, capsys):
     assert spot.shape == (200, 300) and spot.max() > clean.max() and abs(x - 248) < 30 and abs(y - 148) < 30
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert "tiles of 64 x 64" in record["tiles"] and record["has_region"] is False
-    flags[flags.index(str(tmp_path / "out"))] = str(tmp_path / "off")
-    predict.main(flags)
+    predict.main([*flags, str(tmp_path / "off")])
     assert "warning: images of 300 x 200 pixels shrink 4.7 times to 64 x 64" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^--tile: a saved detector keeps what it was fitted with"):
         saved = ["--detector", str(tmp_path / "part.regad"), "--input", str(tmp_path / "in"), "--tile", "64"]
