@@ -188,13 +188,13 @@ def _difference(baseline: Entry, entry: Entry) -> Entry:
     return make_entry(after[:both] - before[:both], paired=True)
 
 
-def _same_weights(one: dict, other: dict) -> bool:
+def _same_weights(before: dict, after: dict) -> bool:
     """Whether two records of one kind of weights are of the same file; records of different kinds are compared too.
 
     A record without a file is of another method, or of untrained weights.
     """
-    files = [(record.get("checkpoint") or {}).get("sha256") for record in (one, other)]
-    return one["weights"] != other["weights"] or None in files or files[0] == files[1]
+    files = [(record.get("checkpoint") or {}).get("sha256") for record in (before, after)]
+    return before["weights"] != after["weights"] or None in files or files[0] == files[1]
 
 
 def _over_categories(columns: dict[str, dict[str, Entry]]) -> dict[str, list[Entry | None]]:

@@ -21,7 +21,6 @@ SLURM_TEXTS = ("partition", "account", "qos", "constraint", "mem", "setup")  # s
 SLURM_NUMBERS = {"minutes": 1440, "gpus": 1, "cpus": 4, "requeue": 3}  # with their defaults
 # Settings that the plan sets for each run: its category, its weights, and their files.
 SET_BY_THE_PLAN = ("obj", "shot", "select", "save_dir", "checkpoint", "last", "untrained", "resume", "overwrite")
-OF_EXTERNAL_RESULTS = ("name", "obj", "shot", "maps", "overwrite")
 TABLE, EXTERNAL = "results of earlier runs", "another method's scores in the tables, see docs/extend.md"
 
 
@@ -167,26 +166,21 @@ class TableConfig(Config):
         """Raises UserError if flags contradict each other."""
         if self.eval_only and not is_trainable(self.backbone):
             raise UserError(f"{self.backbone} is not trained here, so there is nothing for --eval_only to score")
-        self._check_report()
-        for name in () if self.import_scores else OF_EXTERNAL_RESULTS:
-            if getattr(self, name):
-                more = f"; a table takes --{name}s" if name in ("obj", "shot") else ""
-                raise UserError(f"--{name} goes with --import CSV{more}")
-        if len(set(self.shots)) < len(self.shots) or len(set(self.objs)) < len(self.objs):
-            raise UserError("--shots and --objs must not contain duplicates")
-
-    def _check_report(self) -> None:
-        for name in ("readme", "figure", "examples"):
-            if getattr(self, name) and not self.report:
-                raise UserError(f"--{name} goes with --report DIR")
+        for names, owner_is_given, owner in (
+            (("readme", "figure", "examples"), self.report, "--report DIR"),
+            (("baseline", "columns", "only_scored"), self.report or self.compare, "--report or --compare"),
+            (("images",), self.examples, "--examples FILE"),
+            (("name", "obj", "shot", "maps", "overwrite"), self.import_scores, "--import CSV"),
+        ):
+            for name in names:
+                if getattr(self, name) and not owner_is_given:
+                    more = f"; a table takes --{name}s" if name in ("obj", "shot") else ""
+                    raise UserError(f"--{name} goes with {owner}{more}")
         for name in ("figure", "examples"):
             if (file := getattr(self, name)) and file.suffix not in FIGURE_FORMATS:
                 raise UserError(f"--{name} {file}: figures are written as {', '.join(FIGURE_FORMATS)}")
-        for name in ("baseline", "columns", "only_scored"):
-            if getattr(self, name) and not (self.report or self.compare):
-                raise UserError(f"--{name} goes with --report or --compare")
-        if self.images and not self.examples:
-            raise UserError("--images goes with --examples FILE")
+        if len(set(self.shots)) < len(self.shots) or len(set(self.objs)) < len(self.objs):
+            raise UserError("--shots and --objs must not contain duplicates")
 
     def part(self, kind: type[AnyConfig], **values: object) -> AnyConfig:
         """The configuration of one run: the settings that `kind` shares with this one, and those in `values`."""

@@ -190,56 +190,51 @@ def to_latex(tables: Sequence[ResultsTable], results: Results | None = None) -> 
 
 
 def _latex_table(table: ResultsTable) -> list[str]:
-    everything = [*table.rows.values(), *table.means.values()]
-    shown = [place for place, _ in enumerate(table.columns) if any(row[place] for row in everything)]
-    own = [place for place in shown if table.columns[place] not in PUBLISHED]
+    rows = [*table.rows.values(), *table.means.values()]
+    shown = [place for place, _ in enumerate(table.columns) if any(row[place] for row in rows)]
     caption = "In percent, mean ± standard deviation over support sets"
     caption += "; the best of each row in bold" if table.metric in TABLE_METRICS else ""
     if table.intervals:
         caption = next(text for ending, text in CAPTIONS.items() if table.metric.endswith(ending))
+    title = f"{table.title[0].upper()}{table.title[1:]}. {caption}."
     label = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-")
-    lines = ["\\begin{table}", "\\centering"]
-    lines += [f"\\caption{{{escape_latex(f'{table.title[0].upper()}{table.title[1:]}. {caption}.')}}}"]
-    lines += [f"\\label{{tab:{label}}}"]
+    lines = ["\\begin{table}", "\\centering", f"\\caption{{{escape_latex(title)}}}", f"\\label{{tab:{label}}}"]
     differences = [place for place in shown if table.intervals and DIFFERENCE in table.columns[place]]
     for places in ([place for place in shown if place not in differences], differences):  # side by side, too wide
-        lines += _latex_columns(table, places, own) if places else []
-    notes = " ".join(map(escape_latex, table.notes))
-    return [*lines, *([f"\\par\\footnotesize {notes}"] if notes else []), "\\end{table}"]
+        lines += _latex_columns(table, shown, places) if places else []
+    if table.notes:
+        lines.append(f"\\par\\footnotesize {' '.join(map(escape_latex, table.notes))}")
+    return [*lines, "\\end{table}"]
 
 
-def _latex_columns(table: ResultsTable, shown: Sequence[int], own: Sequence[int]) -> list[str]:
-    """Some columns of a table, with the rows that have a number in the columns `own`."""
-    names = [escape_latex(table.columns[place]) for place in shown]
-    lines = ["\\par\\smallskip", f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", "\\toprule"]
-    lines += [" & ".join(["category", *names]) + " \\\\", "\\midrule"]
-    lines += [_latex_row(table, name, row, shown) for name, row in table.rows.items() if any(row[at] for at in own)]
-    means = [_latex_row(table, name, row, shown) for name, row in table.means.items() if any(row)]
+def _latex_columns(table: ResultsTable, shown: Sequence[int], places: Sequence[int]) -> list[str]:
+    """Some columns of a table, with the rows that have a number in one of the columns `shown`, published ones aside."""
+    names = ["category", *(escape_latex(table.columns[place]) for place in places)]
+    lines = ["\\par\\smallskip", f"\\begin{{tabular}}{{l{'r' * len(places)}}}", "\\toprule"]
+    lines += [" & ".join(names) + " \\\\", "\\midrule"]
+    own = [place for place in shown if table.columns[place] not in PUBLISHED]
+    lines += [_latex_row(table, name, row, places) for name, row in table.rows.items() if any(row[at] for at in own)]
+    means = [_latex_row(table, name, row, places) for name, row in table.means.items() if any(row)]
     return [*lines, *(["\\midrule", *means] if means else []), "\\bottomrule", "\\end{tabular}"]
 
 
-def _latex_row(table: ResultsTable, name: str, entries: Sequence[Entry | None], shown: Sequence[int]) -> str:
-    """A row; the best of the columns that are no differences is bold, and all that print alike."""
-    texts = format_row(table, entries)
-    bold = set(_best(table, entries)) & set(shown)
-    cells = []
-    for place in shown:
+def _latex_row(table: ResultsTable, name: str, entries: Sequence[Entry | None], places: Sequence[int]) -> str:
+    """A row. The highest printed number is bold where columns are methods; differences do not count."""
+    numbers = {}
+    if table.metric in TABLE_METRICS and not table.intervals:
+        numbers = {
+            place: round(entry.mean, 1)
+            for place, entry in enumerate(entries)
+            if entry and entry is not NO_TRUTH and DIFFERENCE not in table.columns[place]
+        }
+    texts, cells = format_row(table, entries), [escape_latex(name)]
+    for place in places:
         text = escape_latex(NO_CELL if texts[place] == MISSING else texts[place])
-        number, space, rest = text.partition(" ")
-        cells.append(f"\\textbf{{{number}}}{space}{rest}" if place in bold else text)
-    return " & ".join([escape_latex(name), *cells]) + " \\\\"
-
-
-def _best(table: ResultsTable, entries: Sequence[Entry | None]) -> list[int]:
-    """The columns with the highest printed number, where columns are methods; none if there is one number alone."""
-    if table.metric not in TABLE_METRICS or table.intervals:
-        return []
-    numbers = {
-        place: round(entry.mean, 1)
-        for place, entry in enumerate(entries)
-        if entry and entry is not NO_TRUTH and DIFFERENCE not in table.columns[place]
-    }
-    return [place for place, number in numbers.items() if len(numbers) > 1 and number == max(numbers.values())]
+        if len(numbers) > 1 and numbers.get(place) == max(numbers.values()):
+            number, space, rest = text.partition(" ")
+            text = f"\\textbf{{{number}}}{space}{rest}"
+        cells.append(text)
+    return " & ".join(cells) + " \\\\"
 
 
 def escape_latex(text: str) -> str:

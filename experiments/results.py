@@ -86,7 +86,7 @@ class Results(NamedTuple):
             )
         if only_scored:
             scored = [set(values) for values in zip(*records, strict=True)]
-            wanted = [[value for value in values if value in some] for values, some in zip(wanted, scored, strict=True)]
+            wanted = [[value for value in asked if value in has] for asked, has in zip(wanted, scored, strict=True)]
         columns = [kind for kind in self.kinds if kind in wanted[2]]
         return Results(self.folder, records, *wanted[:2], columns)
 

@@ -235,7 +235,7 @@ def draw_panels(
     if threshold is None:
         return panels
     outlined = outline(outline(image, scores > threshold.region, ELEVATED), scores > threshold.value, FLAGGED)
-    return panels | {OUTLINE_PANEL: boxed(outlined, boxes, FLAGGED)}
+    return panels | {OUTLINE_PANEL: boxed(outlined, boxes)}
 
 
 def map_scale(detector: FewShotDetector) -> int:

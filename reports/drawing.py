@@ -195,10 +195,10 @@ def captioned(image: Image.Image, text: str, colour: str = "black", height: int 
 
 def _one_line(text: str) -> str:
     """Text that fonts can draw: line feeds and what else has no shape, which file names may hold, are escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
-def boxed(image: Image.Image, boxes: Sequence[Sequence[float]], colour: tuple[int, int, int]) -> Image.Image:
+def boxed(image: Image.Image, boxes: Sequence[Sequence[float]]) -> Image.Image:
     """The image with a numbered frame around each box, from 1.
 
     boxes: x, y, width and height come first.
@@ -215,19 +215,19 @@ def boxed(image: Image.Image, boxes: Sequence[Sequence[float]], colour: tuple[in
         left, top = max(0, x - 2 * line), max(0, y - 2 * line)
         right = min(image.width - 1, x + width - 1 + 2 * line)
         bottom = min(image.height - 1, y + height - 1 + 2 * line)
-        canvas.rectangle((left, top, right, bottom), outline=colour, width=line)
-        _number(canvas, str(number), (left, top, right, bottom), font, colour)
+        canvas.rectangle((left, top, right, bottom), outline=FLAGGED, width=line)
+        _number(canvas, str(number), (left, top, right, bottom), font)
     return drawn
 
 
-def _number(canvas: ImageDraw.ImageDraw, text: str, frame: tuple, font: ImageFont.FreeTypeFont, colour: tuple) -> None:
+def _number(canvas: ImageDraw.ImageDraw, text: str, frame: tuple, font: ImageFont.FreeTypeFont) -> None:
     """Writes a number on a dark ground above a frame, or inside it where the image ends."""
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = min(frame[0], canvas.im.size[0] - width)
     y = frame[1] - height if frame[1] >= height else frame[1]
     canvas.rectangle((x, y, x + width - 1, y + height - 1), fill="black")
-    canvas.text((x + 2 - left, y + 2 - top), text, fill=colour, font=font)
+    canvas.text((x + 2 - left, y + 2 - top), text, fill=FLAGGED, font=font)
 
 
 def save_image(path: Path, image: Image.Image) -> None:

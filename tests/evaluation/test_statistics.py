@@ -20,13 +20,11 @@ def test_the_interval_of_a_share(values):
     assert 0 <= low <= high <= 1
 
 
-def test_records_and_terminal_say_the_same():
+def test_limits():
+    """Records and the terminal say the same; differences have no limits; of None there is no summary."""
     numbers = summaries([{"image_auroc": 0.9, "pixel_auroc": None}, {"image_auroc": 1.0, "pixel_auroc": None}])
     assert numbers["pixel_auroc"] is None and numbers["image_auroc"]["interval95"][1] == 1
     assert format_interval(numbers["image_auroc"]).endswith(" to 1.0000")
-
-
-def test_differences_have_no_limits():
     low, high = summary([-3.0, 2.0])["interval95"]
     assert low < -3 and high > 2
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -58,3 +59,14 @@ def make_run(output: Path, name: str, how: str = "works"):
 
     config = ScoringConfig(obj=name, output=output, weights=how)
     return Run(name, None, (Scoring("best", config, (output / f"{name}.json",)),))
+
+
+def processes_of(output: Path) -> list[int]:
+    """The processes of runs of this results folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
+            if b"-c" in words and str(output).encode() in words:
+                found.append(int(entry.name))
+    return found

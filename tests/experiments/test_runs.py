@@ -20,7 +20,7 @@ from experiments import engines, runs
 from experiments.config import ExperimentConfig, slurm_option
 from experiments.engines import run_local, run_on_cluster
 from experiments.runs import BUSY, execute, is_finished, log_file, require_locks
-from tests.experiments.played import make_run, play
+from tests.experiments.played import make_run, play, processes_of
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
 
@@ -53,6 +53,9 @@ def finished(run):
 
 
 def test_a_finished_run_is_not_repeated(output):
+    """In a folder whose name is no text, too."""
+    output /= os.fsdecode(b"gr\xfcn")
+    output.mkdir()
     run = make_run(output, "a")
     assert not finished(run)
     for _ in range(2):
@@ -61,13 +64,6 @@ def test_a_finished_run_is_not_repeated(output):
     assert len(starts(output, "a")) == 1 and "working on a" in log_file(output, run).read_text()
     (output / "a.json").unlink()
     assert execute(output, run, {}) is None and len(starts(output, "a")) == 2
-
-
-def test_an_output_folder_whose_name_is_no_text(output):
-    strange = output / os.fsdecode(b"gr\xfcn")
-    strange.mkdir()
-    run = make_run(strange, "a")
-    assert execute(strange, run, {}) is None and finished(run)
 
 
 def test_failed_and_killed_runs_are_reported_and_the_others_go_on(output):
@@ -105,9 +101,9 @@ def test_two_drivers_do_no_run_twice(output):
     assert [len(starts(output, run.name)) for run in eight] == [1] * 8
 
 
-def start_driver(output, some_runs) -> multiprocessing.Process:
+def start_driver(output, driven) -> multiprocessing.Process:
     """A driver with two workers."""
-    arguments = (output, some_runs, 2, [], lambda *_: None)
+    arguments = (output, driven, 2, [], lambda *_: None)
     driver = multiprocessing.get_context("fork").Process(target=run_local, args=arguments)
     driver.start()
     return driver
@@ -126,16 +122,6 @@ def test_a_killed_drivers_command_is_waited_for(output):
     assert finished(run) and len(starts(output, "a")) == 1  # what the command wrote is whole
 
 
-def working(output) -> list[int]:
-    """The processes of runs of this folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdecimal() and str(output).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
-
-
 def test_killed_at_random(output):
     """Two drivers and four workers: after kills and restarts, every record is whole."""
     rng, twelve = random.Random(1), [make_run(output, str(number), "takes a moment") for number in range(12)]
@@ -143,14 +129,14 @@ def test_killed_at_random(output):
     for _ in range(6):
         time.sleep(rng.uniform(0.05, 0.4))
         with suppress(ProcessLookupError):
-            os.kill(rng.choice([*(driver.pid for driver in drivers), *working(output)]), signal.SIGKILL)
+            os.kill(rng.choice([*(driver.pid for driver in drivers), *processes_of(output)]), signal.SIGKILL)
         time.sleep(0.05)
         drivers = [driver if driver.is_alive() else start_driver(output, twelve) for driver in drivers]
     for driver in [*drivers, start_driver(output, twelve)]:
         driver.join()
     last = start_driver(output, twelve)
     last.join()
-    assert last.exitcode == 0 and not working(output)
+    assert last.exitcode == 0 and not processes_of(output)
     assert [(output / f"{run.name}.json").read_text() for run in twelve] == [run.name for run in twelve]
 
 

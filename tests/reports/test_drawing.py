@@ -30,18 +30,15 @@ from training.curve import save_curve
 
 def test_frames_lie_around_their_boxes():
     image = Image.new("RGB", (100, 80), "grey")
-    drawn = np.asarray(boxed(image, [(40, 30, 20, 10, 150, 1.0)], FLAGGED))
+    drawn = np.asarray(boxed(image, [(40, 30, 20, 10, 150, 1.0)]))
     changed = (drawn != np.asarray(image)).any(axis=2)
     np.testing.assert_array_equal(drawn[28, 38:62], [FLAGGED] * 24)  # the upper line, two pixels outside
     np.testing.assert_array_equal(drawn[28:42, 61], [FLAGGED] * 14)
     assert not changed[30:40, 40:60].any() and not changed[43:].any()
     assert changed[:28].any()  # the number
-    assert boxed(image, [], FLAGGED) is image
-
-
-def test_boxes_at_the_border_are_drawn():
-    drawn = np.asarray(boxed(Image.new("RGB", (50, 50)), [(0, 0, 50, 50, 2500, 1.0)], FLAGGED))
-    np.testing.assert_array_equal(drawn[-1], [FLAGGED] * 50)
+    assert boxed(image, []) is image
+    drawn = np.asarray(boxed(Image.new("RGB", (50, 50)), [(0, 0, 50, 50, 2500, 1.0)]))
+    np.testing.assert_array_equal(drawn[-1], [FLAGGED] * 50)  # a box at the border is drawn
 
 
 def test_titles_grow_with_the_image():
@@ -78,13 +75,15 @@ def test_a_sheet_says_what_it_shows():
     assert (np.asarray(long)[:20, -4:] == 255).all()  # the verdict ends inside
 
 
+ROW = Image.new("RGB", (64, 64))
+SHEET_SIZE = sheet(ROW, "a", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0).size
+
+
 @given(st.text(max_size=9))
 def test_every_file_name_can_be_drawn(name):
     """Line feeds, control characters, bytes that are no text, right-to-left marks."""
-    row = Image.new("RGB", (64, 64))
-    drawn = sheet(row, name, "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0)
-    assert drawn.size == sheet(row, "a", "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0).size
-    assert captioned(row, name, height=20).size == (64, 84)
+    assert sheet(ROW, name, "NORMAL", (0, 0, 0), (1.0, 4.0), 2.0).size == SHEET_SIZE
+    assert captioned(ROW, name, height=20).size == (64, 84)
 
 
 def test_plots_are_the_same_files_again(tmp_path):
