@@ -172,15 +172,11 @@ def _verdict(scored: Scored) -> str:
     """The threshold and its errors, in words."""
     if scored.threshold is None:
         return "no threshold: choosing it needs normal and defective test images"
-    missed, positives = (scored.wrong & scored.labels).sum(), (scored.wrong & ~scored.labels).sum()
+    missed, positives = int((scored.wrong & scored.labels).sum()), int((scored.wrong & ~scored.labels).sum())
     rate = positives / (~scored.labels).sum()
-    missed_text, positives_text = _count(missed, "missed defect"), _count(positives, "false positive")
-    errors = f"{missed_text}, {positives_text} (false-positive rate {100 * rate:.0f} %)"
+    counts = f"{missed} missed defect{'s' * (missed != 1)}, {positives} false positive{'s' * (positives != 1)}"
+    errors = f"{counts} (false-positive rate {100 * rate:.0f} %)"
     return f"threshold {scored.threshold:.2f}, chosen on these test images by Youden's index: {errors}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _draw(

@@ -90,12 +90,16 @@ def run(config: ScoringConfig, digests: FileDigests | None = None) -> None:
     limit_pixels(config.max_pixels)
     device = command_device(config.device)
     seed_everything(config.seed)
-    folder, digests = _folder(config), digests or FileDigests()
+    folder, digests = category_folder(config.data_path, config.data_type, config.obj), digests or FileDigests()
     plan = make_plan(config, list_test_items_with_notes(folder, config.strict, need_both=False), digests)
-    networks = {weights: _load_network(plan, weights) for weights in dict.fromkeys(job.weights for job in plan.jobs)}
+    bits, img_size = plan.resolved
+    networks = {}
+    for weights in dict.fromkeys(job.weights for job in plan.jobs):
+        network = scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
+        network.registered_frame = config.frame == "registered"
+        networks[weights] = network
     with locked([job.files.record for job in plan.jobs]):
         replaced = {job.files.record for job in plan.jobs if _replaces(job)}
-        bits, img_size = plan.resolved
         dataset = LabelledDataset(plan.items, img_size, config.keep_aspect, bits, config.mask_orientation)
         report = functools.cache(partial(report_content, dataset, normal_images(folder), config.strict, digests))
         for weights, network in networks.items():
@@ -111,7 +115,7 @@ def make_plan(config: ScoringConfig, items: list[LabelledImage], digests: FileDi
     Raises:
         UserError: a support set or a checkpoint cannot be used.
     """
-    digests, folder = digests or FileDigests(), _folder(config)
+    folder, digests = category_folder(config.data_path, config.data_type, config.obj), digests or FileDigests()
     resolved = Resolved(
         resolve_bits(config.bits, normal_images(folder), f"{config.obj}/train"),
         resolve_img_size(config.backbone, config.img_size),
@@ -197,10 +201,6 @@ def _replaces(job: Job) -> bool:
     return replaced is not None
 
 
-def _folder(config: ScoringConfig) -> Path:
-    return category_folder(config.data_path, config.data_type, config.obj)
-
-
 def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int]]:
     """The weights to score, each with its list of K. Equal files are scored once.
 
@@ -224,13 +224,6 @@ def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int
             by_digest[digest_of_file] = Weights(file, digest_of_file, *selection(file)), []
         by_digest[digest_of_file][1].append(shot)
     return dict(by_digest.values())
-
-
-def _load_network(plan: Plan, weights: Weights) -> FeatureNetwork:
-    config, img_size = plan.config, plan.resolved.img_size
-    network = scoring_network(config.backbone, config.stn_mode, img_size, weights.file, config.weights)
-    network.registered_frame = config.frame == "registered"
-    return network
 
 
 def _score_weights(

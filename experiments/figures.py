@@ -62,21 +62,22 @@ def _draw_panel(axis: Axes, table: ResultsTable, columns: Sequence[str], over_im
     names = _row_names(table)
     shown = [name for name in columns if name in table.columns]
     for number, name in enumerate(shown):
-        shape, colour, face = _style(columns, name)
-        shift = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
+        shape, colour = SHAPES[columns.index(name) % len(SHAPES)], COLOURS[columns.index(name) % len(COLOURS)]
         entries = {row: entry for row, entry in _entries(table, name).items() if row in names}
-        points = [(names.index(row) + shift, entry, row) for row, entry in entries.items()]
+        shift = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
+        places, means = [names.index(row) + shift for row in entries], [entry.mean for entry in entries.values()]
         thin = _entries(over_images, name) if over_images and name in over_images.columns else {}
-        for y, _, row in points:
+        for row, y in zip(entries, places, strict=True):
             if row in thin and thin[row].interval:
                 axis.plot(thin[row].interval, (y, y), color=colour, linewidth=THIN)
+        intervals = np.array([entry.interval or (entry.mean, entry.mean) for entry in entries.values()])
         axis.errorbar(
-            [entry.mean for _, entry, _ in points],
-            [y for y, _, _ in points],
-            xerr=np.transpose([_reach(entry) for _, entry, _ in points]),
+            means,
+            places,
+            xerr=np.abs(intervals.T - means),
             fmt=shape,
             color=colour,
-            markerfacecolor=face,
+            markerfacecolor="none" if name in PUBLISHED else colour,
             markersize=4.5,
             elinewidth=THICK,
             label=name,
@@ -92,19 +93,6 @@ def _draw_panel(axis: Axes, table: ResultsTable, columns: Sequence[str], over_im
 
 def _drawn(table: ResultsTable) -> list[str]:
     return [name for name in table.columns if DIFFERENCE not in name]
-
-
-def _style(columns: Sequence[str], name: str) -> tuple[str, str, str]:
-    """Shape, colour and face colour of a column."""
-    number = columns.index(name)
-    colour = COLOURS[number % len(COLOURS)]
-    return SHAPES[number % len(SHAPES)], colour, "none" if name in PUBLISHED else colour
-
-
-def _reach(entry: Entry) -> tuple[float, float]:
-    """How far the interval reaches below and above the mean."""
-    low, high = entry.interval or (entry.mean, entry.mean)
-    return entry.mean - low, high - entry.mean
 
 
 def _entries(table: ResultsTable, column: str) -> dict[str, Entry]:

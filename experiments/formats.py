@@ -25,7 +25,7 @@ from experiments.tables import (
     ResultsTable,
 )
 from reports.figures import as_svg
-from reports.render import get_template
+from reports.page import get_template
 from utils.choices import RELEASE_BACKBONE, RELEASE_SCORER, WEIGHTS
 
 HEADER_SETTINGS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}

@@ -1,4 +1,7 @@
-"""The HTML report: one self-contained page that opens from disk and needs no network."""
+"""The HTML report: one self-contained page that opens from disk and needs no network.
+
+All pages are Jinja2 templates, with style sheets and scripts inlined, so that each page is one file.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 from PIL import Image
 
 from reports.drawing import colour_stops, place
-from reports.render import get_template
 from utils.files import whole_file
 
+TEMPLATES = Path(__file__).parent / "templates"
 PAGE_IMAGES = 500  # rows with a preview in one page: 17 to 29 MB with the images of six categories, 92 MB with noise
 KNOWN_PANELS = 100  # largest number of calibration images with panels
 PANEL_SIDE = 400  # pixels of the longer side of a panel in the enlarged view
@@ -173,3 +178,26 @@ def as_data_uri(image: Image.Image, side: int = PANEL_SIDE) -> str:
     stream = io.BytesIO()
     image.save(stream, format="JPEG", quality=PREVIEW_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def get_template(name: str) -> Template:
+    """A template of reports/templates.
+
+    Every value is escaped, and an undefined value is an error. In templates, `source("page.css")` inserts a file of the
+    same folder unescaped, and the filter `tojson` gives JSON that cannot end a script element, and raises an error for
+    NaN.
+    """
+    return _environment.get_template(name)
+
+
+_environment = Environment(
+    loader=FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+# the text of a style sheet or a script is not parsed as a template
+_environment.globals["source"] = lambda name: Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+_environment.policies["json.dumps_kwargs"] = {"allow_nan": False}

@@ -95,6 +95,12 @@ def press(browser, *keys: str) -> None:
     webdriver.ActionChains(browser).send_keys(*keys).perform()
 
 
+def enter(browser, text: str) -> None:
+    """Writes a threshold in place of the one that is shown."""
+    keys = webdriver.Keys
+    find(browser, "#number").send_keys(keys.SHIFT, keys.HOME, keys.NULL, text or keys.DELETE, keys.ENTER)
+
+
 def tab_to(browser, selector: str):
     """Presses Tab until the first element of `selector` has the focus."""
     wanted = find(browser, selector)
@@ -137,9 +143,8 @@ def by_kind(rows: Sequence[PageRow], limit: float) -> list[list[str]]:
     for kind, group in groupby(sorted(rows, key=lambda row: row.defect_type), key=lambda row: row.defect_type):
         scores = np.array([row.score for row in group])
         flagged = int((scores > limit).sum())
-        table.append(
-            [kind, str(len(scores)), f"{scores.mean():.2f}", f"{flagged} ({100 * flagged / len(scores):.0f} %)"]
-        )
+        share = f"{100 * flagged / len(scores):.0f} %"
+        table.append([kind, str(len(scores)), f"{scores.mean():.2f}", f"{flagged} ({share})"])
     return table
 
 
@@ -171,12 +176,11 @@ def test_every_threshold_recounts(with_kinds, browser, tmp_path):
         limit = float(number.get_property("value"))
         assert limit == float(slider.get_property("value")) and (limit > before) == rises
         check_decisions(browser, rows, limit)
-    select = (keys.SHIFT, keys.HOME, keys.NULL)
     for text in ("14.25", "14,5", str(rows[1].score), "-3", "1e3"):  # a score equal to the threshold is normal
-        number.send_keys(*select, text, keys.ENTER)
+        enter(browser, text)
         check_decisions(browser, rows, float(text.replace(",", ".")))
         assert number.get_property("value") == text
-    number.send_keys(*select, keys.DELETE, keys.ENTER)  # restores the initial threshold
+    enter(browser, "")  # restores the initial threshold
     check_decisions(browser, rows, 16.0)
 
 
@@ -206,9 +210,9 @@ def test_the_drawings_hold_the_scores(browser, tmp_path):
     assert cells(browser, "#defect-types")[0][-1] == ""  # good
 
 
-def test_sorting_by_keyboard(browser, tmp_path):
+def test_sorting_by_keyboard_and_nothing_is_fetched(browser, tmp_path):
     rows = make_rows(True)
-    show(browser, tmp_path, rows)
+    address = show(browser, tmp_path, rows)
     states = "return [...document.querySelectorAll('#images th')].map(th => th.getAttribute('aria-sort'))"
     score, by_name = (lambda row: row.score), (lambda row: row.name)
     ordered = sorted(rows, key=score, reverse=True)
@@ -226,6 +230,12 @@ def test_sorting_by_keyboard(browser, tmp_path):
         assert browser.execute_script(states) == expected
         assert browser.switch_to.active_element == button
         find(browser, "#number").click()  # so that Tab starts before the table
+    find(browser, "#slider").send_keys(webdriver.Keys.ARROW_LEFT)
+    tab_to(browser, ".thumb").send_keys(webdriver.Keys.ENTER)
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert address in sent and [url for url in sent if url != address and not url.startswith("data:image/jpeg")] == []
+    assert browser.get_log("browser") == []
 
 
 def test_names_are_text(browser, tmp_path):
@@ -293,17 +303,6 @@ def test_thumbnails_open_by_keyboard(browser, tmp_path):
     assert not dialog.is_displayed() and browser.switch_to.active_element == thumbnail
     press(browser, webdriver.Keys.ENTER, webdriver.Keys.ENTER)  # opens, and its button closes
     assert not dialog.is_displayed() and browser.switch_to.active_element == thumbnail
-
-
-def test_nothing_is_fetched(browser, tmp_path):
-    address = show(browser, tmp_path, make_rows(True))
-    tab_to(browser, "#slider").send_keys(webdriver.Keys.ARROW_LEFT)
-    tab_to(browser, "#images th button").send_keys(webdriver.Keys.ENTER)
-    tab_to(browser, ".thumb").send_keys(webdriver.Keys.ENTER)
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert address in sent and [url for url in sent if url != address and not url.startswith("data:image/jpeg")] == []
-    assert browser.get_log("browser") == []
 
 
 def test_a_long_table_is_cut(browser, tmp_path):
@@ -389,9 +388,8 @@ def test_between_two_thresholds_an_image_is_for_review(browser, tmp_path):
     """The lower one stays where the upper one is moved; below it, nothing is left for review."""
     rows = make_rows(False)
     show_page(browser, tmp_path, Page("a", 16.0, rows, review=14.0))
-    number, select = find(browser, "#number"), (webdriver.Keys.SHIFT, webdriver.Keys.HOME, webdriver.Keys.NULL)
     for limit in (16.0, 18.0, 13.0):
-        number.send_keys(*select, str(limit), webdriver.Keys.ENTER)
+        enter(browser, str(limit))
         shown = {row[2]: row[1].split("\n") for row in cells(browser, "#images")}
         for row in rows:
             below = ["review", "just below the threshold"] if row.score > 14 else ["normal"]
@@ -401,15 +399,14 @@ def test_between_two_thresholds_an_image_is_for_review(browser, tmp_path):
 def test_a_moved_threshold_is_kept_and_the_page_says_how_to_adopt_it(browser, tmp_path):
     rows = make_rows(False)
     show_page(browser, tmp_path, Page("a", 16.0, rows, adopt="python predict.py --threshold {} --save a.regad"))
-    number, moved, keys = find(browser, "#number"), find(browser, "#moved"), webdriver.Keys
-    assert not moved.is_displayed()
-    number.send_keys(keys.SHIFT, keys.HOME, keys.NULL, "14,5", keys.ENTER)
+    assert not find(browser, "#moved").is_displayed()
+    enter(browser, "14,5")
     assert find(browser, "#adopt").text == "python predict.py --threshold 14.5 --save a.regad"
     WebDriverWait(browser, 5).until(lambda _: browser.current_url.endswith("#threshold=14.5"))
     browser.refresh()
     assert find(browser, "#number").get_property("value") == "14.5" and find(browser, "#moved").is_displayed()
     check_decisions(browser, rows, 14.5)
-    find(browser, "#number").send_keys(keys.SHIFT, keys.HOME, keys.NULL, "7 mm", keys.ENTER)
+    enter(browser, "7 mm")
     assert find(browser, "#counts").text == "7 mm is not a number"
     find(browser, "#reset").click()
     check_decisions(browser, rows, 16.0)

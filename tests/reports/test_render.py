@@ -9,8 +9,7 @@ import tracemalloc
 import pytest
 from jinja2 import UndefinedError
 
-from reports.page import Page, PageRow, Preview, write_page
-from reports.render import get_template
+from reports.page import Page, PageRow, Preview, get_template, write_page
 
 
 def read_data(page: str) -> dict:
