@@ -116,15 +116,15 @@ def test_pro_of_smooth_maps():
         assert pro(rank(scores, masks), region_weights(masks)) == pytest.approx(plain.pro(scores, masks), abs=1e-9)
 
 
-@pytest.mark.parametrize("labels", [[True, True], [False, False]])
-def test_one_class_is_refused(labels):
-    with pytest.raises(ValueError, match="both classes"):
-        rank(np.array([1.0, 2.0]), np.array(labels))
-
-
-@pytest.mark.parametrize("where", [0, 1])
-def test_nan_is_refused(where):
-    scores = np.array([1.0, 2.0, 3.0])
-    scores[where] = np.nan
-    with pytest.raises(ValueError, match="NaN"):
-        rank(scores, np.array([True, False, False]))
+@pytest.mark.parametrize(
+    ("scores", "labels", "words"),
+    [
+        ([1, 2], [True, True], "both classes"),
+        ([1, 2], [False, False], "both classes"),
+        ([np.nan, 2, 3], [True, False, False], "NaN"),
+        ([1, np.nan, 3], [True, False, False], "NaN"),
+    ],
+)
+def test_what_is_refused(scores, labels, words):
+    with pytest.raises(ValueError, match=words):
+        rank(np.array(scores, float), np.array(labels))

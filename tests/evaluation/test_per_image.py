@@ -63,10 +63,11 @@ def test_a_mistake_costs_one_sentence(tmp_path, change, sentence):
 
 
 def test_other_files(tmp_path):
-    with pytest.raises(UserError, match=r"has 2 round\(s\), not 10; give --inferences 2"):
-        read_scores(write(tmp_path, ROWS), ITEMS, 10)
-    with pytest.raises(UserError, match="cannot read the scores"):
-        read_scores(tmp_path / "nothing.csv", ITEMS, 2)
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"is not a CSV file of scores|is not text in UTF-16"):
-        read_scores(tmp_path / "b.csv", ITEMS, 2)
+    for file, rounds, sentence in (
+        (write(tmp_path, ROWS), 10, r"has 2 round\(s\), not 10; give --inferences 2"),
+        (tmp_path / "nothing.csv", 2, "cannot read the scores"),
+        (tmp_path / "b.csv", 2, r"is not a CSV file of scores|is not text in UTF-16"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read_scores(file, ITEMS, rounds)

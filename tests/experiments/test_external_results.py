@@ -137,22 +137,6 @@ def test_no_record_is_replaced_unasked(command, items, scores, maps, demo_data, 
     refused(with_maps, "was made with other settings: no fingerprint")
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("--obj ring", "--obj goes with --import CSV; a table takes --objs"),
-        ("--shot 2", "--shot goes with --import CSV; a table takes --shots"),
-        ("--name mine", "--name goes with --import CSV$"),
-        ("--maps folder", "--maps goes with --import CSV$"),
-        ("--overwrite", "--overwrite goes with --import CSV$"),
-    ],
-)
-def test_flags_of_imports_alone(words, sentence, demo_data, tmp_path):
-    """--obj for --objs would otherwise run all categories."""
-    with pytest.raises(UserError, match=sentence):
-        reproduce.main([*words.split(), "--data_path", str(demo_data), "--output", str(tmp_path / "out"), "--dry_run"])
-
-
 def test_paired_with_records_of_this_project(command, tmp_path, capsys):
     """Paired differences in Markdown, LaTeX and CSV; what the record lacks is named."""
     reproduce.main(command)

@@ -421,11 +421,20 @@ def test_readme_section(tmp_path):
         ({"lr": "nan"}, "--lr must be a finite number"),
         ({"eval_every": 0}, "--select best needs scores"),
         ({"eval_only": ".", "backbone": "timm:a"}, "nothing for --eval_only to score"),
+        ({"obj": "ring"}, "--obj goes with --import CSV; a table takes --objs"),  # else all categories would be run
+        ({"shot": 2}, "--shot goes with --import CSV; a table takes --shots"),
+        *(({name: "mine"}, f"--{name} goes with --import CSV$") for name in ("name", "maps")),
+        ({"overwrite": True}, "--overwrite goes with --import CSV$"),
+        *(({name: "last"}, f"--{name} goes with --report or --compare$") for name in ("baseline", "columns")),
+        ({"only_scored": True}, "--only_scored goes with --report or --compare$"),
+        *(({name: "a.pdf"}, f"--{name} goes with --report DIR$") for name in ("readme", "figure", "examples")),
+        ({"images": "good/000.png"}, "--images goes with --examples FILE$"),
+        ({"report": ".", "figure": "a.jpg"}, r"--figure a\.jpg: figures are written as \.pdf, \.svg, \.png"),
     ],
 )
 def test_invalid_arguments(settings, change, sentence):
     with pytest.raises(UserError, match=sentence):
-        reproduced(settings | change)
+        reproduced(settings | change, "--dry_run")
 
 
 def start(settings) -> subprocess.Popen:
