@@ -8,7 +8,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
 
 from evaluation.resampling import DRAWS
 from experiments.figures import table_figure
@@ -28,8 +27,8 @@ from reports.figures import as_svg
 from reports.page import get_template
 from utils.choices import RELEASE_BACKBONE, RELEASE_SCORER, WEIGHTS
 
-HEADER_SETTINGS = {"data_type": "data type", "stn_mode": "STN mode", "img_size": "image size", "seed": "seed"}
-MISSING, NOT_PUBLISHED, NO_CELL = "missing", "", "--"  # NO_CELL: in LaTeX
+HEADER_SETTINGS = (("data type", "data_type"), ("STN mode", "stn_mode"), ("image size", "img_size"), ("seed", "seed"))
+MISSING, NO_CELL = "missing", "--"  # NO_CELL: in LaTeX
 EXPLAINED = {
     PAIRED: (
         "paired differences",
@@ -56,20 +55,22 @@ CSV_COLUMNS += ("sd_trainings", "p", "p_holm")
 def header(results: Results) -> list[tuple[str, str]]:
     """(name, value) pairs that describe the records: commit, dates, device, arguments, support sets, weights."""
     records = [first for first, *_ in results.records.values()]
-    lines = [("commit", _distinct(record["commit"] or "not given" for record in records))]
+    configs = [record["config"] for record in records]
     dates = sorted(record["date"] for record in records)
-    lines.append(("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"))
-    lines.append(("device", _distinct(record["device"] for record in records)))
-    for name, label in HEADER_SETTINGS.items():
-        lines.append((label, _distinct(record["config"].get(name, "not given") for record in records)))
-    lines.append(("backbone", _distinct(record["config"].get("backbone", RELEASE_BACKBONE) for record in records)))
-    lines.append(("scorers", _distinct(record.get("scorer", RELEASE_SCORER) for record in records)))
-    lines.append(("rounds", _distinct(len(record["rounds"]) for record in records)))
-    lines.append(("support sets", _support_sets(results)))
     spread = "mean ± sample standard deviation over rounds (one support set each), in percent"
     if (trainings := max(map(len, results.records.values()))) > 1:
         spread += f"; then ± that over up to {trainings} trainings"
-    lines.append(("spread", spread))
+    lines = [
+        ("commit", _distinct(record["commit"] or "not given" for record in records)),
+        ("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
+        ("device", _distinct(record["device"] for record in records)),
+        *((label, _distinct(config.get(name, "not given") for config in configs)) for label, name in HEADER_SETTINGS),
+        ("backbone", _distinct(config.get("backbone", RELEASE_BACKBONE) for config in configs)),
+        ("scorers", _distinct(record.get("scorer", RELEASE_SCORER) for record in records)),
+        ("rounds", _distinct(len(record["rounds"]) for record in records)),
+        ("support sets", _support_sets(results)),
+        ("spread", spread),
+    ]
     for weights, explanation in WEIGHTS.items():
         of_weights = [record for key, (record, *_) in results.records.items() if weights_of(key.kind) == weights]
         if of_weights:
@@ -79,7 +80,7 @@ def header(results: Results) -> list[tuple[str, str]]:
 
 def _support_sets(results: Results) -> str:
     """The number of support sets, their origin, and one SHA-256 over all of them."""
-    names = {key[:2]: support_name(record) for key, (record, *_) in sorted(results.records.items(), key=itemgetter(0))}
+    names = {key[:2]: support_name(results.records[key][0]) for key in sorted(results.records)}
     digest = hashlib.sha256(json.dumps(list(names.values())).encode()).hexdigest()[:DIGEST_LETTERS]
     origins = _distinct(name.split()[0] for name in names.values())
     return f"{len(names)} ({origins}), SHA-256 {digest}..."
@@ -111,7 +112,7 @@ def format_entry(entry: Entry | None, column: str, interval: bool = False) -> st
     published. interval: `93.9 (93.1 to 94.7)` instead, and for a difference `+0.3 (-0.1 to +0.7), p 0.084`.
     """
     if entry is None:
-        return NOT_PUBLISHED if column in PUBLISHED or DIFFERENCE in column else MISSING
+        return "" if column in PUBLISHED or DIFFERENCE in column else MISSING
     if entry is NO_TRUTH:
         return "n/a"
     sign = "+" if DIFFERENCE in column else ""

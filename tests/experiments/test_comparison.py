@@ -73,10 +73,8 @@ def test_differences_against_scipy(folder, metric):
 
 
 def test_differences_by_defect_type(folder):
-    made = titled(
-        make_tables(read_results(folder), "gaussian"), "PRO by defect type, K = 2: differences from gaussian, paired"
-    )
-    records = read_results(folder).records
+    title, records = "PRO by defect type, K = 2: differences from gaussian, paired", read_results(folder).records
+    made = titled(make_tables(read_results(folder), "gaussian"), title)
     one, two = (
         records["bottle", 2, kind][0]["defects"]["scratch"]["pro"]["rounds"] for kind in ("last", "last, neighbours")
     )
