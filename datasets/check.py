@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -31,6 +31,8 @@ from utils.errors import UserError
 from utils.fingerprint import FileDigests
 from utils.progress import ProgressBar
 
+COLUMNS = ("category", "train", "test good", "test defective", "masks", "sizes", "modes")  # of the table
+
 Facts = TypeVar("Facts")
 
 
@@ -44,10 +46,7 @@ def list_test_items_with_notes(category: Path, strict: bool, need_both: bool = T
     missing = without_mask(items)
     if missing and not any(item.masks for item in items):
         print_notes([f"no defective image has a mask, e.g. {missing[0].image}: there are no pixel metrics"])
-    found = findings(category, items)
-    if strict and found:
-        raise UserError(found[0], ("strict",))
-    print_notes(found)
+    print_notes(findings(category, items), strict)
     return items
 
 
@@ -83,22 +82,22 @@ def content_findings(
     bits: int,
 ) -> list[str]:
     """Sentences on the content of the files of a category: of those of `train` and `test` whose facts are known."""
-    found = _equal_images(train, test, images)
+    notes = _equal_images(train, test, images)
     for item in test:
         for path in item.masks:
             if path in masks and item.image in images:
-                found += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
-    found += mask_notes(list({path: masks[path] for item in test for path in item.masks if path in masks}.items()))
+                notes += filter(None, [size_mismatch(path, masks[path].size, images[item.image].size)])
+    notes += mask_notes(list({path: masks[path] for item in test for path in item.masks if path in masks}.items()))
     for what, paths in (("training images", train), ("test images", [item.image for item in test])):
         facts = {path: images[path] for path in paths if path in images}
-        found += reading_summary([(str(path), known.parts) for path, known in facts.items()], len(paths), what)
+        notes += reading_summary([(str(path), known.parts) for path, known in facts.items()], len(paths), what)
         grey, coloured = ([path for path, known in facts.items() if known.is_grey is value] for value in (True, False))
         if grey and coloured:
-            found.append(
+            notes.append(
                 f"{len(grey)} of {len(paths)} {what} are grey, e.g. {grey[0]}; others are coloured, e.g. {coloured[0]}"
             )
     values = [(str(item.image), images[item.image].largest) for item in test if item.image in images]
-    return found + clipping_summary(values, bits)
+    return notes + clipping_summary(values, bits)
 
 
 def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool, digests: FileDigests) -> None:
@@ -120,10 +119,7 @@ def report_content(dataset: LabelledDataset, train: Sequence[Path], strict: bool
     }
     with ThreadPoolExecutor() as pool:
         images |= {path: facts for path, facts in zip(train, pool.map(_odd_facts, train), strict=True) if facts}
-    found = content_findings(train, dataset.items, images | dataset.images, dataset.masks, dataset.bits)
-    if strict and found:
-        raise UserError(found[0], ("strict", "mask_orientation") if AMBIGUOUS in found[0] else ("strict",))
-    print_notes(found)
+    print_notes(content_findings(train, dataset.items, images | dataset.images, dataset.masks, dataset.bits), strict)
 
 
 def _odd_facts(path: Path) -> ImageFacts | None:
@@ -135,22 +131,18 @@ def _odd_facts(path: Path) -> ImageFacts | None:
         return None
 
 
-def print_notes(notes: Iterable[str]) -> None:
-    """Prints each note on a line."""
+def print_notes(notes: Iterable[str], strict: bool = False) -> None:
+    """Prints each note on a line; with `strict`, the first is a UserError."""
     for note in notes:
+        if strict:
+            raise UserError(note, ("strict", "mask_orientation") if AMBIGUOUS in note else ("strict",))
         print(f"note: {note}")
 
 
 class CategoryReport(NamedTuple):
-    """What a category holds. Each of `problems` is a sentence that names a file or folder."""
+    """What a category holds: a row of COLUMNS, and problems, each a sentence that names a file or folder."""
 
-    name: str
-    train: int
-    good: int
-    defects: dict[str, int]  # images per type of defect
-    masks: int
-    sizes: list[tuple[int, int]]  # of images, smallest first
-    modes: list[str]
+    row: tuple[str, ...]
     problems: list[str]
 
 
@@ -174,13 +166,7 @@ def check_category(
             problems += findings(data_path / name, test)
         except UserError as error:
             problems.append(str(error))
-    problems = list(dict.fromkeys(problems))
-    defects = Counter(item.defect for item in test)
-    good = defects.pop(GOOD, 0)
-    sizes, modes = (sorted({facts[entry] for facts in images.values()}) for entry in (0, 1))
-    return CategoryReport(
-        name, len(train), good, dict(sorted(defects.items())), len(mask_paths), sizes, modes, problems
-    )
+    return CategoryReport(_table_row(name, train, test, images.values()), list(dict.fromkeys(problems)))
 
 
 def _list_files(data_path: Path, data_type: str, name: str) -> tuple[list[Path], list[LabelledImage], list[str]]:
@@ -229,9 +215,9 @@ def _equal_images(train: Sequence[Path], test: Sequence[LabelledImage], images: 
 
     def equal(paths: Iterable[Path], others: Iterable[Path], which: str) -> list[str]:
         first = {images[path].pixels: path for path in reversed(list(others)) if path in images}
-        found = [(path, first.get(images[path].pixels)) for path in paths if path in images]
+        pairs = [(path, first.get(images[path].pixels)) for path in paths if path in images]
         return [
-            f"{path} has the same pixels as the {which} {other}" for path, other in found if other not in (None, path)
+            f"{path} has the same pixels as the {which} {other}" for path, other in pairs if other not in (None, path)
         ]
 
     normal, defective = ([item.image for item in test if item.label == label] for label in (0, 1))
@@ -277,24 +263,21 @@ def check_support(support_path: Path, data_path: Path, name: str) -> list[str]:
 
 def format_reports(reports: Sequence[CategoryReport]) -> str:
     """A text table with one line per category."""
-    header = ("category", "train", "test good", "test defective", "masks", "sizes", "modes")
-    rows = [header, *map(_table_row, reports)]
+    rows = [COLUMNS, *(report.row for report in reports)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
-def _table_row(report: CategoryReport) -> tuple[str, ...]:
-    defects = ", ".join(f"{defect} {count}" for defect, count in report.defects.items())
-    total = sum(report.defects.values())
-    few = [f"{width}x{height}" for width, height in report.sizes]
-    sizes = " ".join(few) if len(few) <= 2 else f"{few[0]} ... {few[-1]} ({len(few)} sizes)"
-    return (
-        report.name,
-        str(report.train),
-        str(report.good),
-        f"{total} ({defects})" if defects else "0",
-        str(report.masks),
-        sizes or "-",
-        " ".join(report.modes) or "-",
-    )
+def _table_row(
+    name: str, train: Sequence[Path], test: Sequence[LabelledImage], images: Collection[ImageFacts]
+) -> tuple[str, ...]:
+    defects = Counter(item.defect for item in test)
+    good = defects.pop(GOOD, 0)
+    kinds = ", ".join(f"{defect} {count}" for defect, count in sorted(defects.items()))
+    defective = f"{defects.total()} ({kinds})" if kinds else "0"
+    masks = sum(len(item.masks) for item in test)
+    sizes = [f"{width}x{height}" for width, height in sorted({facts.size for facts in images})]
+    shown = sizes if len(sizes) <= 2 else [f"{sizes[0]} ... {sizes[-1]} ({len(sizes)} sizes)"]
+    modes = sorted({facts.mode for facts in images})
+    return name, str(len(train)), str(good), defective, str(masks), " ".join(shown) or "-", " ".join(modes) or "-"

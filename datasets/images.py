@@ -401,8 +401,8 @@ def parts_of(image: Image.Image) -> tuple[str, ...]:
 
 def reading_note(image: Image.Image, name: Path | str, bits: int) -> str | None:
     """Sentences where `eight_bit` clipped values of an image, or where HOW_READ applies; None otherwise."""
-    found = [f"{name} has {part}: {HOW_READ[part]}" for part in parts_of(image)]
-    return "; ".join(filter(None, (clipping_note(image, name, bits), *found))) or None
+    notes = [f"{name} has {part}: {HOW_READ[part]}" for part in parts_of(image)]
+    return "; ".join(filter(None, (clipping_note(image, name, bits), *notes))) or None
 
 
 def reading_summary(named: Sequence[tuple[str, Sequence[str]]], total: int, what: str) -> list[str]:
@@ -437,8 +437,8 @@ def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]
     Only the headers of other files are read. Files that cannot be read are omitted: their reader reports them.
     """
     with ThreadPoolExecutor() as pool:
-        found = [named for named in pool.map(_largest_value, images) if named]
-    return [(name, value) for name, value in found if value <= full_scale(FULL_BITS)]
+        values = list(filter(None, pool.map(_largest_value, images)))
+    return [(name, value) for name, value in values if value <= full_scale(FULL_BITS)]
 
 
 def _largest_value(image: Path | BinaryIO | Image.Image) -> tuple[str, int] | None:

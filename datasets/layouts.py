@@ -28,6 +28,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +94,7 @@ class Layout(ABC):
         return []
 
 
+@dataclass(frozen=True)
 class Folders(Layout):
     """MVTec AD's layout and those like it: a folder per type of defect.
 
@@ -100,15 +102,11 @@ class Folders(Layout):
     name of the folders of normal images. unread: further folders, whose images are not used.
     """
 
-    def __init__(
-        self,
-        mark: str,
-        test: str = "test",
-        truth: str = GROUND_TRUTH,
-        normal: str = GOOD,
-        unread: tuple[str, ...] = ("validation",),  # of LOCO
-    ) -> None:
-        self.mark, self.test, self.truth, self.normal, self.unread = mark, test, truth, normal, unread
+    mark: str
+    test: str = "test"
+    truth: str = GROUND_TRUTH
+    normal: str = GOOD
+    unread: tuple[str, ...] = ("validation",)  # of LOCO
 
     def matches(self, category: Path) -> bool:
         """Whether there is the folder `mark`."""
@@ -161,9 +159,9 @@ class Folders(Layout):
             "the folders train and test": [file for place in others for file in listing.images_below(place)],
         }
         notes = [
-            f"{len(found)} image(s) outside {expected} are not read, e.g. {found[0]}"
-            for expected, found in unread.items()
-            if found
+            f"{len(images)} image(s) outside {expected} are not read, e.g. {images[0]}"
+            for expected, images in unread.items()
+            if images
         ]
         if listing.is_partial or listing.own:
             notes += [f"{category}: {note}" for note in listing.notes()]
@@ -194,9 +192,9 @@ def _masks(folder: Path) -> dict[str, tuple[Path, ...]]:
     """
     if not is_folder(folder):
         return {}
-    found = entries(folder)
-    files = sorted(require_no_pipes(filter(is_image_file, found)), key=lambda file: file.suffix.lower() == ".png")
-    folders = [entry for entry in found if entry not in files and is_folder(entry)]
+    inside = entries(folder)
+    files = sorted(require_no_pipes(filter(is_image_file, inside)), key=lambda file: file.suffix.lower() == ".png")
+    folders = [entry for entry in inside if entry not in files and is_folder(entry)]
     several = {entry.name: tuple(require_no_pipes(filter(is_image_file, entries(entry)))) for entry in folders}
     return several | {file.stem: (file,) for file in files}
 
@@ -205,8 +203,8 @@ def _unused_masks(folders: Iterable[Path], items: Iterable[LabelledImage]) -> li
     """A sentence on the files in the first of the folders that has files which are the mask of no test image."""
     masks = {mask for item in items for mask in item.masks}
     for folder in folders:
-        if found := [path for path in Listing(all_files=True).images_below(folder) if path not in masks]:
-            return [f"{len(found)} file(s) in {folder} are the mask of no image, e.g. {found[0]}; {EXPECTED_MASKS}"]
+        if unused := [path for path in Listing(all_files=True).images_below(folder) if path not in masks]:
+            return [f"{len(unused)} file(s) in {folder} are the mask of no image, e.g. {unused[0]}; {EXPECTED_MASKS}"]
     return []
 
 

@@ -96,7 +96,7 @@ class Listing:
 
     def images_below(self, folder: Path) -> list[Path]:
         """The images in `folder` and its sub-folders, sorted, that no earlier call has listed."""
-        found: list[Path] = []
+        images: list[Path] = []
         skips_output = self.output and not _is_below(os.path.realpath(folder), self.output)
         for place, folders, names in os.walk(folder, followlinks=True, onerror=self._note):
             real = os.path.realpath(place)
@@ -116,8 +116,8 @@ class Listing:
             self.own += sum(_count_images(Path(place, name)) for name in own)
             folders[:] = [name for name in folders if not is_ignored(name) and name not in own]
             folders.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))
-            found += self._images(Path(place, name) for name in names if not is_ignored(name) and name not in own)
-        return sorted(found)
+            images += self._images(Path(place, name) for name in names if not is_ignored(name) and name not in own)
+        return sorted(images)
 
     def _images(self, files: Iterable[Path]) -> list[Path]:
         """The images among files; the others are counted."""

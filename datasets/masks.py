@@ -57,11 +57,6 @@ class Mask(NamedTuple):
     pixels: np.ndarray
     facts: MaskFacts
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.facts.size
-
 
 def decode_mask(path: Path, orientation: int = 1, is_stored: bool = False) -> Mask:
     """The mask in a file of any integer mode, turned upright by its EXIF orientation.

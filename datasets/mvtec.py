@@ -86,8 +86,8 @@ def _what_there_is(data_path: Path, category: str) -> str:
     deeper = [entry for entry in entries(data_path) if is_folder(entry / category)]
     if deeper:
         return f"but there is {deeper[0] / category}: give {deeper[0]} as the data folder"
-    found = category_names(data_path, "folder")
-    return f"it has {', '.join(found)}" if found else "it holds no folder with train/good in it"
+    names = category_names(data_path, "folder")
+    return f"it has {', '.join(names)}" if names else "it holds no folder with train/good in it"
 
 
 def list_train_images(category: Path) -> list[Path]:
@@ -220,7 +220,7 @@ def read_mask(
     pixels, facts = np.zeros(image_size[::-1], dtype=bool), {}
     for path in item.masks:
         mask = decode_mask(path, orientation, mask_orientation == MASK_ORIENTATIONS[1])
-        if problem := size_mismatch(path, mask.size, image_size):
+        if problem := size_mismatch(path, mask.facts.size, image_size):
             raise ImageError(problem, ("mask_orientation",) if orientation != 1 else ())
         pixels |= mask.pixels
         facts[path] = mask.facts

@@ -133,7 +133,9 @@ def load_support_rounds(
     if not path.is_file():
         raise _missing(path, shot, rounds, size)
     content = load_tensors(path, "support set")
-    if not isinstance(content, list | tuple) or not all(map(_is_dense, content)):
+    if not isinstance(content, list | tuple) or not all(
+        isinstance(images, torch.Tensor) and images.layout == torch.strided for images in content
+    ):
         raise UserError(f"support set {path} is not a list of tensors, one per round")
     rounds = rounds or max(1, len(content))
     if len(content) != rounds:
@@ -152,17 +154,12 @@ def load_support_rounds(
     return [images.detach().float().contiguous() for images in content]
 
 
-def _is_dense(item: object) -> bool:
-    return isinstance(item, torch.Tensor) and item.layout == torch.strided
-
-
 def read_rounds(
     category: Path, manifest: Manifest, size: int, keep_aspect: bool = False, bits: int = FULL_BITS
 ) -> list[torch.Tensor]:
     """The images that a manifest names, read from the category folder: per round (K, 3, S, S) float32 in [0, 1]."""
     files = training_files(category, manifest)
-    names = manifest.names()
-    images = dict(zip(names, read_support_images([files[n] for n in names], size, keep_aspect, bits), strict=True))
+    images = dict(zip(files, read_support_images(list(files.values()), size, keep_aspect, bits), strict=True))
     return [torch.stack([images[name] for name in of_round]) for of_round in manifest.rounds]
 
 
@@ -198,15 +195,15 @@ def find_names(
     by_content = {image.tobytes(): index for index, image in reversed(list(enumerate(images)))}
     names, differences = [], {}
     for number, of_round in enumerate(rounds):
-        found = [_most_alike(stored, images, by_content) for stored in of_round.permute(0, 2, 3, 1).numpy()]
-        worst = max(difference for _, difference in found)
+        nearest = [_most_alike(stored, images, by_content) for stored in of_round.permute(0, 2, 3, 1).numpy()]
+        worst = max(difference for _, difference in nearest)
         if worst > NEAREST_TOLERANCE:
             raise UserError(
                 f"round {number} of {file} holds an image that is not in {paths[0].parent}: the mean difference from "
                 f"the nearest one is {worst:.1f} of 255, above {NEAREST_TOLERANCE:.0f}"
             )
-        names.append([short_name(paths[index]) for index, _ in found])
-        differences |= {short_name(paths[index]): difference for index, difference in found if difference}
+        names.append([short_name(paths[index]) for index, _ in nearest])
+        differences |= {short_name(paths[index]): difference for index, difference in nearest if difference}
     origin = f"found in {file.name}: {len(differences)} image(s) as the nearest, all others bit for bit"
     manifest = Manifest(folder.name, shot, names, None, origin, TOOL, sha256(file), keep_aspect, bits)
     return with_hashes(manifest, folder), differences

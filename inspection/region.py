@@ -78,7 +78,7 @@ def _mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.ndarr
     if not path.is_file():
         raise UserError(f"no mask file {path}; a region is x,y,width,height or a mask file", ("region", "ignore"))
     mask = decode_mask(path)
-    width, height = mask.size
+    width, height = mask.facts.size
     if abs(width / height * size[1] / size[0] - 1) > ASPECT_TOLERANCE:
         warnings.warn(
             f"the mask {path} of {width}x{height} pixels is stretched to images of {size[0]}x{size[1]}",

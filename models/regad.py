@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.hub import load_state_dict_from_url
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE, SAFETENSORS
@@ -204,7 +205,8 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     for name, requested in (("stn_mode", stn_mode), ("img_size", img_size)):
         if trained.get(name) not in (requested, None):
             raise UserError(f"checkpoint {path} was trained with {name} {trained[name]}, not {requested}", (name,))
-    content |= {part: _without_wrapper(content[part]) for part in CHECKPOINT_PARTS}
+    for part in CHECKPOINT_PARTS:
+        consume_prefix_in_state_dict_if_present(content[part], "module.")  # of torch's DataParallel
     _reject_other_backbone(path, content["STN"], backbone)
     _reject_other_mode(path, content["STN"], stn_mode)
     model = RegAD(stn_mode, img_size, backbone)
@@ -218,14 +220,6 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
                 ("stn_mode", "img_size"),
             ) from error
     return model
-
-
-def _without_wrapper(state: dict) -> dict:
-    """A state dict without the prefix that torch's DataParallel puts before all names."""
-    prefix = "module."
-    if not all(isinstance(name, str) and name.startswith(prefix) for name in state):
-        return state
-    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def _reject_other_backbone(path: Path, stn: dict, backbone: str) -> None:

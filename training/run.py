@@ -120,11 +120,13 @@ def read_inputs(config: TrainingConfig, check: bool = False, digests: FileDigest
         "scorers": [digest_scorer(spec, digests) for spec in config.scorer] if scored else [],
     }
     targets = [*scored, *further]
-    digested = [[of.bits, digest_items(of.items, digests), digest_support(of.support)] for of in targets]
+    digested = [[each.bits, digest_items(each.items, digests), digest_support(each.support)] for each in targets]
     if targets:
         resolved["scored_bits"], inputs["test_images"], inputs["support_images"] = digested[0]
     if targets[1:]:
-        inputs["further_scored"] = {of.category: digest for of, digest in zip(targets[1:], digested[1:], strict=True)}
+        inputs["further_scored"] = {
+            each.category: digest for each, digest in zip(targets[1:], digested[1:], strict=True)
+        }
     settings = config.results_part() | resolved | {"seed": config.seed}
     return Inputs(sources, scored, further, resolved, fingerprint(settings, inputs))
 
@@ -396,7 +398,7 @@ def mean_rounds(categories: Sequence[Sequence[dict[str, float | None]]]) -> list
     """The metrics of each round, averaged over the categories that have the metric; one dict per round."""
     means = []
     for metrics in zip(*categories, strict=True):  # of a round, one dict per category
-        values = {name: [of[name] for of in metrics if of[name] is not None] for name in metrics[0]}
+        values = {name: [each[name] for each in metrics if each[name] is not None] for name in metrics[0]}
         means.append({name: sum(defined) / len(defined) if defined else None for name, defined in values.items()})
     return means
 

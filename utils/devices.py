@@ -138,29 +138,20 @@ def run_batch(work: Callable[[int], Result], count: int, what: str) -> Result:
     Raises:
         UserError: not enough memory; the message has the largest half, quarter and so on of `count` that fits.
     """
-    try:
-        return work(count)
-    except Exception as error:
-        reason = _require_lack(error)
-    fits = count // 2
+    fits, reason = count, ""
     while fits:
         try:
-            work(fits)
+            result = work(fits)
             break
         except Exception as error:
-            _require_lack(error)
-        fits //= 2
+            if not (lack := lack_of_memory(error)):
+                raise
+            traceback.clear_frames(error.__traceback__)  # which hold the tensors of the failed call
+            fits, reason = fits // 2, reason or lack
+    if fits == count:
+        return result
     advice = f"{fits} would fit" if fits else "not even one fits: take smaller images"
     raise UserError(f"not enough memory for {count} {what} ({reason}); {advice}", ("batch_size", "img_size"))
-
-
-def _require_lack(error: Exception) -> str:
-    """The reason of an out-of-memory error; raises other errors again. Frees the tensors of the failed frames."""
-    reason = lack_of_memory(error)
-    if not reason:
-        raise error
-    traceback.clear_frames(error.__traceback__)
-    return reason
 
 
 def download(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from typing import NoReturn
 
 from utils.text import Stream
 
@@ -56,7 +57,7 @@ def run_command(
         _run(main, get_parser)
         output.flush()
         if output.fault and not isinstance(output.fault, BrokenPipeError):
-            sys.exit(_complain(f"cannot write the standard output: {output.fault.strerror}", 2))
+            _end(f"cannot write the standard output: {output.fault.strerror}", 2)
 
 
 def _run(main: Callable[[Sequence[str] | None], None], get_parser: Callable | None) -> None:
@@ -67,9 +68,9 @@ def _run(main: Callable[[Sequence[str] | None], None], get_parser: Callable | No
         message = _message(error, get_parser)
         if message is None:
             raise
-        sys.exit(_complain(message, 2))
+        _end(message, 2)
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+        _end("interrupted", 130)
     except SystemExit as end:
         if end.code in DID_WORK:
             _print_elapsed(started)
@@ -123,9 +124,9 @@ def _advice(options: Sequence[str], get_parser: Callable[[], argparse.ArgumentPa
     return f" (see {', '.join(flags)})" if flags else ""
 
 
-def _complain(message: object, code: int) -> int:
+def _end(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
 def require_packages(*names: str, requirements: str | None = "requirements-export.txt") -> None:

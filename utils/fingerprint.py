@@ -40,8 +40,8 @@ def changes(stored: object, current: Mapping) -> list[str]:
     if not isinstance(stored, Mapping) or not isinstance(stored.get("settings"), Mapping):
         return ["no fingerprint"]
     phrases = _changes({"method_version": stored.get("method_version")}, {"method_version": current["method_version"]})
-    for part in ("settings", "inputs"):
-        phrases += _changes(stored.get(part, {}), current[part])
+    for entry in ("settings", "inputs"):
+        phrases += _changes(stored.get(entry, {}), current[entry])
     return phrases
 
 

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from tests.flags import small_run
 from utils.files import PROJECT_ROOT
 
 COUNT = """
@@ -37,12 +38,8 @@ def openings(report: Path, *command: str) -> Counter[Path]:
 
 def test_scoring_opens_each_image_and_mask_twice(demo_data, tmp_path):
     """With panels and a report, which show images and masks again."""
-    flags = "--obj ring --shot 2 --inferences 2 --img_size 64 --data_type folder --device cpu --untrained"
-    flags += " --weights none --num_workers 2 --save_images -1"
-    found = openings(
-        tmp_path / "report.json",
-        *("test.py", *flags.split(), "--data_path", str(demo_data), "--output", str(tmp_path / "out")),
-    )
+    flags = {"shot": 2, "inferences": 2, "num_workers": 2, "untrained": True, "save_images": -1}
+    found = openings(tmp_path / "report.json", "test.py", *small_run(demo_data, output=tmp_path / "out", **flags))
     labelled = [path for part in ("test", "ground_truth") for path in (demo_data / "ring" / part).rglob("*.png")]
     assert len(labelled) == 15 and {found[path] for path in labelled} <= {1, 2}
     train = list((demo_data / "ring/train").rglob("*.png"))

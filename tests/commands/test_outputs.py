@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import evaluation.run
@@ -22,8 +21,8 @@ from evaluation.round_metrics import NO_DEFECTIVE, NO_MASK, NO_NORMAL
 from experiments.results import read_results
 from experiments.run import write_tables
 from tests.commands.test_commands import test_command
+from tests.flags import small_run
 from utils.errors import UserError
-from utils.naming import lock_file
 from utils.text import read_table
 
 SIZE = 64
@@ -34,13 +33,10 @@ def run(demo_data, tmp_path):
     """Runs test.py on the ring, untrained; returns its record. Keywords are flags; True gives a flag without value."""
 
     def run(**changed):
-        flags = {"obj": "ring", "shot": 1, "inferences": 2, "stn_mode": "affine", "img_size": SIZE, "weights": "none"}
-        flags |= {"data_type": "folder", "data_path": demo_data, "output": tmp_path / "out", "device": "cpu"}
-        flags |= {"num_workers": 0, "untrained": True} | changed
-        words = [[f"--{name}", str(value)] if value is not True else [f"--{name}"] for name, value in flags.items()]
-        test_command.main([word for pair in words for word in pair])
+        flags = {"shot": 1, "inferences": 2, "stn_mode": "affine", "untrained": True, "output": tmp_path / "out"}
+        test_command.main(small_run(**{"data": demo_data} | flags | changed))
         name = f"ring_1_affine_untrained{'_neighbours' if changed.get('scorer') == 'neighbours' else ''}.json"
-        return json.loads((Path(flags["output"]) / name).read_text())
+        return json.loads((tmp_path / "out" / name).read_text())
 
     return run
 
@@ -137,7 +133,7 @@ ONE_CLASS = {
 def test_one_class_or_no_masks(case, run, part_of_the_ring, tmp_path, capsys):
     """What can be computed is there; the rest is null with a reason; scores, images and tables survive it."""
     kinds, masks, no_image, no_pixel = ONE_CLASS[case]
-    record = run(data_path=part_of_the_ring(kinds, masks), save_images=-1)
+    record = run(data=part_of_the_ring(kinds, masks), save_images=-1)
     printed = capsys.readouterr().out
     for name in METRIC_NAMES:
         reason = no_image if name.startswith("image") else no_pixel
@@ -162,7 +158,7 @@ def test_a_name_that_is_no_text(run, part_of_the_ring, tmp_path):
     root = part_of_the_ring(["good", "chip"])
     strange = os.fsencode(root / "ring/test/good") + b"/\xff\xfe.png"
     shutil.copy(root / "ring/test/good/000.png", strange)
-    run(data_path=root)
+    run(data=root)
     items = list_test_items(root / "ring")
     assert read_scores(tmp_path / "out/ring_1_affine_untrained.csv", items, 2).shape == (2, len(items))
 
@@ -176,21 +172,22 @@ OTHER_SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER_SETTINGS)
-def test_a_record_of_other_settings_stays(case, run, tmp_path, monkeypatch):
+def test_a_record_of_other_settings_stays(run, tmp_path, monkeypatch):
     """The same settings replace it. Others do so with --overwrite only; without it they are found before the work."""
-    change, sentence = OTHER_SETTINGS[case]
     record = run(save_maps=True)
     file = tmp_path / "out/ring_1_affine_untrained.json"
     assert run()["rounds"] == record["rounds"]
+    record = run(save_maps=True)
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
-    with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
+    with monkeypatch.context() as patched:
         patched.setattr("evaluation.run.compute_test_features", lambda *a: pytest.fail("the work has started"))
-        run(**change)
-    assert str(caught.value).startswith(f"{file} was made with other settings: {sentence}")
-    assert "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
+        for case, (change, sentence) in OTHER_SETTINGS.items():
+            with pytest.raises(UserError) as caught:
+                run(**change)
+            assert str(caught.value).startswith(f"{file} was made with other settings: {sentence}"), case
+            assert "--overwrite" in str(caught.value) and "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == files
-    replaced = run(**change, overwrite=True)
+    replaced = run(seed=1, overwrite=True)
     assert replaced["fingerprint"] != record["fingerprint"]
     assert not list((tmp_path / "out").rglob("round_*.npz"))  # maps of other numbers do not stay beside it
 
@@ -198,11 +195,11 @@ def test_a_record_of_other_settings_stays(case, run, tmp_path, monkeypatch):
 def test_the_same_content_elsewhere_is_the_same(run, demo_data, tmp_path):
     shutil.copytree(demo_data / "ring", tmp_path / "moved/ring")
     run()
-    run(data_path=tmp_path / "moved")
+    run(data=tmp_path / "moved")
     file = tmp_path / "moved/ring/ground_truth/chip/000_mask.png"
     shutil.copy(file.with_name("001_mask.png"), file)
     with pytest.raises(UserError, match="other test images"):
-        run(data_path=tmp_path / "moved")
+        run(data=tmp_path / "moved")
 
 
 def test_other_scorers_have_records_of_their_own(run, tmp_path):
@@ -211,23 +208,15 @@ def test_other_scorers_have_records_of_their_own(run, tmp_path):
     assert len(list((tmp_path / "out").glob("*.json"))) == len(list((tmp_path / "out").glob("*.csv"))) == 2
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "not JSON"])
-def test_what_is_no_record_of_this_version_stays(content, run, tmp_path):
+def test_what_is_no_record_of_this_version_stays(run, tmp_path):
     file = tmp_path / "out/ring_1_affine_untrained.json"
     file.parent.mkdir()
-    file.write_text(content)
-    with pytest.raises(UserError, match="--overwrite"):
-        run()
-    assert file.read_text() == content
+    for content in ("{}", "[]", "not JSON"):
+        file.write_text(content)
+        with pytest.raises(UserError, match="--overwrite"):
+            run()
+        assert file.read_text() == content
     assert run(overwrite=True)["rounds"]
-
-
-def test_a_second_process_does_not_write_the_same_record(run, tmp_path):
-    file = tmp_path / "out/ring_1_affine_untrained.json"
-    file.parent.mkdir()
-    with FileLock(lock_file(file)), pytest.raises(UserError, match=f"another process writes {re.escape(str(file))}"):
-        run()
-    assert not file.exists()
 
 
 def test_two_runs_at_once_leave_one_whole_record(run, tmp_path, monkeypatch):

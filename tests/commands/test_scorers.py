@@ -13,6 +13,7 @@ import predict
 import reproduce
 import train
 from tests.commands.test_commands import test_command
+from tests.flags import small_run
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
 
@@ -29,9 +30,8 @@ def mine(tmp_path) -> str:
 
 def score(demo_data: Path, output: Path, *flags: str) -> dict[str, dict]:
     """Runs test.py untrained on the synthetic rings; returns the records by file name."""
-    arguments = ["--obj", "ring", "--shot", "2", "--inferences", "2", "--data_type", "folder", "--untrained"]
-    arguments += ["--data_path", str(demo_data), "--weights", "none", "--device", "cpu", "--num_workers", "0"]
-    test_command.main([*arguments, "--output", str(output), *flags])
+    given = {"shot": 2, "inferences": 2, "untrained": True, "img_size": None, "output": output}
+    test_command.main([*small_run(demo_data, **given), *flags])
     return {path.name: json.loads(path.read_text()) for path in output.glob("*.json")}
 
 
@@ -113,12 +113,8 @@ def test_predict_says_its_scorer_and_a_foreign_one_is_given_again(demo_data, min
 
 
 def test_epochs_are_scored_by_every_scorer_and_chosen_by_the_first(demo_data, tmp_path):
-    train.main(
-        ["--obj", "ring", "--shot", "1", "--epochs", "1", "--inferences", "2", "--data_type", "folder"]
-        + ["--data_path", str(demo_data), "--weights", "none", "--img_size", SIZE, "--device", "cpu"]
-        + ["--num_workers", "0", "--cache_dir", "none", "--save_dir", str(tmp_path)]
-        + ["--scorer", "neighbours", "gaussian"]
-    )
+    flags = {"shot": 1, "epochs": 1, "inferences": 2, "cache_dir": "none", "scorer": ("neighbours", "gaussian")}
+    train.main(small_run(demo_data, save_dir=tmp_path, **flags))
     (record,) = tmp_path.rglob("*_record.json")
     epochs = json.loads(record.read_text())["epochs"]
     for entry in epochs:

@@ -83,10 +83,11 @@ def taken_by_a_folder(folder: Path) -> Path:
     return folder / "x.pt2"
 
 
-PLACES = (below_a_file, at_a_link_to_nothing, below_proc, with_a_name_too_long)
-CASES = [
-    *[(command, place) for command in FOLDERS for place in (*PLACES, taken_by_a_file)],
-    *[(command, place) for command in FILES for place in (*PLACES, taken_by_a_folder)],
+PLACES = (at_a_link_to_nothing, below_proc, with_a_name_too_long)
+CASES = [  # each command, and each place with one of them: all ask `require_writable`
+    *[(command, place) for command in FOLDERS for place in (below_a_file, taken_by_a_file)],
+    *[(command, place) for command in FILES for place in (below_a_file, taken_by_a_folder)],
+    *[(command, place) for command in ("train", "export") for place in PLACES],
 ]
 
 

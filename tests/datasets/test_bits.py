@@ -31,12 +31,13 @@ from inspection.detector import FewShotDetector
 from inspection.export import export_metadata
 from models.regad import untrained
 from tests.commands.test_commands import test_command
+from tests.flags import small_run, words
 from utils.choices import BIT_DEPTHS
 from utils.devices import seed_everything
 from utils.errors import UserError
 
 SIZE = 64
-RUN = ["--data_type", "folder", "--img_size", str(SIZE), "--num_workers", "0", "--weights", "none", "--device", "cpu"]
+SUPPORT = {"obj": "ring", "data_type": "folder", "img_size": SIZE}
 
 
 def stored(values: np.ndarray, bits: int) -> Image.Image:
@@ -126,17 +127,10 @@ def test_commands_give_the_numbers_of_8_bit_files(demo_data, tmp_path, capsys):
     bits, records, losses = 10, {}, {}
     for depth in (None, bits):
         data, out = grey_copy(demo_data, tmp_path / f"data {depth}", depth), tmp_path / f"out {depth}"
-        common = ["--obj", "ring", "--data_path", str(data), *RUN]
-        support = ["--support_path", str(out / "support"), "--inferences", "2"]
-        make_support.main(
-            ["--obj", "ring", "--shots", "2", "--rounds", "2", "--support_path", str(out / "support")]
-            + ["--data_type", "folder", "--data_path", str(data), "--img_size", str(SIZE)]
-        )
-        train.main(
-            [*common, *support, "--epochs", "1", "--batch_size", "4", "--save_dir", str(out)]
-            + ["--cache_dir", str(out / "cache"), "--select", "last"]
-        )
-        test_command.main([*common, *support, "--save_dir", str(out), "--output", str(out)])
+        make_support.main(words(data_path=data, shots=2, rounds=2, support_path=out / "support", **SUPPORT))
+        common = {"support_path": out / "support", "inferences": 2, "save_dir": out}
+        train.main(small_run(data, epochs=1, batch_size=4, select="last", cache_dir=out / "cache", **common))
+        test_command.main(small_run(data, output=out, **common))
         printed = capsys.readouterr().out
         assert (f"bits: {bits} (5 16-bit image(s) of ring/train" in printed) == bool(depth)
         assert ("bits:" in printed) == bool(depth) and "warning" not in printed
@@ -152,7 +146,7 @@ def test_commands_give_the_numbers_of_8_bit_files(demo_data, tmp_path, capsys):
 def test_a_test_image_beyond_the_depth_is_named_and_does_not_decide(demo_data, tmp_path, capsys):
     data = grey_copy(demo_data, tmp_path / "data", 10)
     bright = grey_file(demo_data / "ring/test/good/000.png", data / "ring/test/good/000.png", 12)
-    test_command.main(["--obj", "ring", "--data_path", str(data), *RUN, "--untrained", "--output", str(tmp_path)])
+    test_command.main(small_run(data, untrained=True, output=tmp_path))
     printed = capsys.readouterr().out
     assert "bits: 10 (" in printed
     (note,) = [line for line in printed.splitlines() if line.startswith("note")]
@@ -161,20 +155,16 @@ def test_a_test_image_beyond_the_depth_is_named_and_does_not_decide(demo_data, t
 
 def test_a_support_set_of_another_depth_is_refused(demo_data, tmp_path):
     data = grey_copy(demo_data, tmp_path / "data", 12)
-    make_support.main(
-        ["--obj", "ring", "--rounds", "1", "--support_path", str(tmp_path), "--bits", "16"]
-        + ["--data_type", "folder", "--data_path", str(data), "--img_size", str(SIZE)]
-    )
-    command = ["--obj", "ring", "--data_path", str(data), *RUN, "--untrained", "--output", str(tmp_path / "out")]
-    command += ["--support_path", str(tmp_path), "--inferences", "1"]
+    make_support.main(words(data_path=data, rounds=1, support_path=tmp_path, bits=16, **SUPPORT))
+    command = small_run(data, untrained=True, output=tmp_path / "out", support_path=tmp_path, inferences=1)
     with pytest.raises(UserError, match="was made for 16 bits, not 12; create it again"):
         test_command.main(command)
     test_command.main([*command, "--bits", "16"])
 
 
 def test_the_depth_decides_whether_a_run_is_the_same(demo_data, tmp_path, capsys):
-    command = ["--obj", "ring", "--data_path", str(demo_data), *RUN, "--epochs", "1", "--select", "last", "--resume"]
-    command += ["--eval_every", "0", "--save_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")]
+    flags = {"epochs": 1, "select": "last", "eval_every": 0, "resume": True}
+    command = small_run(demo_data, save_dir=tmp_path, cache_dir=tmp_path / "cache", **flags)
     train.main(command)
     capsys.readouterr()
     train.main(command)

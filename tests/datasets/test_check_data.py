@@ -31,6 +31,7 @@ from tests.datasets.test_images import (
     with_alpha,
 )
 from tests.datasets.test_layouts import visa  # noqa: F401
+from tests.flags import small_run
 from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT
@@ -107,10 +108,9 @@ def test_every_kind_of_image_and_name_works_in_training_and_scoring(data, tmp_pa
 
 
 def run_all(data: Path, tmp_path: Path) -> None:
-    common = f"--obj ring --shot 1 --inferences 1 --img_size {SIZE} --data_type folder --device cpu --num_workers 0"
-    common = [*common.split(), "--weights", "none", "--data_path", str(data)]
-    train.main([*common, "--epochs", "1", "--save_dir", str(tmp_path / "save"), "--cache_dir", str(tmp_path / "cache")])
-    test_command.main([*common, "--save_dir", str(tmp_path / "save"), "--output", str(tmp_path / "out")])
+    common = {"shot": 1, "inferences": 1, "save_dir": tmp_path / "save"}
+    train.main(small_run(data, epochs=1, cache_dir=tmp_path / "cache", **common))
+    test_command.main(small_run(data, output=tmp_path / "out", **common))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ from datasets.mvtec import LabelledDataset, list_test_items
 from inspection.images import ImageFile, as_pixels, largest_grey_values
 from tests.commands.test_commands import test_command
 from tests.datasets.test_images import exif
+from tests.flags import small_run
 from utils.errors import UserError
 
 
@@ -53,21 +55,12 @@ def png(values: np.ndarray, orientation: int = 1, transparent: Sequence[int] = (
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def tiff(values: np.ndarray, order: str, planes: int = 1) -> bytes:
-    """An uncompressed 16-bit TIFF of (H, W, 3). planes: 2: its header says that each colour has a plane."""
-    height, width, channels = values.shape
-    data = values.astype(f"{order}u2").tobytes()
-    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
-    tags += [(277, 3, 1, channels), (278, 3, 1, height), (279, 4, 1, len(data))]
-    tags += [(284, 3, 1, planes)] if planes > 1 else []
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14 + len(data))
-    bits = struct.pack(f"{order}3H", 16, 16, 16)
-    entries = b"".join(
-        struct.pack(f"{order}HHI", tag, kind, count)
-        + (struct.pack(f"{order}HH", value, 0) if kind == 3 and count == 1 else struct.pack(f"{order}I", value))
-        for tag, kind, count, value in tags
-    )
-    return head + bits + data + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0)
+def tiff(values: np.ndarray, order: str, planes: bool = False) -> bytes:
+    """An uncompressed 16-bit TIFF of (H, W, 3). planes: each colour has a plane."""
+    stream = io.BytesIO()
+    how = {"photometric": "rgb", "planarconfig": "separate" if planes else "contig", "byteorder": order}
+    tifffile.imwrite(stream, (np.moveaxis(values, -1, 0) if planes else values).astype(np.uint16), **how)
+    return stream.getvalue()
 
 
 @given(st.sampled_from(BIT_DEPTHS), st.sampled_from([1, 2, 3, 4, "<", ">"]), st.sampled_from([1, 3, 6, 8]), st.data())
@@ -196,7 +189,7 @@ def white_is_zero() -> bytes:
 
 
 MISREAD = {  # by Pillow
-    "planes": (tiff(np.zeros((4, 4, 3)), "<", planes=2), "save it as plain 16-bit RGB"),
+    "planes": (tiff(np.zeros((4, 4, 3)), "<", planes=True), "save it as plain 16-bit RGB"),
     "PPM": (b"P6 1 1 65535 abcdef", "save it as plain 16-bit RGB"),
     "plain PPM": (b"P3 1 1 4095 1 2 3", "save it as plain 16-bit RGB"),
     "JPEG 2000": (jpeg_2000(12), "save it as plain 16-bit RGB"),
@@ -261,8 +254,8 @@ def said(ring, tmp_path, capsys):
         with suppress(SystemExit):
             check_data.main(common)
         check = {line.removeprefix("  ") for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
-        command = ["--shot", "1", "--inferences", "1", "--untrained", "--weights", "none", "--img_size", "64"]
-        test_command.main([*common, *command, "--device", "cpu", "--metrics", "auroc", "--output", str(tmp_path / "o")])
+        given = {"shot": 1, "inferences": 1, "untrained": True, "metrics": "auroc", "output": tmp_path / "o"}
+        test_command.main([*small_run(ring.parent, **given), *flags])
         test = {line[6:] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")}
         return [check, test]
 

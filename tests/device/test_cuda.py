@@ -17,6 +17,7 @@ from inspection.detector import FewShotDetector
 from models.regad import RegAD
 from models.stn import fuse_conv_bn
 from scorers.registry import SCORERS, make_scorer
+from tests.flags import small_run
 from utils.devices import command_device
 from utils.stages import StageClock
 
@@ -88,10 +89,9 @@ def test_a_detector(name, demo_data):
 
 
 def test_each_command(demo_data, tmp_path):
-    given = f"--obj ring --data_type folder --shot 2 --inferences 1 --weights none --img_size {SIZE} --num_workers 0"
-    given = [*given.split(), "--device", DEVICE, "--data_path", str(demo_data), "--save_dir", str(tmp_path / "save")]
-    train.main([*given, *["--epochs", "1", "--batch_size", "3", "--cache_dir", "none", "--amp", "bf16", "--tf32"]])
-    test_command.main([*given, "--scorer", *SCORERS, "--output", str(tmp_path)])
+    given = {"device": DEVICE, "shot": 2, "inferences": 1, "save_dir": tmp_path / "save"}
+    train.main(small_run(demo_data, epochs=1, batch_size=3, cache_dir="none", amp="bf16", tf32=True, **given))
+    test_command.main(small_run(demo_data, scorer=tuple(SCORERS), output=tmp_path, **given))
     assert len(list(tmp_path.glob("*.json"))) == len(SCORERS)
     support = [str(file) for file in sorted((demo_data / "ring/train/good").iterdir())[:2]]
     detector = [*["--weights", "none", "--img_size"], str(SIZE), "--support", *support]

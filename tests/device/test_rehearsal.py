@@ -27,6 +27,7 @@ from models.stn import fuse_conv_bn
 from scorers import features, maps, neighbours
 from scorers.registry import SCORERS, make_scorer
 from tests.device.pretend import PretendCuda
+from tests.flags import small_run
 from training.loop import Trainer
 from utils.stages import StageClock
 
@@ -142,18 +143,17 @@ def test_predict_command(pretend, normal, tmp_path, scorer):
     assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + len(normal)
 
 
-def command(demo_data, tmp_path, name: str) -> list[str]:
-    given = f"--obj ring --data_type folder --shot 2 --inferences 2 --weights none --img_size {SIZE} --device cuda"
-    given += f" --save_dir {tmp_path / 'save'} --num_workers 0 {name}"
-    return [*given.split(), "--data_path", str(demo_data)]
+ON_DEVICE = {"device": "cuda", "shot": 2, "inferences": 2}
 
 
 def test_test_command(pretend, demo_data, tmp_path):
-    test_command.main(command(demo_data, tmp_path, f"--untrained --scorer gaussian neighbours --output {tmp_path}"))
+    flags = {"untrained": True, "scorer": ("gaussian", "neighbours"), "output": tmp_path}
+    test_command.main(small_run(demo_data, **ON_DEVICE, **flags))
 
 
 def test_train_command(pretend, demo_data, tmp_path):
-    train.main([*command(demo_data, tmp_path, "--epochs 1 --batch_size 3"), "--cache_dir", str(tmp_path / "cache")])
+    flags = {"epochs": 1, "batch_size": 3, "save_dir": tmp_path / "save", "cache_dir": tmp_path / "cache"}
+    train.main(small_run(demo_data, **ON_DEVICE, **flags))
     assert list((tmp_path / "save").rglob("*_model.pt"))
 
 

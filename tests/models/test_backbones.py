@@ -24,8 +24,8 @@ from utils.stages import StageClock
 SIZE = 64
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_resnet_is_trained_and_scored(backbone):
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50"])
+def test_resnets_of_both_kinds_of_blocks_are_trained_and_scored(backbone):
     torch.manual_seed(0)
     model = RegAD("affine", SIZE, backbone)
     images = torch.rand(2, 3, SIZE, SIZE)

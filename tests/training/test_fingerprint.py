@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import train
@@ -23,7 +22,6 @@ from training.run import read_inputs
 from utils.errors import UserError
 from utils.files import load_tensors
 from utils.fingerprint import changes
-from utils.naming import lock_file
 
 SCORER = "from scorers.gaussian import Gaussian\n\n\nclass Mine(Gaussian):\n    name = 'mine'\n"
 
@@ -100,13 +98,6 @@ def test_episodes_of_another_number_of_support_images_are_refused(demo_data, tmp
     with pytest.raises(UserError, match=r"episodes\.json has 4 support images per query, not --shot 1") as caught:
         train.main(arguments(demo_data, tmp_path, episodes=tmp_path / "episodes.json"))
     assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.pt"))
-
-
-def test_a_second_process_does_not_train_into_the_same_files(demo_data, tmp_path):
-    state = files(tmp_path).state
-    state.parent.mkdir(parents=True)
-    with FileLock(lock_file(state)), pytest.raises(UserError, match=r"another process writes .*ring_1.*state\.pt"):
-        train.main([*arguments(demo_data, tmp_path), "--overwrite"])
 
 
 def test_two_trainings_at_once_leave_one_whole_run(demo_data, tmp_path, monkeypatch):

@@ -9,9 +9,8 @@ import torch
 
 import train
 from models.regad import RegAD
-from tests.training.test_training import SIZE, arguments, files, weights
+from tests.training.test_training import SIZE, WITHOUT_SCORES, arguments, files, interrupt_in_step, weights
 from training.config import TrainingConfig
-from training.loop import Trainer
 from utils.errors import UserError
 
 PARTS = {
@@ -43,7 +42,7 @@ def is_of_batch_norm(name: str, values: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("recipe", LEARNING)
 def test_what_learns(recipe, demo_data, tmp_path):
     learning, frozen_norm = LEARNING[recipe]
-    train.main(arguments(demo_data, tmp_path, train=recipe[0], batch_norm=recipe[1], select="last", eval_every=0))
+    train.main(arguments(demo_data, tmp_path, train=recipe[0], batch_norm=recipe[1], **WITHOUT_SCORES))
     before, after = start(), weights(files(tmp_path).last)
     assert before.keys() == after.keys()
     for part, beginnings in PARTS.items():
@@ -63,7 +62,7 @@ def test_support_target_each_and_fewer_steps(demo_data, tmp_path):
     """With one support image per query the targets are the same image; steps: the first ones of the epoch."""
     losses = {}
     for name, given in {"mean": {}, "each": {"support_target": "each"}, "steps": {"steps": 2}}.items():
-        train.main(arguments(demo_data, tmp_path / name, epochs=1, select="last", eval_every=0, **given))
+        train.main(arguments(demo_data, tmp_path / name, epochs=1, **WITHOUT_SCORES, **given))
         record = json.loads(files(tmp_path / name).record.read_text())
         losses[name] = record["epochs"][1]["loss"]
         assert record["epochs"][1]["steps"] == (2 if name == "steps" else 3)
@@ -73,21 +72,13 @@ def test_support_target_each_and_fewer_steps(demo_data, tmp_path):
 
 
 def test_a_recipe_is_resumed_with_the_same_bits(demo_data, tmp_path, monkeypatch):
-    given = {"train": "heads", "select": "last", "eval_every": 0}
+    given = {"train": "heads", **WITHOUT_SCORES}
     train.main(arguments(demo_data, tmp_path / "whole", **given))
-    one = arguments(demo_data, tmp_path / "parts", save_every=0, **given)
-    original, calls = Trainer.step, []
-
-    def interrupted(self, *rest):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return original(self, *rest)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    in_parts = arguments(demo_data, tmp_path / "parts", save_every=0, **given)
+    interrupt_in_step(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
-        train.main(one)
-    train.main([*one, "--resume"])
+        train.main(in_parts)
+    train.main([*in_parts, "--resume"])
     whole, parts = (weights(files(tmp_path / name).last) for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 

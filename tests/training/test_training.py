@@ -22,6 +22,7 @@ from datasets.episodes import draw_episodes, read_episodes
 from datasets.mvtec import list_source_images
 from models.regad import CHECKPOINT_PARTS, RECIPE, RegAD, load_checkpoint, registration_loss
 from tests.commands.test_commands import test_command
+from tests.flags import small_run
 from tests.reference import needs_reference
 from training.loop import Trainer, learning_rate
 from utils.errors import UserError
@@ -169,23 +170,9 @@ def test_learning_rates():
 
 def arguments(data: Path, folder: Path, **changes: object) -> list[str]:
     """All arguments of a run of train.py on the small synthetic data."""
-    given = {
-        "obj": "ring",
-        "shot": 1,
-        "data_type": "folder",
-        "data_path": data,
-        "img_size": SIZE,
-        "epochs": 2,
-        "batch_size": 2,
-        "inferences": 2,
-        "lr": 0.01,
-        "weights": "none",
-        "device": "cpu",
-        "num_workers": 0,
-        "cache_dir": folder / "cache",
-        "save_dir": folder / "save",
-    }
-    return [part for name, value in (given | changes).items() for part in (f"--{name}", str(value))]
+    given = {"shot": 1, "epochs": 2, "batch_size": 2, "inferences": 2, "lr": 0.01}
+    given |= {"cache_dir": folder / "cache", "save_dir": folder / "save"}
+    return small_run(data, **given | changes)
 
 
 def files(folder: Path, shot: int = 1, stn_mode: str = "rotation_scale") -> CheckpointFiles:
@@ -236,7 +223,7 @@ def test_a_run_leaves_whole_records(undisturbed):
     assert lines[0]["loss"] is None and -1 <= lines[1]["loss"] < 0 and lines[2]["lr"] == 0
     sums = [line["image_auroc"]["mean"] + line["pixel_auroc"]["mean"] for line in lines]
     assert record["selected_epoch"] == sums.index(max(sums))
-    assert record["config"]["seed"] == 668 and record["versions"]["torch"]
+    assert record["config"]["seed"] == 668 and record["versions"]["torch"] and record["resolved"]["held_out"] is None
     assert found.curve.read_bytes().startswith(b"\x89PNG")
     for file, epoch in ((found.selected, record["selected_epoch"]), (found.last, 2)):
         recipe = torch.load(file, weights_only=True)[RECIPE]
@@ -259,10 +246,7 @@ def test_training_and_test_py_give_equal_numbers(which, undisturbed, demo_data, 
     record = json.loads(files(undisturbed).record.read_text())
     entry = record["epochs"][record["selected_epoch"] if which == "_model" else 2]
     checkpoint = files(undisturbed).selected if which == "_model" else files(undisturbed).last
-    test_command.main(
-        f"--obj ring --shot 1 --data_type folder --img_size {SIZE} --inferences 2 --device cpu --num_workers 0".split()
-        + ["--data_path", str(demo_data), "--checkpoint", str(checkpoint), "--output", str(tmp_path)]
-    )
+    test_command.main(small_run(demo_data, shot=1, inferences=2, checkpoint=checkpoint, output=tmp_path))
     (file,) = tmp_path.glob("*.json")
     scored = json.loads(file.read_text())
     rounds = [{key: one[key] for key in ("image_auroc", "pixel_auroc")} for one in scored["rounds"]]
@@ -306,10 +290,7 @@ def test_trained_modes_are_tested_with_the_published_command(demo_data, tmp_path
     stn_mode = "translation_scale"
     monkeypatch.chdir(tmp_path)
     train.main(arguments(demo_data, tmp_path, stn_mode=stn_mode, epochs=1, shot=2, save_dir="save_checkpoints"))
-    test_command.main(
-        f"--obj ring --shot 2 --stn_mode {stn_mode} --img_size {SIZE} --data_type folder --inferences 2".split()
-        + ["--data_path", str(demo_data), "--device", "cpu", "--num_workers", "0"]
-    )
+    test_command.main(small_run(demo_data, shot=2, stn_mode=stn_mode, inferences=2))
     assert (tmp_path / f"results/ring_2_{stn_mode}.json").is_file()
 
 

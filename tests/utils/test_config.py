@@ -12,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluation.config import RunConfig, ScoringConfig
+from inspection.config import ExportConfig, PredictConfig
 from utils.config import Config, Parser, flag, recorded
 from utils.errors import UserError
 
@@ -126,3 +128,28 @@ def test_unusable_configuration_files(content, tmp_path):
 
 def test_recorded_is_empty_without_a_configuration():
     assert recorded({"rounds": []}) == {}
+
+
+VALID = {
+    RunConfig: {},
+    ScoringConfig: {"obj": "x"},
+    PredictConfig: {"support": ["x"], "input": ["x"]},
+    ExportConfig: {"support": ["x"], "output": "y.onnx"},
+}
+SEEDS = [(kind, "seed", seed) for kind in (RunConfig, PredictConfig, ExportConfig) for seed in (-1, 2**32, 10**30)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"), [*SEEDS, (ScoringConfig, "save_images", -7), (PredictConfig, "max_pixels", 0)]
+)
+def test_numbers_out_of_range_are_one_sentence(kind, name, value):
+    with pytest.raises(UserError, match=f"--{name} must be at"):
+        kind.from_plain(VALID[kind] | {name: value})
+
+
+def test_numbers_at_the_limits_are_accepted():
+    for kind, name, value in (
+        *((kind, "max_pixels", 10**9) for kind in (PredictConfig, ExportConfig)),
+        (PredictConfig, "num_workers", 0),
+    ):
+        assert getattr(kind.from_plain(VALID[kind] | {name: value}), name) == value

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 from datasets.layouts import VISA_SPLIT, LabelledImage
 from datasets.manifest import draw_manifest, load_manifest
 from datasets.mvtec import list_test_items
-from evaluation.config import RunConfig, ScoringConfig
 from experiments.results import read_results
 from experiments.run import write_tables
-from inspection.config import ExportConfig, PredictConfig
 from models.regad import load_checkpoint, save_checkpoint, untrained
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, load_tensors, save_tensors
@@ -105,31 +103,6 @@ def test_streams_never_end_the_work(redirected, code, tmp_path):
     assert done.returncode == code and (tmp_path / "done").exists(), done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert ("cannot write the standard output: No space left" in done.stderr) == (code == 2)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
-@pytest.mark.parametrize("kind", [RunConfig, PredictConfig, ExportConfig])
-def test_seeds_out_of_range_are_one_sentence(seed, kind):
-    others = {} if kind is RunConfig else {"support": ["x"]} | ({"save": "y"} if kind is PredictConfig else {})
-    with pytest.raises(UserError, match="--seed must be at"):
-        kind.from_plain({"seed": seed} | others)
-
-
-@pytest.mark.parametrize(("kind", "change"), [(ScoringConfig, {"save_images": -7}), (PredictConfig, {"max_pixels": 0})])
-def test_numbers_below_the_least_are_one_sentence(kind, change):
-    others = {"obj": "x"} if kind is ScoringConfig else {"support": ["x"], "input": ["x"]}
-    with pytest.raises(UserError, match=f"--{next(iter(change))} must be at least"):
-        kind.from_plain(others | change)
-
-
-@pytest.mark.parametrize("kind", [PredictConfig, ExportConfig])
-def test_images_above_max_pixels_are_accepted_where_the_flag_says_so(kind):
-    others = {"input": ["x"]} if kind is PredictConfig else {"output": "y.onnx"}
-    assert kind.from_plain({"support": ["x"], "max_pixels": 10**9} | others).max_pixels == 10**9
-
-
-def test_no_threads_are_accepted():
-    assert PredictConfig.from_plain({"support": ["x"], "input": ["x"], "num_workers": 0}).num_workers == 0
 
 
 @pytest.mark.parametrize("recipe", [3, "x", None, {"resolved": 3}, {"config": 3}, {"resolved": None, "config": []}])

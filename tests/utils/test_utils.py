@@ -1,4 +1,4 @@
-"""Complete files, errors, clock, provenance."""
+"""Complete files, errors, times, provenance, fingerprints, signals and progress."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import test as test_command
-from utils import files
+from utils import files, progress
+from utils import fingerprint as fingerprint_module
 from utils.devices import resolve_device, seed_everything
 from utils.errors import UserError, format_elapsed, run_command
 from utils.files import PROJECT_ROOT, load_tensors, save_tensors, whole_file, write_json
+from utils.fingerprint import FileDigests, changes, fingerprint
+from utils.interrupts import Interrupts
+from utils.progress import ProgressBar
 from utils.records import git_commit, provenance
 
 
@@ -248,3 +252,105 @@ def test_commands_work_without_the_modules_of_unix(demo_data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "ring_1_rotation_scale.json").read_text())["peak_memory_mb"] is None
     assert (tmp_path / "predicted/scores.csv").is_file()
+
+
+SETTINGS, INPUTS = {"img_size": 224, "backbone": "resnet18"}, {"test_images": "a" * 64}
+
+
+def test_equal_after_json_and_independent_of_code(monkeypatch):
+    before = fingerprint(SETTINGS, INPUTS)
+    assert changes(json.loads(json.dumps(before)), fingerprint(SETTINGS, INPUTS)) == []
+    monkeypatch.setattr(fingerprint_module, "METHOD_VERSION", fingerprint_module.METHOD_VERSION + 1)
+    assert changes(before, fingerprint(SETTINGS, INPUTS)) == [
+        f"method_version {fingerprint_module.METHOD_VERSION - 1}, now {fingerprint_module.METHOD_VERSION}"
+    ]
+
+
+def test_what_differs_is_named():
+    now = fingerprint(SETTINGS | {"img_size": 64, "bits": 8}, {"test_images": "b" * 64})
+    assert changes(fingerprint(SETTINGS, INPUTS), now) == [
+        "img_size 224, now 64",
+        "bits None, now 8",
+        "other test images",
+    ]
+    assert changes({"decisive": {}}, now) == changes(None, now) == ["no fingerprint"]
+
+
+def test_digests_of_files_depend_on_names_and_content_only(tmp_path):
+    for folder, order in (("one", "ab"), ("other", "ba")):
+        (tmp_path / folder).mkdir()
+        for name in order:
+            (tmp_path / folder / name).write_text(name)
+    one, other = ([tmp_path / folder / name for name in "ab"] for folder in ("one", "other"))
+    digests = FileDigests()
+    assert digests.together(one) == digests.together(other[::-1])
+    (tmp_path / "other" / "a").write_text("c")
+    assert FileDigests().together(one) != FileDigests().together(other)
+    assert digests.together(one) == digests.together(other), "each file is read once"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_held_back(number):
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    done = []
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Interrupts() as interrupts:
+            with pytest.raises(KeyboardInterrupt), interrupts.held():
+                os.kill(os.getpid(), number)
+                done.append("written")
+            with interrupts.held():
+                done.append("not interrupted twice")
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+            with pytest.raises(ValueError, match="own error"), interrupts.held():
+                os.kill(os.getpid(), number)
+                raise ValueError("own error")
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    assert done == ["written", "not interrupted twice"]
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time, which only the test moves."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_per_minute_with_the_time_left(clock, capsys):
+    for _ in ProgressBar("decoding", range(10)):
+        clock[0] += 30
+    assert capsys.readouterr().err.splitlines() == [
+        "decoding: 2 of 10 images, 20 %, about 4 min 0 s left",
+        "decoding: 4 of 10 images, 40 %, about 3 min 0 s left",
+        "decoding: 6 of 10 images, 60 %, about 2 min 0 s left",
+        "decoding: 8 of 10 images, 80 %, about 1 min 0 s left",
+    ]
+
+
+def test_short_work_prints_nothing_and_notes_are_shown(clock, capsys):
+    assert list(ProgressBar("decoding", "abc")) == list("abc") and not capsys.readouterr().err
+    with ProgressBar("epoch 1/2", total=40, unit="steps") as bar:
+        for note in ("loss 0.5", ""):
+            clock[0] += 59
+            bar.advance(10, note)
+    assert capsys.readouterr().err == "epoch 1/2: 20 of 40 steps, 50 %, about 1 min 58 s left, loss 0.5\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(progress, "BAR_SECONDS", 0)
+    assert list(ProgressBar("decoding", range(3))) == [0, 1, 2]
+    assert "decoding:   0%" in capsys.readouterr().err
