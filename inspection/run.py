@@ -147,22 +147,21 @@ class Run:
             what = "1 result is" if others == 1 else f"{others} results are"
             if others:
                 print(f"{what} of another detector or threshold, not on the page; --overwrite scores all images again")
-        begin = time.perf_counter()
-        is_whole = self._with_summary(lambda: self._score(ProgressBar("scoring", new)), begin)
-        self._require_images(self.rows)
-        return is_whole
+        return self._with_summary(lambda: self._score(ProgressBar("scoring", new)))
 
-    def _with_summary(self, work: Callable[[], None], begin: float | None = None) -> bool:
-        """Whether `work` ended by itself; writes and prints the summary, with the time since `begin`, in any case."""
-        is_whole = False
+    def _with_summary(self, work: Callable[[], None]) -> bool:
+        """Whether `work` ended by itself; writes and prints the summary in any case."""
+        is_whole, begin = False, time.perf_counter()
         with suppress(KeyboardInterrupt):
             is_whole = self._unless_full(work)
         with suppress(KeyboardInterrupt), self.interrupts.held():
-            seconds = None if begin is None else time.perf_counter() - begin
+            seconds = None if self.config.watch else time.perf_counter() - begin
             self._unless_full(lambda: self._refresh(seconds))
             self._summarise(is_whole)
             if seconds is not None and self.rows:
                 print(f"scored in {seconds:.1f} s, {1000 * seconds / len(self.rows):.0f} ms per image")
+        if self.day == self.first_day:
+            self._require_images(self.rows)
         return is_whole
 
     def _unless_full(self, work: Callable[[], None]) -> bool:
@@ -182,7 +181,7 @@ class Run:
             print(f"warning: {_images(scored)} scored, --min_images is {least}", file=sys.stderr, flush=True)
 
     def watch(self) -> bool:
-        """Scores images as they arrive, until it is interrupted; returns False.
+        """Scores images as they arrive, until it is interrupted, or a file cannot be written; returns False.
 
         Resumes earlier runs with the same output folder: what they scored, or recorded as failed, is not tried again.
 
@@ -199,14 +198,12 @@ class Run:
         earlier = f"; {self.earlier} results before" if self.earlier else ""
         print(f"watching {self.config.watch}; press Ctrl-C to stop{earlier}", flush=True)
         watcher = Watcher(self.config.watch, output, self.results.done)
-        self._with_summary(lambda: self._follow(watcher))
+        is_whole = self._with_summary(lambda: self._follow(watcher))
         self.codes |= {FOLDER_GONE} if watcher.is_gone else set()
-        if self.day == self.first_day:
-            self._require_images(self.rows)
-        return False
+        return is_whole
 
     def _follow(self, watcher: Watcher) -> None:
-        """Scores what has arrived, or waits for a moment, again and again."""
+        """Scores what has arrived, or waits for a moment, without end."""
         while True:
             count = len(self.results.rows)
             arrived = watcher.scan()

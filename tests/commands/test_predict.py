@@ -208,7 +208,7 @@ def test_marked_places_lie_on_the_real_part(tmp_path):
     screws = sorted((DATA / "screw/test").glob("*_[fnt]*/00*.png"))  # manipulated_front, scratch_neck, thread_top
     predict.main(
         ["--support", *(str(DATA / f"screw/train/good/00{number}.png") for number in range(4)), "--device", "cpu"]
-        + ["--input", *map(str, screws), "--output", str(tmp_path), "--maps", "npy"]
+        + ["--input", *map(str, screws), "--output", str(tmp_path), "--maps", "npy", "--no_images"]
     )
     limit = json.loads((tmp_path / "scores.json").read_text())["threshold"]["region"]
     on_screw, marked, images = 0, 0, 0
