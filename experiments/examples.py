@@ -15,7 +15,6 @@ from skimage.util import montage
 from datasets.layouts import LabelledImage
 from datasets.mvtec import LabelledDataset, list_train_images
 from datasets.support import find_support_rounds, read_support_images
-from evaluation.gallery import choose_examples
 from evaluation.per_image import image_name
 from evaluation.run import choose_round
 from evaluation.saved_maps import read_maps
@@ -112,11 +111,9 @@ def _of_category(
 
 def _of_each_type(items: Sequence[LabelledImage], most: int) -> list[int]:
     """Indices of one image of each defect type, and of a normal one, at most `most`; defective ones come first."""
-    defective_first = sorted(range(len(items)), key=lambda index: not items[index].label)
-    types = len({item.defect for item in items})
-    return sorted(
-        defective_first[at] for at in choose_examples([items[index] for index in defective_first], min(most, types))
-    )
+    first = {item.defect: index for index, item in reversed([*enumerate(items)])}
+    defective_first = sorted(first.values(), key=lambda index: (not items[index].label, index))
+    return sorted(defective_first[:most])
 
 
 def _relative(maps: np.ndarray, items: Sequence[LabelledImage]) -> np.ndarray:

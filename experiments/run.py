@@ -68,7 +68,7 @@ def _report(config: ExperimentConfig, data_path: Path | None) -> None:
         save_as(config.figure, figure)
         print(f"figure: {config.figure}")
     if config.examples:
-        from experiments.examples import examples_figure, read_examples  # slow: imports scikit-learn
+        from experiments.examples import examples_figure, read_examples  # slow: imports scikit-image
 
         examples = read_examples(results, config.images_round, config.images, data_path)
         save_as(config.examples, examples_figure(examples))

@@ -121,38 +121,28 @@ def make_table(
     notes: Sequence[str] = (),
     mean: Callable[[str, Sequence[str]], Entry] | None = None,
 ) -> ResultsTable:
-    """A table with a row for each category, and the means. mean: see `mean_rows`."""
-    rows = {category: [column.get(category) for column in columns.values()] for category in categories}
-    means, of_means = mean_rows(categories, columns, mean)
-    return ResultsTable(title, metric, shot, list(columns), rows, means, [*of_means, *notes])
+    """A table with a row for each category, and rows of means, like for like, with notes that name their categories.
 
-
-def mean_rows(
-    categories: Sequence[str],
-    columns: dict[str, dict[str, Entry]],
-    mean: Callable[[str, Sequence[str]], Entry] | None = None,
-) -> tuple[dict[str, list[Entry | None]], list[str]]:
-    """Means over categories, like for like, and notes that name the categories.
-
-    There is a row for each set of categories that a column has. Columns that lack one of them, also published ones,
-    have no mean in this row; so the numbers of a row are means over the same categories.
+    There is a row of means for each set of categories that a column has. Columns that lack one of them, also published
+    ones, have no mean in this row; so the numbers of a row are means over the same categories.
 
     mean: the mean of a column over categories, by default `mean_of` its entries.
     """
     mean = mean or (lambda column, names: mean_of([columns[column][name] for name in names]))
+    rows = {category: [column.get(category) for column in columns.values()] for category in categories}
     own = {frozenset(known(column)) for name, column in columns.items() if name not in PUBLISHED} - {frozenset()}
-    rows, notes = {}, []
+    means, of_means = {}, []
     for chosen in sorted(own or {frozenset(categories)}, key=lambda names: (-len(names), sorted(names))):
         names = [name for name in categories if name in chosen]
         others = [name for name in categories if name not in chosen]
         label = f"mean of {len(names)} of {len(categories)}" if others else "mean"
-        if label in rows:
+        if label in means:
             label += f" ({', '.join(names)})"
         if others:
-            few = names if len(names) <= len(others) else ["all", "but", *others]
-            notes.append(f"{label}: {', '.join(few).replace('all, but, ', 'all but ')}.")
-        rows[label] = [mean(name, names) if chosen <= set(known(column)) else None for name, column in columns.items()]
-    return rows, notes
+            few = ", ".join(names) if len(names) <= len(others) else f"all but {', '.join(others)}"
+            of_means.append(f"{label}: {few}.")
+        means[label] = [mean(name, names) if chosen <= set(known(column)) else None for name, column in columns.items()]
+    return ResultsTable(title, metric, shot, list(columns), rows, means, [*of_means, *notes])
 
 
 def mean_of(entries: Sequence[Entry], paired: bool = False) -> Entry:
