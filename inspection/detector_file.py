@@ -52,7 +52,7 @@ def identity(scoring_state: dict) -> str:
 
     Result files name detectors by it, so it must not change from version to version.
     """
-    hashed, plain, tensors = hashlib.sha256(), {}, {}
+    plain, tensors = {}, {}
     for name, value in scoring_state.items():
         if isinstance(value, torch.Tensor):
             tensors[name] = value
@@ -60,22 +60,18 @@ def identity(scoring_state: dict) -> str:
             tensors |= {f"{name} {key}": tensor for key, tensor in value.items()}
         elif name != "region":
             plain[name] = value
-    _update(hashed, tensors)
+    hashed = hash_tensors(tensors)
     hashed.update(json.dumps(plain | ({} if "region" in tensors else {"region": None}), sort_keys=True).encode())
     return hashed.hexdigest()[:ID_LENGTH]
 
 
-def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and values of tensors, in hexadecimal."""
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> hashlib._Hash:
+    """SHA-256 of the names, types, shapes and values of tensors."""
     hashed = hashlib.sha256()
-    _update(hashed, tensors)
-    return hashed.hexdigest()
-
-
-def _update(hashed: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, value in sorted(tensors.items()):
         hashed.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         hashed.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed
 
 
 def stored_network(state: dict) -> nn.Module:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from inspection.detector import FewShotDetector
-from inspection.detector_file import tensors_sha256
+from inspection.detector_file import hash_tensors
 from inspection.results import DECISIONS, DEFECTIVE, NORMAL, decide
 from inspection.threshold import NormalScores
 from inspection.tiles import describe_tiling
@@ -162,7 +162,7 @@ def describe(detector: FewShotDetector, file: Path) -> dict:
         "features_id": detector.identity(),
         **settings(detector),
         "weights": detector.origin.get("network"),
-        "weights_sha256": tensors_sha256(detector.network.state_dict()),
+        "weights_sha256": hash_tensors(detector.network.state_dict()).hexdigest(),
         "support": detector.origin.get("support", []),
         "calibration": listed(detector.calibration),
         "acceptance": detector.document.get("acceptance"),

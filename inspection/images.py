@@ -36,6 +36,9 @@ class ImageFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @cached_property
     def content(self) -> bytes:
         """The bytes of the file; ImageError if it cannot be read."""
@@ -75,12 +78,8 @@ class Decoded(NamedTuple):
 
 def image_list(images: Iterable[ImageInput]) -> list[ImageInput]:
     """The images as a list; TypeError if they are a single image, or none at all."""
-    is_single = isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4
-    if (
-        is_single
-        or isinstance(images, str | bytes | Path | Image.Image | ImageFile)
-        or not isinstance(images, Iterable)
-    ):
+    is_single = isinstance(images, str | bytes) or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4)
+    if is_single or not isinstance(images, Iterable):  # nor are paths and PIL images
         raise TypeError("give a list of images, not a single one")
     return list(images)
 
@@ -88,9 +87,7 @@ def image_list(images: Iterable[ImageInput]) -> list[ImageInput]:
 def image_names(images: Sequence[ImageInput]) -> tuple[str, ...]:
     """The paths of files; other images are numbered from 1."""
     return tuple(
-        str(image.path if isinstance(image, ImageFile) else image)
-        if isinstance(image, str | Path | ImageFile)
-        else f"image {number}"
+        str(image) if isinstance(image, str | Path | ImageFile) else f"image {number}"
         for number, image in enumerate(images, start=1)
     )
 
