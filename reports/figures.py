@@ -9,9 +9,9 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from reports.drawing import JPEG_QUALITY
 from utils.files import whole_file
 
-JPEG_QUALITY = 90
 # No date and no random identifiers: the same figure gives the same file.
 METADATA = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
 
