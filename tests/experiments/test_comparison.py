@@ -136,28 +136,27 @@ def test_commands(folder, tmp_path, capsys):
     assert all(0 <= float(row["p"]) <= float(row["p_holm"]) <= 1 for row in rows if row["p"])
 
 
+def compared(folder, a, b):
+    """The comparison of two folders; a, b: image AUROCs of the rounds by category, or all arguments of a record."""
+    for name, records in (("a", a), ("b", b)):
+        for category, changes in records.items():
+            changes = changes if isinstance(changes, dict) else {"rounds": [(auroc, 0.5) for auroc in changes]}
+            write_record(folder / name, category, 2, "last", **{"rounds": [(0.9, 0.5)], **changes})
+    return compare(read_results(folder / "a"), read_results(folder / "b"))
+
+
 def test_equal_and_single_rounds(tmp_path):
     """Without a spread, p is 0 or 1; of a single round there is neither interval nor p."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    write_record(a, "bottle", 2, "last", [(0.5, 0.5), (0.75, 0.5)])
-    write_record(b, "bottle", 2, "last", [(0.75, 0.5), (1.0, 0.5)])
-    image, pixel = compare(read_results(a), read_results(b))
+    image, pixel = compared(tmp_path, {"bottle": (0.5, 0.75)}, {"bottle": (0.75, 1.0)})
     assert entry(image, "bottle", "last: b - a").p == 0 and entry(pixel, "bottle", "last: b - a").p == 1
     assert "+25.0 (+25.0 to +25.0), p < 0.001" in to_markdown([image]) and format_p(0.0214) == "p 0.021"
-    for folder in (a, b):
-        write_record(folder, "bottle", 2, "last", [(0.5, 0.5)])
-    image, _ = compare(read_results(a), read_results(b))
+    image, _ = compared(tmp_path, {"bottle": [0.5]}, {"bottle": [0.5]})
     assert "| bottle | +0.0 |" in to_markdown([image])
 
 
 def test_comparison_by_hand(tmp_path):
-    a, b = tmp_path / "a", tmp_path / "b"
-    write_record(a, "bottle", 2, "last", [(0.90, 0.5), (0.92, 0.5)])
-    write_record(b, "bottle", 2, "last", [(0.93, 0.5), (0.93, 0.5)])
-    write_record(a, "cable", 2, "last", [(0.80, 0.5), (0.80, 0.5)])
-    write_record(b, "cable", 2, "last", [(0.79, 0.5), (0.79, 0.5)])
-    write_record(b, "screw", 2, "last", [(0.79, 0.5), (0.79, 0.5)])
-    image, pixel = compare(read_results(a), read_results(b))
+    before = {"bottle": (0.90, 0.92), "cable": (0.80, 0.80)}
+    image, pixel = compared(tmp_path, before, {"bottle": (0.93, 0.93), "cable": (0.79, 0.79), "screw": (0.79, 0.79)})
     mean = entry(image, "mean of 2 of 15", "last: b - a")
     assert list(image.rows) == ["bottle", "cable"] and mean.mean == pytest.approx(0.5)  # of +2 and -1
     assert mean.rounds == pytest.approx([1, 0])  # of +3, +1 and of -1, -1
@@ -168,18 +167,22 @@ def test_comparison_by_hand(tmp_path):
     assert "Higher: last: b - a in 1 of 2." in text and "| over categories | +0.5 (-18.6 to +19.6), p 0.795 |" in text
 
 
-def test_comparison_needs_the_same_support_sets(tmp_path):
-    write_record(tmp_path / "a", "bottle", 2, "last", [(0.9, 0.5)])
-    write_record(tmp_path / "b", "bottle", 2, "last", [(0.9, 0.5)], support="1" * 64)
-    with pytest.raises(UserError, match="different support sets"):
-        compare(read_results(tmp_path / "a"), read_results(tmp_path / "b"))
-    for letter in "de":
-        write_record(tmp_path / letter, "bottle", 2, "last", [(0.9, 0.5)], names=[[f"{letter}.png"]])
-    with pytest.raises(UserError, match=r"different support sets: drawn \w{8} and drawn \w{8}"):
-        compare(read_results(tmp_path / "d"), read_results(tmp_path / "e"))
-    write_record(tmp_path / "c", "cable", 2, "last", [(0.9, 0.5)])
-    with pytest.raises(UserError, match="in common"):
-        compare(read_results(tmp_path / "a"), read_results(tmp_path / "c"))
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        ({"bottle": {}}, {"bottle": {"support": "1" * 64}}, "different support sets"),
+        (
+            {"bottle": {"names": [["a.png"]]}},
+            {"bottle": {"names": [["b.png"]]}},
+            r"different support sets: drawn \w{8} and drawn \w{8}",
+        ),
+        ({"bottle": [0.9]}, {"bottle": (0.9, 0.9)}, r"2_2.pt 0{8}, 1 rounds and 2_2.pt 0{8}, 2 rounds"),
+        ({"bottle": {}}, {"cable": {}}, "in common"),
+    ],
+)
+def test_comparison_needs_the_same_support_sets(a, b, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        compared(tmp_path, a, b)
 
 
 def test_another_method_against_the_release_s_scorer(with_another_method):
