@@ -47,7 +47,7 @@ from datasets.support import read_support_images
 from evaluation.scoring import SCORING_BATCH, RoundResult, compute_test_features, score_rounds
 from examples.demo_data import write_dataset
 from inspection.detector import FewShotDetector
-from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
+from models.regad import RegAD, checkpoint, load_checkpoint, untrained
 from models.stn import STNResNet, fuse_conv_bn
 from scorers.features import CUDA_IMAGES, images_per_pass
 from scorers.registry import SCORERS, make_scorer
@@ -56,7 +56,7 @@ from training.loop import Trainer, count_images
 from utils.config import script_parser
 from utils.devices import command_device, seed_everything
 from utils.errors import run_command
-from utils.files import require_writable, whole_file, write_json
+from utils.files import require_writable, save_tensors, whole_file, write_json
 from utils.naming import CheckpointFiles
 from utils.records import peak_memory_mb, provenance
 from utils.stages import StageClock
@@ -141,7 +141,7 @@ def _draw_small(args: argparse.Namespace, scratch: Path) -> None:
         vars(args).update(obj="ring", data_path=scratch / "data", weights="none")
         write_dataset(args.data_path, categories=("ring", "weave"), train=6, good=4, defective=1, size=args.img_size)
     args.checkpoint = scratch / "small.pt"
-    save_checkpoint(args.checkpoint, RegAD(STN_MODE, args.img_size), {})
+    save_tensors(args.checkpoint, checkpoint(RegAD(STN_MODE, args.img_size), {}))
 
 
 def _network(args: argparse.Namespace) -> STNResNet:

@@ -20,10 +20,11 @@ from datasets.images import read_image
 from datasets.mvtec import category_folder, list_test_items
 from examples.warp_figure import STN_MODE, rotations_and_scales
 from models.networks import RELEASE_IMG_SIZE
-from models.regad import RegAD, load_checkpoint, save_checkpoint, untrained
+from models.regad import RegAD, checkpoint, load_checkpoint, untrained
 from utils.config import script_parser
 from utils.devices import seed_everything
 from utils.errors import UserError, run_command
+from utils.files import save_tensors
 
 EVERY = 5  # one test image of so many
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         items = list_test_items(category_folder(args.data_path, "folder", args.obj), need_both=False)
         warps = mean_warps(model, np.stack([read_image(item.image, RELEASE_IMG_SIZE) for item in items[::EVERY]]))
     fix_warps(model, warps)
-    save_checkpoint(args.output, model, {"config": {"select": "last"}})
+    save_tensors(args.output, checkpoint(model, {"config": {"select": "last"}}))
     for number, (angle, *scales) in enumerate(warps, start=1):
         print(f"STN {number}: {angle:.2f} degrees, scales {scales[0]:.3f} and {scales[1]:.3f}")
     print(f"checkpoint: {args.output}")

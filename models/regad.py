@@ -17,7 +17,7 @@ from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE, SAFETENSORS
 from utils.config import recorded
 from utils.errors import UserError, require_packages
-from utils.files import load_state_dict, load_tensors, save_safetensors, save_tensors
+from utils.files import load_state_dict, load_tensors, save_safetensors
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
@@ -141,11 +141,6 @@ def read_checkpoint(path: Path) -> object:
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
     return parts
-
-
-def save_checkpoint(path: Path, model: RegAD, recipe: dict) -> None:
-    """Writes `checkpoint` to a file."""
-    save_tensors(path, checkpoint(model, recipe))
 
 
 def selection(path: Path) -> tuple[str, int | None]:

@@ -13,8 +13,9 @@ from benchmarks import fixed_warp
 from datasets.images import read_image
 from datasets.mvtec import list_test_items
 from examples import warp_figure
-from models.regad import RegAD, load_checkpoint, save_checkpoint
+from models.regad import RegAD, checkpoint, load_checkpoint
 from utils.errors import UserError
+from utils.files import save_tensors
 
 
 def test_rotations_and_scales_by_hand():
@@ -28,7 +29,7 @@ def test_the_command(demo_data, tmp_path, capsys):
     model = RegAD()
     with torch.no_grad():
         model.stn.stn1.fc[2].bias.copy_(torch.tensor([math.radians(-20), 1.1, 0.9]))
-    save_checkpoint(tmp_path / "a.pt", model, {})
+    save_tensors(tmp_path / "a.pt", checkpoint(model, {}))
     words = ["--obj", "ring", "--data_type", "folder", "--weights", "none", "--images", "2"]
     words += [
         "--data_path",
@@ -55,7 +56,7 @@ def test_a_fixed_warp(demo_data, tmp_path, capsys):
     with torch.no_grad():
         for stn in (model.stn.stn1, model.stn.stn2, model.stn.stn3):
             stn.fc[2].weight.normal_(std=0.01)
-    save_checkpoint(tmp_path / "trained.pt", model, {})
+    save_tensors(tmp_path / "trained.pt", checkpoint(model, {}))
     files = [str(tmp_path / name) for name in ("trained.pt", "fixed.pt")]
     fixed_warp.main([*files, "--obj", "ring", "--data_path", str(demo_data)])
     items = list_test_items(demo_data / "ring")[:: fixed_warp.EVERY]

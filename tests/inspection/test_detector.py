@@ -20,14 +20,14 @@ from inspection.detector import FewShotDetector
 from inspection.export import ExportedDetector
 from inspection.threshold import NormalScores, normal_threshold
 from models.efficientnet_lite import EfficientNetLite
-from models.regad import RegAD, save_checkpoint, untrained
+from models.regad import RegAD, checkpoint, untrained
 from models.stn import fuse_conv_bn
 from scorers.features import FeatureStore
 from scorers.views import support_views
 from tests.reference import needs_reference
 from utils.devices import seed_everything
 from utils.errors import UserError
-from utils.files import PROJECT_ROOT
+from utils.files import PROJECT_ROOT, save_tensors
 from utils.stages import StageClock
 
 SIZE = 64
@@ -148,7 +148,7 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     (tmp_path / "flipped").write_bytes(content)
     (tmp_path / "short").write_bytes(content[: len(content) // 2])
     (tmp_path / "page").write_text("<html>")
-    save_checkpoint(tmp_path / "checkpoint", RegAD("affine", SIZE), {})
+    save_tensors(tmp_path / "checkpoint", checkpoint(RegAD("affine", SIZE), {}))
     plain = torch.load(whole, weights_only=True)
     torch.save(plain | {"version": 99}, tmp_path / "later")
     torch.save({key: value for key, value in plain.items() if key != "fitted"}, tmp_path / "lacking")

@@ -11,13 +11,14 @@ from datasets.support import read_support_images
 from models import efficientnet_lite
 from models.efficientnet_lite import EfficientNetLite, package_weights
 from models.networks import network_name, resolve_img_size, scoring_network
-from models.regad import TRUNK_LAYERS, WEIGHTS_URL, RegAD, load_checkpoint, save_checkpoint, untrained
+from models.regad import TRUNK_LAYERS, WEIGHTS_URL, RegAD, checkpoint, load_checkpoint, untrained
 from models.stn import BACKBONES, fuse_conv_bn
 from scorers.gaussian import Gaussian
 from scorers.neighbours import Neighbours
 from training.loop import Trainer
 from utils.choices import LITE_BACKBONE
 from utils.errors import UserError
+from utils.files import save_tensors
 from utils.naming import CheckpointFiles
 from utils.stages import StageClock
 
@@ -69,7 +70,7 @@ def test_a_checkpoint_of_another_backbone_is_rejected_in_a_sentence(tmp_path):
     file = CheckpointFiles.of(tmp_path, "affine_resnet34", 2, "ring").selected
     assert file.name == "ring_2_affine_resnet34_model.pt"
     assert CheckpointFiles.of(tmp_path, "affine", 2, "ring").selected.name == "ring_2_affine_model.pt"
-    save_checkpoint(file, RegAD("affine", SIZE, "resnet34"), {})
+    save_tensors(file, checkpoint(RegAD("affine", SIZE, "resnet34"), {}))
     assert load_checkpoint(file, "affine", SIZE, "resnet34").backbone == "resnet34"
     for other in ("resnet18", "resnet50", "wide_resnet50_2"):
         with pytest.raises(UserError, match=f"has the backbone resnet34, not {other}"):

@@ -20,7 +20,7 @@ from datasets.manifest import draw_manifest, load_manifest
 from datasets.mvtec import list_test_items
 from experiments.results import read_results
 from experiments.run import write_tables
-from models.regad import load_checkpoint, save_checkpoint, untrained
+from models.regad import checkpoint, load_checkpoint, untrained
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, load_tensors, save_tensors
 from utils.records import git_commit
@@ -107,12 +107,12 @@ def test_streams_never_end_the_work(redirected, code, tmp_path):
 
 @pytest.mark.parametrize("recipe", [3, "x", None, {"resolved": 3}, {"config": 3}, {"resolved": None, "config": []}])
 def test_checkpoints_whose_recipe_has_another_type(recipe, tmp_path):
-    save_checkpoint(tmp_path / "x.pt", untrained("none", img_size=64), recipe)
+    save_tensors(tmp_path / "x.pt", checkpoint(untrained("none", img_size=64), recipe))
     load_checkpoint(tmp_path / "x.pt", "rotation_scale", 64)
 
 
 def test_checkpoints_of_dataparallel_and_foreign_ones(tmp_path):
-    save_checkpoint(tmp_path / "x.pt", untrained("none", img_size=64), {})
+    save_tensors(tmp_path / "x.pt", checkpoint(untrained("none", img_size=64), {}))
     content = load_tensors(tmp_path / "x.pt", "checkpoint")
     wrapped = {
         part: {f"module.{name}": value for name, value in content[part].items()} for part in ("STN", "ENC", "PRED")

@@ -35,7 +35,7 @@ from experiments.results import read_results
 from experiments.run import write_tables
 from inspection.detector import FewShotDetector
 from inspection.export import save_program
-from models.regad import RegAD, save_checkpoint
+from models.regad import RegAD, checkpoint
 from reports.drawing import save_image
 from reports.page import Page, PageRow, write_page
 from training.curve import save_curve
@@ -113,7 +113,7 @@ WRITERS = {  # name of a file -> what writes it
     "manifest.json": manifest,
     "support.pt": lambda path: save_tensors(path, [torch.ones(2, 3, 8, 8)] * 3),
     "state.pt": lambda path: save_tensors(path, {"weights": torch.rand(10_000), "epoch": 3}),
-    "model.pt": lambda path: save_checkpoint(path, RegAD("affine", 64), {"epoch": 3}),
+    "model.pt": lambda path: save_tensors(path, checkpoint(RegAD("affine", 64), {"epoch": 3})),
     "part.regad": lambda path: small_detector().save(path),
     "part.pt2": lambda path: save_program(path, small_program(), {}),
     "report.html": gallery,
