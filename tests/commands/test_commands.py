@@ -23,6 +23,7 @@ from evaluation.metrics import METRIC_NAMES
 from evaluation.statistics import format_summary
 from examples import demo_figure
 from models.regad import CHECKPOINT_PARTS, RegAD
+from tests.flags import words
 from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, sha256
@@ -39,10 +40,8 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def support_path(demo_data, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("support")
-    make_support.main(
-        f"--obj ring --shots 1 2 --rounds 2 --data_type folder --img_size {SIZE}".split()
-        + ["--data_path", str(demo_data), "--support_path", str(root)]
-    )
+    given = {"obj": "ring", "shots": (1, 2), "rounds": 2, "data_type": "folder", "img_size": SIZE}
+    make_support.main(words(data_path=demo_data, support_path=root, **given))
     return root
 
 

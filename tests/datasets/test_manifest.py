@@ -22,6 +22,7 @@ from datasets.manifest import (
     with_hashes,
 )
 from datasets.support import find_names, find_support_rounds, read_support_images, support_file
+from tests.flags import words
 from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, save_tensors, sha256
@@ -229,10 +230,8 @@ def test_tensors_of_make_support_have_names_and_an_aspect(category, tmp_path):
 
 
 def make(category: Path, folder: Path, *flags: str) -> None:
-    make_support.main(
-        ["--data_type", "folder", "--data_path", str(category.parent), "--support_path", str(folder)]
-        + ["--img_size", str(SIZE), *flags]
-    )
+    given = {"data_type": "folder", "data_path": category.parent, "support_path": folder, "img_size": SIZE}
+    make_support.main([*words(**given), *flags])
 
 
 def test_names_are_found_again(category, tmp_path, capsys):
@@ -301,9 +300,6 @@ def test_committed_manifests(name):
 
 @needs_reference
 def test_names_of_the_release_s_support_set(tmp_path, capsys):
-    make_support.main(
-        ["--data_type", "folder", "--data_path", str(DATA), "--support_path", str(tmp_path)]
-        + ["--from_pt", str(GOLDEN / "support_set/screw/8_1.pt")]
-    )
+    make(DATA / "screw", tmp_path, "--from_pt", str(GOLDEN / "support_set/screw/8_1.pt"))
     printed = capsys.readouterr().out
     assert f"round 0: {' '.join(golden_rounds()['8'][0]['support'])}\n" in printed

@@ -21,6 +21,7 @@ from datasets.support import (
     read_support_images,
     support_file,
 )
+from tests.flags import words
 from tests.reference import needs_reference
 from utils.errors import UserError
 from utils.files import save_tensors
@@ -182,10 +183,8 @@ def test_draw_of_fixed_names():
 
 
 def make(demo_data: Path, support_path: Path, flags: str) -> None:
-    make_support.main(
-        f"--data_type folder --rounds {ROUNDS} --img_size {SIZE} {flags}".split()
-        + ["--data_path", str(demo_data), "--support_path", str(support_path)]
-    )
+    given = {"data_type": "folder", "rounds": ROUNDS, "img_size": SIZE}
+    make_support.main([*words(data_path=demo_data, support_path=support_path, **given), *flags.split()])
 
 
 def test_command_writes_what_it_prints(demo_data, tmp_path, capsys):
