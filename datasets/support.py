@@ -5,6 +5,7 @@ File: <support_path>/<category>/<shot>_<rounds>.pt, a list of `rounds` tensors (
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,11 +115,12 @@ def _stored_rounds(file: Path, shot: int, rounds: int, size: int, keep_aspect: b
     return SupportRounds(images, manifest.rounds, f"{file}, names in {named.name}", file)
 
 
-def _missing(path: Path, shot: int, rounds: int, size: int | None) -> UserError:
+def _missing(path: Path, shot: int, rounds: int, size: int) -> UserError:
     """The error for a tensor file that does not exist; it names the command that makes the file."""
+    category, support_path = shlex.quote(path.parent.name), shlex.quote(str(path.parent.parent))
     return UserError(
-        f"no support set {path}; create it with: python make_support.py --obj {path.parent.name} --shots {shot} "
-        f"--rounds {rounds} --img_size {size} --support_path {path.parent.parent} --data_path <data folder>"
+        f"no support set {path}; create it with: python make_support.py --obj {category} --shots {shot} "
+        f"--rounds {rounds} --img_size {size} --support_path {support_path} --data_path <data folder>"
     )
 
 
@@ -131,7 +133,7 @@ def load_support_rounds(
         UserError: the file is missing or damaged, or differs in shot, number of rounds, size or value range.
     """
     if not path.is_file():
-        raise _missing(path, shot, rounds, size)
+        raise _missing(path, shot, rounds, size) if shot else UserError(f"no support set {path}", ("from_pt",))
     content = load_tensors(path, "support set")
     if not isinstance(content, list | tuple) or not all(
         isinstance(images, torch.Tensor) and images.layout == torch.strided for images in content

@@ -246,6 +246,8 @@ def test_names_are_found_again(category, tmp_path, capsys):
     assert [line for line in found if line.startswith("  round")] == printed
     assert "0 image(s) as the nearest, all others bit for bit" in "".join(found)
     assert load_manifest(foreign.with_suffix(".json")).tensors == sha256(foreign)
+    with pytest.raises(UserError, match=r"^no support set \S+/2_9\.pt$"):
+        make(category, tmp_path / "b", "--from_pt", str(foreign.with_name("2_9.pt")))
 
 
 def test_nearest_images_within_a_tolerance(category, tmp_path):

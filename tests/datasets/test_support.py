@@ -160,11 +160,11 @@ def test_pickles_that_run_code_are_rejected_and_not_run(save, file, tmp_path):
 def test_missing_file_names_the_command_that_makes_it(demo_data, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "screw").symlink_to(demo_data / "ring")
-    path = support_file(tmp_path / "support_set", "screw", SHOT, ROUNDS)
+    path = support_file(tmp_path / "support set", "screw", SHOT, ROUNDS)
     with pytest.raises(UserError, match=re.escape(f"no support set {path}; create it with: ")) as caught:
         load(path)
-    python, command, *arguments = (
-        str(caught.value).split("create it with: ")[1].replace("<data folder>", "data").split()
+    python, command, *arguments = shlex.split(
+        str(caught.value).split("create it with: ")[1].replace("<data folder>", "data")
     )
     assert (python, command, arguments[-2:]) == ("python", "make_support.py", ["--data_path", "data"])
     make_support.main([*arguments[:-1], str(tmp_path / "data")])
