@@ -294,9 +294,9 @@ class FewShotDetector(ImageScoring):
         """
         normal = None if normal is None else image_list(normal)
         check_calibration(2 if normal is None else len(normal), false_positive_rate, review_rate)
-        self.calibration, self._calibration_notes = None, []
+        squares, notes = [], []
         if normal is not None:
-            seen = self.calibration = self._normal_scores(normal, false_positive_rate, force)
+            seen, squares, notes = self._normal_scores(normal, false_positive_rate, force)
             source = f"{len(seen.scores)} further normal images"
         elif self.loo_scores is not None:
             seen, source = self.loo_scores, f"leave-one-out over {len(self.loo_scores.scores)} support images"
@@ -306,26 +306,30 @@ class FewShotDetector(ImageScoring):
                 "further normal images, or set the threshold",
                 options=("calibrate", "threshold"),
             )
-        known = self.threshold
-        self.threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source, review_rate)
-        if known is not None and not seen.maps.size:  # of a file, without the maps that `region` comes from
-            self.threshold = self.threshold._replace(region=known.region)
-        return self.threshold
+        threshold = normal_threshold(seen, false_positive_rate, self.scorer.prior, source, review_rate)
+        if self.threshold is not None and not seen.maps.size:  # of a file, without the maps that `region` comes from
+            threshold = threshold._replace(region=self.threshold.region)
+        # all at once: an error before leaves the detector as it was
+        self.threshold, self.calibration, self._calibration_notes = threshold, seen if squares else None, notes
+        self.gate = self.gate and self.gate.with_further(squares)
+        return threshold
 
     def set_threshold(self, value: float, how: str = "given") -> Threshold:
         """Sets the threshold to a value. What is known of normal scores stays, with the lower threshold from them."""
         self.threshold = given_threshold(value, self.threshold, how)
         return self.threshold
 
-    def _normal_scores(self, images: Sequence[ImageInput], rate: float, force: bool) -> NormalScores:
-        """Scores and score maps of normal images; the scores include the views if the threshold rule needs them.
+    def _normal_scores(
+        self, images: Sequence[ImageInput], rate: float, force: bool
+    ) -> tuple[NormalScores, list[torch.Tensor], list[str]]:
+        """Scores and score maps of normal images, their network inputs, and sentences on those that are ignored.
 
-        Duplicates of each other and of support images are ignored.
+        The scores include the views if the threshold rule needs them. Duplicates of each other and of support images
+        are ignored.
         """
         results, names = self.reduced_results(images, self.fitted), image_names(images)
         _check_finite([result.score for result in results])
         duplicates = equal_images([result.square for result in results], self.support_digests)
-        self._calibration_notes = duplicate_notes(names, duplicates)
         kept = [number for number in range(len(results)) if number not in duplicates]
         if not force:
             counted = (None if number in duplicates else result for number, result in enumerate(results))
@@ -338,9 +342,9 @@ class FewShotDetector(ImageScoring):
             )
         are_cut = any(result.is_cut for result in results)
         results = [results[number] for number in kept]
-        self.gate = self.gate and self.gate.with_further([result.square for result in results])
         with_views = self.scorer.prior is None and not are_cut and not is_order_statistic(len(kept), rate)
-        return self._as_normal(results, with_views)._replace(names=tuple(names[number] for number in kept))
+        scores = self._as_normal(results, with_views)._replace(names=tuple(names[number] for number in kept))
+        return scores, [result.square for result in results], duplicate_notes(names, duplicates)
 
     def _as_normal(self, results: Sequence[ImageResult], with_views: bool) -> NormalScores:
         """The scores of results as those of normal images, in all views of the scorer if asked."""

@@ -181,6 +181,10 @@ def test_calibration_takes_views_where_the_rule_needs_them(name, network, files)
 
     assert detector.calibrate(0.05, normal).value == pytest.approx(value(scores, 0.05, False), rel=1e-5)
     assert detector.calibrate(0.25, normal).value == pytest.approx(scores[:, 0].max(), rel=1e-5)
+    before = detector.decision_identity(), detector.calibration, detector.warnings
+    with pytest.raises(UserError, match="of 2 normal images, 1 are duplicates"):
+        detector.calibrate(0.25, normal[:1] * 2)
+    assert (detector.decision_identity(), detector.calibration, detector.warnings) == before
     assert detector.calibrate(0.05).value == value(detector.loo_scores.scores, 0.05, True)
 
 
