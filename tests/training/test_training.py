@@ -280,10 +280,10 @@ def test_the_second_epoch_opens_no_image(demo_data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Trainer, "train_epoch", lambda *a, **k: (counts.append(len(opened)), original_epoch(*a, **k))[1]
     )
-    train.main(arguments(demo_data, tmp_path, epochs=3))
+    train.main(arguments(demo_data, tmp_path, epochs=3, inferences=1))
     assert len(counts) == 3 and counts[0] == len(opened) == counts[2] > 10
     monkeypatch.delattr("datasets.cache.in_threads")  # another run takes all source images from the cache
-    train.main(arguments(demo_data, tmp_path, save_dir=tmp_path / "other", eval_every=0, select="last", epochs=1))
+    train.main(arguments(demo_data, tmp_path, save_dir=tmp_path / "other", epochs=1, **WITHOUT_SCORES))
 
 
 def test_trained_modes_are_tested_with_the_published_command(demo_data, tmp_path, monkeypatch):
