@@ -25,7 +25,7 @@ from scorers.combined import over_backbones
 from scorers.features import FeatureNetwork, FeatureStore, images_per_pass, write_support_images
 from scorers.maps import score_maps_at
 from utils.choices import default_cache_dir
-from utils.devices import run_batch, upload
+from utils.devices import release_freed_memory, run_batch, upload
 from utils.errors import UserError
 from utils.progress import ProgressBar
 from utils.stages import StageClock
@@ -57,6 +57,7 @@ class ScoreMaps:
         self.distances, self.size = distances if distances.dim() == 3 else distances[:, 0], size
 
     def __getitem__(self, images: slice) -> torch.Tensor:
+        release_freed_memory()  # of the maps of other images
         return score_maps_at(self.distances[images], self.size)[1]
 
     def cpu(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from scorers.base import FeatureMaps, Prepared, Scorer
 from scorers.left_out import allocate
 from scorers.views import VIEWS_PER_IMAGE, support_views
-from utils.devices import free_memory, upload
+from utils.devices import free_memory, release_freed_memory, upload
 from utils.errors import UserError
 
 MOST_BYTES, PART_BYTES = 2**30, 128 * 2**20  # largest size of features in host memory; of a part of those in a file
@@ -124,6 +124,8 @@ class FeatureStore:
                 self._file.readinto(_in_memory_order(host).numpy())
                 read.append(upload(host, like.device))
             yield read
+            del read, host
+            release_freed_memory()
         rows = (self.images - self._filed * self.at_once) * self.per_image[name]
         yield [tensor[:rows] for tensor in self.prepared[name]]
 

@@ -172,3 +172,13 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(GLIBC_M_MMAP_MAX, 0)
         libc.mallopt(GLIBC_M_TRIM_THRESHOLD, -1)
+
+
+def release_freed_memory() -> None:
+    """Returns to the kernel what `_keep_freed_memory` kept; without glibc, does nothing.
+
+    For work on parts of large data: blocks of different sizes leave gaps, and the kept memory would grow to several
+    times what is needed.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
