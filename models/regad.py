@@ -8,11 +8,12 @@ import textwrap
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.hub import load_state_dict_from_url
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from losses.norm_loss import registration_loss
+from models.siamese import Encoder, Predictor
 from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE, SAFETENSORS
 from utils.config import recorded
@@ -26,58 +27,6 @@ HUB_FILE = "model.safetensors"  # in each repository
 WEIGHTS_URL = "https://download.pytorch.org/models/"  # of torchvision
 REASON_LETTERS = 200  # largest length of torch's reason why a checkpoint does not fit
 TRUNK_LAYERS = ("conv1", "bn1", "layer1", "layer2", "layer3")  # the layers of a ResNet in the backbone
-
-
-class Encoder(nn.Module):
-    """Three 1x1 convolutions: registered maps (B, C, H, W) -> z (B, C, H, W), the last one without ReLU.
-
-    C, the channels of layer3 of the backbone, is 256 in the release.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)  # not used; the release's checkpoints hold it, and they load strictly
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """z (B, C, H, W) of registered maps `x` (B, C, H, W)."""
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.bn2(self.conv2(x)))
-        return self.conv3(x)
-
-
-class Predictor(nn.Module):
-    """Two 1x1 convolutions: z (B, C, H, W) -> p (B, C, H, W)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """p (B, C, H, W) of `z` (B, C, H, W)."""
-        return self.conv2(torch.relu(self.bn1(self.conv1(z))))
-
-
-def negative_cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """N(p, z) in [-1, 1]: the negative cosine over the channels of maps (B, C, H, W), averaged over B, H and W."""
-    precise = torch.promote_types(p.dtype, torch.float32)  # float32 also for the outputs of bfloat16 heads
-    return -F.cosine_similarity(p.to(precise), z.to(precise), dim=1).mean()
-
-
-def registration_loss(
-    p_query: torch.Tensor, z_query: torch.Tensor, p_support: torch.Tensor, z_support: torch.Tensor
-) -> torch.Tensor:
-    """1/2 N(p_query, stop(z_support)) + 1/2 N(p_support, stop(z_query)), a scalar in [-1, 1] (after SimSiam).
-
-    All maps are (B, C, H, W), p = predictor(z). No gradient passes through stop().
-    """
-    return (negative_cosine(p_query, z_support.detach()) + negative_cosine(p_support, z_query.detach())) / 2
 
 
 class RegAD(nn.Module):

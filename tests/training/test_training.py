@@ -20,7 +20,8 @@ from benchmarks.reference import DATA, GOLDEN, GOLDEN_CHECKPOINT
 from datasets.cache import SourceImages
 from datasets.episodes import draw_episodes, read_episodes
 from datasets.mvtec import list_source_images
-from models.regad import CHECKPOINT_PARTS, RECIPE, RegAD, load_checkpoint, registration_loss
+from losses.norm_loss import registration_loss
+from models.regad import CHECKPOINT_PARTS, RECIPE, RegAD, load_checkpoint
 from tests.commands.test_commands import test_command
 from tests.flags import small_run
 from tests.reference import needs_reference
