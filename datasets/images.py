@@ -434,7 +434,7 @@ def clipping_summary(values: Sequence[tuple[str, int]], bits: int) -> list[str]:
 def largest_values(images: Iterable[Path | Image.Image]) -> list[tuple[str, int]]:
     """The name and the largest value of every 16-bit image among files and decoded images.
 
-    Only the headers of other files are read. Files that cannot be read are omitted: their reader reports them.
+    Only the headers of other files are read. Files that cannot be read are skipped; decoding them raises the error.
     """
     with ThreadPoolExecutor() as pool:
         values = list(filter(None, pool.map(_largest_value, images)))

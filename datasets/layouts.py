@@ -223,7 +223,7 @@ class Listed(Layout):
         return sorted(images)
 
     def list_test(self, category: Path) -> tuple[list[LabelledImage], list[str]]:
-        """The images that the file lists for the test."""
+        """The test images that the file lists, and no notes."""
         return sorted(self.rows(category, "test"), key=lambda item: (item.defect, item.image.name)), []
 
     def _images(self, category: Path, root: Path, rows: Iterable[tuple]) -> list[LabelledImage]:
@@ -310,7 +310,7 @@ class Kolektor(Layout):
             image for item in items[: len(items) // 2] for image in self._images(item) if not _is_defective(image)
         ]
         if not images:
-            raise UserError(f"{category} has no normal images in its first folders, {KOLEKTOR_ITEM.pattern}")
+            raise UserError(f"{category} has no normal images in the first half of its folders kos01, kos02, ...")
         return images
 
     def list_test(self, category: Path) -> tuple[list[LabelledImage], list[str]]:
@@ -340,7 +340,7 @@ def _is_defective(image: Path) -> bool:
     try:
         return _has_defect(label, label.stat().st_mtime_ns)
     except OSError as error:
-        raise UserError(f"no label {label} of the image {image}: {error.strerror}") from error
+        raise UserError(f"cannot read the label file {label} of the image {image}: {error.strerror}") from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -64,7 +64,7 @@ def own_output(names: Collection[str]) -> set[str]:
 
 
 def label_files(images: Iterable[Path]) -> list[Path]:
-    """The images named like the label file of another one in their folder: a_GT.png or a_label.bmp beside a.png."""
+    """Images with the name of a label file of another one in their folder: a_GT.png or a_label.bmp beside a.png."""
     images = list(images)
     stems = {(path.parent, path.stem.lower()) for path in images}
     named = ((path, LABEL_NAME.fullmatch(path.stem)) for path in images)

@@ -73,7 +73,7 @@ def decode_mask(path: Path, orientation: int = 1, is_stored: bool = False) -> Ma
 def to_square_mask(pixels: np.ndarray, size: int, keep_aspect: bool = False) -> np.ndarray:
     """(H, W) bool as (size, size) bool, resized by NEAREST (release behaviour) and padded as `to_square` does.
 
-    The release resizes before it thresholds; NEAREST only picks pixels, so the result is the same.
+    The release resizes before it thresholds; NEAREST only selects pixels, so both orders are equal.
     """
     image = Image.fromarray(pixels.astype(np.uint8))
     return resize(image, size, keep_aspect, Image.Resampling.NEAREST).astype(bool)

@@ -182,7 +182,7 @@ def difference(record: Path, current: dict) -> str | None:
 
 
 def _replaces(job: Job) -> bool:
-    """Whether the job replaces a record of other settings.
+    """Whether maps and images beside the record of the job are of other settings: its record is, or is missing.
 
     Raises:
         UserError: it does, and --overwrite was not given; or a file of the record cannot be written.
@@ -198,7 +198,7 @@ def _replaces(job: Job) -> bool:
     replaced = difference(job.files.record, job.fingerprint)
     if replaced and not job.config.overwrite:
         raise UserError(f"{replaced}; give another --output to keep it, or --overwrite to replace it")
-    return replaced is not None
+    return replaced is not None or not job.files.record.is_file()
 
 
 def _find_weights(config: ScoringConfig, network: str) -> dict[Weights, list[int]]:
@@ -240,7 +240,7 @@ def _score_weights(
     The K are scored in turns, round by round: drawn support sets and manifests are nested, so that the support images
     of a small K are among those of the next one, and their features are computed once.
 
-    replaced: existing records of other settings. report: called after the test images were read.
+    replaced: records whose maps and images are of other settings. report: called after the test images were read.
     """
     config, weights, network = plan.config, jobs[0].weights, fuse_conv_bn(network)
     source = weights.file or f"untrained, weights {config.weights}"

@@ -165,4 +165,6 @@ def _queued_ids() -> set[str]:
         if done.returncode == 0:
             return set(done.stdout.split())
         time.sleep(POLL_SECONDS * attempt)
-    raise UserError(f"squeue fails ({done.stderr.strip()}); the jobs continue, run the same command again later")
+    raise UserError(
+        f"squeue failed ({done.stderr.strip()}); the submitted jobs continue, run the same command again later"
+    )

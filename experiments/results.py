@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jsonschema import Draft202012Validator
 
 from scorers.registry import SCORERS
-from utils.choices import CATEGORIES, RELEASE_BACKBONE, RELEASE_SCORER, WEIGHTS
+from utils.choices import CATEGORIES, RELEASE_BACKBONE, RELEASE_SCORER, SAFETENSORS, WEIGHTS
 from utils.config import CONFIG_KEYS, recorded
 from utils.errors import UserError
 from utils.text import read_text
@@ -37,7 +37,7 @@ class Results(NamedTuple):
     """The records of a folder, and the categories, shots and kinds (columns) of its tables.
 
     records: one for each training, those of other seeds last; its entry "file" is where it was read. categories, shots,
-    kinds: also those that were asked for, so that they are shown where they are missing.
+    kinds: also those that were asked for, and all categories of a known data set, so that missing ones are shown.
     """
 
     folder: Path
@@ -77,7 +77,9 @@ class Results(NamedTuple):
             for key, records in self.records.items()
             if all(value in values for value, values in zip(key, wanted, strict=True))
         }
-        unknown = [repr(value) for values, every in zip(wanted, known, strict=True) for value in set(values) - {*every}]
+        unknown = [
+            repr(value) for values, every in zip(wanted, known, strict=True) for value in values if value not in every
+        ]
         if unknown or not records:
             what = f"has no {unknown[0]}" if unknown else "has no record of this choice"
             raise UserError(
@@ -107,7 +109,7 @@ def scorer_of(kind: str) -> str:
 
 
 def described(kind: str) -> str:
-    """A `kind_name` in words: `untrained network, scorer combined`; the name alone of another method."""
+    """A `kind_name` in words: `untrained network, scorer combined`; for another method: `untrained network, NAME`."""
     weights, scorer = weights_of(kind), scorer_of(kind)
     network = "untrained network" if weights == "untrained" else f"{weights} weights"
     return f"{network}, {'scorer ' if scorer in SCORERS else ''}{scorer}"
@@ -133,8 +135,8 @@ def read_results(folder: Path) -> Results:
     _refuse_mixture(folder, list(itertools.chain(*records.values())))
     asked = _read_json(folder / GRID_FILE) if (folder / GRID_FILE).is_file() else {"kinds": []}
     scored, shots, kinds = (set(values) for values in zip(*records, strict=True))
-    scorers = (RELEASE_SCORER, *sorted({scorer_of(kind) for kind in kinds} - {RELEASE_SCORER}))
     kinds |= set(asked.get("kinds", ["untrained", "last", "best"]))  # folders of earlier versions do not name them
+    scorers = (RELEASE_SCORER, *sorted({scorer_of(kind) for kind in kinds} - {RELEASE_SCORER}))
     results = Results(
         folder,
         records,
@@ -154,7 +156,10 @@ def _read_records(folder: Path, needed: bool = False) -> dict[RecordKey, dict]:
         if {*CONFIG_KEYS, "rounds", "fingerprint"} & set(content):
             record = _checked(path, content)
             kind = kind_name(record["weights"], record.get("scorer", RELEASE_SCORER))
-            records[RecordKey(record["config"]["obj"], record["config"]["shot"], kind)] = record
+            key = RecordKey(record["config"]["obj"], record["config"]["shot"], kind)
+            if key in records:
+                print(f"note: {records[key]['file']} and {path} are of the same category, K and kind; {path} is used")
+            records[key] = record
         elif path.name != GRID_FILE:
             foreign.append(path)  # JSON of another program has no entry in common with a record
     if needed and not records:
@@ -175,7 +180,8 @@ def _checked(path: Path, record: dict) -> dict:
 
     Its "config" holds the resolved values too. Records until version 0.1 have "arguments" in its place.
     """
-    record["config"] = {**recorded(record), **record.get("resolved", {})}
+    resolved = record.get("resolved")
+    record["config"] = recorded(record) | (resolved if isinstance(resolved, dict) else {})
     validator = Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
     problems = []
     for error in validator.iter_errors(record):
@@ -198,7 +204,7 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the record {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -236,8 +242,8 @@ def training_seconds(record: dict) -> float | None:
     if not record.get("checkpoint"):
         return None
     file = Path(record["checkpoint"]["path"])
-    for ending in ("_model.pt", "_last.pt"):
-        file = file.with_name(file.name.replace(ending, "_record.json"))
+    for ending, suffix in itertools.product(("_model", "_last"), (".pt", SAFETENSORS)):
+        file = file.with_name(file.name.replace(ending + suffix, "_record.json"))
     # the parts of save_checkpoints/<mode>/<shot>/<category>/<file>
     for place in (file, record["file"].parent.joinpath(*file.parts[-5:])):
         if place.suffix == ".json" and place.is_file():

@@ -87,10 +87,10 @@ def _execute_table(config: ExperimentConfig) -> None:
         return
     write_json(config.output / GRID_FILE, plan.asked(runs))
     failed = _execute(plan, to_do) if to_do else {}
+    for name, reason in failed.items():  # before the tables, for which a foreign file in the folder is an error
+        print(f"FAILED {name}: {reason}", file=sys.stderr)
     if any(config.output.glob("*_*.json")):
         write_tables(read_results(config.output))
-    for name, reason in failed.items():
-        print(f"FAILED {name}: {reason}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed; run the same command to retry them", file=sys.stderr)
         sys.exit(1)
@@ -199,8 +199,8 @@ def _put_into(readme: Path, markdown: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {readme} (--readme): {getattr(error, 'strerror', None) or error}") from error
     begin, end = README_MARKS
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise UserError(f"{readme} needs a line {begin} and a line {end} to put the tables between")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise UserError(f"{readme} needs a line {begin} and below it a line {end} to put the tables between")
     before, after = text.split(begin)[0], text.split(end)[1]
     with whole_file(readme) as aside:
         aside.write_text(f"{before}{begin}\n{markdown}{end}{after}", encoding="utf-8")

@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
     @property
     def rounds(self) -> list[float]:
-        """The means of the trainings."""
+        """The value of each round, averaged over the trainings."""
         return np.mean(self.trainings, axis=0).tolist() if self.trainings else []
 
 
@@ -182,7 +182,7 @@ def column_of(results: Results, metric: str, shot: int, kind: str, by_defect: bo
 
 
 def entries_of(results: Results, metric: str, key: RecordKey, by_defect: bool = False) -> dict[str, Entry]:
-    """`column_of` of one category; key: of its records."""
+    """Row -> the metric in the records with this key, as in `column_of` for one category."""
     if key not in results.records:
         return {}
     records = results.records[key]

@@ -149,21 +149,28 @@ class FewShotDetector(ImageScoring):
         self._calibration_notes: list[str] = []
 
     def fit(self, images: Sequence[ImageInput], for_threshold: bool = True) -> FewShotDetector:
-        """Fits the detector to K >= 1 normal images.
+        """Fits the detector to K >= 1 normal images; an earlier fit with its thresholds and its document is gone.
 
-        Each file is opened once. for_threshold: also compute the leave-one-out scores that `calibrate` needs.
+        Each file is opened once. for_threshold: also compute the leave-one-out scores that `calibrate` needs. After an
+        error, the detector is as it was.
 
         Raises:
-            UserError: no images are given.
+            UserError: no images are given, or some of them look like label files.
             ImageError: a file cannot be read.
             TypeError: a single image instead of a list, or an array of another type or shape.
         """
         images = [ImageFile(image) if isinstance(image, str | Path) else image for image in image_list(images)]
         if not images:
             raise UserError("no support images: at least one normal image is needed")
+        fresh = copy(self)
+        fresh._fit(images, for_threshold)
+        vars(self).update(vars(fresh))
+        return self
+
+    def _fit(self, images: list[ImageInput], for_threshold: bool) -> None:
         self.network = without_identity_heads(self.network)  # here and not before: loaded files keep their identity
         self.threshold = self.loo_scores = self.calibration = None
-        self.learned, self._calibration_notes = {}, []
+        self.learned, self.document, self._calibration_notes = {}, {}, []
         with self.clock("decode"):
             if self.measures_bits:
                 self.bits = smallest_depth(largest_grey_values(images))
@@ -187,7 +194,6 @@ class FewShotDetector(ImageScoring):
         if with_scores:
             get_scores = partial(self._tile_scores, ends=ends) if are_cut else partial(self._cross_fit, chosen=chosen)
             self.loo_scores = get_scores(support, features)._replace(names=tuple(support.names))
-        return self
 
     def _cross_fit(self, support: Support, features: Prepared, chosen: list[int]) -> NormalScores:
         """Fits to the features of the images `chosen`, which are not cut; returns the scores of all images.
@@ -269,10 +275,14 @@ class FewShotDetector(ImageScoring):
         return self.calibration or self.loo_scores
 
     @property
+    def duplicates(self) -> list[str]:
+        """Sentences on the images that `fit` and `calibrate` ignored, because they are duplicates of others."""
+        return [*self._support_notes, *self._calibration_notes]
+
+    @property
     def warnings(self) -> list[str]:
         """Warnings about the normal images and the threshold, as sentences."""
-        of_threshold = self.threshold.warnings if self.threshold else []
-        return [*self._support_notes, *self._calibration_notes, *of_threshold]
+        return [*self.duplicates, *(self.threshold.warnings if self.threshold else ())]
 
     def calibrate(
         self,
@@ -289,9 +299,11 @@ class FewShotDetector(ImageScoring):
         limits of quality. force: accept images that differ from the support as a whole.
 
         Raises:
-            UserError: fewer than two normal scores, without duplicates, or rates that are impossible.
+            UserError: the detector is not fitted, fewer than two normal scores, without duplicates, or rates that are
+                impossible.
             OtherPartError: images `normal` differ from the support as a whole.
         """
+        self._require_fitted()
         normal = None if normal is None else image_list(normal)
         check_calibration(2 if normal is None else len(normal), false_positive_rate, review_rate)
         squares, notes = [], []
@@ -374,8 +386,7 @@ class FewShotDetector(ImageScoring):
         Raises:
             As `score`.
         """
-        if not self.fitted:
-            raise UserError("the detector must be fitted to support images, or loaded, before it can score images")
+        self._require_fitted()
         scores, maps, reasons, quality = [], [], [], []
         for result in self.results(image_list(images), self.fitted):
             measured = measure(result.square)
@@ -400,6 +411,10 @@ class FewShotDetector(ImageScoring):
         if square is not None and digest(square) in self.support_digests:
             notes.append(f"{name} has the same pixels as a support image, against which it is scored")
         return "; ".join(filter(None, notes)) or None
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise UserError("the detector must be fitted to support images, or loaded, before it can score images")
 
     def identity(self) -> str:
         """A short hash of all that scores and maps depend on; see `inspection.detector_file.identity`."""

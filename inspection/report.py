@@ -22,8 +22,8 @@ from inspection.results import SUMMARY, Prediction, decide, find_boxes
 from inspection.threshold import Threshold
 from reports.drawing import ELEVATED, FLAGGED, colour_limits, css_colour
 from reports.page import (
-    KNOWN_PANELS,
     NO_PREVIEW,
+    NORMAL_PANELS,
     PAGE_IMAGES,
     Chart,
     Page,
@@ -135,12 +135,13 @@ def known_images(
 ) -> list[Reference]:
     """Support images, calibration images and known defects, with their scores, where these are known.
 
-    The KNOWN_PANELS with the highest scores have panels if `with_panels`, where their files are still there, unchanged.
+    Of support and of calibration images, the NORMAL_PANELS with the highest scores have panels if `with_panels`, where
+    their files are still there, unchanged.
     """
     digests = {entry["path"]: entry["sha256"] for entry in detector.origin.get("support", [])}
     images = [] if detector.loo_scores else [Reference(Path(path).name, "support", None) for path in digests]
     for role, normal in (("support", detector.loo_scores), ("calibration", detector.calibration)):
-        shown = {name for name, _ in normal.by_score()[:KNOWN_PANELS]} if normal and with_panels else set()
+        shown = {name for name, _ in normal.by_score()[:NORMAL_PANELS]} if normal and with_panels else set()
         for number, name in enumerate(normal.names if normal else ()):
             image = _unchanged(name, digests.get(name), detector.bits) if name in shown else None
             preview = _preview(detector, image, normal.maps[number]) if image else NO_PREVIEW

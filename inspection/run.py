@@ -229,7 +229,7 @@ class Run:
         self.day, self.before_day = today, len(self.results.rows)
 
     def exit_code(self, is_whole: bool) -> int:
-        """The exit code of the command; 0 if nothing is to be said, also where only the user ended the run."""
+        """The exit code of the command: 0 if no other one applies, also if the user ended the run with Ctrl-C."""
         if self.config.fail_on_defect:
             self.codes |= {SOME_FLAGGED for row in self.rows if row.is_flagged}
             self.codes |= {SOME_UNDECIDED for row in self.rows if row.is_undecided}

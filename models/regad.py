@@ -18,10 +18,10 @@ from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE, SAFETENSORS
 from utils.config import recorded
 from utils.errors import UserError, require_packages
-from utils.files import load_state_dict, load_tensors, save_safetensors
+from utils.files import METADATA, load_state_dict, load_tensors, save_safetensors
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
-RECIPE = "recipe"  # a further key in the checkpoints of train.py; the release's loader ignores it
+RECIPE = METADATA  # a further key in the checkpoints of train.py; the release's loader ignores it
 HUB_ADDRESS = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # repository, and branch, tag or commit
 HUB_FILE = "model.safetensors"  # in each repository
 WEIGHTS_URL = "https://download.pytorch.org/models/"  # of torchvision

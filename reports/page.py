@@ -20,7 +20,7 @@ from utils.files import whole_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE_IMAGES = 500  # rows with a preview in one page: 17 to 29 MB with the images of six categories, 92 MB with noise
-KNOWN_PANELS = 100  # largest number of calibration images with panels
+NORMAL_PANELS = 100  # largest number of support images, and of calibration images, with panels
 PANEL_SIDE = 400  # pixels of the longer side of a panel in the enlarged view
 THUMBNAIL_SIDE = 128  # pixels of the longer side of a thumbnail
 PREVIEW_QUALITY = 75  # of JPEG
@@ -151,7 +151,7 @@ def write_page(path: Path, page: Page) -> None:
         "rows": map(_plain, page.rows),
         "chart_size": (CHART_WIDTH, CHART_HEIGHT),
         "gradient": ", ".join(colour_stops()),
-        "mark": place(page.threshold, page.colours) if page.colours and page.threshold else None,
+        "mark": place(page.threshold, page.colours) if page.colours and page.threshold is not None else None,
     }
     with whole_file(path) as aside:  # file names may contain any bytes
         get_template("page.html").stream(values).dump(str(aside), encoding="utf-8", errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""The training step, the training epoch, and saving and restoring the state of a run."""
+"""The trainable layers, the training step and epoch, and saving and restoring the state of a run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def frozen_layers(model: RegAD, train: str, batch_norm: str) -> list[nn.Module]:
 
 
 def freeze(layers: Sequence[nn.Module]) -> None:
-    """Fixes weights and batch-norm statistics of `layers`. Each `train()` of their model undoes it."""
+    """Fixes weights and batch-norm statistics of `layers`. Each `train()` of their model undoes that of statistics."""
     for layer in layers:
         layer.eval().requires_grad_(False)
 
@@ -77,7 +77,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     losses: list[float] = field(default_factory=list)  # of the finished steps of the current epoch
-    history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see train.py
+    history: list[dict] = field(default_factory=list)  # one entry per finished epoch, see training/run.py
     selected: int = 0  # the epoch of the selected weights
     source: int = 0  # the epoch of the further weights, selected by held-out categories
 

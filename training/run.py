@@ -50,7 +50,7 @@ CURVE_SECONDS = 60.0  # the curve is drawn at most this often, and at the end
 
 
 class Target(NamedTuple):
-    """A category to score: the target, or a held-out source category. bits: depth of its 16-bit images."""
+    """A category to score: the target, or a held-out source category. bits: bit depth of its 16-bit images."""
 
     category: str
     folder: Path

@@ -108,9 +108,10 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def reader_threads(asked: int | None, device: torch.device) -> int:
-    """Threads that decode images: `asked`, or CPU_READERS, or on CUDA one per core, at most MOST_READERS.
+    """The number of threads that decode images: `asked` if given; else CPU_READERS, on CUDA one per core.
 
-    The number of cores is that of PyTorch's threads: reproduce.py divides the machine's cores among its jobs.
+    On CUDA, these are at most MOST_READERS. The number of cores is that of PyTorch's threads: reproduce.py divides the
+    machine's cores among its jobs.
     """
     if asked is not None:
         return asked

@@ -76,9 +76,9 @@ def temporary_name(path: Path) -> str:
 def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path next to `path`. The file is renamed to `path` once it is complete and on the disk.
 
-    After an error, `path` is unchanged and the temporary file is removed. If the process is killed, a process that
-    writes into the folder a day later or more removes it. durable: wait until the content is on the disk; otherwise the
-    file can be empty after a power failure.
+    After an error, `path` is unchanged and the temporary file is removed. If the process is killed, the temporary file
+    stays; the next process that writes into the folder at least a day later removes it. durable: wait until the content
+    is on the disk; otherwise the file can be empty after a power failure.
 
     Raises:
         WriteError: the file cannot be written, for example because the disk is full.
@@ -163,7 +163,8 @@ def load_tensors(path: Path, what: str) -> object:
     file, for messages.
 
     Raises:
-        UserError: the file is damaged, not a torch file, or has objects other than tensors and plain values.
+        UserError: the file cannot be read, is damaged, not a torch file, or has objects other than tensors and plain
+            values.
     """
     if path.suffix == SAFETENSORS:
         try:
@@ -175,6 +176,8 @@ def load_tensors(path: Path, what: str) -> object:
             raise UserError(f"{what} {path} cannot be read as a safetensors file: {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         objects = f": {unsafe[1]}" if unsafe else ""

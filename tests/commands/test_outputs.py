@@ -84,6 +84,15 @@ def test_scores_and_maps_give_the_metrics_of_the_record(run, demo_data, tmp_path
     assert f"  {mean:.4f} +- {spread:.4f}\n" in text and re.search("defect type +images  image AUROC", text)
 
 
+def test_maps_without_their_record_are_removed(run, tmp_path):
+    """As of a record that reproduce.py removed because its settings had changed: the next record has other maps."""
+    run(save_maps=True)
+    maps = list((tmp_path / "out").glob("*_maps/*.npz"))
+    (tmp_path / "out" / "ring_1_affine_untrained.json").unlink()
+    run(img_size=32)
+    assert len(maps) == 2 and not any(file.exists() for file in maps)
+
+
 def test_maps_at_the_size_of_the_images(run, demo_data, tmp_path):
     """Each 32-bit TIFF is the map of the .npz, resized; a new record removes them."""
     run(save_maps=True, save_tiff=True, img_size=32)

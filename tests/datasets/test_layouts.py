@@ -394,5 +394,5 @@ def test_a_wrong_file_of_real_iad_is_named(tmp_path):
 def test_a_label_of_kolektorsdd_that_is_missing_is_named(tmp_path):
     category = write_kolektor(tmp_path)
     (category / "kos02/Part0_label.bmp").unlink()
-    with pytest.raises(UserError, match=r"no label .*kos02/Part0_label\.bmp of the image"):
+    with pytest.raises(UserError, match=r"cannot read the label file .*kos02/Part0_label\.bmp of the image"):
         list_train_images(category)

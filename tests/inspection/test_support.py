@@ -38,6 +38,26 @@ def test_label_files_and_black_images_are_no_support(label, detector):
         detector.fit([*PHOTOS, LABELS[label]])
 
 
+def test_a_fit_that_fails_leaves_the_detector_as_it_was():
+    detector = FewShotDetector(untrained("none", img_size=32).stn.eval(), "cpu")
+    with pytest.raises(UserError, match="must be fitted"):
+        detector.calibrate(0.05, PHOTOS)
+    detector.fit(PHOTOS).calibrate(0.05)
+    before, detector.document["part"] = detector.decision_identity(), "housing"
+    with pytest.raises(UserError, match="1 of 3 support images have at most 4 grey values"):
+        detector.fit([*PHOTOS[::-1], LABELS["classes"]])
+    assert detector.decision_identity() == before and detector.document == {"part": "housing"}
+    assert detector.fit(PHOTOS).document == {} and detector.threshold is None
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1.0])
+def test_representatives_differ_even_if_images_hardly_do(spread):
+    rng = np.random.default_rng(0)
+    statistics = [torch.from_numpy(3 + spread * rng.normal(size=(60, 64)).astype(np.float32))]
+    chosen = representatives(statistics, 32)
+    assert len(set(chosen)) == 32 and chosen == sorted(chosen)
+
+
 def test_support_images_with_and_without_transparent_parts_are_said(detector):
     detector.fit([with_alpha(PHOTOS[0]), PHOTOS[1]])
     (note,) = detector.warnings

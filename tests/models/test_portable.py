@@ -53,6 +53,8 @@ def test_the_file_holds_weights_and_plain_values_only(saved):
 def test_what_does_not_fit_is_refused(saved, tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors was trained with stn_mode affine, not rotation"):
         load_checkpoint(saved[1], "rotation", SIZE)
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*missing\.pt: No such file or directory"):
+        load_checkpoint(tmp_path / "missing.pt", MODE, SIZE)
     (tmp_path / "damaged.safetensors").write_bytes(saved[1].read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         load_checkpoint(tmp_path / "damaged.safetensors", MODE, SIZE)
