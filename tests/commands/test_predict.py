@@ -203,6 +203,7 @@ def test_outlines_run_inside_the_border(height, width, seed):
 
 
 @needs_reference
+@pytest.mark.slow
 def test_marked_places_lie_on_the_real_part(tmp_path):
     """Four screws, untrained network: nearly all outlined pixels of damaged screws are on the screw."""
     screws = sorted((DATA / "screw/test").glob("*_[fnt]*/00*.png"))  # manipulated_front, scratch_neck, thread_top

@@ -83,6 +83,7 @@ def test_a_model_of_timm_through_test_reproduce_and_predict(demo_data, tmp_path,
         test_command.main(["--obj", "ring", "--backbone", "timm:test_vit"])
 
 
+@pytest.mark.slow
 def test_a_table_of_a_model_of_timm_and_two_scorers(demo_data, tmp_path, capsys):
     pytest.importorskip("timm")
     grid = ["--objs", "ring", "--shots", "1", "--inferences", "2", "--data_type", "folder", "--data_path"]

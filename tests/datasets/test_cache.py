@@ -169,6 +169,7 @@ def namespaces_problem() -> str | None:
     return None if done.stdout.strip() == "1" else f"no process id namespaces here: {done.stderr.strip()}"
 
 
+@pytest.mark.slow
 def test_processes_with_the_same_id_decode_each_image_once(paths, tmp_path):
     """As two containers that share a cache folder: both processes have the id 1."""
     if problem := namespaces_problem():

@@ -299,6 +299,7 @@ def test_nothing_is_written_to_the_data_folder(data, tmp_path):
 
 
 @needs_reference
+@pytest.mark.slow
 def test_real_images(capsys):
     """Two thousand images. One mask of the magnetic tiles really marks no pixel."""
     assert check(DATA) == 1

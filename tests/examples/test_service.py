@@ -264,6 +264,7 @@ def test_decisions_are_logged(two_parts, log, images):
     log.rmdir()
 
 
+@pytest.mark.slow
 def test_two_processes_and_an_answer_in_time(tiled, tmp_path, images):
     """Answers are those of one process; an image that takes too long is refused, and the others go on."""
     tiled.save(tmp_path / "tiled.regad")

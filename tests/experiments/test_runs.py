@@ -122,6 +122,7 @@ def test_a_killed_drivers_command_is_waited_for(output):
     assert finished(run) and len(starts(output, "a")) == 1  # what the command wrote is whole
 
 
+@pytest.mark.slow
 def test_killed_at_random(output):
     """Two drivers and four workers: after kills and restarts, every record is whole."""
     rng, twelve = random.Random(1), [make_run(output, str(number), "takes a moment") for number in range(12)]

@@ -76,7 +76,7 @@ def images(demo_data) -> np.ndarray:
     return np.stack([*squares, squares[0][..., :1].repeat(3, axis=2)])
 
 
-@pytest.fixture(scope="module", params=["neighbours", "gaussian"])
+@pytest.fixture(scope="module", params=["neighbours", pytest.param("gaussian", marks=pytest.mark.slow)])
 def detector(network, normal, request):
     fitted = FewShotDetector(network, "cpu", scorer=request.param).fit(normal[:3])
     fitted.calibrate(0.05)
