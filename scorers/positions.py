@@ -46,7 +46,9 @@ class Positions(Scorer):
         return [resample(layer, side) for layer in maps[-LAYERS:]]
 
     def fit(self, support: Prepared) -> Fitted:
-        """Computes `directions`, `offset`, `damping` of the coordinates, `mean` (P, D), `factors` (P, D, r), `ridge`.
+        """Returns the coordinates (`directions`, `offset`, `damping`) and a Gaussian for each position.
+
+        `mean` (P, D); `factors` (P, D, r) and `ridge`, of the covariance, see the docstring of the module.
 
         Raises:
             ValueError: fewer than 2 support views.
