@@ -423,7 +423,7 @@ class FewShotDetector(ImageScoring):
     def decision_identity(self) -> str:
         """A short hash of all that decisions depend on: `identity`, thresholds, limits of quality, smallest defect."""
         threshold = self.threshold and [self.threshold.value, self.threshold.review_value]
-        limits = self.gate and [self.gate.mean.tolist(), self.gate.margin.tolist()]
+        limits = self.gate and [self.gate.mean.tolist(), self.gate.margins.tolist()]
         content = json.dumps([self.identity(), threshold, limits, self.min_area])
         return hashlib.sha256(content.encode()).hexdigest()[:ID_LENGTH]
 

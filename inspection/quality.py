@@ -7,11 +7,12 @@ a person to judge.
 Each measure is a number of the network's input, most of them logarithms, so that a factor of the light is a difference.
 Its limits are mean +- q s sqrt(1 + 1/n) over n normal images. As few images say little about the standard deviation s,
 it is combined with SPREAD, a typical one, which counts as PRIOR_IMAGES images; q is the quantile of Student's
-distribution for RATE. Where the normal images differ more than typical, averaged over all measures, SPREAD is raised
-for all of them: two images of a varying part can agree in one measure by chance.
+distribution for the rate of that side. Darker images are stopped more easily, because defects vanish in them, and moved
+ones less easily, because their scores show it. Where the normal images differ more than typical, averaged over all
+measures, SPREAD is raised for all of them: two images of a varying part can agree in one measure by chance.
 
-The constants were chosen by the share of good images outside the limits and of dimmed and blurred ones inside, on nine
-categories. `python -m benchmarks.changes` measures these shares.
+The constants were chosen by the share of good images outside the limits (at most 5 % on average) and of dimmed and
+blurred ones inside, on nine categories. `python -m benchmarks.changes` measures these shares.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from datasets.images import unit_range
 from scorers.views import GREY_WEIGHTS
 
 PRIOR_IMAGES = 4.0
-RATE = 0.002  # of normal images outside the limits of one measure
+RATE = 0.001  # of normal images beyond a limit of one measure
+DARK_RATE, PLACE_RATE = 0.01, 0.00025  # the same of darker images, and of position and size
 POOLING = 0.75  # exponent of the factor by which images differ more than typical
 MOST_UNTYPICAL = 3.0  # of that factor in one measure
 NEWEST, LEAST_IMAGES, DRIFT = 50, 20, 0.5  # images that show a drift, and its size relative to a limit
@@ -40,28 +42,35 @@ NOISE_GAIN = 6.0  # standard deviation of the mixed second difference of noise w
 class Measure(NamedTuple):
     """spread: the typical standard deviation over normal images. below, above: words for an image outside the limits.
 
-    is_log: the measure is the logarithm of what `readable` shows.
+    is_log: the measure is the logarithm of what `readable` shows. rate_below, rate_above: of normal images beyond the
+    limits.
     """
 
     spread: float
     below: str
     above: str
     is_log: bool = True
+    rate_below: float = RATE
+    rate_above: float = RATE
 
 
 MEASURES = {
-    "light": Measure(0.05, "darker", "brighter"),  # highlights, the 99th percentile: a defect hardly changes them
+    "light": Measure(
+        0.05, "darker", "brighter", rate_below=DARK_RATE
+    ),  # highlights, the 99th percentile: a defect hardly changes them
     "contrast": Measure(0.15, "lower in contrast", "higher in contrast"),  # relative to the light
     "sharpness": Measure(0.01, "less sharp", "sharper"),  # differences of neighbours to those two pixels apart
     "noise": Measure(0.08, "smoother", "noisier"),  # median of second differences
     "grain": Measure(0.1, "smoother", "noisier"),  # lowest quarter: smooth areas show compression and weak blur
     "red": Measure(0.02, "less red", "redder"),
     "blue": Measure(0.02, "less blue", "bluer"),
-    "x": Measure(0.012, "further left", "further right", is_log=False),  # centre of what differs from the border
-    "y": Measure(0.012, "higher up", "lower down", is_log=False),
-    "size": Measure(0.03, "smaller", "larger"),  # its root mean square radius
+    # centre and root mean square radius of what differs from the border
+    "x": Measure(0.012, "further left", "further right", False, PLACE_RATE, PLACE_RATE),
+    "y": Measure(0.012, "higher up", "lower down", False, PLACE_RATE, PLACE_RATE),
+    "size": Measure(0.03, "smaller", "larger", True, PLACE_RATE, PLACE_RATE),
 }
-SPREAD = np.array([one.spread for one in MEASURES.values()])
+SPREAD = np.array([kind.spread for kind in MEASURES.values()])
+RATES = np.array([[kind.rate_below, kind.rate_above] for kind in MEASURES.values()]).T
 
 
 def measure(square: torch.Tensor) -> np.ndarray:
@@ -117,7 +126,7 @@ class QualityGate:
             untypical = max(1.0, float(np.sqrt(np.square(ratios.clip(max=MOST_UNTYPICAL)).mean()))) ** POOLING
         freedom = PRIOR_IMAGES + count - 1
         variance = (PRIOR_IMAGES * np.square(untypical * SPREAD) + squares) / freedom * (1 + 1 / count)
-        self.margin = stdtrit(freedom, 1 - RATE / 2) * np.sqrt(variance)
+        self.margins = stdtrit(freedom, 1 - RATES) * np.sqrt(variance)  # (2, M): below and above the mean
 
     @classmethod
     def of(cls, squares: Sequence[torch.Tensor]) -> QualityGate:
@@ -138,20 +147,27 @@ class QualityGate:
         measured: as from `readable`, in the order of time; entries of other versions are left out. Nothing is said of
         fewer than LEAST_IMAGES.
         """
-        newest = [one for one in measured if one.keys() >= MEASURES.keys()][-NEWEST:]
+        newest = [measures for measures in measured if measures.keys() >= MEASURES.keys()][-NEWEST:]
         if len(newest) < LEAST_IMAGES:
             return []
+        medians = {name: float(np.median([measures[name] for measures in newest])) for name in MEASURES}
+        plain = [np.log(max(medians[name], 1e-9)) if kind.is_log else medians[name] for name, kind in MEASURES.items()]
         found = []
-        for number, ((name, kind), limits) in enumerate(zip(MEASURES.items(), self.limits().values(), strict=True)):
-            value = float(np.median([one[name] for one in newest]))
-            offset = (np.log(max(value, 1e-9)) if kind.is_log else value) - self.mean[number]
-            if abs(offset) > DRIFT * self.margin[number]:
-                words, limit = (kind.above, limits["high"]) if offset > 0 else (kind.below, limits["low"])
+        for (name, kind), limits, share in zip(
+            MEASURES.items(), self.limits().values(), self._shares(np.array(plain)), strict=True
+        ):
+            if abs(share) > DRIFT:
+                words, limit = (kind.above, limits["high"]) if share > 0 else (kind.below, limits["low"])
                 found.append(
-                    f"the newest {len(newest)} images are {words} than the support images: {name} {value:.3g}, there "
-                    f"{limits['typical']:.3g}, limit {limit:.3g}"
+                    f"the newest {len(newest)} images are {words} than the support images: {name} {medians[name]:.3g}, "
+                    f"there {limits['typical']:.3g}, limit {limit:.3g}"
                 )
         return found
+
+    def _shares(self, values: np.ndarray) -> np.ndarray:
+        """How far measures (M,) are from the mean, relative to the limit on their side; below -1 or above 1: beyond."""
+        offsets = values - self.mean
+        return offsets / np.where(offsets > 0, self.margins[1], self.margins[0])
 
     def state(self) -> dict:
         """Tensors for a file; `from_state` reads them."""
@@ -165,14 +181,13 @@ class QualityGate:
 
     def reason(self, values: np.ndarray) -> str:
         """In what an image with the measures `values` (M,) is outside the limits, as a phrase; "" if in nothing."""
-        beyond = (values - self.mean) / self.margin
-        kinds = MEASURES.values()
-        words = [kind.above if far > 0 else kind.below for far, kind in zip(beyond, kinds, strict=True) if abs(far) > 1]
+        shares, kinds = self._shares(values), MEASURES.values()
+        words = [kind.above if far > 0 else kind.below for far, kind in zip(shares, kinds, strict=True) if abs(far) > 1]
         return f"{', '.join(dict.fromkeys(words))} than the support images" if words else ""
 
     def limits(self) -> dict[str, dict[str, float]]:
         """For each measure `low`, `typical` and `high`, as `readable` shows them."""
-        low, high = readable(self.mean - self.margin), readable(self.mean + self.margin)
+        low, high = readable(self.mean - self.margins[0]), readable(self.mean + self.margins[1])
         return {
             name: {"low": low[name], "typical": typical, "high": high[name]}
             for name, typical in readable(self.mean).items()

@@ -69,24 +69,26 @@ def test_the_measures_of_an_even_image():
 def test_limits_by_the_definition_for_one_image():
     """Of one image nothing is known but what is typical: four images' worth."""
     gate = QualityGate(np.zeros((1, len(NAMES))))
-    assert gate.margin == pytest.approx(t.ppf(0.999, 4) * SPREAD * np.sqrt(2))
-    assert gate.limits()["x"] == pytest.approx({"low": -gate.margin[7], "typical": 0, "high": gate.margin[7]})
+    rates = np.array([[0.01, *[0.001] * 6, *[0.00025] * 3], [*[0.001] * 7, *[0.00025] * 3]])  # darker; position, size
+    assert gate.margins == pytest.approx(t.ppf(1 - rates, 4) * SPREAD * np.sqrt(2))
+    x = t.ppf(1 - 0.00025, 4) * SPREAD[7] * np.sqrt(2)
+    assert gate.limits()["x"] == pytest.approx({"low": -x, "typical": 0, "high": x})
 
 
 @given(st.integers(1, 12), st.floats(0.1, 5), st.integers(0, 99))
 def test_the_order_of_images_does_not_matter_and_more_of_the_same_narrow_the_limits(count, factor, seed):
     values = factor * SPREAD * np.random.default_rng(seed).normal(size=(count, len(NAMES)))
     gate, turned = QualityGate(values), QualityGate(values[::-1])
-    assert gate.margin == pytest.approx(turned.margin) and gate.mean == pytest.approx(turned.mean)
-    assert (QualityGate(values, values).margin <= gate.margin * (1 + 1e-9)).all()
+    assert gate.margins == pytest.approx(turned.margins) and gate.mean == pytest.approx(turned.mean)
+    assert (QualityGate(values, values).margins <= gate.margins * (1 + 1e-9)).all()
     again = QualityGate.from_state(QualityGate(values, values).state())
-    assert (again.margin == QualityGate(values, values).margin).all()
+    assert (again.margins == QualityGate(values, values).margins).all()
 
 
 def test_a_part_that_varies_has_wider_limits_for_all_measures():
     even, uneven = (np.random.default_rng(0).normal(0, SPREAD, (2, len(NAMES))) for _ in range(2))
     uneven = np.concatenate([uneven[:, :3], 20 * uneven[:, 3:]], axis=1)
-    assert (QualityGate(uneven).margin[:3] > QualityGate(even).margin[:3]).all()
+    assert (QualityGate(uneven).margins[:, :3] > QualityGate(even).margins[:, :3]).all()
 
 
 def inputs(paths, change: str = "unchanged") -> list[torch.Tensor]:
@@ -95,7 +97,7 @@ def inputs(paths, change: str = "unchanged") -> list[torch.Tensor]:
 
 def test_a_drift_is_said_before_the_limit_is_reached(gate):
     """Light that falls by two thirds of the way to the limit, image by image."""
-    light = gate.mean[0] - np.linspace(0, 0.9, 100) * gate.margin[0]
+    light = gate.mean[0] - np.linspace(0, 0.9, 100) * gate.margins[0, 0]
     rows = [readable(np.array([value, *gate.mean[1:]])) for value in light]
     assert gate.drift(rows[:19]) == gate.drift(rows[:50]) == gate.drift([{}] * 99) == []
     (sentence,) = gate.drift(rows)
@@ -105,7 +107,7 @@ def test_a_drift_is_said_before_the_limit_is_reached(gate):
 def test_charts_of_quality_show_medians_in_the_order_of_time(gate, monkeypatch):
     """Two days of 30 images in at most 15 values a day; the light falls to the lower limit."""
     monkeypatch.setattr(report, "CHART_VALUES", 30)
-    light = gate.mean[0] - np.linspace(0, 1, 60) * gate.margin[0]
+    light = gate.mean[0] - np.linspace(0, 1, 60) * gate.margins[0, 0]
     rows = [
         SimpleNamespace(time=f"2026-01-0{1 + number // 30}T02:00", quality=readable(np.array([value, *gate.mean[1:]])))
         for number, value in enumerate(light)
