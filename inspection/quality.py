@@ -55,9 +55,8 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "light": Measure(
-        0.05, "darker", "brighter", rate_below=DARK_RATE
-    ),  # highlights, the 99th percentile: a defect hardly changes them
+    # highlights, the 99th percentile: a defect hardly changes them
+    "light": Measure(0.05, "darker", "brighter", rate_below=DARK_RATE),
     "contrast": Measure(0.15, "lower in contrast", "higher in contrast"),  # relative to the light
     "sharpness": Measure(0.01, "less sharp", "sharper"),  # differences of neighbours to those two pixels apart
     "noise": Measure(0.08, "smoother", "noisier"),  # median of second differences
