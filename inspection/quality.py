@@ -7,9 +7,9 @@ a person to judge.
 Each measure is a number of the network's input, most of them logarithms, so that a factor of the light is a difference.
 Its limits are mean +- q s sqrt(1 + 1/n) over n normal images. As few images say little about the standard deviation s,
 it is combined with SPREAD, a typical one, which counts as PRIOR_IMAGES images; q is the quantile of Student's
-distribution for the rate of that side. Darker images are stopped more easily, because defects vanish in them, and moved
-ones less easily, because their scores show it. Where the normal images differ more than typical, averaged over all
-measures, SPREAD is raised for all of them: two images of a varying part can agree in one measure by chance.
+distribution for RATE, or DARK_RATE below the mean light, as defects vanish in darker images. Where the normal images
+differ more than typical, averaged over all measures, SPREAD is raised for all of them: two images of a varying part can
+agree in one measure by chance.
 
 The constants were chosen by the share of good images outside the limits (at most 5 % on average) and of dimmed and
 blurred ones inside, on nine categories. `python -m benchmarks.changes` measures these shares.
@@ -29,7 +29,7 @@ from scorers.views import GREY_WEIGHTS
 
 PRIOR_IMAGES = 4.0
 RATE = 0.001  # of normal images beyond a limit of one measure
-DARK_RATE, PLACE_RATE = 0.01, 0.00025  # the same of darker images, and of position and size
+DARK_RATE = 0.005  # the same of darker images
 POOLING = 0.75  # exponent of the factor by which images differ more than typical
 MOST_UNTYPICAL = 3.0  # of that factor in one measure
 NEWEST, LEAST_IMAGES, DRIFT = 50, 20, 0.5  # images that show a drift, and its size relative to a limit
@@ -42,8 +42,7 @@ NOISE_GAIN = 6.0  # standard deviation of the mixed second difference of noise w
 class Measure(NamedTuple):
     """spread: the typical standard deviation over normal images. below, above: words for an image outside the limits.
 
-    is_log: the measure is the logarithm of what `readable` shows. rate_below, rate_above: of normal images beyond the
-    limits.
+    is_log: the measure is the logarithm of what `readable` shows. rate_below: of normal images beyond the lower limit.
     """
 
     spread: float
@@ -51,7 +50,6 @@ class Measure(NamedTuple):
     above: str
     is_log: bool = True
     rate_below: float = RATE
-    rate_above: float = RATE
 
 
 MEASURES = {
@@ -64,12 +62,12 @@ MEASURES = {
     "red": Measure(0.02, "less red", "redder"),
     "blue": Measure(0.02, "less blue", "bluer"),
     # centre and root mean square radius of what differs from the border
-    "x": Measure(0.012, "further left", "further right", False, PLACE_RATE, PLACE_RATE),
-    "y": Measure(0.012, "higher up", "lower down", False, PLACE_RATE, PLACE_RATE),
-    "size": Measure(0.03, "smaller", "larger", True, PLACE_RATE, PLACE_RATE),
+    "x": Measure(0.012, "further left", "further right", is_log=False),
+    "y": Measure(0.012, "higher up", "lower down", is_log=False),
+    "size": Measure(0.03, "smaller", "larger"),
 }
 SPREAD = np.array([kind.spread for kind in MEASURES.values()])
-RATES = np.array([[kind.rate_below, kind.rate_above] for kind in MEASURES.values()]).T
+RATES = np.array([[kind.rate_below for kind in MEASURES.values()], [RATE] * len(MEASURES)])
 
 
 def measure(square: torch.Tensor) -> np.ndarray:
