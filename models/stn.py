@@ -208,7 +208,9 @@ def _first_convolution(convolution: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and (x[:, 1:] == x[:, :1]).all():
         weight = convolution.weight.sum(dim=1, keepdim=True)
-        grey = x[:, :1].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last, as its output
+        grey = x[:, :1].contiguous()
+        # the strides of channels-last, which decide the layout of the output; of one channel, `contiguous` keeps others
+        grey = grey.as_strided(grey.shape, (grey.shape[2] * grey.shape[3], 1, grey.shape[3], 1))
         return F.conv2d(grey, weight, convolution.bias, convolution.stride, convolution.padding)
     return convolution(x)
 

@@ -152,9 +152,10 @@ def test_grey_images_give_the_same_maps_by_one_channel(make, monkeypatch):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_grey_images_stay_channels_last(channels_last):
+@pytest.mark.parametrize("count", [1, 3])
+def test_grey_images_stay_channels_last(count, channels_last):
     """In another memory format, pooling and all later layers take several times as long."""
-    grey = images(3)[:, :1].expand(-1, 3, -1, -1).contiguous()
+    grey = images(count)[:, :1].expand(-1, 3, -1, -1).contiguous()
     grey = grey.to(memory_format=torch.channels_last) if channels_last else grey
     found = _first_convolution(fuse_conv_bn(shaken()).conv1, grey)
     assert found.is_contiguous(memory_format=torch.channels_last)
