@@ -176,9 +176,9 @@ def load_tensors(path: Path, what: str) -> object:
             raise UserError(f"{what} {path} cannot be read as a safetensors file: {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
-    except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except Exception as error:  # damage leads to errors of many types: pickle, zip, EOF, key, runtime, OS
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         objects = f": {unsafe[1]}" if unsafe else ""
         raise UserError(
