@@ -51,11 +51,13 @@ def report_page(
     others: int,
     previews: Mapping[int, Preview],
     root: Path,
+    drift: Sequence[str],
 ) -> Page:
     """The page of a run, which names images relative to `root`.
 
     identity: of the detector. file: where the detector was loaded from or saved to. rows: of this detector and its
-    threshold, by number, as are `previews`. others: the number of results that are not shown.
+    threshold, by number, as are `previews`. others: the number of results that are not shown. drift: sentences of
+    `QualityGate.drift`.
     """
     threshold, weights = detector.threshold, detector.origin.get("network", "unknown weights")
     backbone = getattr(detector.network, "backbone", type(detector.network).__name__)
@@ -67,8 +69,6 @@ def report_page(
         ("Network", f"{backbone}, {weights}, {detector.size} x {detector.size} pixels"),
         ("Threshold", describe_threshold(threshold)),
     ]
-    measured = [row for row in rows.values() if row.quality]
-    drift = detector.gate.drift([row.quality for row in measured]) if detector.gate else []
     doubts = [row.warning for row in rows.values() if row.warning]
     more = len(doubts) - MOST_WARNINGS
     doubts = doubts[:MOST_WARNINGS] + ([f"{more} more images with a warning, see {SUMMARY}"] if more > 0 else [])
@@ -84,7 +84,7 @@ def report_page(
         warnings=[*detector.warnings, *drift, *doubts],
         notes=[f"{others} results of another detector or threshold are in {SUMMARY} only"] if others else (),
         tables=_accepted_table(detector.learned),
-        charts=quality_charts(detector.gate, measured) if detector.gate else (),
+        charts=quality_charts(detector.gate, [row for row in rows.values() if row.quality]) if detector.gate else (),
         typical=threshold and threshold.typical,
         colours=threshold and colour_limits(threshold.value, threshold.typical),
         outlines=OUTLINES if threshold else (),

@@ -268,11 +268,12 @@ class Run:
     def _refresh(self, total_seconds: float | None = None) -> None:
         """Writes scores.json, with all rows, and report.html."""
         rows = {number: row for number, row in enumerate(self.results.rows) if self._is_own(row)}
-        write_json(self.config.output / SUMMARY, self._summary(total_seconds))
+        drift = self._drift()
+        write_json(self.config.output / SUMMARY, self._summary(total_seconds, drift))
         if not self.config.no_images:
             self.previews = choose_previews(rows, self.previews, self.config.output)
         file, others = self.config.save or self.config.detector, len(self.results.rows) - len(rows)
-        page = report_page(self.detector, self.outputs.detector, file, rows, others, self.previews, self.root)
+        page = report_page(self.detector, self.outputs.detector, file, rows, others, self.previews, self.root, drift)
         write_page(self.config.output / PAGE, page._replace(references=self.known_images))
         self.refreshed = len(self.results.rows)
 
@@ -281,7 +282,7 @@ class Run:
         threshold = self.detector.threshold
         return (row.detector, row.threshold) == (self.outputs.detector, threshold and threshold.value)
 
-    def _summary(self, total_seconds: float | None) -> dict:
+    def _summary(self, total_seconds: float | None, drift: Sequence[str]) -> dict:
         """The content of scores.json."""
         detector, identity = self.detector, self.outputs.detector
         threshold = detector.threshold and detector.threshold.value
@@ -300,7 +301,7 @@ class Run:
                 "calibration": listed(detector.calibration),
             },
             "known_defects": [defect._asdict() for defect in self.defects],
-            "warnings": [*detector.warnings, *self._drift()],
+            "warnings": [*detector.warnings, *drift],
             "counts": count_decisions(self.results.rows),
             "images": [row.plain() for row in self.results.rows],
             "seconds": detector.clock.seconds,

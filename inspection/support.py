@@ -85,10 +85,8 @@ def representatives(statistics: Sequence[torch.Tensor], count: int) -> list[int]
     """
     distances = relative_distances(statistics, statistics)
     chosen = [int(distances.mean(dim=1).argmin())]
-    nearest = distances[chosen[0]].clone()
-    nearest[chosen] = -1
     while len(chosen) < min(count, len(distances)):
-        chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, distances[chosen[-1]])
+        nearest = distances[chosen].amin(dim=0)
         nearest[chosen] = -1  # distances of an image to itself are not exactly 0, nor are those of equal images
+        chosen.append(int(nearest.argmax()))
     return sorted(chosen)
