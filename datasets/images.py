@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImagePalette
 from PIL.ExifTags import Base as Tag
 from torch.utils.data import Dataset, default_collate
 
@@ -35,7 +35,7 @@ RAW_16_BITS = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")  # Pillow's names, witho
 SHALLOW = {"L;2": 85, "L;4": 17}  # by how much Pillow multiplies the values, but not a transparent one
 TURNED = "EXIF orientation by which it was turned"
 CODESTREAM = b"\xff\x4f\xff\x51"  # how the image begins in a JPEG 2000 file
-PNG_EXIF = (b"eXIf", b"Raw profile type")  # how EXIF begins in a PNG
+PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # how EXIF or XMP begins in a PNG
 CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where an image exceeds the bit depth
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
@@ -143,18 +143,21 @@ def _deep_mode(image: Image.Image) -> str | None:
     """How 16-bit colours, or 16-bit with alpha, lie in a file that was not decoded yet; None of other images.
 
     Raises:
-        ValueError: they lie in another way, as in planes, of which Pillow would read other values; or they are in a
-            file type of which it reads 8 bits.
+        ValueError: Pillow would read other values than those of the file, or 8 bits of 16.
     """
-    raw, tags = _raw_mode(image), getattr(image, "tag_v2", {})
+    raw, tags, bits = _raw_mode(image), getattr(image, "tag_v2", {}), _bits_per_value(image)
     is_known, is_grey = raw[:-1] in RAW_16_BITS, image.mode[0] in "IF"
-    if _bits_per_value(image) > 8 and not is_grey and not (is_known and tags.get(Tag.PlanarConfiguration, 1) == 1):
+    if bits > 8 and not is_grey and not (is_known and tags.get(Tag.PlanarConfiguration, 1) == 1):
         raise ValueError(
             "16-bit colours in planes, CMYK, with premultiplied alpha or in another file type than PNG and TIFF; save "
             "it as plain 16-bit RGB"
         )
     if is_grey and tags.get(Tag.PhotometricInterpretation) == 0:
         raise ValueError("16-bit grey values of which 0 is white; save it with 0 as black")
+    if is_grey and 8 < bits < FULL_BITS and image.format in ("PPM", "JPEG2000"):
+        raise ValueError(f"grey values of {bits} bits in a file type that is read as 16 bits; save it as PNG or TIFF")
+    if bits <= 8 and 2 in tags.get(Tag.SampleFormat, ()):
+        raise ValueError("signed values of 8 bits; save it with values from 0 to 255")
     return raw if is_known else None
 
 
@@ -264,8 +267,15 @@ def size_mismatch(mask_path: Path, mask: Sequence[int], image: Sequence[int]) ->
 
 def upright(image: Image.Image) -> Image.Image:
     """The decoded image turned by its EXIF orientation, which its `info` says."""
-    before = getattr(image, "tag_v2", {}).get(Tag.Orientation, 1)  # Pillow turns a TIFF when it decodes it
+    tags = getattr(image, "tag_v2", {})
+    before = tags.get(Tag.Orientation, 1)  # Pillow turns a TIFF when it decodes it
+    if image.mode == "P" and max(colours := tags.get(Tag.ColorMap, (256,))) < 256:  # 8 bits, read as 16
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+    # With a name, Pillow would map the file into memory: a TIFF to be turned with the wrong width, and any file so that
+    # the process is killed where another one cuts it off.
+    name, image.filename = getattr(image, "filename", ""), ""
     image.load()
+    image.filename = name
     try:
         orientation = image.getexif().get(Tag.Orientation, before)
         return _with_info(
@@ -282,7 +292,21 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.asarray(upright(image)).astype(bool)
 
 
-@functools.cache
+def _unless_changed(read: Callable[[Path], Pixels]) -> Callable[[Path], Pixels]:
+    """`read`, which reads a file again only if it was changed or replaced."""
+
+    @functools.lru_cache(maxsize=2**16)
+    def known(path: Path, _inode: int, _size: int, _changed: int) -> Pixels:
+        return read(path)
+
+    def current(path: Path) -> Pixels:
+        status = path.stat()
+        return known(path, status.st_ino, status.st_size, status.st_ctime_ns)
+
+    return functools.wraps(read)(current)
+
+
+@_unless_changed
 def read_header(path: Path) -> tuple[tuple[int, int], int]:
     """The width and height of an image as `decode_image` gives it, and its EXIF orientation, without its pixels."""
     with Image.open(path) as image:
@@ -290,7 +314,7 @@ def read_header(path: Path) -> tuple[tuple[int, int], int]:
             return image.size, 1  # Pillow decodes a PNG before it says that there is no EXIF
         orientation, tags = image.getexif().get(Tag.Orientation, 1), getattr(image, "tag_v2", {})
         stored = tags.get(Tag.ImageWidth, image.width), tags.get(Tag.ImageLength, image.height)
-        return stored[::-1] if orientation in range(5, 9) else stored, orientation
+        return stored[::-1] if orientation in range(5, 9) else stored, orientation if orientation in range(2, 9) else 1
 
 
 def eight_bit(image: Image.Image, bits: int = FULL_BITS) -> Image.Image:
@@ -456,14 +480,14 @@ def _largest_value(image: Path | BinaryIO | Image.Image) -> tuple[str, int] | No
 def read_odd_header(file: Path | BinaryIO) -> tuple[bool, bool]:
     """What a header says: whether there are values of 16 bits, and whether HOW_READ may apply; any error of Pillow."""
     if isinstance(file, Path):
-        return _read_odd_header(file, file.stat().st_mtime_ns)
+        return _read_odd_header(file)
     with Image.open(file) as image:
         is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
         return is_deep, image.has_transparency_data or _has_several(image)
 
 
-@functools.lru_cache(maxsize=2**16)
-def _read_odd_header(path: Path, changed: int) -> tuple[bool, bool]:  # noqa: ARG001, a replaced file is read again
+@_unless_changed
+def _read_odd_header(path: Path) -> tuple[bool, bool]:
     with open(path, "rb") as stream:
         return read_odd_header(stream)
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from experiments.config import SLURM_NUMBERS
-from experiments.runs import BUSY, Report, Run, execute, is_finished, log_file
+from experiments.runs import BUSY, Report, Run, end_processes, execute, is_finished, log_file
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, whole_file
 from utils.fingerprint import FileDigests
+from utils.interrupts import Interrupts
 
 if TYPE_CHECKING:
     import submitit
@@ -60,7 +61,7 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
             slots.put(environment)
 
     busy = []
-    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for a process
+    with Interrupts(), ThreadPoolExecutor(jobs) as pool:  # each thread waits for a process
         try:
             for wait, now in ((False, runs), (True, busy)):
                 running = {pool.submit(execute_in_slot, run, wait): run for run in now}
@@ -71,7 +72,8 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
                     else:
                         report(running[future], future.result())
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_processes()
             raise
 
 

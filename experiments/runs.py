@@ -5,7 +5,8 @@ when its records have the fingerprints that are computed now. Its files in the r
 jobs/.<name>.lock    locked by the process of the run
 logs/<name>.log      its output
 
-The process of a killed driver goes on, and the next driver waits for it.
+The processes of a driver end with it on Ctrl-C and SIGTERM. If it is killed (SIGKILL), they go on, and the next driver
+waits for them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from utils.files import temporary_name
 from utils.fingerprint import FileDigests
 from utils.naming import lock_file
 
+_processes: set[subprocess.Popen] = set()  # of the runs that this driver executes now
 BUSY = "another process works on it"
 PROCESS = "import sys; sys.path[:] = {path}; from {package}.job import main; main()"  # imports what this one can
 
@@ -207,12 +209,21 @@ def _start(words: list[str], run: str, log: Path, environment: Mapping[str, str]
             env={**os.environ, **environment},
         ) as process,
     ):
+        _processes.add(process)
         try:
             process.communicate(run.encode())
         except BaseException:  # Ctrl-C, or the end of a cluster's job
             process.kill()
             raise
+        finally:
+            _processes.discard(process)
         return process.returncode
+
+
+def end_processes() -> None:
+    """Ends the processes of the runs that this driver executes; where a signal came to the driver alone, they go on."""
+    for process in list(_processes):
+        process.kill()
 
 
 def _last_line(log: Path) -> str:

@@ -18,7 +18,7 @@ from models.stn import BACKBONES, STN_MODES, STNResNet
 from utils.choices import RELEASE_BACKBONE, SAFETENSORS
 from utils.config import recorded
 from utils.errors import UserError, require_packages
-from utils.files import METADATA, load_state_dict, load_tensors, save_safetensors
+from utils.files import METADATA, is_state_dict, load_state_dict, load_tensors, save_safetensors
 
 CHECKPOINT_PARTS = {"STN": "stn", "ENC": "encoder", "PRED": "predictor"}  # key in the file -> attribute of RegAD
 RECIPE = METADATA  # a further key in the checkpoints of train.py; the release's loader ignores it
@@ -141,8 +141,9 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     """
     path = local_file(path)
     content = read_checkpoint(path)
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in CHECKPOINT_PARTS):
-        raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}")
+    if not isinstance(content, dict) or not all(is_state_dict(content.get(part)) for part in CHECKPOINT_PARTS):
+        needed = ", ".join(CHECKPOINT_PARTS)
+        raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {needed}, with tensors by name")
     recipe = content.get(RECIPE)
     resolved = recipe.get("resolved") if isinstance(recipe, dict) else None
     trained = recorded(content) | (resolved if isinstance(resolved, dict) else {})

@@ -198,9 +198,16 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"no weights file {path}; weights are imagenet, none, or the path of a state dict", ("weights",)
         )
     state = load_tensors(path, "weights file")
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not is_state_dict(state):
         raise UserError(f"weights file {path} is not a state dict (names -> tensors)")
     return state
+
+
+def is_state_dict(content: object) -> bool:
+    """Whether the content of a file is tensors by name."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    )
 
 
 def sha256(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import struct
 import tempfile
@@ -17,7 +18,7 @@ import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 import check_data
 import predict
@@ -167,10 +168,11 @@ def test_a_transparent_grey_of_few_bits(depth, clear, tmp_path):
     assert (np.asarray(found) == np.where(values == clear, 0, values * (255 // (2**depth - 1)))[..., 0]).all()
 
 
-def jpeg_2000(bits: int) -> bytes:
-    """A JPEG 2000 file whose header says that its colours have so many bits."""
+def jpeg_2000(bits: int, grey: type[np.integer] | None = None) -> bytes:
+    """A JPEG 2000 file whose header says that its colours, or its values of type `grey`, have so many bits."""
     stream = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(stream, "JPEG2000")
+    image = Image.fromarray(np.ones((8, 8), grey)) if grey else Image.new("RGB", (8, 8), "red")
+    image.save(stream, "JPEG2000")
     content = bytearray(stream.getvalue())
     content[content.index(b"\xff\x4f\xff\x51") + 42] = bits - 1
     return bytes(content)
@@ -179,6 +181,12 @@ def jpeg_2000(bits: int) -> bytes:
 def sgi(depth: int) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(stream, "SGI", bpc=depth // 8)
+    return stream.getvalue()
+
+
+def signed() -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, np.full((4, 4), -9, np.int8), photometric="minisblack")
     return stream.getvalue()
 
 
@@ -194,6 +202,9 @@ MISREAD = {  # by Pillow
     "plain PPM": (b"P3 1 1 4095 1 2 3", "save it as plain 16-bit RGB"),
     "JPEG 2000": (jpeg_2000(12), "save it as plain 16-bit RGB"),
     "SGI": (sgi(16), "save it as plain 16-bit RGB"),
+    "PGM": (b"P5 1 1 4095 ab", "grey values of 12 bits in a file type that is read as 16 bits"),
+    "grey JPEG 2000": (jpeg_2000(10, np.uint16), "grey values of 10 bits in a file type that is read as 16 bits"),
+    "signed": (signed(), "signed values of 8 bits; save it with values from 0 to 255"),
     "white is zero": (white_is_zero(), "of which 0 is white; save it with 0 as black"),
 }
 
@@ -213,14 +224,41 @@ def test_eight_bits_and_grey_of_the_same_file_types_are_read(content, tmp_path):
         assert decode_image(tmp_path / "x.tif").size == stored.size
 
 
-@given(st.sampled_from(range(1, 9)), st.sampled_from(["png", "jpg", "tif", "webp"]))
-def test_the_orientation_and_size_of_every_file_type(orientation, suffix):
+@given(st.sampled_from(range(10)), st.sampled_from(["png", "jpg", "tif", "webp"]), st.sampled_from(["L", "RGB", "P"]))
+def test_the_orientation_and_size_of_every_file_type(orientation, suffix, mode):
+    stored = Image.linear_gradient("L").resize((24, 16)).convert(mode if suffix in ("png", "tif") else "RGB")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"x.{suffix}")
-        Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(path, exif=exif(orientation))
+        stored.save(path, exif=exif(orientation), **({"lossless": True} if suffix == "webp" else {"quality": 100}))
         image, facts = read_pixels(path, with_facts)
-        assert facts.orientation == orientation and read_header(path) == (image.size, orientation)
-        assert image.size == ((24, 16) if orientation < 5 else (16, 24))
+        expected = ImageOps.exif_transpose(with_orientation(stored, orientation))
+        assert facts.orientation == (orientation if orientation in range(1, 9) else 1)
+        assert read_header(path) == (image.size, facts.orientation) and image.size == expected.size
+        pixels = (np.asarray(one.convert("RGB")).astype(int) for one in (image, expected))
+        assert abs(np.subtract(*pixels)).max() <= 2
+
+
+def test_the_orientation_in_the_xmp_data_of_a_png(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    Image.new("L", (24, 16)).save(tmp_path / "x.png", pnginfo=info)
+    assert read_header(tmp_path / "x.png") == (decode_image(tmp_path / "x.png").size, 6) == ((16, 24), 6)
+
+
+def test_a_palette_of_8_bits(tmp_path):
+    """Some programs write the colours of a TIFF's palette without the low byte."""
+    values, colours = np.arange(16, dtype=np.uint8).reshape(4, 4), np.arange(256, dtype=np.uint16)[None].repeat(3, 0)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="palette", colormap=colours)
+    assert np.array_equal(np.asarray(decode_image(tmp_path / "x.tif"))[..., 0], values)
+
+
+def test_a_header_is_read_again_where_the_file_was_replaced(tmp_path):
+    """By one of the same size and time, as by `cp -p` or `rsync -t`."""
+    for size in ((24, 16), (16, 24)):
+        Image.new("L", size).save(tmp_path / "new.bmp")
+        os.utime(tmp_path / "new.bmp", (1, 1))
+        (tmp_path / "new.bmp").replace(tmp_path / "x.bmp")
+        assert read_header(tmp_path / "x.bmp") == (size, 1)
 
 
 @pytest.mark.parametrize("suffix", ["tif", "png", "webp", "gif"])

@@ -122,6 +122,16 @@ def test_a_killed_drivers_command_is_waited_for(output):
     assert finished(run) and len(starts(output, "a")) == 1  # what the command wrote is whole
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_is_ended_ends_its_runs(number, output):
+    """The signal comes to the driver alone, as from a job scheduler, not to its group as from a terminal."""
+    driver = start_driver(output, [make_run(output, name, "waits") for name in "abc"])
+    wait_for(lambda: starts(output, "a") and starts(output, "b"))
+    os.kill(driver.pid, number)
+    driver.join(10)
+    assert driver.exitcode == 1 and not processes_of(output) and not starts(output, "c")
+
+
 @pytest.mark.slow
 def test_killed_at_random(output):
     """Two drivers and four workers: after kills and restarts, every record is whole."""

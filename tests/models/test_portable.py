@@ -16,7 +16,7 @@ from training.config import TrainingConfig
 from utils import errors, files
 from utils.config import read_config
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import load_state_dict, load_tensors, save_tensors
 from utils.naming import stored
 
 MODE, SIZE = "affine", 64
@@ -61,6 +61,12 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="is not RegAD's: it lacks one of the entries STN, ENC, PRED"):
         load_checkpoint(tmp_path / "other.safetensors", MODE, SIZE)
+    torch.save({key: {1: torch.zeros(1)} for key in ("STN", "ENC", "PRED")}, tmp_path / "names.pt")
+    with pytest.raises(UserError, match="entries STN, ENC, PRED, with tensors by name"):
+        load_checkpoint(tmp_path / "names.pt", MODE, SIZE)
+    torch.save({1: torch.zeros(1)}, tmp_path / "names.pt")
+    with pytest.raises(UserError, match="is not a state dict"):
+        load_state_dict(tmp_path / "names.pt")
     assert list(load_tensors(tmp_path / "other.safetensors", "file")) == ["conv1.weight"]
 
 
