@@ -292,23 +292,13 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.asarray(upright(image)).astype(bool)
 
 
-def _unless_changed(read: Callable[[Path], Pixels]) -> Callable[[Path], Pixels]:
-    """`read`, which reads a file again only if it was changed or replaced."""
-
-    @functools.lru_cache(maxsize=2**16)
-    def known(path: Path, _inode: int, _size: int, _changed: int) -> Pixels:
-        return read(path)
-
-    def current(path: Path) -> Pixels:
-        status = path.stat()
-        return known(path, status.st_ino, status.st_size, status.st_ctime_ns)
-
-    return functools.wraps(read)(current)
-
-
-@_unless_changed
 def read_header(path: Path) -> tuple[tuple[int, int], int]:
     """The width and height of an image as `decode_image` gives it, and its EXIF orientation, without its pixels."""
+    return _read_header(path, path.stat().st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _read_header(path: Path, changed: int) -> tuple[tuple[int, int], int]:  # noqa: ARG001, replaced: read again
     with Image.open(path) as image:
         if image.format == "PNG" and not any(mark in path.read_bytes() for mark in PNG_EXIF):
             return image.size, 1  # Pillow decodes a PNG before it says that there is no EXIF
@@ -480,14 +470,14 @@ def _largest_value(image: Path | BinaryIO | Image.Image) -> tuple[str, int] | No
 def read_odd_header(file: Path | BinaryIO) -> tuple[bool, bool]:
     """What a header says: whether there are values of 16 bits, and whether HOW_READ may apply; any error of Pillow."""
     if isinstance(file, Path):
-        return _read_odd_header(file)
+        return _read_odd_header(file, file.stat().st_ctime_ns)
     with Image.open(file) as image:
         is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
         return is_deep, image.has_transparency_data or _has_several(image)
 
 
-@_unless_changed
-def _read_odd_header(path: Path) -> tuple[bool, bool]:
+@functools.lru_cache(maxsize=2**16)
+def _read_odd_header(path: Path, changed: int) -> tuple[bool, bool]:  # noqa: ARG001, as in _read_header
     with open(path, "rb") as stream:
         return read_odd_header(stream)
 

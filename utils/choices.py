@@ -89,12 +89,12 @@ def round_choice(text: str) -> int | str:
     """The number of a round, or one of ROUND_RANKS, from the text of a flag.
 
     Raises:
-        ValueError: neither.
+        argparse.ArgumentTypeError: neither.
     """
     if text in ROUND_RANKS:
         return text
     if not text.isdecimal():
-        raise ValueError(f"a number from 0, or {', '.join(ROUND_RANKS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 nor one of {', '.join(ROUND_RANKS)}")
     return int(text)
 
 
@@ -110,10 +110,10 @@ def tile_side(text: str) -> Tile:
     """The size of a tile from text.
 
     Raises:
-        ValueError: neither AUTO, nor OFF, nor a positive number of pixels.
+        argparse.ArgumentTypeError: neither AUTO, nor OFF, nor a number of pixels of at least MIN_TILE.
     """
     if text in (AUTO, OFF):
         return text
-    if int(text) < MIN_TILE:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) < MIN_TILE:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {AUTO} nor {OFF} nor a number from {MIN_TILE}")
     return int(text)

@@ -285,7 +285,8 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
     if base is bool:
         options["action"] = "store_true"
     else:
-        options |= {"type": field.metadata["convert"] or base, "choices": field.metadata["choices"]}
+        kind = str if base is Path else base  # an empty text would become the current folder
+        options |= {"type": field.metadata["convert"] or kind, "choices": field.metadata["choices"]}
         if is_tuple or field.metadata["joined_by"]:
             options.setdefault("nargs", "+")
     action = group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
@@ -329,6 +330,8 @@ def _convert(field: dataclasses.Field, base: Callable, value: object) -> object:
         if isinstance(value, bool):
             return value
         raise UserError(f"--{field.name} takes true or false in a configuration file, got {value!r}")
+    if value == "":
+        raise UserError(f"--{field.name} is empty: give a value, or leave it out")
     try:
         return (field.metadata["convert"] or base)(value if isinstance(value, Path) else str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:

@@ -152,7 +152,11 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     plain = torch.load(whole, weights_only=True)
     torch.save(plain | {"version": 99}, tmp_path / "later")
     torch.save({key: value for key, value in plain.items() if key != "fitted"}, tmp_path / "lacking")
+    for name, value in {"version": torch.zeros(2), "backbone": [], "document": None, "left_out": "text"}.items():
+        torch.save(plain | {name: value}, tmp_path / name)
     sentences = {
+        "version": "has version tensor",
+        **{name: f"inconsistent .the type of {name}" for name in ("backbone", "document", "left_out")},
         "flipped": "is damaged",
         "short": "damaged or not a detector",
         "page": "damaged or not a detector",

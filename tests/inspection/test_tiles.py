@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 
@@ -116,7 +117,7 @@ def test_auto_follows_the_support():
 
 @pytest.mark.parametrize("text", ["-5", "0", "15", "all", "1.5"])
 def test_sides_of_tiles(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither auto nor off nor a number from 16"):
         tile_side(text)
     assert tile_side("off") == "off" and tile_side("300") == 300
 

@@ -53,7 +53,9 @@ def test_flags_are_fields():
         config.obj = "board"
 
 
-@given(st.text(), st.lists(st.integers(1, 99), min_size=1), st.floats(0, 1e300), st.none() | st.just(Path("x/y")))
+@given(
+    st.text(min_size=1), st.lists(st.integers(1, 99), min_size=1), st.floats(0, 1e300), st.none() | st.just(Path("x/y"))
+)
 def test_plain_values_and_json_give_the_same_configuration_again(obj, shot, rate, folder):
     config = Draw(obj=obj, shot=tuple(shot), rate=rate, folder=folder)
     assert Draw.from_plain(json.loads(json.dumps(config.plain()))) == config
@@ -65,6 +67,8 @@ def test_plain_values_and_json_give_the_same_configuration_again(obj, shot, rate
         ([], "--obj is required: the category"),
         (["--obj", "a", "--shot", "0"], "--shot must be at least 1, got 0"),
         (["--obj", "a", "--rate", "nan"], "--rate must be a finite number"),
+        (["--obj", "a", "--folder", ""], "--folder is empty: give a value, or leave it out"),
+        (["--obj", "a", "--nets", ""], "--nets is empty"),
         (["--obj", "a", "--strict"], "--strict needs --mode slow"),
     ],
 )
