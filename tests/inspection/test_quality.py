@@ -17,7 +17,7 @@ from benchmarks.reference import DATA, draw_support_images
 from datasets.images import decode_image, to_square
 from inspection import report
 from inspection.images import as_tensor
-from inspection.quality import MEASURES, SPREAD, QualityGate, measure, readable
+from inspection.quality import MEASURES, SPREAD, STEP, QualityGate, _quantiles, measure, readable
 from reports.page import CHART_HEIGHT, CHART_WIDTH
 
 SIZE = 128
@@ -37,6 +37,13 @@ def square(change: str = "unchanged", seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def gate() -> QualityGate:
     return QualityGate.of([square(seed=seed) for seed in range(1, 9)])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e-4, 0.01, 1.0]))
+def test_quantiles_are_those_of_sorted_values(seed, spread):
+    values = np.random.default_rng(seed).normal(0, spread, (40, 41)).astype(np.float32)
+    exact = np.quantile(values.clip(min=0), (0.25, 0.5, 0.99), method="inverted_cdf")
+    assert np.abs(_quantiles(values, 0.25, 0.5, 0.99) - exact).max() <= STEP
 
 
 @pytest.mark.parametrize(
