@@ -212,10 +212,8 @@ def _start(words: list[str], run: str, log: Path, environment: Mapping[str, str]
         _processes.add(process)
         try:
             process.communicate(run.encode())
-        except BaseException:  # Ctrl-C, or the end of a cluster's job
-            process.kill()
-            raise
         finally:
+            process.kill()  # after Ctrl-C, or at the end of a cluster's job
             _processes.discard(process)
         return process.returncode
 

@@ -85,11 +85,11 @@ def read_checkpoint(path: Path) -> object:
     content = load_tensors(path, "checkpoint")
     if path.suffix != SAFETENSORS:
         return content
-    parts: dict[str, object] = {RECIPE: content.pop(RECIPE, {})}
+    recipe, parts = content.pop(RECIPE, {}), {}
     for name, value in content.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = value
-    return parts
+    return parts | {RECIPE: recipe}
 
 
 def selection(path: Path) -> tuple[str, int | None]:
@@ -104,7 +104,7 @@ def selection(path: Path) -> tuple[str, int | None]:
     recipe = content.get(RECIPE) if isinstance(content, dict) else None
     recipe = recipe if isinstance(recipe, dict) else {}
     ending = path.stem.rpartition("_")[2]
-    rule = ending if ending in ("last", "source") else recorded(recipe).get("select", "best")
+    rule = ending if ending in ("last", "source") else str(recorded(recipe).get("select", "best"))
     return rule, recipe.get("epoch")
 
 
@@ -142,8 +142,10 @@ def load_checkpoint(path: Path, stn_mode: str, img_size: int, backbone: str = RE
     path = local_file(path)
     content = read_checkpoint(path)
     if not isinstance(content, dict) or not all(is_state_dict(content.get(part)) for part in CHECKPOINT_PARTS):
-        needed = ", ".join(CHECKPOINT_PARTS)
-        raise UserError(f"checkpoint {path} is not RegAD's: it lacks one of the entries {needed}, with tensors by name")
+        raise UserError(
+            f"checkpoint {path} is not RegAD's: it lacks one of the entries {', '.join(CHECKPOINT_PARTS)}, each with "
+            "plain tensors by name, weights in floating point"
+        )
     recipe = content.get(RECIPE)
     resolved = recipe.get("resolved") if isinstance(recipe, dict) else None
     trained = recorded(content) | (resolved if isinstance(resolved, dict) else {})
@@ -240,8 +242,8 @@ def untrained(
     model = RegAD(stn_mode, img_size, backbone)
     if weights != "none":
         state = _imagenet_state(backbone) if weights == "imagenet" else load_state_dict(Path(weights))
-        shapes = _trunk_shapes(state)
-        other = [name for name, shape in _layer_shapes(backbone).items() if shapes.get(name) != shape]
+        own, given = _layer_shapes(backbone), _trunk_shapes(state)
+        other = [name for name in own | given if own.get(name) != given.get(name)]
         if other:
             raise UserError(f"weights {weights} are not those of a {backbone}: {len(other)} differ, e.g. {other[0]}")
         trunk = {name: value for name, value in state.items() if name.split(".")[0] in TRUNK_LAYERS}

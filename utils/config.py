@@ -28,6 +28,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from utils.choices import SAFETENSORS
 from utils.errors import UserError
+from utils.text import read_text
 
 CONFIG_KEYS = ("config", "arguments")  # entries of records with the configuration; "arguments": until version 0.1
 LARGEST_INTEGER = 2**63 - 1  # of torch and NumPy
@@ -262,8 +263,8 @@ def _read(file: Path) -> Mapping:
         values = load_tensors(file, "file")
     else:
         try:
-            values = json.loads(content.decode("utf-8-sig"))
-        except ValueError as error:
+            values = json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not a JSON, checkpoint or detector file: {error}") from error
     if not isinstance(values, Mapping):
         raise UserError(f"{file} holds no configuration but {type(values).__name__}")
@@ -285,8 +286,8 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
     if base is bool:
         options["action"] = "store_true"
     else:
-        kind = str if base is Path else base  # an empty text would become the current folder
-        options |= {"type": field.metadata["convert"] or kind, "choices": field.metadata["choices"]}
+        kind = field.metadata["convert"] or (str if base is Path else base)  # "" would become the current folder
+        options |= {"type": kind, "choices": field.metadata["choices"]}
         if is_tuple or field.metadata["joined_by"]:
             options.setdefault("nargs", "+")
     action = group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)
@@ -315,7 +316,7 @@ def _plain(value: object) -> object:
 
 def _from_plain(kind: type[Config], field: dataclasses.Field, value: object) -> object:
     base, is_tuple = _base_type(kind, field)
-    if value is None:
+    if value is None and type(None) in typing.get_args(_type_hints(kind)[field.name]):
         return None
     if is_tuple:
         items = value if isinstance(value, list | tuple) else [value]
@@ -330,7 +331,7 @@ def _convert(field: dataclasses.Field, base: Callable, value: object) -> object:
         if isinstance(value, bool):
             return value
         raise UserError(f"--{field.name} takes true or false in a configuration file, got {value!r}")
-    if value == "":
+    if value in ("", None):
         raise UserError(f"--{field.name} is empty: give a value, or leave it out")
     try:
         return (field.metadata["convert"] or base)(value if isinstance(value, Path) else str(value))

@@ -199,14 +199,17 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         )
     state = load_tensors(path, "weights file")
     if not is_state_dict(state):
-        raise UserError(f"weights file {path} is not a state dict (names -> tensors)")
+        raise UserError(f"weights file {path} is not a state dict: names with plain tensors, weights in floating point")
     return state
 
 
 def is_state_dict(content: object) -> bool:
-    """Whether the content of a file is tensors by name."""
+    """Whether the content of a file is plain tensors by name, the weights among them of floating point."""
     return isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+        isinstance(name, str)
+        and (isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta)
+        and (value.is_floating_point() or not name.endswith(("weight", "bias", "mean", "var")))
+        for name, value in content.items()
     )
 
 

@@ -86,6 +86,9 @@ def test_weights_of_another_backbone_are_rejected_in_a_sentence(tmp_path):
     )
     with pytest.raises(UserError, match=r"are not those of a resnet18: \d+ differ, e\.g\. layer1"):
         untrained(str(tmp_path / "weights.pth"), "affine", SIZE)
+    torch.save(BACKBONES["resnet34"].build().state_dict(), tmp_path / "more.pth")  # it has all names of a ResNet-18
+    with pytest.raises(UserError, match=r"are not those of a resnet18: \d+ differ, e\.g\. layer1\.2"):
+        untrained(str(tmp_path / "more.pth"), "affine", SIZE)
     with pytest.raises(UserError, match="no weights file"):
         untrained(str(tmp_path / "missing.pth"), "affine", SIZE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,33 @@ def test_what_does_not_fit_is_refused(saved, tmp_path):
     save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="is not RegAD's: it lacks one of the entries STN, ENC, PRED"):
         load_checkpoint(tmp_path / "other.safetensors", MODE, SIZE)
-    torch.save({key: {1: torch.zeros(1)} for key in ("STN", "ENC", "PRED")}, tmp_path / "names.pt")
-    with pytest.raises(UserError, match="entries STN, ENC, PRED, with tensors by name"):
-        load_checkpoint(tmp_path / "names.pt", MODE, SIZE)
-    torch.save({1: torch.zeros(1)}, tmp_path / "names.pt")
-    with pytest.raises(UserError, match="is not a state dict"):
-        load_state_dict(tmp_path / "names.pt")
+    save_file({"recipe.x": torch.zeros(1)}, tmp_path / "recipe.safetensors", {"recipe": "5"})
+    with pytest.raises(UserError, match="is not RegAD's"):
+        load_checkpoint(tmp_path / "recipe.safetensors", MODE, SIZE)
     assert list(load_tensors(tmp_path / "other.safetensors", "file")) == ["conv1.weight"]
+
+
+ODD = {
+    "a name that is no text": {1: torch.zeros(1)},
+    "without values": {"stn1.fc.2.bias": torch.zeros(2, device="meta")},
+    "integer weights": {"conv1.weight": torch.ones(2, dtype=torch.int32)},
+    "complex weights": {"conv1.weight": torch.ones(2, dtype=torch.complex64)},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_tensors_are_refused(case, tmp_path):
+    for content, read, sentence in (
+        (
+            dict.fromkeys(("STN", "ENC", "PRED"), ODD[case]),
+            partial(load_checkpoint, stn_mode=MODE, img_size=SIZE),
+            "PRED",
+        ),
+        (ODD[case], load_state_dict, "is not a state dict"),
+    ):
+        torch.save(content, tmp_path / "odd.pt")
+        with pytest.raises(UserError, match=f"{sentence}.* plain tensors.* floating point"):
+            read(tmp_path / "odd.pt")
 
 
 @pytest.fixture

@@ -120,14 +120,21 @@ def test_settings_of_other_commands(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[1]", '{"rounds": {"a": 1}}', '{"obj": ["a"], "strict": "yes"}', "PK\x03\x04"]
+    "content",
+    ["", "[1]", '{"rounds": {"a": 1}}', '{"obj": ["a"], "strict": "yes"}', "PK\x03\x04", "[" * 10**5, '{"obj": null}'],
 )
 def test_unusable_configuration_files(content, tmp_path):
     (tmp_path / "file.json").write_text(content)
-    with pytest.raises(UserError, match=r"file\.json|--strict"):
+    with pytest.raises(UserError, match=r"file\.json|--strict|--obj is empty"):
         parse("--config", tmp_path / "file.json")
     with pytest.raises(UserError, match="cannot read the configuration"):
         parse("--config", tmp_path / "missing.json")
+
+
+def test_a_configuration_in_utf_16(tmp_path):
+    """As Windows PowerShell writes it."""
+    (tmp_path / "file.json").write_text(json.dumps(VALUES), encoding="utf-16")
+    assert parse("--config", tmp_path / "file.json").shot == (4, 8)
 
 
 def test_recorded_is_empty_without_a_configuration():
