@@ -29,7 +29,7 @@ from datasets.manifest import (
 from datasets.mvtec import list_train_images
 from utils.choices import DEFAULT_SUPPORT_PATH, DRAW_SEED
 from utils.errors import UserError
-from utils.files import load_tensors, sha256
+from utils.files import is_plain, load_tensors, sha256
 
 NEAREST_TOLERANCE = 4.0  # mean difference, of 255: another decoder or a JPEG copy is below it, another image above
 
@@ -135,9 +135,7 @@ def load_support_rounds(
     if not path.is_file():
         raise _missing(path, shot, rounds, size) if shot else UserError(f"no support set {path}", ("from_pt",))
     content = load_tensors(path, "support set")
-    if not isinstance(content, list | tuple) or not all(
-        isinstance(images, torch.Tensor) and images.layout == torch.strided for images in content
-    ):
+    if not isinstance(content, list | tuple) or not all(map(is_plain, content)):
         raise UserError(f"support set {path} is not a list of tensors, one per round")
     rounds = rounds or max(1, len(content))
     if len(content) != rounds:

@@ -206,11 +206,15 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def is_state_dict(content: object) -> bool:
     """Whether the content of a file is plain tensors by name, the weights among them of floating point."""
     return isinstance(content, dict) and all(
-        isinstance(name, str)
-        and (isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta)
+        (isinstance(name, str) and is_plain(value))
         and (value.is_floating_point() or not name.endswith(("weight", "bias", "mean", "var")))
         for name, value in content.items()
     )
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a tensor that holds all its numbers: neither sparse nor on the meta device."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def sha256(file: Path) -> str:

@@ -89,6 +89,10 @@ def test_any_memory_layout_is_read(layout, file):
 WRONG = {
     "a tensor": (lambda: torch.stack(right_rounds()), "is not a list of tensors, one per round"),
     "a dict": (lambda: dict(enumerate(right_rounds())), "is not a list of tensors, one per round"),
+    "without values": (
+        lambda: [images.to("meta") for images in right_rounds()],
+        "is not a list of tensors, one per round",
+    ),
     "one round is no tensor": (lambda: [*right_rounds()[:2], None], "is not a list of tensors, one per round"),
     "fewer rounds": (lambda: right_rounds()[:2], "has 2 rounds, not 3"),
     "no rounds": (list, "has 0 rounds, not 3"),
