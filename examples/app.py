@@ -183,8 +183,9 @@ class Service:
     async def _body(self, request: Request) -> bytes:
         limit, parts, size = self.limits.body, [], 0
         too_large = HTTPException(413, f"the request has more than the {limit / MB:g} MB of --max_mb")
-        if "expect" in request.headers and int(request.headers.get("content-length", 0)) > limit:
-            raise too_large  # the client waits for it, and sends nothing
+        announced = int(request.headers.get("content-length", 0))
+        if announced > (limit if "expect" in request.headers else READ_AND_DROPPED * limit):
+            raise too_large  # the client waits for it and sends nothing, or would send too much to be read
         async for part in request.stream():
             size += len(part)
             if size <= limit:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 import sys
 import threading
 import time
@@ -162,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 watch(judge, frames, counts, lines, config.show == "window")
                 if not is_file:
                     raise UserError(f"--source {config.source} delivers no more frames")
+                require_all(config.source, counts.last + 1)
         finally:
             print(f"{counts} in {time.monotonic() - begin:.1f} s", flush=True)
 
@@ -174,13 +177,25 @@ def open_source(source: str) -> tuple[Capture, bool]:
     """
     import cv2
 
-    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    capture = cv2.VideoCapture(int(source) if source.isdecimal() else source)
     is_numbered = "%" in source and "://" not in source
     if not capture.isOpened():
-        if not (source.isdigit() or "://" in source or is_numbered or Path(source).exists()):
+        if not (source.isdecimal() or "://" in source or is_numbered or Path(source).exists()):
             raise UserError(f"no video file {source}; --source takes the number of a camera, a file, or an address")
         raise UserError(f"OpenCV cannot open --source {source}")
     return capture, is_numbered or Path(source).is_file()  # a device, or a link to one, is no file
+
+
+def require_all(source: str, count: int) -> None:
+    """Raises UserError where there are more than `count` numbered images: OpenCV stops at a gap or a damaged image."""
+    place = Path(source)
+    pattern = re.compile(re.sub(r"%0?\d*[du]", r"\\d+", re.escape(place.name)).replace("%%", "%"))
+    total = 0 if place.is_file() else sum(bool(pattern.fullmatch(name)) for name in os.listdir(place.parent))
+    if total > count:
+        raise UserError(
+            f"--source {source} ended after {count} of {total} images: the number after the last one is missing, or "
+            "its image cannot be read"
+        )
 
 
 def watch(judge: Judge, frames: Iterable[Frame], counts: Counts, lines: TextIO | None, with_window: bool) -> None:

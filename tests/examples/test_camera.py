@@ -172,6 +172,18 @@ def test_a_camera_that_stops_is_an_error_and_a_video_that_ends_is_none(part, mon
     assert " frames scored, " in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"no image")])
+def test_numbered_images_that_opencv_does_not_reach_are_counted(spoil, part, tmp_path, capsys):
+    for number in range(5):
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / f"{number:03d}.png")
+    spoil(tmp_path / "003.png")
+    (tmp_path / "other.png").touch()
+    source = str(tmp_path / "%03d.png")
+    with pytest.raises(UserError, match=r"%03d\.png ended after 3 of [45] images: the number after the last one"):
+        camera.main(["--detector", str(part), "--device", "cpu", "--source", source])
+    assert "3 frames scored, 0 dropped" in capsys.readouterr().out
+
+
 def test_invalid_arguments(part, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no video file .*missing\.mp4"):
         open_source(str(tmp_path / "missing.mp4"))
