@@ -93,13 +93,9 @@ def metrics_of(counts: Counts, copies: np.ndarray) -> dict[str, np.ndarray]:
     }
     if counts.regions is not None:
         regions = copies[:, defective] @ counts.regions[defective]
-        metrics["pro"] = _pro(regions, above / all_negatives, negatives / all_negatives)
+        areas = ramp_areas(above / all_negatives, negatives / all_negatives)  # as in evaluation.metrics.pro
+        metrics["pro"] = (regions * areas).sum(axis=1) / regions.sum(axis=1) / PRO_FPR_LIMIT
     return metrics
-
-
-def _pro(regions: np.ndarray, begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """PRO as in evaluation.metrics.pro; all (draws, bins)."""
-    return (regions * ramp_areas(begin, length)).sum(axis=1) / regions.sum(axis=1) / PRO_FPR_LIMIT
 
 
 def resample(rounds: Iterable[Counts], copies: np.ndarray, level: str) -> dict[str, np.ndarray]:

@@ -47,7 +47,7 @@ from scorers.gaussian import Gaussian, convert_fitted_369ac53
 from scorers.left_out import without_images
 from scorers.registry import make_scorer
 from scorers.views import VIEWS_PER_IMAGE, support_views
-from utils.choices import AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, OFF, Tile
+from utils.choices import AUTO, AUTO_BITS, BIT_DEPTHS, DEFAULT_SCORER, MIN_TILE, OFF, Tile
 from utils.devices import resolve_device
 from utils.errors import UserError
 from utils.files import save_tensors
@@ -131,6 +131,8 @@ class FewShotDetector(ImageScoring):
     ) -> None:
         if bits not in (AUTO_BITS, *BIT_DEPTHS):
             raise ValueError(f"bits must be {AUTO_BITS} or one of {BIT_DEPTHS}, got {bits!r}")
+        if tile not in (AUTO, OFF) and not (isinstance(tile, int) and tile >= MIN_TILE):
+            raise ValueError(f"tile must be {AUTO}, {OFF} or a number of pixels from {MIN_TILE}, got {tile!r}")
         scorer = make_scorer(scorer) if isinstance(scorer, str) else scorer
         depth = FULL_BITS if bits == AUTO_BITS else bits
         super().__init__(network, scorer, StageClock(resolve_device(device)), keep_aspect, depth, region)
@@ -513,7 +515,7 @@ class FewShotDetector(ImageScoring):
         state = read_state(Path(path))
         try:
             return cls.from_state(state, device, scorer, bits)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"detector {path} is incomplete or inconsistent ({reason})") from error
 

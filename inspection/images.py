@@ -26,6 +26,7 @@ from datasets.images import (
     scale_to_8_bits,
     upright,
 )
+from utils.files import is_plain
 
 FLOAT_TOLERANCE = 1e-3  # resizing overshoots a little
 
@@ -110,8 +111,9 @@ def as_pixels(image: ImageInput, size: int, bits: int = FULL_BITS) -> Image.Imag
         TypeError: an array of another type, shape or range of values.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
-        is_tensor = isinstance(image, torch.Tensor)
-        values = (image.float() if image.is_floating_point() else image).detach().cpu().numpy() if is_tensor else image
+        if (is_tensor := isinstance(image, torch.Tensor)) and not is_plain(image := image.detach()):
+            raise TypeError("an image is a dense tensor with values, neither sparse nor nested nor on the meta device")
+        values = (image.float() if image.is_floating_point() else image).cpu().numpy() if is_tensor else image
         pixels = array_image(values, channels_first=is_tensor, bits=bits)
         if is_tensor and image.shape == (3, size, size) and image.is_floating_point():
             return image.float()

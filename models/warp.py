@@ -28,14 +28,10 @@ def sampling_grid(theta: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
     Computed by sums, because CUDA may compute a batched matrix product in TF32, with 10 bits of the coordinates.
     """
-    x, y = (_centres(side, theta) for side in (width, height))
+    sides = (torch.arange(side, device=theta.device, dtype=theta.dtype) for side in (width, height))
+    x, y = ((2 * cells + 1) / len(cells) - 1 for cells in sides)  # the centres of cells from -1 to 1
     a, b, c = theta[:, None, None].unbind(-1)  # (B, 1, 1, 2) each, for both coordinates
     return x[:, None] * a + y[:, None, None] * b + c
-
-
-def _centres(side: int, like: torch.Tensor) -> torch.Tensor:
-    """The centres of `side` cells from -1 to 1."""
-    return (2 * torch.arange(side, device=like.device, dtype=like.dtype) + 1) / side - 1
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:

@@ -35,7 +35,7 @@ from scorers.registry import make_scorers
 from training.card import model_card
 from training.config import TrainingConfig
 from training.curve import Events, save_curve
-from training.loop import Progress, Trainer, learning_rate
+from training.loop import Trainer, learning_rate
 from training.state import earlier_run, is_selected, outcomes, remove_leftovers, save_history
 from utils.devices import command_device, reader_threads, seed_everything
 from utils.errors import UserError, format_elapsed, require_packages
@@ -239,7 +239,8 @@ def _train(
         entry["elapsed_seconds"] = time.perf_counter() - started  # includes saving the previous epoch
         started = time.perf_counter()
         selected = is_selected(entry, progress.history, progress.selected, config.select)
-        source = bool(inputs.further) and _is_selected_by_sources(entry, progress)
+        held_out = [earlier.get("held_out", {}) for earlier in progress.history]
+        source = bool(inputs.further) and is_selected(entry.get("held_out", {}), held_out, progress.source, "source")
         if events:
             events.add(entry, progress.losses)
         trainer.finish_epoch(entry, selected, source, {**description, **entry})
@@ -249,12 +250,6 @@ def _train(
             save_curve(files.curve, progress.history, inputs.scored_names)
             drawn = started
         print(_format_entry(entry, config.epochs, selected) + _time_left(progress.history, config.epochs), flush=True)
-
-
-def _is_selected_by_sources(entry: dict, progress: Progress) -> bool:
-    """Whether the held-out categories, scored in addition to the target, select the weights of an epoch."""
-    history = [earlier.get("held_out", {}) for earlier in progress.history]
-    return is_selected(entry.get("held_out", {}), history, progress.source, "source")
 
 
 def _publish(files: CheckpointFiles, trainer: Trainer, new_weights: bool) -> None:

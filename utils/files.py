@@ -213,8 +213,8 @@ def is_state_dict(content: object) -> bool:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is a tensor that holds all its numbers: neither sparse nor on the meta device."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    """Whether a value is a tensor that holds all its numbers: neither sparse nor nested nor on the meta device."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not (value.is_meta or value.is_nested)
 
 
 def sha256(file: Path) -> str:

@@ -58,6 +58,8 @@ WRONG = {
     "a batch": (np.zeros((2, 4, 4, 3), np.uint8), r"not \(2, 4, 4, 3\)"),
     "two channels": (np.zeros((6, 5, 2), np.uint8), r"not \(6, 5, 2\)"),
     "empty": (np.zeros((0, 5), np.uint8), r"not \(0, 5\)"),
+    "sparse": (torch.zeros(3, 8, 8).to_sparse(), "a dense tensor with values"),
+    "without values": (torch.zeros(3, 8, 8, device="meta"), "a dense tensor with values"),
     "text": (3, "a path, a PIL image, an array or a tensor, not int"),
 }
 
@@ -67,6 +69,10 @@ def test_other_arrays_are_one_sentence(case):
     image, sentence = WRONG[case]
     with pytest.raises(TypeError, match=sentence):
         as_pixels(image, 32)
+
+
+def test_a_tensor_with_a_gradient_is_read_without():
+    assert not as_pixels(torch.full((3, 32, 32), 0.5, requires_grad=True), 32).requires_grad
 
 
 def test_an_image_without_pixels_is_refused():

