@@ -112,7 +112,7 @@ class EpisodesConfig(Config):
     )
     shot: int = flag("support images per query", default=2, least=1)
     batch_size: int = flag("queries per episode, at most", default=32, least=1)
-    seed: int = flag("of the draw", default=DEFAULT_SEED)
+    seed: int = flag("of the draw", default=DEFAULT_SEED, least=0)
     epoch: int = flag("number of the epoch, from 1", default=1, least=1)
 
 

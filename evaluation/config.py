@@ -240,7 +240,7 @@ class SupportSetConfig(ImageConfig, DataConfig):
         "images per round; without it, reproduce.py uses 2 4 8", default=(2,), group=TASK, least=1, metavar="K"
     )
     rounds: int = flag("rounds per support set (--inferences of test.py)", default=10, group=TASK, least=1)
-    seed: int = flag("seed of the draw, unlike --seed of test.py and train.py", default=DRAW_SEED, group=TASK)
+    seed: int = flag("seed of the draw, unlike --seed of test.py and train.py", default=DRAW_SEED, least=0, group=TASK)
     names_only: bool = flag("write manifests only, without tensors; test.py reads both", default=False, group=TASK)
     from_pt: Path | None = flag("identify the training images in a .pt file", default=None, group=TASK, metavar="FILE")
     verify: tuple[Path, ...] = flag("check manifests against the data", default=(), group=TASK, metavar="MANIFEST")

@@ -74,7 +74,7 @@ class TrainingConfig(RunConfig, SupportConfig, NetworkConfig, MaskConfig, ImageC
     lr: float = flag(
         "learning rate, decays to 0 with a half cosine", default=0.0001, group="training", least=0, affects_results=True
     )
-    momentum: float = flag("momentum of SGD", default=0.9, group="training", least=0, affects_results=True)
+    momentum: float = flag("momentum of SGD", default=0.9, group="training", least=0, most=1, affects_results=True)
     train: str = flag(
         "the trainable layers. all: as released; heads: all but the ResNet; stn: the spatial transformers alone",
         default=TRAIN[0],

@@ -241,7 +241,7 @@ def read_config(file: Path, kind: type[Config]) -> dict[str, object]:
         print(f"{file}: not settings of this command, ignored: {', '.join(others)}", file=sys.stderr)
     # records hold values that were not given
     defaults = {field.name: _plain(field.default) for field in flags_of(kind)}
-    return {name: value for name, value in values.items() if name in names and value != defaults[name]}
+    return {name: value for name, value in values.items() if name in names and value not in (None, defaults[name])}
 
 
 def _renamed(values: Mapping, kind: type[Config]) -> dict[str, object]:
@@ -349,6 +349,6 @@ def _check_value(field: dataclasses.Field, value: object) -> None:
         raise UserError(f"--{name} must be a finite number, got {value}")
     if least is not None and value < least:
         raise UserError(f"--{name} must be at least {least}, got {value}")
-    most = field.metadata["most"] or LARGEST_INTEGER
-    if isinstance(value, int) and value > most:
+    most = field.metadata["most"] or (LARGEST_INTEGER if isinstance(value, int) else math.inf)
+    if isinstance(value, int | float) and value > most:
         raise UserError(f"--{name} must be at most {most}, got {value}")

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.config import RunConfig, ScoringConfig
+from evaluation.config import RunConfig, ScoringConfig, SupportSetConfig
 from inspection.config import ExportConfig, PredictConfig
+from training.config import TrainingConfig
 from utils.config import Config, Parser, flag, recorded
 from utils.errors import UserError
 
@@ -104,6 +105,11 @@ def test_config_takes_values_from_files_and_the_command_line_wins(content, tmp_p
     assert parse("--config", file, "--shot", 1, "--obj", "board") == Draw(obj="board", shot=(1,), folder=Path("f"))
 
 
+def test_a_setting_that_a_record_does_not_set_is_not_set(tmp_path):
+    (tmp_path / "record.json").write_text(json.dumps({"config": VALUES | {"mode": None}}))
+    assert parse("--config", tmp_path / "record.json").mode == "fast"
+
+
 @pytest.mark.parametrize("key", ["recipe", "origin"])
 def test_config_of_torch_files(key, tmp_path):
     torch.save({key: {"config": VALUES}, "weights": torch.zeros(2)}, tmp_path / "file.pt")
@@ -143,6 +149,8 @@ def test_recorded_is_empty_without_a_configuration():
 
 VALID = {
     RunConfig: {},
+    SupportSetConfig: {"obj": ["x"]},
+    TrainingConfig: {"obj": "x"},
     ScoringConfig: {"obj": "x"},
     PredictConfig: {"support": ["x"], "input": ["x"]},
     ExportConfig: {"support": ["x"], "output": "y.onnx"},
@@ -151,7 +159,14 @@ SEEDS = [(kind, "seed", seed) for kind in (RunConfig, PredictConfig, ExportConfi
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value"), [*SEEDS, (ScoringConfig, "save_images", -7), (PredictConfig, "max_pixels", 0)]
+    ("kind", "name", "value"),
+    [
+        *SEEDS,
+        (SupportSetConfig, "seed", -1),
+        (TrainingConfig, "momentum", 1.5),
+        (ScoringConfig, "save_images", -7),
+        (PredictConfig, "max_pixels", 0),
+    ],
 )
 def test_numbers_out_of_range_are_one_sentence(kind, name, value):
     with pytest.raises(UserError, match=f"--{name} must be at"):
