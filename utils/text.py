@@ -17,6 +17,7 @@ MARKS = {  # byte-order marks of other encodings than UTF-8; that of UTF-32 begi
     codecs.BOM_UTF16_BE: "utf-16",
 }
 SEPARATORS = ",;\t|"
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))}  # not \t, \n, \r
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
@@ -68,7 +69,7 @@ def text_path(text: str) -> str:
 
 
 class Stream:
-    """A standard stream that raises no errors: if it is closed, broken or full, the text is lost.
+    """A standard stream that raises no errors: if it is closed, broken or full, the text is lost. CONTROLS are escaped.
 
     fault: the first error, or None.
     """
@@ -79,7 +80,7 @@ class Stream:
 
     def write(self, text: str) -> int:
         try:
-            return self._stream.write(text)
+            return self._stream.write(text.translate(CONTROLS))
         except (OSError, ValueError) as error:
             self._lose(error)
             return len(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from models.regad import checkpoint, load_checkpoint, untrained
 from utils.errors import UserError
 from utils.files import PROJECT_ROOT, load_tensors, save_tensors
 from utils.records import git_commit
-from utils.text import read_table, read_text
+from utils.text import Stream, read_table, read_text
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 WORDS = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6)
@@ -103,6 +104,13 @@ def test_streams_never_end_the_work(redirected, code, tmp_path):
     assert done.returncode == code and (tmp_path / "done").exists(), done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert ("cannot write the standard output: No space left" in done.stderr) == (code == 2)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    """A name of a file could clear the screen, or colour all that follows."""
+    shown = io.StringIO()
+    print("a\x1b[2Jb\x07\x9b.png\tgr\u00fcn", file=Stream(shown))
+    assert shown.getvalue() == "a\\x1b[2Jb\\x07\\x9b.png\tgr\u00fcn\n"
 
 
 @pytest.mark.parametrize("recipe", [3, "x", None, {"resolved": 3}, {"config": 3}, {"resolved": None, "config": []}])
