@@ -65,8 +65,9 @@ def test_scores_are_the_detector_s(plain, support):
     np.testing.assert_allclose(detector.score(paths[4:5])[1][0], maps[4], rtol=1e-4, atol=1e-6)  # not batch-dependent
     rows = list(csv.DictReader((output / "scores.csv").read_text().splitlines()))
     assert [np.float32(row["score"]) for row in rows] == scores.tolist()
-    limit = record["threshold"]["value"]
-    assert [row["decision"] for row in rows] == ["defective" if score > limit else "normal" for score in scores]
+    limits = [record["threshold"][name] for name in ("review", "value")]
+    words = ("normal", "review", "defective")
+    assert [row["decision"] for row in rows] == [words[np.searchsorted(limits, score)] for score in scores]
     assert len(list((output / "images").rglob("*.jpg"))) == 9 and (output / "report.html").stat().st_size > 10000
 
 

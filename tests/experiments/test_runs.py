@@ -128,7 +128,7 @@ def test_a_driver_that_is_ended_ends_its_runs(number, output):
     driver = start_driver(output, [make_run(output, name, "waits") for name in "abc"])
     wait_for(lambda: starts(output, "a") and starts(output, "b"))
     os.kill(driver.pid, number)
-    driver.join(10)
+    driver.join(60)
     assert driver.exitcode == 1 and not processes_of(output) and not starts(output, "c")
 
 
