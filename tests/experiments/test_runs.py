@@ -103,8 +103,12 @@ def test_two_drivers_do_no_run_twice(output):
 
 def start_driver(output, driven) -> multiprocessing.Process:
     """A driver with two workers."""
-    arguments = (output, driven, 2, [], lambda *_: None)
-    driver = multiprocessing.get_context("fork").Process(target=run_local, args=arguments)
+
+    def drive() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests are a background job, it is ignored
+        run_local(output, driven, 2, [], lambda *_: None)
+
+    driver = multiprocessing.get_context("fork").Process(target=drive)
     driver.start()
     return driver
 
