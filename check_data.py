@@ -14,6 +14,7 @@ from evaluation.config import DataConfig, MaskConfig, MaxPixelsConfig
 from utils.choices import DEFAULT_SUPPORT_PATH, category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command
+from utils.text import one_line
 
 PROBLEMS = 1  # exit code if there are problems; 2 for invalid arguments
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             problems += check_support(config.support_path, config.data_path, name)
     print(f"{len(problems)} problem(s)" if problems else "no problems")
     for problem in problems:
-        print(f"  {problem}")
+        print(f"  {one_line(problem)}")
     if problems:
         sys.exit(PROBLEMS)
 

@@ -30,6 +30,7 @@ from utils.choices import MASK_ORIENTATIONS
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
 from utils.progress import ProgressBar
+from utils.text import one_line
 
 COLUMNS = ("category", "train", "test good", "test defective", "masks", "sizes", "modes")  # of the table
 
@@ -136,7 +137,7 @@ def print_notes(notes: Iterable[str], strict: bool = False) -> None:
     for note in notes:
         if strict:
             raise UserError(note, ("strict", "mask_orientation") if AMBIGUOUS in note else ("strict",))
-        print(f"note: {note}")
+        print(f"note: {one_line(note)}")
 
 
 class CategoryReport(NamedTuple):

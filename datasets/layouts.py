@@ -39,6 +39,7 @@ from utils.errors import UserError
 from utils.text import read_table, read_text
 
 GOOD = "good"  # the type of defect of a normal image
+NORMAL_NAMES = (GOOD, "ok")  # of the folders of normal images, in one layout or another
 GROUND_TRUTH = "ground_truth"
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_LABELS = {"normal": GOOD, "anomaly": "anomaly"}  # VisA's split file names no types of defects
@@ -165,6 +166,11 @@ class Folders(Layout):
         ]
         if listing.is_partial or listing.own:
             notes += [f"{category}: {note}" for note in listing.notes()]
+        named = {item.image.parent for item in items if item.label and item.defect.lower() in NORMAL_NAMES}
+        notes += [
+            f"the images in {folder} count as defective: those of normal images are expected in {tests / self.normal}"
+            for folder in sorted(named)
+        ]
         lack_masks = any(not item.has_ground_truth for item in items)  # they may be in a folder of another name
         places = [truth, *(others if lack_masks else [])] if any(item.label for item in items) else []
         return notes + _unused_masks(places, items)

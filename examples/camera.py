@@ -38,13 +38,15 @@ WINDOW = "examples.camera"
 
 
 class Capture(Protocol):
-    """What is used of cv2.VideoCapture: `grab` takes the next frame, `retrieve` decodes it."""
+    """What is used of cv2.VideoCapture: `grab` takes the next frame, `retrieve` decodes it, `get` is a property."""
 
     def grab(self) -> bool: ...
 
     def retrieve(self) -> tuple[bool, np.ndarray | None]: ...
 
     def release(self) -> None: ...
+
+    def get(self, which: int) -> float: ...
 
 
 class Frame(NamedTuple):
@@ -154,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command_device(config.device)
         judge = load_judge(config.detector, config)
         capture, is_file = open_source(config.source)
+        announced = _announced(capture) if is_file else 0
         counts, begin = Counts(), time.monotonic()
         try:
             with (
@@ -165,6 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if not is_file:
                     raise UserError(f"--source {config.source} delivers no more frames")
                 require_all(config.source, counts.last + 1)
+                if announced > counts.last + 1:
+                    print(
+                        f"note: --source {config.source} ended after {counts.last + 1} of about {announced} frames: it "
+                        "may be cut off or damaged",
+                        file=sys.stderr,
+                    )
         finally:
             print(f"{counts} in {time.monotonic() - begin:.1f} s", flush=True)
 
@@ -184,6 +193,13 @@ def open_source(source: str) -> tuple[Capture, bool]:
             raise UserError(f"no video file {source}; --source takes the number of a camera, a file, or an address")
         raise UserError(f"OpenCV cannot open --source {source}")
     return capture, is_numbered or Path(source).is_file()  # a device, or a link to one, is no file
+
+
+def _announced(capture: Capture) -> int:
+    """How many frames the header of a video file says that there are; of some files an estimate, or 0."""
+    import cv2
+
+    return int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
 
 
 def require_all(source: str, count: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,18 +54,18 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
         gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
         slots.put({"OMP_NUM_THREADS": str(cores_per_job(jobs)), **gpu})
 
-    def execute_in_slot(run: Run, wait: bool) -> str | None:
+    def execute_in_slot(run: Run, gives_up: Callable[[], bool]) -> str | None:
         environment = slots.get()
         try:
-            return execute(output, run, environment, wait)
+            return execute(output, run, environment, gives_up)
         finally:
             slots.put(environment)
 
-    busy = []
+    busy, ended = [], threading.Event()
     with Interrupts(), ThreadPoolExecutor(jobs) as pool:  # each thread waits for a process
         try:
-            for wait, now in ((False, runs), (True, busy)):
-                running = {pool.submit(execute_in_slot, run, wait): run for run in now}
+            for gives_up, now in ((lambda: True, runs), (ended.is_set, busy)):
+                running = {pool.submit(execute_in_slot, run, gives_up): run for run in now}
                 for future in as_completed(running):
                     if future.result() == BUSY:
                         print(f"{running[future].name}: {BUSY}; waiting for it at the end", flush=True)
@@ -72,6 +73,7 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
                     else:
                         report(running[future], future.result())
         except KeyboardInterrupt:
+            ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             end_processes()
             raise

@@ -35,6 +35,7 @@ from utils.fingerprint import FileDigests
 from utils.naming import lock_file
 
 _processes: set[subprocess.Popen] = set()  # of the runs that this driver executes now
+LOCK_SECONDS = 0.1  # a lock is waited for before it counts as held
 BUSY = "another process works on it"
 PROCESS = "import sys; sys.path[:] = {path}; from {package}.job import main; main()"  # imports what this one can
 
@@ -79,20 +80,19 @@ def is_finished(run: Run, digests: FileDigests) -> bool:
     return not any(_outdated(scoring, digests) for scoring in run.scorings)
 
 
-def execute(output: Path, run: Run, environment: Mapping[str, str], wait: bool = True) -> str | None:
+def execute(output: Path, run: Run, environment: Mapping[str, str], gives_up: Callable[[], bool] = bool) -> str | None:
     """Executes what is not finished of a run, in a process. Returns None when it is finished, else why it is not.
 
-    With `wait`, another process that executes the run is waited for; without, BUSY is returned.
+    Another process that executes the run is waited for, and BUSY is returned when `gives_up` is true.
     """
     lock, log = lock_file(output / "jobs" / run.name), log_file(output, run)
     try:
         for file in (lock, log):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=-1 if wait else 0, mode=0o666):
-            pass  # the process locks it again, and waits where another one was faster
+        while not _is_free(lock):  # the process locks it again, and waits where another one was faster
+            if gives_up():
+                return BUSY
         code = _start([str(lock), str(output), run.name], to_json(run), log, environment)
-    except Timeout:
-        return BUSY
     except (OSError, NotImplementedError) as error:  # only this run fails
         return f"{error} ({log})"
     return f"ended with code {code}: {_last_line(log)} ({log})" if code else None
@@ -135,6 +135,13 @@ def perform(run: Run) -> None:
             record.unlink(missing_ok=True)  # else a table would show it if this run fails
     for scoring, _ in outdated:
         evaluation.run.run(scoring.config, digests)
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether a lock is free, or becomes so at once."""
+    with suppress(Timeout), FileLock(lock, timeout=LOCK_SECONDS, mode=0o666):
+        return True
+    return False
 
 
 def require_locks(output: Path) -> None:

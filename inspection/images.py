@@ -113,7 +113,7 @@ def as_pixels(image: ImageInput, size: int, bits: int = FULL_BITS) -> Image.Imag
     if isinstance(image, np.ndarray | torch.Tensor):
         if (is_tensor := isinstance(image, torch.Tensor)) and not is_plain(image := image.detach()):
             raise TypeError("an image is a dense tensor with values, neither sparse nor nested nor on the meta device")
-        values = (image.float() if image.is_floating_point() else image).cpu().numpy() if is_tensor else image
+        values = (image.float() if image.is_floating_point() else image).numpy(force=True) if is_tensor else image
         pixels = array_image(values, channels_first=is_tensor, bits=bits)
         if is_tensor and image.shape == (3, size, size) and image.is_floating_point():
             return image.float()
@@ -142,6 +142,8 @@ def array_image(
     Raises:
         TypeError: another shape, type or range of values.
     """
+    if np.ma.isMaskedArray(values):
+        raise TypeError("an image is an array without a mask: fill its masked values, with filled()")
     places = [axis for axis in (0, -1) if values.ndim == 3 and values.shape[axis] in (1, 3, 4)]
     if (values.ndim != 2 and not places) or not values.size:
         raise TypeError(f"an image is (H, W), (H, W, channels) or (channels, H, W) of 1, 3 or 4, not {values.shape}")

@@ -41,6 +41,7 @@ from utils.fingerprint import fingerprint
 from utils.interrupts import Interrupts
 from utils.progress import ProgressBar
 from utils.records import peak_memory_mb, provenance
+from utils.text import one_line
 
 # Exit codes; where several apply, see `Run.exit_code`
 SOME_FAILED = 1  # some images failed; all others are processed
@@ -351,10 +352,10 @@ def _images(count: int) -> str:
 
 def _outcome(row: Prediction) -> str:
     why = f": {row.reason}" if row.reason else ""
-    return f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip()
+    return one_line(f"{row.path}: {row.score:.3f} {row.decision or ''}{why}".rstrip())
 
 
 def _print_faults(row: Prediction, time: str = "") -> None:
     for what, reason in (("failed", row.error), ("warning", row.warning)):
         if reason:
-            print(f"{time}{what}: {reason}", file=sys.stderr)
+            print(one_line(f"{time}{what}: {reason}"), file=sys.stderr)

@@ -29,6 +29,7 @@ rate holds on average over parts, but not for every part. benchmarks/threshold.p
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -79,8 +80,10 @@ class NormalScores(NamedTuple):
     @staticmethod
     def from_state(state: dict) -> NormalScores:
         """The inverse of `state`."""
-        names = tuple(state.get("names", ()))
-        return NormalScores(state["scores"].numpy(), state["maps"].numpy(), state["left_out"], names)
+        scores, maps, names = state["scores"].numpy(), state["maps"].numpy(), map(os.fspath, state.get("names", ()))
+        if (scores.ndim, maps.ndim, len(maps)) != (2, 3, len(scores)):
+            raise ValueError(f"scores {scores.shape} with maps {maps.shape}")
+        return NormalScores(scores, maps, bool(state["left_out"]), tuple(names))
 
 
 def scored_views(scorer: Scorer) -> int:

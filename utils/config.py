@@ -114,7 +114,7 @@ class Config:
             raise UserError(f"no such setting: {', '.join(unknown)}; there are {', '.join(fields)}")
         for name, field in fields.items():
             if field.default is MISSING and name not in values:
-                raise UserError(f"--{name} is required: {field.metadata['text']}")
+                raise UserError(f"{_spelling(field)} is required: {field.metadata['text']}")
         converted = {name: _from_plain(cls, fields[name], value) for name, value in values.items()}
         return cls(**converted, given=frozenset(converted))
 
@@ -280,7 +280,8 @@ def _place(kind: type[Config], name: str) -> tuple[int, int]:
 
 def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: dataclasses.Field) -> None:
     options = dict(field.metadata["options"])
-    names = [options.pop("spelling", f"--{field.name}"), *options.pop("aliases", ())]
+    names = [_spelling(field), *options.pop("aliases", ())]
+    options.pop("spelling", None)
     base, is_tuple = _base_type(kind, field)
     text = field.metadata["text"]
     if base is bool:
@@ -294,6 +295,10 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
     action.field_default = field.default
     for alias in names[1:]:
         group.add_argument(alias, dest=field.name, **options | {"help": argparse.SUPPRESS})
+
+
+def _spelling(field: dataclasses.Field) -> str:
+    return field.metadata["options"].get("spelling", f"--{field.name}")
 
 
 def _base_type(kind: type[Config], field: dataclasses.Field) -> tuple[Callable, bool]:
@@ -330,25 +335,25 @@ def _convert(field: dataclasses.Field, base: Callable, value: object) -> object:
     if base is bool:
         if isinstance(value, bool):
             return value
-        raise UserError(f"--{field.name} takes true or false in a configuration file, got {value!r}")
+        raise UserError(f"{_spelling(field)} takes true or false in a configuration file, got {value!r}")
     if value in ("", None):
-        raise UserError(f"--{field.name} is empty: give a value, or leave it out")
+        raise UserError(f"{_spelling(field)} is empty: give a value, or leave it out")
     try:
         return (field.metadata["convert"] or base)(value if isinstance(value, Path) else str(value))
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"--{field.name}: {value!r} is not valid ({error})") from error
+        raise UserError(f"{_spelling(field)}: {value!r} is not valid ({error})") from error
 
 
 def _check_value(field: dataclasses.Field, value: object) -> None:
-    name, choices, least = field.name, field.metadata["choices"], field.metadata["least"]
+    name, choices, least = _spelling(field), field.metadata["choices"], field.metadata["least"]
     if value is None:
         return
     if choices is not None and value not in choices:
-        raise UserError(f"--{name} {value}: choose from {', '.join(map(str, choices))}")
+        raise UserError(f"{name} {value}: choose from {', '.join(map(str, choices))}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name} must be a finite number, got {value}")
+        raise UserError(f"{name} must be a finite number, got {value}")
     if least is not None and value < least:
-        raise UserError(f"--{name} must be at least {least}, got {value}")
+        raise UserError(f"{name} must be at least {least}, got {value}")
     most = field.metadata["most"] or (LARGEST_INTEGER if isinstance(value, int) else math.inf)
     if isinstance(value, int | float) and value > most:
-        raise UserError(f"--{name} must be at most {most}, got {value}")
+        raise UserError(f"{name} must be at most {most}, got {value}")

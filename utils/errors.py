@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from typing import NoReturn
 
-from utils.text import Stream
+from utils.text import Stream, one_line
 
 DID_WORK = (1, 3, 4, 5, 6)  # exit codes after some work: 1, some items failed; the others see docs/inspection.md
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # of any write
@@ -125,7 +125,7 @@ def _advice(options: Sequence[str], get_parser: Callable[[], argparse.ArgumentPa
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 

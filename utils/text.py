@@ -58,6 +58,11 @@ def read_table(path: Path, errors: str = "strict") -> list[dict[str, str]]:
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
+def one_line(text: str) -> str:
+    """The text with its line breaks escaped, as a file name may contain some."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
 def path_text(path: str) -> str:
     """A path as text for files that other locales read: undecodable bytes are escaped as in UTF-8 locales."""
     return os.fsencode(path).decode("utf-8", "surrogateescape")

@@ -371,6 +371,13 @@ FINDINGS = {
     ),
     "both classes": (lambda ring: shutil.copy(ring / "test/good/000.png", defect(ring)[0]), "as the normal test image"),
     "16 bits": (sixteen_bits, "above the 4095 of 12 bits; they are clipped"),
+    "normal images in Good": (
+        lambda ring: (
+            (ring / "test/chip").rename(ring / "test/Good")
+            and (ring / "ground_truth/chip").rename(ring / "ground_truth/Good")
+        ),
+        "/test/Good count as defective: those of normal images are expected in ",
+    ),
     "stray": (lambda ring: shutil.copy(ring / "test/good/000.png", ring / "test"), "are not read"),
 }
 

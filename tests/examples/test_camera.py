@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -111,6 +112,9 @@ class Endless:
     def retrieve(self):
         return True, np.full((2, 2, 3), self.number % 256, np.uint8)
 
+    def get(self, which):
+        return 0
+
     def release(self):
         self.broken = True
 
@@ -170,6 +174,13 @@ def test_a_camera_that_stops_is_an_error_and_a_video_that_ends_is_none(part, mon
     with pytest.raises(UserError, match="--source 0 delivers no more frames"):
         camera.main(call)
     assert " frames scored, " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_video_that_is_cut_off_is_said(part, video, tmp_path, capsys):
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    camera.main(["--detector", str(part), "--device", "cpu", "--source", str(cut)])
+    assert re.search(rf"note: --source {cut} ended after \d+ of about {FRAMES} frames", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"no image")])

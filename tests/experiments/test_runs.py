@@ -23,6 +23,7 @@ from experiments.runs import BUSY, execute, is_finished, log_file, require_locks
 from tests.experiments.played import make_run, play, processes_of
 from utils.errors import UserError
 from utils.fingerprint import FileDigests
+from utils.naming import lock_file
 
 # Drivers are forked, which newer versions of Python warn of in a process with threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -120,7 +121,7 @@ def test_a_killed_drivers_command_is_waited_for(output):
     wait_for(lambda: starts(output, "a"))
     driver.kill()
     driver.join()
-    assert execute(output, run, {}, wait=False) == BUSY
+    assert execute(output, run, {}, lambda: True) == BUSY
     (output / "go").touch()
     assert execute(output, run, {}) is None
     assert finished(run) and len(starts(output, "a")) == 1  # what the command wrote is whole
@@ -134,6 +135,19 @@ def test_a_driver_that_is_ended_ends_its_runs(number, output):
     os.kill(driver.pid, number)
     driver.join(60)
     assert driver.exitcode == 1 and not processes_of(output) and not starts(output, "c")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_driver_that_waits_for_another_ones_run_can_be_ended(number, output):
+    """The run of the other one goes on."""
+    (output / "jobs").mkdir()
+    with filelock.FileLock(lock_file(output / "jobs" / "a")):
+        driver = start_driver(output, [make_run(output, name) for name in "ab"])
+        wait_for(lambda: starts(output, "b"))
+        time.sleep(0.1)
+        os.kill(driver.pid, number)
+        driver.join(20)
+        assert driver.exitcode == 1 and not starts(output, "a")
 
 
 @pytest.mark.slow

@@ -60,6 +60,8 @@ WRONG = {
     "empty": (np.zeros((0, 5), np.uint8), r"not \(0, 5\)"),
     "sparse": (torch.zeros(3, 8, 8).to_sparse(), "a dense tensor with values"),
     "without values": (torch.zeros(3, 8, 8, device="meta"), "a dense tensor with values"),
+    "masked": (np.ma.masked_less(COLOUR, 9), "without a mask: fill its masked values"),
+    "complex": (torch.zeros(3, 8, 8, dtype=torch.cfloat).conj(), "not complex64"),
     "text": (3, "a path, a PIL image, an array or a tensor, not int"),
 }
 

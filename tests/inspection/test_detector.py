@@ -58,7 +58,10 @@ def detector(network, files):
 
 def test_an_untrained_detector_keeps_no_heads(files, tmp_path):
     """Its file lacks them, is read again, and scores as with them; the network given stays as it is."""
-    untrained, origin = RegAD("affine", SIZE).stn.eval(), {"support": [path.name for path in files[0]]}
+    untrained, origin = (
+        RegAD("affine", SIZE).stn.eval(),
+        {"support": [{"path": path.name, "sha256": "0"} for path in files[0]]},
+    )
     detector = FewShotDetector(untrained, "cpu", origin=origin).fit(files[0])
     detector.calibrate(0.05)
     detector.save(tmp_path / "part.regad")
@@ -140,6 +143,23 @@ def test_one_support_image(network, files):
     assert detector.calibrate(0.05, files[0][1:]).value > 0
 
 
+ODD = {  # content that is found when an image is scored, or the detector described
+    "left_out": "text",
+    "img_size": 2 * SIZE,
+    "fitted": {"memory": torch.zeros(3, 3)},
+    "likeness": {"limit": torch.zeros(3, 3)},
+    "tiling": "text",
+    "origin": {"support": 3},
+    "support_digests": None,
+    "min_area": "text",
+    "document": {"history": 3},
+    "learned": 3,
+    "threshold": dict.fromkeys(("value", "how", "typical", "region"), "0.5"),
+    "quality": {"support": torch.zeros(2)},
+    "calibration": {"scores": torch.ones(2, 1), "maps": torch.ones(3, 0, 0), "left_out": False},
+}
+
+
 def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     whole = tmp_path / "part.regad"
     detector.save(whole)
@@ -152,11 +172,12 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     plain = torch.load(whole, weights_only=True)
     torch.save(plain | {"version": 99}, tmp_path / "later")
     torch.save({key: value for key, value in plain.items() if key != "fitted"}, tmp_path / "lacking")
-    for name, value in {"version": torch.zeros(2), "backbone": [], "left_out": "text"}.items():
+    for name, value in {"version": torch.zeros(2), "backbone": [], **ODD}.items():
         torch.save(plain | {name: value}, tmp_path / name)
     sentences = {
         "version": "has version tensor",
-        **dict.fromkeys(("backbone", "left_out"), "inconsistent .AttributeError"),
+        "backbone": "inconsistent .AttributeError",
+        **dict.fromkeys(ODD, "incomplete or inconsistent"),
         "flipped": "is damaged",
         "short": "damaged or not a detector",
         "page": "damaged or not a detector",

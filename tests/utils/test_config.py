@@ -173,6 +173,11 @@ def test_numbers_out_of_range_are_one_sentence(kind, name, value):
         kind.from_plain(VALID[kind] | {name: value})
 
 
+def test_a_flag_is_named_as_it_is_spelt():
+    with pytest.raises(UserError, match="--check is empty"):
+        ExportConfig.from_plain(VALID[ExportConfig] | {"compare": [""]})
+
+
 def test_numbers_at_the_limits_are_accepted():
     for kind, name, value in (
         *((kind, "max_pixels", 10**9) for kind in (PredictConfig, ExportConfig)),

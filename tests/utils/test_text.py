@@ -22,7 +22,7 @@ from datasets.mvtec import list_test_items
 from experiments.results import read_results
 from experiments.run import write_tables
 from models.regad import checkpoint, load_checkpoint, untrained
-from utils.errors import UserError
+from utils.errors import UserError, run_command
 from utils.files import PROJECT_ROOT, load_tensors, save_tensors
 from utils.records import git_commit
 from utils.text import Stream, read_table, read_text
@@ -111,6 +111,15 @@ def test_control_characters_do_not_reach_the_terminal():
     shown = io.StringIO()
     print("a\x1b[2Jb\x07\x9b.png\tgr\u00fcn", file=Stream(shown))
     assert shown.getvalue() == "a\\x1b[2Jb\\x07\\x9b.png\tgr\u00fcn\n"
+
+
+def test_an_error_is_one_line_whatever_the_name_of_the_file(capsys):
+    def fails(_):
+        raise UserError("no file a\nb\r.png")
+
+    with pytest.raises(SystemExit):
+        run_command(fails)
+    assert capsys.readouterr().err == "error: no file a\\nb\\r.png\n"
 
 
 @pytest.mark.parametrize("recipe", [3, "x", None, {"resolved": 3}, {"config": 3}, {"resolved": None, "config": []}])
