@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ EXCEL_COMMA = CSV_KINDS[-1]  # decimal commas, between semicolons
 EXCEL_COLUMNS = ("part", "file")
 ISO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 RECORD, SCORES, BOXES, SUMMARY, PAGE = "results.jsonl", "scores.csv", "boxes.csv", "scores.json", "report.html"
+ROW_BEGIN = b'{"time": '
 MOST_BOXES = 100  # of an image; those with the highest peaks
 
 
@@ -232,14 +234,24 @@ class ResultFiles:
         self.taken = {name for row in self.rows for name in row.files}
 
     def _read_record(self) -> list[Prediction]:
-        """The earlier rows. A last line that was cut off when the process was killed is removed."""
-        content = (self.folder / RECORD).read_bytes()
-        whole = content.rfind(b"\n") + 1
-        self._record.truncate(whole)
-        try:
-            return [_row(json.loads(line)) for line in content[:whole].splitlines()]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.folder / RECORD} is not a record of predict.py", ("output",)) from error
+        """The earlier rows. A last line that was cut off when the process was killed is removed.
+
+        A last row that only lacks its line end, as an editor may leave it, stays.
+        """
+        rows, lines, file = [], (self.folder / RECORD).read_bytes().splitlines(keepends=True), self.folder / RECORD
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows += [_row(json.loads(line))] if line.strip() else []
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                is_part = ROW_BEGIN.startswith(line[: len(ROW_BEGIN)]) or not line.strip(b"\0")  # NUL: no power
+                is_torn = is_part and isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                if number < len(lines) or line.endswith(b"\n") or not is_torn:
+                    reason = f"{file}, line {number} is not a row of predict.py ({type(error).__name__}: {error})"
+                    raise UserError(f"{reason}; mend it, or give another folder", ("output", "overwrite")) from error
+                self._record.truncate(sum(map(len, lines[:-1])))
+                return rows
+        self._record.write(b"" if not lines or lines[-1].endswith(b"\n") else b"\n")
+        return rows
 
     def _open_table(self, name: str) -> TextIO:
         """Writes a table from the rows, as it may lack some after a kill, and opens it for more."""
@@ -302,8 +314,13 @@ def _row(values: dict) -> Prediction:
         values = values | {"reason": values[REVIEW_BEFORE]}
         values["decision"] = REVIEW if values["decision"] == REVIEW_BEFORE else values["decision"]
     known = {name: values[name] for name in CSV_COLUMNS if name in values or name not in Prediction._field_defaults}
+    if known["decision"] not in (*DECISIONS, None) or not isinstance(known["path"], str):
+        raise ValueError(f"decision {known['decision']}, path {known['path']}")
+    numbers = (known.get(name) for name in ("score", "relative", "threshold", "review_threshold"))
+    if not all(number is None or math.isfinite(number) for number in numbers):
+        raise ValueError("a score or threshold is not finite")
     boxes, files = [Box(**box) for box in values["boxes"]], [text_path(str(file)) for file in values["files"]]
-    return Prediction(**known, boxes=boxes, files=files, quality=values.get("quality", {}))
+    return Prediction(**known, boxes=boxes, files=files, quality=dict(values.get("quality", {})))
 
 
 def _remove_results(folder: Path) -> None:

@@ -88,7 +88,7 @@ def test_rows_come_back_and_a_torn_end_is_repaired(rows, cut):
         (folder / "results.jsonl").write_bytes(left)
         (folder / "scores.csv").write_bytes((folder / "scores.csv").read_bytes()[:-3])
         with closing(ResultFiles(folder)) as files:
-            kept = left.count(b"\n")
+            kept = left.count(b"\n") + content[len(left) :].startswith(b"\n")  # only the end of the line is missing
             assert files.rows == rows[:kept]
             # images whose files could not be written are scored, but not done: --append tries them again
             assert files.done == {row.identity for row in rows[:kept] if not (row.error and row.score is not None)}
@@ -120,11 +120,28 @@ def test_only_listed_files_inside_the_folder_are_removed(tmp_path):
     assert (out / "results.jsonl").read_bytes() == b"" and len(read_csv(out / "scores.csv")) == 1
 
 
-def test_a_foreign_record_is_not_touched(tmp_path):
-    (tmp_path / "results.jsonl").write_text(json.dumps({"round": 1}) + "\n")
-    with pytest.raises(UserError, match=r"results\.jsonl is not a record of predict\.py"):
+ODD = [{name: value} for name, value in (("score", "3"), ("score", np.nan), ("path", None), ("decision", "Normal"))]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"round": 1}\n', '{"round": 1}', "text", '{"time": 3,\n', *(json.dumps(row_with().plain() | odd) for odd in ODD)],
+)
+def test_a_foreign_record_is_not_touched(line, tmp_path):
+    before = json.dumps(row_with().plain()) + "\n\n" + line
+    (tmp_path / "results.jsonl").write_text(before)
+    with pytest.raises(UserError, match=r"results\.jsonl, line 3 is not a row of predict\.py"):
         ResultFiles(tmp_path)
-    assert (tmp_path / "results.jsonl").read_text() == '{"round": 1}\n'
+    assert (tmp_path / "results.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("end", ["", "\r", "\n\0\0\0"])
+def test_the_end_that_an_editor_or_a_power_failure_leaves(end, tmp_path):
+    (tmp_path / "results.jsonl").write_bytes(f"\ufeff{json.dumps(row_with().plain())}{end}".encode())
+    with closing(ResultFiles(tmp_path)) as files:
+        files.add(row_with()._replace(path="b.png"))
+    with closing(ResultFiles(tmp_path)) as files:
+        assert [row.path for row in files.rows] == ["a.png", "b.png"]
 
 
 def test_relative_scores():
