@@ -30,7 +30,7 @@ from training.config import TrainingConfig
 from training.run import checkpoint_files, read_inputs
 from training.state import earlier_run
 from utils.errors import UserError
-from utils.files import temporary_name
+from utils.files import locked, temporary_name
 from utils.fingerprint import FileDigests
 from utils.naming import lock_file
 
@@ -148,17 +148,11 @@ def require_locks(output: Path) -> None:
     """Raises UserError where files in `output` cannot be locked."""
     file = output / "jobs" / temporary_name(Path("locks"))
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file, timeout=0):
+        with locked([file]):
             pass
-    except (OSError, NotImplementedError) as error:  # also Timeout: the name is unique
-        raise UserError(
-            f"files in {output} cannot be locked ({error}), which keeps two commands from executing one run; "
-            "give a folder of another file system"
-        ) from error
     finally:
         with suppress(OSError):
-            file.unlink(missing_ok=True)
+            lock_file(file).unlink(missing_ok=True)
 
 
 def _is_trained(config: TrainingConfig, current: dict) -> bool:

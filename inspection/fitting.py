@@ -216,8 +216,14 @@ def _describe_fit(config: DetectorConfig, support: Sequence[ImageFile], resolved
 def _accept(detector: FewShotDetector, config: CommandConfig) -> None:
     """Makes the detector learn from the good images of --accept, and prints what has changed."""
     paths = list_inputs(config.accept, config.output)
+    before = len(detector.learned.get("names", ()))
     learned = accept(detector, paths, config.force)
-    record_change(detector, f"{len(paths)} good images accepted", paths)
+    new = len(learned) - before
+    if new < len(paths):
+        print(
+            f"left out: {len(paths) - new} of {len(paths)} images, with the pixels of support images or accepted ones"
+        )
+    record_change(detector, f"{new} good images accepted", paths)
     print(f"learned from {len(learned)} accepted images; scores before, and after learning from the others alone:")
     for image in sorted(learned, key=lambda image: -image.after)[:MOST_NORMAL]:
         print(f"  {image.before:8.3f}  {image.after:8.3f}  {image.name}")

@@ -101,10 +101,11 @@ def test_the_command_keeps_the_old_file(rings, tmp_path, capsys):
     predict.main(["--support", *support, "--weights", "none", "--img_size", str(SIZE), "--save", str(part), *flags])
     assert "expect missed defects: with 2 support images, 0 to 87 % of the defects" in capsys.readouterr().out
     content = part.read_bytes()
-    predict.main(["--detector", str(part), "--accept", str(rings["good"][0]), "--save", str(new), *flags])
+    given = [str(rings["good"][0]), str(rings["support"][0])]
+    predict.main(["--detector", str(part), "--accept", *given, "--save", str(new), *flags])
     printed = capsys.readouterr().out
-    assert "learned from 1 accepted images" in printed
+    assert "learned from 1 accepted images" in printed and "left out: 1 of 2 images, whose pixels are known" in printed
     assert re.search(r"^ +\d\.\d{3} +\d\.\d{3}  \S.*\.png$", printed, re.MULTILINE)  # before and after
     assert part.read_bytes() == content
     history = FewShotDetector.load(new, "cpu").document["history"]
-    assert history[-1]["change"] == "1 good images accepted" and len(history[-1]["images"]) == 1
+    assert history[-1]["change"] == "1 good images accepted" and len(history[-1]["images"]) == 2
