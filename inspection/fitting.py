@@ -220,9 +220,7 @@ def _accept(detector: FewShotDetector, config: CommandConfig) -> None:
     learned = accept(detector, paths, config.force)
     new = len(learned) - before
     if new < len(paths):
-        print(
-            f"left out: {len(paths) - new} of {len(paths)} images, with the pixels of support images or accepted ones"
-        )
+        print(f"left out: {len(paths) - new} of {len(paths)} images, whose pixels are known already")
     record_change(detector, f"{new} good images accepted", paths)
     print(f"learned from {len(learned)} accepted images; scores before, and after learning from the others alone:")
     for image in sorted(learned, key=lambda image: -image.after)[:MOST_NORMAL]:
