@@ -203,7 +203,7 @@ def _read_json(path: Path) -> dict:
     """The object in a JSON file; empty if it holds another value."""
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return content if isinstance(content, dict) else {}
 

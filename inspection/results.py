@@ -11,8 +11,10 @@ scores.json and report.html from the same rows.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -294,6 +296,8 @@ class ResultFiles:
             WriteError: a file cannot be written; the row may be missing in some of the tables.
         """
         try:
+            if not os.fstat(self._record.fileno()).st_nlink:  # what is written would be lost
+                raise FileNotFoundError(errno.ENOENT, "it was removed or replaced meanwhile")
             write_line(self._record, json.dumps(row.plain(), allow_nan=False))
             for name, stream in self._tables.items():
                 self._write(stream, name, [row])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from inspection.results import (
 )
 from inspection.run import Run, check_paths
 from inspection.threshold import Threshold, given_threshold
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.files import PROJECT_ROOT
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(['a,"b"', "x\r\ny", "größe\n"])
@@ -142,6 +143,18 @@ def test_the_end_that_an_editor_or_a_power_failure_leaves(end, tmp_path):
         files.add(row_with()._replace(path="b.png"))
     with closing(ResultFiles(tmp_path)) as files:
         assert [row.path for row in files.rows] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "spoil", [Path.unlink, lambda file: shutil.copy(file, aside := f"{file}2") and os.replace(aside, file)]
+)
+def test_rows_are_not_written_into_a_record_that_was_removed(spoil, tmp_path):
+    """Or replaced, as some editors do."""
+    with closing(ResultFiles(tmp_path)) as files:
+        files.add(row_with())
+        spoil(tmp_path / "results.jsonl")
+        with pytest.raises(WriteError, match=r"results\.jsonl: it was removed or replaced meanwhile"):
+            files.add(row_with())
 
 
 def test_relative_scores():
