@@ -155,6 +155,12 @@ def test_what_a_checkpoint_holds_besides_weights_is_named(beside, name, tmp_path
         load_tensors(tmp_path / "x.pt", "checkpoint")
 
 
+def test_json_that_is_nested_too_deep_is_one_sentence(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100000)
+    with pytest.raises(UserError, match=r"cannot read .*a\.json"):
+        read_results(tmp_path)
+
+
 def test_foreign_json_in_a_results_folder_is_left_out(capsys):
     published = PROJECT_ROOT / "results/published/registration"
     with tempfile.TemporaryDirectory() as folder:
