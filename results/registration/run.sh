@@ -1,5 +1,5 @@
 #!/bin/bash
-# The experiment of docs/results.md, "Does registration training help?". Run it in the project's folder; stopped at any
+# The experiment of docs/results.md, "Recipes". Run it in the project's folder; stopped at any
 # point, it goes on where it was. What answers most comes first.
 set -e
 here=results/registration
