@@ -41,11 +41,10 @@ class Judgement(NamedTuple):
 
 
 class Judge:
-    """A fitted detector for single images. One call at a time; the first image is scored when it is made."""
+    """A fitted detector for single images. One call at a time."""
 
     def __init__(self, detector: FewShotDetector) -> None:
         self.detector, self.name = detector, detector.identity()
-        detector.inspect([Image.new("L", (detector.size, detector.size))])  # slower than later ones
 
     def judge(self, image: Image.Image) -> Judgement:
         """Scores an image in mode L or RGB, as `datasets.images.decode_image` returns them."""

@@ -108,8 +108,7 @@ class FewShotDetector(ImageScoring):
     that holds the values of the support images. A later image that exceeds it is clipped, with a ClippedWarning.
     tile: how large images are cut: "auto", "off", or the side of a tile in pixels; see inspection/tiles.py. region:
     (H, W) bool, stretched to each image, whose score map is 0 where it is False; None: everywhere is scored.
-    origin: plain values that describe the weights and, as `support`, `path` and `sha256` of each support image, kept in
-    the file.
+    origin: plain values that describe the support images and the weights, kept in the file.
 
     tiling: what `fit` made of `tile`; None if no image is cut. threshold: None until `calibrate` or `set_threshold`.
     loo_scores: the leave-one-out scores of the support images, None if K is 1 or if `fit` was called with
@@ -513,12 +512,10 @@ class FewShotDetector(ImageScoring):
         Raises:
             UserError: the file is missing, damaged or not a detector, or was made with another scorer.
         """
-        from inspection.document import try_out  # describes detectors, and therefore imports this module
-
         state = read_state(Path(path))
         try:
             detector = cls.from_state(state, device, scorer, bits)
-            try_out(detector)
+            detector.inspect([Image.new("L", (detector.size, detector.size))])  # do its tensors fit each other?
             return detector
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if lack_of_memory(error):

@@ -21,6 +21,7 @@ from utils.files import load_tensors
 
 HEADER = {"format": "RegAD detector", "version": 4}
 READABLE = (3, 4)  # versions; 3: one threshold
+TYPES = {"origin": dict, "document": dict, "learned": dict, "support_digests": list, "min_area": int | float}
 ID_LENGTH = 12  # hexadecimal digits of a detector's identity
 
 
@@ -44,6 +45,8 @@ def read_state(path: Path) -> dict:
         raise UserError(f"{path} is not a detector (a checkpoint or support set?)")
     if str(state.get("version")) not in map(str, READABLE):
         raise UserError(f"detector {path} has version {state.get('version')}, this program supports {READABLE}")
+    if wrong := [name for name, kind in TYPES.items() if name in state and not isinstance(state[name], kind)]:
+        raise UserError(f"detector {path} is incomplete or inconsistent (the type of {', '.join(wrong)})")
     return state
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image
 from scipy.special import betaincinv
 
 from inspection.detector import FewShotDetector
 from inspection.detector_file import hash_tensors
-from inspection.learning import accept
 from inspection.results import DECISIONS, DEFECTIVE, NORMAL, decide
 from inspection.threshold import NormalScores
 from inspection.tiles import describe_tiling
@@ -165,33 +160,14 @@ def describe(detector: FewShotDetector, file: Path) -> dict:
         "file": str(file),
         "id": detector.decision_identity(),
         "features_id": detector.identity(),
-        "weights_sha256": hash_tensors(detector.network.state_dict()).hexdigest(),
-        **_plain_content(detector),
-    }
-
-
-def _plain_content(detector: FewShotDetector) -> dict:
-    return {
         **settings(detector),
         "weights": detector.origin.get("network"),
+        "weights_sha256": hash_tensors(detector.network.state_dict()).hexdigest(),
         "support": detector.origin.get("support", []),
         "calibration": listed(detector.calibration),
         "acceptance": detector.document.get("acceptance"),
         "history": detector.document.get("history", []),
     }
-
-
-def try_out(detector: FewShotDetector) -> None:
-    """Scores a blank image and describes the detector. Content of a file that cannot be used raises an error."""
-    blank, threshold = Image.new("RGB", (detector.size, detector.size)), detector.threshold
-    detector.inspect([blank])
-    detector.doubts(blank, torch.zeros(3, 1, 1), "")
-    content = _plain_content(detector)
-    as_text(dict.fromkeys(("id", "features_id", "weights_sha256"), "") | content)
-    learned = accept(detector, []) if detector.learned else []
-    json.dumps([content, detector.origin, listed(detector.loo_scores), learned], allow_nan=False)
-    numbers = [value or 0 for name, value in (threshold._asdict() if threshold else {}).items() if name != "how"]
-    math.fsum([*numbers, detector.min_area, *(image.before + image.after for image in learned)])
 
 
 def as_text(described: dict) -> str:

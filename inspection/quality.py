@@ -183,8 +183,11 @@ class QualityGate:
 
     @classmethod
     def from_state(cls, state: Mapping) -> QualityGate:
-        """The inverse of `state`."""
-        return cls(*(state[name].numpy() for name in ("support", "further") if name in state))
+        """The inverse of `state`; ValueError if there are other measures."""
+        measured = [state[name].numpy() for name in ("support", "further") if name in state]
+        if any(values.shape[1:] != SPREAD.shape for values in measured):
+            raise ValueError(f"{len(SPREAD)} measures of image quality are needed")
+        return cls(*measured)
 
     def reason(self, values: np.ndarray) -> str:
         """In what an image with the measures `values` (M,) is outside the limits, as a phrase; "" if in nothing."""

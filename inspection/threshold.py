@@ -131,7 +131,10 @@ class Threshold(NamedTuple):
     @staticmethod
     def from_state(state: Mapping | Sequence) -> Threshold:
         """The threshold in a detector file; in version 3 the values up to `count`, then two that mean nothing now."""
-        return Threshold(**state) if isinstance(state, Mapping) else Threshold(*state[:6])
+        threshold = Threshold(**state) if isinstance(state, Mapping) else Threshold(*state[:6])
+        if not all(isinstance(number, int | float) for number in (*threshold[2:4], threshold.value)):
+            raise TypeError(f"numbers are needed, got {threshold}")
+        return threshold
 
     @property
     def review_value(self) -> float:

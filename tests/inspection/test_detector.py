@@ -143,16 +143,16 @@ def test_one_support_image(network, files):
     assert detector.calibrate(0.05, files[0][1:]).value > 0
 
 
-ODD = {  # content that is found when an image is scored, or the detector described
+ODD = {  # content of another type or shape
     "left_out": "text",
     "img_size": 2 * SIZE,
     "fitted": {"memory": torch.zeros(3, 3)},
     "likeness": {"limit": torch.zeros(3, 3)},
     "tiling": "text",
-    "origin": {"support": 3},
+    "origin": 3,
     "support_digests": None,
     "min_area": "text",
-    "document": {"history": 3},
+    "document": None,
     "learned": 3,
     "threshold": dict.fromkeys(("value", "how", "typical", "region"), "0.5"),
     "quality": {"support": torch.zeros(2)},
