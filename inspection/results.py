@@ -240,19 +240,19 @@ class ResultFiles:
 
         A last row that only lacks its line end, as an editor may leave it, stays.
         """
-        rows, lines, file = [], (self.folder / RECORD).read_bytes().splitlines(keepends=True), self.folder / RECORD
+        file, rows = self.folder / RECORD, []
+        lines = file.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             try:
                 rows += [_row(json.loads(line))] if line.strip() else []
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                is_part = ROW_BEGIN.startswith(line[: len(ROW_BEGIN)]) or not line.strip(b"\0")  # NUL: no power
-                is_torn = is_part and isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
-                if number < len(lines) or line.endswith(b"\n") or not is_torn:
-                    reason = f"{file}, line {number} is not a row of predict.py ({type(error).__name__}: {error})"
-                    raise UserError(f"{reason}; mend it, or give another folder", ("output", "overwrite")) from error
-                self._record.truncate(sum(map(len, lines[:-1])))
-                return rows
-        self._record.write(b"" if not lines or lines[-1].endswith(b"\n") else b"\n")
+                if number == len(lines) and _is_torn(line, error):
+                    self._record.truncate(sum(map(len, lines[:-1])))
+                    return rows
+                reason = f"{file}, line {number} is not a row of predict.py ({type(error).__name__}: {error})"
+                raise UserError(f"{reason}; mend it, or give another folder", ("output", "overwrite")) from error
+        if lines and not lines[-1].endswith(b"\n"):
+            self._record.write(b"\n")
         return rows
 
     def _open_table(self, name: str) -> TextIO:
@@ -310,6 +310,12 @@ class ResultFiles:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _is_torn(line: bytes, error: Exception) -> bool:
+    """Whether a last line that is no row begins like one, as a kill leaves it; NUL: a power failure."""
+    is_part = ROW_BEGIN.startswith(line[: len(ROW_BEGIN)]) or not line.strip(b"\0")
+    return is_part and not line.endswith(b"\n") and isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
 
 
 def _row(values: dict) -> Prediction:
