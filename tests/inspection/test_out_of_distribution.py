@@ -25,6 +25,17 @@ def network():
     return untrained(str(TRUNK), img_size=SIZE).stn
 
 
+@pytest.mark.parametrize("side", [1, 5])
+def test_statistics_are_mean_and_standard_deviation(side):
+    layers = [torch.randn(3, channels, side, side).to(memory_format=torch.channels_last) for channels in (8, 4)]
+    found = OutOfDistributionCheck().prepare(layers)[:4]
+    expected = [
+        part for layer in layers for part in (layer.mean((2, 3)), layer.std((2, 3), correction=min(1, side - 1)))
+    ]
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
 def normal_images(category: str, count: int, start: int = 0):
     return sorted((DATA / category / "train/good").glob("*.[pj][np]g"))[start : start + count]
 
