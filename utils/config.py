@@ -28,7 +28,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from utils.choices import SAFETENSORS
 from utils.errors import UserError
-from utils.text import read_text
+from utils.text import decode_text
 
 CONFIG_KEYS = ("config", "arguments")  # entries of records with the configuration; "arguments": until version 0.1
 LARGEST_INTEGER = 2**63 - 1  # of torch and NumPy
@@ -263,7 +263,7 @@ def _read(file: Path) -> Mapping:
         values = load_tensors(file, "file")
     else:
         try:
-            values = json.loads(read_text(file))
+            values = json.loads(decode_text(content))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not a JSON, checkpoint or detector file: {error}") from error
     if not isinstance(values, Mapping):
@@ -287,8 +287,8 @@ def _add_flag(group: argparse._ArgumentGroup, kind: type[Config], field: datacla
     if base is bool:
         options["action"] = "store_true"
     else:
-        kind = field.metadata["convert"] or (str if base is Path else base)  # "" would become the current folder
-        options |= {"type": kind, "choices": field.metadata["choices"]}
+        convert = field.metadata["convert"] or (str if base is Path else base)  # "" would become the current folder
+        options |= {"type": convert, "choices": field.metadata["choices"]}
         if is_tuple or field.metadata["joined_by"]:
             options.setdefault("nargs", "+")
     action = group.add_argument(names[0], dest=field.name, help=text.replace("%", "%%"), **options)

@@ -27,7 +27,11 @@ def read_text(path: Path, errors: str = "strict") -> str:
         OSError: the file cannot be read.
         ValueError: it has another encoding.
     """
-    content = path.read_bytes()
+    return decode_text(path.read_bytes(), errors)
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """The text in the content of a file, as `read_text`."""
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8-sig")
     try:
         if encoding == "utf-8-sig" and b"\0" in content:  # UTF-16 without a mark

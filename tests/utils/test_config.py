@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_a_configuration_in_utf_16(tmp_path):
     """As Windows PowerShell writes it."""
     (tmp_path / "file.json").write_text(json.dumps(VALUES), encoding="utf-16")
     assert parse("--config", tmp_path / "file.json").shot == (4, 8)
+
+
+def test_a_configuration_from_a_pipe():
+    """As `--config <(...)` of a shell: it can be read once."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        json.dump(VALUES, stream)
+    try:
+        assert parse("--config", f"/dev/fd/{reader}").shot == (4, 8)
+    finally:
+        os.close(reader)
 
 
 def test_recorded_is_empty_without_a_configuration():
