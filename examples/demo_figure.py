@@ -6,7 +6,6 @@ python -m examples.demo_figure --obj ring --data_type folder --data_path demo/da
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ from datasets.support import find_support_rounds
 from evaluation.config import SCORER_HELP, DataConfig, NetworkConfig, SupportConfig
 from evaluation.scoring import score_category
 from models.networks import resolve_img_size, scoring_network
-from reports.drawing import JPEG_QUALITY, colour_limits, overlay
+from reports.drawing import colour_limits, overlay
+from reports.figures import save_raster
 from scorers.registry import make_scorer
 from utils.choices import RELEASE_SCORER, category_name
 from utils.config import Parser, flag
 from utils.errors import run_command
-from utils.files import require_writable, whole_file
+from utils.files import require_writable
 from utils.stages import StageClock
 
 MAX_COLUMNS = 4  # test images: a normal one and up to three defects
@@ -133,16 +133,6 @@ def choose_examples(dataset: LabelledDataset, maps: np.ndarray) -> list[Example]
 def _limits(maps: np.ndarray, labels: Sequence[int]) -> tuple[float, float]:
     """One scale of colours for all heat maps; the highest score of a normal test image is in the middle."""
     return colour_limits(float(maps.max(axis=(1, 2))[np.array(labels) == 0].max()))
-
-
-def save_raster(path: Path, figure: Figure, dpi: int) -> None:
-    """Writes a figure as one file: JPEG if the suffix is .jpg, otherwise PNG."""
-    is_jpeg = path.suffix == ".jpg"
-    options = {"format": "jpeg", "pil_kwargs": {"quality": JPEG_QUALITY}} if is_jpeg else {"format": "png"}
-    encoded = io.BytesIO()  # see reports.drawing.save_image
-    figure.savefig(encoded, dpi=dpi, **options)
-    with whole_file(path) as aside:
-        aside.write_bytes(encoded.getbuffer())
 
 
 if __name__ == "__main__":

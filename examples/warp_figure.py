@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from datasets.images import read_image
 from datasets.mvtec import category_folder, list_test_items
 from evaluation.config import DataConfig
-from examples.demo_figure import save_raster
 from models.networks import RELEASE_IMG_SIZE, scoring_network
 from models.stn import RELEASE_BACKBONE
 from models.warp import warp
+from reports.figures import save_raster
 from utils.choices import category_name
 from utils.config import Parser, flag
 from utils.errors import UserError, run_command

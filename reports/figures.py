@@ -9,6 +9,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from reports.drawing import JPEG_QUALITY
 from utils.files import whole_file
 
 # No date and no random identifiers: the same figure gives the same file.
@@ -36,3 +37,13 @@ def as_svg(figure: Figure) -> Markup:
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return Markup(svg[svg.index("<svg") :])
+
+
+def save_raster(path: Path, figure: Figure, dpi: int) -> None:
+    """Writes a figure as one file: JPEG if the suffix is .jpg, otherwise PNG."""
+    is_jpeg = path.suffix == ".jpg"
+    options = {"format": "jpeg", "pil_kwargs": {"quality": JPEG_QUALITY}} if is_jpeg else {"format": "png"}
+    encoded = io.BytesIO()  # see reports.drawing.save_image
+    figure.savefig(encoded, dpi=dpi, **options)
+    with whole_file(path) as aside:
+        aside.write_bytes(encoded.getbuffer())
