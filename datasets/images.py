@@ -40,6 +40,7 @@ CLIPPED_FROM = "largest value before clipping"  # key of Image.info, set where a
 PILLOW_REJECTS_ABOVE = 2  # times Image.MAX_IMAGE_PIXELS; Pillow only warns between once and twice that number
 
 Pixels = TypeVar("Pixels")
+Facts = TypeVar("Facts")
 
 
 class ImageError(UserError):
@@ -292,13 +293,15 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.asarray(upright(image)).astype(bool)
 
 
+def _kept_until_changed(read: Callable[[Path], Facts]) -> Callable[[Path], Facts]:
+    """`read`, which is called once for a file, and again where the file was replaced."""
+    kept = functools.lru_cache(maxsize=2**16)(lambda path, _changed: read(path))
+    return functools.wraps(read)(lambda path: kept(path, path.stat().st_ctime_ns))
+
+
+@_kept_until_changed
 def read_header(path: Path) -> tuple[tuple[int, int], int]:
     """The width and height of an image as `decode_image` gives it, and its EXIF orientation, without its pixels."""
-    return _read_header(path, path.stat().st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=2**16)
-def _read_header(path: Path, changed: int) -> tuple[tuple[int, int], int]:  # noqa: ARG001, replaced: read again
     with Image.open(path) as image:
         if image.format == "PNG" and not any(mark in path.read_bytes() for mark in PNG_EXIF):
             return image.size, 1  # Pillow decodes a PNG before it says that there is no EXIF
@@ -470,14 +473,14 @@ def _largest_value(image: Path | BinaryIO | Image.Image) -> tuple[str, int] | No
 def read_odd_header(file: Path | BinaryIO) -> tuple[bool, bool]:
     """What a header says: whether there are values of 16 bits, and whether HOW_READ may apply; any error of Pillow."""
     if isinstance(file, Path):
-        return _read_odd_header(file, file.stat().st_ctime_ns)
+        return _read_odd_header(file)
     with Image.open(file) as image:
         is_deep = image.mode.startswith("I") or _deep_mode(image) is not None
         return is_deep, image.has_transparency_data or _has_several(image)
 
 
-@functools.lru_cache(maxsize=2**16)
-def _read_odd_header(path: Path, changed: int) -> tuple[bool, bool]:  # noqa: ARG001, as in _read_header
+@_kept_until_changed
+def _read_odd_header(path: Path) -> tuple[bool, bool]:
     with open(path, "rb") as stream:
         return read_odd_header(stream)
 

@@ -39,7 +39,6 @@ from utils.errors import UserError
 from utils.text import read_table, read_text
 
 GOOD = "good"  # the type of defect of a normal image
-NORMAL_NAMES = (GOOD, "ok")  # of the folders of normal images, in one layout or another
 GROUND_TRUTH = "ground_truth"
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 VISA_LABELS = {"normal": GOOD, "anomaly": "anomaly"}  # VisA's split file names no types of defects
@@ -166,7 +165,8 @@ class Folders(Layout):
         ]
         if listing.is_partial or listing.own:
             notes += [f"{category}: {note}" for note in listing.notes()]
-        named = {item.image.parent for item in items if item.label and item.defect.lower() in NORMAL_NAMES}
+        of_normal = {layout.normal for layout in LAYOUTS if isinstance(layout, Folders)}
+        named = {item.image.parent for item in items if item.label and item.defect.lower() in of_normal}
         notes += [
             f"the images in {folder} count as defective: those of normal images are expected in {tests / self.normal}"
             for folder in sorted(named)

@@ -55,6 +55,7 @@ def run_local(output: Path, runs: Sequence[Run], jobs: int, gpus: Sequence[str],
         slots.put({"OMP_NUM_THREADS": str(cores_per_job(jobs)), **gpu})
 
     def execute_in_slot(run: Run, gives_up: Callable[[], bool]) -> str | None:
+        """`execute` with the environment of a free slot."""
         environment = slots.get()
         try:
             return execute(output, run, environment, gives_up)

@@ -80,7 +80,9 @@ def is_finished(run: Run, digests: FileDigests) -> bool:
     return not any(_outdated(scoring, digests) for scoring in run.scorings)
 
 
-def execute(output: Path, run: Run, environment: Mapping[str, str], gives_up: Callable[[], bool] = bool) -> str | None:
+def execute(
+    output: Path, run: Run, environment: Mapping[str, str], gives_up: Callable[[], bool] = lambda: False
+) -> str | None:
     """Executes what is not finished of a run, in a process. Returns None when it is finished, else why it is not.
 
     Another process that executes the run is waited for, and BUSY is returned when `gives_up` is true.

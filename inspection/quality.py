@@ -89,7 +89,7 @@ def measure(square: torch.Tensor) -> np.ndarray:
 def _quantiles(values: np.ndarray, *shares: float) -> np.ndarray:
     """The values below which these shares of `values` lie, within a STEP; negative values count as 0.
 
-    Counting takes an eighth of the time of numpy's percentile.
+    Counting is faster than numpy's percentile, which slows the check of a single image.
     """
     counts = np.bincount((values.ravel().clip(min=0) / STEP + 0.5).astype(np.intp)).cumsum()
     return np.searchsorted(counts, np.array(shares) * values.size) * STEP

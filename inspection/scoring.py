@@ -58,10 +58,10 @@ class ImageScoring:
         self.network, self.fast_network = network.to(clock.device), fuse_conv_bn(network)
         self.scorer = over_backbones(scorer, getattr(network, "backbone_layers", ()))
         self.clock, self.size = clock, network.img_size
-        if region is not None and not (
-            str(getattr(region, "dtype", "")) == "bool" and region.ndim == 2 and region.any()
-        ):
-            raise ValueError("a region is an array (H, W) bool that is True somewhere")
+        if region is not None:
+            is_mask = isinstance(region, np.ndarray) and region.dtype == bool and region.ndim == 2
+            if not (is_mask and region.any()):
+                raise ValueError("a region is an array (H, W) bool that is True somewhere")
         self.keep_aspect, self.bits, self.region = keep_aspect, bits, region
         self.tiling: Tiling | None = None
         self.check: Fitted = {}

@@ -132,7 +132,8 @@ class Threshold(NamedTuple):
     def from_state(state: Mapping | Sequence) -> Threshold:
         """The threshold in a detector file; in version 3 the values up to `count`, then two that mean nothing now."""
         threshold = Threshold(**state) if isinstance(state, Mapping) else Threshold(*state[:6])
-        if not all(isinstance(number, int | float) for number in (*threshold[2:4], threshold.value)):
+        numbers = threshold.value, threshold.typical, threshold.region
+        if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError(f"numbers are needed, got {threshold}")
         return threshold
 

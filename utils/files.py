@@ -206,7 +206,8 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def is_state_dict(content: object) -> bool:
     """Whether the content of a file is plain tensors by name, the weights among them of floating point."""
     return isinstance(content, dict) and all(
-        (isinstance(name, str) and is_plain(value))
+        isinstance(name, str)
+        and is_plain(value)
         and (value.is_floating_point() or not name.endswith(("weight", "bias", "mean", "var")))
         for name, value in content.items()
     )

@@ -125,7 +125,7 @@ def test_an_error_is_one_line_whatever_the_name_of_the_file(capsys):
 @pytest.mark.parametrize("recipe", [3, "x", None, {"resolved": 3}, {"config": 3}, {"resolved": None, "config": []}])
 def test_checkpoints_whose_recipe_has_another_type(recipe, tmp_path):
     save_tensors(tmp_path / "x.pt", checkpoint(untrained("none", img_size=64), recipe))
-    load_checkpoint(tmp_path / "x.pt", "rotation_scale", 64)
+    assert load_checkpoint(tmp_path / "x.pt", "rotation_scale", 64).stn.img_size == 64
 
 
 def test_checkpoints_of_dataparallel_and_foreign_ones(tmp_path):
