@@ -83,6 +83,11 @@ VARIANTS: dict[str, dict[str, Callable[[], Scorer]]] = {
             for of_map, of_score in ((0.35, 0.35), (0.5, 0.5), (0.65, 0.65), (0.2, 0.65), (0.35, 0.8))
         },
         **{f"combined, border {weight}": partial(Combined, border_weight=weight) for weight in (0.8, 1.0)},
+        **{
+            f"combined, level {of_map} {of_score}": partial(Combined, level_powers=(of_map, of_score))
+            for of_map, of_score in ((0.0, 0.0), (0.15, 0.15), (0.3, 0.0), (0.3, 0.3), (0.6, 0.3))
+        },
+        **{f"combined, window {side}": partial(Combined, window=side) for side in (1, 5)},
     },
 }
 

@@ -9,6 +9,10 @@ appearances that none has at the same position. If support images agree position
 and `neighbours` dominates. The score map gives `positions` the larger weight, as its maps are sharper; the image score
 gives it to `neighbours`, which confuses fewer normal images with defective ones.
 
+Normal images also differ as a whole, for example in light, focus or pose, and then all their distances are larger. The
+lower quartile of a map shows by how much, as a defect rarely covers three quarters of an image. `combined` divides the
+map by a power of it (`image_levels`).
+
 With several backbones (models/networks.py), each backbone has separate scorers.
 
 At the border of an image, features differ from others, whatever the image shows. In the image score of `combined`, the
@@ -20,6 +24,7 @@ benchmarks/scorers.py measures these choices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -30,11 +35,14 @@ import torch.nn.functional as F
 from scorers.base import FeatureMaps, Fitted, Prepared, ScorePrior, Scorer
 from scorers.left_out import left_out, without_images
 from scorers.neighbours import Neighbours, NeighboursConfig
-from scorers.positions import Positions
+from scorers.positions import WINDOW, Positions
 from utils.stages import StageClock
 
 MAP_WEIGHT, SCORE_WEIGHT = 0.35, 0.65  # of `neighbours` in the score map and in the image score
 BORDER_WEIGHT = 0.9
+LEVEL_POWERS = 0.3, 0.15  # of the level of an image, in the score map and in the image score
+LEVEL_SHARE = 0.25  # of the map: the level is its lower quartile
+LEAST_LEVEL = 0.25  # 1 is typical; without a limit, an image that is mostly equal to a support image would have level 0
 EPS = 1e-12  # least scale, for support images that are equal
 
 
@@ -51,6 +59,8 @@ class GeometricMean(Scorer):
 
     Prepared features are those of the first part, then those of the second, and so on.
     """
+
+    level_powers = 0.0, 0.0  # of `image_levels`, in the score map and in the image score
 
     def __init__(self, name: str, parts: Sequence[Part]) -> None:
         self.name, self.parts = name, list(parts)
@@ -99,12 +109,16 @@ class GeometricMean(Scorer):
     def _means(self, distances: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
         """Geometric means (B, 2, H, H) of the distance maps of all parts, on the finest of their grids."""
         side = max(maps.shape[-1] for maps in distances)
-        means = 1.0
-        for maps, typical, part in zip(distances, scale, self.parts, strict=True):
+        scaled = []
+        for maps, typical in zip(distances, scale, strict=True):
             if maps.shape[-1] < side:
                 maps = F.interpolate(maps[:, None], size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-            means = means * torch.stack([(maps / typical) ** weight for weight in part.weights], dim=1)
-        return means
+            scaled.append(maps / typical)
+        means = []
+        for which, power in enumerate(self.level_powers):
+            mean = math.prod(maps ** part.weights[which] for maps, part in zip(scaled, self.parts, strict=True))
+            means.append(mean / image_levels(mean) ** power)
+        return torch.stack(means, dim=1)
 
     def _cross_fit(self, support: Prepared, scored: int) -> tuple[Fitted, list[torch.Tensor]]:
         """The fit, and the distance maps of each part for the first `scored` views of left-out support images.
@@ -135,6 +149,13 @@ class GeometricMean(Scorer):
         return split
 
 
+def image_levels(maps: torch.Tensor) -> torch.Tensor:
+    """The levels (B, 1, 1) of maps (B, H, H) of images: the lower quartile, at least LEAST_LEVEL."""
+    flat = maps.flatten(1)
+    lowest = flat.topk(math.ceil(LEVEL_SHARE * flat.shape[1]), dim=1, largest=False).values
+    return lowest[:, -1, None, None].clamp(min=LEAST_LEVEL)
+
+
 def _tensors_of(fitted: Fitted, prefix: str) -> Fitted:
     """The fitted tensors of one part, without the prefix of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in fitted.items() if name.startswith(prefix)}
@@ -159,12 +180,14 @@ class Combined(GeometricMean):
         map_weight: float = MAP_WEIGHT,
         score_weight: float = SCORE_WEIGHT,
         border_weight: float = BORDER_WEIGHT,
+        level_powers: tuple[float, float] = LEVEL_POWERS,
+        window: int = WINDOW,
     ) -> None:
         weights = map_weight, score_weight
         neighbours = Part(Neighbours(NeighboursConfig(zero_padding=False)), slice(None), weights)
-        positions = Part(Positions(), slice(None), (1 - map_weight, 1 - score_weight))
+        positions = Part(Positions(window), slice(None), (1 - map_weight, 1 - score_weight))
         super().__init__(self.name, [neighbours, positions])
-        self.border_weight = border_weight
+        self.border_weight, self.level_powers = border_weight, level_powers
 
 
 def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
@@ -182,5 +205,6 @@ def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
         start += count
     mean = GeometricMean(scorer.name, parts)
     mean.border_weight = scorer.border_weight
+    mean.level_powers = getattr(scorer, "level_powers", mean.level_powers)
     mean.prior = scorer.prior if isinstance(scorer, GeometricMean) else None  # other scorers had another scale
     return mean

@@ -3,10 +3,13 @@
 One Gaussian per position of a fine grid, as in the release's scorer, but in coordinates that all positions share:
 1. Patch embeddings of the three finest layers are resampled to one grid, joined, and mapped to D coordinates
    as those of `neighbours` (scorers/coordinates.py).
-2. At each position, m and S are mean and covariance over the n support views, S divided by n - 1. S is replaced by its
-   `RANK` largest principal components plus e times the identity, with e the variance of a coordinate within positions,
-   averaged over all of them. So directions in which the few views do not vary keep a variance above 0.
-3. The distance is sqrt((q - m)^T S^-1 (q - m)).
+2. m is the mean of the support views over the `WINDOW` x `WINDOW` positions around a position, as parts are never at
+   exactly the same place.
+3. The `FINER` x `FINER` positions within a position of the coarsest layer (a block) share a covariance S: that of the
+   embeddings in all their windows, about the mean of their m. S is replaced by its `RANK` largest principal components
+   plus e times the identity, with e the mean variance of a coordinate over all blocks. So directions in which the few
+   views do not vary keep a variance above 0.
+4. The distance is sqrt((q - m)^T S^-1 (q - m)).
 
 Each component v with variance l gives a column v sqrt(l / (l + e)) of the factors F. With d = q - m,
 distance^2 = (|d|^2 - |F^T d|^2) / e.
@@ -18,6 +21,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from scorers.coordinates import damp, eigenvalues, principal_directions, resample
@@ -25,8 +29,9 @@ from scorers.neighbours import Neighbours
 
 LAYERS = 3  # of the network, counted from the coarsest
 FINER = 2  # grid positions per position of the coarsest layer, along one side
+WINDOW = 3  # side of the window around a position, in positions
 COMPONENTS, WHITENING = 128, 0.5  # D, and the exponent, as in `neighbours`
-RANK = 16  # principal components per position; bounds size and time
+RANK = 16  # principal components per block; bounds size and time
 CUDA_IMAGES = 32  # images whose products with the factors are in memory together
 EPS = 1e-12  # avoids division by 0 where all views are equal
 
@@ -40,15 +45,19 @@ class Positions(Scorer):
     name = "positions"
     views = Neighbours.views
 
+    def __init__(self, window: int = WINDOW) -> None:
+        """window: side of the window around a position, in positions; odd."""
+        self.window = window
+
     def prepare(self, maps: FeatureMaps) -> Prepared:
         """Resamples the layers to one grid: (N, P, C_l) per layer."""
         side = maps[-1].shape[-1] * FINER
         return [resample(layer, side) for layer in maps[-LAYERS:]]
 
     def fit(self, support: Prepared) -> Fitted:
-        """Returns the coordinates (`directions`, `offset`, `damping`) and a Gaussian for each position.
+        """Returns the coordinates (`directions`, `offset`, `damping`) and the Gaussians.
 
-        `mean` (P, D); `factors` (P, D, r) and `ridge`, of the covariance, see the docstring of the module.
+        `mean` (P, D); `factors` (P / FINER^2, D, r) and `ridge`, of the covariances, see the docstring of the module.
 
         Raises:
             ValueError: fewer than 2 support views.
@@ -61,32 +70,30 @@ class Positions(Scorer):
         directions, offset = principal_directions(embeddings, channels, COMPONENTS, WHITENING)
         embeddings = torch.addmm(offset, embeddings, directions)
         damping = embeddings.square().sum(dim=1).mean()
-        by_position = damp(embeddings, damping).unflatten(0, (views, -1)).transpose(0, 1)  # (P, n, D)
-        mean = by_position.mean(dim=1)
-        centred = (by_position - mean[:, None]) / math.sqrt(views - 1)
-        ridge = (centred.square().sum() / (len(mean) * mean.shape[1])).clamp(min=EPS)
+        maps = _padded_maps(damp(embeddings, damping), views, self.window)
+        mean = _window_means(maps, self.window)
+        covariances = _covariances(maps, _block_means(mean), self.window)
+        ridge = covariances.diagonal(dim1=1, dim2=2).mean().clamp(min=EPS)
         coordinates = {"directions": directions, "offset": offset, "damping": damping}
-        return coordinates | {"mean": mean, "factors": _factors(centred, ridge), "ridge": ridge}
+        return coordinates | {"mean": mean, "factors": _factors(covariances, ridge), "ridge": ridge}
 
     def extend(self, fitted: Fitted, accepted: Prepared, known: int) -> Fitted:
-        """Updates mean and covariance of each position; an image has the weight of all views of a support image.
+        """Updates means and covariances; an image has the weight of all views of a support image.
 
         The covariance of the support is restored from its factors, without the components that they leave out.
         """
         weight, ridge, mean = len(self.views), fitted["ridge"], fitted["mean"]
         embeddings = torch.cat(accepted, dim=2)
         rows = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
-        rows = damp(rows, fitted["damping"]).unflatten(0, (len(embeddings), -1)).transpose(0, 1)  # (P, n, D)
-        total = known + weight * len(embeddings)
-        centre = (known * mean + weight * rows.sum(dim=1)) / total
-        factors = fitted["factors"].transpose(1, 2)  # of length sqrt(l / (l + ridge)), for a variance l
+        maps = _padded_maps(damp(rows, fitted["damping"]), len(embeddings), self.window)
+        total, added = known + weight * len(embeddings), weight * len(embeddings)
+        centre = (known * mean + added * _window_means(maps, self.window)) / total
+        centres, shift = _block_means(centre), (_block_means(mean) - _block_means(centre))[:, None]
+        factors = fitted["factors"].mT  # (P / FINER^2, r, D), of length sqrt(l / (l + ridge)) for a variance l
         variances = ridge / (1 - factors.square().sum(dim=2, keepdim=True)).clamp(min=EPS)
-        parts = (
-            math.sqrt((known - 1) / (total - 1)) * variances.sqrt() * factors,
-            math.sqrt(weight / (total - 1)) * (rows - centre[:, None]),
-            math.sqrt(known / (total - 1)) * (mean - centre)[:, None],
-        )
-        return fitted | {"mean": centre, "factors": _factors(torch.cat(parts, dim=1), ridge)}
+        before = factors.mT @ (variances * factors) + shift.mT @ shift
+        covariances = (known * before + added * _covariances(maps, centres, self.window)) / total
+        return fitted | {"mean": centre, "factors": _factors(covariances, ridge)}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
         """Mahalanobis distances (B, H, H): at least 0, without a unit."""
@@ -98,16 +105,58 @@ class Positions(Scorer):
         return squared.clamp(min=0).sqrt().unflatten(1, (side, side))
 
 
-def _factors(centred: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """The factors (P, D, r) of the covariances A^T A with A = `centred` (P, n, D), r = min(RANK, n, D).
+def _padded_maps(embeddings: torch.Tensor, views: int, window: int) -> torch.Tensor:
+    """Embeddings (n P, D) as maps (n, H + 2 w, H + 2 w, D), w = window // 2, whose borders are repeated."""
+    side = math.isqrt(len(embeddings) // views)
+    maps = embeddings.view(views, side, side, -1).permute(0, 3, 1, 2)
+    return F.pad(maps, [window // 2] * 4, mode="replicate").permute(0, 2, 3, 1).contiguous()
 
-    Their eigenvectors come from the smaller of A A^T and A^T A.
+
+def _window_means(maps: torch.Tensor, window: int) -> torch.Tensor:
+    """The mean (P, D) of the window around each position, over all padded maps."""
+    return F.avg_pool2d(maps.mean(dim=0).permute(2, 0, 1), window, stride=1).flatten(1).T.contiguous()
+
+
+def _by_block(by_position: torch.Tensor) -> torch.Tensor:
+    """The values (B, P, D) of B images by block, (P / FINER^2, B FINER^2, D)."""
+    side = math.isqrt(by_position.shape[1]) // FINER
+    blocks = by_position.view(-1, side, FINER, side, FINER, by_position.shape[2])
+    return blocks.permute(1, 3, 0, 2, 4, 5).reshape(side * side, -1, by_position.shape[2])
+
+
+def _by_position(by_block: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_by_block` for single values, (P / FINER^2, B FINER^2) -> (B, P)."""
+    side = math.isqrt(len(by_block))
+    return by_block.view(side, side, -1, FINER, FINER).permute(2, 0, 3, 1, 4).flatten(1)
+
+
+def _block_means(mean: torch.Tensor) -> torch.Tensor:
+    """The means (P, D) of the positions, averaged over each block: (P / FINER^2, D)."""
+    return _by_block(mean[None]).mean(dim=1)
+
+
+def _covariances(maps: torch.Tensor, centres: torch.Tensor, window: int) -> torch.Tensor:
+    """The mean of (x - c)(x - c)^T over the embeddings x in all windows of a block, with centre c, and over the maps.
+
+    An embedding counts once for each window that contains it.
+
+    maps: from `_padded_maps`. centres: (P / FINER^2, D). Returns (P / FINER^2, D, D).
     """
-    if centred.shape[1] <= centred.shape[2]:
-        variances, vectors = eigenvalues(centred @ centred.mT)
-        variances, vectors = variances[:, -RANK:].clamp(min=0), vectors[:, :, -RANK:]
-        return (centred.mT @ vectors) * (variances + ridge).rsqrt()[:, None]  # A^T u = v sqrt(l)
-    variances, vectors = eigenvalues(centred.mT @ centred)
+    blocks, reach = math.isqrt(len(centres)), FINER + window - 1  # reach: side of the union of a block's windows
+    line = torch.arange(reach, device=maps.device)
+    counts = torch.minimum(line + 1, reach - line).clamp(max=min(FINER, window))  # windows that contain a row or column
+    weights = (counts[:, None] * counts / (len(maps) * counts.sum() ** 2)).sqrt()[..., None]
+    covariances = []
+    for row, centre in enumerate(centres.view(blocks, blocks, 1, 1, 1, -1)):  # one row of blocks: limits the memory
+        strip = maps[:, row * FINER : row * FINER + reach].unfold(2, reach, FINER)  # (n, reach, blocks, D, reach)
+        rows = ((strip.permute(2, 0, 1, 4, 3) - centre) * weights).flatten(1, 3)
+        covariances.append(rows.mT @ rows)
+    return torch.cat(covariances)
+
+
+def _factors(covariances: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """The factors (N, D, r) of covariances (N, D, D), r = min(RANK, D)."""
+    variances, vectors = eigenvalues(covariances)
     variances, vectors = variances[:, -RANK:].clamp(min=0), vectors[:, :, -RANK:]
     return vectors * (variances / (variances + ridge)).sqrt()[:, None]
 
@@ -116,5 +165,6 @@ def _squared_distances(fitted: Fitted, embeddings: torch.Tensor) -> torch.Tensor
     """Squared distances (B, P) of joined features (B, P, C)."""
     coordinates = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
     difference = damp(coordinates, fitted["damping"]).view(-1, *fitted["mean"].shape) - fitted["mean"]
-    projected = (difference.transpose(0, 1) @ fitted["factors"]).transpose(0, 1)
-    return (difference.square().sum(dim=2) - projected.square().sum(dim=2)) / fitted["ridge"]
+    blocks = _by_block(difference)
+    explained = (blocks @ fitted["factors"]).square().sum(dim=2)
+    return _by_position(blocks.square().sum(dim=2) - explained) / fitted["ridge"]

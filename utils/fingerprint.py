@@ -19,7 +19,8 @@ from utils.files import sha256
 # Raised by hand when a change of the code changes results; otherwise tests/test_fixture.py fails.
 # 2: `combined` is a geometric mean; efficientnet_lite2 has 320 pixels; 16-bit colours are read with all bits;
 # transparent parts are laid on black.
-METHOD_VERSION = 2
+# 3: `positions` looks at windows, and `combined` divides by the level of an image; uncompressed TIFF turned by EXIF.
+METHOD_VERSION = 3
 DIGEST_LETTERS = 64  # length of a SHA-256 in hexadecimal
 
 

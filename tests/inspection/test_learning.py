@@ -16,6 +16,7 @@ from inspection.detector import FewShotDetector, OtherPartError
 from inspection.learning import accept
 from models.networks import scoring_network
 from scorers.positions import Positions
+from tests.scorers.test_combined import gaussians
 from utils.devices import seed_everything
 from utils.errors import UserError
 
@@ -76,22 +77,20 @@ def test_limits(fitted, rings, monkeypatch):
 def test_positions_learn_mean_and_covariance():
     """With a rank that holds all directions, the update is that of a fit to all rows."""
     rng, scorer = np.random.default_rng(0), Positions()
-    support = [torch.from_numpy(rng.normal(size=(5, 4, 6)).astype(np.float32))]
-    more = [torch.from_numpy(rng.normal(size=(2, 4, 6)).astype(np.float32))]
+    support = [torch.from_numpy(rng.normal(size=(5, 16, 6)).astype(np.float32))]
+    more = [torch.from_numpy(rng.normal(size=(2, 16, 6)).astype(np.float32))]
     fitted = scorer.fit(support)
     extended = scorer.extend(fitted, more, known=5)
     weight = len(scorer.views)
     rows = [torch.addmm(fitted["offset"], one[0].flatten(0, 1), fitted["directions"]) for one in (support, more)]
     rows = [one * (one.square().sum(1, keepdim=True) + fitted["damping"]).rsqrt() for one in rows]
-    first, second = (one.unflatten(0, (-1, 4)).transpose(0, 1) for one in rows)
-    every = torch.cat([first, second.repeat_interleave(weight, dim=1)], dim=1)
-    assert extended["mean"].numpy() == pytest.approx(every.mean(dim=1).numpy(), abs=1e-5)
-    centred = every - every.mean(dim=1, keepdim=True)
-    covariance = centred.mT @ centred / (every.shape[1] - 1)
-    values, vectors = torch.linalg.eigh(covariance)
-    expected = (vectors * (values / (values + fitted["ridge"]))[:, None]) @ vectors.mT
+    first, second = (one.unflatten(0, (-1, 16)).numpy() for one in rows)
+    means, covariances = gaussians(np.concatenate([first, second.repeat(weight, axis=0)]))
+    assert extended["mean"].numpy() == pytest.approx(means, abs=1e-5)
+    values, vectors = np.linalg.eigh(covariances)
+    expected = (vectors * (values / (values + fitted["ridge"].numpy()))[:, None]) @ vectors.swapaxes(1, 2)
     found = extended["factors"] @ extended["factors"].mT
-    assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-4)
+    assert found.numpy() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_command_keeps_the_old_file(rings, tmp_path, capsys):
