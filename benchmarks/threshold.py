@@ -47,7 +47,10 @@ MOST = 0.3  # of the rate of a draw, in the choice of the prior
 CHOICES = tuple(
     Combined.prior._replace(spread=spread, images=images, bias=bias, lift=lift)
     for spread, images, bias, lift in itertools.product(
-        (0.05, 0.06, 0.07, 0.08), (4, 8, 12), (0.1, 0.15, 0.2, 0.25, 0.3), (0.02, 0.03, 0.04, 0.05)
+        (0.03, 0.04, 0.05, 0.06, 0.07),
+        (4, 8, 12),
+        (0.0, 0.05, 0.1, 0.15, 0.2, 0.25),
+        (0.0, 0.01, 0.02, 0.03, 0.04, 0.05),
     )
 )
 
