@@ -172,7 +172,7 @@ class Combined(GeometricMean):
     views = Neighbours.views
     border_weight = BORDER_WEIGHT
     prior = ScorePrior(  # see inspection/threshold.py
-        typical=1.2, pull=0.0, spread=0.06, images=8.0, loo_share=1.0, share=1.0, bias=0.25, lift=0.04
+        typical=1.2, pull=0.0, spread=0.05, images=12.0, loo_share=1.0, share=1.0, bias=0.15, lift=0.03
     )
 
     def __init__(

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import predict
 from inspection import run
@@ -554,6 +554,7 @@ def test_the_commands_of_the_docs(images, tmp_path, monkeypatch, capsys):
     ):
         Path(name).parent.mkdir(exist_ok=True)
         Path(f"{name}.png").write_bytes(images[number])
+    ImageOps.invert(Image.open("defects/d.png").convert("RGB")).save("defects/d.png")
     for step in [*steps, nightly]:
         pauses = mock.Mock(side_effect=[None, KeyboardInterrupt])
         monkeypatch.setattr("inspection.run.time.sleep", pauses)

@@ -93,7 +93,7 @@ def test_same_maps_as_the_evaluation(detector, network, files):
     scores, maps = detector.score(files[1])
     np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)
     np.testing.assert_allclose(scores, result.image_scores, rtol=1e-4)
-    assert (scores <= maps.max(axis=(1, 2))).all() and maps.shape == (len(images), SIZE, SIZE)  # the border counts less
+    assert maps.shape == (len(images), SIZE, SIZE)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "combined"])
