@@ -6,9 +6,9 @@ One Gaussian per position of a fine grid, as in the release's scorer, but in coo
 2. m is the mean of the support views over the `WINDOW` x `WINDOW` positions around a position, as parts are never at
    exactly the same place.
 3. The `FINER` x `FINER` positions within a position of the coarsest layer (a block) share a covariance S: that of the
-   embeddings in all their windows, about the mean of their m. S is replaced by its `RANK` largest principal components
-   plus e times the identity, with e the mean variance of a coordinate over all blocks. So directions in which the few
-   views do not vary keep a variance above 0.
+   embeddings in all their windows. S is replaced by its `RANK` largest principal components plus e times the identity,
+   with e the mean variance of a coordinate over all blocks. So directions in which the few views do not vary keep a
+   variance above 0.
 4. The distance is sqrt((q - m)^T S^-1 (q - m)).
 
 Each component v with variance l gives a column v sqrt(l / (l + e)) of the factors F. With d = q - m,
@@ -72,7 +72,7 @@ class Positions(Scorer):
         damping = embeddings.square().sum(dim=1).mean()
         maps = _padded_maps(damp(embeddings, damping), views, self.window)
         mean = _window_means(maps, self.window)
-        covariances = _covariances(maps, _block_means(mean), self.window)
+        covariances = _covariances(maps, mean, self.window)
         ridge = covariances.diagonal(dim1=1, dim2=2).mean().clamp(min=EPS)
         coordinates = {"directions": directions, "offset": offset, "damping": damping}
         return coordinates | {"mean": mean, "factors": _factors(covariances, ridge), "ridge": ridge}
@@ -86,13 +86,14 @@ class Positions(Scorer):
         embeddings = torch.cat(accepted, dim=2)
         rows = torch.addmm(fitted["offset"], embeddings.flatten(0, 1), fitted["directions"])
         maps = _padded_maps(damp(rows, fitted["damping"]), len(embeddings), self.window)
-        total, added = known + weight * len(embeddings), weight * len(embeddings)
-        centre = (known * mean + added * _window_means(maps, self.window)) / total
-        centres, shift = _block_means(centre), (_block_means(mean) - _block_means(centre))[:, None]
+        added, added_mean = weight * len(embeddings), _window_means(maps, self.window)
+        total = known + added
+        centre = (known * mean + added * added_mean) / total
         factors = fitted["factors"].mT  # (P / FINER^2, r, D), of length sqrt(l / (l + ridge)) for a variance l
         variances = ridge / (1 - factors.square().sum(dim=2, keepdim=True)).clamp(min=EPS)
-        before = factors.mT @ (variances * factors) + shift.mT @ shift
-        covariances = (known * before + added * _covariances(maps, centres, self.window)) / total
+        of_known = factors.mT @ (variances * factors) + _squares(_block_means(mean - centre))
+        of_added = _covariances(maps, added_mean, self.window) + _squares(_block_means(added_mean - centre))
+        covariances = (known * of_known + added * of_added) / total
         return fitted | {"mean": centre, "factors": _factors(covariances, ridge)}
 
     def distance_maps(self, fitted: Fitted, test: Prepared) -> torch.Tensor:
@@ -135,23 +136,32 @@ def _block_means(mean: torch.Tensor) -> torch.Tensor:
     return _by_block(mean[None]).mean(dim=1)
 
 
-def _covariances(maps: torch.Tensor, centres: torch.Tensor, window: int) -> torch.Tensor:
-    """The mean of (x - c)(x - c)^T over the embeddings x in all windows of a block, with centre c, and over the maps.
+def _squares(rows: torch.Tensor) -> torch.Tensor:
+    """x x^T (N, D, D) of rows x (N, D)."""
+    return rows[:, :, None] * rows[:, None]
 
-    An embedding counts once for each window that contains it.
 
-    maps: from `_padded_maps`. centres: (P / FINER^2, D). Returns (P / FINER^2, D, D).
+def _covariances(maps: torch.Tensor, mean: torch.Tensor, window: int) -> torch.Tensor:
+    """The covariance (P / FINER^2, D, D) of the embeddings in all windows of a block, over all maps.
+
+    It is the mean of x x^T less c c^T, with the mean c of x. x x^T is computed once per position and added to each
+    block with the number of its windows that contain the position.
+
+    maps: from `_padded_maps`. mean: (P, D), from `_window_means`.
     """
+    centres = _block_means(mean)
     blocks, reach = math.isqrt(len(centres)), FINER + window - 1  # reach: side of the union of a block's windows
     line = torch.arange(reach, device=maps.device)
     counts = torch.minimum(line + 1, reach - line).clamp(max=min(FINER, window))  # windows that contain a row or column
-    weights = (counts[:, None] * counts / (len(maps) * counts.sum() ** 2)).sqrt()[..., None]
-    covariances = []
-    for row, centre in enumerate(centres.view(blocks, blocks, 1, 1, 1, -1)):  # one row of blocks: limits the memory
-        strip = maps[:, row * FINER : row * FINER + reach].unfold(2, reach, FINER)  # (n, reach, blocks, D, reach)
-        rows = ((strip.permute(2, 0, 1, 4, 3) - centre) * weights).flatten(1, 3)
-        covariances.append(rows.mT @ rows)
-    return torch.cat(covariances)
+    weights = counts / counts.sum()
+    means = maps.new_zeros(blocks, blocks, *[maps.shape[-1]] * 2)
+    for row in range(maps.shape[1]):
+        embeddings = maps[:, row].transpose(0, 1)  # (H + 2 w, n, D)
+        products = embeddings.mT @ embeddings / len(maps)
+        of_blocks = products.unfold(0, reach, FINER) @ weights  # (blocks, D, D)
+        for block in range(max(0, (row - reach) // FINER + 1), min(blocks, row // FINER + 1)):
+            means[block] += weights[row - block * FINER] * of_blocks
+    return means.flatten(0, 1) - _squares(centres)
 
 
 def _factors(covariances: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
