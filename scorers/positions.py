@@ -151,7 +151,7 @@ def _covariances(maps: torch.Tensor, mean: torch.Tensor, window: int) -> torch.T
     """
     centres = _block_means(mean)
     blocks, reach = math.isqrt(len(centres)), FINER + window - 1  # reach: side of the union of a block's windows
-    line = torch.arange(reach, device=maps.device)
+    line = torch.arange(reach, dtype=maps.dtype, device=maps.device)
     counts = torch.minimum(line + 1, reach - line).clamp(max=min(FINER, window))  # windows that contain a row or column
     weights = counts / counts.sum()
     means = maps.new_zeros(blocks, blocks, *[maps.shape[-1]] * 2)
