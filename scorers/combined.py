@@ -107,7 +107,10 @@ class GeometricMean(Scorer):
         return self._means(distances, fitted["scale"])
 
     def _means(self, distances: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
-        """Geometric means (B, 2, H, H) of the distance maps of all parts, on the finest of their grids."""
+        """Geometric means (B, 2, H, H) of the distance maps of all parts, on the finest of their grids.
+
+        Each map is divided by a power of its level.
+        """
         side = max(maps.shape[-1] for maps in distances)
         scaled = []
         for maps, typical in zip(distances, scale, strict=True):
