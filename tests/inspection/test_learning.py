@@ -98,7 +98,7 @@ def test_the_command_keeps_the_old_file(rings, tmp_path, capsys):
     flags = ("--device", "cpu")
     support = map(str, rings["support"][:3])
     predict.main(["--support", *support, "--weights", "none", "--img_size", str(SIZE), "--save", str(part), *flags])
-    assert "expect missed defects: with 2 support images, 0 to 87 % of the defects" in capsys.readouterr().out
+    assert "expect missed defects: with 2 support images, 0 to 82 % of the defects" in capsys.readouterr().out
     content = part.read_bytes()
     given = [str(rings["good"][0]), str(rings["support"][0])]
     predict.main(["--detector", str(part), "--accept", *given, "--save", str(new), *flags])
