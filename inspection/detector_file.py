@@ -21,7 +21,7 @@ from utils.files import load_tensors
 
 HEADER = {"format": "RegAD detector", "version": 5}
 READABLE = (3, 4, 5)  # versions; 3: one threshold
-READABLE_OF = {"positions": (5,), "combined": (5,)}  # by scorer, where a fit has changed since
+FIRST_READABLE = {"positions": 5, "combined": 5}  # by scorer, where fits have changed since
 TYPES = {"origin": dict, "document": dict, "learned": dict, "support_digests": list, "min_area": int | float}
 ID_LENGTH = 12  # hexadecimal digits of a detector's identity
 
@@ -46,7 +46,7 @@ def read_state(path: Path) -> dict:
         raise UserError(f"{path} is not a detector (a checkpoint or support set?)")
     if str(state.get("version")) not in map(str, READABLE):
         raise UserError(f"detector {path} has version {state.get('version')}, this program supports {READABLE}")
-    if str(state["version"]) not in map(str, READABLE_OF.get(str(state.get("scorer")), READABLE)):
+    if int(state["version"]) < FIRST_READABLE.get(str(state.get("scorer")), min(READABLE)):
         raise UserError(f"detector {path} has an earlier scorer {state['scorer']}: fit a new one")
     if wrong := [name for name, kind in TYPES.items() if name in state and not isinstance(state[name], kind)]:
         raise UserError(f"detector {path} is incomplete or inconsistent (the type of {', '.join(wrong)})")

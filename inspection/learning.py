@@ -5,10 +5,9 @@ one view each, in half precision. The detector is then what the scorer makes of 
 number of calls matters, up to rounding.
 
 The thresholds stay. Accepted images were chosen because their scores are high; as normal scores like any others they
-would raise the thresholds far too much: with one accepted transistor beside four support images, 20 instead of 75 % of
-the defects were found. Images like them have low scores afterwards. `after` is the score of an accepted image by a
-detector that has learned from the others alone. Where it stays high, the accepted images have little in common, and
-unselected normal images are needed (--calibrate).
+would raise the thresholds far too much. Images like them have low scores afterwards. `after` is the score of an
+accepted image by a detector that has learned from the others alone. Where it stays high, the accepted images have
+little in common, and unselected normal images are needed (--calibrate).
 """
 
 from __future__ import annotations

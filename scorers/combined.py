@@ -11,7 +11,7 @@ gives it to `neighbours`, which confuses fewer normal images with defective ones
 
 Normal images also differ as a whole, for example in light, focus or pose, and then all their distances are larger. The
 lower quartile of a map shows by how much, as a defect rarely covers three quarters of an image. `combined` divides the
-map by a power of it (`image_levels`).
+map by a power of it (`image_levels`). So a deviation of the whole image counts less than one of a part of it.
 
 With several backbones (models/networks.py), each backbone has separate scorers.
 
@@ -19,7 +19,7 @@ At the border of an image, features differ from others, whatever the image shows
 border therefore has a smaller weight (`border_weight`, scorers/maps.py), and the local averages of `neighbours` do not
 include zeros beyond the border.
 
-benchmarks/scorers.py measures these choices.
+benchmarks/scorers.py measures the weights, powers and windows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ MAP_WEIGHT, SCORE_WEIGHT = 0.35, 0.65  # of `neighbours` in the score map and in
 BORDER_WEIGHT = 0.9
 LEVEL_POWERS = 0.3, 0.15  # of the level of an image, in the score map and in the image score
 LEVEL_SHARE = 0.25  # of the map: the level is its lower quartile
-LEAST_LEVEL = 0.25  # 1 is typical; without a limit, an image that is mostly equal to a support image would have level 0
+# Limits of the level. That of normal images of nine categories is 0.4 to 1.2. It is 0 if an image is mostly equal to a
+# support image. A level that no normal image has is a deviation, which must not be divided out.
+LEAST_LEVEL, HIGHEST_LEVEL = 0.25, 1.25
 EPS = 1e-12  # least scale, for support images that are equal
 
 
@@ -153,10 +155,10 @@ class GeometricMean(Scorer):
 
 
 def image_levels(maps: torch.Tensor) -> torch.Tensor:
-    """The levels (B, 1, 1) of maps (B, H, H) of images: the lower quartile, at least LEAST_LEVEL."""
+    """The levels (B, 1, 1) of maps (B, H, H) of images: the lower quartile, within the limits."""
     flat = maps.flatten(1)
     lowest = flat.topk(math.ceil(LEVEL_SHARE * flat.shape[1]), dim=1, largest=False).values
-    return lowest[:, -1, None, None].clamp(min=LEAST_LEVEL)
+    return lowest[:, -1, None, None].clamp(LEAST_LEVEL, HIGHEST_LEVEL)
 
 
 def _tensors_of(fitted: Fitted, prefix: str) -> Fitted:
@@ -208,6 +210,6 @@ def over_backbones(scorer: Scorer, layers: Sequence[int]) -> Scorer:
         start += count
     mean = GeometricMean(scorer.name, parts)
     mean.border_weight = scorer.border_weight
-    mean.level_powers = getattr(scorer, "level_powers", mean.level_powers)
-    mean.prior = scorer.prior if isinstance(scorer, GeometricMean) else None  # other scorers had another scale
+    if isinstance(scorer, GeometricMean):  # the prior of another scorer is for another scale
+        mean.level_powers, mean.prior = scorer.level_powers, scorer.prior
     return mean

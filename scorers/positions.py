@@ -1,4 +1,4 @@
-"""The positions scorer: the distance of each region to the support's regions at the same position.
+"""The positions scorer: the distance of each region to the support's regions around the same position.
 
 One Gaussian per position of a fine grid, as in the release's scorer, but in coordinates that all positions share:
 1. Patch embeddings of the three finest layers are resampled to one grid, joined, and mapped to D coordinates
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from scorers.base import FeatureMaps, Fitted, Prepared, Scorer
 from scorers.coordinates import damp, eigenvalues, principal_directions, resample
 from scorers.neighbours import Neighbours
+from utils.devices import upload
 
 LAYERS = 3  # of the network, counted from the coarsest
 FINER = 2  # grid positions per position of the coarsest layer, along one side
@@ -47,6 +48,8 @@ class Positions(Scorer):
 
     def __init__(self, window: int = WINDOW) -> None:
         """window: side of the window around a position, in positions; odd."""
+        if window % 2 == 0:
+            raise ValueError(f"a window around a position has an odd side, not {window}")
         self.window = window
 
     def prepare(self, maps: FeatureMaps) -> Prepared:
@@ -144,24 +147,22 @@ def _squares(rows: torch.Tensor) -> torch.Tensor:
 def _covariances(maps: torch.Tensor, mean: torch.Tensor, window: int) -> torch.Tensor:
     """The covariance (P / FINER^2, D, D) of the embeddings in all windows of a block, over all maps.
 
-    It is the mean of x x^T less c c^T, with the mean c of x. x x^T is computed once per position and added to each
-    block with the number of its windows that contain the position.
+    It is the mean of x x^T less c c^T, with the mean c of x. x x^T is computed once per position and counts in a block
+    as often as the position is in its windows.
 
     maps: from `_padded_maps`. mean: (P, D), from `_window_means`.
     """
-    centres = _block_means(mean)
-    blocks, reach = math.isqrt(len(centres)), FINER + window - 1  # reach: side of the union of a block's windows
-    line = torch.arange(reach, dtype=maps.dtype, device=maps.device)
-    counts = torch.minimum(line + 1, reach - line).clamp(max=min(FINER, window))  # windows that contain a row or column
-    weights = counts / counts.sum()
-    means = maps.new_zeros(blocks, blocks, *[maps.shape[-1]] * 2)
-    for row in range(maps.shape[1]):
+    side = maps.shape[1]
+    # (H + 2 w, blocks): the share of a row or column in all rows or columns of the windows of a block
+    shares = F.avg_pool1d(F.avg_pool1d(torch.eye(side, dtype=maps.dtype), window, stride=1), FINER)
+    of_columns = upload(shares.T, maps.device)
+    means = maps.new_zeros(len(of_columns), len(of_columns), *[maps.shape[-1]] * 2)
+    for row in range(side):
         embeddings = maps[:, row].transpose(0, 1)  # (H + 2 w, n, D)
-        products = embeddings.mT @ embeddings / len(maps)
-        of_blocks = products.unfold(0, reach, FINER) @ weights  # (blocks, D, D)
-        for block in range(max(0, (row - reach) // FINER + 1), min(blocks, row // FINER + 1)):
-            means[block] += weights[row - block * FINER] * of_blocks
-    return means.flatten(0, 1) - _squares(centres)
+        of_blocks = torch.tensordot(of_columns, embeddings.mT @ embeddings / len(maps), 1)  # (blocks, D, D)
+        for block in shares[row].nonzero().flatten().tolist():
+            means[block] += shares[row, block] * of_blocks
+    return means.flatten(0, 1) - _squares(_block_means(mean))
 
 
 def _factors(covariances: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,8 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
     save_tensors(tmp_path / "checkpoint", checkpoint(RegAD("affine", SIZE), {}))
     plain = torch.load(whole, weights_only=True)
     torch.save(plain | {"version": 99}, tmp_path / "later")
-    torch.save(plain | {"version": 4, "scorer": "combined"}, tmp_path / "earlier")
+    for scorer in ("positions", "combined"):
+        torch.save(plain | {"version": 4, "scorer": scorer}, tmp_path / f"earlier_{scorer}")
     torch.save({key: value for key, value in plain.items() if key != "fitted"}, tmp_path / "lacking")
     for name, value in {"version": torch.zeros(2), "backbone": [], **ODD}.items():
         torch.save(plain | {name: value}, tmp_path / name)
@@ -184,7 +185,8 @@ def test_damaged_and_foreign_detector_files(detector, network, tmp_path):
         "page": "damaged or not a detector",
         "checkpoint": "is not a detector",
         "later": "has version 99",
-        "earlier": "has an earlier scorer combined: fit a new one",
+        "earlier_positions": "has an earlier scorer positions: fit a new one",
+        "earlier_combined": "has an earlier scorer combined: fit a new one",
         "lacking": "incomplete.*KeyError.*fitted",
         "missing": "no detector file",
     }
