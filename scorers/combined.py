@@ -42,8 +42,8 @@ MAP_WEIGHT, SCORE_WEIGHT = 0.35, 0.65  # of `neighbours` in the score map and in
 BORDER_WEIGHT = 0.9
 LEVEL_POWERS = 0.3, 0.15  # of the level of an image, in the score map and in the image score
 LEVEL_SHARE = 0.25  # of the map: the level is its lower quartile
-# Limits of the level. That of normal images of nine categories is 0.4 to 1.2. It is 0 if an image is mostly equal to a
-# support image. A level that no normal image has is a deviation, which must not be divided out.
+# Limits of the level, which is below 1 for most normal images, and 0 if an image is mostly equal to a support image. A
+# level that no normal image has is a deviation, which must not be divided out.
 LEAST_LEVEL, HIGHEST_LEVEL = 0.25, 1.25
 EPS = 1e-12  # least scale, for support images that are equal
 

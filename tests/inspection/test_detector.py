@@ -23,6 +23,7 @@ from models.efficientnet_lite import EfficientNetLite
 from models.regad import RegAD, checkpoint, untrained
 from models.stn import fuse_conv_bn
 from scorers.features import FeatureStore
+from scorers.maps import score_maps_at
 from scorers.views import support_views
 from tests.reference import needs_reference
 from utils.devices import seed_everything
@@ -93,6 +94,8 @@ def test_same_maps_as_the_evaluation(detector, network, files):
     scores, maps = detector.score(files[1])
     np.testing.assert_allclose(maps, result.maps.numpy(), rtol=1e-4)
     np.testing.assert_allclose(scores, result.image_scores, rtol=1e-4)
+    of_scores = score_maps_at(result.distances[:, 1], SIZE)[1].numpy()
+    assert (scores <= of_scores.max(axis=(1, 2)) * (1 + 1e-6)).all()  # the border counts less
     assert maps.shape == (len(images), SIZE, SIZE)
 
 
